@@ -1,1 +1,5 @@
-"""."""
+"""From other people's networks and libraries to the engine."""
+
+from fewstep.bindings.denoiser import CFG, Denoiser, DynamicThreshold
+
+__all__ = ["CFG", "Denoiser", "DynamicThreshold"]

@@ -1,0 +1,282 @@
+"""Any network as a denoiser: what it predicts, how it is told the noise level, how it is guided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.arrays import Frame, dtype_name, frame_of
+from fewstep.solvers.options import at_least, between
+from fewstep.solvers.process import Point, Process
+from fewstep.solvers.registry import unknown
+
+Cond = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CFG:
+    """Classifier-free guidance (Ho & Salimans 2022): raw = raw_null + scale (raw_cond - raw_null).
+
+    scale        1 is unguided; a pair (s1, s2) guides over three outputs, raw_0 + s1 (raw_1 - raw_0)
+                 + s2 (raw_2 - raw_1) (Brooks et al. 2023, eq. 3)
+    rescale      phi of Lin et al. (2023, section 3.4): pulls the guided output's standard deviation per sample
+                 back to the conditional one's
+    start, stop  fractions of the steps between which guidance is on (Kynkäänniemi et al. 2024); outside, only
+                 the conditional branch is called
+    """
+
+    scale: float | tuple[float, float]
+    rescale: float = 0.0
+    start: float = 0.0
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        for value in self.scales:
+            if not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"guidance scale must be a finite number or a pair of them, got {self.scale!r}")
+        if len(self.scales) > 2:
+            raise ValueError(f"guidance scale takes one number or a pair, got {self.scale!r}")
+        between("guidance rescale", self.rescale, 0.0, 1.0)
+        between("guidance start", self.start, 0.0, 1.0)
+        between("guidance stop", self.stop, self.start, 1.0)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return tuple(self.scale) if isinstance(self.scale, Sequence) else (self.scale,)
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        """The weight of each raw output, null first; they sum to 1. progress: finished steps / steps."""
+        scales = (*self.scales, 0.0) if self.start <= progress < self.stop else (1.0,) * len(self.scales) + (0.0,)
+        return (1.0 - scales[0], *(a - b for a, b in zip(scales, scales[1:], strict=False)))
+
+
+@dataclass(frozen=True)
+class DynamicThreshold:
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip each sample's x0 prediction to a quantile s
+    of its absolute values, held between 1 and `maximum`, and divide by s."""
+
+    quantile: float = 0.995
+    maximum: float = 1.0
+
+    def __post_init__(self) -> None:
+        between("quantile", self.quantile, 0.0, 1.0)
+        at_least("maximum", self.maximum, 1.0)
+
+
+def _epsilon(at: Point, sigma_data: float) -> tuple[float, float]:
+    if at.alpha == 0.0:
+        raise ValueError(
+            f"predicts='epsilon' says nothing about x0 at alpha = 0 (t = {at.t:g}): use a model with predicts='v' or "
+            "'sample', or a grid that starts below it (spacing='leading', or Grid.tail)"
+        )
+    return 1.0 / at.alpha, -at.sigma / at.alpha
+
+
+def _sample(at: Point, sigma_data: float) -> tuple[float, float]:
+    return 0.0, 1.0
+
+
+def _v(at: Point, sigma_data: float) -> tuple[float, float]:
+    norm = at.alpha**2 + at.sigma**2
+    return at.alpha / norm, -at.sigma / norm
+
+
+def _flow(at: Point, sigma_data: float) -> tuple[float, float]:
+    return 1.0 / (at.alpha + at.sigma), -at.sigma / (at.alpha + at.sigma)
+
+
+def _edm(at: Point, sigma_data: float) -> tuple[float, float]:
+    rho = at.sigma / at.alpha
+    norm = rho**2 + sigma_data**2
+    return sigma_data**2 / norm / at.alpha, rho * sigma_data / math.sqrt(norm)
+
+
+# x0 prediction = a x + b raw: (point, sigma_data) -> (a, b)
+PREDICTIONS: dict[str, Callable[[Point, float], tuple[float, float]]] = {
+    "epsilon": _epsilon,  # raw = eps                    (Ho et al. 2020)
+    "sample": _sample,  # raw = x0
+    "v": _v,  # raw = alpha eps - sigma x0               (Salimans & Ho 2022)
+    "flow": _flow,  # raw = eps - x0                     (Liu et al. 2022, Lipman et al. 2022)
+    "edm": _edm,  # raw = F of c_skip x + c_out F        (Karras et al. 2022, Table 1)
+}
+
+
+class Denoiser:
+    """A network, and what its output means.
+
+        model(x_in, t, **cond) -> raw
+
+    model       a torch module, or any callable on NumPy arrays or torch tensors; x_in (B, ...), t (B,),
+                raw like x_in
+    process     the noising process that the network was trained on
+    predicts    "epsilon", "sample" (x0), "v", "flow" (eps - x0) or "edm" (the preconditioned F)
+    guidance    a number (CFG scale) or a `CFG`; None or 1 calls the network once
+    clip        a bound for a static clip of the x0 prediction, or a `DynamicThreshold`
+    null        the condition of the unguided branch, so that `cond` needs to hold the other one only
+    batched     True runs the branches of guidance as one batch of 2 B, False as separate calls
+    time_scale  multiplies the t that the network is told (1000 for flow networks trained on 0 .. 1000)
+    dtype       of x_in; by default the module's own parameters', else the state's
+    time_dtype  of t; by default float32 (float64 for a float64 network)
+    sigma_data  for "edm"; by default the process's
+
+    The network is told t = the process's time, except "edm", which is told ln(sigma) / 4 and c_in x.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        process: Process,
+        predicts: str = "epsilon",
+        guidance: float | CFG | None = None,
+        clip: float | DynamicThreshold | None = None,
+        *,
+        null: Cond | None = None,
+        batched: bool = True,
+        time_scale: float = 1.0,
+        dtype: Any = None,
+        time_dtype: Any = None,
+        sigma_data: float | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+        if not (hasattr(process, "point") and hasattr(process, "point_at_sigma")):
+            raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {type(process).__name__}")
+        if predicts not in PREDICTIONS:
+            raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
+        if isinstance(clip, (int, float)) and not (clip > 0 and math.isfinite(clip)):
+            raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r}")
+        at_least("time_scale", time_scale, 0.0)
+        self.model = model
+        self.process = process
+        self.predicts = predicts
+        self.guidance = CFG(float(guidance)) if isinstance(guidance, (int, float)) else guidance
+        self.clip = clip
+        self.null = null
+        self.batched = batched
+        self.time_scale = time_scale
+        self.dtype = None if dtype is None else dtype_name(dtype)
+        self.time_dtype = None if time_dtype is None else dtype_name(time_dtype)
+        self.sigma_data = getattr(process, "sigma_data", 0.5) if sigma_data is None else sigma_data
+        at_least("sigma_data", self.sigma_data, 0.0)
+
+    def with_guidance(self, guidance: float | CFG | None) -> Denoiser:
+        """The same denoiser under another guidance."""
+        other = object.__new__(Denoiser)
+        other.__dict__ = {**self.__dict__}
+        other.guidance = CFG(float(guidance)) if isinstance(guidance, (int, float)) else guidance
+        return other
+
+    # --- what the loop asks ---
+
+    @property
+    def rescale(self) -> float:
+        return self.guidance.rescale if self.guidance else 0.0
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        """The weight of each branch's raw output at that fraction of the steps; a weight of 0 is not called."""
+        return self.guidance.weights(progress) if self.guidance else (1.0,)
+
+    def prologue(self, at: Point) -> tuple[float, float]:
+        """(a, b) of the x0 prediction a x + b raw. Raises ValueError where the prediction type has none."""
+        return PREDICTIONS[self.predicts](at, self.sigma_data)
+
+    def c_in(self, at: Point) -> float:
+        """The factor on x before the network."""
+        if self.predicts != "edm":
+            return 1.0
+        return 1.0 / math.hypot(at.sigma, self.sigma_data * at.alpha)
+
+    def time(self, at: Point) -> float:
+        """What the network is told."""
+        return math.log(at.sigma / at.alpha) / 4.0 if self.predicts == "edm" else at.t * self.time_scale
+
+    @property
+    def frame(self) -> Frame | None:
+        """The array library and device that the model itself tells, None for a plain callable."""
+        return frame_of(self.model)
+
+    def model_dtype(self, state: str) -> str:
+        """The dtype of x_in for a state of that dtype."""
+        if self.dtype is not None:
+            return self.dtype
+        parameters = getattr(self.model, "parameters", None)
+        floating = [p for p in parameters() if p.is_floating_point()] if callable(parameters) else []
+        return dtype_name(floating[0].dtype) if floating else state
+
+    def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
+        """One mapping of keyword arguments for each branch, the null branch first."""
+        branches = len(self.weights(0.0))
+        given = [dict(c) for c in cond] if isinstance(cond, Sequence) else [dict(cond or {})]
+        if len(given) == branches:
+            return given  # type: ignore[return-value]
+        if branches > 1 and len(given) == 1 and branches == 2 and self.null is not None:
+            return [dict(self.null), *given]
+        if branches == 1 and len(given) == 2:
+            return given[1:]  # type: ignore[return-value]
+        raise ValueError(
+            f"guidance over {branches} branches needs cond as a sequence of {branches} mappings, the null condition "
+            f"first, or Denoiser(null=...); got {len(given)}"
+        )
+
+    def bind(
+        self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None
+    ) -> Callable[[tuple[int, ...], Any, Any], tuple[Any, ...]]:
+        """The network with its conditions laid out once: call(branches, x_in, t) -> a raw for each branch.
+
+        branches  which ones to call; x_in and t hold as many copies of the batch as branches are batched
+        Raises ValueError if the conditions of the branches do not fit each other or the batch.
+        """
+        conds = self.conditions(cond)
+        for j, one in enumerate(conds):
+            for key, value in one.items():
+                if frame.is_array(value) and (value.ndim == 0 or len(value) not in (1, batch)):
+                    raise ValueError(
+                        f"cond[{key!r}] of branch {j} has shape {tuple(value.shape)}; its first axis must be the "
+                        f"batch of {batch} (or 1)"
+                    )
+        model = self.model
+        stacked: dict[tuple[int, ...], Cond] = {}
+
+        def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
+            if len(branches) == 1:
+                return (model(x_in, t, **conds[branches[0]]),)
+            if not self.batched:
+                return tuple(model(x_in, t, **conds[j]) for j in branches)
+            if branches not in stacked:
+                stacked[branches] = self._stack(frame, batch, [conds[j] for j in branches])
+            raw = model(x_in, t, **stacked[branches])
+            return tuple(raw[i * batch : (i + 1) * batch] for i in range(len(branches)))
+
+        if self.batched and len(conds) > 1:
+            full = tuple(range(len(conds)))
+            stacked[full] = self._stack(frame, batch, conds)
+        return call
+
+    def _stack(self, frame: Frame, batch: int, conds: Sequence[Cond]) -> Cond:
+        keys = [sorted(c) for c in conds]
+        if any(k != keys[0] for k in keys):
+            raise ValueError(f"the branches of guidance take different conditions, {keys}: use Denoiser(batched=False)")
+        out: dict[str, Any] = {}
+        for key in keys[0]:
+            values = [c[key] for c in conds]
+            if all(frame.is_array(v) for v in values):
+                wide = [v if len(v) == batch else frame.concatenate([v] * batch) for v in values]
+                shapes = {tuple(v.shape[1:]) for v in wide}
+                if len(shapes) > 1:
+                    raise ValueError(
+                        f"cond[{key!r}] has different shapes in the branches, {sorted(shapes)}: pad them or use "
+                        "Denoiser(batched=False)"
+                    )
+                out[key] = frame.concatenate(wide)
+            elif all(v is values[0] or v == values[0] for v in values):
+                out[key] = values[0]
+            else:
+                raise ValueError(
+                    f"cond[{key!r}] differs between the branches and is not an array, so it cannot be batched: use "
+                    "Denoiser(batched=False)"
+                )
+        return out

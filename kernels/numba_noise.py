@@ -1,0 +1,176 @@
+"""Addressed Gaussian noise on the CPU: the vectorised twin of `philox.normals`, equal to it bit for bit.
+
+Writes 4 bytes an element and reads none; a block of `CHUNK` elements stays in L1 between the two passes over
+it. The passes are separate loops because they want different vector lanes: Philox multiplies in 64-bit lanes,
+the normals live in 32-bit ones. Serial, and free of the interpreter's lock: callers split work by rows or by
+multiples of 4.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from fewstep.kernels import philox as ref
+from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
+
+CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
+
+_MASK = np.uint64(ref.MASK)
+_HALF_WORD = np.uint64(32)
+_M0, _M1 = np.uint64(ref.M0), np.uint64(ref.M1)
+_W0, _W1 = np.uint64(ref.W0), np.uint64(ref.W1)
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in ref.LOG_POLY)
+_S0, _S1, _S2 = (np.float32(c) for c in ref.SIN_POLY)
+_C0, _C1, _C2 = (np.float32(c) for c in ref.COS_POLY)
+_LN2_HIGH, _LN2_LOW = np.float32(ref.LN2_HIGH), np.float32(ref.LN2_LOW)
+_SQRT_HALF_BITS = np.uint32(ref.SQRT_HALF_BITS)
+_U_SCALE, _U_HALF, _TURN = np.float32(ref.U_SCALE), np.float32(ref.U_HALF), np.float32(ref.TURN)
+_ONE, _HALF, _MINUS_TWO = np.float32(1.0), np.float32(0.5), np.float32(-2.0)
+
+
+@jit(forceinline=True)
+def _round(c: Any, k0: Any, k1: Any) -> Any:
+    p0 = _M0 * (c[0] & _MASK)
+    p1 = _M1 * (c[2] & _MASK)
+    return (p1 >> _HALF_WORD) ^ c[1] ^ k0, p1, (p0 >> _HALF_WORD) ^ c[3] ^ k1, p0
+
+
+@jit(forceinline=True)
+def philox_block(block: Any, draw: Any, sample: Any, domain: Any, k0: Any, k1: Any) -> Any:
+    """Philox4x32-10 of one counter (Salmon et al. 2011): uint64 words in, the low halves of four out.
+
+    64-bit lanes throughout: the high halves hold rubbish between rounds, and the masks cost nothing because
+    the vector multiply (vpmuludq) reads low halves only. Unrolled by hand: LLVM vectorises no loop around a
+    loop.
+    """
+    c = _round((block, draw, sample, domain), k0, k1)
+    c = _round(c, k0 + _W0, k1 + _W1)
+    c = _round(c, k0 + np.uint64(2) * _W0, k1 + np.uint64(2) * _W1)
+    c = _round(c, k0 + np.uint64(3) * _W0, k1 + np.uint64(3) * _W1)
+    c = _round(c, k0 + np.uint64(4) * _W0, k1 + np.uint64(4) * _W1)
+    c = _round(c, k0 + np.uint64(5) * _W0, k1 + np.uint64(5) * _W1)
+    c = _round(c, k0 + np.uint64(6) * _W0, k1 + np.uint64(6) * _W1)
+    c = _round(c, k0 + np.uint64(7) * _W0, k1 + np.uint64(7) * _W1)
+    c = _round(c, k0 + np.uint64(8) * _W0, k1 + np.uint64(8) * _W1)
+    return _round(c, k0 + np.uint64(9) * _W0, k1 + np.uint64(9) * _W1)
+
+
+@jit(forceinline=True)
+def normal_pair(word_a: Any, word_b: Any) -> Any:
+    """Box-Muller on two uint32 words, operation for operation as `philox.words_to_normals`. Two float32."""
+    u = np.float32(word_a) * _U_SCALE + _U_HALF
+    shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
+    exponent = np.float32(np.int32(shifted >> np.int32(23)))
+    f = f32_from_bits(np.uint32(np.uint32(shifted & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
+    z = f * f
+    p = (((((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5) * f + _L6) * f + _L7) * f + _L8
+    y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
+    radius = math.sqrt(_MINUS_TWO * ((f + y) + exponent * _LN2_HIGH))
+
+    nearest = np.uint32(word_b + np.uint32(1 << 29))
+    rest = np.int32(np.uint32(nearest & np.uint32(0x3FFFFFFF)) - np.uint32(1 << 29))
+    a = np.float32(rest) * _TURN
+    z = a * a
+    s = (((_S0 * z + _S1) * z + _S2) * z) * a + a
+    c = (((_C0 * z + _C1) * z + _C2) * z) * z + (_ONE - _HALF * z)
+    odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
+    cos = s if odd else c
+    sin = c if odd else s
+    # Signs go straight to the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
+    top = np.uint32(1 << 31)
+    sign_cos = np.uint32(np.uint32(nearest + np.uint32(1 << 30)) & top)
+    sign_sin = np.uint32(nearest & top)
+    cos = f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
+    sin = f32_from_bits(np.uint32(bits_from_f32(sin) ^ sign_sin))
+    return radius * cos, radius * sin
+
+
+@jit()
+def fill_normals(out: Any, lo: int, seed_lo: int, seed_hi: int, sample: int, draw: int, domain: int) -> None:
+    """Write standard normals of elements lo .. lo + len(out) - 1 at one address to `out`.
+
+    out: float32 (n,), contiguous, any n, overwritten, nothing beyond it touched; lo: a multiple of 4, with
+    lo + n <= 2^34; the rest: integers in 0 .. 2^32 - 1, not checked (see `philox` for the address and the
+    equations). Allocates nothing.
+    """
+    n = len(out)
+    first = np.uint64(lo) >> np.uint64(2)
+    key_lo, key_hi = np.uint64(seed_lo), np.uint64(seed_hi)
+    w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
+    full = n // 4
+    for start in range(0, full, CHUNK // 4):
+        stop = min(start + CHUNK // 4, full)
+        part = out[4 * start : 4 * stop]
+        # Pass 1: the words, parked in `out` as bit patterns. Pass 2 turns each pair into normals in place.
+        for i in range(stop - start):
+            w0, w1, w2, w3 = philox_block(
+                first + np.uint64(start + i), w_draw, w_sample, w_domain, key_lo, key_hi
+            )
+            part[4 * i] = f32_from_bits(np.uint32(w0))
+            part[4 * i + 1] = f32_from_bits(np.uint32(w1))
+            part[4 * i + 2] = f32_from_bits(np.uint32(w2))
+            part[4 * i + 3] = f32_from_bits(np.uint32(w3))
+        for i in range(2 * (stop - start)):
+            a, b = normal_pair(bits_from_f32(part[2 * i]), bits_from_f32(part[2 * i + 1]))
+            part[2 * i] = a
+            part[2 * i + 1] = b
+    tail = n - 4 * full
+    if tail > 0:
+        w0, w1, w2, w3 = philox_block(first + np.uint64(full), w_draw, w_sample, w_domain, key_lo, key_hi)
+        a, b = normal_pair(np.uint32(w0), np.uint32(w1))
+        out[4 * full] = a
+        if tail > 1:
+            out[4 * full + 1] = b
+        if tail > 2:
+            out[4 * full + 2] = normal_pair(np.uint32(w2), np.uint32(w3))[0]
+
+
+@jit()
+def normal_batch(out: Any, streams: Any, draw: int, domain: int) -> None:
+    """Write the normals of each sample of a batch.
+
+    out: float32 (B, n), C-contiguous, overwritten; streams: uint32 (B, 3), rows (seed low, seed high,
+    sample). Row i depends on streams[i], draw and domain alone, so not on the batch around it.
+    """
+    for i in range(len(out)):
+        fill_normals(out[i], 0, streams[i, 0], streams[i, 1], streams[i, 2], draw, domain)
+
+
+@jit()
+def bridge_batch(
+    out: Any, streams: Any, domain: int, draws: Any, weights: Any, stds: Any, right: Any
+) -> None:
+    """Descend a tree of Brownian bridges, the same way for every element.
+
+    Row 0 draws the left end W_a = stds[0] z, row 1 the right end W_b = W_a + stds[1] z, and every later row a
+    point between them, W = W_a + weights[k] (W_b - W_a) + stds[k] z, which replaces W_a if right[k] and W_b
+    if not. The last row's W is the result. z of row k has draw number draws[k].
+
+    out: float64 (B, n), C-contiguous, overwritten; streams: uint32 (B, 3); draws: uint32 (L,); weights, stds:
+    float64 (L,); right: bool (L,); L >= 3. Writes 8 bytes an element, works on one L1-resident chunk at a
+    time.
+    """
+    n = out.shape[1]
+    z = np.empty(min(CHUNK, n), dtype=np.float32)
+    a = np.empty(len(z), dtype=np.float64)
+    b = np.empty(len(z), dtype=np.float64)
+    last = len(draws) - 1
+    for i in range(len(out)):
+        lo_key, hi_key, sample = streams[i, 0], streams[i, 1], streams[i, 2]
+        for lo in range(0, n, CHUNK):
+            part = out[i, lo : min(lo + CHUNK, n)]
+            m = len(part)
+            fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[0], domain)
+            for j in range(m):
+                a[j] = stds[0] * z[j]
+            fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[1], domain)
+            for j in range(m):
+                b[j] = a[j] + stds[1] * z[j]
+            for k in range(2, last + 1):
+                weight, std = weights[k], stds[k]
+                target = part if k == last else (a if right[k] else b)
+                fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[k], domain)
+                for j in range(m):
+                    target[j] = a[j] + weight * (b[j] - a[j]) + std * z[j]

@@ -1,0 +1,332 @@
+"""The fused stage on the CPU.
+
+An element moves once: every live slot and raw output is read once, every output and model input is
+written once. For a guided DPM-Solver++ 2M step on a 16-bit model that is 24 bytes an element
+(read x 4, raws 2 + 2, history 4; write x 4, history 4, model inputs 2 + 2).
+
+One function serves every solver: an argument that is None is pruned when Numba compiles the signature
+that it meets, so each structure gets its own loop without a branch in it. 16-bit arrays come in as their
+bits (bfloat16 as uint16, float16 as int16), because Numba has no CPU arithmetic for them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from fewstep.kernels import layout
+from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit
+from fewstep.kernels.numba_noise import fill_normals
+from fewstep.kernels.philox import STEP
+
+# Elements of a sample that one pass handles: its noise (4 bytes each) stays in the L1 cache.
+CHUNK = 2048
+
+
+# --- absent arguments: each helper is nothing at all for None ---
+
+
+def _part(a: Any, b: Any, lo: Any, hi: Any) -> Any:
+    """Elements lo .. hi of sample b."""
+
+
+@overload(_part)
+def _part_typed(a, b, lo, hi):  # type: ignore[no-untyped-def]
+    if isinstance(a, types.NoneType):
+        return lambda a, b, lo, hi: None
+    return lambda a, b, lo, hi: a[b, lo:hi]
+
+
+def _at(a: Any, i: Any) -> Any:
+    """Element i as a number; 16-bit floats are stored as their bits."""
+
+
+@overload(_at)
+def _at_typed(a, i):  # type: ignore[no-untyped-def]
+    if isinstance(a, types.NoneType):
+        return lambda a, i: None
+    if a.dtype == types.uint16:
+        return lambda a, i: f32_from_bf16(a[i])
+    if a.dtype == types.int16:
+        return lambda a, i: f32_from_f16(a[i])
+    return lambda a, i: a[i]
+
+
+def _put(a: Any, i: Any, v: Any) -> Any:
+    """Store v as element i, rounded once to the storage type."""
+
+
+@overload(_put)
+def _put_typed(a, i, v):  # type: ignore[no-untyped-def]
+    if isinstance(a, types.NoneType):
+        return lambda a, i, v: None
+
+    if a.dtype == types.uint16:
+
+        def put(a, i, v):  # type: ignore[no-untyped-def]
+            a[i] = bf16_from_f32(np.float32(v))
+
+    elif a.dtype == types.int16:
+
+        def put(a, i, v):  # type: ignore[no-untyped-def]
+            a[i] = f16_from_f32(np.float32(v))
+
+    else:
+
+        def put(a, i, v):  # type: ignore[no-untyped-def]
+            a[i] = v
+
+    return put
+
+
+def _add(total: Any, c: Any, v: Any) -> Any:
+    """total + c v; a coefficient of exactly 0 stops a NaN."""
+
+
+@overload(_add)
+def _add_typed(total, c, v):  # type: ignore[no-untyped-def]
+    if isinstance(v, types.NoneType):
+        return lambda total, c, v: total
+
+    def add(total, c, v):  # type: ignore[no-untyped-def]
+        term = c * v
+        return total + (term if c != 0 else c)
+
+    return add
+
+
+def _noise(streams: Any, draw: Any, buffer: Any, z: Any, b: Any, lo: Any, hi: Any) -> Any:
+    """The normals of elements lo .. hi: drawn into `buffer` for a stream, else read from z."""
+
+
+@overload(_noise)
+def _noise_typed(streams, draw, buffer, z, b, lo, hi):  # type: ignore[no-untyped-def]
+    if isinstance(streams, types.NoneType):
+        return lambda streams, draw, buffer, z, b, lo, hi: _part(z, b, lo, hi)
+
+    def drawn(streams, draw, buffer, z, b, lo, hi):  # type: ignore[no-untyped-def]
+        out = buffer[: hi - lo]
+        fill_normals(out, lo, streams[b, 0], streams[b, 1], streams[b, 2], draw, STEP)
+        return out
+
+    return drawn
+
+
+def _coefficients(table: Any, b: Any, k: Any, out: Any) -> Any:
+    """Row k of sample b's table as a tuple: 13 numbers that stay in registers through the loop."""
+
+
+@overload(_coefficients)
+def _coefficients_typed(table, b, k, out):  # type: ignore[no-untyped-def]
+    if isinstance(out, types.NoneType):
+        return lambda table, b, k, out: None
+
+    def row(table, b, k, out):  # type: ignore[no-untyped-def]
+        r = table[b if table.shape[0] > 1 else 0, k]
+        return r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12]
+
+    return row
+
+
+def _prediction(p: Any, limit: Any, x: Any, r1: Any, r2: Any, r3: Any) -> Any:
+    """m = gain clip(p · [x, raws], +-bound), or None where the prediction is folded into the rows."""
+
+
+@overload(_prediction)
+def _prediction_typed(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+    if isinstance(p, types.NoneType):
+        return lambda p, limit, x, r1, r2, r3: None
+
+    def linear(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+        return _add(_add(_add(_add(p[0] - p[0], p[0], x), p[1], r1), p[2], r2), p[3], r3)
+
+    if isinstance(limit, types.NoneType):
+        return linear
+
+    def clipped(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+        m = _add(_add(_add(_add(p[0] - p[0], p[0], x), p[1], r1), p[2], r2), p[3], r3)
+        m = limit[0] if m > limit[0] else m
+        m = -limit[0] if m < -limit[0] else m
+        return m * limit[1]
+
+    return clipped
+
+
+def _emit(out: Any, i: Any, c: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
+          r1: Any, r2: Any, r3: Any, m: Any, z: Any) -> Any:  # fmt: skip
+    """out[i] = c · [slots, raws, m, z]; returns the value."""
+
+
+@overload(_emit)
+def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):  # type: ignore[no-untyped-def]
+    if isinstance(out, types.NoneType):
+        return lambda out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z: None
+
+    def emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):  # type: ignore[no-untyped-def]
+        total = c[0] - c[0]  # 0 of the state's type: an integer 0 would promote float32
+        total = _add(total, c[0], s0)
+        total = _add(total, c[1], s1)
+        total = _add(total, c[2], s2)
+        total = _add(total, c[3], s3)
+        total = _add(total, c[4], s4)
+        total = _add(total, c[5], s5)
+        total = _add(total, c[6], s6)
+        total = _add(total, c[7], s7)
+        total = _add(total, c[8], r1)
+        total = _add(total, c[9], r2)
+        total = _add(total, c[10], r3)
+        total = _add(total, c[11], m)
+        total = _add(total, c[12], z)
+        out[i] = total
+        return total
+
+    return emit
+
+
+def _numbers(table: Any, b: Any) -> Any:
+    """Sample b's row of p (4 numbers) or limit (bound, gain) as a tuple, or None."""
+
+
+@overload(_numbers)
+def _numbers_typed(table, b):  # type: ignore[no-untyped-def]
+    if isinstance(table, types.NoneType):
+        return lambda table, b: None
+
+    def row(table, b):  # type: ignore[no-untyped-def]
+        r = table[b if table.shape[0] > 1 else 0]
+        return r[0], r[1], r[2], r[3]
+
+    return row
+
+
+# --- the kernel ---
+
+
+@jit()
+def fused(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, streams, draw, p, limit, w, c_in,
+          o0, o1, o2, o3, o4, i1, i2, i3, first, last):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Units first .. last of one stage; a unit is a chunk of one sample. See `step` for the arguments."""
+    n = o0.shape[1]
+    chunks = (n + CHUNK - 1) // CHUNK
+    buffer = np.empty(CHUNK, np.float32)
+    for unit in range(first, last):
+        b = unit // chunks
+        lo = unit % chunks * CHUNK
+        hi = min(n, lo + CHUNK)
+        x0, x1, x2, x3 = _part(s0, b, lo, hi), _part(s1, b, lo, hi), _part(s2, b, lo, hi), _part(s3, b, lo, hi)
+        x4, x5, x6, x7 = _part(s4, b, lo, hi), _part(s5, b, lo, hi), _part(s6, b, lo, hi), _part(s7, b, lo, hi)
+        y1, y2, y3 = _part(r1, b, lo, hi), _part(r2, b, lo, hi), _part(r3, b, lo, hi)
+        q0, q1, q2, q3 = _part(o0, b, lo, hi), _part(o1, b, lo, hi), _part(o2, b, lo, hi), _part(o3, b, lo, hi)
+        q4 = _part(o4, b, lo, hi)
+        v1, v2, v3 = _part(i1, b, lo, hi), _part(i2, b, lo, hi), _part(i3, b, lo, hi)
+        zz = _noise(streams, draw, buffer, z, b, lo, hi)
+        c0, c1, c2 = _coefficients(w, b, 0, o0), _coefficients(w, b, 1, o1), _coefficients(w, b, 2, o2)
+        c3, c4 = _coefficients(w, b, 3, o3), _coefficients(w, b, 4, o4)
+        pb, bounds = _numbers(p, b), _numbers(limit, b)
+        scale = c_in[b if c_in.shape[0] > 1 else 0]
+        for i in range(hi - lo):
+            a0, a1, a2, a3 = _at(x0, i), _at(x1, i), _at(x2, i), _at(x3, i)
+            a4, a5, a6, a7 = _at(x4, i), _at(x5, i), _at(x6, i), _at(x7, i)
+            g1, g2, g3, e = _at(y1, i), _at(y2, i), _at(y3, i), _at(zz, i)
+            m = _prediction(pb, bounds, a0, g1, g2, g3)
+            x = _emit(q0, i, c0, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
+            _emit(q1, i, c1, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
+            _emit(q2, i, c2, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
+            _emit(q3, i, c3, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
+            _emit(q4, i, c4, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
+            _put(v1, i, scale * x)
+            _put(v2, i, scale * x)
+            _put(v3, i, scale * x)
+
+
+# Up to this many elements one thread is faster than waking the others.
+SERIAL_ELEMENTS = 1 << 17
+
+Arguments = list[Any]
+
+
+def arguments(
+    slots: Sequence[np.ndarray | None],
+    raws: Sequence[np.ndarray],
+    w: np.ndarray,
+    outputs: Sequence[np.ndarray],
+    inputs: Sequence[np.ndarray] = (),
+    *,
+    c_in: np.ndarray,
+    z: np.ndarray | None = None,
+    streams: np.ndarray | None = None,
+    draw: int = 0,
+    p: np.ndarray | None = None,
+    limit: np.ndarray | None = None,
+) -> Arguments:
+    """The argument list of `launch`, absent ones as None. Positions 8 to 10 hold the raws and may be replaced.
+
+    All arrays are (B, elements), C-contiguous; an output must not share memory with an input.
+
+    slots    the state's dtype (float32 or float64), x first; None where the table's column is all zero
+    raws     the model's dtype: float32, float64, uint16 (bfloat16 bits) or int16 (float16 bits)
+    w        (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
+    outputs  a row each, the new x first
+    inputs   copies of c_in x' in the model's dtype; c_in (1 or B,)
+    z        noise given from outside, or None; else drawn for `streams` (B, 3) = (seed low, seed high, sample)
+             and the draw number
+    p        (1 or B, 4) and limit (1 or B, 4) = (bound, gain, 0, 0): the prediction, where it is not folded into w
+    """
+    given = (slots, raws, outputs, inputs)
+    for name, arrays, room in zip(
+        ("slots", "raws", "outputs", "inputs"),
+        given,
+        (layout.SLOTS, layout.RAWS, layout.OUTPUTS, layout.INPUTS),
+        strict=True,
+    ):
+        if len(arrays) > room:
+            raise ValueError(f"a fused stage takes at most {room} {name}, got {len(arrays)}")
+    s, r, o, i = (
+        [*arrays, *[None] * (room - len(arrays))]
+        for arrays, room in zip(given, (layout.SLOTS, layout.RAWS, layout.OUTPUTS, layout.INPUTS), strict=True)
+    )
+    return [*s, *r, z, streams, np.uint32(draw), p, limit, w, c_in, *o, *i]
+
+
+def units(samples: int, elements: int) -> int:
+    """How many pieces of work a stage over (samples, elements) has."""
+    return samples * -(-elements // CHUNK)
+
+
+def launch(args: Arguments, count: int, size: int) -> None:
+    """Run a stage of `count` units over `size` elements: here, or on all cores when that pays.
+
+    Every element is computed alone from its own inputs, so the split cannot change a bit of the result.
+    """
+    workers = _workers()
+    if size <= SERIAL_ELEMENTS or workers == 1 or count < workers:
+        fused(*args, 0, count)
+        return
+    cuts = [count * i // workers for i in range(workers + 1)]
+    waiting = [_pool().submit(fused, *args, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
+    fused(*args, 0, cuts[1])
+    for future in waiting:
+        future.result()
+
+
+@cache
+def _workers() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads, not Numba's own pool: that one is not safe to enter from several Python threads at once."""
+    return ThreadPoolExecutor(max(1, _workers() - 1), thread_name_prefix="fewstep")
+
+
+# A forked child has the pool's object but none of its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

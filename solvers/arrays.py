@@ -1,0 +1,138 @@
+"""Arrays in, arrays of the same kind out: the little that the loop needs of NumPy and of torch.
+
+torch is imported only when an argument already is a torch object or asks for one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = Any
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+def dtype_name(dtype: Any) -> str:
+    """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32 alike; else ValueError."""
+    name = str(dtype).rpartition(".")[2] if "torch" in str(dtype) or "bfloat16" in str(dtype) else np.dtype(dtype).name
+    if name not in (*FLOATS, "int64", "int32"):
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+    return name
+
+
+class Frame(Protocol):
+    """One array library on one device."""
+
+    name: str
+    device: str
+
+    def array(self, values: Any, dtype: str) -> Array:
+        """A new array of this frame from a NumPy array."""
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Array: ...
+
+    def bits(self, array: Array) -> np.ndarray:
+        """The same memory as a NumPy array: bfloat16 as uint16, float16 as int16. CPU only."""
+
+    def wrap(self, array: np.ndarray) -> Array:
+        """The same memory as an array of this frame. CPU only."""
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """A copy in float64."""
+
+    def dtype_of(self, array: Array) -> str: ...
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array: ...
+
+    def is_array(self, value: Any) -> bool: ...
+
+
+class NumpyFrame:
+    name = "numpy"
+    device = "cpu"
+
+    def array(self, values: Any, dtype: str) -> Array:
+        return np.array(values, dtype=self._dtype(dtype))
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Array:
+        return np.empty(shape, self._dtype(dtype))
+
+    def bits(self, array: Array) -> np.ndarray:
+        array = np.ascontiguousarray(array)
+        return array.view(np.int16) if array.dtype == np.float16 else array
+
+    def wrap(self, array: np.ndarray) -> Array:
+        return array
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.array(array, dtype=np.float64)
+
+    def dtype_of(self, array: Array) -> str:
+        return str(array.dtype)
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        return np.concatenate(arrays)
+
+    def is_array(self, value: Any) -> bool:
+        return isinstance(value, np.ndarray)
+
+    def _dtype(self, dtype: str) -> np.dtype[Any]:
+        if dtype == "bfloat16":
+            raise ValueError("NumPy has no bfloat16: use dtype='float16' or 'float32', or a torch denoiser")
+        return np.dtype(dtype)
+
+
+class TorchFrame:
+    name = "torch"
+
+    def __init__(self, device: Any = "cpu") -> None:
+        import torch
+
+        self.torch = torch
+        self.device = str(device)
+        self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+    def array(self, values: Any, dtype: str) -> Array:
+        return self.torch.tensor(values, dtype=getattr(self.torch, dtype), device=self.device)
+
+    def empty(self, shape: Sequence[int], dtype: str) -> Array:
+        return self.torch.empty(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
+
+    def bits(self, array: Array) -> np.ndarray:
+        array = array.detach().contiguous()
+        stored = self._bits.get(array.dtype)
+        return (array if stored is None else array.view(stored)).numpy()  # type: ignore[no-any-return]
+
+    def wrap(self, array: np.ndarray) -> Array:
+        return self.torch.from_numpy(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.array(array.detach().double().cpu().numpy())
+
+    def dtype_of(self, array: Array) -> str:
+        return str(array.dtype).rpartition(".")[2]
+
+    def concatenate(self, arrays: Sequence[Array]) -> Array:
+        return self.torch.cat(list(arrays))
+
+    def is_array(self, value: Any) -> bool:
+        return isinstance(value, self.torch.Tensor)
+
+
+def frame_of(value: Any) -> Frame | None:
+    """The frame of an array or of a torch module, None for anything else."""
+    if isinstance(value, np.ndarray):
+        return NumpyFrame()
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return TorchFrame(value.device)
+    if isinstance(value, torch.nn.Module):
+        first = next((t for t in [*value.parameters(), *value.buffers()]), None)
+        return TorchFrame("cpu" if first is None else first.device)
+    return None

@@ -1,0 +1,281 @@
+"""The memory of one sampling run, and how a stage's update is executed on it.
+
+`FusedRun` holds preallocated buffers and calls the Numba kernel; `NaiveRun` computes with the oracle on fresh
+arrays of any library and device, and lets gradients through. Both run the same tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout, naive, philox
+from fewstep.solvers.arrays import FLOATS, Array, Frame
+from fewstep.solvers.process import Point
+from fewstep.solvers.program import Program
+from fewstep.solvers.tables import StageTable, init_table
+
+NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all runs of a sampler: the tables, and the shapes and dtypes of its memory."""
+
+    program: Program
+    tables: Sequence[StageTable]
+    denoiser: Any
+    frame: Frame  # of the model
+    shape: tuple[int, ...]
+    dtype: str  # of the state
+    model_dtype: str
+    inputs: Sequence[Array]  # t of each stage, one entry for each sample of each batched branch
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape[1:], dtype=np.int64))
+
+    def copies(self, k: int) -> int:
+        """How many copies of the batch the model input of stage k holds."""
+        return len(self.tables[k].branches) if self.denoiser.batched else 1
+
+    def start(self) -> Point:
+        grid = self.program.plan.grid
+        return grid.points[0]
+
+    def check_raw(self, raw: Any) -> None:
+        """Raises ValueError unless the model returned an array like x."""
+        if not self.frame.is_array(raw):
+            raise ValueError(
+                f"the model returned {type(raw).__name__}, not an array of {self.frame.name}: wrap it so that "
+                "model(x, t) returns the raw prediction alone"
+            )
+        if tuple(raw.shape) != self.shape:
+            raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {self.shape}")
+        if self.frame.dtype_of(raw) not in FLOATS:
+            raise ValueError(f"the model returned dtype {self.frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}")
+
+
+class FusedRun:
+    """Preallocated memory for one run at a time; nothing is allocated after it is made."""
+
+    def __init__(self, job: Job) -> None:
+        from fewstep.kernels import numba_noise, numba_reduce, numba_step
+
+        self.job = job
+        self._step, self._noise, self._reduce = numba_step, numba_noise, numba_reduce
+        batch, elements = job.batch, job.elements
+        state = np.dtype(job.dtype)
+        self.size = batch * elements
+        self.units = numba_step.units(batch, elements)
+        self.buffers = [np.empty((batch, elements), state) for _ in range(job.program.buffers)]
+        self.streams = np.zeros((batch, 3), np.uint32)
+        self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
+        copies = max(job.copies(k) for k in range(len(job.tables)))
+        # Two model inputs in turn: a model may return its input, or keep it until the next call.
+        self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
+        self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
+        self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
+        self.latent = np.empty((batch, elements), np.float32)
+        self.args = [self._arguments(k) for k in range(len(job.tables))]
+        self.init = self._init_arguments()
+        self._external: list[list[Any]] | None = None
+        self._warm()
+
+    def _arguments(self, k: int) -> list[Any]:
+        job, table = self.job, self.job.tables[k]
+        after = k + 1 < len(job.tables)
+        c_in = np.array([job.tables[k + 1].c_in if after else 1.0], job.dtype)
+        clip = job.denoiser.clip
+        limit = None
+        if isinstance(clip, (int, float)):
+            limit = np.array([[clip, 1.0, 0.0, 0.0]], job.dtype)
+        elif clip is not None:
+            limit = self.limit
+        rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
+        return self._step.arguments(
+            [None if b is None else self.buffers[b] for b in table.slots],
+            [],
+            table.w,
+            [self.buffers[b] for b in table.writes],
+            self.input_rows[(k + 1) % 2][: job.copies(k + 1)] if after else (),
+            c_in=c_in,
+            streams=None if table.draw is None else self.streams,
+            draw=table.draw or 0,
+            p=self.p if rescaled else table.p,
+            limit=limit,
+        )
+
+    def _init_arguments(self) -> list[Any]:
+        op = self.job.program.init
+        return self._step.arguments(
+            [self.buffers[0]],
+            [],
+            init_table(op, self.job.dtype),
+            [self.buffers[op.writes[0]]] if op.writes != op.reads else [np.empty_like(self.buffers[0])],
+            self.input_rows[0][: self.job.copies(0)],
+            c_in=np.array([self.job.tables[0].c_in], self.job.dtype),
+            streams=self.streams if op.noisy else None,
+        )
+
+    def _warm(self) -> None:
+        """Compile every structure now: a launch of no units costs nothing but that."""
+        self._step.launch(self.init, 0, 0)
+        raw = self.input_rows[0][0]
+        for table, args in zip(self.job.tables, self.args, strict=True):
+            filled = list(args)
+            filled[layout.RAW : layout.RAW + len(table.branches)] = [raw] * len(table.branches)
+            self._step.launch(filled, 0, 0)
+
+    def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        """Take the latent (or draw it), and write the first model input."""
+        first = self.job.start()
+        buffer = self.buffers[0]
+        if streams is not None:
+            self.streams[...] = streams
+        if x is None:
+            self._noise.normal_batch(self.latent, self.streams, 0, philox.LATENT)
+            np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
+        else:
+            np.copyto(buffer, x)
+        op = self.job.program.init
+        self._launch(self._with_noise(self.init, 0, first, first, noise) if op.noisy else self.init)
+
+    def model_input(self, k: int) -> Array:
+        return self.views[k]
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        """One fused stage."""
+        job, table, args = self.job, self.job.tables[k], self.args[k]
+        bits = job.frame.bits
+        for j, raw in enumerate(raws, layout.RAW):
+            if k == 0 or raw.shape != job.shape:
+                job.check_raw(raw)
+            args[j] = bits(raw).reshape(job.batch, job.elements)
+        if table.p is not None:
+            self._reduce_stage(table, args)
+        if noise is not None and table.draw is not None:
+            args = self._with_noise(args, table.draw, table.at, table.to, noise)
+        self._launch(args)
+
+    def _reduce_stage(self, table: StageTable, args: list[Any]) -> None:
+        denoiser = self.job.denoiser
+        r1, r2, r3 = args[layout.RAW : layout.RAW + layout.RAWS]
+        p = table.p
+        if denoiser.rescale and len(table.branches) > 1:
+            weights = np.zeros(3)
+            weights[: len(table.weights)] = table.weights
+            self._reduce.guidance_scale(r1, r2, r3, weights, denoiser.rescale, p, self.p)
+            p = self.p
+        if denoiser.clip is not None and not isinstance(denoiser.clip, (int, float)):
+            clip = denoiser.clip
+            self._reduce.threshold(args[0], r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
+
+    def _with_noise(
+        self, args: list[Any], draw: int, at: Point, to: Point, noise: NoiseSource | None
+    ) -> list[Any]:
+        if noise is None:
+            return args
+        z = outside_noise(noise, draw, at, to, self.job.shape)
+        replaced = list(args)
+        z_at = layout.RAW + layout.RAWS
+        replaced[z_at] = z.astype(self.job.dtype, copy=False).reshape(self.job.batch, self.job.elements)
+        replaced[z_at + 1] = None
+        return replaced
+
+    def _launch(self, args: list[Any]) -> None:
+        self._step.launch(args, self.units, self.size)
+
+    def x(self, k: int) -> np.ndarray:
+        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
+        return self.buffers[self.job.tables[k].writes[0]].reshape(self.job.shape)
+
+    def x0(self, k: int) -> np.ndarray:
+        return self.buffers[self.job.program.x0[k]].reshape(self.job.shape)
+
+
+class NaiveRun:
+    """The oracle as a backend: fresh arrays in every stage, on the model's own library and device."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.latest: Array = None
+        self.buffers: list[Array] = [None] * job.program.buffers
+        self.like = job.frame.empty((1,), job.model_dtype)
+
+    def begin(self, x: Any, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        job, op = self.job, self.job.program.init
+        self.streams = streams
+        first = job.start()
+        if x is None:
+            z = self._draw(0, philox.LATENT)
+            self.buffers[0] = z * first.sigma
+        else:
+            self.buffers[0] = x if job.frame.is_array(x) else job.frame.array(x, job.dtype)
+        z = self._noise(0, first, first, noise) if op.noisy else None
+        (self.buffers[op.writes[0]],) = naive.step([self.buffers[0]], [], init_table(op, job.dtype), z=z)
+        self.latest = self.buffers[op.writes[0]]
+
+    def _draw(self, draw: int, domain: int) -> Array:
+        job = self.job
+        assert self.streams is not None
+        rows = [
+            philox.normals(job.elements, int(lo) | int(hi) << 32, int(sample), draw, domain)
+            for lo, hi, sample in self.streams
+        ]
+        return job.frame.array(np.stack(rows).reshape(job.shape), job.dtype)
+
+    def _noise(self, draw: int, at: Point, to: Point, noise: NoiseSource | None) -> Array:
+        if noise is None:
+            return self._draw(draw, philox.STEP)
+        return self.job.frame.array(outside_noise(noise, draw, at, to, self.job.shape), self.job.dtype)
+
+    def model_input(self, k: int) -> Array:
+        c_in = np.array([self.job.tables[k].c_in])
+        x_in = naive.model_input(self.latest, c_in, self.like)
+        return self.job.frame.concatenate([x_in] * self.job.copies(k))
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        job, table = self.job, self.job.tables[k]
+        for raw in raws:
+            job.check_raw(raw)
+        z = None if table.draw is None else self._noise(table.draw, table.at, table.to, noise)
+        slots = [None if b is None else self.buffers[b] for b in table.slots]
+        p, limit = table.p, None
+        clip = job.denoiser.clip
+        if p is not None and job.denoiser.rescale and len(raws) > 1:
+            p = np.repeat(p, job.batch, axis=0)
+            p[:, 1:] *= naive.guidance_scale(raws, table.weights, job.denoiser.rescale)[:, None]
+        if isinstance(clip, (int, float)):
+            limit = np.array([[clip, 1.0]])
+        elif clip is not None:
+            assert p is not None
+            like = next(s for s in self.buffers if s is not None)
+            m = naive.combine([slots[0], *(naive.cast(r, like) for r in raws)], p, like)
+            limit = naive.threshold(m, clip.quantile, clip.maximum)
+        outputs = naive.step(slots, raws, table.w, z=z, p=p, limit=limit)
+        for buffer, output in zip(table.writes, outputs, strict=True):
+            self.buffers[buffer] = output
+        self.latest = outputs[0]
+
+    def x(self, k: int) -> Array:
+        return self.latest
+
+    def x0(self, k: int) -> Array:
+        return self.buffers[self.job.program.x0[k]]
+
+
+def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> np.ndarray:
+    """The caller's own draw as a NumPy array. Raises ValueError unless it has the sample's shape."""
+    z = noise(draw, at, to, shape)
+    z = z.detach().cpu().double().numpy() if hasattr(z, "detach") else np.asarray(z)
+    if z.shape != shape:
+        raise ValueError(f"noise returned shape {z.shape} for draw {draw}; the sample has shape {shape}")
+    return np.ascontiguousarray(z)

@@ -1,0 +1,373 @@
+"""The one sampling loop: any plan, any denoiser, any backend."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import philox
+from fewstep.solvers.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.engine import FusedRun, Job, NaiveRun, NoiseSource
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.grid import grid as make_grid
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import Point
+from fewstep.solvers.program import compile_plan
+from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.registry import unknown
+from fewstep.solvers.tables import stage_tables
+
+BACKENDS = ("auto", "naive", "numba", "triton")
+GRAPHS = ("auto", "off", "step", "loop")
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after each completed step. x and x0 are valid until it returns; copy to keep them.
+
+    step, steps  this step's number from 0, and how many there are
+    calls        denoiser calls so far
+    at, to       where the step's last call was made, and the marginal of x now
+    x, x0        the sample and the latest x0 prediction, (B, ...)
+    """
+
+    step: int
+    steps: int
+    calls: int
+    at: Point
+    to: Point
+    x: Array
+    x0: Array
+
+
+class Sampler:
+    """A denoiser and a plan compiled for one shape; call it many times.
+
+        sampler = Sampler(denoiser, plan, shape=(4, 1, 8, 8))
+        images = sampler(seed=0)
+
+    denoiser  a `fewstep.Denoiser`
+    plan      from `fewstep.plan`, on the denoiser's own process
+    shape     (B, ...) of x
+    backend   "numba" (CPU), "naive" (any device; differentiable), "auto"
+    device    where a denoiser that is a plain callable wants its arrays: "cpu" or "cuda" make them torch tensors
+    dtype     of the state and of the result: float32 (default) or float64
+    graph     CUDA graphs; only "auto" and "off" on a CPU
+
+    Memory is allocated when the sampler is made and reused by every call; a call allocates its result alone,
+    and not even that with `out`. Calls from several threads at once are safe: each takes its own workspace.
+
+    Raises ValueError or TypeError that names the argument, before the model is called.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        plan: Plan,
+        shape: Sequence[int],
+        *,
+        backend: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+        graph: str = "auto",
+    ) -> None:
+        for needed in ("prologue", "bind", "process"):
+            if not hasattr(denoiser, needed):
+                raise TypeError(
+                    f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
+                    "wrap the model, Denoiser(model, process, predicts=...)"
+                )
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
+        self.shape = check_shape(shape)
+        self.dtype = dtype_name(dtype or "float32")
+        if self.dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype is the state's, float32 or float64, got {self.dtype}; 16-bit belongs to the model")
+        if backend not in BACKENDS:
+            raise ValueError(unknown("backend", backend, BACKENDS))
+        if graph not in GRAPHS:
+            raise ValueError(unknown("graph mode", graph, GRAPHS))
+        self.frame = model_frame(denoiser, device)
+        self.backend = pick_backend(backend, self.frame)
+        if graph in ("step", "loop"):
+            raise ValueError(f"graph={graph!r} needs a CUDA device and the triton backend; this sampler runs {self.backend} on {self.frame.device}")
+        self._configure(denoiser, plan)
+
+    def _configure(self, denoiser: Any, plan: Plan) -> None:
+        if plan.grid.process != denoiser.process:
+            raise ValueError(
+                f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
+                "make the grid with the denoiser's process"
+            )
+        # Both programs, so that a bad combination fails here and not in a later call with a callback.
+        jobs = {keep: self._job(denoiser, plan, keep) for keep in (False, True)}
+        self.denoiser, self.plan, self._jobs = denoiser, plan, jobs
+        self._idle: dict[bool, deque[FusedRun | NaiveRun]] = {False: deque(), True: deque()}
+        self._idle[False].append(self._new_run(jobs[False]))
+
+    def _job(self, denoiser: Any, plan: Plan, keep_x0: bool) -> Job:
+        program = compile_plan(plan, keep_x0=keep_x0)
+        tables = stage_tables(program, denoiser, self.dtype)
+        model_dtype = denoiser.model_dtype(self.dtype)
+        time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
+        batches = [self.shape[0] * (len(t.branches) if denoiser.batched else 1) for t in tables]
+        times = [self.frame.array(np.full(n, t.t), time_dtype) for n, t in zip(batches, tables, strict=True)]
+        return Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times)
+
+    def _new_run(self, job: Job) -> FusedRun | NaiveRun:
+        return FusedRun(job) if self.backend == "numba" else NaiveRun(job)
+
+    def update(self, plan: Plan | None = None, *, guidance: Any = ...) -> None:
+        """Change the plan or the guidance for later calls. Calls under way finish with what they began with."""
+        denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
+        self._configure(denoiser, self.plan if plan is None else plan)
+
+    def __call__(
+        self,
+        x: Array | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        noise: NoiseSource | None = None,
+        cond: Any = None,
+        first_sample: int = 0,
+        callback: Callable[[StepInfo], None] | None = None,
+        progress: bool = False,
+        out: Array | None = None,
+    ) -> Array:
+        """One batch of samples, like x in type and dtype, else an array of the model's library.
+
+        x         (B, ...) at the grid's first point; without it x is drawn from `seed`
+        seed      an int (sample i draws from stream (seed, first_sample + i)) or one int a sample (stream
+                  (seed_i, 0)); None draws one from the operating system
+        noise     noise(draw, at, to, shape) replaces the drawn normals of the steps
+        cond      the model's keyword arguments; under guidance a sequence (null, condition) unless the
+                  denoiser holds `null`
+        callback  called with a `StepInfo` after each step; may raise to stop
+        progress  show a bar
+        out       where to write the result instead of a new array (x's or the model's library)
+        """
+        outer = frame_of(x) if x is not None else self.frame
+        if x is not None:
+            check_latent(x, outer, self.shape, self.frame, self.dtype)
+        if out is not None:
+            check_out(out, outer, self.shape)
+        streams = None
+        if x is None or (self.plan.stochastic and noise is None):
+            streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
+        elif seed is not None:
+            philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
+        keep = callback is not None
+        job, idle = self._jobs[keep], self._idle[keep]
+        call = job.denoiser.bind(self.frame, self.shape[0], cond)
+        try:
+            run = idle.popleft()
+        except IndexError:
+            run = self._new_run(job)
+        try:
+            with self._no_grad():
+                self._loop(run, call, self._latent(x, outer), streams, noise, callback, progress, outer)
+                return self._result(run.x(len(job.tables) - 1), x, outer, out)
+        finally:
+            # Also after an interruption: every run rewrites its memory from the start.
+            idle.append(run)
+
+    def _loop(
+        self,
+        run: FusedRun | NaiveRun,
+        call: Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]],
+        x: Any,
+        streams: np.ndarray | None,
+        noise: NoiseSource | None,
+        callback: Callable[[StepInfo], None] | None,
+        progress: bool,
+        outer: Frame | None,
+    ) -> None:
+        job = run.job
+        run.begin(x, streams, noise)
+        step = 0
+        with _bar(len(job.tables), progress) as bar:
+            for k, table in enumerate(job.tables):
+                raws = call(table.branches, run.model_input(k), job.inputs[k])
+                run.advance(k, raws, noise)
+                if bar is not None:
+                    bar.update(1)
+                if callback is not None and table.done:
+                    steps = job.program.plan.steps
+                    x_now, x0_now = self._outside(run.x(k), outer), self._outside(run.x0(k), outer)
+                    callback(StepInfo(step, steps, k + 1, table.at, table.to, x_now, x0_now))
+                step += table.done
+
+    def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
+        if self.backend == "numba" and isinstance(self.frame, TorchFrame):
+            return self.frame.torch.no_grad()  # type: ignore[no-any-return]
+        return contextlib.nullcontext()
+
+    def _latent(self, x: Array | None, outer: Frame | None) -> Any:
+        """x as the run takes it: NumPy for the fused kernels, the model's own library for the oracle."""
+        if x is None or outer is None:
+            return None
+        if self.backend == "numba":
+            values = x.detach().to(getattr(outer.torch, self.dtype)).numpy() if isinstance(outer, TorchFrame) else x
+            return np.asarray(values).reshape(self.shape[0], -1)
+        if isinstance(outer, TorchFrame) and isinstance(self.frame, TorchFrame):
+            return x.to(getattr(outer.torch, self.dtype))
+        return self.frame.array(outer.to_numpy(x), self.dtype)
+
+    def _outside(self, values: Any, outer: Frame | None) -> Array:
+        """An array of a run as the caller's type, sharing memory where it can."""
+        outer = outer or self.frame
+        if isinstance(values, np.ndarray):
+            return outer.wrap(values)
+        return values if isinstance(outer, TorchFrame) else values.detach().cpu().numpy()
+
+    def _result(self, values: Any, x: Array | None, outer: Frame | None, out: Array | None) -> Array:
+        values = self._outside(values, outer)
+        if out is not None:
+            if isinstance(out, np.ndarray):
+                np.copyto(out, values)
+            else:
+                out.copy_(values)
+            return out
+        dtype = self.dtype if x is None or outer is None else outer.dtype_of(x)
+        if isinstance(values, np.ndarray):
+            return values.astype(dtype)  # a copy: the run's memory is used again
+        import torch
+
+        copied = values if self.backend == "naive" else values.clone()
+        return copied.to(getattr(torch, dtype))
+
+
+def sample(
+    denoiser: Any,
+    x: Array | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    solver: str = "dpmpp_2m",
+    steps: int = 20,
+    spacing: str = "karras",
+    grid: Grid | None = None,
+    seed: int | Sequence[int] | None = None,
+    noise: NoiseSource | None = None,
+    cond: Any = None,
+    start: float = 0.0,
+    first_sample: int = 0,
+    backend: str = "auto",
+    device: Any = None,
+    dtype: Any = None,
+    progress: bool = False,
+    callback: Callable[[StepInfo], None] | None = None,
+    **solver_options: Any,
+) -> Array:
+    """Draw samples in one call.
+
+        images = fewstep.sample(denoiser, shape=(16, 1, 8, 8), solver="unipc", steps=8, seed=0)
+
+    x, shape  exactly one: a latent (B, ...) already at the grid's first point, or the shape to draw one from `seed`
+    solver    a name from `list_solvers()`; its options follow as keywords (eta=1.0, order=3, s_churn=40 ...)
+    steps, spacing  the grid on the denoiser's process, unless `grid` is given
+    start     skip that fraction of the steps (1 - strength of image-to-image); x is then at the later point
+    The rest as for `Sampler`.
+
+    Raises ValueError or TypeError that names the argument, before the model is called.
+    """
+    if (x is None) == (shape is None):
+        raise ValueError("give exactly one of x (a latent) and shape (to draw one), got " + ("neither" if x is None else "both"))
+    if not hasattr(denoiser, "prologue"):
+        raise TypeError(
+            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
+            "wrap the model, Denoiser(model, process, predicts=...)"
+        )
+    if grid is None:
+        grid = make_grid(denoiser.process, steps, spacing)
+    if start:
+        grid = grid.tail(start)
+    outer = None if x is None else frame_of(x)
+    if x is not None and outer is None:
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
+        dtype = "float64"
+    if device is None and isinstance(outer, TorchFrame):
+        device = outer.device
+    if backend == "auto" and getattr(x, "requires_grad", False):
+        backend = "naive"  # the fused kernels keep no graph
+    sampler = Sampler(
+        denoiser,
+        make_plan(solver, grid, **solver_options),
+        tuple(x.shape) if x is not None else shape or (),
+        backend=backend,
+        device=device,
+        dtype=dtype,
+    )
+    return sampler(
+        x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, callback=callback, progress=progress
+    )
+
+
+# --- checks: every one names the argument, its value and what would work ---
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(n) for n in shape)
+    except (TypeError, ValueError):
+        raise TypeError(f"shape must be a sequence of ints (B, ...), got {shape!r}") from None
+    if len(sizes) < 2 or any(n < 1 for n in sizes):
+        raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
+    return sizes
+
+
+def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:
+    if frame is None:
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, the sampler was made for {shape}")
+    if frame.dtype_of(x) not in FLOATS:
+        raise ValueError(f"x has dtype {frame.dtype_of(x)}; it must be one of {', '.join(FLOATS)}")
+    if frame.dtype_of(x) == "float64" and dtype != "float64":
+        raise ValueError("x is float64 and the sampler's state float32: pass dtype='float64', or x as float32")
+    if frame.device != model.device:
+        raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
+
+
+def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...]) -> None:
+    if frame is None or not frame.is_array(out) or tuple(out.shape) != shape:
+        raise ValueError(f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}")
+
+
+def model_frame(denoiser: Any, device: Any) -> Frame:
+    """The library and device of the model's arrays: its own, else the one asked for, else NumPy."""
+    own: Frame | None = denoiser.frame
+    if own is None:
+        return NumpyFrame() if device is None else TorchFrame(device)
+    if device is not None and str(device) != own.device:
+        raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
+    return own
+
+
+def pick_backend(backend: str, frame: Frame) -> str:
+    if backend == "triton":
+        raise ValueError("backend='triton' is not available in this version; use 'numba' on a CPU or 'naive' on any device")
+    if backend == "numba" and frame.device != "cpu":
+        raise ValueError(f"backend='numba' runs on the CPU, the model is on {frame.device}: use backend='naive'")
+    if backend == "auto":
+        return "numba" if frame.device == "cpu" else "naive"
+    return backend
+
+
+@contextlib.contextmanager
+def _bar(total: int, wanted: bool) -> Any:
+    if not wanted:
+        yield None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs tqdm: pip install 'fewstep[cli]'") from None
+    with tqdm(total=total, unit="call", leave=False) as bar:
+        yield bar

@@ -1,0 +1,462 @@
+"""Noising processes: what the marginal x = alpha * x0 + sigma * eps is at each time.
+
+A process maps its own time t (what the denoiser is told) to a :class:`Point`, and a noise-to-signal ratio
+sigma/alpha back to the point that has it. Everything above works on points, so no solver assumes alpha = 1.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+# Times and ratios this close (relatively) outside the valid range are round-off and are set to the end.
+_SLACK = 1e-9
+
+
+class Point(NamedTuple):
+    """One marginal x = alpha * x0 + sigma * eps with eps ~ N(0, I).
+
+    Fields are Python floats, or float64 arrays of one shape when the point was made from an array.
+
+    Attributes:
+        t: the process's own time, which the denoiser is told.
+        alpha: signal scale, >= 0.
+        sigma: noise standard deviation, >= 0.
+    """
+
+    t: float
+    alpha: float
+    sigma: float
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha: the noise level in the frame where alpha is 1; inf where alpha is 0."""
+        with np.errstate(divide="ignore"):
+            ratio: float = _plain(np.divide(self.sigma, self.alpha))
+        return ratio
+
+    @property
+    def lam(self) -> float:
+        """log(alpha / sigma), half the log-SNR (DPM-Solver, arXiv 2206.00927, section 3.1)."""
+        with np.errstate(divide="ignore"):
+            lam: float = _plain(-np.log(self.ratio))
+        return lam
+
+
+class Process(Protocol):
+    """What solvers and grids use of a process. Noise grows with t in every process.
+
+    ``t_first`` and ``t_last`` are the noisiest and the least noisy time at which a model is called by
+    default; ``sigma_max`` and ``sigma_min`` are the largest finite and the smallest non-zero ratio of a
+    default grid.
+    """
+
+    @property
+    def t_first(self) -> float: ...
+    @property
+    def t_last(self) -> float: ...
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+    @property
+    def sigma_limit(self) -> float:
+        """The largest ratio that the process has: churn stays below it."""
+
+    @property
+    def clean(self) -> Point:
+        """The noise-free end: alpha = 1, sigma = 0."""
+
+    @property
+    def gapless(self) -> bool:
+        """Whether uniform time runs on to the clean end (flow), or stops at t_last, the clean end apart."""
+
+    @property
+    def timesteps(self) -> int | None:
+        """Number of discrete training times; None where time is continuous."""
+
+    def point(self, t: ArrayLike) -> Point:
+        """The marginal at time t."""
+
+    def point_at_sigma(self, ratio: ArrayLike) -> Point:
+        """The point with sigma / alpha = ratio."""
+
+    def warp(self, u: ArrayLike) -> Array:
+        """Uniform time, on which grids are laid out -> the process's own time."""
+
+    def unwarp(self, t: ArrayLike) -> Array:
+        """The inverse of :meth:`warp`."""
+
+    def level(self, ratio: float) -> float:
+        """The coordinate on which sigma-type spacings act, at a ratio sigma / alpha."""
+
+    def at_level(self, level: ArrayLike) -> Point:
+        """The point at a coordinate of :meth:`level`."""
+
+
+def _plain(value: Any) -> Any:
+    """A Python float for a 0-d value, the float64 array otherwise."""
+    return float(value) if np.ndim(value) == 0 else np.asarray(value, dtype=np.float64)
+
+
+def _pack(t: Any, alpha: Any, sigma: Any) -> Point:
+    return Point(_plain(t), _plain(alpha), _plain(sigma))
+
+
+def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> Array:
+    """`value` as float64, each entry in [low, high], or a ValueError that names the first one that is not."""
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} = {value!r} is not a number or an array of numbers") from error
+    floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
+    # A NaN fails both comparisons and so counts as out of range.
+    bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
+    if bad.size:
+        where = f"{name}[{bad[0]}]" if array.ndim else name
+        value = float(array.flat[bad[0]])
+        raise ValueError(f"{where} = {value} is outside {low:.10g} <= {name} <= {high:.10g} of {owner}")
+    return np.clip(array, low, high)
+
+
+def _vp(t: Any, ratio: Any) -> Point:
+    """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio; no overflow at either end."""
+    with np.errstate(divide="ignore"):
+        return _pack(t, 1.0 / np.hypot(1.0, ratio), 1.0 / np.hypot(1.0, np.divide(1.0, ratio)))
+
+
+class _Unwarped:
+    """Time is laid out as it is, and sigma-type spacings act on the ratio sigma / alpha."""
+
+    gapless: ClassVar[bool] = False
+
+    def point_at_sigma(self, ratio: ArrayLike) -> Point:
+        raise NotImplementedError
+
+    def warp(self, u: ArrayLike) -> Array:
+        return np.asarray(u, dtype=np.float64)
+
+    def unwarp(self, t: ArrayLike) -> Array:
+        return np.asarray(t, dtype=np.float64)
+
+    def level(self, ratio: float) -> float:
+        return ratio
+
+    def at_level(self, level: ArrayLike) -> Point:
+        return self.point_at_sigma(level)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VP(_Unwarped):
+    """Variance preserving: alpha = sqrt(acp), sigma = sqrt(1 - acp) (DDPM, arXiv 2006.11239, equation 4).
+
+    Time t runs over the indices 0 .. T-1 of ``alphas_cumprod``; fractions are allowed: log(sigma/alpha) is
+    linear between neighbours (as k-diffusion and diffusers interpolate). t = -1 is clean data, the time
+    before index 0 (DDPM's and DDIM's final alpha-bar of 1); between -1 and 0 the ratio grows linearly from 0.
+    If the last entry is 0 (zero terminal SNR), alpha is linear in t over the last interval, down to 0 at T-1.
+
+    Args:
+        alphas_cumprod: (T,) cumulative products of 1 - beta, T >= 2, strictly decreasing, each in [0, 1);
+            only the last may be 0.
+
+    Raises:
+        ValueError: if ``alphas_cumprod`` is not that.
+    """
+
+    alphas_cumprod: Array
+    _log_ratio: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        acp = np.array(self.alphas_cumprod, dtype=np.float64)
+        if acp.ndim != 1 or acp.size < 2:
+            raise ValueError(f"alphas_cumprod has shape {acp.shape}; VP takes (T,) with T >= 2")
+        bad = np.flatnonzero(~((acp >= 0.0) & (acp < 1.0)))
+        if bad.size:
+            raise ValueError(f"alphas_cumprod[{bad[0]}] = {acp[bad[0]]} is outside 0 <= alphas_cumprod < 1")
+        with np.errstate(divide="ignore"):
+            log_ratio = 0.5 * (np.log1p(-acp) - np.log(acp))
+        flat = np.flatnonzero(~(np.diff(log_ratio) > 0.0))
+        if flat.size:
+            i = int(flat[0])
+            raise ValueError(
+                f"alphas_cumprod[{i + 1}] = {acp[i + 1]} is not below alphas_cumprod[{i}] = {acp[i]}: "
+                "it must be strictly decreasing"
+            )
+        for name, array in (("alphas_cumprod", acp), ("_log_ratio", log_ratio)):
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+
+    @classmethod
+    def linear(cls, beta_start: float = 1e-4, beta_end: float = 2e-2, timesteps: int = 1000) -> VP:
+        """beta linear in the index (DDPM, arXiv 2006.11239, section 4). Betas in (0, 1), increasing."""
+        return cls(_cumprod(np.linspace(*_betas(beta_start, beta_end, timesteps))))
+
+    @classmethod
+    def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, timesteps: int = 1000) -> VP:
+        """sqrt(beta) linear in the index (latent diffusion, arXiv 2112.10752). Betas in (0, 1)."""
+        low, high, count = _betas(beta_start, beta_end, timesteps)
+        return cls(_cumprod(np.linspace(low**0.5, high**0.5, count) ** 2))
+
+    @classmethod
+    def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VP:
+        """alpha-bar = cos^2 of time, each beta at most ``max_beta`` (arXiv 2102.09672, equation 17)."""
+        _count(timesteps)
+        if not (s > 0.0 and 0.0 < max_beta < 1.0):
+            raise ValueError(f"s = {s} and max_beta = {max_beta}: VP.cosine takes s > 0 and 0 < max_beta < 1")
+        bar = np.cos((np.arange(timesteps + 1) / timesteps + s) / (1.0 + s) * (math.pi / 2.0)) ** 2
+        return cls(_cumprod(np.minimum(1.0 - bar[1:] / bar[:-1], max_beta)))
+
+    def zero_terminal_snr(self) -> VP:
+        """This process, its sqrt(acp) shifted and scaled to end at 0 (arXiv 2305.08891, Algorithm 1)."""
+        root = np.sqrt(self.alphas_cumprod)
+        return VP(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
+
+    @property
+    def timesteps(self) -> int:
+        return self.alphas_cumprod.size
+
+    @property
+    def t_first(self) -> float:
+        return float(self.timesteps - 1)
+
+    @property
+    def t_last(self) -> float:
+        return 0.0
+
+    @property
+    def sigma_min(self) -> float:
+        """sigma / alpha at t = 0."""
+        return math.exp(self._log_ratio[0])
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest finite sigma / alpha at a discrete time: the last, or the one before it at zero SNR."""
+        return math.exp(self._finite[-1])
+
+    @property
+    def sigma_limit(self) -> float:
+        """sigma / alpha at T-1, infinite at zero terminal SNR."""
+        return float(self.point(self.t_first).ratio)
+
+    @property
+    def clean(self) -> Point:
+        return Point(-1.0, 1.0, 0.0)
+
+    @property
+    def _finite(self) -> Array:
+        """log(sigma / alpha) at the discrete times where it is finite."""
+        return self._log_ratio if self.alphas_cumprod[-1] > 0.0 else self._log_ratio[:-1]
+
+    def point(self, t: ArrayLike) -> Point:
+        """The marginal at t, any shape, -1 <= t <= T-1. Raises ValueError outside that."""
+        t = _within("t", t, -1.0, self.t_first, repr(self))
+        nodes = self._finite
+        ratio = np.exp(np.interp(t, np.arange(nodes.size), nodes))
+        ratio = np.where(t < 0.0, (t + 1.0) * self.sigma_min, ratio)
+        if nodes.size == self.timesteps:
+            return _vp(t, ratio)
+        # ratio is infinite at T-1, so that log(ratio) cannot be interpolated there: alpha is.
+        alpha = math.sqrt(self.alphas_cumprod[-2]) * (self.t_first - t)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return _vp(t, np.where(t > nodes.size - 1, np.sqrt(1.0 - alpha**2) / alpha, ratio))
+
+    def point_at_sigma(self, ratio: ArrayLike) -> Point:
+        """The point with sigma / alpha = ratio, any shape, from 0 (clean, t = -1) to the ratio at T-1.
+
+        The upper end is infinite at zero terminal SNR. Raises ValueError outside the range.
+        """
+        nodes = self._finite
+        zero_snr = nodes.size < self.timesteps
+        r = _within("ratio", ratio, 0.0, math.inf if zero_snr else self.sigma_max, repr(self))
+        with np.errstate(divide="ignore"):
+            t = np.interp(np.log(r), nodes, np.arange(nodes.size))
+        # A ratio that is sigma_min but for round-off is t = 0, so that no table of times is read at -1e-16.
+        t = np.where(r < self.sigma_min * (1.0 - 1e-12), r / self.sigma_min - 1.0, t)
+        if zero_snr:
+            alpha = 1.0 / np.hypot(1.0, r)
+            last = self.t_first - alpha / math.sqrt(self.alphas_cumprod[-2])
+            t = np.where(r > self.sigma_max, last, t)
+        return _vp(t, r)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+
+    def __hash__(self) -> int:
+        return hash(self.alphas_cumprod.tobytes())
+
+    def __repr__(self) -> str:
+        acp = self.alphas_cumprod
+        return f"VP(alphas_cumprod: {acp.size} values, {acp[0]:.6g} .. {acp[-1]:.6g})"
+
+
+def _count(timesteps: int) -> None:
+    if not isinstance(timesteps, (int, np.integer)) or timesteps < 2:
+        raise ValueError(f"timesteps = {timesteps!r}: VP takes an int >= 2")
+
+
+def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]:
+    _count(timesteps)
+    if not 0.0 < start <= end < 1.0:
+        raise ValueError(f"beta_start = {start}, beta_end = {end}: VP takes 0 < beta_start <= beta_end < 1")
+    return start, end, timesteps
+
+
+def _cumprod(betas: NDArray[np.floating[Any]]) -> Array:
+    return np.cumprod(1.0 - betas).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class VE(_Unwarped):
+    """Variance exploding: alpha = 1, t = sigma (arXiv 2011.13456, section 3.4; time as in EDM).
+
+    Args:
+        sigma_min, sigma_max: the noise levels between which grids are laid out, 0 < sigma_min < sigma_max.
+            ``point`` takes any t >= 0: churn goes above sigma_max and the last step below sigma_min.
+
+    Raises:
+        ValueError: if the two are not finite, positive and increasing.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    timesteps: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
+                f"{type(self).__name__} takes 0 < sigma_min < sigma_max < inf"
+            )
+
+    @property
+    def t_first(self) -> float:
+        return self.sigma_max
+
+    @property
+    def t_last(self) -> float:
+        return self.sigma_min
+
+    @property
+    def sigma_limit(self) -> float:
+        return math.inf
+
+    @property
+    def clean(self) -> Point:
+        return Point(0.0, 1.0, 0.0)
+
+    def point(self, t: ArrayLike) -> Point:
+        """The marginal at t = sigma, any shape, 0 <= t < inf. Raises ValueError outside that."""
+        sigma = _within("t", t, 0.0, sys.float_info.max, repr(self))
+        return _pack(sigma, np.ones_like(sigma), sigma)
+
+    def point_at_sigma(self, ratio: ArrayLike) -> Point:
+        """The point with sigma / alpha = ratio (here sigma), any shape, 0 <= ratio < inf, or ValueError."""
+        sigma = _within("ratio", ratio, 0.0, sys.float_info.max, repr(self))
+        return _pack(sigma, np.ones_like(sigma), sigma)
+
+
+@dataclass(frozen=True)
+class EDM(VE):
+    """EDM (Karras et al., arXiv 2206.00364, Table 1): alpha = 1, t = sigma; knows the data's std.
+
+    Args:
+        sigma_min, sigma_max: as in :class:`VE`.
+        sigma_data: standard deviation of the data, for the preconditioning c_skip, c_out, c_in; > 0.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data = {self.sigma_data}: EDM takes 0 < sigma_data < inf")
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Rectified flow: alpha = 1 - t, sigma = t, 0 <= t <= 1 (arXiv 2209.03003, 2210.02747).
+
+    Args:
+        shift: grids are laid out in a uniform time u and moved to t = shift u / (1 + (shift - 1) u) (SD3,
+            arXiv 2403.03206, section 5.3.2), which multiplies the ratio t / (1 - t) by ``shift``. ``point``
+            does not use it.
+
+    Raises:
+        ValueError: if shift is not positive and finite.
+    """
+
+    shift: float = 1.0
+    gapless: ClassVar[bool] = True
+    timesteps: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.shift < math.inf:
+            raise ValueError(f"shift = {self.shift}: Flow takes 0 < shift < inf")
+
+    @property
+    def t_first(self) -> float:
+        return 1.0
+
+    @property
+    def t_last(self) -> float:
+        """u = 1/1000, the smallest training time of a 1000-step table, warped."""
+        return float(self.warp(1e-3))
+
+    @property
+    def sigma_min(self) -> float:
+        """sigma / alpha at ``t_last``."""
+        return self.shift / 999.0
+
+    @property
+    def sigma_max(self) -> float:
+        """sigma / alpha at u = 999/1000: the ratio is infinite at t = 1."""
+        return self.shift * 999.0
+
+    @property
+    def sigma_limit(self) -> float:
+        return math.inf
+
+    @property
+    def clean(self) -> Point:
+        return Point(0.0, 1.0, 0.0)
+
+    def point(self, t: ArrayLike) -> Point:
+        """The marginal at t, any shape, 0 <= t <= 1. Raises ValueError outside that."""
+        t = _within("t", t, 0.0, 1.0, repr(self))
+        return _pack(t, 1.0 - t, t)
+
+    def point_at_sigma(self, ratio: ArrayLike) -> Point:
+        """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf (t = 1), or ValueError."""
+        r = _within("ratio", ratio, 0.0, math.inf, repr(self))
+        with np.errstate(divide="ignore"):
+            t = 1.0 / (1.0 + np.divide(1.0, r))
+        return _pack(t, 1.0 / (1.0 + r), t)
+
+    def warp(self, u: ArrayLike) -> Array:
+        """Uniform time u in [0, 1] -> t = shift u / (1 + (shift - 1) u)."""
+        u = np.asarray(u, dtype=np.float64)
+        return self.shift * u / (self.shift * u + (1.0 - u))
+
+    def unwarp(self, t: ArrayLike) -> Array:
+        """t in [0, 1] -> u, the inverse of :meth:`warp`."""
+        t = np.asarray(t, dtype=np.float64)
+        return t / (t + self.shift * (1.0 - t))
+
+    def level(self, ratio: float) -> float:
+        """t = sigma: sigma-type spacings act on it, as in diffusers' flow matching; the ratio has no top."""
+        return self.point_at_sigma(ratio).t
+
+    def at_level(self, level: ArrayLike) -> Point:
+        return self.point(level)

@@ -1,0 +1,109 @@
+"""From a plan and a denoiser to the numbers and the structure of every fused stage.
+
+Everything here is float64 NumPy and runs once; the last act rounds to the state's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout
+from fewstep.solvers.process import Point
+from fewstep.solvers.program import Op, Program
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """One stage as the kernels take it (see `kernels.layout`).
+
+    slots     buffers behind columns 0 .. 7, None where nothing is read
+    writes    buffers of the outputs, the new x first
+    branches  the branches of guidance that are called, `weights` their share in the guided output
+    t         what the network is told; c_in: the factor on x for this stage's model input
+    w         (1, rows, COLUMNS); p (1, 4) or None if it is folded into w
+    draw      the number of this stage's noise, None if it draws none
+    """
+
+    at: Point
+    to: Point
+    done: bool
+    slots: tuple[int | None, ...]
+    writes: tuple[int, ...]
+    branches: tuple[int, ...]
+    weights: np.ndarray
+    t: float
+    c_in: float
+    w: np.ndarray
+    p: np.ndarray | None
+    draw: int | None
+
+
+def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
+    """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
+    # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
+    fold = denoiser.clip is None and denoiser.rescale == 0.0
+    tables = []
+    steps = 0
+    for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
+        weights = denoiser.weights(steps / program.plan.steps)
+        branches = tuple(j for j, g in enumerate(weights) if g) or (len(weights) - 1,)
+        a, b = denoiser.prologue(stage.at)
+        p = np.array([a, *(b * weights[j] for j in branches)])
+        w = _columns(op, p if fold else None)
+        slots = tuple(buffer if np.any(w[:, j]) else None for j, buffer in enumerate(op.reads))
+        if not fold and a and slots[0] is None:
+            slots = (op.reads[0], *slots[1:])  # m needs x even where no row does
+        padded = None if fold else np.zeros((1, 4))
+        if padded is not None:
+            padded[0, : len(p)] = p
+        tables.append(
+            StageTable(
+                at=stage.at,
+                to=stage.to,
+                done=stage.done,
+                slots=slots,
+                writes=op.writes,
+                branches=branches,
+                weights=np.array([weights[j] for j in branches]),
+                t=denoiser.time(stage.at),
+                c_in=denoiser.c_in(stage.at),
+                w=w[None].astype(dtype),
+                p=None if padded is None else padded.astype(dtype),
+                draw=k + 1 if op.noisy else None,
+            )
+        )
+        steps += stage.done
+    return tables
+
+
+def init_table(op: Op, dtype: str) -> np.ndarray:
+    """The table of the row that runs before the first stage."""
+    return _columns(op, None)[None].astype(dtype)
+
+
+def _columns(op: Op, p: np.ndarray | None) -> np.ndarray:
+    """The rows of `op` over the kernels' columns; m multiplied out over x and the raws where p is given."""
+    reads = len(op.reads)
+    if reads > layout.SLOTS or len(op.writes) > layout.OUTPUTS:
+        raise ValueError(
+            f"a stage that reads {reads} slots and writes {len(op.writes)} is wider than the fused kernel "
+            f"({layout.SLOTS} and {layout.OUTPUTS}): lower the solver's order"
+        )
+    w = np.zeros((len(op.writes), layout.COLUMNS))
+    w[:, :reads] = op.w[:, :reads]
+    w[:, layout.NOISE] = op.w[:, -1]
+    m = op.w[:, -2]
+    if p is None:
+        w[:, layout.PREDICTION] = m
+    else:
+        w[:, 0] += m * p[0]
+        w[:, layout.RAW : layout.RAW + len(p) - 1] = m[:, None] * p[1:]
+    return w
+
+
+def times(tables: Sequence[StageTable]) -> np.ndarray:
+    return np.array([table.t for table in tables])
