@@ -290,8 +290,9 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     - ``polyexponential``: log sigma linear in ramp^``rho``, ``rho`` = 1 (k-diffusion).
     - ``logsnr``: linear in log(alpha / sigma), on Flow too (DPM-Solver, arXiv 2206.00927, section 3.4).
 
-    Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr`` and,
-    at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete ratio (Flow: u = 0.999).
+    Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr``
+    and, at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete ratio (on Flow,
+    u = 0.999).
 
     Args:
         process: any process.
@@ -422,7 +423,8 @@ def _simple(a: Layout) -> Array:
 def _karras(a: Layout, *, rho: float = 7.0) -> Array:
     _positive(rho=rho)
     low, high = a.last ** (1.0 / rho), a.first ** (1.0 / rho)
-    return (high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho
+    sigma: Array = (high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho
+    return sigma
 
 
 @spacing("exponential", _LEVEL)

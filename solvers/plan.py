@@ -157,7 +157,7 @@ class Plan:
             error = max(abs(found[0] - to.alpha), abs(found[1] - to.sigma))
             # Terms that nearly cancel (a long Runge-Kutta step down to a tiny sigma) round as they are large.
             terms = [abs(c) * float(np.linalg.norm(before[slot])) for slot, c in row.items() if slot in before]
-            if error > MARGINAL_TOLERANCE * max(1.0, *terms):
+            if error > MARGINAL_TOLERANCE * max([1.0, abs(to.alpha), to.sigma, *terms]):
                 raise PlanError(
                     f"{self.solver}: {where} leaves the marginal: a perfect denoiser gives "
                     f"(alpha, sigma) = ({found[0]:.12g}, {found[1]:.12g}) instead of ({to.alpha:.12g}, {to.sigma:.12g})"
