@@ -235,10 +235,8 @@ def train(settings: Settings, out: Path) -> dict[str, Any]:
         "curve": curve,
     }
     metadata = {key: log[key] for key in ("architecture", "process", "prediction", "data")}
-    state = net.state_dict()
-    write_whole(
-        out / "digits.safetensors", lambda path: safetensors.torch.save_file(state, path, metadata=metadata)
-    )
+    weights = safetensors.torch.save(net.state_dict(), metadata)
+    write_whole(out / "digits.safetensors", lambda path: path.write_bytes(weights))
     if settings.samples and done == settings.steps:
         log["evaluation"] = evaluate(net, data, held, settings.samples, settings.seed)
     write_whole(out / "digits.json", lambda path: path.write_text(json.dumps(log, indent=2) + "\n"))

@@ -305,10 +305,10 @@ def launch(args: Arguments, count: int, size: int) -> None:
 
     Every element is computed alone from its own inputs, so the split cannot change a bit of the result.
     """
-    workers = _workers()
-    if size <= SERIAL_ELEMENTS or workers == 1 or count < workers:
+    if size <= SERIAL_ELEMENTS:
         fused(*args, 0, count)
         return
+    workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
     waiting = [_pool().submit(fused, *args, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
     fused(*args, 0, cuts[1])

@@ -103,9 +103,10 @@ class TorchFrame:
         return self.torch.empty(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
 
     def bits(self, array: Array) -> np.ndarray:
-        array = array.detach().contiguous()
+        if array.requires_grad:
+            array = array.detach()
         stored = self._bits.get(array.dtype)
-        return (array if stored is None else array.view(stored)).numpy()  # type: ignore[no-any-return]
+        return (array if stored is None else array.view(stored)).contiguous().numpy()  # type: ignore[no-any-return]
 
     def wrap(self, array: np.ndarray) -> Array:
         return self.torch.from_numpy(array)

@@ -6,8 +6,10 @@ arrays of any library and device, and lets gradients through. Both run the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,17 +40,17 @@ class Job:
     def batch(self) -> int:
         return self.shape[0]
 
-    @property
+    @cached_property
     def elements(self) -> int:
-        return int(np.prod(self.shape[1:], dtype=np.int64))
+        return math.prod(self.shape[1:])
 
     def copies(self, k: int) -> int:
         """How many copies of the batch the model input of stage k holds."""
         return len(self.tables[k].branches) if self.denoiser.batched else 1
 
+    @cached_property
     def start(self) -> Point:
-        grid = self.program.plan.grid
-        return grid.points[0]
+        return self.program.plan.grid.points[0]
 
     def check_raw(self, raw: Any) -> None:
         """Raises ValueError unless the model returned an array like x."""
@@ -74,6 +76,7 @@ class FusedRun:
         batch, elements = job.batch, job.elements
         state = np.dtype(job.dtype)
         self.size = batch * elements
+        self.rows = (batch, elements)
         self.units = numba_step.units(batch, elements)
         self.buffers = [np.empty((batch, elements), state) for _ in range(job.program.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
@@ -86,7 +89,6 @@ class FusedRun:
         self.latent = np.empty((batch, elements), np.float32)
         self.args = [self._arguments(k) for k in range(len(job.tables))]
         self.init = self._init_arguments()
-        self._external: list[list[Any]] | None = None
         self._warm()
 
     def _arguments(self, k: int) -> list[Any]:
@@ -136,7 +138,7 @@ class FusedRun:
 
     def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
         """Take the latent (or draw it), and write the first model input."""
-        first = self.job.start()
+        first = self.job.start
         buffer = self.buffers[0]
         if streams is not None:
             self.streams[...] = streams
@@ -145,8 +147,8 @@ class FusedRun:
             np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
         else:
             np.copyto(buffer, x)
-        op = self.job.program.init
-        self._launch(self._with_noise(self.init, 0, first, first, noise) if op.noisy else self.init)
+        noisy = noise is not None and self.job.program.init.noisy
+        self._launch(self._with_noise(self.init, 0, first, first, noise) if noisy else self.init)
 
     def model_input(self, k: int) -> Array:
         return self.views[k]
@@ -154,11 +156,11 @@ class FusedRun:
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         """One fused stage."""
         job, table, args = self.job, self.job.tables[k], self.args[k]
-        bits = job.frame.bits
+        bits, rows = job.frame.bits, self.rows
         for j, raw in enumerate(raws, layout.RAW):
             if k == 0 or raw.shape != job.shape:
                 job.check_raw(raw)
-            args[j] = bits(raw).reshape(job.batch, job.elements)
+            args[j] = bits(raw).reshape(rows)
         if table.p is not None:
             self._reduce_stage(table, args)
         if noise is not None and table.draw is not None:
@@ -213,7 +215,7 @@ class NaiveRun:
     def begin(self, x: Any, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
         job, op = self.job, self.job.program.init
         self.streams = streams
-        first = job.start()
+        first = job.start
         if x is None:
             z = self._draw(0, philox.LATENT)
             self.buffers[0] = z * first.sigma

@@ -65,7 +65,7 @@ def _churned_euler(grid: Grid, hats: list[Point]) -> Iterator[Start | Stage]:
 
 @solver("euler_ancestral")
 def euler_ancestral(grid: Grid, eta: float = 1.0) -> Iterator[Stage]:
-    """Ancestral Euler (k-diffusion's sample_euler_ancestral): Euler down to sigma_down, then noise up to sigma'."""
+    """Ancestral Euler (k-diffusion, 2022): Euler down to sigma_down, then noise sigma_up up to sigma'."""
     at_least("eta", eta, 0.0)
     for s, t in grid.pairs:
         yield Stage(s, {"x": ancestral_row(s, t, eta)}, t)

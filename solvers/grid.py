@@ -95,7 +95,7 @@ class Grid:
     @property
     def ratio(self) -> Array:
         """sigma / alpha, float64 (steps + 1,); inf where alpha is 0."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             return np.divide(self.sigma, self.alpha)
 
     @property
@@ -201,6 +201,12 @@ class Layout:
     def noisy(self) -> int:
         """How many noisy points the grid has."""
         return self.steps if self.final_zero else self.steps + 1
+
+    def pin(self, points: Array) -> Array:
+        """Points that span first .. last, their ends free of the round-off of roots and logarithms."""
+        # At zero terminal SNR an end off by one bit is alpha = 1e-16 in place of 0.
+        points[-1], points[0] = self.last if self.noisy > 1 else self.first, self.first
+        return points
 
     def close(self, points: Array) -> Array:
         """N points that stop short of the end, plus the last noisy one if no clean point follows."""
@@ -369,7 +375,9 @@ def _positive(**values: float) -> None:
 def _linspace(a: Layout, *, round_times: bool = False) -> Array:
     if a.gapless and a.final_zero:
         return _trailing(a, round_times=round_times)
-    u = np.linspace(a.first, a.last, a.noisy)
+    # Laid out upwards, as diffusers does, because that decides which way halves round. Two points at least,
+    # because its one point is the last time, from which nothing can be sampled; here it is the first.
+    u = np.linspace(a.last, a.first, max(a.noisy, 2))[::-1][: a.noisy]
     return np.rint(u) if round_times else u
 
 
@@ -383,14 +391,17 @@ def _leading(a: Layout, *, steps_offset: float = 0, round_times: bool = False) -
 
 @spacing("trailing", _TIME)
 def _trailing(a: Layout, *, round_times: bool = False) -> Array:
-    u = a.close(np.linspace(a.first, a.clean, a.steps + 1)[:-1])
-    # diffusers rounds 1 .. T and then takes 1 away, which matters where halves round to even.
-    return np.rint(u + 1.0) - 1.0 if round_times else u
+    if not round_times:
+        return a.close(np.linspace(a.first, a.clean, a.steps + 1)[:-1])
+    # diffusers rounds np.arange over T .. 1 and then takes 1 away: halves round its way only if computed its
+    # way. At some N its arange has one point too many, which is cut here.
+    span = a.first - a.clean
+    return a.close(np.rint(np.arange(span, 0.0, -span / a.steps)[: a.steps]) + a.clean)
 
 
 @spacing("quadratic", _TIME)
 def _quadratic(a: Layout, *, round_times: bool = False) -> Array:
-    u = np.linspace(math.sqrt(a.first), math.sqrt(a.last), a.noisy) ** 2
+    u = a.pin(np.linspace(math.sqrt(a.first), math.sqrt(a.last), a.noisy) ** 2)
     return np.rint(u) if round_times else u
 
 
@@ -423,8 +434,7 @@ def _simple(a: Layout) -> Array:
 def _karras(a: Layout, *, rho: float = 7.0) -> Array:
     _positive(rho=rho)
     low, high = a.last ** (1.0 / rho), a.first ** (1.0 / rho)
-    sigma: Array = (high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho
-    return sigma
+    return a.pin((high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho)
 
 
 @spacing("exponential", _LEVEL)
@@ -436,7 +446,7 @@ def _exponential(a: Layout) -> Array:
 def _polyexponential(a: Layout, *, rho: float = 1.0) -> Array:
     _positive(rho=rho)
     ramp = np.linspace(1.0, 0.0, a.noisy) ** rho
-    return np.exp(math.log(a.last) + ramp * (math.log(a.first) - math.log(a.last)))
+    return a.pin(np.exp(math.log(a.last) + ramp * (math.log(a.first) - math.log(a.last))))
 
 
 @spacing("logsnr", _RATIO)

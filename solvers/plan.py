@@ -105,8 +105,9 @@ class Plan:
         """The tensors that the plan keeps between calls, "x" first."""
         return tuple(dict.fromkeys(["x", *(slot for stage in self.stages for slot in stage.rows)]))
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
+        """Whether any row draws noise."""
         rows = [row for stage in self.stages for row in stage.rows.values()]
         return any(row.get(NOISE) for row in rows) or bool(self.init and self.init.row.get(NOISE))
 

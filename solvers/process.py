@@ -38,14 +38,14 @@ class Point(NamedTuple):
     @property
     def ratio(self) -> float:
         """sigma / alpha: the noise level in the frame where alpha is 1; inf where alpha is 0."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             ratio: float = _plain(np.divide(self.sigma, self.alpha))
         return ratio
 
     @property
     def lam(self) -> float:
         """log(alpha / sigma), half the log-SNR (DPM-Solver, arXiv 2206.00927, section 3.1)."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             lam: float = _plain(-np.log(self.ratio))
         return lam
 
@@ -128,7 +128,7 @@ def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) ->
 
 def _vp(t: Any, ratio: Any) -> Point:
     """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio; no overflow at either end."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return _pack(t, 1.0 / np.hypot(1.0, ratio), 1.0 / np.hypot(1.0, np.divide(1.0, ratio)))
 
 
@@ -180,9 +180,9 @@ class VP(_Unwarped):
         bad = np.flatnonzero(~((acp >= 0.0) & (acp < 1.0)))
         if bad.size:
             raise ValueError(f"alphas_cumprod[{bad[0]}] = {acp[bad[0]]} is outside 0 <= alphas_cumprod < 1")
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             log_ratio = 0.5 * (np.log1p(-acp) - np.log(acp))
-        flat = np.flatnonzero(~(np.diff(log_ratio) > 0.0))
+        flat = np.flatnonzero(~(log_ratio[1:] > log_ratio[:-1]))
         if flat.size:
             i = int(flat[0])
             raise ValueError(
@@ -264,7 +264,7 @@ class VP(_Unwarped):
             return _vp(t, ratio)
         # ratio is infinite at T-1, so that log(ratio) cannot be interpolated there: alpha is.
         alpha = math.sqrt(self.alphas_cumprod[-2]) * (self.t_first - t)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             return _vp(t, np.where(t > nodes.size - 1, np.sqrt(1.0 - alpha**2) / alpha, ratio))
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
@@ -275,7 +275,7 @@ class VP(_Unwarped):
         nodes = self._finite
         zero_snr = nodes.size < self.timesteps
         r = _within("ratio", ratio, 0.0, math.inf if zero_snr else self.sigma_max, repr(self))
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             t = np.interp(np.log(r), nodes, np.arange(nodes.size))
         # A ratio that is sigma_min but for round-off is t = 0, so that no table of times is read at -1e-16.
         t = np.where(r < self.sigma_min * (1.0 - 1e-12), r / self.sigma_min - 1.0, t)
@@ -440,7 +440,7 @@ class Flow:
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf (t = 1), or ValueError."""
         r = _within("ratio", ratio, 0.0, math.inf, repr(self))
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             t = 1.0 / (1.0 + np.divide(1.0, r))
         return _pack(t, 1.0 / (1.0 + r), t)
 

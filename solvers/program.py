@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -26,7 +27,7 @@ class Op:
     writes: tuple[int, ...]
     w: np.ndarray
 
-    @property
+    @cached_property
     def noisy(self) -> bool:
         return bool(np.any(self.w[:, -1]))
 

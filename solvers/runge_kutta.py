@@ -161,7 +161,7 @@ def heun(
 
 @solver("rk4", calls_per_step=4)
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
-    """The classical fourth-order Runge-Kutta method; Euler on a last step to sigma 0."""
+    """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
     yield from _runge_kutta(grid, RK4, pick_frame(grid, frame), list(grid.points[:-1]))
 
 

@@ -101,14 +101,14 @@ def dpmpp_2m_sde(denoise, x, sigmas, noise, eta, heun):
     return x
 
 
-def rk4(denoise, x, us, scale, last_euler=True):
+def rk4(denoise, x, us):
     """Classical Runge-Kutta on dy/du = (y - D)/u; D(y, u) in that frame; Euler where u ends at 0."""
-    del scale
+
     f = lambda y, u: (y - denoise(y, u)) / u  # noqa: E731
     for u, v in zip(us, us[1:], strict=False):
         h = v - u
         k1 = f(x, u)
-        if v == 0 and last_euler:
+        if v == 0:
             x = x + h * k1
             continue
         k2 = f(x + h / 2 * k1, u + h / 2)

@@ -1,0 +1,331 @@
+"""Grids against the definitions of k-diffusion, ComfyUI and diffusers, and every spacing on every process."""
+
+import math
+
+import numpy as np
+import pytest
+from fewstep.solvers.grid import Grid, grid, list_spacings
+from fewstep.solvers.process import EDM, VE, VP, Flow, Point
+from hypothesis import given
+from hypothesis import strategies as st
+
+PROCESSES = {
+    "linear": VP.linear(),
+    "cosine": VP.cosine(),
+    "zero_snr": VP.scaled_linear().zero_terminal_snr(),
+    "ve": VE(0.01, 50.0),
+    "edm": EDM(),
+    "flow": Flow(),
+    "flow3": Flow(3.0),
+}
+SPACINGS = [
+    "beta",
+    "exponential",
+    "karras",
+    "leading",
+    "linspace",
+    "logsnr",
+    "polyexponential",
+    "quadratic",
+    "sgm_uniform",
+    "simple",
+    "trailing",
+]
+SIGMA_TYPE = {"karras", "exponential", "polyexponential", "logsnr"}
+
+
+def test_names():
+    assert list_spacings() == SPACINGS
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_every_spacing_on_every_process(name, spacing, steps):
+    process = PROCESSES[name]
+    to_clean, noisy = (grid(process, steps, spacing, final_zero=final) for final in (True, False))
+    for g in (to_clean, noisy):
+        assert g.steps == steps
+        assert len(g) == steps + 1
+        assert g.t.shape == g.alpha.shape == g.sigma.shape == (steps + 1,)
+        assert np.all(g.ratio[1:] < g.ratio[:-1])
+        assert np.all(np.diff(g.lam) > 0.0)
+        # The points are the process's own.
+        at = process.point(g.t)
+        np.testing.assert_allclose(g.alpha, at.alpha, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(g.sigma, at.sigma, rtol=1e-9, atol=1e-12)
+    assert to_clean.points[-1] == process.clean
+    assert noisy.ratio[-1] == pytest.approx(process.sigma_min, rel=1e-9)
+    if spacing != "leading":
+        starts_finite = spacing == "logsnr" or (name == "zero_snr" and spacing in SIGMA_TYPE)
+        first = process.sigma_max if starts_finite else process.point(process.t_first).ratio
+        assert to_clean.ratio[0] == pytest.approx(first, rel=1e-9)
+        assert noisy.ratio[0] == pytest.approx(first, rel=1e-9)
+
+
+def karras(n, low, high, rho=7.0):
+    """k-diffusion's get_sigmas_karras, one sigma at a time."""
+    if n == 1:
+        return [high, 0.0]
+    ends = high ** (1 / rho), low ** (1 / rho)
+    return [(ends[0] + i / (n - 1) * (ends[1] - ends[0])) ** rho for i in range(n)] + [0.0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 35])
+@pytest.mark.parametrize("rho", [3.0, 7.0])
+@pytest.mark.parametrize("process", [EDM(), VE(0.01, 50.0), VP.linear()], ids=str)
+def test_karras(process, n, rho):
+    g = grid(process, n, "karras", rho=rho)
+    np.testing.assert_allclose(g.ratio, karras(n, process.sigma_min, process.sigma_max, rho), rtol=1e-12)
+    g = grid(process, n, "karras", rho=rho, sigma_min=0.1, sigma_max=10.0)
+    np.testing.assert_allclose(g.ratio, karras(n, 0.1, 10.0, rho), rtol=1e-12)
+
+
+def test_exponential_polyexponential_and_logsnr():
+    g = grid(VP.linear(), 6, "exponential")
+    steps = np.diff(np.log(g.ratio[:-1]))
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-12)
+    np.testing.assert_allclose(grid(VP.linear(), 6, "logsnr").ratio, g.ratio, rtol=1e-12)
+    np.testing.assert_allclose(grid(VP.linear(), 6, "polyexponential").ratio, g.ratio, rtol=1e-12)
+    low, high = math.log(0.002), math.log(80.0)
+    expected = [math.exp((1 - i / 4) ** 2.5 * (high - low) + low) for i in range(5)] + [0.0]
+    np.testing.assert_allclose(grid(EDM(), 5, "polyexponential", rho=2.5).ratio, expected, rtol=1e-12)
+    lam = grid(Flow(3.0), 6, "logsnr").lam[:-1]
+    np.testing.assert_allclose(np.diff(lam), np.diff(lam)[0], rtol=1e-11)
+    np.testing.assert_allclose(lam[[0, -1]], [-math.log(3 * 999), math.log(999 / 3)], rtol=1e-12)
+
+
+def test_flow_acts_on_its_sigma():
+    low = Flow(3.0).t_last
+    assert low == pytest.approx(0.003 / 1.002, rel=1e-14)
+    np.testing.assert_allclose(grid(Flow(3.0), 5, "karras").t, karras(5, low, 1.0), rtol=1e-12)
+    np.testing.assert_allclose(grid(Flow(), 3, "exponential").t, [1.0, 10**-1.5, 1e-3, 0.0], rtol=1e-12)
+    u = np.array([1.0, 0.75, 0.5, 0.25, 0.0])
+    for spacing in ("linspace", "trailing", "simple"):
+        np.testing.assert_allclose(grid(Flow(), 4, spacing).t, u, rtol=1e-13)
+        np.testing.assert_allclose(grid(Flow(3.0), 4, spacing).t, 3 * u / (1 + 2 * u), rtol=1e-13)
+
+
+def test_time_type_on_vp():
+    p = VP.linear()
+    cases = {
+        "linspace": [999, 666, 333, 0, -1],
+        "leading": [750, 500, 250, 0, -1],
+        "trailing": [999, 749, 499, 249, -1],
+        "quadratic": [999, 444, 111, 0, -1],
+        "sgm_uniform": [999, 749.25, 499.5, 249.75, -1],
+        "simple": [999, 749, 499, 249, -1],
+    }
+    for spacing, expected in cases.items():
+        np.testing.assert_allclose(grid(p, 4, spacing).t, expected, atol=1e-10)
+    np.testing.assert_allclose(grid(p, 3, "leading", steps_offset=1).t, [2000 / 3 + 1, 1000 / 3 + 1, 1, -1])
+    np.testing.assert_allclose(grid(p, 2, "linspace", final_zero=False).t, [999, 499.5, 0])
+    assert grid(p, 1, "linspace").points == [p.point(999.0), p.clean]
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 30, 61, 999])
+def test_simple_is_comfyuis_table_lookup(n):
+    p = VP.scaled_linear()
+    table = np.sqrt((1 - p.alphas_cumprod) / p.alphas_cumprod)
+    expected = [table[-(1 + int(i * (1000 / n)))] for i in range(n)] + [0.0]
+    np.testing.assert_allclose(grid(p, n, "simple").ratio, expected, rtol=1e-12)
+
+
+def test_beta_quantiles():
+    stats = pytest.importorskip("scipy.stats")
+    p = VP.linear()
+    for a, b in [(0.6, 0.6), (1.0, 2.0)]:
+        t = stats.beta.ppf(1 - np.linspace(0, 1, 8, endpoint=False), a, b) * 999
+        np.testing.assert_allclose(grid(p, 8, "beta", alpha=a, beta=b).t, [*t, -1], rtol=1e-10)
+        rounded = grid(p, 8, "beta", alpha=a, beta=b, round_times=True)
+        np.testing.assert_array_equal(rounded.t, [*np.rint(t), -1])
+    # Beta(1, 1) is uniform.
+    np.testing.assert_allclose(grid(p, 5, "beta", alpha=1, beta=1).t, grid(p, 5, "sgm_uniform").t, atol=1e-10)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_whole_times_are_those_of_ddim(spacing):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(timestep_spacing=spacing)
+    # One linspace step is t = 0 in diffusers, from which nothing can be sampled; it is the first time here.
+    for n in range(2 if spacing == "linspace" else 1, 1001):
+        theirs.set_timesteps(n)
+        ours = grid(VP.linear(), n, spacing, round_times=True)
+        # At 62 values of N its trailing times are N + 1.
+        np.testing.assert_array_equal(ours.t[:-1], theirs.timesteps.numpy()[:n])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("n", [2, 5, 10, 20, 25, 50])
+def test_sigmas_are_those_of_euler(spacing, n):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.EulerDiscreteScheduler(
+        timestep_spacing=spacing, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012
+    )
+    theirs.set_timesteps(n)
+    ours = grid(VP.scaled_linear(), n, spacing, round_times=spacing != "linspace")
+    np.testing.assert_allclose(ours.t[:-1], theirs.timesteps.numpy(), rtol=1e-6)
+    # At fractional times its sigmas, not their logarithms, are linear.
+    np.testing.assert_allclose(ours.ratio, theirs.sigmas.numpy(), rtol=5e-4)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+def test_sigma_type_are_those_of_euler(kind):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.EulerDiscreteScheduler(**{f"use_{kind}_sigmas": True})
+    theirs.set_timesteps(12)
+    ours = grid(VP.linear(), 12, kind)
+    np.testing.assert_allclose(ours.ratio, theirs.sigmas.numpy(), rtol=3e-4)
+    np.testing.assert_allclose(ours.t[:-1], theirs.timesteps.numpy(), atol=0.05)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_linspace_is_flow_match_euler_with_given_sigmas(shift):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
+    ours = grid(Flow(shift), 8, "linspace")
+    np.testing.assert_allclose(ours.sigma, theirs.sigmas.numpy(), rtol=1e-6)
+
+
+def test_zero_snr_starts():
+    p = PROCESSES["zero_snr"]
+    assert grid(p, 4, "trailing").points[0] == Point(999.0, 0.0, 1.0)
+    assert grid(p, 4, "trailing").lam[0] == -math.inf
+    assert grid(p, 4, "karras").t[0] == pytest.approx(998.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("name", PROCESSES)
+def test_ends_can_be_chosen(name, spacing):
+    g = grid(PROCESSES[name], 4, spacing, sigma_min=0.05, sigma_max=9.0, final_zero=False)
+    assert g.ratio[-1] == pytest.approx(0.05, rel=1e-9)
+    if spacing == "leading":
+        assert g.ratio[0] < 9.0
+    else:
+        assert g.ratio[0] == pytest.approx(9.0, rel=1e-9)
+
+
+@given(st.integers(1, 60), st.floats(0.0, 1.0, exclude_max=True))
+def test_tail(steps, start):
+    g = grid(EDM(), steps)
+    skip = int(start * steps)
+    if skip == steps:
+        with pytest.raises(ValueError, match="leaves none"):
+            g.tail(start)
+        return
+    tail = g.tail(start)
+    assert tail.steps == steps - skip
+    assert tail.points == g.points[skip:]
+    assert g.tail(0.0) == g
+
+
+@pytest.mark.parametrize("start", [-0.1, 1.0, 1.5, math.nan])
+def test_bad_tail(start):
+    with pytest.raises(ValueError, match=r"start = .* 0 <= start < 1"):
+        grid(EDM(), 4).tail(start)
+
+
+@given(st.lists(st.floats(1e-3, 150.0), min_size=2, max_size=20, unique=True))
+def test_from_sigmas_and_times_agree(values):
+    ratios = np.sort(values)[::-1]
+    # Neighbours one round-off apart are one time.
+    if np.any(np.diff(ratios) > -1e-9):
+        return
+    a = Grid.from_sigmas(VP.linear(), ratios)
+    b = Grid.from_times(VP.linear(), a.t)
+    np.testing.assert_allclose(b.ratio, ratios, rtol=1e-10)
+    assert all(p.ratio == pytest.approx(r, rel=1e-12) for p, r in zip(a.points, ratios, strict=True))
+
+
+def test_from_sigmas_takes_both_ends():
+    g = Grid.from_sigmas(Flow(), [math.inf, 1.0, 0.0])
+    assert g.points == [Point(1.0, 0.0, 1.0), Point(0.5, 0.5, 0.5), Point(0.0, 1.0, 0.0)]
+    assert g.pairs == [(g.points[0], g.points[1]), (g.points[1], g.points[2])]
+    assert list(g.lam) == [-math.inf, 0.0, math.inf]
+    assert Grid.from_times(VP.linear(), [999, 10, -1]).points[-1] == Point(-1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        ([2.0, 1.0, 1.0], r"ratios\[2\] = 1.0 is not below ratios\[1\] = 1.0"),
+        ([1.0, 2.0], r"ratios\[1\] = 2.0 is not below ratios\[0\] = 1.0"),
+        ([2.0, math.nan, 0.0], r"ratios\[1\] = nan is NaN"),
+        ([math.inf, 1.0], r"ratio\[0\] = inf is outside"),
+        ([math.inf, math.inf, 0.0], r"ratios\[1\] = inf is not below"),
+        ([2.0, -1.0], r"ratio\[1\] = -1.0 is outside"),
+        ([1.0], r"ratios has shape \(1,\)"),
+        ([[1.0, 0.0]], r"ratios has shape \(1, 2\)"),
+        (["a", "b"], "not an array of numbers"),
+    ],
+)
+def test_bad_ratios(ratios, message):
+    with pytest.raises(ValueError, match=message):
+        Grid.from_sigmas(EDM(), ratios)
+
+
+@pytest.mark.parametrize(
+    ("t", "message"),
+    [
+        ([5.0, 5.0], r"t\[1\] = 5.0 is not below t\[0\] = 5.0"),
+        ([5.0, math.nan], r"t\[1\] = nan is not finite"),
+        ([math.inf, 5.0], r"t\[0\] = inf is not finite"),
+        ([1000.0, 5.0], r"t\[0\] = 1000.0 is outside -1 <= t <= 999"),
+        ([5.0, -2.0], r"t\[1\] = -2.0 is outside"),
+    ],
+)
+def test_bad_times(t, message):
+    with pytest.raises(ValueError, match=message):
+        Grid.from_times(VP.linear(), t)
+
+
+def test_bad_arrays():
+    one = np.array([1.0, 0.5])
+    with pytest.raises(ValueError, match=r"alpha\[0\] = -1.0 is negative"):
+        Grid(EDM(), one, -one, one)
+    with pytest.raises(ValueError, match=r"sigma\[1\] = inf is not finite"):
+        Grid(EDM(), one, one, np.array([1.0, math.inf]))
+    with pytest.raises(ValueError, match="shapes"):
+        Grid(EDM(), one, np.ones(3), one)
+    with pytest.raises(ValueError, match="alpha = 0 as well"):
+        Grid(EDM(), one, np.array([1.0, 0.0]), np.array([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"sigma / alpha\[1\] = 1.0 is not below"):
+        Grid(EDM(), one, one, one)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "4", None])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match="an int >= 1"):
+        grid(EDM(), steps)
+
+
+def test_bad_names_and_options():
+    with pytest.raises(ValueError, match=r"spacing = 'karas' is unknown: did you mean 'karras'"):
+        grid(EDM(), 4, "karas")
+    with pytest.raises(TypeError, match=r"'karras' takes no option 'roh'; it takes \['rho', 'final_zero'"):
+        grid(EDM(), 4, "karras", roh=3)
+    with pytest.raises(ValueError, match=r"rho = 0"):
+        grid(EDM(), 4, "karras", rho=0)
+    with pytest.raises(ValueError, match=r"alpha = -1"):
+        grid(EDM(), 4, "beta", alpha=-1)
+    with pytest.raises(ValueError, match=r"sigma_min = 3.0, sigma_max = 2.0"):
+        grid(EDM(), 4, sigma_min=3.0, sigma_max=2.0)
+    with pytest.raises(ValueError, match=r"sigma_max = 200.0 is not a ratio of the process"):
+        grid(VP.linear(), 4, sigma_max=200.0)
+    with pytest.raises(ValueError, match="no discrete times"):
+        grid(EDM(), 4, "trailing", round_times=True)
+    with pytest.raises(ValueError, match="fewer steps"):
+        grid(VP.linear(), 1001, "simple")
+    with pytest.raises(ValueError, match=r"steps = 1200: coordinates\[\d+\].* is not below"):
+        grid(VP.linear(), 1200, "linspace", round_times=True)
+
+
+def test_read_only_and_comparable():
+    g = grid(EDM(), 4)
+    with pytest.raises(ValueError, match="read-only"):
+        g.sigma[0] = 1.0
+    assert g == grid(EDM(), 4) != grid(EDM(), 5)
+    assert hash(g) == hash(grid(EDM(), 4))
