@@ -3,7 +3,10 @@
 Between two calls of the denoiser every sampler is an affine map on a few slots:
 
     m      = x0 prediction of the denoiser on slot "x"
-    slots' = rows · [slots, m, z]                  z: fresh standard normal noise
+    slots' = rows · [slots, m, u, z]               z: fresh standard normal noise
+
+u is the x0 prediction of the null branch alone, for solvers that guide one way and renoise the other
+(CFG++); without guidance it is m.
 
 All rows of a stage read the slots as they were before it. "x" is the latent that the denoiser
 sees; other slots are history, anchors and partial sums under names that the builder picks.
@@ -24,8 +27,8 @@ from fewstep.solvers.process import Point
 
 Row = Mapping[str, float]
 
-# Sources of a row that are not slots: the x0 prediction and the noise of this stage.
-PREDICTION, NOISE = "m", "z"
+# Sources of a row that are not slots: the x0 prediction, the unguided one, and the noise of this stage.
+PREDICTION, UNGUIDED, NOISE = SOURCES = ("m", "u", "z")
 
 # Coefficients are float64, so a true plan meets its marginals to a few rounding errors a stage.
 MARGINAL_TOLERANCE = 1e-9
@@ -39,15 +42,17 @@ class PlanError(ValueError):
 class Stage:
     """One call of the denoiser on slot "x" at `at`, then one affine map of the slots.
 
-    rows  slot -> {source: coefficient}; sources are slots, "m" and "z". A slot without a row keeps its value.
-    to    the marginal of "x" afterwards: x = to.alpha x0 + to.sigma eps for a perfect denoiser
-    done  False for the inner stages of a Runge-Kutta step
+    rows   slot -> {source: coefficient}; sources are slots, "m", "u" and "z". A slot without a row keeps its value.
+    to     the marginal of "x" afterwards: x = to.alpha x0 + to.sigma eps for a perfect denoiser
+    done   False for the inner stages of a Runge-Kutta step
+    noise  multiplies the coefficients of "z" after the check: a draw that leaves the marginal on purpose
     """
 
     at: Point
     rows: Mapping[str, Row]
     to: Point
     done: bool = True
+    noise: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -127,10 +132,10 @@ class Plan:
             if "x" not in stage.rows:
                 raise PlanError(f"{self.solver}: stage {k} has no row for slot 'x'")
             for slot, row in stage.rows.items():
-                if slot in (PREDICTION, NOISE):
+                if slot in SOURCES:
                     raise PlanError(f"{self.solver}: stage {k} writes {slot!r}, which is a source, not a slot")
                 for source, value in row.items():
-                    if source not in known and source not in (PREDICTION, NOISE):
+                    if source not in known and source not in SOURCES:
                         raise PlanError(
                             f"{self.solver}: stage {k}, row {slot!r} reads {source!r}, which no earlier stage wrote"
                         )
@@ -150,7 +155,7 @@ class Plan:
         def apply(row: Row, slots: Mapping[str, np.ndarray], draw: int) -> np.ndarray:
             noise = np.zeros(size)
             noise[draw] = 1.0
-            values = {**slots, PREDICTION: x0, NOISE: noise}
+            values = {**slots, PREDICTION: x0, UNGUIDED: x0, NOISE: noise}
             return sum((c * values[source] for source, c in row.items()), np.zeros(size))
 
         def check(row: Row, before: Mapping[str, np.ndarray], x: np.ndarray, to: Point, where: str) -> None:

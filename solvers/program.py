@@ -12,12 +12,12 @@ from functools import cached_property
 
 import numpy as np
 
-from fewstep.solvers.plan import NOISE, PREDICTION, Plan, Row
+from fewstep.solvers.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, Row
 
 
 @dataclass(frozen=True)
 class Op:
-    """One fused update. Columns of `w`: the buffers of `reads`, then m, then z; rows: `writes`.
+    """One fused update. Columns of `w`: the buffers of `reads`, then m, u and z; rows: `writes`.
 
     reads   buffers; reads[0] always holds x, which the prediction m needs
     writes  buffers; writes[0] receives the new x
@@ -30,6 +30,11 @@ class Op:
     @cached_property
     def noisy(self) -> bool:
         return bool(np.any(self.w[:, -1]))
+
+    @cached_property
+    def unguided(self) -> bool:
+        """Whether a row reads the null branch's own prediction."""
+        return bool(np.any(self.w[:, -2]))
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def live_rows(plan: Plan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
         rows = {slot: {s: c for s, c in row.items() if c} for slot, row in rows.items() if slot in live}
         rows = {slot: row for slot, row in rows.items() if slot == "x" or row != {slot: 1.0}}
         sources = {source for row in rows.values() for source in row}
-        live = ((live - set(rows)) | sources | {"x"}) - {PREDICTION, NOISE, X0_SLOT}
+        live = ((live - set(rows)) | sources | {"x"}) - {*SOURCES, X0_SLOT}
         kept.append(rows)
     return kept[::-1]
 
@@ -68,7 +73,7 @@ def _live_before(stages: list[dict[str, Row]]) -> list[set[str]]:
     """Slots that hold a value somebody still reads, before each stage and after the last."""
     live = [{"x"}]
     for rows in reversed(stages):
-        sources = {source for row in rows.values() for source in row} - {PREDICTION, NOISE}
+        sources = {source for row in rows.values() for source in row} - set(SOURCES)
         live.append((live[-1] - set(rows)) | sources | {"x"})
     return live[::-1]
 
@@ -78,7 +83,7 @@ def _is_rename(slot: str, row: Row) -> bool:
     if slot == "x" or len(row) != 1:
         return False
     ((source, coefficient),) = row.items()
-    return coefficient == 1.0 and source not in (PREDICTION, NOISE)
+    return coefficient == 1.0 and source not in SOURCES
 
 
 def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -> Program:
@@ -102,7 +107,7 @@ def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -
         renamed = {slot: where[next(iter(row))] for slot, row in rows.items() if _is_rename(slot, row)}
         carried = {slot: where[slot] for slot in after if slot not in rows and slot in where}
         written = ["x", *(slot for slot in rows if slot != "x" and slot not in renamed)]
-        used = {source for slot in written for source in rows[slot]} - {PREDICTION, NOISE}
+        used = {source for slot in written for source in rows[slot]} - set(SOURCES)
         reads = tuple(dict.fromkeys([where["x"], *(where[slot] for slot in where if slot in used)]))
         taken = set(renamed.values()) | set(carried.values()) | (set() if in_place else set(reads))
         target: dict[str, int] = {}
@@ -111,7 +116,8 @@ def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -
             target[slot] = next(free, buffers)
             buffers = max(buffers, target[slot] + 1)
             taken.add(target[slot])
-        w = _matrix([rows[slot] for slot in written], where, reads, plan.noise_scale)
+        scale = plan.noise_scale * plan.stages[k].noise
+        w = _matrix([rows[slot] for slot in written], where, reads, scale)
         ops.append(Op(reads, tuple(target[slot] for slot in written), w))
         where = {**renamed, **carried, **target}
         x0 += [where.pop(X0_SLOT)] if keep_x0 else []
@@ -119,10 +125,12 @@ def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -
 
 
 def _matrix(rows: list[Row], where: Mapping[str, int], reads: tuple[int, ...], noise_scale: float) -> np.ndarray:
-    w = np.zeros((len(rows), len(reads) + 2))
+    w = np.zeros((len(rows), len(reads) + 3))
     for i, row in enumerate(rows):
         for source, coefficient in row.items():
             if source == PREDICTION:
+                w[i, -3] += coefficient
+            elif source == UNGUIDED:
                 w[i, -2] += coefficient
             elif source == NOISE:
                 w[i, -1] += coefficient * noise_scale
@@ -141,7 +149,7 @@ def explain(plan: Plan, *, model_bytes: int, state_bytes: int, raws: int) -> str
     for k, (stage, op, rows) in enumerate(zip(plan.stages, program.ops, names, strict=True)):
         written = [slot for slot, row in rows.items() if not _is_rename(slot, row)]
         read = dict.fromkeys(s for slot in written for s in rows[slot])
-        sources = ["raw" if s == PREDICTION else s for s in read if s != NOISE]
+        sources = dict.fromkeys("raw" if s in (PREDICTION, UNGUIDED) else s for s in read if s != NOISE)
         # The next model input is written by the same kernel, one copy for each raw that it will produce.
         next_input = raws * model_bytes if k + 1 < plan.nfe else 0
         cost = (len(op.reads) + len(op.writes)) * state_bytes + raws * model_bytes + next_input

@@ -50,10 +50,12 @@ def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable
     steps = 0
     for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
         weights = denoiser.weights(steps / program.plan.steps)
-        branches = tuple(j for j, g in enumerate(weights) if g) or (len(weights) - 1,)
+        wanted = {j for j, g in enumerate(weights) if g} | ({0} if op.unguided else set())
+        branches = tuple(sorted(wanted))
         a, b = denoiser.prologue(stage.at)
         p = np.array([a, *(b * weights[j] for j in branches)])
-        w = _columns(op, p if fold else None)
+        null = np.array([a, b, *[0.0] * (len(branches) - 1)])
+        w = _columns(op, p if fold else None, null)
         slots = tuple(buffer if np.any(w[:, j]) else None for j, buffer in enumerate(op.reads))
         if not fold and a and slots[0] is None:
             slots = (op.reads[0], *slots[1:])  # m needs x even where no row does
@@ -82,11 +84,15 @@ def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable
 
 def init_table(op: Op, dtype: str) -> np.ndarray:
     """The table of the row that runs before the first stage."""
-    return _columns(op, None)[None].astype(dtype)
+    return _columns(op, None, np.zeros(2))[None].astype(dtype)
 
 
-def _columns(op: Op, p: np.ndarray | None) -> np.ndarray:
-    """The rows of `op` over the kernels' columns; m multiplied out over x and the raws where p is given."""
+def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
+    """The rows of `op` over the kernels' columns.
+
+    m is multiplied out over x and the raws where p is given. u always is, by `null`: a clip acts on the guided
+    prediction alone.
+    """
     reads = len(op.reads)
     if reads > layout.SLOTS or len(op.writes) > layout.OUTPUTS:
         raise ValueError(
@@ -96,12 +102,15 @@ def _columns(op: Op, p: np.ndarray | None) -> np.ndarray:
     w = np.zeros((len(op.writes), layout.COLUMNS))
     w[:, :reads] = op.w[:, :reads]
     w[:, layout.NOISE] = op.w[:, -1]
-    m = op.w[:, -2]
+    m, u = op.w[:, -3], op.w[:, -2]
+    raws = slice(layout.RAW, layout.RAW + len(null) - 1)
+    w[:, 0] += u * null[0]
+    w[:, raws] += u[:, None] * null[1:]
     if p is None:
         w[:, layout.PREDICTION] = m
     else:
         w[:, 0] += m * p[0]
-        w[:, layout.RAW : layout.RAW + len(p) - 1] = m[:, None] * p[1:]
+        w[:, raws] += m[:, None] * p[1:]
     return w
 
 

@@ -16,8 +16,9 @@ def run_plan(plan, denoise, x, noise=None):
         slots["x"] = apply(plan.init.row, {**slots, "z": z})
     for k, stage in enumerate(plan.stages):
         calls.append((stage.at, slots["x"]))
-        values = {**slots, "m": denoise(slots["x"], stage.at), "z": 0.0}
+        m = denoise(slots["x"], stage.at)
+        values = {**slots, "m": m, "u": m, "z": 0.0}
         if any(row.get("z") for row in stage.rows.values()):
-            values["z"] = noise(k + 1) * plan.noise_scale
+            values["z"] = noise(k + 1) * plan.noise_scale * stage.noise
         slots = {**slots, **{slot: apply(row, values) for slot, row in stage.rows.items()}}
     return slots["x"], calls
