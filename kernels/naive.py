@@ -29,7 +29,7 @@ def step(
 
     slots   arrays (B, ...) of the state's dtype, x first; None where a column is unused
     raws    0 to 3 arrays (B, ...), computed with in the state's dtype
-    w       (1 or B, rows, COLUMNS), see `layout`
+    w       (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
     z       (B, ...) standard normal, or None
     p       (1 or B, 4) over [x, raw_1, raw_2, raw_3], or None if the prediction is folded into `w`
     limit   (1 or B, 2): bound and gain of the clip, or None
@@ -37,8 +37,9 @@ def step(
     A coefficient that is exactly 0 skips its source, so that a NaN there cannot reach the row.
     Returns the outputs, as new arrays.
     """
-    like = next(a for a in [*slots, *raws, z] if a is not None)
-    state = next((a for a in slots if a is not None), z if z is not None else like)
+    # Where a stage reads no slot and draws no noise, only the table knows the state's dtype.
+    state = next((a for a in [*slots, z] if a is not None), None)
+    state = as_dtype(raws[0], w.dtype) if state is None else state
     raws = [cast(raw, state) for raw in raws]
     sources: list[Array | None] = [*slots, *[None] * (layout.SLOTS - len(slots))]
     sources += [*raws, *[None] * (layout.RAWS - len(raws))]
@@ -101,6 +102,12 @@ def is_torch(a: Array) -> bool:
 
 def cast(a: Array, like: Array) -> Array:
     return a.to(like) if is_torch(a) else a.astype(like.dtype, copy=False)
+
+
+def as_dtype(a: Array, dtype: np.dtype[Any]) -> Array:
+    if is_torch(a):
+        return a.double() if dtype == np.float64 else a.float()
+    return a.astype(dtype)
 
 
 def where(condition: Array, a: Array, b: Array) -> Array:

@@ -3,6 +3,6 @@
 Importing the family modules fills the registry; a new family is one more name in the line below.
 """
 
-from fewstep.solvers import exponential, first_order, runge_kutta
+from fewstep.solvers import adams, cfgpp, exponential, first_order, runge_kutta, singlestep
 
-__all__ = ["exponential", "first_order", "runge_kutta"]
+__all__ = ["adams", "cfgpp", "exponential", "first_order", "runge_kutta", "singlestep"]

@@ -1,0 +1,1 @@
+"""Adams-Bashforth family on the noise prediction."""

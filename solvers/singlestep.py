@@ -1,0 +1,1 @@
+"""Exponential singlestep samplers."""

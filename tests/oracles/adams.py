@@ -1,0 +1,1 @@
+"""Adams-Bashforth family on the noise prediction. See first_order.py for the form of an oracle."""

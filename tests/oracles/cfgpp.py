@@ -1,0 +1,1 @@
+"""CFG++ forms. See first_order.py for the form of an oracle."""

@@ -1,0 +1,1 @@
+"""Exponential singlestep samplers. See first_order.py for the form of an oracle."""

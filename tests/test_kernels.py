@@ -1,0 +1,359 @@
+"""The fused CPU kernel against its naive twin, and both against the definition written out in float64.
+
+Error bounds, with eps the state's machine epsilon and S = sum_j |c_j v_j| of an element (m's own terms included):
+
+    |fused - naive|      <= 4 eps S        both add the same terms, in the same precision
+    |fused - definition| <= (J + 6)/2 eps S  J terms added one by one, and the few roundings of m
+
+The structures are a fixed list, because every one is compiled on its own; their contents are random.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fewstep.kernels import layout, naive, numba_step, philox
+
+GUARD = 64  # elements on both sides of every output
+NUMPY = {"f32": np.float32, "f64": np.float64, "f16": np.int16, "bf16": np.uint16}  # f16 and bf16 as bits
+TORCH = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Structure(NamedTuple):
+    slots: str  # one letter a column: x where a buffer is read, - where none is
+    raws: int
+    outputs: int
+    inputs: int
+    prologue: str = ""  # "", "p" or "limit"
+    noise: str = ""  # "", "z" or "streams"
+    state: str = "f32"
+    raw: str = "f32"
+    model: str = "f32"
+
+
+STRUCTURES = [
+    Structure("x", 1, 1, 0),
+    Structure("xx", 2, 2, 2, noise="streams", raw="bf16", model="bf16"),
+    Structure("xxx", 3, 3, 3, "limit", "streams", raw="f16", model="f16"),
+    Structure("xxxx", 1, 4, 1, "p", "z"),
+    Structure("xxxxx", 2, 5, 2, "limit", "z", "f64", "f64", "f64"),
+    Structure("xxxxxx", 0, 1, 1, "", "streams", "f64", "f64", "f32"),
+    Structure("xxxxxxx", 1, 2, 3, "p", raw="bf16", model="bf16"),
+    Structure("xxxxxxxx", 3, 5, 1, "limit", "streams"),
+    Structure("-x-x", 1, 2, 1, raw="f16", model="f16"),
+    Structure("", 2, 1, 1, raw="bf16", model="bf16"),
+    Structure("x", 0, 1, 1, noise="z"),
+    Structure("xx", 1, 1, 2, "p", raw="f64", model="f64"),
+    Structure("x-x", 2, 2, 1, state="f64", raw="bf16", model="f16"),
+]
+SIZES = (1, 3, 17, 2047, 2048, 2049)
+
+
+class Case(NamedTuple):
+    """One call: kernel arguments by name, and the floats behind them as torch tensors."""
+
+    structure: Structure
+    kernel: dict[str, Any]
+    slots: list[torch.Tensor | None]
+    raws: list[torch.Tensor]
+    z: torch.Tensor | None
+    backing: list[np.ndarray]  # the guarded memory of outputs and inputs
+
+
+def bits(a: torch.Tensor) -> np.ndarray:
+    """A tensor's memory as the kernel takes it."""
+    stored = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(a.dtype)
+    return (a if stored is None else a.view(stored)).numpy()
+
+
+def values(a: np.ndarray, kind: str) -> np.ndarray:
+    """What the bits stand for, in float64."""
+    if kind == "bf16":
+        return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return (a.view(np.float16) if kind == "f16" else a).astype(np.float64)
+
+
+def guarded(shape: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(the whole memory, its middle): NaN inside, a recognisable pattern around it."""
+    size = shape[0] * shape[1]
+    whole = np.frombuffer(bytearray(b"\xa5" * (size + 2 * GUARD) * np.dtype(NUMPY[kind]).itemsize), NUMPY[kind])
+    middle = whole[GUARD : GUARD + size]
+    middle[...] = bits(torch.full((size,), float("nan"), dtype=TORCH[kind]))
+    return whole, middle.reshape(shape)
+
+
+def make(s: Structure, seed: int, batch: int, n: int, own: dict[str, bool], density: float) -> Case:
+    """Random contents for a structure; sources that no coefficient of a sample reads hold NaN there."""
+    rng = np.random.default_rng(seed)
+    state = NUMPY[s.state]
+
+    def rows(name: str) -> int:
+        return batch if own[name] else 1
+
+    def table(*shape: int) -> np.ndarray:
+        c = rng.standard_normal(shape) * 2.0 ** rng.integers(-4, 5, shape)
+        return np.ascontiguousarray(np.where(rng.random(shape) < density, c, 0.0).astype(state))
+
+    columns = np.zeros(layout.COLUMNS, bool)
+    columns[: len(s.slots)] = [c == "x" for c in s.slots]
+    if s.prologue:
+        columns[layout.PREDICTION] = True
+    else:
+        columns[layout.RAW : layout.RAW + s.raws] = True
+    columns[layout.NOISE] = bool(s.noise)
+    w = table(rows("w"), s.outputs, layout.COLUMNS)
+    w[:, :, ~columns] = 0.0
+    p = table(rows("p"), 4) if s.prologue else None
+    limit = None
+    if p is not None:
+        p[:, 1 + s.raws :] = 0.0
+    if s.prologue == "limit":
+        limit = np.zeros((rows("limit"), 4), state)
+        limit[:, 0] = rng.uniform(0.3, 3.0, len(limit))
+        limit[:, 1] = rng.uniform(0.3, 3.0, len(limit))
+
+    used = np.broadcast_to((w != 0).any(axis=1), (batch, layout.COLUMNS)).copy()
+    if p is not None:
+        read = np.broadcast_to(p != 0, (batch, 4)) & used[:, layout.PREDICTION, None]
+        used[:, 0] |= read[:, 0]
+        used[:, layout.RAW : layout.RAW + layout.RAWS] = read[:, 1:]
+
+    def source(column: int, kind: str) -> torch.Tensor:
+        a = torch.from_numpy(rng.standard_normal((batch, n)) * 3.0).to(TORCH[kind])
+        a[torch.from_numpy(~used[:, column])] = float("nan")
+        return a
+
+    slots = [source(j, s.state) if c == "x" else None for j, c in enumerate(s.slots)]
+    raws = [source(layout.RAW + j, s.raw) for j in range(s.raws)]
+    z, streams, draw = None, None, 0
+    if s.noise == "z":
+        z = source(layout.NOISE, s.state)
+    elif s.noise == "streams":
+        streams = rng.integers(0, 2**32, (batch, 3), dtype=np.uint64).astype(np.uint32)
+        draw = int(rng.integers(0, 2**31))
+        drawn = [philox.normals(n, int(a) | int(b) << 32, int(c), draw, philox.STEP) for a, b, c in streams]
+        z = torch.from_numpy(np.stack(drawn)).to(TORCH[s.state])
+    out = [guarded((batch, n), s.state) for _ in range(s.outputs)]
+    inp = [guarded((batch, n), s.model) for _ in range(s.inputs)]
+    kernel = {
+        "slots": [None if a is None else a.numpy() for a in slots],
+        "raws": [bits(a) for a in raws],
+        "w": w,
+        "outputs": [middle for _, middle in out],
+        "inputs": [middle for _, middle in inp],
+        "c_in": rng.uniform(0.2, 2.0, rows("c_in")).astype(state),
+        "z": z.numpy() if s.noise == "z" and z is not None else None,
+        "streams": streams,
+        "draw": draw,
+        "p": p,
+        "limit": limit,
+    }
+    return Case(s, kernel, slots, raws, z, [whole for whole, _ in [*out, *inp]])
+
+
+def launch(kernel: dict[str, Any]) -> None:
+    args = numba_step.arguments(**kernel)
+    batch, n = kernel["outputs"][0].shape
+    numba_step.launch(args, numba_step.units(batch, n), batch * n)
+
+
+def definition(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Every output in float64, element by element as the equation says, and its S."""
+    w, p, limit = (
+        None if case.kernel[k] is None else case.kernel[k].astype(np.float64) for k in ("w", "p", "limit")
+    )
+    batch, n = case.kernel["outputs"][0].shape
+    slots = [None if a is None else a.double().numpy() for a in case.slots]
+    raws = [a.double().numpy() for a in case.raws]
+    z = None if case.z is None else case.z.double().numpy()
+    outputs = [np.empty((batch, n)) for _ in range(w.shape[1])]
+    sums = [np.empty((batch, n)) for _ in range(w.shape[1])]
+    for b in range(batch):
+        sources = {j: a[b] for j, a in enumerate(slots) if a is not None}
+        sources |= {layout.RAW + j: a[b] for j, a in enumerate(raws)}
+        sizes = {j: np.abs(a) for j, a in sources.items()}
+        if z is not None:
+            sources[layout.NOISE], sizes[layout.NOISE] = z[b], np.abs(z[b])
+        if p is not None:
+            q = p[b % len(p)]
+            terms = [(q[0], 0), *((q[1 + j], layout.RAW + j) for j in range(len(raws)))]
+            m = sum((c * sources[j] for c, j in terms if c), np.zeros(n))
+            size = sum((abs(c) * sizes[j] for c, j in terms if c), np.zeros(n))
+            if limit is not None:
+                bound, gain = limit[b % len(limit), :2]
+                m, size = np.minimum(np.maximum(m, -bound), bound) * gain, size * gain
+            sources[layout.PREDICTION], sizes[layout.PREDICTION] = m, size
+        for k in range(w.shape[1]):
+            row = w[b % len(w), k]
+            outputs[k][b] = sum((row[j] * sources[j] for j in np.flatnonzero(row)), np.zeros(n))
+            sums[k][b] = sum((abs(row[j]) * sizes[j] for j in np.flatnonzero(row)), np.zeros(n))
+    return outputs, sums
+
+
+def inside(a: np.ndarray, b: np.ndarray, bound: np.ndarray) -> None:
+    assert np.isfinite(a).all()
+    assert np.isfinite(b).all()
+    assert (np.abs(a.astype(np.float64) - b.astype(np.float64)) <= bound).all()
+
+
+def contents() -> Any:
+    flags = st.fixed_dictionaries({k: st.booleans() for k in ("w", "p", "limit", "c_in")})
+    return given(
+        seed=st.integers(0, 2**32),
+        batch=st.integers(1, 5),
+        n=st.sampled_from(SIZES),
+        own=flags,
+        density=st.sampled_from([1.0, 0.7, 0.3]),
+    )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: "-".join(str(f) for f in s if f != ""))
+@settings(max_examples=12, deadline=None)
+@contents()
+def test_a_stage(
+    structure: Structure, seed: int, batch: int, n: int, own: dict[str, bool], density: float
+) -> None:
+    case = make(structure, seed, batch, n, own, density)
+    kernel = case.kernel
+    read = [a for a in itertools.chain.from_iterable(
+        v if isinstance(v, list) else [v] for k, v in kernel.items() if k not in ("outputs", "inputs", "draw")
+    ) if a is not None]  # fmt: skip
+    before = [a.tobytes() for a in read]
+    launch(kernel)
+    assert [a.tobytes() for a in read] == before
+
+    exact, sums = definition(case)
+    eps = float(np.finfo(NUMPY[structure.state]).eps)
+    limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
+    twin = naive.step(case.slots, case.raws, kernel["w"], z=case.z, p=kernel["p"], limit=limit)
+    for out, other, true, size in zip(kernel["outputs"], twin, exact, sums, strict=True):
+        assert other.dtype == TORCH[structure.state]
+        inside(out, other.numpy(), 4.0 * eps * size)
+        inside(out, true, (layout.COLUMNS + 6) / 2.0 * eps * size)
+
+    x = kernel["outputs"][0]
+    scaled = torch.from_numpy(x * np.broadcast_to(kernel["c_in"], (batch,))[:, None])
+    rounded = bits(scaled.to(TORCH[structure.model]))
+    for copy in kernel["inputs"]:
+        if structure.raw == "f64" and structure.state == "f32":
+            # float64 raws are summed in float64 and the input is rounded from that, not from the stored x
+            inside(values(copy, structure.model), scaled.double().numpy(), 2.0 * eps * np.abs(scaled.double().numpy()))
+        else:
+            assert copy.tobytes() == rounded.tobytes()
+    for whole in case.backing:
+        edge = np.concatenate([whole[:GUARD], whole[-GUARD:]])
+        assert edge.tobytes() == b"\xa5" * edge.nbytes
+
+
+@pytest.mark.parametrize("structure", [s for s in STRUCTURES if s.raw != "bf16" and s.slots], ids=str)
+def test_the_naive_twin_is_the_same_in_numpy_and_torch(structure: Structure) -> None:
+    own = {"w": True, "p": True, "limit": False, "c_in": False}
+    case = make(structure, 5, 3, 33, own, 0.7)
+    kernel = case.kernel
+    limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
+    options = {"p": kernel["p"], "limit": limit}
+    theirs = naive.step(case.slots, case.raws, kernel["w"], z=case.z, **options)
+    slots = [None if a is None else a.numpy() for a in case.slots]
+    z = None if case.z is None else case.z.numpy()
+    with np.errstate(invalid="ignore"):  # NaN in the sources that nothing reads
+        ours = naive.step(slots, [a.numpy() for a in case.raws], kernel["w"], z=z, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.numpy().dtype
+        np.testing.assert_array_equal(a, b.numpy())
+
+
+@pytest.mark.parametrize("structure", [STRUCTURES[i] for i in (1, 2, 4, 7)], ids=str)
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_the_split_over_threads_changes_no_bit(
+    structure: Structure, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"w": True, "p": True, "limit": True, "c_in": True}
+    results = []
+    for serial in (True, False):
+        monkeypatch.setattr(numba_step, "SERIAL_ELEMENTS", 1 << 40 if serial else 0)
+        monkeypatch.setattr(numba_step, "_workers", lambda: workers)
+        case = make(structure, 11, 5, 4099, own, 0.8)
+        launch(case.kernel)
+        results.append([a.tobytes() for a in [*case.kernel["outputs"], *case.kernel["inputs"]]])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_a_sample_is_the_same_alone_and_in_its_batch(structure: Structure) -> None:
+    own = {"w": True, "p": True, "limit": True, "c_in": True}
+    case = make(structure, 3, 4, 2049, own, 0.8)
+    launch(case.kernel)
+    shared = ("slots", "raws", "w", "c_in", "z", "streams", "p", "limit")
+    for b in (0, 3):
+
+        def one(v: Any, b: int = b) -> Any:
+            if isinstance(v, list):
+                return [one(a) for a in v]
+            return None if v is None else np.ascontiguousarray(v[b : b + 1])
+
+        alone = {k: one(v) if k in shared else v for k, v in case.kernel.items()}
+        for k in ("outputs", "inputs"):
+            alone[k] = [np.empty_like(a[b : b + 1]) for a in case.kernel[k]]
+        launch(alone)
+        for k in ("outputs", "inputs"):
+            for whole, part in zip(case.kernel[k], alone[k], strict=True):
+                assert whole[b].tobytes() == part[0].tobytes()
+
+
+def test_a_clip_keeps_its_bounds_and_gain_exactly() -> None:
+    """p = (0, 1), w reads m alone: the output is gain clip(raw, +-bound), without rounding where both are powers of 2."""
+    raw = np.array([[-5.0, -2.0, -1.5, -0.0, 0.25, 2.0, 2.0000002, np.inf, -np.inf]], np.float32)
+    w = np.zeros((1, 1, layout.COLUMNS), np.float32)
+    w[0, 0, layout.PREDICTION] = 1.0
+    out = np.full_like(raw, np.nan)
+    launch(
+        {
+            "slots": [np.full_like(raw, np.nan)],
+            "raws": [raw],
+            "w": w,
+            "outputs": [out],
+            "c_in": np.ones(1, np.float32),
+            "p": np.array([[0.0, 1.0, 0.0, 0.0]], np.float32),
+            "limit": np.array([[2.0, 0.5, 0.0, 0.0]], np.float32),
+        }
+    )
+    np.testing.assert_array_equal(out, [[-1.0, -1.0, -0.75, 0.0, 0.125, 1.0, 1.0, 1.0, -1.0]])
+
+
+def test_a_nan_that_is_read_reaches_the_output() -> None:
+    """Masking is for zero coefficients alone: a network's NaN must not be hidden, by the clip least of all."""
+    raw = np.array([[1.0, np.nan, 3.0]], np.float32)
+    x = np.ones_like(raw)
+    w = np.zeros((1, 1, layout.COLUMNS), np.float32)
+    w[0, 0, [0, layout.PREDICTION]] = 0.5, 2.0
+    kernel = {
+        "slots": [x],
+        "raws": [raw],
+        "w": w,
+        "outputs": [np.zeros_like(raw)],
+        "c_in": np.ones(1, np.float32),
+        "p": np.array([[0.0, 1.0, 0.0, 0.0]], np.float32),
+        "limit": np.array([[2.0, 1.0, 0.0, 0.0]], np.float32),
+    }
+    launch(kernel)
+    np.testing.assert_array_equal(kernel["outputs"][0], [[2.5, np.nan, 4.5]])
+    (twin,) = naive.step([x], [raw], w, p=kernel["p"], limit=kernel["limit"][:, :2])
+    np.testing.assert_array_equal(twin, [[2.5, np.nan, 4.5]])
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "room"), [("slots", 9, 8), ("raws", 4, 3), ("outputs", 6, 5), ("inputs", 4, 3)]
+)
+def test_too_many_arrays(name: str, count: int, room: int) -> None:
+    a = np.zeros((1, 4), np.float32)
+    given_ = {"slots": [a], "raws": [a], "outputs": [a], "inputs": [a]} | {name: [a] * count}
+    w = np.zeros((1, 1, layout.COLUMNS), np.float32)
+    with pytest.raises(ValueError, match=f"at most {room} {name}, got {count}"):
+        numba_step.arguments(**given_, w=w, c_in=np.ones(1, np.float32))
