@@ -74,12 +74,14 @@ def combine(sources: Sequence[Array | None], c: np.ndarray, like: Array) -> Arra
 def guidance_scale(raws: Sequence[Array], weights: np.ndarray, phi: float) -> np.ndarray:
     """Guidance rescale (Lin et al. 2023, section 3.4): the factor on the guided output of each sample, (B,) float64.
 
-    guided = sum_j weights[j] raws[j]; factor = phi std(conditional) / std(guided) + 1 - phi. The conditional
-    output is the last one.
+    guided = sum_j weights[j] raws[j]; factor = phi std(conditional) / std(guided) + 1 - phi, or 1 where the
+    guided output is constant. The conditional output is the last one.
     """
     values = [as_float64(raw) for raw in raws]
     guided = sum((g * v for g, v in zip(weights, values, strict=True)), np.zeros_like(values[0]))
-    ratio = values[-1].std(axis=1) / guided.std(axis=1)
+    spread = guided.std(axis=1)
+    # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
+    ratio = np.divide(values[-1].std(axis=1), spread, out=np.ones_like(spread), where=spread != 0.0)
     return np.asarray(phi * ratio + (1.0 - phi))
 
 
@@ -113,7 +115,7 @@ def as_dtype(a: Array, dtype: np.dtype[Any]) -> Array:
 def where(condition: Array, a: Array, b: Array) -> Array:
     if is_torch(condition):
         return b.where(~condition, a)
-    return np.where(condition, a, b).astype(b.dtype, copy=False)
+    return np.asarray(np.where(condition, a, b), dtype=b.dtype)
 
 
 def column(c: np.ndarray, like: Array) -> Any:

@@ -8,7 +8,7 @@ int16 (NumPy has no bfloat16, and Numba no float16 on the CPU).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -16,17 +16,17 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-F = TypeVar("F", bound=Callable[..., Any])
+Kernel = Callable[..., Any]
 
 
-def jit(**options: Any) -> Callable[[F], F]:
-    """`numba.njit(nogil=True, cache=True, **options)`, typed: the function keeps its Python signature.
+def jit(**options: Any) -> Callable[[Kernel], Kernel]:
+    """`numba.njit(nogil=True, cache=True, **options)`: Numba types what it compiles, so callers see any function.
 
     No fastmath: without it LLVM neither reorders float operations nor contracts them into fused
     multiply-adds. Numba's cache looks at a function's own file alone: after an edit here, clear the caches of
     its callers.
     """
-    return cast(Callable[[F], F], njit(nogil=True, cache=True, **options))
+    return cast(Callable[[Kernel], Kernel], njit(nogil=True, cache=True, **options))
 
 
 def _bitcast(source: Any, target: Any) -> Any:

@@ -28,7 +28,7 @@ def _deviation(values: Any) -> Any:
 
 
 @jit()
-def guidance_scale(r1, r2, r3, weights, phi, p, out):  # type: ignore[no-untyped-def]
+def guidance_scale(r1, r2, r3, weights, phi, p, out):
     """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi (Lin et al. 2023, section 3.4).
 
     r1 .. r3  (B, n) raws, the conditional one last, absent ones None; weights (3,) float64 of the guided sum
@@ -43,14 +43,16 @@ def guidance_scale(r1, r2, r3, weights, phi, p, out):  # type: ignore[no-untyped
             total = _add(total, weights[1], _at(y2, i))
             guided[i] = _add(total, weights[2], _at(y3, i))
             conditional[i] = _last(_at(y1, i), _at(y2, i), _at(y3, i))
-        factor = phi * _deviation(conditional) / _deviation(guided) + (1.0 - phi)
+        spread = _deviation(guided)
+        # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
+        factor = phi * _deviation(conditional) / spread + (1.0 - phi) if spread != 0.0 else 1.0
         out[b, 0] = p[0, 0]
         for j in range(1, 4):
             out[b, j] = p[0, j] * factor
 
 
 @jit()
-def threshold(x, r1, r2, r3, p, quantile, maximum, out):  # type: ignore[no-untyped-def]
+def threshold(x, r1, r2, r3, p, quantile, maximum, out):
     """out[b, :2] = (s, 1 / s), s the quantile of |m| held between 1 and maximum (Saharia et al. 2022, section 2.3).
 
     x (B, n) or None, r1 .. r3 (B, n) or None; p (1 or B, 4); out (B, 4) of the state's dtype
@@ -74,5 +76,5 @@ def threshold(x, r1, r2, r3, p, quantile, maximum, out):  # type: ignore[no-unty
 
 
 @jit()
-def _last(a, b, c):  # type: ignore[no-untyped-def]
+def _last(a, b, c):
     return c if c is not None else (b if b is not None else a)

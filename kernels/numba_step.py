@@ -38,7 +38,7 @@ def _part(a: Any, b: Any, lo: Any, hi: Any) -> Any:
 
 
 @overload(_part)
-def _part_typed(a, b, lo, hi):  # type: ignore[no-untyped-def]
+def _part_typed(a, b, lo, hi):
     if isinstance(a, types.NoneType):
         return lambda a, b, lo, hi: None
     return lambda a, b, lo, hi: a[b, lo:hi]
@@ -49,7 +49,7 @@ def _at(a: Any, i: Any) -> Any:
 
 
 @overload(_at)
-def _at_typed(a, i):  # type: ignore[no-untyped-def]
+def _at_typed(a, i):
     if isinstance(a, types.NoneType):
         return lambda a, i: None
     if a.dtype == types.uint16:
@@ -64,23 +64,23 @@ def _put(a: Any, i: Any, v: Any) -> Any:
 
 
 @overload(_put)
-def _put_typed(a, i, v):  # type: ignore[no-untyped-def]
+def _put_typed(a, i, v):
     if isinstance(a, types.NoneType):
         return lambda a, i, v: None
 
     if a.dtype == types.uint16:
 
-        def put(a, i, v):  # type: ignore[no-untyped-def]
+        def put(a, i, v):
             a[i] = bf16_from_f32(np.float32(v))
 
     elif a.dtype == types.int16:
 
-        def put(a, i, v):  # type: ignore[no-untyped-def]
+        def put(a, i, v):
             a[i] = f16_from_f32(np.float32(v))
 
     else:
 
-        def put(a, i, v):  # type: ignore[no-untyped-def]
+        def put(a, i, v):
             a[i] = v
 
     return put
@@ -91,11 +91,11 @@ def _add(total: Any, c: Any, v: Any) -> Any:
 
 
 @overload(_add)
-def _add_typed(total, c, v):  # type: ignore[no-untyped-def]
+def _add_typed(total, c, v):
     if isinstance(v, types.NoneType):
         return lambda total, c, v: total
 
-    def add(total, c, v):  # type: ignore[no-untyped-def]
+    def add(total, c, v):
         term = c * v
         return total + (term if c != 0 else c)
 
@@ -107,11 +107,11 @@ def _noise(streams: Any, draw: Any, buffer: Any, z: Any, b: Any, lo: Any, hi: An
 
 
 @overload(_noise)
-def _noise_typed(streams, draw, buffer, z, b, lo, hi):  # type: ignore[no-untyped-def]
+def _noise_typed(streams, draw, buffer, z, b, lo, hi):
     if isinstance(streams, types.NoneType):
         return lambda streams, draw, buffer, z, b, lo, hi: _part(z, b, lo, hi)
 
-    def drawn(streams, draw, buffer, z, b, lo, hi):  # type: ignore[no-untyped-def]
+    def drawn(streams, draw, buffer, z, b, lo, hi):
         out = buffer[: hi - lo]
         fill_normals(out, lo, streams[b, 0], streams[b, 1], streams[b, 2], draw, STEP)
         return out
@@ -124,11 +124,11 @@ def _coefficients(table: Any, b: Any, k: Any, out: Any) -> Any:
 
 
 @overload(_coefficients)
-def _coefficients_typed(table, b, k, out):  # type: ignore[no-untyped-def]
+def _coefficients_typed(table, b, k, out):
     if isinstance(out, types.NoneType):
         return lambda table, b, k, out: None
 
-    def row(table, b, k, out):  # type: ignore[no-untyped-def]
+    def row(table, b, k, out):
         r = table[b if table.shape[0] > 1 else 0, k]
         return r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12]
 
@@ -140,17 +140,17 @@ def _prediction(p: Any, limit: Any, x: Any, r1: Any, r2: Any, r3: Any) -> Any:
 
 
 @overload(_prediction)
-def _prediction_typed(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+def _prediction_typed(p, limit, x, r1, r2, r3):
     if isinstance(p, types.NoneType):
         return lambda p, limit, x, r1, r2, r3: None
 
-    def linear(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+    def linear(p, limit, x, r1, r2, r3):
         return _add(_add(_add(_add(p[0] - p[0], p[0], x), p[1], r1), p[2], r2), p[3], r3)
 
     if isinstance(limit, types.NoneType):
         return linear
 
-    def clipped(p, limit, x, r1, r2, r3):  # type: ignore[no-untyped-def]
+    def clipped(p, limit, x, r1, r2, r3):
         m = _add(_add(_add(_add(p[0] - p[0], p[0], x), p[1], r1), p[2], r2), p[3], r3)
         m = limit[0] if m > limit[0] else m
         m = -limit[0] if m < -limit[0] else m
@@ -165,11 +165,11 @@ def _emit(out: Any, i: Any, c: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any,
 
 
 @overload(_emit)
-def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):  # type: ignore[no-untyped-def]
+def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):
     if isinstance(out, types.NoneType):
         return lambda out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z: None
 
-    def emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):  # type: ignore[no-untyped-def]
+    def emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):
         total = c[0] - c[0]  # 0 of the state's type: an integer 0 would promote float32
         total = _add(total, c[0], s0)
         total = _add(total, c[1], s1)
@@ -195,11 +195,11 @@ def _numbers(table: Any, b: Any) -> Any:
 
 
 @overload(_numbers)
-def _numbers_typed(table, b):  # type: ignore[no-untyped-def]
+def _numbers_typed(table, b):
     if isinstance(table, types.NoneType):
         return lambda table, b: None
 
-    def row(table, b):  # type: ignore[no-untyped-def]
+    def row(table, b):
         r = table[b if table.shape[0] > 1 else 0]
         return r[0], r[1], r[2], r[3]
 
@@ -211,7 +211,7 @@ def _numbers_typed(table, b):  # type: ignore[no-untyped-def]
 
 @jit()
 def fused(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, streams, draw, p, limit, w, c_in,
-          o0, o1, o2, o3, o4, i1, i2, i3, first, last):  # type: ignore[no-untyped-def]  # fmt: skip
+          o0, o1, o2, o3, o4, i1, i2, i3, first, last):  # fmt: skip
     """Units first .. last of one stage; a unit is a chunk of one sample. See `step` for the arguments."""
     n = o0.shape[1]
     chunks = (n + CHUNK - 1) // CHUNK

@@ -62,8 +62,8 @@ class NumpyFrame:
         return np.empty(shape, self._dtype(dtype))
 
     def bits(self, array: Array) -> np.ndarray:
-        array = np.ascontiguousarray(array)
-        return array.view(np.int16) if array.dtype == np.float16 else array
+        stored: np.ndarray = np.ascontiguousarray(array)
+        return stored.view(np.int16) if stored.dtype == np.float16 else stored
 
     def wrap(self, array: np.ndarray) -> Array:
         return array

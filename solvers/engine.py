@@ -107,7 +107,7 @@ class FusedRun:
             [],
             table.w,
             [self.buffers[b] for b in table.writes],
-            self.input_rows[(k + 1) % 2][: job.copies(k + 1)] if after else (),
+            list(self.input_rows[(k + 1) % 2][: job.copies(k + 1)]) if after else [],
             c_in=c_in,
             streams=None if table.draw is None else self.streams,
             draw=table.draw or 0,
@@ -122,7 +122,7 @@ class FusedRun:
             [],
             init_table(op, self.job.dtype),
             [self.buffers[op.writes[0]]] if op.writes != op.reads else [np.empty_like(self.buffers[0])],
-            self.input_rows[0][: self.job.copies(0)],
+            list(self.input_rows[0][: self.job.copies(0)]),
             c_in=np.array([self.job.tables[0].c_in], self.job.dtype),
             streams=self.streams if op.noisy else None,
         )
