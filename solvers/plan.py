@@ -128,6 +128,11 @@ class Plan:
 
     def _check_sources(self) -> None:
         known = {"x"}
+        for source, value in self.init.row.items() if self.init else ():
+            if source not in ("x", NOISE):
+                raise PlanError(f"{self.solver}: the init row reads {source!r}; before the first call there is x alone")
+            if not math.isfinite(value):
+                raise PlanError(f"{self.solver}: the init row: the coefficient of {source!r} is {value}")
         for k, stage in enumerate(self.stages):
             if "x" not in stage.rows:
                 raise PlanError(f"{self.solver}: stage {k} has no row for slot 'x'")
