@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.arrays import Frame, dtype_name, frame_of
+from fewstep.solvers.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.options import at_least, between
 from fewstep.solvers.process import Point, Process
 from fewstep.solvers.registry import unknown
@@ -35,10 +36,10 @@ class CFG:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        for value in self.scales:
-            if not (isinstance(value, (int, float)) and math.isfinite(value)):
-                raise ValueError(f"guidance scale must be a finite number or a pair of them, got {self.scale!r}")
-        if len(self.scales) > 2:
+        scales = self.scale if isinstance(self.scale, (tuple, list)) else (self.scale,)
+        if not all(_is_number(value) and math.isfinite(value) for value in scales):
+            raise ValueError(f"guidance scale must be a finite number or a pair of them, got {self.scale!r}")
+        if not 1 <= len(scales) <= 2:
             raise ValueError(f"guidance scale takes one number or a pair, got {self.scale!r}")
         between("guidance rescale", self.rescale, 0.0, 1.0)
         between("guidance start", self.start, 0.0, 1.0)
@@ -46,7 +47,7 @@ class CFG:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        return tuple(self.scale) if isinstance(self.scale, Sequence) else (self.scale,)
+        return tuple(map(float, self.scale if isinstance(self.scale, (tuple, list)) else (self.scale,)))
 
     def weights(self, progress: float) -> tuple[float, ...]:
         """The weight of each raw output, null first; they sum to 1. progress: finished steps / steps."""
@@ -65,6 +66,33 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         between("quantile", self.quantile, 0.0, 1.0)
         at_least("maximum", self.maximum, 1.0)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _as_guidance(value: object) -> CFG | None:
+    """None, a CFG, or a number for its scale; anything else is a TypeError."""
+    if value is None or isinstance(value, CFG):
+        return value
+    if not _is_number(value):
+        raise TypeError(f"guidance must be a number (the scale), a CFG or None, got {value!r}")
+    return CFG(float(value))  # type: ignore[arg-type]  # _is_number
+
+
+def _positive(name: str, value: object) -> float:
+    if not (_is_number(value) and 0.0 < value < math.inf):  # type: ignore[operator]  # _is_number
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _same(values: Sequence[Any]) -> bool:
+    """Whether plain values are equal. Two arrays of another library, which compare by element, never are."""
+    first = values[0]
+    if all(v is first for v in values):
+        return True
+    return not any(hasattr(v, "shape") for v in values) and all(v == first for v in values)
 
 
 def _epsilon(at: Point, sigma_data: float) -> tuple[float, float]:
@@ -90,6 +118,11 @@ def _flow(at: Point, sigma_data: float) -> tuple[float, float]:
 
 
 def _edm(at: Point, sigma_data: float) -> tuple[float, float]:
+    if at.alpha == 0.0:
+        raise ValueError(
+            f"predicts='edm' is told ln(sigma/alpha), which is infinite at alpha = 0 (t = {at.t:g}): use a grid "
+            "that starts below it (spacing='logsnr', or Grid.tail)"
+        )
     rho = at.sigma / at.alpha
     norm = rho**2 + sigma_data**2
     return sigma_data**2 / norm / at.alpha, rho * sigma_data / math.sqrt(norm)
@@ -145,29 +178,34 @@ class Denoiser:
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         if not (hasattr(process, "point") and hasattr(process, "point_at_sigma")):
             raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {type(process).__name__}")
-        if predicts not in PREDICTIONS:
+        if not isinstance(predicts, str) or predicts not in PREDICTIONS:
             raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
-        if isinstance(clip, (int, float)) and not (clip > 0 and math.isfinite(clip)):
-            raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r}")
-        at_least("time_scale", time_scale, 0.0)
+        if not (clip is None or isinstance(clip, DynamicThreshold)):
+            if not (_is_number(clip) and 0.0 < clip < math.inf):
+                raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r}")
+            clip = float(clip)
+        if not (null is None or isinstance(null, Mapping)):
+            raise TypeError(f"null must be a mapping of the model's keyword arguments, got {type(null).__name__}")
         self.model = model
         self.process = process
         self.predicts = predicts
-        self.guidance = CFG(float(guidance)) if isinstance(guidance, (int, float)) else guidance
+        self.guidance = _as_guidance(guidance)
         self.clip = clip
         self.null = null
         self.batched = batched
-        self.time_scale = time_scale
+        self.time_scale = _positive("time_scale", time_scale)
         self.dtype = None if dtype is None else dtype_name(dtype)
+        if self.dtype is not None and self.dtype not in FLOATS:
+            raise ValueError(f"dtype of x_in must be one of {', '.join(FLOATS)}, got {self.dtype}")
         self.time_dtype = None if time_dtype is None else dtype_name(time_dtype)
-        self.sigma_data = getattr(process, "sigma_data", 0.5) if sigma_data is None else sigma_data
-        at_least("sigma_data", self.sigma_data, 0.0)
+        own = getattr(process, "sigma_data", 0.5)
+        self.sigma_data = own if sigma_data is None else _positive("sigma_data", sigma_data)
 
     def with_guidance(self, guidance: float | CFG | None) -> Denoiser:
         """The same denoiser under another guidance."""
         other = object.__new__(Denoiser)
         other.__dict__ = {**self.__dict__}
-        other.guidance = CFG(float(guidance)) if isinstance(guidance, (int, float)) else guidance
+        other.guidance = _as_guidance(guidance)
         return other
 
     # --- what the loop asks ---
@@ -191,8 +229,16 @@ class Denoiser:
         return 1.0 / math.hypot(at.sigma, self.sigma_data * at.alpha)
 
     def time(self, at: Point) -> float:
-        """What the network is told."""
-        return math.log(at.sigma / at.alpha) / 4.0 if self.predicts == "edm" else at.t * self.time_scale
+        """What the network is told. Raises ValueError for a fraction where it takes whole numbers."""
+        t = math.log(at.sigma / at.alpha) / 4.0 if self.predicts == "edm" else at.t * self.time_scale
+        if self.time_dtype in FLOATS or self.time_dtype is None:
+            return t
+        if abs(t - round(t)) > 1e-6:
+            raise ValueError(
+                f"time_dtype={self.time_dtype!r}, but the plan calls the model at t = {t:.9g}: lay the grid on "
+                "whole times (round_times=True), or use a float time_dtype"
+            )
+        return float(round(t))
 
     @property
     def frame(self) -> Frame | None:
@@ -210,7 +256,14 @@ class Denoiser:
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
         """One mapping of keyword arguments for each branch, the null branch first."""
         branches = len(self.weights(0.0))
-        given = [dict(c) for c in cond] if isinstance(cond, Sequence) else [dict(cond or {})]
+        listed = cond if isinstance(cond, (tuple, list)) else [{} if cond is None else cond]
+        if not all(isinstance(c, Mapping) for c in listed):
+            kinds = ", ".join(type(c).__name__ for c in listed)
+            raise TypeError(
+                "cond must be a mapping of the model's keyword arguments, such as {'labels': labels}, or a "
+                f"sequence of them, the null condition first; got {kinds}"
+            )
+        given = [dict(c) for c in listed]
         if len(given) == branches:
             return given  # type: ignore[return-value]
         if branches > 1 and len(given) == 1 and branches == 2 and self.null is not None:
@@ -238,6 +291,11 @@ class Denoiser:
                         f"cond[{key!r}] of branch {j} has shape {tuple(value.shape)}; its first axis must be the "
                         f"batch of {batch} (or 1)"
                     )
+                if frame.is_array(value) and frame.device_of(value) != frame.device:
+                    raise ValueError(
+                        f"cond[{key!r}] of branch {j} is on {frame.device_of(value)}, the model on {frame.device}: "
+                        "move one of them"
+                    )
         model = self.model
         stacked: dict[tuple[int, ...], Cond] = {}
 
@@ -249,6 +307,12 @@ class Denoiser:
             if branches not in stacked:
                 stacked[branches] = self._stack(frame, batch, [conds[j] for j in branches])
             raw = model(x_in, t, **stacked[branches])
+            if not frame.is_array(raw) or len(raw) != len(branches) * batch:
+                found = f"shape {tuple(raw.shape)}" if frame.is_array(raw) else f"{type(raw).__name__}"
+                raise ValueError(
+                    f"the model returned {found} for a batch of {len(branches)} branches of {batch}: model(x, t) "
+                    "must return an array like x, or use Denoiser(batched=False)"
+                )
             return tuple(raw[i * batch : (i + 1) * batch] for i in range(len(branches)))
 
         if self.batched and len(conds) > 1:
@@ -272,11 +336,11 @@ class Denoiser:
                         "Denoiser(batched=False)"
                     )
                 out[key] = frame.concatenate(wide)
-            elif all(v is values[0] or v == values[0] for v in values):
+            elif _same(values):
                 out[key] = values[0]
             else:
                 raise ValueError(
-                    f"cond[{key!r}] differs between the branches and is not an array, so it cannot be batched: use "
-                    "Denoiser(batched=False)"
+                    f"cond[{key!r}] differs between the branches and is not an array of {frame.name}, so it "
+                    "cannot be batched: convert it or use Denoiser(batched=False)"
                 )
         return out

@@ -18,7 +18,11 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 def dtype_name(dtype: Any) -> str:
     """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32 alike; else ValueError."""
-    name = str(dtype).rpartition(".")[2] if "torch" in str(dtype) or "bfloat16" in str(dtype) else np.dtype(dtype).name
+    try:
+        name = str(dtype).rpartition(".")[2]
+        name = name if "torch" in str(dtype) or name == "bfloat16" else np.dtype(dtype).name
+    except TypeError:
+        name = ""
     if name not in (*FLOATS, "int64", "int32"):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
     return name
@@ -50,6 +54,8 @@ class Frame(Protocol):
 
     def is_array(self, value: Any) -> bool: ...
 
+    def device_of(self, array: Array) -> str: ...
+
 
 class NumpyFrame:
     name = "numpy"
@@ -80,6 +86,9 @@ class NumpyFrame:
     def is_array(self, value: Any) -> bool:
         return isinstance(value, np.ndarray)
 
+    def device_of(self, array: Array) -> str:
+        return "cpu"
+
     def _dtype(self, dtype: str) -> np.dtype[Any]:
         if dtype == "bfloat16":
             raise ValueError("NumPy has no bfloat16: use dtype='float16' or 'float32', or a torch denoiser")
@@ -93,7 +102,13 @@ class TorchFrame:
         import torch
 
         self.torch = torch
-        self.device = str(device)
+        try:
+            where = torch.device(device)
+            if where.type == "cuda" and where.index is None:  # tensors name their index
+                where = torch.device("cuda", torch.cuda.current_device())
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
     def array(self, values: Any, dtype: str) -> Array:
@@ -122,6 +137,9 @@ class TorchFrame:
 
     def is_array(self, value: Any) -> bool:
         return isinstance(value, self.torch.Tensor)
+
+    def device_of(self, array: Array) -> str:
+        return str(array.device)
 
 
 def frame_of(value: Any) -> Frame | None:

@@ -195,6 +195,11 @@ class FusedRun:
     def _launch(self, args: list[Any]) -> None:
         self._step.launch(args, self.units, self.size)
 
+    def release(self) -> None:
+        """Let go of the network's outputs; the memory of the run itself stays."""
+        for args in self.args:
+            args[layout.RAW : layout.RAW + layout.RAWS] = [None] * layout.RAWS
+
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
         return self.buffers[self.job.tables[k].writes[0]].reshape(self.job.shape)
@@ -266,6 +271,11 @@ class NaiveRun:
         for buffer, output in zip(table.writes, outputs, strict=True):
             self.buffers[buffer] = output
         self.latest = outputs[0]
+
+    def release(self) -> None:
+        """Let go of every array, and so of the graph that autograd hung on them."""
+        self.latest = None
+        self.buffers = [None] * len(self.buffers)
 
     def x(self, k: int) -> Array:
         return self.latest

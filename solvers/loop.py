@@ -6,7 +6,7 @@ import contextlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,22 @@ class StepInfo:
     to: Point
     x: Array
     x0: Array
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """What a sampler holds at one time: replaced whole by `update`, never edited."""
+
+    denoiser: Any
+    plan: Plan
+    plain: Job
+    watched: Job  # also writes each x0 prediction, for callbacks
+    idle: tuple[deque[FusedRun | NaiveRun], deque[FusedRun | NaiveRun]] = field(
+        default_factory=lambda: (deque(), deque())
+    )
+
+    def job(self, watched: bool) -> Job:
+        return self.watched if watched else self.plain
 
 
 class Sampler:
@@ -106,10 +122,17 @@ class Sampler:
                 "make the grid with the denoiser's process"
             )
         # Both programs, so that a bad combination fails here and not in a later call with a callback.
-        jobs = {keep: self._job(denoiser, plan, keep) for keep in (False, True)}
-        self.denoiser, self.plan, self._jobs = denoiser, plan, jobs
-        self._idle: dict[bool, deque[FusedRun | NaiveRun]] = {False: deque(), True: deque()}
-        self._idle[False].append(self._new_run(jobs[False]))
+        compiled = _Compiled(denoiser, plan, *(self._job(denoiser, plan, keep) for keep in (False, True)))
+        compiled.idle[False].append(self._new_run(compiled.job(False)))
+        self._compiled = compiled  # one assignment: a call in another thread sees all of it or none
+
+    @property
+    def denoiser(self) -> Any:
+        return self._compiled.denoiser
+
+    @property
+    def plan(self) -> Plan:
+        return self._compiled.plan
 
     def _job(self, denoiser: Any, plan: Plan, keep_x0: bool) -> Job:
         program = compile_plan(plan, keep_x0=keep_x0)
@@ -152,18 +175,19 @@ class Sampler:
         progress  show a bar
         out       where to write the result instead of a new array (x's or the model's library)
         """
+        compiled = self._compiled
         outer = frame_of(x) if x is not None else self.frame
         if x is not None:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
         if out is not None:
             check_out(out, outer, self.shape)
         streams = None
-        if x is None or (self.plan.stochastic and noise is None):
+        if x is None or (compiled.plan.stochastic and noise is None):
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
         keep = callback is not None
-        job, idle = self._jobs[keep], self._idle[keep]
+        job, idle = compiled.job(keep), compiled.idle[keep]
         call = job.denoiser.bind(self.frame, self.shape[0], cond)
         try:
             run = idle.popleft()
@@ -175,6 +199,7 @@ class Sampler:
                 return self._result(run.x(len(job.tables) - 1), x, outer, out)
         finally:
             # Also after an interruption: every run rewrites its memory from the start.
+            run.release()
             idle.append(run)
 
     def _loop(
@@ -345,7 +370,7 @@ def model_frame(denoiser: Any, device: Any) -> Frame:
     own: Frame | None = denoiser.frame
     if own is None:
         return NumpyFrame() if device is None else TorchFrame(device)
-    if device is not None and str(device) != own.device:
+    if device is not None and TorchFrame(device).device != own.device:
         raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
     return own
 
