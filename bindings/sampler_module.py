@@ -1,0 +1,113 @@
+"""A sampling loop as a torch module: compiled, exported, differentiated like any other.
+
+The loop is the plan's stages unrolled, each one `fewstep::stage`, with its tables as buffers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.kernels import philox
+from fewstep.kernels import torch_ops as ops
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.program import compile_plan
+from fewstep.solvers.tables import init_table, stage_tables
+
+
+class SamplerModule(nn.Module):
+    """forward(x, streams=None, cond=None) -> the sample, like x.
+
+        loop = torch.compile(SamplerModule(denoiser, plan), fullgraph=True)
+
+    x           (B, ...) float32 or float64 at the grid's first point; gradients flow back to it, to the network's
+                parameters and to the conditions
+    streams     (B, 3) int64 from `fewstep.kernels.philox.streams(seed, B)`, for plans that draw noise
+    checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
+
+    Dynamic thresholding and guidance rescale look at whole samples between the call and the update and are not
+    in this loop: use `fewstep.Sampler`. Raises ValueError for them.
+    """
+
+    def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
+        super().__init__()
+        static = denoiser.clip is None or isinstance(denoiser.clip, (int, float))
+        if denoiser.rescale or not static:
+            raise ValueError(
+                "SamplerModule takes no guidance rescale and no DynamicThreshold: use fewstep.Sampler, or a static clip"
+            )
+        program = compile_plan(plan)
+        self.tables = stage_tables(program, denoiser, dtype)
+        self.program, self.denoiser, self.checkpoint = program, denoiser, checkpoint
+        self.noisy_start = program.init.noisy
+        self.model = denoiser.model if isinstance(denoiser.model, nn.Module) else None
+        self.state = getattr(torch, dtype)
+        self.model_dtype = getattr(torch, denoiser.model_dtype(dtype))
+        time_dtype = denoiser.time_dtype or ("float64" if self.model_dtype == torch.float64 else "float32")
+        self.time_dtype = getattr(torch, time_dtype)
+        clip = denoiser.clip if isinstance(denoiser.clip, (int, float)) else None
+        self._keep("init", init_table(program.init, dtype))
+        self._keep("limit", None if clip is None else [[clip, 1.0, 0.0, 0.0]])
+        for k, table in enumerate(self.tables):
+            self._keep(f"w{k}", table.w)
+            self._keep(f"p{k}", table.p)
+            self._keep(f"c_in{k}", [table.c_in])
+
+    def _keep(self, name: str, values: Any) -> None:
+        tensor = None if values is None else torch.as_tensor(values, dtype=self.state)
+        self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, x: Tensor, streams: Tensor | None = None, cond: Any = None) -> Tensor:
+        from fewstep.solvers.arrays import TorchFrame
+
+        plan, batch = self.program.plan, x.shape[0]
+        call = self.denoiser.bind(TorchFrame(x.device), batch, cond)
+        buffers: list[Tensor | None] = [None] * self.program.buffers
+        buffers[0] = x.to(self.state)
+
+        def noise(draw: int) -> Tensor:
+            if streams is None:
+                raise ValueError(f"{plan.solver} draws noise: pass streams=philox.streams(seed, {batch})")
+            return ops.normals(streams, list(x.shape), draw, philox.STEP).to(self.state)
+
+        op = self.program.init
+        z = noise(0) if self.noisy_start else None
+        first = self._copies(0)
+        x_in: Tensor
+        buffers[op.writes[0]], x_in = ops.stage(
+            [buffers[0]], [0], [], self.init, self.c_in0, first, self.model_dtype, None, None, z
+        )
+        for k, table in enumerate(self.tables):
+            t = torch.full((x_in.shape[0],), table.t, dtype=self.time_dtype, device=x.device)
+            if self.checkpoint and torch.is_grad_enabled():
+                raws = checkpoint(call, table.branches, x_in, t, use_reentrant=False)
+            else:
+                raws = call(table.branches, x_in, t)
+            after = k + 1 < len(self.tables)
+            live = [(j, buffers[b]) for j, b in enumerate(table.slots) if b is not None]
+            outputs = ops.stage(
+                [tensor for _, tensor in live],
+                [j for j, _ in live],
+                list(raws),
+                getattr(self, f"w{k}"),
+                getattr(self, f"c_in{k + 1}") if after else self.c_in0,
+                self._copies(k + 1) if after else 0,
+                self.model_dtype,
+                getattr(self, f"p{k}"),
+                self.limit,
+                None if table.draw is None else noise(table.draw),
+            )
+            for buffer, tensor in zip(table.writes, outputs, strict=False):
+                buffers[buffer] = tensor
+            if after:
+                x_in = outputs[-1]
+        result = buffers[self.program.result]
+        assert result is not None
+        return result.to(x.dtype)
+
+    def _copies(self, k: int) -> int:
+        return len(self.tables[k].branches) if self.denoiser.batched else 1

@@ -1,0 +1,188 @@
+"""The fused stage as a torch operator: seen through by torch.compile and torch.export, with gradients.
+
+    fewstep::stage    one fused update; the CPU implementation is the Numba kernel
+    fewstep::normals  the normals of an address
+
+Both are functional: they return new tensors and never write to their arguments. The adjoint of a stage is the
+same stage with its table transposed, so the backward pass is the same kernel, and can itself be differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.kernels import layout, naive, numba_noise, numba_step
+
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def _rows(t: Tensor) -> np.ndarray:
+    """The memory of t as (B, elements), 16-bit floats as their bits."""
+    t = t.detach().contiguous()
+    t = t.view(_BITS[t.dtype]) if t.dtype in _BITS else t
+    rows: np.ndarray = t.numpy().reshape(t.shape[0], -1)
+    return rows
+
+
+@torch.library.custom_op("fewstep::stage", mutates_args=())
+def stage(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    """One fused stage on any device: outputs = w · [slots, raws, m, z], then `copies` of c_in x'.
+
+    slots        tensors (B, ...) of the state's dtype (float32 or float64); columns: the column of `w` each one
+                 stands in, 0 for x
+    raws         tensors (B, ...) of the model's dtype, in the columns that follow the slots'
+    w            (1 or B, rows, COLUMNS) of the state's dtype (see `layout`)
+    c_in         (1 or B,) of the state's dtype
+    p, limit, z  as in `naive.step`, p and limit with 4 columns; no defaults, since autograd counts the arguments
+
+    Returns rows outputs in the state's dtype, the new x first, then the copies of the model input, stacked along
+    the batch, if there are any.
+    """
+    like = slots[0] if slots else raws[0]
+    by_column = dict(zip(columns, slots, strict=True))
+    ordered = [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
+    tables = [None if t is None else t.detach().cpu().numpy() for t in (w, p, limit, c_in)]
+    outputs = naive.step(ordered, list(raws), tables[0], z=z, p=tables[1], limit=tables[2])  # type: ignore[arg-type]
+    if copies:
+        target = torch.empty((), dtype=model_dtype, device=like.device)
+        outputs.append(torch.cat([naive.model_input(outputs[0], tables[3], target)] * copies))  # type: ignore[arg-type]
+    # An operator may not hand back its argument: a row that copies a slot would.
+    return [out.clone() if any(out is s for s in slots) else out for out in outputs]
+
+
+@stage.register_kernel("cpu")
+def _(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    outputs = _empty(slots, raws, w, copies, model_dtype)
+    states = outputs[:-1] if copies else outputs
+    rows = _rows(outputs[0])
+    by_column = {j: _rows(s) for j, s in zip(columns, slots, strict=True)}
+    inputs = np.split(_rows(outputs[-1]), copies) if copies else []
+    args = numba_step.arguments(
+        [by_column.get(j) for j in range(max(columns, default=-1) + 1)],
+        [_rows(raw) for raw in raws],
+        w.detach().contiguous().numpy(),
+        [_rows(out) for out in states],
+        inputs,
+        c_in=c_in.detach().contiguous().numpy(),
+        z=None if z is None else _rows(z),
+        p=None if p is None else p.detach().contiguous().numpy(),
+        limit=None if limit is None else limit.detach().contiguous().numpy(),
+    )
+    numba_step.launch(args, numba_step.units(*rows.shape), rows.size)
+    return outputs
+
+
+def _empty(
+    slots: Sequence[Tensor], raws: Sequence[Tensor], w: Tensor, copies: int, model_dtype: torch.dtype
+) -> list[Tensor]:
+    like = slots[0] if slots else raws[0]
+    shape = like.shape
+    outputs = [torch.empty(shape, dtype=w.dtype, device=like.device) for _ in range(w.shape[1])]
+    if copies:
+        outputs.append(torch.empty((copies * shape[0], *shape[1:]), dtype=model_dtype, device=like.device))
+    return outputs
+
+
+@stage.register_fake
+def _(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z):  # type: ignore[no-untyped-def]
+    return _empty(slots, raws, w, copies, model_dtype)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    slots, columns, raws, w, c_in, copies, _model_dtype, p, limit, z = inputs
+    ctx.columns, ctx.copies, ctx.raws = list(columns), copies, [raw.dtype for raw in raws]
+    ctx.has_z, ctx.has_slots = z is not None, len(slots)
+    x = slots[ctx.columns.index(0)] if 0 in ctx.columns else None
+    # m itself is needed again only to know where the clip held it.
+    clipped = p is not None and limit is not None
+    ctx.clip = clipped
+    ctx.save_for_backward(w, c_in, p, limit, *([] if x is None or not clipped else [x]), *(raws if clipped else []))
+    ctx.has_x = x is not None
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    w, c_in, p, limit, *kept = ctx.saved_tensors
+    rows = list(grads[: w.shape[1]])
+    if ctx.copies:
+        halves = grads[-1].to(w.dtype).chunk(ctx.copies)
+        scale = c_in.reshape(-1, *[1] * (halves[0].ndim - 1))
+        rows[0] = rows[0] + scale * sum(halves[1:], halves[0])
+    wanted = [*ctx.columns, *(layout.RAW + j for j in range(len(ctx.raws)))]
+    back = dict(zip(wanted, transpose(rows, w, wanted), strict=True))
+    if p is not None:
+        (dm,) = transpose(rows, w, [layout.PREDICTION])
+        if ctx.clip:
+            dm = dm * _gain(kept, p, limit, ctx.has_x)
+        for j, column in enumerate([0, *(layout.RAW + i for i in range(len(ctx.raws)))]):
+            if column in back:
+                back[column] = back[column] + p[:, j].reshape(-1, *[1] * (dm.ndim - 1)) * dm
+    slots = [back[j] for j in ctx.columns]
+    raws = [back[layout.RAW + j].to(dtype) for j, dtype in enumerate(ctx.raws)]
+    dz = transpose(rows, w, [layout.NOISE])[0] if ctx.has_z else None
+    return slots, None, raws, *[None] * 6, dz  # in the order of the arguments
+
+
+def _gain(kept: Sequence[Tensor], p: Tensor, limit: Tensor, has_x: bool) -> Tensor:
+    """d m / d (linear prediction): the gain inside the bound, 0 where the clip held."""
+    x, raws = (kept[0], kept[1:]) if has_x else (None, kept)
+    shape = (-1, *[1] * (kept[-1].ndim - 1))
+    m = sum(
+        (p[:, 1 + j].reshape(shape) * raw.to(p.dtype) for j, raw in enumerate(raws)),
+        p[:, 0].reshape(shape) * x if x is not None else torch.zeros((), dtype=p.dtype),
+    )
+    bound, gain = limit[:, 0].reshape(shape), limit[:, 1].reshape(shape)
+    return torch.where(m.abs() <= bound, gain, torch.zeros_like(gain))
+
+
+def transpose(rows: Sequence[Tensor], w: Tensor, columns: Sequence[int]) -> list[Tensor]:
+    """For each column j, sum_k w[:, k, j] rows[k]: the stage with the transposed table."""
+    out: list[Tensor] = []
+    for start in range(0, len(columns), layout.OUTPUTS):
+        part = list(columns[start : start + layout.OUTPUTS])
+        table = w.new_zeros((w.shape[0], len(part), layout.COLUMNS))
+        table[:, :, : len(rows)] = w[:, :, part].transpose(1, 2)
+        out += stage(list(rows), list(range(len(rows))), [], table, w.new_ones(1), 0, w.dtype, None, None, None)
+    return out
+
+
+stage.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("fewstep::normals", mutates_args=())
+def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
+    """Standard normals (B, ...) float32 at an address (see `philox`); streams int64 (B, 3), on the result's device."""
+    out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
+    numba_noise.normal_batch(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
+    return torch.from_numpy(out).reshape(tuple(shape)).to(streams.device)
+
+
+@normals.register_fake
+def _(streams, shape, draw, domain):  # type: ignore[no-untyped-def]
+    return torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)
