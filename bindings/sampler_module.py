@@ -58,8 +58,10 @@ class SamplerModule(nn.Module):
             self._keep(f"c_in{k}", [table.c_in])
 
     def _keep(self, name: str, values: Any) -> None:
-        tensor = None if values is None else torch.as_tensor(values, dtype=self.state)
-        self.register_buffer(name, tensor, persistent=False)
+        if values is None:  # a plain attribute: torch.export miscounts buffers that are None
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, torch.as_tensor(values, dtype=self.state), persistent=False)
 
     def forward(self, x: Tensor, streams: Tensor | None = None, cond: Any = None) -> Tensor:
         from fewstep.solvers.arrays import TorchFrame
