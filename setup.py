@@ -12,6 +12,7 @@ FOLDERS = {
     "fewstep.kernels": "kernels",
     "fewstep.solvers": "solvers",
     "fewstep.bindings": "bindings",
+    "fewstep.bindings.diffusers": "bindings/diffusers",
 }
 
 setup(packages=list(FOLDERS), package_dir=FOLDERS)

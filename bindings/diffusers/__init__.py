@@ -1,0 +1,53 @@
+"""Fused twins of diffusers' schedulers, under the same names.
+
+    from fewstep.bindings.diffusers import DPMSolverMultistepScheduler
+
+Each is a subclass of the scheduler it is named after: same configuration, same set-up, same saving, same results;
+only `step` and `scale_model_input` are one fused pass. `fewstep.accelerate(pipe)` swaps a whole pipeline's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCHEDULERS = (
+    "CMStochasticIterativeScheduler",
+    "DDIMInverseScheduler",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "HeunDiscreteScheduler",
+    "IPNDMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+
+__all__ = list(SCHEDULERS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in SCHEDULERS:
+        raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
+    import diffusers
+
+    from fewstep.bindings.diffusers.scheduler import fused
+
+    globals()[name] = twin = fused(getattr(diffusers, name))
+    return twin
