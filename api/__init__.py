@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
+    from fewstep.solvers.adaptive import AdaptiveResult as AdaptiveResult
+    from fewstep.solvers.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.grid import Grid as Grid
     from fewstep.solvers.grid import grid as grid
@@ -48,6 +50,8 @@ _HOME = {
     "DynamicThreshold": "bindings.denoiser",
     "Recommendation": "recommender",
     "recommend": "recommender",
+    "AdaptiveResult": "solvers.adaptive",
+    "sample_adaptive": "solvers.adaptive",
     "BrownianTree": "solvers.brownian",
     "Grid": "solvers.grid",
     "grid": "solvers.grid",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.solvers.arrays import FLOATS, Frame, dtype_name, frame_of
-from fewstep.solvers.options import at_least, between
+from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.process import Point, Process
 from fewstep.solvers.registry import unknown
 
@@ -138,6 +138,13 @@ PREDICTIONS: dict[str, Callable[[Point, float], tuple[float, float]]] = {
 }
 
 
+# What a network that predicts its variance does to the noise of a step: (its output, the stage's number) -> factor
+VARIANCES: dict[str, Callable[[Any, float], Any]] = {
+    "learned": lambda v, number: number * v**0.5,  # v is the variance of x scaled to VP
+    "learned_range": lambda v, number: number ** ((v + 1.0) / 2.0),  # -1: posterior, 1: beta (Nichol & Dhariwal 2021)
+}
+
+
 class Denoiser:
     """A network, and what its output means.
 
@@ -155,6 +162,8 @@ class Denoiser:
     dtype       of x_in; by default the module's own parameters', else the state's
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
+    variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction and its
+                variance side by side; solvers other than ddpm with that option do not use the latter
 
     The network is told t = the process's time, except "edm", which is told ln(sigma) / 4 and c_in x.
     """
@@ -173,6 +182,7 @@ class Denoiser:
         dtype: Any = None,
         time_dtype: Any = None,
         sigma_data: float | None = None,
+        variance: str | None = None,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
@@ -200,6 +210,8 @@ class Denoiser:
         self.time_dtype = None if time_dtype is None else dtype_name(time_dtype)
         own = getattr(process, "sigma_data", 0.5)
         self.sigma_data = own if sigma_data is None else _positive("sigma_data", sigma_data)
+        one_of("variance", variance, (None, *VARIANCES))
+        self.variance = variance
 
     def with_guidance(self, guidance: float | CFG | None) -> Denoiser:
         """The same denoiser under another guidance."""
@@ -227,6 +239,10 @@ class Denoiser:
         if self.predicts != "edm":
             return 1.0
         return 1.0 / math.hypot(at.sigma, self.sigma_data * at.alpha)
+
+    def noise_factor(self, output: Any, number: float) -> Any:
+        """What the network's variance output multiplies the noise of a stage by, element by element."""
+        return VARIANCES[self.variance or ""](output, number)
 
     def time(self, at: Point) -> float:
         """What the network is told. Raises ValueError for a fraction where it takes whole numbers."""
@@ -256,7 +272,7 @@ class Denoiser:
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
         """One mapping of keyword arguments for each branch, the null branch first."""
         branches = len(self.weights(0.0))
-        listed = cond if isinstance(cond, (tuple, list)) else [{} if cond is None else cond]
+        listed: Sequence[Any] = cond if isinstance(cond, (tuple, list)) else [{} if cond is None else cond]
         if not all(isinstance(c, Mapping) for c in listed):
             kinds = ", ".join(type(c).__name__ for c in listed)
             raise TypeError(

@@ -85,7 +85,7 @@ def check_seed(seed: object, name: str = "seed") -> int:
     Accepts Python and NumPy integers, 0 <= seed < 2^64. Raises ValueError, naming `name` and the value, for
     anything else (bool included: `seed=True` is a misplaced flag).
     """
-    valid = "an integer with 0 <= seed < 2**64"
+    valid = f"an integer with 0 <= {name} < 2**64"
     if isinstance(seed, (bool, np.bool_)):
         raise ValueError(f"{name} must be {valid}, got the bool {seed!r}")
     try:
@@ -118,7 +118,8 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
         rows = [(check_seed(s, f"seed[{i}]"), 0) for i, s in enumerate(seed)]
     else:
         value = check_seed(seed)
-        if first_sample < 0 or first_sample + batch > 1 << 32:
+        first_sample = check_seed(first_sample, "first_sample")
+        if first_sample + batch > 1 << 32:
             raise ValueError(
                 f"first_sample={first_sample} and a batch of {batch} leave the samples 0 .. 2**32 - 1"
             )

@@ -3,6 +3,32 @@
 Importing the family modules fills the registry; a new family is one more name in the line below.
 """
 
-from fewstep.solvers import adams, cfgpp, exponential, first_order, runge_kutta, singlestep
+from fewstep.solvers import (
+    adams,
+    cfgpp,
+    deis,
+    er_sde,
+    exponential,
+    first_order,
+    gradient_estimation,
+    res,
+    runge_kutta,
+    sa,
+    singlestep,
+    unipc,
+)
 
-__all__ = ["adams", "cfgpp", "exponential", "first_order", "runge_kutta", "singlestep"]
+__all__ = [
+    "adams",
+    "cfgpp",
+    "deis",
+    "er_sde",
+    "exponential",
+    "first_order",
+    "gradient_estimation",
+    "res",
+    "runge_kutta",
+    "sa",
+    "singlestep",
+    "unipc",
+]

@@ -21,7 +21,7 @@ def dtype_name(dtype: Any) -> str:
     try:
         name = str(dtype).rpartition(".")[2]
         name = name if "torch" in str(dtype) or name == "bfloat16" else np.dtype(dtype).name
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError):  # NumPy parses strings as structured dtypes
         name = ""
     if name not in (*FLOATS, "int64", "int32"):
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
@@ -99,12 +99,14 @@ class TorchFrame:
     name = "torch"
 
     def __init__(self, device: Any = "cpu") -> None:
-        import torch
-
+        try:
+            import torch
+        except ImportError:
+            raise ImportError("device= needs torch: pip install 'fewstep[torch]'") from None
         self.torch = torch
         try:
             where = torch.device(device)
-            if where.type == "cuda" and where.index is None:  # tensors name their index
+            if str(where) == "cuda":  # tensors name their index
                 where = torch.device("cuda", torch.cuda.current_device())
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error

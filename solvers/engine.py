@@ -50,7 +50,19 @@ class Job:
 
     @cached_property
     def start(self) -> Point:
-        return self.program.plan.grid.points[0]
+        return self.program.plan.start
+
+    def predictions(self, raws: Sequence[Array]) -> tuple[Sequence[Array], Array | None]:
+        """The predictions, and the variance output of the last branch of a network that returns both, (B, 2 C, ...)."""
+        if self.denoiser.variance is None:
+            return raws, None
+        channels = self.shape[1]
+        both = (self.batch, 2 * channels, *self.shape[2:])
+        for raw in raws:
+            if not self.frame.is_array(raw) or tuple(raw.shape) != both:
+                found = tuple(raw.shape) if self.frame.is_array(raw) else type(raw).__name__
+                raise ValueError(f"a network with variance={self.denoiser.variance!r} must return shape {both}, got {found}")
+        return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
 
     def check_raw(self, raw: Any) -> None:
         """Raises ValueError unless the model returned an array like x."""
@@ -87,6 +99,7 @@ class FusedRun:
         self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
         self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
         self.latent = np.empty((batch, elements), np.float32)
+        self.raw_dtype: Any = ...  # of the last output that was checked
         self.args = [self._arguments(k) for k in range(len(job.tables))]
         self.init = self._init_arguments()
         self._warm()
@@ -157,14 +170,19 @@ class FusedRun:
         """One fused stage."""
         job, table, args = self.job, self.job.tables[k], self.args[k]
         bits, rows = job.frame.bits, self.rows
+        raws, variance = job.predictions(raws)
         for j, raw in enumerate(raws, layout.RAW):
-            if k == 0 or raw.shape != job.shape:
+            if getattr(raw, "dtype", None) is not self.raw_dtype or raw.shape != job.shape:
                 job.check_raw(raw)
+                self.raw_dtype = raw.dtype
             args[j] = bits(raw).reshape(rows)
         if table.p is not None:
             self._reduce_stage(table, args)
-        if noise is not None and table.draw is not None:
-            args = self._with_noise(args, table.draw, table.at, table.to, noise)
+        factor = None
+        if table.variance is not None:
+            factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
+        if table.draw is not None:
+            args = self._with_noise(args, table.draw, table.at, table.to, noise, factor)
         self._launch(args)
 
     def _reduce_stage(self, table: StageTable, args: list[Any]) -> None:
@@ -181,11 +199,22 @@ class FusedRun:
             self._reduce.threshold(args[0], r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
 
     def _with_noise(
-        self, args: list[Any], draw: int, at: Point, to: Point, noise: NoiseSource | None
+        self,
+        args: list[Any],
+        draw: int,
+        at: Point,
+        to: Point,
+        noise: NoiseSource | None,
+        factor: np.ndarray | None = None,
     ) -> list[Any]:
-        if noise is None:
-            return args
-        z = outside_noise(noise, draw, at, to, self.job.shape)
+        if noise is not None:
+            z = outside_noise(noise, draw, at, to, self.job.shape)
+        elif factor is None:
+            return args  # the kernel draws it
+        else:
+            self._noise.normal_batch(self.latent, self.streams, draw, philox.STEP)
+            z = self.latent.reshape(self.job.shape)
+        z = z if factor is None else z * factor
         replaced = list(args)
         z_at = layout.RAW + layout.RAWS
         replaced[z_at] = z.astype(self.job.dtype, copy=False).reshape(self.job.batch, self.job.elements)
@@ -251,9 +280,12 @@ class NaiveRun:
 
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         job, table = self.job, self.job.tables[k]
+        raws, variance = job.predictions(raws)
         for raw in raws:
             job.check_raw(raw)
         z = None if table.draw is None else self._noise(table.draw, table.at, table.to, noise)
+        if table.variance is not None:
+            z = z * job.denoiser.noise_factor(naive.cast(variance, z), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]
         p, limit = table.p, None
         clip = job.denoiser.clip

@@ -1,7 +1,7 @@
-"""Grids: the points a sampler visits, from noise to data, and the spacings that place them.
+"""Grids: the points a sampler visits, from noise to data.
 
-A spacing lays points on one coordinate of a process (its uniform time, or its noise level) and is one small
-function; :func:`grid` gives it the ends, appends the clean point and checks the outcome.
+:func:`grid` gives a spacing (`fewstep.solvers.spacings`) the ends, appends the clean point and checks the
+outcome; a :class:`Grid` can be cut, joined, refined and turned round.
 """
 
 from __future__ import annotations
@@ -10,21 +10,30 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from fewstep.solvers.process import Array, Point, Process
+from fewstep.solvers.options import between, one_of
+from fewstep.solvers.process import Array, Flow, Point, Process
+from fewstep.solvers.spacings import SPACINGS
 from numpy.typing import ArrayLike, NDArray
 
-# Discrete times assumed by `simple` where the process has none of its own (ComfyUI's have 1000).
-_TABLE = 1000
+# Options that every spacing takes, with their defaults.
+_COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
+
+# How `Grid.extend` divides a step: shares of it from shares of its parts.
+_DIVISIONS: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda x: x,
+    "cosine": lambda x: np.sin(x * math.pi / 2.0),
+    "sine": lambda x: 1.0 - np.cos(x * math.pi / 2.0),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """steps + 1 points of a process with strictly decreasing noise.
+    """steps + 1 points of a process with strictly decreasing noise (or rising, see :meth:`flip`).
 
     Attributes:
         process: the process the points belong to.
@@ -33,7 +42,7 @@ class Grid:
 
     Raises:
         ValueError: for arrays that disagree in shape, have fewer than 2 entries, hold NaN, inf or a negative
-            scale, or whose sigma / alpha does not strictly decrease.
+            scale, or whose sigma / alpha does not strictly decrease (or strictly increase).
     """
 
     process: Process
@@ -53,7 +62,10 @@ class Grid:
             shapes = f"{self.t.shape}, {self.alpha.shape}, {self.sigma.shape}"
             raise ValueError(f"t, alpha and sigma have shapes {shapes}: they must be the same")
         _reject("sigma", self.sigma, (self.sigma == 0.0) & (self.alpha == 0.0), "has alpha = 0 as well")
-        _decreasing("sigma / alpha", self.ratio)
+        if not self.rising:
+            _decreasing("sigma / alpha", self.ratio)
+        elif np.any(np.diff(self.ratio) <= 0.0):
+            raise ValueError("sigma / alpha rises from first to last: it must then strictly increase")
 
     @classmethod
     def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:
@@ -93,6 +105,11 @@ class Grid:
         return self.t.size - 1
 
     @property
+    def rising(self) -> bool:
+        """Whether noise grows from the first point to the last, as on the way from data to its latent."""
+        return bool(self.ratio[-1] > self.ratio[0])
+
+    @property
     def ratio(self) -> Array:
         """sigma / alpha, float64 (steps + 1,); inf where alpha is 0."""
         with np.errstate(divide="ignore", over="ignore"):
@@ -123,12 +140,98 @@ class Grid:
         Raises:
             ValueError: unless 0 <= start < 1 and at least one step is left.
         """
-        if not 0.0 <= start < 1.0:
-            raise ValueError(f"start = {start}: tail takes 0 <= start < 1")
+        if not (isinstance(start, (int, float)) and 0.0 <= start < 1.0):
+            raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
         skip = int(start * self.steps)
         if skip >= self.steps:
             raise ValueError(f"start = {start} leaves none of the {self.steps} steps")
-        return Grid(self.process, self.t[skip:], self.alpha[skip:], self.sigma[skip:])
+        return self._cut(slice(skip, None))
+
+    def split(self, step: int) -> tuple[Grid, Grid]:
+        """The first `step` steps, and the others; they share the point between them (ComfyUI's SplitSigmas).
+
+        Raises:
+            ValueError: unless 1 <= step <= steps - 1, so that both have a step.
+        """
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 1 <= step < self.steps:
+            raise ValueError(f"step = {step!r}: split takes an int with 1 <= step < steps = {self.steps}")
+        return self._cut(slice(None, step + 1)), self._cut(slice(step, None))
+
+    def concatenate(self, *others: Grid) -> Grid:
+        """This grid and then others of the same process; the inverse of :meth:`split`.
+
+        Where one begins at the point at which the one before it ends, that point is there once.
+
+        Raises:
+            ValueError: for another process, or if noise does not go on decreasing (after a clean point it
+                cannot).
+        """
+        points = list(self.points)
+        for other in others:
+            if other.process != self.process:
+                raise ValueError(f"concatenate: a grid of {other.process!r} cannot follow {self.process!r}")
+            points += other.points[1:] if other.points[0] == points[-1] else other.points
+        t, alpha, sigma = map(np.array, zip(*points, strict=True))
+        return Grid(self.process, t, alpha, sigma)
+
+    def extend(
+        self,
+        steps: int,
+        start_at_sigma: float = math.inf,
+        end_at_sigma: float = 0.0,
+        spacing: str = "linear",
+    ) -> Grid:
+        """Each step that starts between two levels, in `steps` parts (ComfyUI's ExtendIntermediateSigmas).
+
+        Args:
+            steps: >= 1.
+            start_at_sigma, end_at_sigma: the largest and the smallest level at which a step to divide starts.
+                Levels are sigma / alpha; on Flow t = sigma.
+            spacing: "linear", "cosine" or "sine" in the level.
+
+        Raises:
+            ValueError: an argument out of range, or a step from alpha = 0 whose level is infinite (VP).
+        """
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise ValueError(f"steps = {steps!r}: extend takes an int >= 1")
+        one_of("spacing", spacing, tuple(_DIVISIONS))
+        shares = _DIVISIONS[spacing](np.linspace(0.0, 1.0, steps + 1)[1:-1]).tolist()
+        levels = [self.process.level(ratio) for ratio in self.ratio.tolist()]
+        points: list[Point] = []
+        for (s, _), (a, b) in zip(self.pairs, pairwise(levels), strict=True):
+            points.append(s)
+            if shares and end_at_sigma <= a <= start_at_sigma:
+                if not math.isfinite(a):
+                    raise ValueError(
+                        "extend cannot divide a step from alpha = 0: set a finite start_at_sigma"
+                    )
+                points += [self.process.at_level(a + share * (b - a)) for share in shares]
+        t, alpha, sigma = map(np.array, zip(*points, self.points[-1], strict=True))
+        return Grid(self.process, t, alpha, sigma)
+
+    def flip(self, sigma_min: float = 1e-4) -> Grid:
+        """The same points from the last to the first: from data to its latent (ComfyUI's FlipSigmas).
+
+        Args:
+            sigma_min: the ratio sigma / alpha that stands for a clean end, from which no ODE step can start.
+
+        Only the deterministic solvers can follow rising noise: a draw cannot be taken back.
+
+        Raises:
+            ValueError: sigma_min is not between 0 and the next point's ratio.
+        """
+        t, alpha, sigma = (array[::-1].copy() for array in (self.t, self.alpha, self.sigma))
+        if sigma[0] == 0.0:
+            if not 0.0 < sigma_min < self.ratio[-2]:
+                raise ValueError(
+                    f"sigma_min = {sigma_min}: it must be above 0 and below the next point's sigma / alpha, "
+                    f"{self.ratio[-2]:.6g}"
+                )
+            t[0], alpha[0], sigma[0] = self.process.point_at_sigma(sigma_min)
+        return Grid(self.process, t, alpha, sigma)
+
+    def _cut(self, part: slice) -> Grid:
+        return Grid(self.process, self.t[part], self.alpha[part], self.sigma[part])
 
     def __len__(self) -> int:
         """The number of points, steps + 1."""
@@ -174,105 +277,9 @@ def _decreasing(name: str, array: Array) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a spacing lays its points on: one coordinate, which grows with noise.
-
-    Attributes:
-        first, last: the coordinate at the noisiest and at the least noisy end.
-        clean: the coordinate of clean data.
-        gap: distance from the process's own least noisy end to ``clean`` (1 for discrete times).
-        steps: N.
-        final_zero: whether the clean point follows the points that the spacing returns.
-        gapless: whether a uniform layout runs on to the clean end (:attr:`Process.gapless`).
-        table: number of discrete times of `simple`.
-    """
-
-    first: float
-    last: float
-    clean: float
-    gap: float
-    steps: int
-    final_zero: bool
-    gapless: bool
-    table: int
-
-    @property
-    def noisy(self) -> int:
-        """How many noisy points the grid has."""
-        return self.steps if self.final_zero else self.steps + 1
-
-    def pin(self, points: Array) -> Array:
-        """Points that span first .. last, their ends free of the round-off of roots and logarithms."""
-        # At zero terminal SNR an end off by one bit is alpha = 1e-16 in place of 0.
-        points[-1], points[0] = self.last if self.noisy > 1 else self.first, self.first
-        return points
-
-    def close(self, points: Array) -> Array:
-        """N points that stop short of the end, plus the last noisy one if no clean point follows."""
-        return points if self.final_zero else np.append(points, self.last)
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """A coordinate: its ends on a process, and the way back from it to points."""
-
-    layout: Callable[[Process, int, bool, float | None, float | None], Layout]
-    points: Callable[[Process, Array], Point]
-
-
-def _time_layout(
-    process: Process, steps: int, final_zero: bool, sigma_min: float | None, sigma_max: float | None
-) -> Layout:
-    first = process.t_first if sigma_max is None else process.point_at_sigma(sigma_max).t
-    last = process.t_last if sigma_min is None else process.point_at_sigma(sigma_min).t
-    u = [float(process.unwarp(t)) for t in (first, last, process.clean.t, process.t_last)]
-    table = process.timesteps or _TABLE
-    gapless = process.gapless and sigma_min is None
-    return Layout(u[0], u[1], u[2], u[3] - u[2], steps, final_zero, gapless, table)
-
-
-def _level_layout(
-    process: Process, steps: int, final_zero: bool, sigma_min: float | None, sigma_max: float | None
-) -> Layout:
-    # Flow's level is finite at alpha = 0; the ratio is not, so VP starts from its largest finite one.
-    top = process.level(math.inf)
-    if sigma_max is not None or not math.isfinite(top):
-        top = process.level(process.sigma_max if sigma_max is None else sigma_max)
-    low = process.level(process.sigma_min if sigma_min is None else sigma_min)
-    return Layout(top, low, 0.0, low, steps, final_zero, process.gapless, _TABLE)
-
-
-def _ratio_layout(
-    process: Process, steps: int, final_zero: bool, sigma_min: float | None, sigma_max: float | None
-) -> Layout:
-    top = process.sigma_max if sigma_max is None else sigma_max
-    low = process.sigma_min if sigma_min is None else sigma_min
-    return Layout(top, low, 0.0, low, steps, final_zero, process.gapless, _TABLE)
-
-
-_TIME = _Axis(_time_layout, lambda process, u: process.point(process.warp(u)))
-_LEVEL = _Axis(_level_layout, lambda process, level: process.at_level(level))
-_RATIO = _Axis(_ratio_layout, lambda process, ratio: process.point_at_sigma(ratio))
-
-_Rule = Callable[..., Array]
-_SPACINGS: dict[str, tuple[_Axis, _Rule]] = {}
-_COMMON = ("final_zero", "sigma_min", "sigma_max")
-
-
-def spacing(name: str, axis: _Axis) -> Callable[[_Rule], _Rule]:
-    """Registers ``rule(layout, *, options) -> noisy coordinates, decreasing`` under a name."""
-
-    def register(rule: _Rule) -> _Rule:
-        _SPACINGS[name] = (axis, rule)
-        return rule
-
-    return register
-
-
 def list_spacings() -> list[str]:
     """The names that :func:`grid` takes, sorted."""
-    return sorted(_SPACINGS)
+    return sorted(SPACINGS)
 
 
 def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) -> Grid:
@@ -287,18 +294,33 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     - ``quadratic``: N points linear in sqrt(t) (DDIM, arXiv 2010.02502, appendix D.2).
     - ``beta``: quantiles 1 - k/N of Beta(``alpha`` = 0.6, ``beta`` = 0.6) (arXiv 2407.12173). Needs SciPy.
     - ``sgm_uniform``: N + 1 points from t_first to t_last, without the last (ComfyUI).
+    - ``normal``: N points from t_first to t_last, on Flow too (ComfyUI).
     - ``simple``: every (T/N)-th of the T discrete times, from the top (ComfyUI). T = 1000 if continuous.
+    - ``ddim_uniform``: the second of the T times and every floor(T/N)-th above it (ComfyUI).
+    - ``lcm``: N of the ``original_steps`` = 50 times of the distillation (LCM, arXiv 2310.04378; diffusers).
 
     Sigma-type spacings act on sigma / alpha; on Flow, where that has no finite top, on t = sigma:
 
     - ``karras``: linear in sigma^(1/``rho``), ``rho`` = 7 (EDM, arXiv 2206.00364, equation 5).
     - ``exponential``: linear in log sigma.
     - ``polyexponential``: log sigma linear in ramp^``rho``, ``rho`` = 1 (k-diffusion).
+    - ``kl_optimal``: linear in arctan sigma (Align Your Steps, arXiv 2404.14507, for Gaussian data).
+    - ``linear_quadratic``: ``linear_steps`` (= N / 2) equal small steps that take ``threshold_noise`` = 0.025
+      of sigma, then a parabola (Mochi; Movie Gen, arXiv 2410.13720).
     - ``logsnr``: linear in log(alpha / sigma), on Flow too (DPM-Solver, arXiv 2206.00927, section 3.4).
+    - ``laplace``: quantiles of a Laplace distribution of log sigma, ``mu`` = 0, ``beta`` = 0.5, cut at the
+      ends (arXiv 2407.03297; ComfyUI). On sigma / alpha, on Flow too, as the next one.
+    - ``vp``: linear in the time of the VP SDE, sigma^2 + 1 = exp(``beta_d`` t^2 / 2 + ``beta_min`` t), 19.9
+      and 0.1 (arXiv 2011.13456; k-diffusion, whose own ends are t = 1 and 0.001: sigma 152.2 and 0.0105).
 
-    Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr``
-    and, at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete ratio (on Flow,
-    u = 0.999).
+    A table that was searched for on one network keeps its own ends, unless ``sigma_min`` or ``sigma_max``
+    stretch it, and is log-linear in sigma for other N (any other such table enters by ``Grid.from_sigmas``):
+
+    - ``ays``: Align Your Steps, ``variant`` sd15, sdxl or svd (arXiv 2404.14507), as sigma / alpha.
+
+    Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr``,
+    ``laplace``, ``vp`` and, at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete
+    ratio (on Flow, u = 0.999).
 
     Args:
         process: any process.
@@ -310,8 +332,12 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
               to last.
             - ``sigma_min``, ``sigma_max``: ratios sigma / alpha that replace the process's own ends.
               ``trailing`` goes towards the clean end, and uses ``sigma_min`` only if ``final_zero`` is False.
-            - ``round_times=False`` (linspace, leading, trailing, quadratic, beta): whole times, as diffusers'
-              schedulers (and ComfyUI's beta) have them; only on processes with discrete times.
+            - ``shift`` (Flow): takes the place of the process's own for this grid, whose points stay the
+              process's; see :meth:`Flow.dynamic` for one that depends on the resolution.
+            - ``shift_terminal`` (Flow): 1 - t is stretched so that the last noisy time is this (LTX-Video;
+              diffusers).
+            - ``round_times=False`` (linspace, leading, trailing, quadratic, beta, normal): whole times, as
+              diffusers' schedulers (and ComfyUI's beta) have them; only on processes with discrete times.
 
     Returns:
         A grid with float64 arrays of shape (N + 1,).
@@ -321,21 +347,25 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
             points that coincide.
         TypeError: an option that the spacing does not take (with those it takes).
     """
-    if spacing not in _SPACINGS:
+    if not isinstance(spacing, str) or spacing not in SPACINGS:
         close = difflib.get_close_matches(str(spacing), list_spacings(), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"one of {list_spacings()}"
         raise ValueError(f"spacing = {spacing!r} is unknown: {hint}")
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
-    axis, rule = _SPACINGS[spacing]
+    axis, rule = SPACINGS[spacing]
     own = list(inspect.signature(rule).parameters)[1:]
     unknown = sorted(set(options) - set(own) - set(_COMMON))
     if unknown:
         raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {own + list(_COMMON)}")
 
-    final_zero, sigma_min, sigma_max = (
-        options.pop(k, d) for k, d in zip(_COMMON, (True, None, None), strict=True)
-    )
+    final_zero, sigma_min, sigma_max, shift, terminal = (options.pop(k, d) for k, d in _COMMON.items())
+    owner = process
+    for name, value in (("shift", shift), ("shift_terminal", terminal)):
+        if value is not None and not isinstance(process, Flow):
+            raise ValueError(f"{name} = {value!r} moves the times of a Flow, not those of {process!r}")
+    if shift is not None:
+        process = replace(process, shift=shift)  # type: ignore[type-var]
     if options.get("round_times") and process.timesteps is None:
         raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
     _check_ends(process, sigma_min, sigma_max)
@@ -343,9 +373,20 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     coordinates = rule(layout, **options)
     _decreasing(f"spacing {spacing!r} with steps = {steps}: coordinates", coordinates)
     points = axis.points(process, coordinates)
+    if terminal is not None:
+        points = _stretch(process, points, terminal)
     if final_zero:
         points = Point(*map(np.append, points, process.clean))  # type: ignore[arg-type]
-    return Grid(process, *points)  # type: ignore[arg-type]
+    return Grid(owner, *points)  # type: ignore[arg-type]
+
+
+def _stretch(process: Process, points: Point, terminal: float) -> Point:
+    """1 - t times a constant, so that the last time is `terminal` (LTX-Video)."""
+    between("shift_terminal", terminal, 0.0, 1.0)
+    t = np.asarray(points.t)
+    if t.size < 2 or t[-1] == 1.0:
+        raise ValueError(f"shift_terminal = {terminal} needs two noisy points at least, one below t = 1")
+    return process.point(1.0 - (1.0 - t) * ((1.0 - terminal) / (1.0 - t[-1])))
 
 
 def _check_ends(process: Process, sigma_min: float | None, sigma_max: float | None) -> None:
@@ -363,92 +404,3 @@ def _check_ends(process: Process, sigma_min: float | None, sigma_max: float | No
                 process.point_at_sigma(value)
             except ValueError as error:
                 raise ValueError(f"{name} = {value} is not a ratio of the process: {error}") from error
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} = {value}: it must be positive and finite")
-
-
-@spacing("linspace", _TIME)
-def _linspace(a: Layout, *, round_times: bool = False) -> Array:
-    if a.gapless and a.final_zero:
-        return _trailing(a, round_times=round_times)
-    # Laid out upwards, as diffusers does, because that decides which way halves round. Two points at least,
-    # because its one point is the last time, from which nothing can be sampled; here it is the first.
-    u = np.linspace(a.last, a.first, max(a.noisy, 2))[::-1][: a.noisy]
-    return np.rint(u) if round_times else u
-
-
-@spacing("leading", _TIME)
-def _leading(a: Layout, *, steps_offset: float = 0, round_times: bool = False) -> Array:
-    step = (a.first - a.last + a.gap) / a.noisy
-    # diffusers cuts the step, not the times, to whole numbers: the grid then stops short of the first time.
-    step, last = (math.floor(step), np.rint(a.last)) if round_times else (step, a.last)
-    return last + step * np.arange(a.noisy - 1, -1, -1.0) + steps_offset
-
-
-@spacing("trailing", _TIME)
-def _trailing(a: Layout, *, round_times: bool = False) -> Array:
-    if not round_times:
-        return a.close(np.linspace(a.first, a.clean, a.steps + 1)[:-1])
-    # diffusers rounds np.arange over T .. 1 and then takes 1 away: halves round its way only if computed its
-    # way. At some N its arange has one point too many, which is cut here.
-    span = a.first - a.clean
-    return a.close(np.rint(np.arange(span, 0.0, -span / a.steps)[: a.steps]) + a.clean)
-
-
-@spacing("quadratic", _TIME)
-def _quadratic(a: Layout, *, round_times: bool = False) -> Array:
-    u = a.pin(np.linspace(math.sqrt(a.first), math.sqrt(a.last), a.noisy) ** 2)
-    return np.rint(u) if round_times else u
-
-
-@spacing("beta", _TIME)
-def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool = False) -> Array:
-    _positive(alpha=alpha, beta=beta)
-    try:
-        from scipy.special import betaincinv
-    except ImportError as error:
-        raise ImportError("the beta spacing needs SciPy: pip install 'fewstep[cli]'") from error
-    quantiles = betaincinv(alpha, beta, 1.0 - np.arange(a.steps) / a.steps)
-    u = a.close(a.last + quantiles * (a.first - a.last))
-    return np.rint(u) if round_times else u
-
-
-@spacing("sgm_uniform", _TIME)
-def _sgm_uniform(a: Layout) -> Array:
-    return a.close(np.linspace(a.first, a.last, a.steps + 1)[:-1])
-
-
-@spacing("simple", _TIME)
-def _simple(a: Layout) -> Array:
-    if a.steps >= a.table:
-        raise ValueError(f"steps = {a.steps}: simple picks from {a.table} times, so it takes fewer steps")
-    picked = np.floor(np.arange(a.steps) * (a.table / a.steps))
-    return a.close(a.first - picked * ((a.first - a.last) / (a.table - 1)))
-
-
-@spacing("karras", _LEVEL)
-def _karras(a: Layout, *, rho: float = 7.0) -> Array:
-    _positive(rho=rho)
-    low, high = a.last ** (1.0 / rho), a.first ** (1.0 / rho)
-    return a.pin((high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho)
-
-
-@spacing("exponential", _LEVEL)
-def _exponential(a: Layout) -> Array:
-    return _polyexponential(a)
-
-
-@spacing("polyexponential", _LEVEL)
-def _polyexponential(a: Layout, *, rho: float = 1.0) -> Array:
-    _positive(rho=rho)
-    ramp = np.linspace(1.0, 0.0, a.noisy) ** rho
-    return a.pin(np.exp(math.log(a.last) + ramp * (math.log(a.first) - math.log(a.last))))
-
-
-@spacing("logsnr", _RATIO)
-def _logsnr(a: Layout) -> Array:
-    return _polyexponential(a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -180,7 +181,15 @@ class Sampler:
         if x is not None:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
         if out is not None:
-            check_out(out, outer, self.shape)
+            check_out(out, outer, self.shape, self.frame)
+        for name, given in (("callback", callback), ("noise", noise)):
+            if not (given is None or callable(given)):
+                raise TypeError(f"{name} must be callable, got {type(given).__name__}")
+        plan = compiled.plan
+        if x is None and plan.start != plan.grid.points[0]:
+            raise ValueError(
+                f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): give x, the data to encode"
+            )
         streams = None
         if x is None or (compiled.plan.stochastic and noise is None):
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
@@ -339,8 +348,8 @@ def sample(
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
-        sizes = tuple(int(n) for n in shape)
-    except (TypeError, ValueError):
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
         raise TypeError(f"shape must be a sequence of ints (B, ...), got {shape!r}") from None
     if len(sizes) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
@@ -360,9 +369,13 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
 
 
-def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...]) -> None:
+def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
     if frame is None or not frame.is_array(out) or tuple(out.shape) != shape:
         raise ValueError(f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}")
+    if frame.dtype_of(out) not in FLOATS:
+        raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
+    if frame.device_of(out) != model.device:
+        raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}: move one of them")
 
 
 def model_frame(denoiser: Any, device: Any) -> Frame:

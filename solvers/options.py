@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any
 
 
-def at_least(name: str, value: float, low: float) -> None:
-    if not (isinstance(value, (int, float)) and value >= low and not math.isnan(value)):
+def number(value: Any) -> float:
+    """A number of any library as a float; NaN, which no range holds, for anything else."""
+    return float(value) if isinstance(value, Real) else math.nan
+
+
+def at_least(name: str, value: Any, low: float) -> None:
+    if not number(value) >= low:
         raise ValueError(f"{name} must be a number >= {low:g}, got {value!r}")
 
 
-def between(name: str, value: float, low: float, high: float) -> None:
-    if not (isinstance(value, (int, float)) and low <= value <= high):
+def between(name: str, value: Any, low: float, high: float) -> None:
+    if not low <= number(value) <= high:
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
+    # By type too: 2.0 and True equal a choice, but are no order.
+    plain = isinstance(value, (str, Integral, NoneType)) and not isinstance(value, bool)
+    if not plain or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
+from fewstep.solvers.options import one_of
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
@@ -404,6 +405,30 @@ class Flow:
     def __post_init__(self) -> None:
         if not 0.0 < self.shift < math.inf:
             raise ValueError(f"shift = {self.shift}: Flow takes 0 < shift < inf")
+
+    @classmethod
+    def dynamic(cls, mu: float, kind: str = "exponential") -> Flow:
+        """The flow whose shift s depends on the resolution: t = s / (s + 1/u - 1) (FLUX; diffusers).
+
+        Args:
+            mu: usually :meth:`mu_of` the sequence length.
+            kind: "exponential" (s = exp(mu)) or "linear" (s = mu), diffusers' ``time_shift_type``.
+        """
+        one_of("kind", kind, ("exponential", "linear"))
+        return cls(math.exp(mu) if kind == "exponential" else mu)
+
+    @staticmethod
+    def mu_of(
+        image_seq_len: float,
+        base_image_seq_len: float = 256,
+        max_image_seq_len: float = 4096,
+        base_shift: float = 0.5,
+        max_shift: float = 1.15,
+    ) -> float:
+        """mu for a number of latent tokens: base_shift at base_image_seq_len, max_shift at max_image_seq_len,
+        linear between and beyond (FLUX's defaults; LTX-Video: 1024, 4096, 0.95, 2.05)."""
+        slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
+        return base_shift + slope * (image_seq_len - base_image_seq_len)
 
     @property
     def t_first(self) -> float:

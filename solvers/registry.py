@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.plan import Plan, Stage, Start, make_plan
 
@@ -53,7 +55,7 @@ def list_solvers() -> tuple[str, ...]:
 
 def get_solver(name: str) -> Solver:
     """The solver of that name. Raises ValueError with the closest names if there is none."""
-    if name not in _SOLVERS:
+    if not isinstance(name, str) or name not in _SOLVERS:
         raise ValueError(unknown("solver", name, list_solvers()))
     return _SOLVERS[name]
 
@@ -83,4 +85,6 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
         if name not in entry.options:
             takes = ", ".join([*entry.options, "s_noise"])
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
+    # NumPy scalars as Python's: a float32 option would make float32 coefficients.
+    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     return make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise)

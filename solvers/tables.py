@@ -26,6 +26,7 @@ class StageTable:
     t         what the network is told; c_in: the factor on x for this stage's model input
     w         (1, rows, COLUMNS); p (1, 4) or None if it is folded into w
     draw      the number of this stage's noise, None if it draws none
+    variance  the number by which the network's own variance scales that noise, None if it does not
     """
 
     at: Point
@@ -40,6 +41,7 @@ class StageTable:
     w: np.ndarray
     p: np.ndarray | None
     draw: int | None
+    variance: float | None = None
 
 
 def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
@@ -50,6 +52,11 @@ def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable
     steps = 0
     for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
         weights = denoiser.weights(steps / program.plan.steps)
+        if stage.variance is not None and stage.variance[0] != denoiser.variance:
+            raise ValueError(
+                f"solver {program.plan.solver!r} with variance={stage.variance[0]!r} needs a network that predicts it, "
+                f"Denoiser(variance={stage.variance[0]!r}); this one has variance={denoiser.variance!r}"
+            )
         wanted = {j for j, g in enumerate(weights) if g} | ({0} if op.unguided else set())
         branches = tuple(sorted(wanted))
         a, b = denoiser.prologue(stage.at)
@@ -76,6 +83,7 @@ def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable
                 w=w[None].astype(dtype),
                 p=None if padded is None else padded.astype(dtype),
                 draw=k + 1 if op.noisy else None,
+                variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
             )
         )
         steps += stage.done

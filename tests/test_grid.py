@@ -1,5 +1,6 @@
 """Grids against the definitions of k-diffusion, ComfyUI and diffusers, and every spacing on every process."""
 
+import itertools
 import math
 
 import numpy as np
@@ -20,22 +21,32 @@ PROCESSES = {
 }
 SPACINGS = [
     "beta",
+    "ddim_uniform",
     "exponential",
     "karras",
+    "kl_optimal",
+    "laplace",
+    "lcm",
     "leading",
+    "linear_quadratic",
     "linspace",
     "logsnr",
+    "normal",
     "polyexponential",
     "quadratic",
     "sgm_uniform",
     "simple",
     "trailing",
+    "vp",
 ]
-SIGMA_TYPE = {"karras", "exponential", "polyexponential", "logsnr"}
+RATIO_TYPE = {"logsnr", "laplace", "vp"}
+SIGMA_TYPE = {"karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", *RATIO_TYPE}
+STOP_SHORT = {"leading", "ddim_uniform"}  # their first point depends on N
+TABLES = {"ays"}  # they keep ends of their own: see test_schedules.py
 
 
 def test_names():
-    assert list_spacings() == SPACINGS
+    assert list_spacings() == sorted([*SPACINGS, *TABLES])
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -56,8 +67,8 @@ def test_every_spacing_on_every_process(name, spacing, steps):
         np.testing.assert_allclose(g.sigma, at.sigma, rtol=1e-9, atol=1e-12)
     assert to_clean.points[-1] == process.clean
     assert noisy.ratio[-1] == pytest.approx(process.sigma_min, rel=1e-9)
-    if spacing != "leading":
-        starts_finite = spacing == "logsnr" or (name == "zero_snr" and spacing in SIGMA_TYPE)
+    if spacing not in STOP_SHORT:
+        starts_finite = spacing in RATIO_TYPE or (name == "zero_snr" and spacing in SIGMA_TYPE)
         first = process.sigma_max if starts_finite else process.point(process.t_first).ratio
         assert to_clean.ratio[0] == pytest.approx(first, rel=1e-9)
         assert noisy.ratio[0] == pytest.approx(first, rel=1e-9)
@@ -202,7 +213,7 @@ def test_zero_snr_starts():
 def test_ends_can_be_chosen(name, spacing):
     g = grid(PROCESSES[name], 4, spacing, sigma_min=0.05, sigma_max=9.0, final_zero=False)
     assert g.ratio[-1] == pytest.approx(0.05, rel=1e-9)
-    if spacing == "leading":
+    if spacing in STOP_SHORT:
         assert g.ratio[0] < 9.0
     else:
         assert g.ratio[0] == pytest.approx(9.0, rel=1e-9)
@@ -329,3 +340,104 @@ def test_read_only_and_comparable():
         g.sigma[0] = 1.0
     assert g == grid(EDM(), 4) != grid(EDM(), 5)
     assert hash(g) == hash(grid(EDM(), 4))
+
+
+# --- cutting, joining, refining, turning round ---
+
+
+@given(st.integers(2, 30), st.data())
+def test_split_and_concatenate_are_inverse(steps, data):
+    g = grid(VP.linear(), steps)
+    step = data.draw(st.integers(1, steps - 1))
+    high, low = g.split(step)
+    assert high.points == g.points[: step + 1]
+    assert low.points == g.points[step:]
+    assert high.concatenate(low) == g
+    pieces = [Grid.from_times(g.process, g.t[i : i + 2]) for i in range(steps)]
+    assert pieces[0].concatenate(*pieces[1:]).steps == steps
+
+
+def test_concatenate_keeps_both_points_of_a_gap():
+    high, low = Grid.from_sigmas(EDM(), [8.0, 4.0]), Grid.from_sigmas(EDM(), [2.0, 0.0])
+    assert list(high.concatenate(low).ratio) == [8.0, 4.0, 2.0, 0.0]
+    with pytest.raises(ValueError, match="it must then strictly increase"):
+        low.concatenate(high)
+    with pytest.raises(ValueError, match="is not below"):
+        high.concatenate(high)
+    with pytest.raises(ValueError, match="cannot follow"):
+        high.concatenate(grid(VP.linear(), 2))
+
+
+@pytest.mark.parametrize("step", [0, 4, -1, 1.0, True, None])
+def test_bad_split(step):
+    with pytest.raises(ValueError, match="split takes an int with 1 <= step < steps = 4"):
+        grid(EDM(), 4).split(step)
+
+
+def comfyui_extend(sigmas, steps, start, end, spacing):
+    """ExtendIntermediateSigmas, one value at a time."""
+    curve = {
+        "linear": lambda x: x,
+        "cosine": lambda x: math.sin(x * math.pi / 2),
+        "sine": lambda x: 1 - math.cos(x * math.pi / 2),
+    }[spacing]
+    out = []
+    for a, b in itertools.pairwise(sigmas):
+        out.append(a)
+        if end <= a <= start:
+            out += [a + curve(j / steps) * (b - a) for j in range(1, steps)]
+    return [*out, sigmas[-1]]
+
+
+@pytest.mark.parametrize("spacing", ["linear", "cosine", "sine"])
+@pytest.mark.parametrize(("steps", "start", "end"), [(1, math.inf, 0.0), (2, math.inf, 0.0), (3, 10.0, 1.0)])
+def test_extend(spacing, steps, start, end):
+    g = grid(VP.scaled_linear(), 5)
+    wanted = comfyui_extend(g.ratio.tolist(), steps, start, end, spacing)
+    np.testing.assert_allclose(g.extend(steps, start, end, spacing).ratio, wanted, rtol=1e-12)
+    flow = grid(Flow(), 5, "linspace")
+    wanted = comfyui_extend(flow.t.tolist(), steps, start, end, spacing)
+    np.testing.assert_allclose(flow.extend(steps, start, end, spacing).t, wanted, rtol=1e-12)
+
+
+def test_bad_extend():
+    g = grid(PROCESSES["zero_snr"], 4, "trailing")
+    with pytest.raises(ValueError, match="cannot divide a step from alpha = 0"):
+        g.extend(2)
+    assert g.extend(2, start_at_sigma=100.0).steps == 7
+    with pytest.raises(ValueError, match="extend takes an int >= 1"):
+        g.extend(0)
+    with pytest.raises(ValueError, match="spacing must be one of 'linear', 'cosine', 'sine'"):
+        g.extend(2, 1.0, spacing="cubic")
+
+
+def test_flip():
+    g = grid(VP.linear(), 4)
+    up = g.flip()
+    assert up.rising
+    assert not g.rising
+    assert up.points[1:] == g.points[3::-1]
+    assert up.points[0] == g.process.point_at_sigma(1e-4)
+    assert g.flip(1e-3).points[0] == g.process.point_at_sigma(1e-3)
+    noisy = grid(VP.linear(), 4, final_zero=False)
+    assert noisy.flip().flip() == noisy
+    with pytest.raises(ValueError, match="sigma_min = 9"):
+        g.flip(9.0)
+    with pytest.raises(ValueError, match="must then strictly increase"):
+        Grid(g.process, up.t, up.alpha[[0, 2, 1, 3, 4]], up.sigma[[0, 2, 1, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)]
+)
+def test_ode_solvers_encode_along_a_flipped_grid(solver, order):
+    """From data up to the latent, with the solver's own order."""
+    fs = pytest.importorskip("fewstep")
+    problem, process = fs.problems.Gaussian(np.full(3, 0.2), np.full(3, 0.5)), VP.linear()
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    errors = []
+    for steps in (40, 80):
+        up = grid(process, steps, "logsnr", final_zero=False).flip()
+        found = fs.sample(problem.denoiser(process), x, solver=solver, grid=up, backend="naive")
+        errors.append(np.abs(found - problem.solve(x, up)).max())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)

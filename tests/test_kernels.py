@@ -1,8 +1,8 @@
 """The fused CPU kernel against its naive twin, and both against the definition written out in float64.
 
-Error bounds, with eps the state's machine epsilon and S = sum_j |c_j v_j| of an element (m's own terms included):
+Error bounds, with eps the state's machine epsilon and S = sum_j |c_j v_j| of an element (with m's own terms):
 
-    |fused - naive|      <= 4 eps S        both add the same terms, in the same precision
+    |fused - naive|      <= 4 eps S          both add the same terms, in the same precision
     |fused - definition| <= (J + 6)/2 eps S  J terms added one by one, and the few roundings of m
 
 The structures are a fixed list, because every one is compiled on its own; their contents are random.
@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from fewstep.kernels import layout, naive, numba_step, philox
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fewstep.kernels import layout, naive, numba_step, philox
 
 GUARD = 64  # elements on both sides of every output
 NUMPY = {"f32": np.float32, "f64": np.float64, "f16": np.int16, "bf16": np.uint16}  # f16 and bf16 as bits
@@ -83,7 +82,9 @@ def values(a: np.ndarray, kind: str) -> np.ndarray:
 def guarded(shape: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(the whole memory, its middle): NaN inside, a recognisable pattern around it."""
     size = shape[0] * shape[1]
-    whole = np.frombuffer(bytearray(b"\xa5" * (size + 2 * GUARD) * np.dtype(NUMPY[kind]).itemsize), NUMPY[kind])
+    whole = np.frombuffer(
+        bytearray(b"\xa5" * (size + 2 * GUARD) * np.dtype(NUMPY[kind]).itemsize), NUMPY[kind]
+    )
     middle = whole[GUARD : GUARD + size]
     middle[...] = bits(torch.full((size,), float("nan"), dtype=TORCH[kind]))
     return whole, middle.reshape(shape)
@@ -244,7 +245,11 @@ def test_a_stage(
     for copy in kernel["inputs"]:
         if structure.raw == "f64" and structure.state == "f32":
             # float64 raws are summed in float64 and the input is rounded from that, not from the stored x
-            inside(values(copy, structure.model), scaled.double().numpy(), 2.0 * eps * np.abs(scaled.double().numpy()))
+            inside(
+                values(copy, structure.model),
+                scaled.double().numpy(),
+                2.0 * eps * np.abs(scaled.double().numpy()),
+            )
         else:
             assert copy.tobytes() == rounded.tobytes()
     for whole in case.backing:
@@ -308,7 +313,7 @@ def test_a_sample_is_the_same_alone_and_in_its_batch(structure: Structure) -> No
 
 
 def test_a_clip_keeps_its_bounds_and_gain_exactly() -> None:
-    """p = (0, 1), w reads m alone: the output is gain clip(raw, +-bound), without rounding where both are powers of 2."""
+    """p = (0, 1), w reads m alone: the output is gain clip(raw, +-bound), exact for powers of 2."""
     raw = np.array([[-5.0, -2.0, -1.5, -0.0, 0.25, 2.0, 2.0000002, np.inf, -np.inf]], np.float32)
     w = np.zeros((1, 1, layout.COLUMNS), np.float32)
     w[0, 0, layout.PREDICTION] = 1.0
@@ -328,7 +333,7 @@ def test_a_clip_keeps_its_bounds_and_gain_exactly() -> None:
 
 
 def test_a_nan_that_is_read_reaches_the_output() -> None:
-    """Masking is for zero coefficients alone: a network's NaN must not be hidden, by the clip least of all."""
+    """Masking is for zero coefficients alone: a network's NaN must not be hidden, not by the clip either."""
     raw = np.array([[1.0, np.nan, 3.0]], np.float32)
     x = np.ones_like(raw)
     w = np.zeros((1, 1, layout.COLUMNS), np.float32)

@@ -12,13 +12,12 @@ import itertools
 import math
 from typing import Any
 
+import fewstep as fs
 import numpy as np
 import pytest
+from fewstep.solvers.program import Program, compile_plan, live_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-import fewstep as fs
-from fewstep.solvers.program import Program, compile_plan, live_rows
 from oracles.rows import run_plan
 
 GRIDS = {
@@ -40,7 +39,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "heun": [{"frame": "sigma"}, {"s_churn": 10.0}],
     "rk4": [{"frame": "flow"}],
     "unipc": [
-        {"order": p, "variant": v, "corrector": c} for p in (1, 2, 3) for v in ("bh1", "bh2") for c in (True, False)
+        {"order": p, "variant": v, "corrector": c}
+        for p in (1, 2, 3)
+        for v in ("bh1", "bh2")
+        for c in (True, False)
     ],
 }
 CASES = [(name, options) for name in fs.list_solvers() for options in [{}, *OPTIONS.get(name, [])]]
@@ -139,7 +141,9 @@ def any_rows(draw: Any) -> Loose:
             if kind == "copy":
                 rows[slot] = {draw(st.sampled_from([*known, "m", "u"])): 1.0}
             else:
-                sources = draw(st.lists(st.sampled_from([*known, "m", "u", "z"]), unique=True, min_size=1, max_size=4))
+                sources = draw(
+                    st.lists(st.sampled_from([*known, "m", "u", "z"]), unique=True, min_size=1, max_size=4)
+                )
                 rows[slot] = {s: draw(st.sampled_from([0.0, 1.0, -0.5, 0.75])) for s in sources}
         stages.append(rows)
         known += [name for name in names if name not in known]
@@ -156,7 +160,7 @@ def test_any_plan_compiled_is_its_plan(plan: Loose, keep_x0: bool, in_place: boo
 @settings(max_examples=100, deadline=None)
 @given(any_rows())
 def test_only_what_is_read_later_is_written(plan: Loose) -> None:
-    """Every row of every stage, from its definition: written if and only if a chain of reads leads to the end."""
+    """Every row of every stage, from its definition: written exactly if a chain of reads leads to the end."""
     needed: list[set[str]] = [{"x"}]
     for stage in reversed(plan.stages):
         after = needed[-1]
@@ -174,7 +178,10 @@ def test_only_what_is_read_later_is_written(plan: Loose) -> None:
 def test_a_rename_costs_nothing() -> None:
     """h2 <- h1 <- m: one write a stage for the history, however long it is."""
     history = {"h1": {"m": 1.0}, "h2": {"h1": 1.0}, "h3": {"h2": 1.0}}
-    stages = [{"x": {"x": 0.5, "m": 0.5}, "h1": {"m": 1.0}}, {"x": {"x": 0.5, "m": 0.5}, "h1": {"m": 1.0}, "h2": {"h1": 1.0}}]
+    stages = [
+        {"x": {"x": 0.5, "m": 0.5}, "h1": {"m": 1.0}},
+        {"x": {"x": 0.5, "m": 0.5}, "h1": {"m": 1.0}, "h2": {"h1": 1.0}},
+    ]
     stages += [{"x": {"x": 0.5, "m": 0.25, "h2": 0.25}, **history}]
     stages += [{"x": {"x": 0.5, "m": 0.25, "h3": 0.25}, **history}] * 3
     program = compile_plan(loose(stages))
@@ -237,7 +244,9 @@ def test_bytes_of_a_guided_2m_on_a_16_bit_model() -> None:
     assert column(text, "call") == [str(k) for k in range(6)]
     assert column(text, "writes") == ["x h1"] * 4 + ["x", "x"]
     np.testing.assert_allclose([float(v) for v in column(text, "t")], plan.grid.t[:-1], rtol=1e-4)
-    np.testing.assert_allclose([float(v) for v in column(text, "sigma/alpha")], plan.grid.ratio[:-1], rtol=1e-4)
+    np.testing.assert_allclose(
+        [float(v) for v in column(text, "sigma/alpha")], plan.grid.ratio[:-1], rtol=1e-4
+    )
     assert column(text, "x row")[-1] == "+1m"
 
 
@@ -266,17 +275,35 @@ def mutated(plan: fs.Plan, k: int, slot: str, source: str, value: float) -> fs.P
     return dataclasses.replace(plan, stages=stages)
 
 
+def reaches(plan: fs.Plan, k: int, source: str) -> bool:
+    """Whether a source of stage k's x row is not 0 for a perfect denoiser; guided minus unguided is."""
+    stage = plan.stages[k]
+    row = {s: (2.0 * c if s == source else c) for s, c in stage.rows["x"].items()}
+    parts = [dataclasses.replace(s, noise=1.0) for s in plan.stages[:k]]
+    parts.append(dataclasses.replace(stage, rows={**stage.rows, "x": row}, noise=1.0))
+    fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.init}
+    ends = [
+        run_plan(
+            Loose(**{**fields, "stages": tuple(p)}), lambda v, at: np.ones_like(v), 2.0 * np.ones(5), noise
+        )[0]
+        for p in (plan.stages[: k + 1], parts)
+    ]
+    return bool(np.abs(ends[0] - ends[1]).max() > 1e-3)
+
+
 @settings(max_examples=300, deadline=None)
 @given(case=st.sampled_from(CASES), grid=st.sampled_from(sorted(GRIDS)), data=st.data())
 def test_a_wrong_coefficient_is_found(case: tuple[str, dict[str, Any]], grid: str, data: Any) -> None:
     """One coefficient of an x row off by 0.1 %: the marginal of a perfect denoiser shows it."""
     plan = fs.plan(case[0], GRIDS[grid], **case[1])
     k = data.draw(st.integers(0, plan.nfe - 1))
+    assume(plan.stages[k].exact)
     row = plan.stages[k].rows["x"]
     source = data.draw(st.sampled_from(sorted(s for s, c in row.items() if c)))
     # Terms of a nearly noise-free x may be too small to see: 0.1 % of them is below the rounding of the rest.
     assume(abs(row[source]) > 1e-2)
     assume(source != "z" or row["z"] > 0.05 * plan.stages[k].to.sigma)
+    assume(reaches(plan, k, source))
     with pytest.raises(fs.PlanError, match=rf"stage {k} .*leaves the marginal"):
         mutated(plan, k, "x", source, row[source] * 1.001)
 
@@ -348,3 +375,12 @@ def test_s_noise_scales_every_draw_and_nothing_else() -> None:
         np.testing.assert_array_equal(b.w[:, :-1], a.w[:, :-1])
         np.testing.assert_array_equal(b.w[:, -1], 1.5 * a.w[:, -1])
     assert any(op.noisy for op in plain.ops)
+
+
+def test_numpy_scalars_are_options_like_any_number() -> None:
+    """A float32 eta must not make float32 coefficients of the plan."""
+    grid = GRIDS["vp"]
+    plain = fs.plan("ddim", grid, eta=0.5, s_noise=1.0)
+    scalar = fs.plan("ddim", grid, eta=np.float32(0.5), s_noise=np.int64(1))
+    assert [s.rows for s in plain.stages] == [s.rows for s in scalar.stages]
+    assert fs.plan("unipc", grid, order=np.int64(3)).stages == fs.plan("unipc", grid, order=3).stages

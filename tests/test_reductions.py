@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fewstep.kernels import naive, numba_reduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from fewstep.kernels import naive, numba_reduce
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -31,7 +30,9 @@ def draw(seed: int, count: int, batch: int, n: int, dtype: torch.dtype) -> list[
     """Raws with a mean far from 0 in some samples, where a sum of squares would cancel."""
     g = torch.Generator().manual_seed(seed)
     shift = torch.rand((batch, 1), generator=g, dtype=torch.float64) * 20.0
-    return [(torch.randn((batch, n), generator=g, dtype=torch.float64) + shift).to(dtype) for _ in range(count)]
+    return [
+        (torch.randn((batch, n), generator=g, dtype=torch.float64) + shift).to(dtype) for _ in range(count)
+    ]
 
 
 def fused_scale(raws: list[torch.Tensor], weights: list[float], phi: float, p: np.ndarray) -> np.ndarray:
@@ -89,7 +90,9 @@ def test_a_constant_output_is_not_rescaled(n: int) -> None:
     zeros[1] = 3.0
     out = fused_scale([zeros, zeros], [-1.0, 2.0], 0.7, np.array([[1.0, -1.0, 2.0, 0.0]], np.float32))
     np.testing.assert_array_equal(out, [[1.0, -1.0, 2.0, 0.0]] * 2)
-    np.testing.assert_array_equal(naive.guidance_scale([zeros, zeros], np.array([-1.0, 2.0]), 0.7), [1.0, 1.0])
+    np.testing.assert_array_equal(
+        naive.guidance_scale([zeros, zeros], np.array([-1.0, 2.0]), 0.7), [1.0, 1.0]
+    )
 
 
 def fused_threshold(
@@ -131,9 +134,11 @@ def test_threshold_is_diffusers(dtype: torch.dtype, maximum: float) -> None:
         thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=maximum
     )
     g = torch.Generator().manual_seed(0)
-    m = (torch.randn((5, 3, 7, 5), generator=g) * torch.tensor([0.1, 0.6, 1.0, 3.0, 9.0]).view(-1, 1, 1, 1)).to(dtype)
+    m = (
+        torch.randn((5, 3, 7, 5), generator=g) * torch.tensor([0.1, 0.6, 1.0, 3.0, 9.0]).view(-1, 1, 1, 1)
+    ).to(dtype)
     want = scheduler._threshold_sample(m).double()
-    p = np.array([[0.0, 1.0, 0.0, 0.0]], np.float64 if dtype == torch.float64 else np.float32)
+    p = np.array([[0.0, 1.0, 0.0, 0.0]])
     bound, gain = (
         torch.from_numpy(c.astype(np.float64)).view(-1, 1, 1, 1)
         for c in fused_threshold(None, [m.reshape(5, -1)], p, 0.9, maximum).T

@@ -128,7 +128,8 @@ def test_agrees_with_its_paper(row, options, grid):
     if grid.partition("-")[0] not in row.oracle_on:
         pytest.skip(f"{row.solver}'s paper has no form for this process")
     grid = GRIDS[grid]
-    x = math.hypot(grid.alpha[0], grid.sigma[0]) * np.random.default_rng(1).standard_normal((6, 3))
+    start = grid.points[-1 if row.end == 0 else 0]
+    x = math.hypot(start.alpha, start.sigma) * np.random.default_rng(1).standard_normal((6, 3))
     draws = list(np.random.default_rng(2).standard_normal((60, 6, 3)))
     ours, calls = run(fs.plan(row.solver, grid, **options), x, draws)
     np.testing.assert_allclose(ours, row.oracle(posterior, grid, x, draws, **options), atol=1e-10, rtol=0)
@@ -173,7 +174,7 @@ def test_the_network_is_called_where_the_plan_says(row, steps):
     plan = fs.plan(row.solver, grid, **row.times_options)
     expected = row.times(grid.sigma.tolist())
     denoiser = fs.Denoiser(model, process, "sample")
-    fs.sample(denoiser, shape=(2, 3), grid=grid, solver=row.solver, seed=0, **row.times_options)
+    fs.sample(denoiser, np.ones((2, 3), np.float32), grid=grid, solver=row.solver, seed=0, **row.times_options)
     assert len(seen) == plan.nfe == len(expected)
     np.testing.assert_allclose([t[0] for t in seen], expected, rtol=1e-6)
     np.testing.assert_allclose([p.t for p in plan.points], expected, rtol=1e-9)
@@ -202,7 +203,7 @@ def moments(plan, mean, std):
     for k, stage in enumerate(plan.stages):
         a = gain(stage.at)
         m = a * slots["x"] + (1 - a * stage.at.alpha) * mean * unit[0]
-        values = {**slots, "m": m, "z": unit[3 + k]}
+        values = {**slots, "m": m, "u": m, "z": unit[3 + k] * stage.noise}
         slots = {**slots, **{slot: apply(row, values) for slot, row in stage.rows.items()}}
     v = slots["x"]
     start_var = first.alpha**2 * std**2 + first.sigma**2
@@ -254,11 +255,11 @@ def test_moments_of_two_hundred_thousand_draws(solver, options, order):
     ("solver", "options", "message"),
     [
         ("ddim", {"eta": -0.1}, "eta must be a number >= 0, got -0.1"),
-        ("unipc", {"order": 4}, "order must be one of 1, 2, 3, got 4"),
-        ("unipc", {"variant": "bh3"}, "variant must be one of 'bh1', 'bh2', got 'bh3'"),
+        ("unipc", {"order": 5}, "order must be one of 1, 2, 3, 4, got 5"),
+        ("unipc", {"variant": "bh3"}, "variant must be one of 'bh1', 'bh2', 'vary_coeff', got 'bh3'"),
         ("dpmpp_2m", {"variant": "taylor"}, "variant must be one of 'midpoint', 'heun'"),
-        ("dpmpp_2m", {"final_order": 3}, "final_order must be one of None, 1, 2, got 3"),
-        ("heun", {"frame": "time"}, "frame must be one of 'sigma', 'flow', got 'time'"),
+        ("dpmpp_2m", {"final_order": 3}, "final_order must be one of None, 1, 2, 'unipc', 'diffusers',"),
+        ("heun", {"frame": "time"}, "frame must be one of 'sigma', 'flow', 'logsnr', got 'time'"),
         ("edm", {"s_churn": float("nan")}, "s_churn must be a number >= 0, got nan"),
         ("consistency", {"sigma_min": 1e9}, "sigma_min must be a number from 0 to"),
     ],
@@ -269,13 +270,13 @@ def test_bad_options_say_what_would_work(solver, options, message):
 
 
 @pytest.mark.parametrize("process", [VP, VP.zero_terminal_snr(), fs.EDM(), fs.VE(0.01, 50.0), fs.Flow(3.0)], ids=str)
-@pytest.mark.parametrize("solver", fs.list_solvers())
-def test_every_solver_on_every_process_spacing_and_small_n(solver, process):
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.solver)
+def test_every_solver_on_every_process_spacing_and_small_n(row, process):
     """The plan's own marginal check runs in each; the first point may have alpha 0, the last sigma 0 or not."""
     for spacing, steps, zero in itertools.product(("karras", "linspace", "logsnr"), (1, 2, 3, 10), (True, False)):
-        plan = fs.plan(solver, fs.grid(process, steps, spacing, final_zero=zero))
+        plan = fs.plan(row.solver, fs.grid(process, steps, spacing, final_zero=zero))
         assert plan.steps == steps
-        assert plan.stages[-1].to.sigma == pytest.approx(plan.grid.sigma[-1], abs=2e-2)
+        assert plan.stages[-1].to.sigma == pytest.approx(plan.grid.sigma[row.end], abs=2e-2)
 
 
 def test_registered_solvers_explain_themselves():

@@ -26,6 +26,7 @@ class Row:
     times_options  options under which `times` holds
     on       the processes on which orders are measured: "edm", "vp", "flow"
     graded   the start steps grow from h / 64, so that a multistep method's own order shows
+    end      the grid point at which a plan ends: 0 for a solver that runs the grid backwards
     """
 
     solver: str
@@ -38,6 +39,7 @@ class Row:
     on: Sequence[str] = ("edm", "vp", "flow")
     oracle_on: Sequence[str] = ("edm", "vp", "flow")
     graded: bool = False
+    end: int = -1
 
 
 def heun_times(sigmas: Sequence[float]) -> list[float]:

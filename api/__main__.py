@@ -1,0 +1,5 @@
+"""`python -m fewstep`."""
+
+from fewstep.cli import main
+
+main()

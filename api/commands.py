@@ -1,0 +1,333 @@
+"""The commands behind `fewstep`, as typer sees them; `cli.main` turns errors into lines and exit codes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from fewstep.models import load_model
+from fewstep.output import check_out
+from fewstep.solvers.registry import get_solver, list_solvers
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
+
+app = typer.Typer(
+    help="Few-step sampling of diffusion and flow models, measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """--option key=value as numbers, booleans, None or text. Raises ValueError without an '='."""
+    words = {"true": True, "false": False, "none": None}
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--option {pair!r}: write it as name=value, for example --option eta=1.0")
+        value: Any = words.get(text.lower(), text)
+        for kind in (int, float):
+            if isinstance(value, str):
+                try:
+                    value = kind(text)
+                except ValueError:
+                    continue
+        options[key] = value
+    return options
+
+
+def parse_list(text: str, what: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{what} is empty: give a comma-separated list")
+    return names
+
+
+def parse_counts(text: str, what: str) -> list[int]:
+    counts = []
+    for name in parse_list(text, what):
+        if not name.isdigit() or int(name) < 1:
+            raise ValueError(f"{what}: {name!r} is not a whole number >= 1")
+        counts.append(int(name))
+    return counts
+
+
+@app.command()
+def sample(
+    model: ModelName = "digits",
+    solver: Annotated[str, typer.Option(help="A name from `fewstep solvers`.")] = "dpmpp_2m",
+    steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 15,
+    spacing: Annotated[str, typer.Option(help="How the steps are placed.")] = "karras",
+    guidance: Guidance = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
+    n: Annotated[int, typer.Option(help="How many samples.")] = 64,
+    out_path: Annotated[Path, typer.Option("--out", help="A .png picture or an .npz archive.")] = Path(
+        "samples.png"
+    ),
+    label: Annotated[
+        int | None, typer.Option("--class", help="One class for all; by default all in turn.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="A solver's option, name=value; repeatable.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, numba or naive.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Draw samples from a model and write them to a file."""
+    from fewstep.output import write_samples
+    from fewstep.solvers.grid import grid as make_grid
+    from fewstep.solvers.loop import Sampler
+    from fewstep.solvers.registry import plan as make_plan
+
+    check_out(out_path)
+    if n < 1:
+        raise ValueError(f"--n must be at least 1, got {n}")
+    chosen = load_model(model)
+    if label is not None and not 0 <= label < chosen.classes:
+        have = f"has classes 0 to {chosen.classes - 1}" if chosen.classes else "has no classes"
+        raise ValueError(f"--class {label}: model {model!r} {have}")
+    labels = np.arange(n) % max(chosen.classes, 1) if label is None else np.full(n, label)
+    denoiser = chosen.denoiser(guidance)
+    plan = make_plan(solver, make_grid(denoiser.process, steps, spacing), **parse_options(option))
+    sampler = Sampler(denoiser, plan, (n, *chosen.shape), backend=backend)
+    begin = time.perf_counter()
+    x = np.asarray(sampler(seed=seed, cond=chosen.cond(labels), progress=ERR.is_terminal and not as_json))
+    seconds = time.perf_counter() - begin
+    evaluations = sum(sum(w != 0 for w in denoiser.weights(k / plan.steps)) for k in range(plan.steps))
+    settings = {
+        "model": model,
+        "solver": solver,
+        "steps": steps,
+        "spacing": spacing,
+        "guidance": guidance,
+        "seed": seed,
+        "n": n,
+        "nfe": plan.nfe,
+        "evaluations": round(plan.nfe * evaluations / plan.steps),
+        "options": parse_options(option),
+    }
+    write_samples(out_path, x, labels if chosen.classes else None, settings)
+    if as_json:
+        typer.echo(json.dumps({**settings, "seconds": seconds, "out": str(out_path)}))
+        return
+    OUT.print(
+        f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations a sample, "
+        f"{seconds:.2f} s, in [bold]{out_path}[/]"
+    )
+    OUT.print("how it compares with other solvers: [bold]fewstep compare --plot compare.png[/]")
+
+
+@app.command()
+def compare(
+    model: ModelName = "digits",
+    solvers: Annotated[
+        str, typer.Option(help="Comma-separated names.")
+    ] = "ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde",
+    nfe: Annotated[str, typer.Option(help="Budgets of denoiser calls.")] = "4,6,8,12,20",
+    spacing: Annotated[str, typer.Option(help="Comma-separated spacings.")] = "karras",
+    guidance: Guidance = None,
+    n: Annotated[int, typer.Option(help="Samples for each entry.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the latents, the same for all.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="Every solver there is.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also write a .png figure.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare solvers on one model: error, distance to the data, cost of a step."""
+    from fewstep.compare import compare as run
+    from fewstep.compare import plot as draw
+
+    if plot is not None:
+        check_out(plot, (".png",))
+    if n < 4:
+        raise ValueError(f"--n must be at least 4 to compare distributions, got {n}")
+    names = list(list_solvers()) if every else parse_list(solvers, "--solvers")
+    for name in names:
+        get_solver(name)
+    budgets, spacings = parse_counts(nfe, "--nfe"), parse_list(spacing, "--spacing")
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=ERR,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=1 + len(names) * len(budgets) * len(spacings))
+
+        def advance(what: str) -> None:
+            bar.update(task, description=what, advance=1)
+
+        result = run(
+            load_model(model),
+            names,
+            budgets,
+            spacings=spacings,
+            guidance=guidance,
+            n=n,
+            seed=seed,
+            advance=advance,
+        )
+    if plot is not None:
+        draw(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.as_json()))
+        return
+    several = len(spacings) > 1
+    rows = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
+    found = {(e.solver, e.spacing, e.budget): e for e in result.entries}
+
+    def table(title: str, value: Any, caption: str, cost: bool) -> Table:
+        made = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+        made.add_column("solver")
+        for budget in budgets:
+            made.add_column(f"{budget} calls", justify="right")
+        if cost:
+            made.add_column("µs a step", justify="right")
+        best = [
+            min(
+                (v for key in rows if (e := found.get((*key, b))) and (v := value(e)) is not None),
+                default=None,
+            )
+            for b in budgets
+        ]
+        for key in rows:
+            cells = []
+            for budget, top in zip(budgets, best, strict=True):
+                entry = found.get((*key, budget))
+                number = None if entry is None else value(entry)
+                text = "—" if number is None else f"{number:.4f}"
+                cells.append(f"[bold green]{text}[/]" if number is not None and number == top else text)
+            mine = [found[(*key, b)].step_us for b in budgets if (*key, b) in found]
+            name = f"{key[0]} ({key[1]})" if several else key[0]
+            made.add_row(name, *cells, *([f"{sorted(mine)[len(mine) // 2]:.1f}"] if cost else []))
+        return made
+
+    guided = f", guidance {guidance:g}" if guidance else ""
+    OUT.print(
+        table(
+            f"{model}{guided}: RMSE to the model's own ODE end point, {n} samples",
+            lambda e: e.rmse,
+            f"— : stochastic, or the budget is too small. The reference is good to {result.reference_error:.4f}.",
+            True,
+        )
+    )
+    OUT.print(
+        table(
+            f"{model}{guided}: energy distance to the data",
+            lambda e: e.energy,
+            f"Real data to other real data: {result.data_floor:.4f}.",
+            False,
+        )
+    )
+    if plot is not None:
+        OUT.print(f"figure: [bold]{plot}[/]")
+    OUT.print("samples of one solver: [bold]fewstep sample --solver unipc --steps 8 --out digits.png[/]")
+
+
+@app.command()
+def bench(
+    shapes: Annotated[str | None, typer.Option(help="Comma-separated, like 1x4x64x64.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Of the model: float32, bfloat16, float16.")] = None,
+    solvers: Annotated[str | None, typer.Option(help="Comma-separated names.")] = None,
+    backends: Annotated[str | None, typer.Option(help="numba, naive.")] = None,
+    repeats: Annotated[int, typer.Option(help="Repeats of which the median counts.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what a sampler step costs beside the network, over the floor of this machine."""
+    from fewstep.microbench import run
+
+    lists = {"shapes": shapes, "dtypes": dtypes, "solvers": solvers, "backends": backends}
+    given = {key: None if text is None else parse_list(text, f"--{key}") for key, text in lists.items()}
+    raise typer.Exit(run(console=OUT, as_json=as_json, repeats=repeats, **given))
+
+
+@app.command()
+def recommend(
+    nfe: Annotated[int, typer.Option(help="Network evaluations for one sample.")],
+    process: Annotated[str, typer.Option(help="vp, ve, edm or flow.")] = "vp",
+    guidance: Guidance = None,
+    guidance_distilled: Annotated[bool, typer.Option(help="The model takes the scale as an input.")] = False,
+    distilled: Annotated[str | None, typer.Option(help="consistency, lcm, add or dmd2.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which sampler suits a budget, and why."""
+    from fewstep.recommender import recommend as ask
+
+    r = ask(
+        nfe, process=process, guidance=guidance, guidance_distilled=guidance_distilled, distilled=distilled
+    )
+    if as_json:
+        typer.echo(json.dumps({**vars(r), "options": dict(r.options)}))
+        return
+    options = "".join(f" --option {k}={v:g}" for k, v in r.options.items())
+    OUT.print(
+        f"[bold]{r.solver}[/], {r.steps} steps on the [bold]{r.spacing}[/] spacing"
+        + (f",{options.replace(' --option', '')}" if options else "")
+    )
+    OUT.print(r.why, soft_wrap=True)
+    OUT.print(
+        f"try it: [bold]fewstep sample --solver {r.solver} --steps {r.steps} --spacing {r.spacing}{options}[/]",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check the installation and name the command for whatever is missing."""
+    from fewstep.doctor import as_json as to_json
+    from fewstep.doctor import examine
+
+    findings = examine()
+    bad = any(f.status == "bad" for f in findings)
+    if as_json:
+        typer.echo(json.dumps(to_json(findings)))
+        raise typer.Exit(EXIT_ERROR if bad else 0)
+    made = Table(show_header=False, box=None)
+    marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "bad": "[bold red]bad[/]"}
+    for finding in findings:
+        detail = finding.detail + (f"\n[bold]{escape(finding.fix)}[/]" if finding.fix else "")
+        made.add_row(marks[finding.status], finding.what, detail)
+    OUT.print(made)
+    raise typer.Exit(EXIT_ERROR if bad else 0)
+
+
+@app.command()
+def solvers(as_json: AsJson = False) -> None:
+    """List the solvers with their options and sources."""
+    known = [get_solver(name) for name in list_solvers()]
+    if as_json:
+        typer.echo(
+            json.dumps(
+                [
+                    {
+                        "name": s.name,
+                        "options": {k: repr(v) for k, v in s.options.items()},
+                        "summary": s.summary,
+                    }
+                    for s in known
+                ]
+            )
+        )
+        return
+    made = Table("solver", "options", "what it is")
+    for entry in known:
+        options = ", ".join(f"{k}={v!r}" for k, v in entry.options.items())
+        made.add_row(entry.name, escape(options), escape(entry.summary))
+    OUT.print(made)

@@ -1,0 +1,417 @@
+"""What a step costs: the engine's loop around a denoiser that is free, beside the floor and diffusers.
+
+The denoiser returns a preset array, so that nothing but the solver is timed. Two numbers bound a step from
+below, both measured in the same run: a copy of as many bytes as it must move, and the launch of its kernel
+over no elements. The larger one is the floor.
+
+A time is reported only behind the case's own gate: the same sample from the naive backend, and where a
+scheduler of diffusers takes the same steps, its end point too, to fp32 rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import Any
+
+import numpy as np
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.solvers.arrays import FLOATS, dtype_name
+from fewstep.solvers.grid import Grid, grid
+from fewstep.solvers.loop import Sampler
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import VP
+from fewstep.solvers.program import compile_plan
+from fewstep.solvers.registry import get_solver, plan, unknown
+from fewstep.solvers.tables import StageTable, stage_tables
+from fewstep.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
+
+SHAPES = ("1x4x8x8", "1x4x64x64")
+DTYPES = ("float32",)
+SOLVERS = ("euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+BACKENDS = ("numba",)
+STEPS = 20
+
+PROCESS = VP.scaled_linear()
+SCHEDULE = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "trailing",
+}
+
+# Relative to the largest element: the schedulers hold sigma, and some of them lambda, in fp32.
+PEER_TOLERANCE = 1e-5
+
+
+class GateError(AssertionError):
+    """A case whose result is wrong; its time would say nothing."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The scheduler of diffusers that takes the same steps, and the options that make ours take its."""
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PEERS = {
+    "euler": Peer("EulerDiscreteScheduler"),
+    "ddim": Peer("DDIMScheduler", {"clip_sample": False}),
+    "dpmpp_2m": Peer("DPMSolverMultistepScheduler", options={"final_order": "diffusers"}),
+    "dpmpp_2m_sde": Peer(
+        "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {"final_order": "diffusers"}
+    ),
+    "unipc": Peer("UniPCMultistepScheduler", {"solver_order": 2}, {"final_order": "unipc"}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the benchmark. dtype is the model's; the state's is float64 for that one, else float32."""
+
+    solver: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    backend: str = "numba"
+    steps: int = STEPS
+
+    @property
+    def label(self) -> str:
+        return f"{self.solver} {'x'.join(map(str, self.shape))} {self.dtype} {self.backend}"
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def state(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @cached_property
+    def threads(self) -> int:
+        """1 up to the size at which the kernel calls the other cores."""
+        from fewstep.kernels import numba_step
+
+        return 1 if self.elements <= numba_step.SERIAL_ELEMENTS else cores()
+
+    @cached_property
+    def grid(self) -> Grid:
+        """N whole times down to clean data, as diffusers' timestep_spacing="trailing" has them."""
+        return grid(PROCESS, self.steps, "trailing", round_times=True)
+
+    @cached_property
+    def plan(self) -> Plan:
+        return plan(self.solver, self.grid, **(PEERS[self.solver].options if self.solver in PEERS else {}))
+
+    @cached_property
+    def raw(self) -> Any:
+        return self._array(1, self.dtype)
+
+    @cached_property
+    def x(self) -> Any:
+        """A latent at the first point, of the state's dtype."""
+        return self._array(2, self.state)
+
+    def _array(self, seed: int, dtype: str) -> Any:
+        values = np.random.default_rng(seed).standard_normal(self.shape)
+        if has("torch"):
+            import torch
+
+            return torch.from_numpy(values).to(getattr(torch, dtype))
+        return values.astype(dtype)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """Costs nothing: it returns the same array in every call."""
+        raw = self.raw
+        return Denoiser(lambda x, t: raw, PROCESS, predicts="epsilon", dtype=self.dtype)
+
+    def sampler(self, backend: str | None = None) -> Sampler:
+        device = "cpu" if has("torch") else None
+        chosen = backend or self.backend
+        return Sampler(self.denoiser, self.plan, self.shape, backend=chosen, device=device, dtype=self.state)
+
+    @cached_property
+    def tables(self) -> list[StageTable]:
+        return stage_tables(compile_plan(self.plan), self.denoiser, self.state)
+
+    @cached_property
+    def bytes_moved(self) -> int:
+        """By a sample's kernels, each input read once and each output written once: `Plan.explain`'s total."""
+        state, model = np.dtype(self.state).itemsize, model_bytes(self.dtype)
+        raws = [len(table.branches) for table in self.tables]
+        kept = sum(sum(slot is not None for slot in t.slots) + len(t.writes) for t in self.tables)
+        return self.elements * (kept * state + (sum(raws) + sum(raws[1:])) * model)
+
+    # --- the sides ---
+
+    def ours(self) -> Side:
+        """The engine's loop, with all that a call adds to its steps."""
+        sampler, x = self.sampler(), self.x
+        out = x.clone() if hasattr(x, "clone") else x.copy()
+        return Side("fewstep", lambda: sampler(x, seed=0, out=out), self.plan.steps)
+
+    def theirs(self, library: Any = None) -> Side:
+        """diffusers' loop: its `scale_model_input` and `step`; `set_timesteps` is off the clock.
+
+        library  where the scheduler's class is; by default diffusers
+        """
+        import torch
+
+        scheduler, x, raw = self._scheduler(library), self._scheduler_x(), self.raw
+        options = {"generator": torch.Generator().manual_seed(0)} if self.plan.stochastic else {}
+
+        def run() -> Any:
+            sample = x
+            for t in scheduler.timesteps:
+                scheduler.scale_model_input(sample, t)
+                sample = scheduler.step(raw, t, sample, **options).prev_sample
+            return sample
+
+        return Side("diffusers", run, self.plan.steps, lambda: scheduler.set_timesteps(self.steps))
+
+    def copy(self) -> Side:
+        """A copy that moves as many bytes as a step does."""
+        return copy_side(self.bytes_moved // self.plan.steps, self.threads)
+
+    def launch(self) -> Side:
+        """The kernel of a stage in the middle, over no elements."""
+        from fewstep.kernels import numba_step
+
+        table = self.tables[len(self.tables) // 2]
+        raws = len(table.branches)
+        state = [np.zeros((1, 4), self.state) for _ in range(2)]
+        model = np.zeros((1, 4), {"bfloat16": "uint16", "float16": "int16"}.get(self.dtype, self.dtype))
+        arguments = numba_step.arguments(
+            [None if slot is None else state[0] for slot in table.slots],
+            [model] * raws,
+            table.w,
+            [state[1]] * len(table.writes),
+            [model] * raws,
+            c_in=np.ones(1, self.state),
+            streams=None if table.draw is None else np.zeros((1, 3), np.uint32),
+            draw=table.draw or 0,
+        )
+        return Side("empty launch", lambda: numba_step.launch(arguments, 0, 0))
+
+    # --- the gate ---
+
+    def gate(self) -> None:
+        """Raises GateError unless the case computes what it should."""
+        ours, oracle = self._end(self.sampler()), self._end(self.sampler("naive"))
+        close(
+            f"{self.label} and the naive backend", ours, oracle, 8 * self.plan.nfe * np.finfo(self.state).eps
+        )
+
+    def gate_peer(self, library: Any = None) -> None:
+        """Raises GateError unless diffusers ends where we do; noise is given to both."""
+        import torch
+
+        draws = torch.from_numpy(np.random.default_rng(3).standard_normal((self.steps, *self.shape)))
+        noisy = self.plan.stochastic
+
+        def noise(draw: int, *_: Any) -> Any:
+            return draws[draw - 1]  # the draw into stage k has number k + 1
+
+        ours = self._end(self.sampler(), noise=noise if noisy else None)
+        scheduler, sample = self._scheduler(library), self._scheduler_x()
+        for k, t in enumerate(scheduler.timesteps):
+            scheduler.scale_model_input(sample, t)
+            given = {"variance_noise": draws[k].to(sample.dtype)} if noisy else {}
+            sample = scheduler.step(self.raw, t, sample, **given).prev_sample
+        close(f"{self.label} and diffusers", ours, sample.double().numpy(), PEER_TOLERANCE)
+
+    @property
+    def has_peer(self) -> bool:
+        return self.solver in PEERS and self.dtype == "float32" and has("torch") and has("diffusers")
+
+    def _end(self, sampler: Sampler, **options: Any) -> np.ndarray:
+        return np.array(sampler(self.x, seed=None if "noise" in options else 0, **options), np.float64)
+
+    def _scheduler(self, library: Any) -> Any:
+        peer = PEERS[self.solver]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers' own deprecations
+            if library is None:
+                import diffusers as library
+            scheduler = getattr(library, peer.name)(**SCHEDULE, **peer.config)
+            scheduler.set_timesteps(self.steps)
+        return scheduler
+
+    def _scheduler_x(self) -> Any:
+        """diffusers' Euler holds x / alpha."""
+        return self.x / float(self.grid.alpha[0]) if self.solver == "euler" else self.x
+
+
+def close(name: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    scale = float(np.max(np.abs(expected)))
+    error = float(np.max(np.abs(found - expected))) / scale
+    if not error <= tolerance:  # NaN is not
+        raise GateError(f"{name} end {error:.2g} of the largest element apart, more than {tolerance:.2g}")
+
+
+def model_bytes(dtype: str) -> int:
+    return 2 if dtype in ("bfloat16", "float16") else np.dtype(dtype).itemsize
+
+
+# --- the command ---
+
+MEASURED = (
+    "us_per_step",
+    "copy_us",
+    "copy_gb_per_s",
+    "empty_launch_us",
+    "floor_us",
+    "over_floor",
+    "diffusers_us_per_step",
+    "ratio",
+)
+
+
+def measure(case: Case, repeats: int) -> dict[str, Any]:
+    """One record of the report. A red gate leaves every time None and says why in "failed"."""
+    record: dict[str, Any] = {
+        "solver": case.solver,
+        "shape": list(case.shape),
+        "model_dtype": case.dtype,
+        "state_dtype": case.state,
+        "backend": case.backend,
+        "steps": case.plan.steps,
+        "threads": case.threads,
+        "bytes_per_step": case.bytes_moved // case.plan.steps,
+        **dict.fromkeys(MEASURED),
+        "failed": None,
+    }
+    with torch_threads(case.threads):
+        try:
+            case.gate()
+            if case.has_peer:
+                case.gate_peer()
+        except GateError as error:
+            return record | {"failed": str(error)}
+        sides = [case.ours().repeated(), case.copy().repeated(), case.launch().repeated()]
+        sides += [case.theirs()] if case.has_peer else []
+        step, copy, launch, *theirs = (
+            1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(case.threads))
+        )
+    floor = max(copy, launch)
+    record |= {"us_per_step": step, "empty_launch_us": launch, "copy_us": copy, "floor_us": floor}
+    record |= {"copy_gb_per_s": record["bytes_per_step"] / copy / 1e3, "over_floor": step / floor}
+    if theirs:
+        record |= {"diffusers_us_per_step": theirs[0], "ratio": theirs[0] / step}
+    return record
+
+
+def cases(
+    shapes: Sequence[str | Sequence[int]] | None = None,
+    dtypes: Sequence[str] | None = None,
+    solvers: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+) -> list[Case]:
+    """The product of what is asked for. Raises ValueError that names the argument."""
+    for solver in solvers or ():
+        get_solver(solver)
+    names = [dtype_name(dtype) for dtype in dtypes or DTYPES]
+    for name in names:
+        if name not in FLOATS:
+            raise ValueError(f"dtype {name!r} is not one of {', '.join(FLOATS)}")
+        if name == "bfloat16" and not has("torch"):
+            raise ValueError("dtype 'bfloat16' needs torch: pip install 'fewstep[torch]'")
+    for backend in backends or ():
+        if backend not in ("numba", "naive"):
+            raise ValueError(unknown("backend", backend, ("numba", "naive")))
+    parsed = [parse_shape(shape) for shape in shapes or SHAPES]
+    every = product(parsed, names, solvers or SOLVERS, backends or BACKENDS)
+    return [Case(solver, shape, dtype, backend) for shape, dtype, solver, backend in every]
+
+
+def parse_shape(shape: str | Sequence[int]) -> tuple[int, ...]:
+    """(1, 4, 8, 8) from "1x4x8x8"."""
+    try:
+        sizes = tuple(int(n) for n in (shape.lower().split("x") if isinstance(shape, str) else shape))
+    except (TypeError, ValueError):
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise ValueError(f"shape must be sizes like 1x4x64x64, batch first, got {shape!r}")
+    return sizes
+
+
+def run(
+    console: Any = None,
+    as_json: bool = False,
+    shapes: Sequence[str | Sequence[int]] | None = None,
+    dtypes: Sequence[str] | None = None,
+    solvers: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    repeats: int = 50,
+) -> int:
+    """Measure and print every case. 0, or 1 if a gate was red.
+
+    console   a rich console; by default a new one on standard output
+    as_json   print one JSON object in place of the table
+    shapes    such as "1x4x64x64"; dtypes: the model's; solvers, backends: names. None is a short default
+    repeats   windows of the clock for each median; 50 or more for a figure that somebody will read
+
+    Raises ValueError for a bad argument before anything is measured.
+    """
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ValueError(f"repeats must be an int >= 1, got {repeats!r}")
+    wanted = cases(shapes, dtypes, solvers, backends)
+    if as_json:
+        records = [measure(case, repeats) for case in wanted]
+        head = {"versions": versions(), "machine": machine(), "repeats": repeats, "results": records}
+        print(json.dumps(head, indent=2))
+    else:
+        from rich.console import Console
+
+        console = console or Console()
+        with console.status("measuring") as status:
+            records = []
+            for case in wanted:
+                status.update(case.label)
+                records.append(measure(case, repeats))
+        console.print(table(records, repeats))
+        for record in records:
+            if record["failed"]:
+                console.print(f"FAILED {record['failed']}", style="red", markup=False, highlight=False)
+    return int(any(record["failed"] for record in records))
+
+
+def table(records: Sequence[dict[str, Any]], repeats: int) -> Any:
+    """The records as a rich table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = Table(
+        title=f"a step of the loop with a free denoiser, us, medians of {repeats}",
+        caption="floor: the larger of a copy of the same bytes and a launch over no elements. "
+        f"One thread; * on {cores()}, above the kernel's serial limit.",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name in ("solver", "shape", "model", "backend"):
+        made.add_column(name, no_wrap=True)
+    for name in ("step", "bytes", "floor", "x floor", "diffusers", "ratio"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for r in records:
+        figures = (r["floor_us"], r["over_floor"], r["diffusers_us_per_step"], r["ratio"])
+        made.add_row(
+            r["solver"],
+            "x".join(map(str, r["shape"])) + "*" * (r["threads"] > 1),
+            r["model_dtype"],
+            r["backend"],
+            "FAILED" if r["failed"] else f"{r['us_per_step']:.1f}",
+            f"{r['bytes_per_step']:,}",
+            *("-" if value is None else f"{value:.1f}" for value in figures),
+        )
+    return made

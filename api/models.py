@@ -1,0 +1,81 @@
+"""The models that the command line knows by name: the shipped network and the exact problems."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.problems import Digits, Gaussian, Mixture
+from fewstep.solvers.process import VP
+from fewstep.solvers.registry import unknown
+
+
+@dataclass(frozen=True)
+class Model:
+    """denoiser(guidance) -> Denoiser; cond(labels) -> its condition; data(n, seed) -> real data (n, *shape)."""
+
+    name: str
+    shape: tuple[int, ...]
+    denoiser: Callable[[float | None], Denoiser]
+    cond: Callable[[np.ndarray], Mapping[str, Any] | None]
+    data: Callable[[int, int], np.ndarray]
+    classes: int = 0
+
+
+def load_model(name: str) -> Model:
+    """Raises ValueError with the closest names for an unknown one."""
+    if name not in MODELS:
+        raise ValueError(unknown("model", name, tuple(MODELS)))
+    return MODELS[name]()
+
+
+def real_digits() -> np.ndarray:
+    """scikit-learn's 1797 digits as (1797, 1, 8, 8) in [-1, 1]."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError("the digits data need scikit-learn: pip install 'fewstep[cli]'") from None
+    return np.asarray(load_digits().images[:, None] / 8.0 - 1.0)
+
+
+def _digits() -> Model:
+    try:
+        import torch
+        from fewstep.bindings.unet import NO_CLASS, digits_model
+    except ImportError:
+        raise ImportError("the digits network needs torch: pip install 'fewstep[torch]'") from None
+    network = digits_model()
+
+    def denoiser(guidance: float | None) -> Denoiser:
+        return Denoiser(
+            network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])}
+        )
+
+    def data(n: int, seed: int) -> np.ndarray:
+        digits = real_digits()
+        return digits[np.random.default_rng(seed).permutation(len(digits))[:n]]
+
+    return Model("digits", (1, 8, 8), denoiser, lambda labels: {"label": torch.from_numpy(labels)}, data, 10)
+
+
+def _exact(name: str, problem: Any) -> Model:
+    def denoiser(guidance: float | None) -> Denoiser:
+        if guidance not in (None, 1.0):
+            raise ValueError(
+                f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits"
+            )
+        exact: Denoiser = problem.denoiser(VP.linear())
+        return exact
+
+    return Model(name, problem.shape, denoiser, lambda labels: None, problem.draw)
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "digits": _digits,
+    "digits-exact": lambda: _exact("digits-exact", Digits()),
+    "ring": lambda: _exact("ring", Mixture.ring()),
+    "gaussian": lambda: _exact("gaussian", Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))),
+}

@@ -1,0 +1,81 @@
+"""Files that the command line writes: whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SUFFIXES = (".png", ".npz")
+ENLARGE = 8  # screen pixels for a pixel of an 8x8 digit
+
+
+def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Raises ValueError for a suffix nothing can write, FileNotFoundError for a folder that is not there."""
+    if path.suffix not in suffixes:
+        raise ValueError(f"--out {path}: the file must end in {' or '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}; make it first")
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then rename it: nobody ever sees half a file."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, Any]) -> None:
+    """A picture of images (B, 1, H, W), a scatter plot of points (B, 2), or everything as .npz."""
+    if path.suffix == ".npz":
+        arrays = {"x": x, "settings": np.array(json.dumps(dict(settings)))}
+        if labels is not None:
+            arrays["labels"] = labels
+        write_whole(path, lambda to: np.savez_compressed(to, **arrays))  # type: ignore[arg-type]
+        return
+    pyplot = plotting()
+    if x.ndim == 4:
+        write_whole(path, lambda to: pyplot.imsave(to, contact_sheet(x), cmap="gray_r", vmin=-1.0, vmax=1.0))
+        return
+    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    axes.scatter(x[:, 0], x[:, 1] if x.shape[1] > 1 else np.zeros(len(x)), s=4, alpha=0.5)
+    axes.set_aspect("equal")
+    axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {settings.get('nfe')} calls")
+    write_whole(path, lambda to: figure.savefig(to, dpi=120))
+    pyplot.close(figure)
+
+
+def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = ENLARGE) -> np.ndarray:
+    """Images (B, 1, H, W) side by side, `columns` to a row with a line between them, each pixel enlarged."""
+    count, _, height, width = x.shape
+    rows = -(-count // columns)
+    gap = 1
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap), -1.0)
+    for i, image in enumerate(x[:, 0]):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        sheet[top : top + height, left : left + width] = np.clip(image, -1.0, 1.0)
+    return np.kron(sheet, np.ones((enlarge, enlarge)))
+
+
+def plotting() -> Any:
+    """matplotlib's pyplot on a canvas that needs no screen. Raises ImportError with the command that adds it."""
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise ImportError("pictures and plots need matplotlib: pip install 'fewstep[plot]'") from None
+    return pyplot

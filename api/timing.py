@@ -1,0 +1,133 @@
+"""Clocks for code that takes microseconds: sides of a comparison in turn, in one process, on one clock.
+
+Every side runs twice in its turn, once to warm the caches and once on the clock. One thread is timed by its
+own CPU time, which other processes do not lengthen; several by the wall clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+# Seconds that a window of the clock lasts at least: long against the clock, short against a time slice.
+WINDOW = 1e-3
+
+
+@dataclass(frozen=True)
+class Side:
+    """One thing to time: `run` makes `steps` steps; `prepare` comes before it, off the clock."""
+
+    name: str
+    run: Callable[[], Any]
+    steps: int = 1
+    prepare: Callable[[], Any] = lambda: None
+
+    def repeated(self) -> Side:
+        """`run` as often as fills a window. For a side without `prepare`."""
+        self.run()
+        started = time.perf_counter()
+        self.run()
+        times = math.ceil(WINDOW / max(time.perf_counter() - started, 1e-9))
+
+        def run() -> None:
+            for _ in range(times):
+                self.run()
+
+        return Side(self.name, run, self.steps * times)
+
+    def warm(self) -> None:
+        self.prepare()
+        self.run()
+        self.prepare()
+
+
+def interleaved(sides: Sequence[Side], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
+    """Seconds a step of each side, `repeats` windows each, the sides in turn."""
+    samples: list[list[float]] = [[] for _ in sides]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            for side, found in zip(sides, samples, strict=True):
+                side.warm()
+                started = clock()
+                side.run()
+                found.append((clock() - started) / side.steps)
+    finally:
+        if collecting:
+            gc.enable()
+    return samples
+
+
+def has(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def copy_side(moved: int, threads: int) -> Side:
+    """A copy that reads and writes `moved` bytes together, split over the threads."""
+    size = max(moved // 2, 1)
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    cuts = [size * i // threads for i in range(threads + 1)]
+    parts = [(target[a:b], source[a:b]) for a, b in pairwise(cuts)]
+    pool = ThreadPoolExecutor(max(1, threads - 1))
+
+    def run() -> None:
+        waiting = [pool.submit(np.copyto, *part) for part in parts[1:]]
+        np.copyto(*parts[0])
+        for future in waiting:
+            future.result()
+
+    return Side("copy", run)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """diffusers on as many threads as the kernel has."""
+    if not has("torch"):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """Seconds of this thread alone, or of the wall where there are others or the system's clock is coarse."""
+    fine = time.get_clock_info("thread_time").resolution <= 1e-6
+    return time.thread_time if threads == 1 and fine else time.perf_counter
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose speed is in the figures."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in ("fewstep", "numpy", "numba", "torch", "diffusers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    return {"system": platform.system(), "architecture": platform.machine(), "cores": cores()}

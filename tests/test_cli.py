@@ -1,0 +1,371 @@
+"""The command line: what it prints and writes, its exit codes, and that it never leaves half a file."""
+
+import json
+import os
+import subprocess
+import sys
+
+import fewstep as fs
+import numpy as np
+import pytest
+from fewstep.cli import main
+
+pytest.importorskip("typer")
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """cli(*words) -> (exit code, stdout, stderr) of the real entry point, at a fixed width."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def python(code, *, cwd=None):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=60)
+
+
+# --- sample ---
+
+
+def test_sample_writes_what_fs_sample_returns(cli, tmp_path):
+    out = tmp_path / "ring.npz"
+    words = (
+        "--model",
+        "ring",
+        "--solver",
+        "ddim",
+        "--option",
+        "eta=0.5",
+        "--steps",
+        6,
+        "--spacing",
+        "quadratic",
+    )
+    code, printed, _ = cli("sample", *words, "--seed", 3, "--n", 9, "--out", out, "--json")
+    assert code == 0
+    problem = fs.problems.Mixture.ring()
+    wanted = fs.sample(
+        problem.denoiser(fs.VP.linear()),
+        shape=(9, 2),
+        solver="ddim",
+        eta=0.5,
+        steps=6,
+        spacing="quadratic",
+        seed=3,
+    )
+    with np.load(out) as file:
+        np.testing.assert_array_equal(file["x"], wanted)
+        settings = json.loads(str(file["settings"]))
+    assert settings["solver"] == "ddim"
+    assert settings["options"] == {"eta": 0.5}
+    told = json.loads(printed)
+    assert told["nfe"] == told["evaluations"] == 6
+    assert told["out"] == str(out)
+    assert told["seconds"] > 0
+
+
+def test_sample_of_the_network_counts_both_evaluations_of_guidance(cli, tmp_path):
+    torch = pytest.importorskip("torch")
+    out = tmp_path / "digits.npz"
+    code, printed, _ = cli("sample", "--guidance", 2, "--steps", 3, "--n", 12, "--out", out, "--json")
+    assert code == 0
+    told = json.loads(printed)
+    assert (told["nfe"], told["evaluations"]) == (3, 6)
+    from fewstep.bindings.unet import NO_CLASS, digits_model
+
+    null = {"label": torch.tensor([NO_CLASS])}
+    denoiser = fs.Denoiser(digits_model(), fs.VP.linear(), predicts="v", guidance=2.0, null=null)
+    labels = torch.arange(12) % 10
+    wanted = fs.sample(denoiser, shape=(12, 1, 8, 8), steps=3, seed=0, cond={"label": labels})
+    with np.load(out) as file:
+        np.testing.assert_array_equal(file["labels"], labels.numpy())
+        np.testing.assert_allclose(file["x"], wanted.numpy(), atol=1e-5)
+
+
+def test_one_class_for_all(cli, tmp_path):
+    pytest.importorskip("torch")
+    out = tmp_path / "sevens.npz"
+    code, _, _ = cli("sample", "--class", 7, "--steps", 2, "--n", 3, "--out", out)
+    assert code == 0
+    with np.load(out) as file:
+        assert file["labels"].tolist() == [7, 7, 7]
+
+
+def test_sample_writes_a_picture_and_names_the_next_command(cli, tmp_path):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "digits.png"
+    code, printed, _ = cli("sample", "--model", "digits-exact", "--steps", 3, "--n", 20, "--out", out)
+    assert code == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    from matplotlib.image import imread
+
+    height, width = imread(out).shape[:2]
+    assert width > height > 50  # two rows of ten
+    assert "dpmpp_2m" in printed
+    assert "3 calls" in printed
+    assert "fewstep compare" in printed
+    assert os.listdir(tmp_path) == ["digits.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--solver", "dpmpp2m"), "did you mean 'dpmpp_2m'"),
+        (("--spacing", "karas"), "karras"),
+        (("--model", "rings"), "did you mean 'ring'"),
+        (("--steps", "0"), "steps"),
+        (("--n", "0"), "--n must be at least 1"),
+        (("--guidance", "2"), "has no classes"),
+        (("--class", "3"), "has no classes"),
+        (("--option", "eta"), "name=value"),
+        (("--option", "eta=1"), "no option 'eta'"),
+        (("--solver", "ddim", "--option", "eta=oops"), "'oops'"),
+        (("--backend", "numbra"), "did you mean 'numba'"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
+    code, printed, errors = cli("sample", "--model", "ring", "--out", tmp_path / "x.npz", *words)
+    assert code == 1
+    assert printed == ""
+    assert errors.startswith("error: ")
+    assert text in errors
+    assert errors.count("\n") == 1
+    assert "Traceback" not in errors
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder")])
+def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypatch, name, text):
+    monkeypatch.setattr("fewstep.commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
+    assert code == 1
+    assert text in errors
+
+
+def test_usage_errors_exit_2(cli):
+    assert cli("sample", "--bogus")[0] == 2
+    assert cli("sample", "--steps", "many")[0] == 2
+    assert cli("nonsense")[0] == 2
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, failure):
+    from fewstep.output import write_whole
+
+    path = tmp_path / "x.npz"
+    path.write_bytes(b"old")
+
+    def write(to):
+        to.write_bytes(b"half")
+        raise failure
+
+    with pytest.raises(failure):
+        write_whole(path, write)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_ctrl_c_while_sampling_exits_130_and_writes_nothing(cli, tmp_path, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.solvers.loop.Sampler.__call__", interrupted)
+    code, _, _ = cli("sample", "--model", "ring", "--out", tmp_path / "x.npz")
+    assert code == 130
+    assert os.listdir(tmp_path) == []
+
+
+# --- compare ---
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    from fewstep.compare import compare
+    from fewstep.models import load_model
+
+    model = load_model("gaussian")
+    return compare(
+        model,
+        ["ddim", "dpmpp_2m", "heun", "rk4", "ddpm"],
+        [2, 8, 32],
+        spacings=["logsnr"],
+        guidance=None,
+        n=64,
+        seed=0,
+    )
+
+
+def test_compare_measures_the_error_to_the_exact_ode(comparison):
+    problem = fs.problems.Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))
+    grid = fs.grid(fs.VP.linear(), 32, "logsnr")
+    x = fs.sample(problem.denoiser(grid.process), shape=(64, 2), solver="dpmpp_2m", grid=grid, seed=0)
+    first = fs.sample(problem.denoiser(grid.process), shape=(64, 2), solver="dpmpp_2m", seed=0, steps=200)
+    entry = next(e for e in comparison.entries if (e.solver, e.budget) == ("dpmpp_2m", 32))
+    assert entry.rmse == pytest.approx(float(np.sqrt(np.mean((x - first) ** 2))), rel=0.1, abs=2e-4)
+    ddim = {e.budget: e.rmse for e in comparison.entries if e.solver == "ddim"}
+    assert ddim[8] > 2 * ddim[32]  # first order, at least
+    assert comparison.reference_error < 1e-3
+
+
+def test_compare_spends_no_more_calls_than_the_budget(comparison):
+    assert all(e.nfe <= e.budget for e in comparison.entries)
+    assert {e.budget: e.nfe for e in comparison.entries if e.solver == "heun"} == {2: 1, 8: 7, 32: 31}
+
+
+def test_a_stochastic_solver_has_no_ode_end_point(comparison):
+    found = {e.solver: e.rmse for e in comparison.entries}
+    assert found["ddpm"] is None
+    assert all(rmse is not None for name, rmse in found.items() if name != "ddpm")
+    assert all(e.step_us > 0 and e.seconds > 0 and np.isfinite(e.energy) for e in comparison.entries)
+
+
+def test_compare_prints_a_table_writes_a_plot_and_json(cli, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ("compare", "--model", "gaussian", "--solvers", "ddim,ddpm", "--nfe", "4,8", "--n", 20)
+    code, printed, _ = cli(*words, "--plot", tmp_path / "c.png")
+    assert code == 0
+    assert "ddim" in printed
+    assert "—" in printed  # ddpm's RMSE
+    assert "energy distance" in printed
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    code, printed, _ = cli(*words, "--json")
+    told = json.loads(printed)
+    assert code == 0
+    assert [(e["solver"], e["budget"]) for e in told["entries"]] == [
+        ("ddim", 4),
+        ("ddim", 8),
+        ("ddpm", 4),
+        ("ddpm", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--solvers", "ddim,nope"), "unknown solver 'nope'"),
+        (("--nfe", "4,x"), "'x' is not a whole number"),
+        (("--plot", "no/where.png"), "no folder"),
+        (("--plot", "c.pdf"), ".png"),
+        (("--n", "1"), "--n must be at least"),
+    ],
+)
+def test_compare_refuses_bad_arguments(cli, words, text):
+    code, _, errors = cli("compare", "--model", "gaussian", *words)
+    assert code == 1
+    assert text in errors
+    assert errors.count("\n") == 1
+
+
+# --- recommend, doctor, bench, solvers ---
+
+
+def test_recommend_prints_a_command_that_runs(cli, tmp_path):
+    code, printed, _ = cli("recommend", "--nfe", 40)
+    assert code == 0
+    words = printed.split("fewstep ")[-1].split()
+    assert words[0] == "sample"
+    code, _, errors = cli(*words, "--model", "ring", "--n", 4, "--out", tmp_path / "x.npz")
+    assert (code, errors) == (0, "")
+
+
+def test_recommend_as_json_is_fs_recommend(cli):
+    code, printed, _ = cli("recommend", "--nfe", 16, "--guidance", 7.5, "--process", "flow", "--json")
+    told, r = json.loads(printed), fs.recommend(16, guidance=7.5, process="flow")
+    assert code == 0
+    assert told == {
+        "solver": r.solver,
+        "spacing": r.spacing,
+        "steps": r.steps,
+        "why": r.why,
+        "options": dict(r.options),
+    }
+
+
+def test_recommend_refuses_a_budget_that_guidance_cannot_have(cli):
+    code, _, errors = cli("recommend", "--nfe", 1, "--guidance", 2)
+    assert code == 1
+    assert "guidance" in errors
+
+
+def test_doctor_reports_versions_and_the_command_for_what_is_missing(cli, monkeypatch):
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
+    )
+    code, printed, _ = cli("doctor", "--json")
+    assert code == 0
+    told = {f["what"]: f for f in json.loads(printed)}
+    assert np.__version__ in told["numpy"]["detail"]
+    assert told["fewstep"]["detail"] == fs.__version__
+    assert told["backend numba"]["status"] == "ok"
+    assert told["onnxruntime"]["status"] == "missing"
+    assert told["onnxruntime"]["fix"] == "pip install 'fewstep[onnx]'"
+    code, printed, _ = cli("doctor")
+    assert code == 0
+    assert "pip install 'fewstep[onnx]'" in printed
+
+
+def test_bench_hands_its_options_on(cli, monkeypatch):
+    seen = {}
+
+    def run(**options):
+        seen.update(options)
+        return 0
+
+    monkeypatch.setattr("fewstep.microbench.run", run)
+    assert cli("bench", "--shapes", "1x4x8x8,2x3", "--repeats", 7, "--json")[0] == 0
+    assert seen["shapes"] == ["1x4x8x8", "2x3"]
+    assert seen["repeats"] == 7
+    assert seen["as_json"] is True
+    assert seen["dtypes"] is seen["solvers"] is seen["backends"] is None
+    assert "console" in seen
+
+
+def test_solvers_lists_every_solver(cli):
+    code, printed, _ = cli("solvers", "--json")
+    assert code == 0
+    assert [s["name"] for s in json.loads(printed)] == list(fs.list_solvers())
+
+
+# --- the entry point ---
+
+
+def test_without_typer_one_line_says_what_to_install():
+    code = "import sys; sys.modules['typer'] = None; from fewstep.cli import main; main(['doctor'])"
+    result = python(code)
+    assert result.returncode == 1
+    assert result.stderr == "error: the command line needs typer and rich: pip install 'fewstep[cli]'\n"
+    assert result.stdout == ""
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from fewstep.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stopped: assert not stopped.code\n"
+        "print([m for m in ('torch', 'numba', 'scipy', 'sklearn', 'matplotlib') if m in sys.modules])"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert "compare" in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_python_m_fewstep_is_the_same_command():
+    result = subprocess.run(
+        [sys.executable, "-m", "fewstep", "recommend", "--nfe", "8", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["steps"] == fs.recommend(8).steps

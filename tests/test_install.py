@@ -1,0 +1,167 @@
+"""The wheel, installed where there is no torch: what is in it, and that it samples the same bits."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("api", "kernels", "solvers", "bindings")
+CORE = ("numpy", "numba", "llvmlite")  # all that a core install needs
+
+# Runs in both environments: a NumPy network of exact operations, and every kind of solver.
+PROGRAM = """
+import hashlib, json, sys
+import numpy as np
+import fewstep as fs
+
+def model(x, t, shift):
+    return x / (1.0 + x * x) + 0.3 * x + shift.reshape(-1, 1)
+
+vp = fs.VP.linear()
+denoiser = fs.Denoiser(model, vp, guidance=2.0, null={"shift": np.zeros(1, np.float32)})
+cond = {"shift": np.array([0.5, -0.25, 0.125], np.float32)}
+grid = fs.grid(vp, 6, "karras", sigma_max=10.0)
+found = {}
+for solver in ("dpmpp_2m", "heun", "ddpm"):
+    y = fs.sample(denoiser, shape=(3, 2049), grid=grid, solver=solver, seed=2**33 + 5, cond=cond)
+    assert y.dtype == np.float32 and np.isfinite(y).all()
+    found[solver] = [hashlib.sha256(y.tobytes()).hexdigest(), float(y.std())]
+torch = "torch" in sys.modules
+print(json.dumps({"found": found, "torch": torch, "file": fs.__file__}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that neither a stale build folder nor this one's is in play."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    done = subprocess.run(
+        [*command, "-w", str(out), str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("fewstep-*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel and the core dependencies alone."""
+    home = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(
+        subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # The same builds as here, linked instead of downloaded.
+    for name in CORE:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        package = Path(spec.origin).parent
+        for part in (package, package.with_name(f"{name}.libs")):
+            if part.exists():
+                (site / part.name).symlink_to(part, target_is_directory=True)
+        info = Path(str(importlib.metadata.distribution(name)._path))  # type: ignore[attr-defined]
+        (site / info.name).symlink_to(info, target_is_directory=True)
+    return python
+
+
+def run(python: Path | str, code: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    clean |= {"NUMBA_CACHE_DIR": str(cache)}
+    return subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, check=False, cwd=cache, env=clean
+    )
+
+
+def test_what_is_in_the_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+    assert "fewstep/py.typed" in names
+    for weights in (ROOT / "api" / "weights").iterdir():
+        assert f"fewstep/weights/{weights.name}" in names
+    package = {"api": "fewstep"}
+    for folder in FOLDERS:
+        for source in (ROOT / folder).rglob("*.py"):
+            inner = source.relative_to(ROOT / folder).as_posix()
+            assert f"{package.get(folder, f'fewstep/{folder}')}/{inner}" in names
+    # Nothing of the layout of the repository, and no tests.
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"fewstep"}
+    assert any("/licenses/LICENSE" in name for name in names)
+    assert not any(name.endswith((".pyc", ".nbi", ".nbc")) for name in names)
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert sorted(line.split()[1].partition(">")[0] for line in required) == ["numba", "numpy"]
+
+
+@pytest.mark.slow
+def test_a_core_install_samples_the_same_bits(bare: Path, tmp_path: Path) -> None:
+    missing = run(bare, "import torch", tmp_path)
+    assert "No module named 'torch'" in missing.stderr
+    there = run(bare, PROGRAM, tmp_path)
+    assert there.returncode == 0, there.stderr
+    here = run(sys.executable, PROGRAM, tmp_path)
+    assert here.returncode == 0, here.stderr
+    a, b = json.loads(there.stdout), json.loads(here.stdout)
+    assert not a["torch"]
+    assert str(bare.parent.parent) in a["file"]
+    assert a["file"] != b["file"]
+    assert a["found"] == b["found"]
+    assert len({digest for digest, _ in a["found"].values()}) == 3
+    assert all(0.01 < std < 100.0 for _, std in a["found"].values())
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_path: Path) -> None:
+    """Without torch: its dtype and device names, the progress bar and the beta spacing are clear errors."""
+    code = (
+        "import fewstep as fs, numpy as np\n"
+        "d = fs.Denoiser(lambda x, t: x, fs.VP.linear())\n"
+        "def tell(f):\n"
+        "    try: f()\n"
+        "    except Exception as e: print(type(e).__name__, e)\n"
+        "tell(lambda: fs.sample(d, shape=(1, 4), steps=2, seed=0, progress=True))\n"
+        "tell(lambda: fs.grid(fs.VP.linear(), 5, 'beta'))\n"
+        "tell(lambda: fs.sample(d, shape=(1, 4), steps=2, seed=0, device='cpu'))\n"
+    )
+    done = run(bare, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    progress, beta, device = done.stdout.splitlines()
+    assert progress == "ImportError progress=True needs tqdm: pip install 'fewstep[cli]'"
+    assert beta == "ImportError the beta spacing needs SciPy: pip install 'fewstep[cli]'"
+    assert device == "ImportError device= needs torch: pip install 'fewstep[torch]'"
+
+
+def test_the_pins_allow_what_is_installed() -> None:
+    """constraints.txt names the core dependencies at versions that the project's own bounds take."""
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    for name in CORE:
+        assert name in pins
+    assert tuple(map(int, pins["numpy"].split("."))) >= (2, 0)
+    assert tuple(map(int, pins["numba"].split("."))) >= (0, 61)
+    assert np.lib.NumpyVersion(np.__version__) >= "2.0.0"
