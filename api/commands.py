@@ -9,13 +9,16 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from fewstep.models import load_model
-from fewstep.output import check_out
-from fewstep.solvers.registry import get_solver, list_solvers
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from fewstep.models import load_model
+from fewstep.output import check_out
+from fewstep.solvers.registry import get_solver, list_solvers
+
+EXIT_ERROR = 1
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
@@ -77,15 +80,9 @@ def sample(
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
     n: Annotated[int, typer.Option(help="How many samples.")] = 64,
-    out_path: Annotated[Path, typer.Option("--out", help="A .png picture or an .npz archive.")] = Path(
-        "samples.png"
-    ),
-    label: Annotated[
-        int | None, typer.Option("--class", help="One class for all; by default all in turn.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="A solver's option, name=value; repeatable.")
-    ] = None,
+    out_path: Annotated[Path, typer.Option("--out", help="A .png picture or an .npz archive.")] = Path("samples.png"),
+    label: Annotated[int | None, typer.Option("--class", help="One class for all; by default all in turn.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A solver's option, name=value; repeatable.")] = None,
     backend: Annotated[str, typer.Option(help="auto, numba or naive.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -136,9 +133,7 @@ def sample(
 @app.command()
 def compare(
     model: ModelName = "digits",
-    solvers: Annotated[
-        str, typer.Option(help="Comma-separated names.")
-    ] = "ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde",
+    solvers: Annotated[str, typer.Option(help="Comma-separated names.")] = "ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde",
     nfe: Annotated[str, typer.Option(help="Budgets of denoiser calls.")] = "4,6,8,12,20",
     spacing: Annotated[str, typer.Option(help="Comma-separated spacings.")] = "karras",
     guidance: Guidance = None,
@@ -270,9 +265,7 @@ def recommend(
     """Say which sampler suits a budget, and why."""
     from fewstep.recommender import recommend as ask
 
-    r = ask(
-        nfe, process=process, guidance=guidance, guidance_distilled=guidance_distilled, distilled=distilled
-    )
+    r = ask(nfe, process=process, guidance=guidance, guidance_distilled=guidance_distilled, distilled=distilled)
     if as_json:
         typer.echo(json.dumps({**vars(r), "options": dict(r.options)}))
         return

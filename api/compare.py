@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fewstep.models import Model
 from fewstep.output import contact_sheet, plotting, write_whole
 from fewstep.problems import energy_distance
@@ -216,8 +217,7 @@ def _samples(axis: Any, result: Comparison) -> None:
         if e.budget == min((b.budget for b in result.entries), key=lambda b: abs(b - 8))
     }
     names = [
-        f"{name}, {calls[name]} calls" if name in calls else f"reference, {REFERENCE_CALLS}"
-        for name in result.shown
+        f"{name}, {calls[name]} calls" if name in calls else f"reference, {REFERENCE_CALLS}" for name in result.shown
     ]
     axis.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
     axis.set_xticks([])

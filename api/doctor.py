@@ -91,8 +91,9 @@ def _backends() -> Iterator[Finding]:
 
 def _try_numba() -> None:
     """Sample once with both backends and compare."""
-    import fewstep as fs
     import numpy as np
+
+    import fewstep as fs
 
     denoiser = fs.Denoiser(lambda x, t: 0.5 * x, fs.EDM(), "sample")
     fused, naive = (fs.sample(denoiser, shape=(2, 4), steps=3, seed=0, backend=b) for b in ("numba", "naive"))

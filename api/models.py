@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.problems import Digits, Gaussian, Mixture
 from fewstep.solvers.process import VP
@@ -15,7 +16,7 @@ from fewstep.solvers.registry import unknown
 
 @dataclass(frozen=True)
 class Model:
-    """denoiser(guidance) -> Denoiser; cond(labels) -> its condition; data(n, seed) -> real data (n, *shape)."""
+    """denoiser(guidance), cond(labels) -> its condition, data(n, seed) -> real data (n, *shape)."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,15 +45,14 @@ def real_digits() -> np.ndarray:
 def _digits() -> Model:
     try:
         import torch
+
         from fewstep.bindings.unet import NO_CLASS, digits_model
     except ImportError:
         raise ImportError("the digits network needs torch: pip install 'fewstep[torch]'") from None
     network = digits_model()
 
     def denoiser(guidance: float | None) -> Denoiser:
-        return Denoiser(
-            network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])}
-        )
+        return Denoiser(network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
 
     def data(n: int, seed: int) -> np.ndarray:
         digits = real_digits()
@@ -64,9 +64,7 @@ def _digits() -> Model:
 def _exact(name: str, problem: Any) -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         if guidance not in (None, 1.0):
-            raise ValueError(
-                f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits"
-            )
+            raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
         exact: Denoiser = problem.denoiser(VP.linear())
         return exact
 

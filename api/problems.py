@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from fewstep.solvers.process import Array, Process
 from numpy.typing import ArrayLike
+
+from fewstep.solvers.process import Array, Process
 
 if TYPE_CHECKING:
     from fewstep.bindings.denoiser import Denoiser
@@ -150,9 +151,7 @@ class Problem(ABC):
     def _checked(self, x: Any) -> Any:
         lib = _library(x)
         if x.ndim < 1 or tuple(x.shape[1:]) != self.shape:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}: it must be (B, {', '.join(map(str, self.shape))})"
-            )
+            raise ValueError(f"x has shape {tuple(x.shape)}: it must be (B, {', '.join(map(str, self.shape))})")
         return lib
 
 

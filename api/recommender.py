@@ -123,17 +123,13 @@ def recommend(nfe: int, **known: Any) -> Recommendation:
         raise ValueError(
             "nfe=1 leaves no call under guidance, which makes two evaluations: use nfe >= 2, or guidance_distilled=True"
         )
-    budget = (
-        f"{nfe} evaluations are {calls} calls under guidance, which makes two in each. " if guided else ""
-    )
+    budget = f"{nfe} evaluations are {calls} calls under guidance, which makes two in each. " if guided else ""
     distilled = known.get("distilled")
     if distilled is not None:
         if distilled not in DISTILLED:
             raise ValueError(unknown("distilled model class", distilled, tuple(DISTILLED)))
         solver, spacing, most, why = DISTILLED[distilled]
-        return Recommendation(
-            solver, "linspace" if family == "flow" else spacing, min(calls, most), budget + why
-        )
+        return Recommendation(solver, "linspace" if family == "flow" else spacing, min(calls, most), budget + why)
     choice = next(line for line in GUIDE if calls <= line.calls)
     solver, options = (choice.flow, {}) if family == "flow" else (choice.solver, choice.options)
     spacing = SPACINGS[family]

@@ -28,13 +28,14 @@ import numpy as np
 import safetensors.torch
 import sklearn
 import torch
-from fewstep.bindings.unet import NO_CLASS, UNet
-from fewstep.solvers.process import VP
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
+
+from fewstep.bindings.unet import NO_CLASS, UNet
+from fewstep.solvers.process import VP
 
 HELD_OUT = 297
 BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)
@@ -228,8 +229,7 @@ def train(settings: Settings, out: Path) -> dict[str, Any]:
         "validation": {
             "loss": overall(bands),
             "bands": [
-                {"t": [low, high], "loss": loss}
-                for low, high, loss in zip(BANDS[:-1], BANDS[1:], bands, strict=True)
+                {"t": [low, high], "loss": loss} for low, high, loss in zip(BANDS[:-1], BANDS[1:], bands, strict=True)
             ],
         },
         "curve": curve,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 from typing import Any
-
-import numpy as np
 
 from fewstep.solvers.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.options import at_least, between, one_of
@@ -52,7 +51,7 @@ class CFG:
     def weights(self, progress: float) -> tuple[float, ...]:
         """The weight of each raw output, null first; they sum to 1. progress: finished steps / steps."""
         scales = (*self.scales, 0.0) if self.start <= progress < self.stop else (1.0,) * len(self.scales) + (0.0,)
-        return (1.0 - scales[0], *(a - b for a, b in zip(scales, scales[1:], strict=False)))
+        return (1.0 - scales[0], *(a - b for a, b in pairwise(scales)))
 
 
 @dataclass(frozen=True)

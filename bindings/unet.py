@@ -130,9 +130,7 @@ def load_unet(path: str | Path) -> UNet:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); pickled weights are never read"
-        ) from error
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); pickled weights are never read") from error
     net = UNet()
     wanted = net.state_dict()
     names = sorted(wanted.keys() | found.keys())

@@ -90,9 +90,7 @@ def f16_bits_from_f32(value: Any) -> Any:
     # Below 2^-14: adding 1/2 lets the float adder round at 2^-24, the step of float16 subnormals.
     small = np.uint32(bits_from_f32(f32_from_bits(size) + np.float32(0.5)) - np.uint32(126 << 23))
     code = small if size < np.uint32(113 << 23) else normal
-    code = (
-        np.uint32(0x7C00) if size >= np.uint32(143 << 23) else code
-    )  # at least 2^16; 65520 .. 2^16 carry into it
+    code = np.uint32(0x7C00) if size >= np.uint32(143 << 23) else code  # at least 2^16; 65520 .. 2^16 carry into it
     code = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else code
     return np.int16(np.uint32(code | sign))
 

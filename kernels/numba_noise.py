@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from fewstep.kernels import philox as ref
 from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
 
@@ -105,9 +106,7 @@ def fill_normals(out: Any, lo: int, seed_lo: int, seed_hi: int, sample: int, dra
         part = out[4 * start : 4 * stop]
         # Pass 1: the words, parked in `out` as bit patterns. Pass 2 turns each pair into normals in place.
         for i in range(stop - start):
-            w0, w1, w2, w3 = philox_block(
-                first + np.uint64(start + i), w_draw, w_sample, w_domain, key_lo, key_hi
-            )
+            w0, w1, w2, w3 = philox_block(first + np.uint64(start + i), w_draw, w_sample, w_domain, key_lo, key_hi)
             part[4 * i] = f32_from_bits(np.uint32(w0))
             part[4 * i + 1] = f32_from_bits(np.uint32(w1))
             part[4 * i + 2] = f32_from_bits(np.uint32(w2))
@@ -139,9 +138,7 @@ def normal_batch(out: Any, streams: Any, draw: int, domain: int) -> None:
 
 
 @jit()
-def bridge_batch(
-    out: Any, streams: Any, domain: int, draws: Any, weights: Any, stds: Any, right: Any
-) -> None:
+def bridge_batch(out: Any, streams: Any, domain: int, draws: Any, weights: Any, stds: Any, right: Any) -> None:
     """Descend a tree of Brownian bridges, the same way for every element.
 
     Row 0 draws the left end W_a = stds[0] z, row 1 the right end W_b = W_a + stds[1] z, and every later row a

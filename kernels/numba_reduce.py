@@ -29,7 +29,7 @@ def _deviation(values: Any) -> Any:
 
 @jit()
 def guidance_scale(r1, r2, r3, weights, phi, p, out):
-    """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi (Lin et al. 2023, section 3.4).
+    """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi (Lin et al. 2023).
 
     r1 .. r3  (B, n) raws, the conditional one last, absent ones None; weights (3,) float64 of the guided sum
     p         (1, 4) of the state's dtype; out (B, 4) likewise

@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -310,7 +311,7 @@ def launch(args: Arguments, count: int, size: int) -> None:
         return
     workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
-    waiting = [_pool().submit(fused, *args, a, b) for a, b in zip(cuts[1:], cuts[2:], strict=False)]
+    waiting = [_pool().submit(fused, *args, a, b) for a, b in pairwise(cuts[1:])]
     fused(*args, 0, cuts[1])
     for future in waiting:
         future.result()

@@ -108,9 +108,7 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
     """
     if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)) and np.ndim(seed) > 0:
         if len(seed) != batch:
-            raise ValueError(
-                f"seed has {len(seed)} entries for a batch of {batch}: give one int, or one per sample"
-            )
+            raise ValueError(f"seed has {len(seed)} entries for a batch of {batch}: give one int, or one per sample")
         if first_sample != 0:
             raise ValueError(
                 f"first_sample={first_sample} needs an int seed: a sequence names each sample's stream itself"
@@ -120,9 +118,7 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
         value = check_seed(seed)
         first_sample = check_seed(first_sample, "first_sample")
         if first_sample + batch > 1 << 32:
-            raise ValueError(
-                f"first_sample={first_sample} and a batch of {batch} leave the samples 0 .. 2**32 - 1"
-            )
+            raise ValueError(f"first_sample={first_sample} and a batch of {batch} leave the samples 0 .. 2**32 - 1")
         rows = [(value, first_sample + i) for i in range(batch)]
     table = [(value & MASK, value >> 32, sample) for value, sample in rows]
     return np.array(table, dtype=np.uint32).reshape(batch, 3)

@@ -98,7 +98,7 @@ def _multistep(
 def lms(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = True
 ) -> Iterator[Stage]:
-    """Linear multistep (Crowson 2022, k-diffusion's sample_lms): the slopes' Lagrange polynomial in u, integrated exactly.
+    """Linear multistep (Crowson 2022, k-diffusion): the slopes' Lagrange polynomial in u, integrated exactly.
 
     order        1 to 4
     frame        "sigma" or "flow"; by default flow time for flow models, sigma for others

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from fewstep.kernels import naive, philox
 from fewstep.solvers.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
 from fewstep.solvers.embedded import PAIRS, Attempt, Controller, Pair
@@ -385,7 +386,5 @@ def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
         raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} steps in log-SNR alone")
     one_of("frame", frame, (None, *FRAMES))
     if eta and pair.kept:
-        raise ValueError(
-            f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do"
-        )
+        raise ValueError(f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do")
     return pair

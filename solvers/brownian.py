@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from fewstep.kernels.philox import BROWNIAN, check_seed, streams
 from numpy.typing import NDArray
+
+from fewstep.kernels.philox import BROWNIAN, check_seed, streams
 
 F64 = NDArray[np.float64]
 
@@ -165,9 +166,7 @@ class BrownianTree:
     def _leaf(self, level: float) -> int:
         slack = 1e-9  # a range made of a grid's own ends must hold them, whatever the last bit
         if not self._low - slack <= level <= self._high + slack:
-            raise ValueError(
-                f"log-SNR {level:.6g} is outside log_snr_range ({self._low:g}, {self._high:g}): widen it"
-            )
+            raise ValueError(f"log-SNR {level:.6g} is outside log_snr_range ({self._low:g}, {self._high:g}): widen it")
         leaves = 1 << self._depth
         return min(max(int((level - self._low) / (self._high - self._low) * leaves), 0), leaves - 1)
 

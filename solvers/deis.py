@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+
 from fewstep.solvers.exponential import (
     FinalOrder,
     add_polynomial,

@@ -61,7 +61,9 @@ class Job:
         for raw in raws:
             if not self.frame.is_array(raw) or tuple(raw.shape) != both:
                 found = tuple(raw.shape) if self.frame.is_array(raw) else type(raw).__name__
-                raise ValueError(f"a network with variance={self.denoiser.variance!r} must return shape {both}, got {found}")
+                raise ValueError(
+                    f"a network with variance={self.denoiser.variance!r} must return shape {both}, got {found}"
+                )
         return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
 
     def check_raw(self, raw: Any) -> None:
@@ -74,7 +76,9 @@ class Job:
         if tuple(raw.shape) != self.shape:
             raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {self.shape}")
         if self.frame.dtype_of(raw) not in FLOATS:
-            raise ValueError(f"the model returned dtype {self.frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}")
+            raise ValueError(
+                f"the model returned dtype {self.frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}"
+            )
 
 
 class FusedRun:

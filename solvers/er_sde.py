@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
+
 from fewstep.solvers.exponential import FinalOrder, check_final_order, shift_history, usable_order
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.options import flag, one_of
@@ -88,9 +89,7 @@ def relative(phi: NoiseScale, p: Point) -> float:
         return float(phi(rho) / rho)  # type: ignore[arg-type]
 
 
-def add_taylor(
-    row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale, interpolate: bool
-) -> dict[str, float]:
+def add_taylor(row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale, interpolate: bool) -> dict[str, float]:
     """The second and third term of the Taylor expansion of m in rho - rho_s.
 
     rho  the end of the step, its start, and the points of the older predictions h1, h2

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plan import Row, Stage, first_order
@@ -273,9 +274,7 @@ def _data_multistep(
     flag("halve_d2", halve_d2)
     check_final_order(final_order, order)
     for k, (s, t) in enumerate(grid.pairs):
-        row = data_row(
-            grid, k, usable_order(grid, k, order, final_order), variant, eta=eta, halve_d2=halve_d2
-        )
+        row = data_row(grid, k, usable_order(grid, k, order, final_order), variant, eta=eta, halve_d2=halve_d2)
         yield Stage(s, {"x": row, **shift_history(k, order - 1)}, t)
 
 
@@ -299,9 +298,7 @@ def dpm_solver_3m(
     yield from _noise_multistep(grid, 3, variant, halve_d2, final_order)
 
 
-def _noise_multistep(
-    grid: Grid, order: int, variant: str, halve_d2: bool, final_order: FinalOrder
-) -> Iterator[Stage]:
+def _noise_multistep(grid: Grid, order: int, variant: str, halve_d2: bool, final_order: FinalOrder) -> Iterator[Stage]:
     one_of("variant", variant, ("midpoint", "heun"))
     flag("halve_d2", halve_d2)
     check_final_order(final_order, order)

@@ -151,9 +151,7 @@ def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
         here = target.to
 
 
-def step(
-    grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta: float = 0.0
-) -> Iterator[Stage]:
+def step(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta: float = 0.0) -> Iterator[Stage]:
     """One step of the ODE, or with eta of the reverse SDE."""
     h = step_size(s, t)
     if math.isfinite(h):

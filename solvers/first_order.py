@@ -93,9 +93,7 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
 
 
 @solver("euler")
-def euler(
-    grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf
-) -> Iterator[Start | Stage]:
+def euler(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> Iterator[Start | Stage]:
     """Euler in sigma (Karras et al. 2022, Algorithm 1 and 2 without the correction), with optional churn."""
     hats = churn_points(grid, s_churn, s_tmin, s_tmax)
     yield from enter(grid.points[0], hats[0])
@@ -125,7 +123,7 @@ def lcm(grid: Grid) -> Iterator[Stage]:
 
 @solver("tcd")
 def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
-    """Strategic stochastic sampling of TCD (Zheng et al. 2024, Algorithm 4): DDIM to time (1 - gamma) t', then noise up to t'.
+    """Strategic stochastic sampling of TCD (Zheng et al. 2024, Algorithm 4): DDIM to (1 - gamma) t', then noise up.
 
     gamma  0 is DDIM, 1 goes down to data (LCM); the released code's and diffusers' `eta`, 0.3 there
 

@@ -3,7 +3,7 @@
 With y = x / scale the ODE is dy/du = a y + b m, m the x0 prediction; u is the frame's clock.
 
     "sigma"   scale = alpha          u = sigma / alpha            dy/du = (y - m) / u    k-diffusion's and EDM's sigma
-    "flow"    scale = alpha + sigma  u = sigma / (alpha + sigma)  dy/du = (y - m) / u    flow-matching time, finite at alpha = 0
+    "flow"    scale = alpha + sigma  u = sigma / (alpha + sigma)  dy/du = (y - m) / u    flow time, finite at alpha = 0
     "logsnr"  scale = alpha          u = log(alpha / sigma)       dy/du = m - y          half the log-SNR
 
 In the first two a constant m is a straight line, so that any consistent method meets its marginals exactly.

@@ -15,10 +15,11 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from fewstep.solvers.options import between, one_of
 from fewstep.solvers.process import Array, Flow, Point, Process
 from fewstep.solvers.spacings import SPACINGS
-from numpy.typing import ArrayLike, NDArray
 
 # Options that every spacing takes, with their defaults.
 _COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
@@ -125,8 +126,7 @@ class Grid:
     def points(self) -> list[Point]:
         """The points as Python floats, noisiest first."""
         return [
-            Point(*values)
-            for values in zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
+            Point(*values) for values in zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
         ]
 
     @property
@@ -202,9 +202,7 @@ class Grid:
             points.append(s)
             if shares and end_at_sigma <= a <= start_at_sigma:
                 if not math.isfinite(a):
-                    raise ValueError(
-                        "extend cannot divide a step from alpha = 0: set a finite start_at_sigma"
-                    )
+                    raise ValueError("extend cannot divide a step from alpha = 0: set a finite start_at_sigma")
                 points += [self.process.at_level(a + share * (b - a)) for share in shares]
         t, alpha, sigma = map(np.array, zip(*points, self.points[-1], strict=True))
         return Grid(self.process, t, alpha, sigma)
@@ -272,8 +270,7 @@ def _decreasing(name: str, array: Array) -> None:
     if index.size:
         i = int(index[0])
         raise ValueError(
-            f"{name}[{i + 1}] = {array[i + 1]} is not below {name}[{i}] = {array[i]}: "
-            "it must strictly decrease"
+            f"{name}[{i + 1}] = {array[i + 1]} is not below {name}[{i}] = {array[i]}: it must strictly decrease"
         )
 
 

@@ -10,7 +10,7 @@ from fewstep.solvers.options import between
 
 
 def slerp(a: Any, b: Any, weight: float) -> Any:
-    """Spherical interpolation sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b (Shoemake 1985), by sample.
+    """Spherical interpolation (sin((1 - w) theta) a + sin(w theta) b) / sin(theta), by sample (Shoemake 1985).
 
     The mean of two latents has too little noise for its level; the point between them on the arc has not.
 
@@ -22,7 +22,9 @@ def slerp(a: Any, b: Any, weight: float) -> Any:
     between("weight", weight, 0.0, 1.0)
     frame, other = frame_of(a), frame_of(b)
     if frame is None or other is None or type(frame) is not type(other) or frame.device != other.device:
-        raise TypeError(f"a and b must be arrays of one library on one device, got {type(a).__name__}, {type(b).__name__}")
+        raise TypeError(
+            f"a and b must be arrays of one library on one device, got {type(a).__name__}, {type(b).__name__}"
+        )
     if a.shape != b.shape or a.ndim < 2 or a.dtype != b.dtype or frame.dtype_of(a) not in FLOATS:
         raise ValueError(
             f"a and b must be (B, ...) of one shape and floating dtype, got {tuple(a.shape)} {a.dtype} "

@@ -113,7 +113,10 @@ class Sampler:
         self.frame = model_frame(denoiser, device)
         self.backend = pick_backend(backend, self.frame)
         if graph in ("step", "loop"):
-            raise ValueError(f"graph={graph!r} needs a CUDA device and the triton backend; this sampler runs {self.backend} on {self.frame.device}")
+            raise ValueError(
+                f"graph={graph!r} needs a CUDA device and the triton backend; "
+                f"this sampler runs {self.backend} on {self.frame.device}"
+            )
         self._configure(denoiser, plan)
 
     def _configure(self, denoiser: Any, plan: Plan) -> None:
@@ -188,7 +191,8 @@ class Sampler:
         plan = compiled.plan
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
-                f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): give x, the data to encode"
+                f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
+                "give x, the data to encode"
             )
         streams = None
         if x is None or (compiled.plan.stochastic and noise is None):
@@ -311,7 +315,9 @@ def sample(
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
     if (x is None) == (shape is None):
-        raise ValueError("give exactly one of x (a latent) and shape (to draw one), got " + ("neither" if x is None else "both"))
+        raise ValueError(
+            "give exactly one of x (a latent) and shape (to draw one), got " + ("neither" if x is None else "both")
+        )
     if not hasattr(denoiser, "prologue"):
         raise TypeError(
             f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
@@ -371,7 +377,9 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
 
 def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
     if frame is None or not frame.is_array(out) or tuple(out.shape) != shape:
-        raise ValueError(f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}")
+        raise ValueError(
+            f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}"
+        )
     if frame.dtype_of(out) not in FLOATS:
         raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
     if frame.device_of(out) != model.device:
@@ -390,7 +398,9 @@ def model_frame(denoiser: Any, device: Any) -> Frame:
 
 def pick_backend(backend: str, frame: Frame) -> str:
     if backend == "triton":
-        raise ValueError("backend='triton' is not available in this version; use 'numba' on a CPU or 'naive' on any device")
+        raise ValueError(
+            "backend='triton' is not available in this version; use 'numba' on a CPU or 'naive' on any device"
+        )
     if backend == "numba" and frame.device != "cpu":
         raise ValueError(f"backend='numba' runs on the CPU, the model is on {frame.device}: use backend='naive'")
     if backend == "auto":

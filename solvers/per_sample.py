@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from fewstep.kernels import layout, naive, philox
 from fewstep.solvers.arrays import Array, Frame
 from fewstep.solvers.plan import NOISE, PREDICTION, Row
@@ -40,9 +41,7 @@ class Batch:
     Slots are arrays (n, elements) of the state's dtype: NumPy for "numba", the model's library for "naive".
     """
 
-    def __init__(
-        self, denoiser: Any, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Any
-    ) -> None:
+    def __init__(self, denoiser: Any, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Any) -> None:
         self.denoiser, self.frame, self.backend, self.dtype = denoiser, frame, backend, dtype
         self.size, self.sample = shape[0], tuple(shape[1:])
         self.elements = int(np.prod(self.sample))
@@ -82,9 +81,7 @@ class Batch:
 
     # --- the denoiser ---
 
-    def call(
-        self, samples: Sequence[int], u: Array, points: Sequence[Point], progress: Sequence[float]
-    ) -> Outputs:
+    def call(self, samples: Sequence[int], u: Array, points: Sequence[Point], progress: Sequence[float]) -> Outputs:
         """The denoiser on `samples`, each at its own point.
 
         samples   which of the batch's samples the rows of u are

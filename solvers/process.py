@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
-from fewstep.solvers.options import one_of
 from numpy.typing import ArrayLike, NDArray
+
+from fewstep.solvers.options import one_of
 
 Array = NDArray[np.float64]
 

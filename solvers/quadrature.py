@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
+
 from fewstep.solvers.process import Array
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
@@ -21,9 +22,7 @@ def integrate(f: Callable[[Array], Array], start: float, end: float, kinks: Arra
     kinks  points between start and end, in the order in which they are passed
     """
     ends = np.concatenate([[start], [] if kinks is None else kinks, [end]])
-    pieces = [
-        np.linspace(a, b, int(np.ceil(abs(b - a) / _PANEL)) + 1)[:-1] for a, b in pairwise(ends.tolist())
-    ]
+    pieces = [np.linspace(a, b, int(np.ceil(abs(b - a) / _PANEL)) + 1)[:-1] for a, b in pairwise(ends.tolist())]
     edges = np.append(np.concatenate(pieces), end)
     half = np.diff(edges) / 2.0
     y = ((edges[:-1] + edges[1:]) / 2.0)[:, None] + half[:, None] * _NODES

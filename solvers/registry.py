@@ -80,7 +80,9 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
     """
     entry = get_solver(solver)
     if not isinstance(grid, Grid):
-        raise TypeError(f"grid must be a fewstep.Grid, got {type(grid).__name__}; make one with fewstep.grid(process, steps)")
+        raise TypeError(
+            f"grid must be a fewstep.Grid, got {type(grid).__name__}; make one with fewstep.grid(process, steps)"
+        )
     for name in options:
         if name not in entry.options:
             takes = ", ".join([*entry.options, "s_noise"])

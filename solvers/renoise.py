@@ -70,7 +70,7 @@ def scaled(row: Row, factor: float) -> dict[str, float]:
 
 
 def churn_row(row: Row, t: Point, hat: Point) -> dict[str, float]:
-    """`row` leads to t; the same with noise added up to `hat`: x_hat / alpha_hat = x / alpha + sqrt(rho_hat^2 - rho^2) z."""
+    """`row` leads to t; with noise up to `hat`: x_hat / alpha_hat = x / alpha + sqrt(rho_hat^2 - rho^2) z."""
     noise = math.sqrt((hat.ratio - t.ratio) * (hat.ratio + t.ratio))
     return {**scaled(row, hat.alpha / t.alpha), "z": hat.alpha * noise}
 

@@ -162,9 +162,7 @@ def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
 
 
 @solver("runge_kutta", calls_per_step=3)
-def runge_kutta(
-    grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None
-) -> Iterator[Start | Stage]:
+def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None) -> Iterator[Start | Stage]:
     """Any explicit Runge-Kutta method (Butcher 1963) in any frame; Euler on a step to sigma 0.
 
     tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): a[i] holds the i weights of stage i, b sums to 1
@@ -334,7 +332,7 @@ def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float 
 
 
 def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
-    """The grid's point at which an interval restarts. Raises ValueError for a bad interval, or if `must` and there is none."""
+    """The grid's point at which an interval restarts. Raises ValueError for a bad one, or for none if it must be."""
     points, repeats, lowest, highest = interval
     if not (isinstance(points, int) and points >= 2 and isinstance(repeats, int) and repeats >= 0):
         raise ValueError(f"intervals: points must be an int >= 2 and repeats an int >= 0, got {interval!r}")

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+
 from fewstep.solvers.exponential_rk import (
     EPS,
     FIRST_ORDER,
@@ -62,9 +63,7 @@ def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> It
 
 
 @solver("dpm_solver_3s", calls_per_step=3)
-def dpm_solver_3s(
-    grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver"
-) -> Iterator[Stage]:
+def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-3 (Lu et al. 2022a, Algorithm 2; "taylor" of the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
     one_of("variant", variant, tuple(VARIANTS))

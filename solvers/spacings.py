@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from fewstep.solvers.options import between, one_of
-from fewstep.solvers.process import VP, Array, Point, Process
+from fewstep.solvers.process import Array, Point, Process
 from fewstep.solvers.schedule_tables import AYS
 
 # Discrete times assumed by `simple` and its like where the process has none of its own (ComfyUI's have 1000).
@@ -106,19 +107,9 @@ def _ratio_layout(
     return Layout(top, low, 0.0, low, steps, final_zero, process.gapless, _TABLE, asked)
 
 
-def _flow_layout(
-    process: Process, steps: int, final_zero: bool, sigma_min: float | None, sigma_max: float | None
-) -> Layout:
-    if not process.gapless:
-        raise ValueError(f"this spacing is a table of flow times: it takes a Flow, not {process!r}")
-    return _level_layout(process, steps, final_zero, sigma_min, sigma_max)
-
-
 _TIME = Axis(_time_layout, lambda process, u: process.point(process.warp(u)))
 _LEVEL = Axis(_level_layout, lambda process, level: process.at_level(level))
 _RATIO = Axis(_ratio_layout, lambda process, ratio: process.point_at_sigma(ratio))
-
-_FLOW = Axis(_flow_layout, lambda process, level: process.at_level(level))
 
 Rule = Callable[..., Array]
 SPACINGS: dict[str, tuple[Axis, Rule]] = {}
@@ -216,9 +207,7 @@ def _ddim_uniform(a: Layout) -> Array:
 @spacing("lcm", _TIME)
 def _lcm(a: Layout, *, original_steps: int = 50) -> Array:
     if not (isinstance(original_steps, int) and a.steps <= original_steps <= a.table):
-        raise ValueError(
-            f"original_steps = {original_steps!r}: it must be an int from steps = {a.steps} to {a.table}"
-        )
+        raise ValueError(f"original_steps = {original_steps!r}: it must be an int from steps = {a.steps} to {a.table}")
     origin = np.arange(original_steps, 0, -1.0) * (a.table // original_steps) - 1.0
     return a.close(a.at_index(origin[np.arange(a.steps) * original_steps // a.steps]))
 

@@ -22,7 +22,9 @@ class Tableau:
 
     def __post_init__(self) -> None:
         if not self.a or [len(row) for row in self.a] != list(range(len(self.a))):
-            raise ValueError(f"tableau: row i of a holds i numbers, an explicit method's; got lengths {[*map(len, self.a)]}")
+            raise ValueError(
+                f"tableau: row i of a holds i numbers, an explicit method's; got lengths {[*map(len, self.a)]}"
+            )
         if not all(math.isfinite(v) for row in (*self.a, self.b) for v in row):
             raise ValueError("tableau holds NaN or inf")
         if len(self.b) != len(self.a) or abs(sum(self.b) - 1.0) > 1e-12:
@@ -35,7 +37,9 @@ class Tableau:
             a, b = pair  # type: ignore[misc]
             return cls(tuple(tuple(map(float, row)) for row in a), tuple(map(float, b)))  # type: ignore[has-type]
         except TypeError as error:
-            raise ValueError(f"tableau must be a name or a pair (a, b) of sequences of numbers, got {pair!r}") from error
+            raise ValueError(
+                f"tableau must be a name or a pair (a, b) of sequences of numbers, got {pair!r}"
+            ) from error
 
     @property
     def c(self) -> tuple[float, ...]:

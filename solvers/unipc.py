@@ -45,9 +45,7 @@ PREDICTORS: Mapping[str, Predictor] = {
     "ddim": Predictor(lambda grid, k, order, _: first_order(*grid.pairs[k]), order=1),
     "dpmpp_2m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "midpoint"), order=2),
     "dpmpp_3m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "heun"), order=3),
-    "dpm_solver_2m": Predictor(
-        lambda grid, k, order, _: noise_row(grid, k, order, "midpoint"), 2, noise=True
-    ),
+    "dpm_solver_2m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "midpoint"), 2, noise=True),
     "dpm_solver_3m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "heun"), 3, noise=True),
     "deis": Predictor(lambda grid, k, order, _: deis_row(grid, k, order, "t"), 3, noise=True),
 }
@@ -112,8 +110,7 @@ def corrected_steps(grid: Grid, corrector: bool | Collection[int]) -> Collection
     whole = range(grid.steps)
     if not isinstance(corrector, Collection) or any(step not in whole for step in corrector):
         raise ValueError(
-            f"corrector must be True, False or a collection of steps from 0 to {grid.steps - 1}, "
-            f"got {corrector!r}"
+            f"corrector must be True, False or a collection of steps from 0 to {grid.steps - 1}, got {corrector!r}"
         )
     return corrector
 

@@ -6,12 +6,13 @@ import math
 from itertools import pairwise
 from typing import Any
 
-import fewstep as fs
 import numpy as np
 import pytest
+from oracles import adaptive as oracle
+
+import fewstep as fs
 from fewstep.kernels import philox
 from fewstep.solvers.embedded import PAIRS, Controller
-from oracles import adaptive as oracle
 
 SOLVERS = tuple(PAIRS)
 PROCESSES = {"edm": fs.EDM(), "vp": fs.VP.linear(), "flow": fs.Flow()}
@@ -146,9 +147,7 @@ def test_one_sample_is_k_diffusions_loop(order, options, backend):
 
     n = math.prod(RING.shape)
     draws = [philox.normals(n, 11, 0, k + 1, philox.STEP).reshape(x.shape).astype(float) for k in range(300)]
-    expected, accepted, rejected = oracle.dpm_solver_adaptive(
-        denoise, x, 50.0, 0.01, order, draws=draws, **own
-    )
+    expected, accepted, rejected = oracle.dpm_solver_adaptive(denoise, x, 50.0, 0.01, order, draws=draws, **own)
     p, i, d = own.pop("pid", (0.0, 1.0, 0.0))
     found = fs.sample_adaptive(
         RING.denoiser(process),
@@ -215,9 +214,7 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(solver, backend, dtype):
 
     def run(rows: list[int]) -> fs.AdaptiveResult:
         tol = {"rtol": 1e-3, "atol": 1e-3}
-        return fs.sample_adaptive(
-            denoiser, x[rows], solver=solver, cond={"k": k[rows]}, backend=backend, **tol
-        )
+        return fs.sample_adaptive(denoiser, x[rows], solver=solver, cond={"k": k[rows]}, backend=backend, **tol)
 
     whole = run([*range(n)])
     for rows in ([0], [3], [4, 2], [3, 0, 1], [4, 3, 2, 1, 0]):
@@ -310,9 +307,7 @@ def test_ancestral_noise_keeps_the_moments(solver, name):
     process, mean, std, n = PROCESSES[name], 0.4, 0.5, 200_000
     problem = fs.problems.Gaussian(np.full(n // 8, mean), np.full(n // 8, std))
     first, last = ends(process).points
-    start = first.alpha * problem.draw(8, seed=1) + first.sigma * np.random.default_rng(2).normal(
-        size=(8, n // 8)
-    )
+    start = first.alpha * problem.draw(8, seed=1) + first.sigma * np.random.default_rng(2).normal(size=(8, n // 8))
     found = fs.sample_adaptive(
         problem.denoiser(process),
         start,
@@ -385,9 +380,7 @@ def test_guided_samples_are_the_same_alone_and_on_both_backends(case, solver):
         cond: Any = {"k": k[rows]}
         if denoiser.guidance is not None:
             cond = ({"k": np.full((1, 1), 0.2).repeat(len(rows), 0)}, cond)
-        return fs.sample_adaptive(
-            denoiser, x[rows], solver=solver, cond=cond, backend=backend, rtol=1e-3, atol=1e-3
-        )
+        return fs.sample_adaptive(denoiser, x[rows], solver=solver, cond=cond, backend=backend, rtol=1e-3, atol=1e-3)
 
     whole = run([*range(n)], "numba")
     for rows in ([1], [2, 0]):
@@ -420,9 +413,7 @@ def test_guidance_is_that_of_a_combined_network():
 def test_guidance_interval_counts_the_way_in_log_snr():
     process, model = fs.EDM(), Recorder()
     cfg = fs.CFG(2.0, start=0.25, stop=0.5)
-    denoiser = fs.Denoiser(
-        model, process, predicts="sample", guidance=cfg, time_dtype="float64", batched=False
-    )
+    denoiser = fs.Denoiser(model, process, predicts="sample", guidance=cfg, time_dtype="float64", batched=False)
     fs.sample_adaptive(denoiser, shape=(1, 6), seed=0, cond=({"k": 0.2}, {"k": 2.0}), rtol=1e-3)
     sigma = np.array([t[0] for t in model.times])
     way = np.log(80.0 / sigma) / np.log(80.0 / 0.002)
@@ -544,16 +535,12 @@ def test_nan_and_endless_steps_are_errors():
     def broken(v: Any, t: Any) -> Any:
         return np.where(t[:, None, None] < 1.0, np.nan, 0.1 * v)
 
-    with pytest.raises(
-        ValueError, match=r"error estimate of sample 0 at t = .* the network returned NaN or inf"
-    ):
+    with pytest.raises(ValueError, match=r"error estimate of sample 0 at t = .* the network returned NaN or inf"):
         fs.sample_adaptive(fs.Denoiser(broken, fs.EDM(), predicts="sample"), x)
 
     def rough(v: Any, t: Any) -> Any:
         return np.sin(1e6 * v)
 
     denoiser = fs.Denoiser(rough, fs.EDM(), predicts="sample")
-    with pytest.raises(
-        RuntimeError, match=r"sample 0 has come to t = .* in max_attempts = 50 steps, \d+ rejected"
-    ):
+    with pytest.raises(RuntimeError, match=r"sample 0 has come to t = .* in max_attempts = 50 steps, \d+ rejected"):
         fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, max_attempts=50)

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from fewstep.kernels import philox
-from fewstep.solvers.brownian import BrownianTree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
+from fewstep.kernels import philox
+from fewstep.solvers.brownian import BrownianTree
 
 
 class At(NamedTuple):
@@ -57,8 +58,7 @@ def test_refinement_keeps_the_path() -> None:
     for k in np.random.default_rng(0).permutation(31):
         np.testing.assert_array_equal(tree.path(fine[k], shape), on_fine[k])
     total = sum(
-        tree(k, fine[k], fine[k + 1], shape) * math.sqrt(clock(fine[k + 1]) - clock(fine[k]))
-        for k in range(30)
+        tree(k, fine[k], fine[k + 1], shape) * math.sqrt(clock(fine[k + 1]) - clock(fine[k])) for k in range(30)
     )
     np.testing.assert_allclose(total, on_fine[-1] - on_fine[0], rtol=1e-12, atol=1e-9)
 

@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 
-import fewstep as fs
 import numpy as np
 import pytest
+
+import fewstep as fs
 from fewstep.cli import main
 
 pytest.importorskip("typer")
@@ -298,9 +299,7 @@ def test_doctor_reports_versions_and_the_command_for_what_is_missing(cli, monkey
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
-    )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a))
     code, printed, _ = cli("doctor", "--json")
     assert code == 0
     told = {f["what"]: f for f in json.loads(printed)}

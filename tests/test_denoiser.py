@@ -10,12 +10,13 @@ import itertools
 import math
 from typing import Any
 
-import fewstep as fs
 import numpy as np
 import pytest
 import torch
-from fewstep.solvers.plan import Plan, Stage
 from oracles.rows import run_plan
+
+import fewstep as fs
+from fewstep.solvers.plan import Plan, Stage
 
 SHAPE = (3, 5)
 
@@ -129,9 +130,7 @@ def test_predictions_that_are_not_are_refused_before_any_call(predicts: str) -> 
 
     for process, spacing in ((fs.Flow(), "linspace"), (fs.VP.cosine().zero_terminal_snr(), "trailing")):
         with pytest.raises(ValueError, match=f"predicts='{predicts}'.* alpha = 0"):
-            fs.sample(
-                fs.Denoiser(model, process, predicts), shape=SHAPE, spacing=spacing, solver="euler", seed=0
-            )
+            fs.sample(fs.Denoiser(model, process, predicts), shape=SHAPE, spacing=spacing, solver="euler", seed=0)
 
 
 # --- time ---
@@ -155,9 +154,7 @@ def test_the_network_is_told_the_processs_time(process: str, scale: float) -> No
         seed=0,
     )
     assert all(t.dtype == np.float32 and t.shape == (3,) for t in seen)
-    np.testing.assert_array_equal(
-        np.array(seen), np.repeat((scale * grid.t[:-1, None]).astype(np.float32), 3, axis=1)
-    )
+    np.testing.assert_array_equal(np.array(seen), np.repeat((scale * grid.t[:-1, None]).astype(np.float32), 3, axis=1))
 
 
 def test_edm_networks_are_told_a_quarter_log_sigma_and_scaled_x() -> None:
@@ -190,9 +187,7 @@ def test_whole_times() -> None:
     assert all(t.dtype == np.int64 for t in seen)
     np.testing.assert_array_equal([t[0] for t in seen], np.arange(999, 0, -100))
     seen.clear()
-    with pytest.raises(
-        ValueError, match=r"time_dtype='int64', but the plan calls the model at t = .*round_times"
-    ):
+    with pytest.raises(ValueError, match=r"time_dtype='int64', but the plan calls the model at t = .*round_times"):
         fs.sample(denoiser, shape=SHAPE, steps=7, solver="ddim", seed=0)
     assert not seen
 
@@ -301,9 +296,7 @@ def test_rescale_is_diffusers(phi: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("batched", [True, False])
-@pytest.mark.parametrize(
-    ("start", "stop", "on"), [(0.2, 0.6, [1, 2]), (0.0, 0.4, [0, 1]), (0.5, 1.0, [3, 4])]
-)
+@pytest.mark.parametrize(("start", "stop", "on"), [(0.2, 0.6, [1, 2]), (0.0, 0.4, [0, 1]), (0.5, 1.0, [3, 4])])
 def test_outside_its_interval_guidance_calls_the_conditional_branch_alone(
     start: float, stop: float, on: list[int], batched: bool
 ) -> None:

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from fewstep.solvers.grid import Grid, grid, list_spacings
-from fewstep.solvers.process import EDM, VE, VP, Flow, Point
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fewstep.solvers.grid import Grid, grid, list_spacings
+from fewstep.solvers.process import EDM, VE, VP, Flow, Point
 
 PROCESSES = {
     "linear": VP.linear(),
@@ -427,9 +428,7 @@ def test_flip():
         Grid(g.process, up.t, up.alpha[[0, 2, 1, 3, 4]], up.sigma[[0, 2, 1, 3, 4]])
 
 
-@pytest.mark.parametrize(
-    ("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)]
-)
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)])
 def test_ode_solvers_encode_along_a_flipped_grid(solver, order):
     """From data up to the latent, with the solver's own order."""
     fs = pytest.importorskip("fewstep")

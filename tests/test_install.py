@@ -52,9 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source / name)
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run(
-        [*command, "-w", str(out), str(source)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "-w", str(out), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("fewstep-*.whl")
     return path
@@ -67,9 +65,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(
-        subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
-    )
+    site = Path(subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     # The same builds as here, linked instead of downloaded.
@@ -89,9 +85,7 @@ def bare(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path | str, code: str, cache: Path) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     clean |= {"NUMBA_CACHE_DIR": str(cache)}
-    return subprocess.run(
-        [str(python), "-c", code], capture_output=True, text=True, check=False, cwd=cache, env=clean
-    )
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False, cwd=cache, env=clean)
 
 
 def test_what_is_in_the_wheel(wheel: Path) -> None:
@@ -111,9 +105,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fewstep"}
     assert any("/licenses/LICENSE" in name for name in names)
     assert not any(name.endswith((".pyc", ".nbi", ".nbc")) for name in names)
-    required = [
-        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
-    ]
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
     assert sorted(line.split()[1].partition(">")[0] for line in required) == ["numba", "numpy"]
 
 
@@ -157,9 +149,7 @@ def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_p
 
 def test_the_pins_allow_what_is_installed() -> None:
     """constraints.txt names the core dependencies at versions that the project's own bounds take."""
-    pins = dict(
-        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
-    )
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for name in CORE:
         assert name in pins
     assert tuple(map(int, pins["numpy"].split("."))) >= (2, 0)

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from fewstep.kernels import layout, naive, numba_step, philox
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fewstep.kernels import layout, naive, numba_step, philox
 
 GUARD = 64  # elements on both sides of every output
 NUMPY = {"f32": np.float32, "f64": np.float64, "f16": np.int16, "bf16": np.uint16}  # f16 and bf16 as bits
@@ -82,9 +83,7 @@ def values(a: np.ndarray, kind: str) -> np.ndarray:
 def guarded(shape: tuple[int, int], kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(the whole memory, its middle): NaN inside, a recognisable pattern around it."""
     size = shape[0] * shape[1]
-    whole = np.frombuffer(
-        bytearray(b"\xa5" * (size + 2 * GUARD) * np.dtype(NUMPY[kind]).itemsize), NUMPY[kind]
-    )
+    whole = np.frombuffer(bytearray(b"\xa5" * (size + 2 * GUARD) * np.dtype(NUMPY[kind]).itemsize), NUMPY[kind])
     middle = whole[GUARD : GUARD + size]
     middle[...] = bits(torch.full((size,), float("nan"), dtype=TORCH[kind]))
     return whole, middle.reshape(shape)
@@ -167,9 +166,7 @@ def launch(kernel: dict[str, Any]) -> None:
 
 def definition(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Every output in float64, element by element as the equation says, and its S."""
-    w, p, limit = (
-        None if case.kernel[k] is None else case.kernel[k].astype(np.float64) for k in ("w", "p", "limit")
-    )
+    w, p, limit = (None if case.kernel[k] is None else case.kernel[k].astype(np.float64) for k in ("w", "p", "limit"))
     batch, n = case.kernel["outputs"][0].shape
     slots = [None if a is None else a.double().numpy() for a in case.slots]
     raws = [a.double().numpy() for a in case.raws]
@@ -218,9 +215,7 @@ def contents() -> Any:
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda s: "-".join(str(f) for f in s if f != ""))
 @settings(max_examples=12, deadline=None)
 @contents()
-def test_a_stage(
-    structure: Structure, seed: int, batch: int, n: int, own: dict[str, bool], density: float
-) -> None:
+def test_a_stage(structure: Structure, seed: int, batch: int, n: int, own: dict[str, bool], density: float) -> None:
     case = make(structure, seed, batch, n, own, density)
     kernel = case.kernel
     read = [a for a in itertools.chain.from_iterable(

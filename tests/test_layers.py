@@ -237,6 +237,4 @@ def test_importing_costs_little_more_than_numpy() -> None:
 def test_every_public_name_loads() -> None:
     code = "import fewstep as fs\nfor n in fs.__all__: getattr(fs, n)\nassert set(fs.__all__) <= set(dir(fs))"
     run(code)
-    assert "no attribute 'sampel'" in run(
-        "import fewstep as fs\ntry: fs.sampel\nexcept AttributeError as e: print(e)"
-    )
+    assert "no attribute 'sampel'" in run("import fewstep as fs\ntry: fs.sampel\nexcept AttributeError as e: print(e)")

@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fewstep as fs
 import numpy as np
 import pytest
 import torch
-from fewstep.kernels import numba_step, philox
 from oracles.rows import run_plan
+
+import fewstep as fs
+from fewstep.kernels import numba_step, philox
 
 VP = fs.VP.linear()
 GRID = fs.grid(VP, 5, "karras", sigma_max=6.0)
@@ -48,9 +49,7 @@ def same(a: Any, b: Any) -> bool:
     return np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
-def by_definition(
-    plan: fs.Plan, shape: tuple[int, ...], streams: list[tuple[int, int]], x: Any = None
-) -> np.ndarray:
+def by_definition(plan: fs.Plan, shape: tuple[int, ...], streams: list[tuple[int, int]], x: Any = None) -> np.ndarray:
     """The plan in float64 on the addressed noise of each sample: latent draw 0, stage k draw k + 1."""
     n = math.prod(shape[1:])
 
@@ -67,31 +66,21 @@ def by_definition(
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
-@pytest.mark.parametrize(
-    ("solver", "options"), [("ddpm", {}), ("edm", {"s_churn": 40.0}), ("dpmpp_2m_sde", {})]
-)
+@pytest.mark.parametrize(("solver", "options"), [("ddpm", {}), ("edm", {"s_churn": 40.0}), ("dpmpp_2m_sde", {})])
 def test_a_seed_addresses_its_noise(solver: str, options: dict[str, Any], backend: str) -> None:
     sampler = make(solver=solver, backend=backend, dtype="float64", **options)
     y = sampler(seed=2**40 + 7, first_sample=3)
     want = by_definition(sampler.plan, SHAPE, [(2**40 + 7, 3 + i) for i in range(4)])
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-11)
     y = sampler(seed=[9, 2**63, 9, 0])
-    np.testing.assert_allclose(
-        y, by_definition(sampler.plan, SHAPE, [(9, 0), (2**63, 0), (9, 0), (0, 0)]), atol=1e-11
-    )
+    np.testing.assert_allclose(y, by_definition(sampler.plan, SHAPE, [(9, 0), (2**63, 0), (9, 0), (0, 0)]), atol=1e-11)
     x = np.random.default_rng(0).standard_normal(SHAPE)
     y = sampler(x, seed=5)
-    np.testing.assert_allclose(
-        y, by_definition(sampler.plan, SHAPE, [(5, i) for i in range(4)], x), atol=1e-11
-    )
+    np.testing.assert_allclose(y, by_definition(sampler.plan, SHAPE, [(5, i) for i in range(4)], x), atol=1e-11)
 
 
-@pytest.mark.parametrize(
-    ("solver", "dtype"), [("ddpm", "float32"), ("ddpm", "float64"), ("unipc", "float32")]
-)
-def test_a_sample_is_the_same_bits_in_any_company(
-    solver: str, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("solver", "dtype"), [("ddpm", "float32"), ("ddpm", "float64"), ("unipc", "float32")])
+def test_a_sample_is_the_same_bits_in_any_company(solver: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make(solver=solver, dtype=dtype)(seed=11)
     alone = make((1, *SHAPE[1:]), solver, dtype=dtype)
     for i in range(4):
@@ -319,9 +308,7 @@ def test_out_is_filled_and_returned(library: str) -> None:
     assert sampler(seed=3, out=out) is out
     assert same(out, want)
     assert (wide[[0, 3]] == 7.0).all()
-    half: Any = (
-        np.zeros((2, 9), np.float16) if library == "numpy" else torch.zeros(2, 9, dtype=torch.bfloat16)
-    )
+    half: Any = np.zeros((2, 9), np.float16) if library == "numpy" else torch.zeros(2, 9, dtype=torch.bfloat16)
     sampler(seed=3, out=half)
     cast = want.astype(np.float16) if library == "numpy" else want.to(torch.bfloat16)
     assert bool((half == cast).all())
@@ -566,9 +553,7 @@ def test_a_brownian_path_converges_strongly() -> None:
 # --- gradients ---
 
 
-@pytest.mark.parametrize(
-    ("solver", "options"), [("dpmpp_2m", {}), ("unipc", {"order": 3}), ("heun", {}), ("ddpm", {})]
-)
+@pytest.mark.parametrize(("solver", "options"), [("dpmpp_2m", {}), ("unipc", {"order": 3}), ("heun", {}), ("ddpm", {})])
 def test_gradients_through_the_naive_backend(solver: str, options: dict[str, Any]) -> None:
     """By finite differences, to the latent and to a weight of the network; under guidance."""
 

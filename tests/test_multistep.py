@@ -4,15 +4,16 @@ import itertools
 import math
 import warnings
 
-import fewstep as fs
 import numpy as np
 import pytest
+from oracles.rows import run_plan
+from test_solvers import GAUSSIAN, GRIDS, MIXTURE, posterior, smooth_grid
+
+import fewstep as fs
 from fewstep.solvers.deis import deis_row
 from fewstep.solvers.exponential import moments, usable_order
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.unipc import PREDICTORS
-from oracles.rows import run_plan
-from test_solvers import GAUSSIAN, GRIDS, MIXTURE, posterior, smooth_grid
 
 VP = fs.VP.linear()
 
@@ -303,16 +304,12 @@ def test_pece_calls_twice_at_every_point_but_the_first():
 
 def test_the_widest_settings_fit_the_fused_kernel():
     for options in itertools.product((1, 2, 3, 4), PREDICTORS):
-        plan = fs.plan(
-            "unipc", fs.grid(VP, 9, "karras"), **dict(zip(("order", "predictor"), options, strict=True))
-        )
+        plan = fs.plan("unipc", fs.grid(VP, 9, "karras"), **dict(zip(("order", "predictor"), options, strict=True)))
         for op in compile_plan(plan).ops:
             assert len(op.reads) <= 8, options
             assert len(op.writes) <= 5, options
     for mode in ("PEC", "PECE"):
-        plan = fs.plan(
-            "sa_solver", fs.grid(VP, 9, "karras"), predictor_order=4, corrector_order=4, pc_mode=mode
-        )
+        plan = fs.plan("sa_solver", fs.grid(VP, 9, "karras"), predictor_order=4, corrector_order=4, pc_mode=mode)
         assert max(len(op.reads) for op in compile_plan(plan).ops) <= 8
 
 
@@ -352,9 +349,7 @@ def test_solvers_that_are_the_same(solver, options, other, other_options, grid):
     grid = GRIDS[grid]
     draws = list(np.random.default_rng(2).standard_normal((20, 6, 3)))
     ours = run(fs.plan(solver, grid, **options), start(grid), draws)
-    np.testing.assert_allclose(
-        ours, run(fs.plan(other, grid, **other_options), start(grid), draws), atol=1e-10, rtol=0
-    )
+    np.testing.assert_allclose(ours, run(fs.plan(other, grid, **other_options), start(grid), draws), atol=1e-10, rtol=0)
 
 
 def test_deis_in_time_is_deis_in_rho_where_time_is_rho():
@@ -380,15 +375,11 @@ def test_gradient_estimation_at_three_halves_is_adams_bashforth():
 # --- the integrals ---
 
 
-@pytest.mark.parametrize(
-    "z", [-40.0, -5.0, -1.0, -0.999, -0.02, -1e-7, 1e-9, 0.01, 0.7, 0.999, 1.0, 3.0, 60.0]
-)
+@pytest.mark.parametrize("z", [-40.0, -5.0, -1.0, -0.999, -0.02, -1e-7, 1e-9, 0.01, 0.7, 0.999, 1.0, 3.0, 60.0])
 def test_moments_against_high_precision(z):
     mpmath = pytest.importorskip("mpmath")
     with mpmath.workdps(60):
-        exact = [
-            mpmath.quad(lambda u, n=n: z * mpmath.e ** (-z * (1 - u)) * u**n, [0, 0.5, 1]) for n in range(5)
-        ]
+        exact = [mpmath.quad(lambda u, n=n: z * mpmath.e ** (-z * (1 - u)) * u**n, [0, 0.5, 1]) for n in range(5)]
         exact = [float(v) for v in exact]
     np.testing.assert_allclose(moments(z, 4), exact, rtol=1e-13)
 

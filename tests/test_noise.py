@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fewstep.kernels import numba_bits as bits
-from fewstep.kernels import numba_noise, philox
-from fewstep.kernels.numba_bits import jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
+
+from fewstep.kernels import numba_bits as bits
+from fewstep.kernels import numba_noise, philox
+from fewstep.kernels.numba_bits import jit
 
 SEED = 0x0123456789ABCDEF
 
@@ -129,9 +130,7 @@ def test_numba_equals_the_oracle_on_edge_words() -> None:
 )
 def test_an_element_depends_on_its_index_alone(seed: int, sample: int, draw: int, first: int, n: int) -> None:
     whole = philox.normals(600, seed, sample, draw, philox.STEP)
-    assert same_bits(
-        philox.normals(n, seed, sample, draw, philox.STEP, first), whole[first : first + n].copy()
-    )
+    assert same_bits(philox.normals(n, seed, sample, draw, philox.STEP, first), whole[first : first + n].copy())
     lo = 4 * (first // 4)
     assert same_bits(fill(n, seed, sample, draw, philox.STEP, lo), whole[lo : lo + n].copy())
 
@@ -153,9 +152,7 @@ def test_the_hot_loops_are_vector_code() -> None:
     import llvmlite.binding as llvm
     from numba import njit
 
-    if not llvm.get_process_triple().startswith("x86_64") or not llvm.get_host_cpu_features().get(
-        "avx2", False
-    ):
+    if not llvm.get_process_triple().startswith("x86_64") or not llvm.get_host_cpu_features().get("avx2", False):
         pytest.skip("reads x86 assembly with AVX2")
     compiled = njit(nogil=True)(numba_noise.fill_normals.py_func)  # type: ignore[attr-defined]
     compiled(np.empty(64, dtype=np.float32), 0, 1, 2, 3, 4, 5)
@@ -292,9 +289,7 @@ def test_streams() -> None:
         philox.streams([1, 2], 2, first_sample=1)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"sample": 2**32}, {"draw": -1}, {"domain": 2**32}, {"first": 2**34}, {"n": -1}]
-)
+@pytest.mark.parametrize("wrong", [{"sample": 2**32}, {"draw": -1}, {"domain": 2**32}, {"first": 2**34}, {"n": -1}])
 def test_addresses_are_checked(wrong: dict[str, int]) -> None:
     good = {"n": 4, "seed": 0, "sample": 0, "draw": 0, "domain": 0}
     with pytest.raises(ValueError, match=r"must be an integer|valid range"):
@@ -382,8 +377,7 @@ def test_16_bit_rounding(encoder: Any, name: str, dtype: Any) -> None:
     # Subnormal float16 values: multiples of half their spacing, 2^-25, are exact or ties.
     ties = (np.arange(0, 4200) * 2.0**-25).astype(np.float32)
     patterns += [
-        t.view(np.uint32)
-        for t in (ties, -ties, np.nextafter(ties, np.float32(1)), np.nextafter(ties, np.float32(-1)))
+        t.view(np.uint32) for t in (ties, -ties, np.nextafter(ties, np.float32(1)), np.nextafter(ties, np.float32(-1)))
     ]
     values = np.concatenate(patterns).view(np.float32)
     got = np.full(len(values), 1, dtype=dtype)

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fewstep.problems import Digits, Gaussian, Mixture, energy_distance
 from fewstep.solvers.grid import Grid, grid
 from fewstep.solvers.process import EDM, VP, Flow
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
@@ -38,8 +39,7 @@ def test_mixture_is_tweedies_formula(alpha, sigma):
         step = 1e-5
         score = np.array(
             [
-                (density(THREE, x + step * e, alpha, sigma) - density(THREE, x - step * e, alpha, sigma))
-                / (2 * step)
+                (density(THREE, x + step * e, alpha, sigma) - density(THREE, x - step * e, alpha, sigma)) / (2 * step)
                 for e in np.eye(2)
             ]
         )
@@ -74,14 +74,8 @@ def test_both_ends(name):
     problem = PROBLEMS[name]
     x = np.random.default_rng(0).standard_normal((3, *problem.shape))
     np.testing.assert_allclose(problem.denoise(x, 0.7, 0.0), x / 0.7, rtol=1e-12)
-    mean = (
-        problem.mean
-        if isinstance(problem, Gaussian)
-        else (problem.weights @ problem.means).reshape(problem.shape)
-    )
-    np.testing.assert_allclose(
-        problem.denoise(x, 0.0, 1.0), np.broadcast_to(mean, x.shape), rtol=1e-12, atol=1e-14
-    )
+    mean = problem.mean if isinstance(problem, Gaussian) else (problem.weights @ problem.means).reshape(problem.shape)
+    np.testing.assert_allclose(problem.denoise(x, 0.0, 1.0), np.broadcast_to(mean, x.shape), rtol=1e-12, atol=1e-14)
     assert np.all(np.isfinite(problem.denoise(1e4 * x, 1.0, 1e-3)))
 
 
@@ -188,9 +182,7 @@ def test_solve_of_a_one_mode_mixture_is_the_closed_form(process, final_zero):
     first, last = g.points[0], g.points[-1]
     x = first.sigma * np.random.default_rng(0).standard_normal((6, 2))
     mean, std = np.array([0.5, -0.2]), 0.3
-    growth = math.sqrt(last.alpha**2 * std**2 + last.sigma**2) / math.sqrt(
-        first.alpha**2 * std**2 + first.sigma**2
-    )
+    growth = math.sqrt(last.alpha**2 * std**2 + last.sigma**2) / math.sqrt(first.alpha**2 * std**2 + first.sigma**2)
     expected = last.alpha * mean + (x - first.alpha * mean) * growth
     np.testing.assert_allclose(Gaussian(mean, std).solve(x, g), expected, rtol=1e-13)
     np.testing.assert_allclose(Mixture(mean[None], std).solve(x, g), expected, atol=2e-9)

@@ -5,9 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from fewstep.solvers.process import EDM, VE, VP, Flow, Point
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fewstep.solvers.process import EDM, VE, VP, Flow, Point
 
 DISCRETE = {
     "linear": VP.linear(),

@@ -12,13 +12,14 @@ import itertools
 import math
 from typing import Any
 
-import fewstep as fs
 import numpy as np
 import pytest
-from fewstep.solvers.program import Program, compile_plan, live_rows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles.rows import run_plan
+
+import fewstep as fs
+from fewstep.solvers.program import Program, compile_plan, live_rows
 
 GRIDS = {
     "vp": fs.grid(fs.VP.linear(), 6, "karras"),
@@ -39,10 +40,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "heun": [{"frame": "sigma"}, {"s_churn": 10.0}],
     "rk4": [{"frame": "flow"}],
     "unipc": [
-        {"order": p, "variant": v, "corrector": c}
-        for p in (1, 2, 3)
-        for v in ("bh1", "bh2")
-        for c in (True, False)
+        {"order": p, "variant": v, "corrector": c} for p in (1, 2, 3) for v in ("bh1", "bh2") for c in (True, False)
     ],
 }
 CASES = [(name, options) for name in fs.list_solvers() for options in [{}, *OPTIONS.get(name, [])]]
@@ -141,9 +139,7 @@ def any_rows(draw: Any) -> Loose:
             if kind == "copy":
                 rows[slot] = {draw(st.sampled_from([*known, "m", "u"])): 1.0}
             else:
-                sources = draw(
-                    st.lists(st.sampled_from([*known, "m", "u", "z"]), unique=True, min_size=1, max_size=4)
-                )
+                sources = draw(st.lists(st.sampled_from([*known, "m", "u", "z"]), unique=True, min_size=1, max_size=4))
                 rows[slot] = {s: draw(st.sampled_from([0.0, 1.0, -0.5, 0.75])) for s in sources}
         stages.append(rows)
         known += [name for name in names if name not in known]
@@ -244,9 +240,7 @@ def test_bytes_of_a_guided_2m_on_a_16_bit_model() -> None:
     assert column(text, "call") == [str(k) for k in range(6)]
     assert column(text, "writes") == ["x h1"] * 4 + ["x", "x"]
     np.testing.assert_allclose([float(v) for v in column(text, "t")], plan.grid.t[:-1], rtol=1e-4)
-    np.testing.assert_allclose(
-        [float(v) for v in column(text, "sigma/alpha")], plan.grid.ratio[:-1], rtol=1e-4
-    )
+    np.testing.assert_allclose([float(v) for v in column(text, "sigma/alpha")], plan.grid.ratio[:-1], rtol=1e-4)
     assert column(text, "x row")[-1] == "+1m"
 
 
@@ -283,9 +277,7 @@ def reaches(plan: fs.Plan, k: int, source: str) -> bool:
     parts.append(dataclasses.replace(stage, rows={**stage.rows, "x": row}, noise=1.0))
     fields = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.init}
     ends = [
-        run_plan(
-            Loose(**{**fields, "stages": tuple(p)}), lambda v, at: np.ones_like(v), 2.0 * np.ones(5), noise
-        )[0]
+        run_plan(Loose(**{**fields, "stages": tuple(p)}), lambda v, at: np.ones_like(v), 2.0 * np.ones(5), noise)[0]
         for p in (plan.stages[: k + 1], parts)
     ]
     return bool(np.abs(ends[0] - ends[1]).max() > 1e-3)

@@ -2,8 +2,9 @@
 
 import math
 
-import fewstep as fs
 import pytest
+
+import fewstep as fs
 from fewstep.recommender import fit_steps
 
 PROCESSES = {
@@ -56,9 +57,7 @@ def test_churn_comes_with_edm_and_only_there():
     assert not fs.recommend(20).options
 
 
-@pytest.mark.parametrize(
-    ("distilled", "solver"), [("consistency", "consistency"), ("lcm", "lcm"), ("dmd2", "lcm")]
-)
+@pytest.mark.parametrize(("distilled", "solver"), [("consistency", "consistency"), ("lcm", "lcm"), ("dmd2", "lcm")])
 def test_distilled_models_take_few_steps_however_large_the_budget(distilled, solver):
     for nfe in (1, 2, 4, 30):
         r = fs.recommend(nfe, distilled=distilled)

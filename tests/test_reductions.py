@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fewstep.kernels import naive, numba_reduce
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fewstep.kernels import naive, numba_reduce
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -30,9 +31,7 @@ def draw(seed: int, count: int, batch: int, n: int, dtype: torch.dtype) -> list[
     """Raws with a mean far from 0 in some samples, where a sum of squares would cancel."""
     g = torch.Generator().manual_seed(seed)
     shift = torch.rand((batch, 1), generator=g, dtype=torch.float64) * 20.0
-    return [
-        (torch.randn((batch, n), generator=g, dtype=torch.float64) + shift).to(dtype) for _ in range(count)
-    ]
+    return [(torch.randn((batch, n), generator=g, dtype=torch.float64) + shift).to(dtype) for _ in range(count)]
 
 
 def fused_scale(raws: list[torch.Tensor], weights: list[float], phi: float, p: np.ndarray) -> np.ndarray:
@@ -90,9 +89,7 @@ def test_a_constant_output_is_not_rescaled(n: int) -> None:
     zeros[1] = 3.0
     out = fused_scale([zeros, zeros], [-1.0, 2.0], 0.7, np.array([[1.0, -1.0, 2.0, 0.0]], np.float32))
     np.testing.assert_array_equal(out, [[1.0, -1.0, 2.0, 0.0]] * 2)
-    np.testing.assert_array_equal(
-        naive.guidance_scale([zeros, zeros], np.array([-1.0, 2.0]), 0.7), [1.0, 1.0]
-    )
+    np.testing.assert_array_equal(naive.guidance_scale([zeros, zeros], np.array([-1.0, 2.0]), 0.7), [1.0, 1.0])
 
 
 def fused_threshold(
@@ -130,13 +127,9 @@ def test_threshold_is_a_held_quantile(
 def test_threshold_is_diffusers(dtype: torch.dtype, maximum: float) -> None:
     """clip(m, -s, s) / s with our bound and gain is DDPMScheduler._threshold_sample of m."""
     diffusers: Any = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDPMScheduler(
-        thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=maximum
-    )
+    scheduler = diffusers.DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=maximum)
     g = torch.Generator().manual_seed(0)
-    m = (
-        torch.randn((5, 3, 7, 5), generator=g) * torch.tensor([0.1, 0.6, 1.0, 3.0, 9.0]).view(-1, 1, 1, 1)
-    ).to(dtype)
+    m = (torch.randn((5, 3, 7, 5), generator=g) * torch.tensor([0.1, 0.6, 1.0, 3.0, 9.0]).view(-1, 1, 1, 1)).to(dtype)
     want = scheduler._threshold_sample(m).double()
     p = np.array([[0.0, 1.0, 0.0, 0.0]])
     bound, gain = (

@@ -3,11 +3,12 @@
 import itertools
 import math
 
-import fewstep as fs
 import numpy as np
 import pytest
-from fewstep.problems import Gaussian
 from oracles.rows import run_plan
+
+import fewstep as fs
+from fewstep.problems import Gaussian
 
 PROBLEM = Gaussian(np.array([0.3, -0.5, 0.1]), np.array([0.3, 0.5, 0.8]))
 VP = fs.VP.linear()

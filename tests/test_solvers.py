@@ -9,11 +9,11 @@ import re
 
 import numpy as np
 import pytest
+from oracles.rows import run_plan
+from table import label, rows
 
 import fewstep as fs
 from fewstep.problems import Gaussian, Mixture
-from oracles.rows import run_plan
-from table import rows
 
 GAUSSIAN = Gaussian(np.array([0.3, -0.5, 0.1]), np.array([0.3, 0.5, 0.8]))
 MIXTURE = Mixture(np.array([[0.6, 0.1], [-0.5, 0.3], [0.1, -0.6]]), 0.35, np.array([0.5, 0.3, 0.2]))
@@ -21,11 +21,7 @@ MIXTURE = Mixture(np.array([[0.6, 0.1], [-0.5, 0.3], [0.1, -0.6]]), 0.35, np.arr
 
 # --- 1. convergence ---
 
-ORDERS = [
-    pytest.param(row, options, order, id=f"{row.solver}-{options}")
-    for row in rows()
-    for options, order in row.orders
-]
+ORDERS = [pytest.param(row, options, order, id=label(row, options)) for row in rows() for options, order in row.orders]
 
 PROCESSES = {
     "edm": (fs.EDM(), 4.0, 0.2),
@@ -122,7 +118,7 @@ def run(plan, x, draws=()):
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
     ("row", "options"),
-    [pytest.param(row, options, id=f"{row.solver}-{options}") for row in rows() for options in row.variants],
+    [pytest.param(row, options, id=label(row, options)) for row in rows() for options in row.variants],
 )
 def test_agrees_with_its_paper(row, options, grid):
     if grid.partition("-")[0] not in row.oracle_on:
@@ -131,7 +127,7 @@ def test_agrees_with_its_paper(row, options, grid):
     start = grid.points[-1 if row.end == 0 else 0]
     x = math.hypot(start.alpha, start.sigma) * np.random.default_rng(1).standard_normal((6, 3))
     draws = list(np.random.default_rng(2).standard_normal((60, 6, 3)))
-    ours, calls = run(fs.plan(row.solver, grid, **options), x, draws)
+    ours, _ = run(fs.plan(row.solver, grid, **options), x, draws)
     np.testing.assert_allclose(ours, row.oracle(posterior, grid, x, draws, **options), atol=1e-10, rtol=0)
 
 
@@ -211,9 +207,7 @@ def moments(plan, mean, std):
 
 
 WEAK = [
-    pytest.param(row.solver, options, order, id=f"{row.solver}-{options}")
-    for row in rows()
-    for options, order in row.weak
+    pytest.param(row.solver, options, order, id=label(row, options)) for row in rows() for options, order in row.weak
 ]
 
 

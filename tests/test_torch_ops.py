@@ -93,9 +93,7 @@ def test_stage_has_the_adjoint_of_its_table(batched, clip):
 
     def run(x, h, raw0, raw1, z):
         return tuple(
-            torch_ops.stage(
-                [x, h], [0, 2], [raw0, raw1], w, w.new_full((1,), 0.7), 2, torch.float64, p, limit, z
-            )
+            torch_ops.stage([x, h], [0, 2], [raw0, raw1], w, w.new_full((1,), 0.7), 2, torch.float64, p, limit, z)
         )
 
     assert torch.autograd.gradcheck(run, tensors)

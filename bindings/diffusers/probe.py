@@ -29,7 +29,7 @@ WIDTH = 4
 RANK_TOLERANCE = 1e-6
 
 
-class NotAffine(ValueError):
+class NotAffineError(ValueError):
     """The scheduler's step is no affine map under this configuration."""
 
 
@@ -93,7 +93,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
             if self.draws:
-                raise NotAffine("it draws noise twice in one step")
+                raise NotAffineError("it draws noise twice in one step")
             dtype = kwargs.get("dtype", torch.float64)
             self.draws.append(Draw(None if dtype == torch.float64 else dtype))
             return self.basis(NOISE).to(dtype)
@@ -111,7 +111,7 @@ class _Watch(TorchFunctionMode):
                 self.largest = float(kwargs["max"])
             return func(*args, **kwargs)
         if self.clipped is not None:
-            raise NotAffine("it clips twice in one step")
+            raise NotAffineError("it clips twice in one step")
         high = kwargs.get("max", args[2] if len(args) > 2 else None)
         bound = None if self.quantile is not None else float(high)  # type: ignore[arg-type]
         self.clipped = (value.detach().clone().reshape(-1), bound)
@@ -123,12 +123,10 @@ def copy_state(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(v) if isinstance(v, list) else v for key, v in values.items()}
 
 
-def probe(
-    parent: type[Any], attributes: Mapping[str, Any], times: Sequence[Any], options: Mapping[str, Any]
-) -> Table:
+def probe(parent: type[Any], attributes: Mapping[str, Any], times: Sequence[Any], options: Mapping[str, Any]) -> Table:
     """The table of a run of `parent.step` over `times`, from the state in `attributes`. Changes neither.
 
-    Raises NotAffine if a step is none.
+    Raises NotAffineError if a step is none.
     """
     count = len(times)
     size = WIDTH * count
@@ -223,7 +221,7 @@ def _clip(watch: _Watch, k: int) -> Clip | None:
     rest = values.copy()
     rest[WIDTH * k + X] = rest[WIDTH * k + RAW] = 0.0
     if np.abs(rest).max() > 0.0:
-        raise NotAffine("it clips something other than this step's prediction")
+        raise NotAffineError("it clips something other than this step's prediction")
     quantile = None if watch.quantile is None else (watch.quantile, watch.largest or 1.0)
     return Clip(p, bound, quantile)
 
@@ -245,9 +243,7 @@ def _realise(
     steps = []
     for k in range(count):
         past, here = slice(0, WIDTH * k), slice(WIDTH * k, WIDTH * (k + 1))
-        fields = {
-            name: np.concatenate([row[here], _coordinates(row[past], state)]) for name, row in rows[k].items()
-        }
+        fields = {name: np.concatenate([row[here], _coordinates(row[past], state)]) for name, row in rows[k].items()}
         later = np.array([row[: WIDTH * (k + 1)] for step in rows[k + 1 :] for row in step.values()])
         following = _independent(later) if len(later) else np.zeros((0, WIDTH * (k + 1)))
         update = np.array([np.concatenate([row[here], _coordinates(row[past], state)]) for row in following])
@@ -273,10 +269,10 @@ def _coordinates(row: np.ndarray, state: np.ndarray) -> np.ndarray:
     """`row` as a combination of the state's rows."""
     if not len(state):
         if row.size and np.abs(row).max() > RANK_TOLERANCE:
-            raise NotAffine("a step reads a past that no step kept")
+            raise NotAffineError("a step reads a past that no step kept")
         return np.zeros(0)
     solution, *_ = np.linalg.lstsq(state.T, row, rcond=None)
     if np.abs(solution @ state - row).max() > 1e-4 * max(1.0, np.abs(row).max()):
-        raise NotAffine("its steps do not follow from a state")
+        raise NotAffineError("its steps do not follow from a state")
     solution[np.abs(solution) < 1e-12] = 0.0
     return np.asarray(solution)

@@ -19,7 +19,18 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.bindings.diffusers.probe import CLIPPED, NOISE, RAW, WIDTH, NotAffine, Step, Table, X, copy_state, probe
+from fewstep.bindings.diffusers.probe import (
+    CLIPPED,
+    NOISE,
+    RAW,
+    WIDTH,
+    NotAffineError,
+    Step,
+    Table,
+    X,
+    copy_state,
+    probe,
+)
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
 from fewstep.solvers.arrays import TorchFrame
 
@@ -32,16 +43,16 @@ class _Tables:
 
     def __init__(self, room: int = 64) -> None:
         self.room, self.lock = room, threading.Lock()
-        self.known: OrderedDict[Any, Table | NotAffine] = OrderedDict()
+        self.known: OrderedDict[Any, Table | NotAffineError] = OrderedDict()
 
-    def get(self, key: Any, make: Any) -> Table | NotAffine:
+    def get(self, key: Any, make: Any) -> Table | NotAffineError:
         with self.lock:
             if key in self.known:
                 self.known.move_to_end(key)
                 return self.known[key]
         try:
-            table: Table | NotAffine = make()
-        except NotAffine as reason:
+            table: Table | NotAffineError = make()
+        except NotAffineError as reason:
             table = reason
         with self.lock:
             self.known[key] = table
@@ -105,7 +116,7 @@ def fused(parent: type[Any]) -> type[Any]:
     positional = list(signature.parameters)[1:]
 
     @functools.wraps(parent.__init__)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         PerThread.__init__(self, *args, **kwargs)
 
     def _begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +137,7 @@ def fused(parent: type[Any]) -> type[Any]:
         return _step(self, parent, values, args, kwargs)
 
     members: dict[str, Any] = {
-        "__init__": __init__,
+        "__init__": initialise,
         "_begin": _begin,
         "set_timesteps": set_timesteps,
         "step": step,
@@ -154,7 +165,9 @@ def fused(parent: type[Any]) -> type[Any]:
 
 
 # Whoever writes these changes the schedule.
-_SCHEDULE = frozenset({"timesteps", "sigmas", "alphas_cumprod", "final_alpha_cumprod", "_begin_index", "_internal_dict"})
+_SCHEDULE = frozenset(
+    {"timesteps", "sigmas", "alphas_cumprod", "final_alpha_cumprod", "_begin_index", "_internal_dict"}
+)
 
 
 def _set(self: Any, name: str, value: Any) -> None:
@@ -183,9 +196,9 @@ def _start_index(self: Any, timestep: Any) -> int:
         return int(self.index_for_timestep(t))
     where = (self.timesteps == timestep).nonzero()
     if not len(where):
-        raise NotAffine(f"timestep {timestep} is not in the schedule")
+        raise NotAffineError(f"timestep {timestep} is not in the schedule")
     if int(where[0]) > 0 and len(self.timesteps.unique()) < len(self.timesteps):
-        raise NotAffine("it counts calls and names them by times that repeat, and this run begins in the middle")
+        raise NotAffineError("it counts calls and names them by times that repeat, and this run begins in the middle")
     return int(where[0])
 
 
@@ -204,7 +217,7 @@ def _ensure(self: Any, parent: type[Any], timestep: Any, options: Mapping[str, A
     try:
         start = _start_index(self, timestep)
         table = _table(self, parent, start, options or {})
-    except NotAffine:
+    except NotAffineError:
         self.__dict__["_plain"] = True  # to the end of this schedule: the parent keeps its own state
         return None
     self._run = run = Run(table, start, options or {})
@@ -220,7 +233,7 @@ def _table(self: Any, parent: type[Any], start: int, options: Mapping[str, Any])
     key = (parent, repr(sorted(self.config.items())), *map(bits, schedule), start, tuple(sorted(options.items())))
     attributes = {**self.__dict__, "_step_index": None, "_run": None}
     table = _TABLES.get(key, lambda: probe(parent, _on_cpu(attributes), list(self.timesteps[start:].cpu()), options))
-    if isinstance(table, NotAffine):
+    if isinstance(table, NotAffineError):
         raise table
     return table
 

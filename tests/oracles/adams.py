@@ -2,8 +2,9 @@
 
 import math
 
-from oracles.runge_kutta import View
 from scipy import integrate
+
+from oracles.runge_kutta import View
 
 
 def lms(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zero=True):
@@ -15,7 +16,14 @@ def ipndm(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zer
     """ComfyUI's sample_ipndm (zju-pi diff-sampler)."""
     table = {1: [1], 2: [3 / 2, -1 / 2], 3: [23 / 12, -16 / 12, 5 / 12], 4: [55 / 24, -59 / 24, 37 / 24, -9 / 24]}
     return _multistep(
-        denoise, grid, x, order, frame, final_order, to_zero, lambda us, i, p: [(us[i + 1] - us[i]) * w for w in table[p]]
+        denoise,
+        grid,
+        x,
+        order,
+        frame,
+        final_order,
+        to_zero,
+        lambda us, i, p: [(us[i + 1] - us[i]) * w for w in table[p]],
     )
 
 

@@ -172,9 +172,7 @@ def dpmpp_3m_sde(denoise, grid, x, draws, eta=1.0, variant="heun", halve_d2=Fals
     return y * grid.alpha[-1]
 
 
-def unipc(
-    denoise, grid, x, draws, order=2, variant="bh2", corrector=True, predictor="unip", final_order=None
-):
+def unipc(denoise, grid, x, draws, order=2, variant="bh2", corrector=True, predictor="unip", final_order=None):
     """Zhao et al. 2023, Algorithms 5 and 6 with x0 prediction and the released code's systems.
 
     With another predictor, UniC is put after its oracle's single step, as in section 3.2.
@@ -207,9 +205,7 @@ def unipc(
             elif predictor == "dpmpp_3m":
                 x = _unified(sample, alphas, sigmas, lam, k, preds, p, "vary_coeff", new=None)
             else:
-                x = _noise_step(
-                    sample, alphas, sigmas, lam, k, p, noises, midpoint=predictor == "dpm_solver_2m"
-                )
+                x = _noise_step(sample, alphas, sigmas, lam, k, p, noises, midpoint=predictor == "dpm_solver_2m")
     return x
 
 
@@ -360,9 +356,7 @@ def gradient_estimation(denoise, grid, x, draws, gamma=2.0, frame=None, to_zero=
     return y * scale[-1]
 
 
-def er_sde(
-    denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, s_noise=1.0
-):
+def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, s_noise=1.0):
     """Cui et al. 2023, the released code's vp_1_order, vp_2_order_taylor and vp_3_order_taylor.
 
     The integrals are exact here, where the code has 100-point and ComfyUI 200-point left Riemann sums.
@@ -451,9 +445,7 @@ def sa_solver(
         h = lam[k] - lam[k - 1]
         last = k if corrector else k - 1
         nodes = lam[last - order + 1 : last + 1]
-        weights = lagrange(
-            nodes, lambda v: v, lam[k - 1], lam[k], kernel=lambda v: np.exp((1 + e) * (v - lam[k]))
-        )
+        weights = lagrange(nodes, lambda v: v, lam[k - 1], lam[k], kernel=lambda v: np.exp((1 + e) * (v - lam[k])))
         if simple_order_2 and order == 2:
             # The released code moves this much from the older to the newer of the two.
             exact = (h * (1 + e) - 1 + math.exp(-(1 + e) * h)) / (1 + e) ** 2

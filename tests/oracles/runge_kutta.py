@@ -10,7 +10,7 @@ from oracles.first_order import churned, in_sigma
 
 
 class View:
-    """The ODE in a frame: y = to(x), clock u, slope f(y, u), x = back(y). Clock and slope are of sigma / alpha alone."""
+    """The ODE in a frame: y = to(x), clock u, slope f(y, u), x = back(y). Clock and slope know sigma / alpha alone."""
 
     def __init__(self, denoise, grid, frame):
         if frame is None:
@@ -81,7 +81,11 @@ def _fixed(denoise, grid, x, draws, pair, frame, churn=(0.0, 0.0, math.inf), s_n
     view, draws = View(denoise, grid, frame), iter(draws)
     for i in range(grid.steps):
         rho = float(grid.ratio[i])
-        base, hat = churned(i, grid.steps, rho, x / grid.alpha[i], draws, *churn, s_noise, grid.process.sigma_limit) if churn[0] else (None, rho)
+        base, hat = (
+            churned(i, grid.steps, rho, x / grid.alpha[i], draws, *churn, s_noise, grid.process.sigma_limit)
+            if churn[0]
+            else (None, rho)
+        )
         at = grid.process.point_at_sigma(hat)
         alpha, sigma = (grid.alpha[i], grid.sigma[i]) if hat == rho else (at.alpha, at.sigma)
         x = x if base is None or hat == rho else base * alpha
@@ -111,9 +115,7 @@ def edm(denoise, grid, x, draws, s_churn=40.0, s_tmin=0.05, s_tmax=50.0, alpha=1
     draws = iter(draws)
     y, sigmas, d_of = in_sigma(denoise, grid, x)
     for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
-        y_hat, t_hat = churned(
-            i, grid.steps, t, y, draws, s_churn, s_tmin, s_tmax, s_noise, grid.process.sigma_limit
-        )
+        y_hat, t_hat = churned(i, grid.steps, t, y, draws, s_churn, s_tmin, s_tmax, s_noise, grid.process.sigma_limit)
         d, h = (y_hat - d_of(y_hat, t_hat)) / t_hat, t_next - t_hat
         if t_next == 0:
             y = y_hat + h * d
@@ -130,7 +132,11 @@ def edm_general(
 ):  # fmt: skip
     """Karras et al. 2022, Algorithm 2 with Table 1's sigma(t) and s(t), derivatives and all."""
     draws = iter(draws)
-    sigma = {"linear": lambda t: t, "ve": math.sqrt, "vp": lambda t: math.sqrt(math.expm1(beta_d * t * t / 2 + beta_min * t))}
+    sigma = {
+        "linear": lambda t: t,
+        "ve": math.sqrt,
+        "vp": lambda t: math.sqrt(math.expm1(beta_d * t * t / 2 + beta_min * t)),
+    }
     inv = {
         "linear": lambda v: v,
         "ve": lambda v: v * v,
@@ -159,7 +165,16 @@ def edm_general(
     for i in range(grid.steps):
         t, t_next = ts[i], ts[i + 1]
         y, rho_hat = churned(
-            i, grid.steps, float(grid.ratio[i]), x / s(t), draws, s_churn, s_tmin, s_tmax, s_noise, grid.process.sigma_limit
+            i,
+            grid.steps,
+            float(grid.ratio[i]),
+            x / s(t),
+            draws,
+            s_churn,
+            s_tmin,
+            s_tmax,
+            s_noise,
+            grid.process.sigma_limit,
         )
         t_hat = inv_of(rho_hat)
         x_hat, h = s(t_hat) * y, t_next - t_hat

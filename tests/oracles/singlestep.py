@@ -7,7 +7,6 @@ import itertools
 import math
 
 from fewstep import Flow
-
 from oracles.first_order import in_sigma
 
 

@@ -6,6 +6,7 @@ A new solver adds one `Row` to the family it belongs to, and its paper's pseudoc
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,15 +43,18 @@ class Row:
     end: int = -1
 
 
+def label(row: Row, options: dict[str, Any]) -> str:
+    """A test's name: the same in every process, which a function's address is not."""
+    return re.sub(r" at 0x[0-9a-f]+", "", f"{row.solver}-{options}")
+
+
 def heun_times(sigmas: Sequence[float]) -> list[float]:
     """Both ends of each step, the first alone where a step ends at 0."""
     return [v for s, t in itertools.pairwise(sigmas) for v in ((s, t) if t > 0 else (s,))]
 
 
 def rk4_times(sigmas: Sequence[float]) -> list[float]:
-    return [
-        v for s, t in itertools.pairwise(sigmas) for v in ((s, (s + t) / 2, (s + t) / 2, t) if t > 0 else (s,))
-    ]
+    return [v for s, t in itertools.pairwise(sigmas) for v in ((s, (s + t) / 2, (s + t) / 2, t) if t > 0 else (s,))]
 
 
 def rows() -> list[Row]:

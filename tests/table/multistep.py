@@ -85,13 +85,8 @@ ROWS = [
     Row(
         "deis",
         paper.deis,
-        orders=[
-            ({"order": p, "variable": v}, p) for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))
-        ],
-        variants=[
-            {"order": p, "variable": v} for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))
-        ]
-        + ENDS,
+        orders=[({"order": p, "variable": v}, p) for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))],
+        variants=[{"order": p, "variable": v} for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))] + ENDS,
         graded=True,
     ),
     Row(
@@ -118,10 +113,7 @@ ROWS = [
             ({"pc_mode": "PECE"}, 2),
         ],
         variants=[
-            *(
-                {"predictor_order": p, "corrector_order": c}
-                for p, c in itertools.product((1, 2, 3, 4), (0, 1, 2, 4))
-            ),
+            *({"predictor_order": p, "corrector_order": c} for p, c in itertools.product((1, 2, 3, 4), (0, 1, 2, 4))),
             *TAU,
             *({"pc_mode": "PECE", **o} for o in TAU),
             {"simple_order_2": True, "predictor_order": 2, "corrector_order": 2},
