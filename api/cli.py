@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         print("error: the command line needs typer and rich: pip install 'fewstep[cli]'", file=sys.stderr)
         raise SystemExit(EXIT_ERROR) from None
-    from fewstep.commands import ERR, app, escape
+    from rich.markup import escape
+
+    from fewstep.commands import ERR, app
 
     try:
         app(argv)  # exits 0, 2 for usage, 130 after Ctrl-C

@@ -145,7 +145,7 @@ def step_cost(denoiser: Any, plan: Any, shape: tuple[int, ...], repeats: int = 1
         begin = time.perf_counter()
         sampler(x, seed=0, out=out)
         times.append(time.perf_counter() - begin)
-    return float(np.median(times)) / plan.nfe * 1e6
+    return float(np.median(times) / plan.nfe * 1e6)
 
 
 # One colour a solver (Okabe & Ito's palette, which colour-blind readers can tell apart) and one marker.

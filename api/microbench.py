@@ -209,7 +209,7 @@ class Case:
     def gate(self) -> None:
         """Raises GateError unless the case computes what it should."""
         ours, oracle = self._end(self.sampler()), self._end(self.sampler("naive"))
-        close(f"{self.label} and the naive backend", ours, oracle, 8 * self.plan.nfe * np.finfo(self.state).eps)
+        close(f"{self.label} and the naive backend", ours, oracle, 8 * self.plan.nfe * float(np.finfo(self.state).eps))
 
     def gate_peer(self, library: Any = None) -> None:
         """Raises GateError unless diffusers ends where we do; noise is given to both."""

@@ -5,7 +5,7 @@ It knows budgets and model classes, not your network. `fewstep compare` measures
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ DISTILLED = {
 
 SPACINGS = {"vp": "quadratic", "ve": "karras", "edm": "karras", "flow": "linspace"}
 _FAMILIES = {VP: "vp", EDM: "edm", VE: "ve", Flow: "flow"}
-_EXAMPLES = {"vp": VP.linear, "ve": lambda: VE(0.01, 50.0), "edm": EDM, "flow": Flow}
+_EXAMPLES: dict[str, Callable[[], Any]] = {"vp": VP.linear, "ve": lambda: VE(0.01, 50.0), "edm": EDM, "flow": Flow}
 
 
 def recommend(nfe: int, **known: Any) -> Recommendation:

@@ -74,7 +74,8 @@ class SamplerModule(nn.Module):
         def noise(draw: int) -> Tensor:
             if streams is None:
                 raise ValueError(f"{plan.solver} draws noise: pass streams=philox.streams(seed, {batch})")
-            return ops.normals(streams, list(x.shape), draw, philox.STEP).to(self.state)
+            drawn: Tensor = ops.normals(streams, list(x.shape), draw, philox.STEP)
+            return drawn.to(self.state)
 
         op = self.program.init
         z = noise(0) if self.noisy_start else None

@@ -14,7 +14,7 @@ from fewstep.solvers.exponential import dpmpp_2m
 from fewstep.solvers.first_order import ddim
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plan import PREDICTION, UNGUIDED, Row, Stage
+from fewstep.solvers.plan import PREDICTION, UNGUIDED, Row, Stage, Start
 from fewstep.solvers.registry import solver
 from fewstep.solvers.singlestep import dpmpp_2s_ancestral
 
@@ -23,10 +23,11 @@ def unguided(row: Row) -> dict[str, float]:
     return {UNGUIDED if source == PREDICTION else source: c for source, c in row.items()}
 
 
-def cfg_pp(stages: Iterable[Stage]) -> Iterator[Stage]:
+def cfg_pp(stages: Iterable[Start | Stage]) -> Iterator[Stage]:
     """A solver's stages on the unguided prediction, each step moved by alpha' (m - u) of its first call."""
     first = True
     for stage in stages:
+        assert isinstance(stage, Stage)  # none of these churns before its first call
         rows = {slot: unguided(row) for slot, row in stage.rows.items()}
         if stage.done:
             vector = {PREDICTION: 1.0, UNGUIDED: -1.0} if first else {"guidance": 1.0}

@@ -126,7 +126,8 @@ class Sampler:
                 "make the grid with the denoiser's process"
             )
         # Both programs, so that a bad combination fails here and not in a later call with a callback.
-        compiled = _Compiled(denoiser, plan, *(self._job(denoiser, plan, keep) for keep in (False, True)))
+        plain, watched = (self._job(denoiser, plan, keep_x0=keep) for keep in (False, True))
+        compiled = _Compiled(denoiser, plan, plain, watched)
         compiled.idle[False].append(self._new_run(compiled.job(False)))
         self._compiled = compiled  # one assignment: a call in another thread sees all of it or none
 
@@ -138,7 +139,7 @@ class Sampler:
     def plan(self) -> Plan:
         return self._compiled.plan
 
-    def _job(self, denoiser: Any, plan: Plan, keep_x0: bool) -> Job:
+    def _job(self, denoiser: Any, plan: Plan, *, keep_x0: bool) -> Job:
         program = compile_plan(plan, keep_x0=keep_x0)
         tables = stage_tables(program, denoiser, self.dtype)
         model_dtype = denoiser.model_dtype(self.dtype)

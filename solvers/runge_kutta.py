@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,10 +128,10 @@ def _frame(grid: Grid, frame: str | None) -> Frame:
     return FRAMES[pick_frame(grid, frame, tuple(FRAMES))]
 
 
-def _second_order(alpha: float) -> Tableau:
-    if not (isinstance(alpha, Real) and 0.0 < alpha <= 1.0):
+def _second_order(alpha: Any) -> Tableau:
+    if not (isinstance(alpha, Real) and 0.0 < float(alpha) <= 1.0):
         raise ValueError(f"alpha must be a number with 0 < alpha <= 1, got {alpha!r}")
-    return second_order(alpha)
+    return second_order(float(alpha))
 
 
 # --- fixed tableaux ---

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import qr
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -254,7 +253,9 @@ def _realise(
 
 
 def _independent(candidates: np.ndarray) -> np.ndarray:
-    """A largest set of linearly independent rows, the first ones preferred."""
+    """A largest set of linearly independent rows."""
+    from scipy.linalg import qr
+
     scale = np.abs(candidates).max(axis=1)
     candidates = candidates[scale > RANK_TOLERANCE * max(scale.max(), 1e-30)]
     if not len(candidates):
@@ -262,7 +263,7 @@ def _independent(candidates: np.ndarray) -> np.ndarray:
     unit = candidates / np.linalg.norm(candidates, axis=1, keepdims=True)
     _, r, pivots = qr(unit.T, mode="economic", pivoting=True)
     rank = int(np.sum(np.abs(np.diag(r)) > RANK_TOLERANCE * abs(r[0, 0])))
-    return candidates[np.sort(pivots[:rank])]
+    return np.asarray(candidates[np.sort(pivots[:rank])])
 
 
 def _coordinates(row: np.ndarray, state: np.ndarray) -> np.ndarray:
