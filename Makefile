@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@touch $@
 
 demo: setup      ## sample digits from the trained network with several solvers, with error and speed
-	$(BIN)/fewstep compare --model digits --solvers ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde --nfe 4,6,8,12,20 --plot compare.png
-	$(BIN)/fewstep sample --model digits --solver dpmpp_2m --steps 15 --guidance 2 --seed 0 --n 64 --out digits.png
+	$(BIN)/fewstep compare --model digits --plot compare.png
+	$(BIN)/fewstep sample --model digits --solver dpmpp_2m --steps 15 --guidance 2 --seed 0 --n 60 --out digits.png
 
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -37,7 +37,8 @@ format: setup    ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 bench: setup     ## step overhead against diffusers and the copy floor, with a summary table
-	$(BIN)/python -m pytest bench -p no:xdist -o addopts="-q" --benchmark-disable-gc --benchmark-columns=median,iqr,rounds
+	SAVE=$(SAVE) STRICT=$(STRICT) $(BIN)/python -m pytest bench -p no:xdist -o addopts="-q" \
+		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 	$(BIN)/python -m fewstep.train_digits

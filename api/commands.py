@@ -134,8 +134,8 @@ def sample(
 def compare(
     model: ModelName = "digits",
     solvers: Annotated[str, typer.Option(help="Comma-separated names.")] = "ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde",
-    nfe: Annotated[str, typer.Option(help="Budgets of denoiser calls.")] = "4,6,8,12,20",
-    spacing: Annotated[str, typer.Option(help="Comma-separated spacings.")] = "karras",
+    nfe: Annotated[str, typer.Option(help="Budgets of denoiser calls.")] = "6,8,12,20",
+    spacing: Annotated[str, typer.Option(help="Comma-separated spacings.")] = "quadratic",
     guidance: Guidance = None,
     n: Annotated[int, typer.Option(help="Samples for each entry.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the latents, the same for all.")] = 0,

@@ -234,7 +234,8 @@ class Case:
         return self.solver in PEERS and self.dtype == "float32" and has("torch") and has("diffusers")
 
     def _end(self, sampler: Sampler, **options: Any) -> np.ndarray:
-        return np.array(sampler(self.x, seed=None if "noise" in options else 0, **options), np.float64)
+        end = sampler(self.x, seed=None if "noise" in options else 0, **options)
+        return np.asarray(end.numpy() if hasattr(end, "numpy") else end, np.float64)
 
     def _scheduler(self, library: Any) -> Any:
         peer = PEERS[self.solver]

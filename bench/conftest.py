@@ -1,0 +1,73 @@
+"""The benchmark's table: every case beside its peer and its budget, printed after the run.
+
+make bench                      medians, ratios, budgets
+make bench SAVE=1               the same, and bench/results/cpu.json
+make bench STRICT=1             a missed budget fails
+"""
+
+import json
+import os
+from datetime import date
+from pathlib import Path
+
+import pytest
+
+from fewstep.output import write_whole
+from fewstep.timing import machine, torch_threads, versions
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+
+
+def pytest_configure(config):
+    config.fewstep_rows = []
+
+
+@pytest.fixture
+def report(request):
+    """report(case, ours, peer, ratio, budget, unit): one row; `budget` is (">=" or "<=", number) or None."""
+    rows = request.config.fewstep_rows
+
+    def add(case, ours, peer, ratio, budget=None, unit="us"):
+        met = None if budget is None else (ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
+        rows.append(
+            {"case": case, "ours": ours, "peer": peer, "ratio": ratio, "budget": budget, "met": met, "unit": unit}
+        )
+        if met is False and os.environ.get("STRICT"):
+            pytest.fail(f"{case}: {ratio:.2f}, budget {budget[0]} {budget[1]}")
+
+    return add
+
+
+@pytest.fixture
+def one_thread():
+    with torch_threads(1):
+        yield
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = config.fewstep_rows
+    if not rows:
+        return
+    table = Table(title="fewstep beside its peers: medians of one process, sides in turn", title_justify="left")
+    for name in ("case", "fewstep", "peer", "ratio", "budget", ""):
+        table.add_column(name, justify="left" if name in ("case", "") else "right")
+    marks = {True: "[green]met[/]", False: "[bold red]missed[/]", None: ""}
+    for row in rows:
+        budget = "" if row["budget"] is None else f"{row['budget'][0]} {row['budget'][1]:g}"
+        table.add_row(
+            row["case"],
+            f"{row['ours']:.4g} {row['unit']}",
+            f"{row['peer']:.4g} {row['unit']}",
+            f"{row['ratio']:.2f}",
+            budget,
+            marks[row["met"]],
+        )
+    Console().print(table)
+    if os.environ.get("SAVE"):
+        RESULTS.parent.mkdir(exist_ok=True)
+        head = {"date": date.today().isoformat(), "versions": versions(), "machine": machine(), "rows": rows}
+        write_whole(RESULTS, lambda to: to.write_text(json.dumps(head, indent=1) + "\n"))
+        terminalreporter.write_line(f"saved {RESULTS.relative_to(Path.cwd())}")

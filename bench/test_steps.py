@@ -1,0 +1,117 @@
+"""What a step costs beside diffusers' scheduler, and beside the floor. Every time stands behind its gate."""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from fewstep.kernels import layout, naive, numba_step, philox
+from fewstep.kernels.numba_noise import normal_batch
+from fewstep.microbench import Case
+from fewstep.timing import Side, clock, copy_side, cores, interleaved
+
+REPEATS = 60
+
+# Ratios of diffusers' time to ours that must hold at (1, 4, 8, 8) and (1, 4, 64, 64); larger shapes for information.
+BUDGETS = {
+    "euler": (6, 6),
+    "ddim": (10, 8),
+    "dpmpp_2m": (15, 12),
+    "dpmpp_2m_sde": (10, 3),
+    "unipc": (40, 40),
+}
+SHAPES = [(1, 4, 8, 8), (1, 4, 64, 64), (1, 4, 128, 128)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("solver", BUDGETS)
+def test_step_beside_diffusers(solver, shape, benchmark, report, one_thread):
+    pytest.importorskip("diffusers")
+    case = Case(solver, shape)
+    case.gate()
+    case.gate_peer()
+    ours, theirs = case.ours(), case.theirs()
+    a, b = (1e6 * statistics.median(s) for s in interleaved([ours, theirs], REPEATS, clock(1)))
+    small = SHAPES.index(shape)
+    budget = (">=", BUDGETS[solver][small]) if small < 2 else None
+    report(f"{solver} {'x'.join(map(str, shape))}", a, b, b / a, budget, "us/step")
+    benchmark.pedantic(ours.run, rounds=20, warmup_rounds=2)
+
+
+def test_fused_step_beside_a_parallel_copy(benchmark, report):
+    """DPM-Solver++ 2M at 2^24 elements on all cores: read x, history and raw, write x, history and model input."""
+    n = 1 << 24
+    rng = np.random.default_rng(0)
+    x, h, raw = (rng.standard_normal((1, n), dtype=np.float32) for _ in range(3))
+    out, new, model = (np.full((1, n), np.nan, np.float32) for _ in range(3))
+    w = np.zeros((1, 2, layout.COLUMNS), np.float32)
+    w[0, 0, [0, 1, layout.RAW]] = 0.7, -0.2, 0.5
+    w[0, 1, [0, layout.RAW]] = 1.1, -0.4
+    args = numba_step.arguments([x, h], [raw], w, [out, new], [model], c_in=np.ones(1, np.float32))
+    count = numba_step.units(1, n)
+    numba_step.launch(args, count, n)
+    part = slice(0, 4096)
+    for got, want in zip((out, new), naive.step([x[:, part], h[:, part]], [raw[:, part]], w), strict=True):
+        np.testing.assert_array_equal(got[:, part], want)
+    assert np.isfinite(model).all()
+    sides = [Side("step", lambda: numba_step.launch(args, count, n)), copy_side(6 * 4 * n, cores())]
+    a, b = (1e3 * statistics.median(s) for s in interleaved(sides, 15, time.perf_counter))
+    report(f"2M step, 2^24 elements, {cores()} cores / copy of its bytes", a, b, a / b, ("<=", 1.25), "ms")
+    benchmark.pedantic(sides[0].run, rounds=5)
+
+
+@pytest.mark.parametrize("n", [16384, 1 << 20])
+def test_noise_beside_torch_randn(n, benchmark, report, one_thread):
+    torch = pytest.importorskip("torch")
+    out, streams = np.empty((1, n), np.float32), philox.streams(7, 1)
+    normal_batch(out, streams, 1, philox.STEP)
+    np.testing.assert_array_equal(out[0, :64], philox.normals(64, 7, 0, 1, philox.STEP))
+    ours = Side("philox", lambda: normal_batch(out, streams, 1, philox.STEP)).repeated()
+    theirs = Side("randn", lambda: torch.randn(n)).repeated()
+    a, b = (1e6 * statistics.median(s) for s in interleaved([ours, theirs], REPEATS, clock(1)))
+    report(f"{n} normals beside torch.randn", a, b, b / a, (">=", 1.0))
+    benchmark.pedantic(ours.run, rounds=20)
+
+
+def seconds_of(code):
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_import_beside_numpy(benchmark, report):
+    timed = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    pairs = [(seconds_of(timed.format("fewstep")), seconds_of(timed.format("numpy"))) for _ in range(15)]
+    a, b = (1e3 * statistics.median(s) for s in zip(*pairs, strict=True))
+    report("import fewstep / import numpy", a, b, a / b, ("<=", 1.5), "ms")
+    benchmark.pedantic(lambda: seconds_of(timed.format("fewstep")), rounds=3)
+
+
+def test_first_step_with_a_warm_cache(benchmark, report):
+    code = """
+import time
+t = time.perf_counter()
+import numpy as np, fewstep as fs
+denoiser = fs.Denoiser(lambda x, t: 0.1 * x, fs.VP.linear())
+fs.sample(denoiser, np.ones((1, 4, 8, 8), np.float32), steps=1)
+print(time.perf_counter() - t)
+"""
+    seconds_of(code)
+    a = statistics.median(seconds_of(code) for _ in range(5))
+    report("first step, compiled kernels on disk", a, 1.0, a, ("<=", 1.0), "s")
+    benchmark.pedantic(lambda: seconds_of(code), rounds=2)
+
+
+def test_memory_is_flat_over_a_hundred_thousand_steps(benchmark, report):
+    resource = pytest.importorskip("resource")
+    case = Case("dpmpp_2m", (1, 4, 8, 8), steps=50)
+    run = case.ours().run
+    for _ in range(200):
+        run()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(2000):
+        run()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    report("resident memory grown over 100000 steps", grown, 1.0, grown, ("<=", 1.0), "MiB")
+    benchmark.pedantic(run, rounds=5)
