@@ -37,7 +37,7 @@ format: setup    ## apply ruff's fixes and format
 	$(BIN)/ruff format .
 
 bench: setup     ## step overhead against diffusers and the copy floor, with a summary table
-	SAVE=$(SAVE) STRICT=$(STRICT) $(BIN)/python -m pytest bench -p no:xdist -o addopts="-q" \
+	SAVE=$(SAVE) STRICT=$(STRICT) $(BIN)/python -m pytest bench -p no:xdist -o addopts="-q" -W ignore::DeprecationWarning \
 		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
