@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fewstep.models import load_model
-from fewstep.output import check_out
+from fewstep.output import check_out, write_whole
 from fewstep.solvers.registry import get_solver, list_solvers
 
 EXIT_ERROR = 1
@@ -133,7 +133,9 @@ def sample(
 @app.command()
 def compare(
     model: ModelName = "digits",
-    solvers: Annotated[str, typer.Option(help="Comma-separated names.")] = "ddim,dpmpp_2m,unipc,heun,dpmpp_2m_sde",
+    solvers: Annotated[
+        str, typer.Option(help="Comma-separated names.")
+    ] = "ddim,dpmpp_2m,unipc,deis,ipndm,dpmpp_2m_sde",
     nfe: Annotated[str, typer.Option(help="Budgets of denoiser calls.")] = "6,8,12,20",
     spacing: Annotated[str, typer.Option(help="Comma-separated spacings.")] = "quadratic",
     guidance: Guidance = None,
@@ -141,14 +143,17 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of the latents, the same for all.")] = 0,
     every: Annotated[bool, typer.Option("--all", help="Every solver there is.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also write a .png figure.")] = None,
+    page: Annotated[Path | None, typer.Option("--markdown", help="Also write the tables to a .md file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare solvers on one model: error, distance to the data, cost of a step."""
+    """Compare solvers on one model, best first: error, distance to the data, cost of a step."""
     from fewstep.compare import compare as run
-    from fewstep.compare import plot as draw
+    from fewstep.compare_view import listings, markdown, rich_table
+    from fewstep.compare_view import plot as draw
 
-    if plot is not None:
-        check_out(plot, (".png",))
+    for path, suffixes, flag in ((plot, (".png",), "--plot"), (page, (".md",), "--markdown")):
+        if path is not None:
+            check_out(path, suffixes, flag)
     if n < 4:
         raise ValueError(f"--n must be at least 4 to compare distributions, got {n}")
     names = list(list_solvers()) if every else parse_list(solvers, "--solvers")
@@ -162,13 +167,10 @@ def compare(
         TimeElapsedColumn(),
         console=ERR,
         transient=True,
+        disable=not ERR.is_terminal,
     )
     with bar:
         task = bar.add_task("", total=1 + len(names) * len(budgets) * len(spacings))
-
-        def advance(what: str) -> None:
-            bar.update(task, description=what, advance=1)
-
         result = run(
             load_model(model),
             names,
@@ -177,63 +179,31 @@ def compare(
             guidance=guidance,
             n=n,
             seed=seed,
-            advance=advance,
+            advance=lambda what: bar.update(task, description=what, advance=1),
         )
+    if not result.entries:
+        raise ValueError("nothing to compare: " + "; ".join(f"{k} {v}" for k, v in result.left_out.items()))
+    tables = listings(result)
     if plot is not None:
         draw(result, plot)
+    if page is not None:
+        write_whole(page, lambda to: to.write_text(markdown(tables), encoding="utf-8"))
     if as_json:
         typer.echo(json.dumps(result.as_json()))
         return
-    several = len(spacings) > 1
-    rows = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
-    found = {(e.solver, e.spacing, e.budget): e for e in result.entries}
-
-    def table(title: str, value: Any, caption: str, cost: bool) -> Table:
-        made = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-        made.add_column("solver")
-        for budget in budgets:
-            made.add_column(f"{budget} calls", justify="right")
-        if cost:
-            made.add_column("µs a step", justify="right")
-        best = [
-            min(
-                (v for key in rows if (e := found.get((*key, b))) and (v := value(e)) is not None),
-                default=None,
-            )
-            for b in budgets
-        ]
-        for key in rows:
-            cells = []
-            for budget, top in zip(budgets, best, strict=True):
-                entry = found.get((*key, budget))
-                number = None if entry is None else value(entry)
-                text = "—" if number is None else f"{number:.4f}"
-                cells.append(f"[bold green]{text}[/]" if number is not None and number == top else text)
-            mine = [found[(*key, b)].step_us for b in budgets if (*key, b) in found]
-            name = f"{key[0]} ({key[1]})" if several else key[0]
-            made.add_row(name, *cells, *([f"{sorted(mine)[len(mine) // 2]:.1f}"] if cost else []))
-        return made
-
-    guided = f", guidance {guidance:g}" if guidance else ""
+    for table in tables:
+        OUT.print(rich_table(table))
+    for name, why in result.left_out.items():
+        OUT.print(f"left out: {name} {why}")
+    for path in (plot, page):
+        if path is not None:
+            OUT.print(f"wrote [bold]{path}[/]")
+    best = result.best()
     OUT.print(
-        table(
-            f"{model}{guided}: RMSE to the model's own ODE end point, {n} samples",
-            lambda e: e.rmse,
-            f"— : stochastic, or the budget is too small. The reference is good to {result.reference_error:.4f}.",
-            True,
-        )
+        f"samples of the best: [bold]fewstep sample --model {model} --solver {best.solver} --steps {best.steps} "
+        f"--spacing {best.spacing} --out samples.png[/]",
+        soft_wrap=True,
     )
-    OUT.print(
-        table(
-            f"{model}{guided}: energy distance to the data",
-            lambda e: e.energy,
-            f"Real data to other real data: {result.data_floor:.4f}.",
-            False,
-        )
-    )
-    if plot is not None:
-        OUT.print(f"figure: [bold]{plot}[/]")
-    OUT.print("samples of one solver: [bold]fewstep sample --solver unipc --steps 8 --out digits.png[/]")
 
 
 @app.command()

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fewstep.bindings.denoiser import Denoiser
 from fewstep.models import Model
-from fewstep.output import contact_sheet, plotting, write_whole
 from fewstep.problems import energy_distance
 from fewstep.recommender import fit_steps
 from fewstep.solvers.grid import grid as make_grid
 from fewstep.solvers.loop import Sampler
+from fewstep.solvers.plan import Plan
 from fewstep.solvers.registry import plan as make_plan
 
 # Calls of the reference solution and of its check at half as many.
 REFERENCE_CALLS = 100
 SHOWN = 10  # samples of each solver in the plot
+FLOOR_DRAWS = 16  # sets of real data whose distance to the rest of the data is what chance alone makes
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,37 @@ class Entry:
     spacing: str
     budget: int
     nfe: int
+    steps: int
     rmse: float | None
     energy: float
-    step_us: float
-    seconds: float
+    step_us: float  # of everything but the network
+    seconds: float  # of the whole run
 
 
 @dataclass(frozen=True)
 class Comparison:
+    """What `compare` found.
+
+    reference_error  RMSE of the reference against itself at half the calls
+    floor, spread    mean and standard deviation of the energy distance of as many real data to the rest: what
+                     lies within them cannot be told from the data
+    left_out         solver -> why it has no entry
+    """
+
     model: str
     samples: int
     guidance: float | None
-    reference_error: float  # RMSE of the reference against itself at half the calls
-    data_floor: float  # energy distance of real data to other real data
+    reference_error: float
+    floor: float
+    spread: float
     entries: list[Entry] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
     shown: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def best(self) -> Entry:
+        """The entry of least error, or, where all solvers are stochastic, nearest to the data."""
+        exact = [e for e in self.entries if e.rmse is not None]
+        return min(exact or self.entries, key=lambda e: e.energy if e.rmse is None else e.rmse)
 
     def as_json(self) -> dict[str, Any]:
         keep = {k: v for k, v in vars(self).items() if k not in ("entries", "shown")}
@@ -65,13 +83,16 @@ def compare(
 ) -> Comparison:
     """Run every solver at every budget of denoiser calls, from the same latents.
 
-    A solver of several calls a step gets as many steps as fit the budget; one that does not fit is left out.
-    advance is told what is being done, once for each unit of work.
+    A solver of several calls a step gets as many steps as fit the budget; where none fits it has no entry, nor
+    has one that starts from data instead of noise. The samples are of all classes in turn. advance is told what
+    is being done, once for each unit of work.
     """
     denoiser = model.denoiser(guidance)
     process = denoiser.process
     shape = (n, *model.shape)
-    cond = model.cond(np.arange(n) % max(model.classes, 1))
+    labels = np.arange(n) % max(model.classes, 1)
+    cond = model.cond(labels)
+    # Before any work, so that a bad spacing or budget is an error now.
     plans = {
         (solver, spacing, budget): _fit(solver, process, spacing, budget)
         for solver in solvers
@@ -80,147 +101,82 @@ def compare(
     }
     advance("the reference solution")
 
-    def run(plan: Any) -> np.ndarray:
+    def run(plan: Plan) -> np.ndarray:
         return np.asarray(Sampler(denoiser, plan, shape)(seed=seed, cond=cond), dtype=np.float64)
 
     reference, check = (
         run(make_plan("unipc", make_grid(process, steps, "logsnr"), order=3))
         for steps in (REFERENCE_CALLS, REFERENCE_CALLS // 2)
     )
-    real = model.data(2 * n, seed)
-    half = len(real) // 2
-    result = Comparison(
-        model.name,
-        n,
-        guidance,
-        float(np.sqrt(np.mean((reference - check) ** 2))),
-        energy_distance(real[:half], real[half:]),
-    )
+    data, of = model.data(seed)
+    result = Comparison(model.name, n, guidance, _rmse(reference, check), *real_to_real(data, of, labels, seed))
+    middle = min(budgets, key=lambda b: abs(b - 8))
     for (solver, spacing, budget), plan in plans.items():
         advance(f"{solver}, {budget} calls")
-        if plan is None:
+        if isinstance(plan, str):
+            result.left_out[solver] = plan
             continue
         begin = time.perf_counter()
         x = run(plan)
         seconds = time.perf_counter() - begin
-        rmse = None if plan.stochastic else float(np.sqrt(np.mean((x - reference) ** 2)))
-        entry = Entry(
-            solver,
-            spacing,
-            budget,
-            plan.nfe,
-            rmse,
-            energy_distance(x, real),
-            step_cost(denoiser, plan, shape),
-            seconds,
-        )
+        rmse = None if plan.stochastic else _rmse(x, reference)
+        energy = energy_distance(x, data, unbiased=False)
+        cost = step_cost(denoiser, plan, shape, cond)
+        entry = Entry(solver, spacing, budget, plan.nfe, plan.steps, rmse, energy, cost, seconds)
         result.entries.append(entry)
-        if budget == min(budgets, key=lambda b: abs(b - 8)) and solver not in result.shown:
+        if budget == middle and solver not in result.shown:
             result.shown[solver] = x[:SHOWN]
+    for solver in {e.solver for e in result.entries}:
+        result.left_out.pop(solver, None)  # it ran at a larger budget
     result.shown["reference"] = reference[:SHOWN]
     return result
 
 
-def _fit(solver: str, process: Any, spacing: str, budget: int) -> Any:
+def _rmse(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((a - b) ** 2)))
+
+
+def _fit(solver: str, process: Any, spacing: str, budget: int) -> Plan | str:
+    """The plan of most steps within the budget, or why there is none."""
     try:
         steps = fit_steps(solver, process, spacing, budget, {})
     except ValueError as error:
         if "needs more than" not in str(error):
             raise
-        return None
-    return make_plan(solver, make_grid(process, steps, spacing))
+        return f"one step takes more than {budget} calls"
+    plan = make_plan(solver, make_grid(process, steps, spacing))
+    return "starts from data, not from noise" if plan.start.sigma < plan.stages[-1].to.sigma else plan
 
 
-def step_cost(denoiser: Any, plan: Any, shape: tuple[int, ...], repeats: int = 15) -> float:
-    """Microseconds a call of everything but the network, which is replaced by one that returns a fixed array."""
-    from fewstep.bindings.denoiser import Denoiser
+def real_to_real(data: np.ndarray, of: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
+    """Mean and standard deviation of the energy distance of real samples with those labels to the rest of the data.
 
-    raw = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    free = Denoiser(lambda x, t: raw, denoiser.process, "sample")
-    sampler = Sampler(free, plan, shape)
-    x, out = np.ones(shape, np.float32), np.empty(shape, np.float32)
-    sampler(x, seed=0, out=out)
+    data (M, ...) with classes of (M,); labels (n,). At most half of a class is drawn. The distance is the biased
+    one, so that these sets are to be compared with sets as large.
+    """
+    rng = np.random.default_rng(seed)
+    counts = {c: min(int(np.sum(labels == c)), int(np.sum(of == c)) // 2) for c in np.unique(labels)}
+    found = []
+    for _ in range(FLOOR_DRAWS):
+        chosen = np.concatenate([rng.choice(np.flatnonzero(of == c), k, replace=False) for c, k in counts.items()])
+        found.append(energy_distance(data[chosen], np.delete(data, chosen, axis=0), unbiased=False))
+    return float(np.mean(found)), float(np.std(found, ddof=1))
+
+
+def step_cost(denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], cond: Any = None, repeats: int = 15) -> float:
+    """Microseconds a step of everything but the network, which is replaced by one that returns its input.
+
+    Its arrays, dtype and branches of guidance are the network's.
+    """
+    free = copy.copy(denoiser)
+    free.model = lambda x, t, **cond: x
+    free.dtype = denoiser.model_dtype("float32")
+    device = None if denoiser.frame is None or denoiser.frame.name == "numpy" else denoiser.frame.device
+    sampler = Sampler(free, plan, shape, device=device)
+    out = sampler(seed=0, cond=cond)
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
-        sampler(x, seed=0, out=out)
+        sampler(seed=0, cond=cond, out=out)
         times.append(time.perf_counter() - begin)
-    return float(np.median(times) / plan.nfe * 1e6)
-
-
-# One colour a solver (Okabe & Ito's palette, which colour-blind readers can tell apart) and one marker.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
-
-
-def plot(result: Comparison, path: Path) -> None:
-    """Error and energy distance against calls, and, for images, what the samples look like."""
-    pyplot = plotting()
-    solvers = list(dict.fromkeys(e.solver for e in result.entries))
-    images = result.shown and next(iter(result.shown.values())).ndim == 4
-    ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
-    figure, axes = pyplot.subplots(
-        1, len(ratios), figsize=(5.0 * len(ratios), 4.6), layout="constrained", width_ratios=ratios
-    )
-    several = len({e.spacing for e in result.entries}) > 1
-    for j, solver in enumerate(solvers):
-        for spacing in dict.fromkeys(e.spacing for e in result.entries if e.solver == solver):
-            mine = [e for e in result.entries if e.solver == solver and e.spacing == spacing]
-            style = {"color": COLOURS[j % len(COLOURS)], "marker": MARKERS[j % len(MARKERS)], "markersize": 5}
-            label = f"{solver} ({spacing})" if several else solver
-            errors = [(e.nfe, e.rmse) for e in mine if e.rmse is not None]
-            if errors:
-                axes[0].plot(*zip(*errors, strict=True), label=label, **style)
-            axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=label, **style)
-    axes[0].set_ylabel("RMSE to the model's own ODE end point")
-    axes[0].set_yscale("log")
-    axes[1].set_ylabel("energy distance to the data")
-    # A solver that diverges would press all others flat: the axis ends above the ones that did not.
-    energies = sorted(e.energy for e in result.entries)
-    top = max(e for e in energies if e <= 10.0 * max(energies[len(energies) // 2], result.data_floor, 0.01))
-    low = min(energies[0], result.data_floor)
-    axes[1].set_ylim(low - 0.08 * (top - low), top + 0.15 * (top - low))
-    axes[1].axhline(result.data_floor, color="0.5", linestyle=":", linewidth=1)
-    axes[1].annotate(
-        "data to data",
-        (0.98, result.data_floor),
-        xycoords=("axes fraction", "data"),
-        ha="right",
-        va="bottom",
-        color="0.4",
-    )
-    ticks = sorted({e.budget for e in result.entries})
-    for axis in axes[:2]:
-        axis.set_xlabel("denoiser calls")
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [str(t) for t in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].legend(frameon=False)
-    if images:
-        _samples(axes[2], result)
-    guidance = f", guidance {result.guidance:g}" if result.guidance else ""
-    figure.suptitle(f"{result.model}{guidance}: {result.samples} samples from the same latents")
-    write_whole(path, lambda to: figure.savefig(to, dpi=130))
-    pyplot.close(figure)
-
-
-def _samples(axis: Any, result: Comparison) -> None:
-    """A row of samples for each solver at the budget nearest to 8, the reference below."""
-    strips = [contact_sheet(x, columns=SHOWN, enlarge=4) for x in result.shown.values()]
-    height = strips[0].shape[0]
-    axis.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)
-    calls = {
-        e.solver: e.nfe
-        for e in result.entries
-        if e.budget == min((b.budget for b in result.entries), key=lambda b: abs(b - 8))
-    }
-    names = [
-        f"{name}, {calls[name]} calls" if name in calls else f"reference, {REFERENCE_CALLS}" for name in result.shown
-    ]
-    axis.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
-    axis.set_xticks([])
-    axis.tick_params(left=False)
-    axis.spines[:].set_visible(False)
-    axis.set_title("the same latents", fontsize="medium")
+    return float(np.median(times) / plan.steps * 1e6)

@@ -13,16 +13,18 @@ from fewstep.problems import Digits, Gaussian, Mixture
 from fewstep.solvers.process import VP
 from fewstep.solvers.registry import unknown
 
+DRAWN = 4096  # real data of an exact problem
+
 
 @dataclass(frozen=True)
 class Model:
-    """denoiser(guidance), cond(labels) -> its condition, data(n, seed) -> real data (n, *shape)."""
+    """denoiser(guidance), cond(labels) -> its condition, data(seed) -> real data (M, *shape) and their classes (M,)."""
 
     name: str
     shape: tuple[int, ...]
     denoiser: Callable[[float | None], Denoiser]
     cond: Callable[[np.ndarray], Mapping[str, Any] | None]
-    data: Callable[[int, int], np.ndarray]
+    data: Callable[[int], tuple[np.ndarray, np.ndarray]]
     classes: int = 0
 
 
@@ -33,13 +35,14 @@ def load_model(name: str) -> Model:
     return MODELS[name]()
 
 
-def real_digits() -> np.ndarray:
-    """scikit-learn's 1797 digits as (1797, 1, 8, 8) in [-1, 1]."""
+def real_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1797 digits as (1797, 1, 8, 8) in [-1, 1], and their classes (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ImportError("the digits data need scikit-learn: pip install 'fewstep[cli]'") from None
-    return np.asarray(load_digits().images[:, None] / 8.0 - 1.0)
+    digits = load_digits()
+    return np.asarray(digits.images[:, None] / 8.0 - 1.0), np.asarray(digits.target)
 
 
 def _digits() -> Model:
@@ -54,11 +57,10 @@ def _digits() -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         return Denoiser(network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
 
-    def data(n: int, seed: int) -> np.ndarray:
-        digits = real_digits()
-        return digits[np.random.default_rng(seed).permutation(len(digits))[:n]]
+    def cond(labels: np.ndarray) -> Mapping[str, Any]:
+        return {"label": torch.from_numpy(labels)}
 
-    return Model("digits", (1, 8, 8), denoiser, lambda labels: {"label": torch.from_numpy(labels)}, data, 10)
+    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: real_digits(), 10)
 
 
 def _exact(name: str, problem: Any) -> Model:
@@ -68,7 +70,10 @@ def _exact(name: str, problem: Any) -> Model:
         exact: Denoiser = problem.denoiser(VP.linear())
         return exact
 
-    return Model(name, problem.shape, denoiser, lambda labels: None, problem.draw)
+    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return problem.draw(DRAWN, seed), np.zeros(DRAWN, int)
+
+    return Model(name, problem.shape, denoiser, lambda labels: None, data)
 
 
 MODELS: dict[str, Callable[[], Model]] = {

@@ -15,15 +15,17 @@ SUFFIXES = (".png", ".npz")
 ENLARGE = 8  # screen pixels for a pixel of an 8x8 digit
 
 
-def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
-    """Raises ValueError for a suffix nothing can write, FileNotFoundError for a folder that is not there."""
+def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--out") -> None:
+    """Raises ValueError for a suffix nothing can write or a folder, FileNotFoundError for a folder that is missing."""
     if path.suffix not in suffixes:
-        raise ValueError(f"--out {path}: the file must end in {' or '.join(suffixes)}")
+        raise ValueError(f"{flag} {path}: the file must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; make it first")
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it: nobody ever sees half a file."""
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)

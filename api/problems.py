@@ -353,13 +353,16 @@ class Digits(Mixture):
         super().__init__(load_digits().images[:, None] / 8.0 - 1.0, blur)
 
 
-def energy_distance(a: ArrayLike, b: ArrayLike, chunk: int = 512) -> float:
-    """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo, 2013), the unbiased U-statistic.
+def energy_distance(a: ArrayLike, b: ArrayLike, *, unbiased: bool = True, chunk: int = 512) -> float:
+    """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo, 2013) of two sets of samples.
 
-    It is 0 in expectation, and so negative half of the time, for samples of one distribution.
+    Unbiased, it is 0 in expectation, and so negative half of the time, for samples of one distribution. Biased, it
+    is the squared distance of the two empirical distributions: never negative, about E|X - X'| (1/n + 1/m) for
+    samples of one distribution, and so to be read beside that of other sets as large.
 
     Args:
         a, b: (n, ...) and (m, ...) samples, n, m >= 2, of one shape; NumPy arrays or CPU tensors.
+        unbiased: leave each sample's distance 0 to itself out of the means (the U-statistic).
         chunk: rows of the distance matrix held at a time: memory is chunk * max(n, m) float64.
 
     Raises:
@@ -369,11 +372,12 @@ def energy_distance(a: ArrayLike, b: ArrayLike, chunk: int = 512) -> float:
     if first.ndim < 1 or second.ndim < 1 or first.shape[1:] != second.shape[1:]:
         raise ValueError(f"a has shape {first.shape}, b {second.shape}: they must be (n, ...) and (m, ...)")
     n, m = len(first), len(second)
-    if n < 2 or m < 2:
-        raise ValueError(f"a has {n} samples, b {m}: the unbiased estimate takes at least 2 of each")
+    if n < 1 + unbiased or m < 1 + unbiased:
+        raise ValueError(f"a has {n} samples, b {m}: it takes at least {1 + unbiased} of each")
     x, y = first.reshape(n, -1), second.reshape(m, -1)
     cross = _distances(x, y, chunk) / (n * m)
-    return 2.0 * cross - _distances(x, x, chunk) / (n * (n - 1)) - _distances(y, y, chunk) / (m * (m - 1))
+    own = (_distances(v, v, chunk) / (len(v) * (len(v) - unbiased)) for v in (x, y))
+    return 2.0 * cross - sum(own)
 
 
 def _distances(x: Array, y: Array, chunk: int) -> float:

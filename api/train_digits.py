@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.bindings.unet import NO_CLASS, UNet
+from fewstep.output import write_whole
+from fewstep.problems import energy_distance
 from fewstep.solvers.process import VP
 
 HELD_OUT = 297
@@ -142,16 +142,6 @@ def ddim(net: UNet, label: Tensor, guidance: float, steps: int, generator: torch
     return x
 
 
-def energy_distance(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo 2013) of two samples, their own pairs included."""
-
-    def mean(a: NDArray[Any], b: NDArray[Any]) -> float:
-        squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2.0 * a @ b.T
-        return float(np.sqrt(np.maximum(squared, 0.0)).mean())
-
-    return 2.0 * mean(x, y) - mean(x, x) - mean(y, y)
-
-
 def evaluate(net: UNet, train: Split, held: Split, count: int, seed: int) -> dict[str, Any]:
     """Judge DDIM samples, 50 steps, with the classes of the first `count` training images.
 
@@ -166,7 +156,7 @@ def evaluate(net: UNet, train: Split, held: Split, count: int, seed: int) -> dic
         "samples": len(label),
         "classifier_held_out_accuracy": float(judge.score(flat["held"], held.label)),
         "floor": {
-            "energy_distance": energy_distance(flat["train"][:count], flat["held"]),
+            "energy_distance": energy_distance(flat["train"][:count], flat["held"], unbiased=False),
             "nearest": _nearest(flat["held"], flat["train"]),
         },
     }
@@ -175,7 +165,7 @@ def evaluate(net: UNet, train: Split, held: Split, count: int, seed: int) -> dic
         made = ddim(net, label, guidance, 50, generator).flatten(1).double().numpy()
         result[f"guidance_{guidance:g}"] = {
             "accuracy": float(judge.score(made, label)),
-            "energy_distance": energy_distance(made, flat["held"]),
+            "energy_distance": energy_distance(made, flat["held"], unbiased=False),
             "nearest": _nearest(made, flat["train"]),
         }
     return result
@@ -184,16 +174,6 @@ def evaluate(net: UNet, train: Split, held: Split, count: int, seed: int) -> dic
 def _nearest(x: NDArray[Any], data: NDArray[Any]) -> float:
     squared = (x**2).sum(1)[:, None] + (data**2).sum(1) - 2.0 * x @ data.T
     return float(np.median(np.sqrt(np.maximum(squared.min(1), 0.0))))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: readers see the old or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def train(settings: Settings, out: Path) -> dict[str, Any]:

@@ -142,9 +142,12 @@ def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder"), ("dir.png", "is a folder")]
+)
 def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypatch, name, text):
     monkeypatch.setattr("fewstep.commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    (tmp_path / "dir.png").mkdir()
     code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
     assert code == 1
     assert text in errors
@@ -234,7 +237,7 @@ def test_compare_prints_a_table_writes_a_plot_and_json(cli, tmp_path):
     assert code == 0
     assert "ddim" in printed
     assert "—" in printed  # ddpm's RMSE
-    assert "energy distance" in printed
+    assert "energy distance" in " ".join(printed.split())
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     code, printed, _ = cli(*words, "--json")
     told = json.loads(printed)
@@ -254,6 +257,7 @@ def test_compare_prints_a_table_writes_a_plot_and_json(cli, tmp_path):
         (("--nfe", "4,x"), "'x' is not a whole number"),
         (("--plot", "no/where.png"), "no folder"),
         (("--plot", "c.pdf"), ".png"),
+        (("--markdown", "c.txt"), "--markdown c.txt: the file must end in .md"),
         (("--n", "1"), "--n must be at least"),
     ],
 )
@@ -262,6 +266,80 @@ def test_compare_refuses_bad_arguments(cli, words, text):
     assert code == 1
     assert text in errors
     assert errors.count("\n") == 1
+
+
+def test_the_floor_is_what_chance_makes_of_real_data():
+    from fewstep.compare import real_to_real
+
+    rng = np.random.default_rng(0)
+    data = rng.standard_normal((600, 2)) + 5.0 * (np.arange(600) % 2)[:, None]
+    of = np.arange(600) % 2
+    floor, spread = real_to_real(data, of, np.arange(40) % 2, seed=1)
+    far = real_to_real(data, of, np.zeros(40, int), seed=1)[0]  # all of one class: not like the data
+    assert 0 < floor < 0.2
+    assert 0 < spread < floor
+    assert far > 10 * floor
+    assert real_to_real(data[:6], of[:6], np.arange(40) % 2, seed=1)[0] > 0  # more labels than data
+
+
+def test_a_step_costs_the_same_whatever_the_network():
+    """The step cost leaves the network out, and counts steps: Heun's are two calls."""
+    import time
+
+    from fewstep.compare import step_cost
+
+    def slow(x, t):
+        time.sleep(0.05)
+        return 0.1 * x
+
+    shape = (4, 2)
+    plan = fs.plan("ddim", fs.grid(fs.VP.linear(), 5))
+    assert step_cost(fs.Denoiser(slow, fs.VP.linear()), plan, shape, repeats=3) < 10_000
+    torch = pytest.importorskip("torch")
+
+    class Network(torch.nn.Linear):
+        def forward(self, x, t, label):
+            raise AssertionError("the network was called")
+
+    denoiser = fs.Denoiser(Network(2, 2), fs.VP.linear(), guidance=2.0, null={"label": torch.tensor([0])})
+    cond = {"label": torch.ones(4, dtype=torch.long)}
+    assert step_cost(denoiser, plan, shape, cond, repeats=3) > 0
+
+
+def test_compare_all_runs_every_solver_that_starts_from_noise(cli, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ("compare", "--model", "gaussian", "--all", "--nfe", "2,5", "--n", 8)
+    code, printed, errors = cli(*words, "--markdown", tmp_path / "all.md", "--plot", tmp_path / "all.png", "--json")
+    assert code == 0, errors
+    told = json.loads(printed)
+    assert told["left_out"] == {"ddim_inverse": "starts from data, not from noise"}
+    assert {e["solver"] for e in told["entries"]} == set(fs.list_solvers()) - {"ddim_inverse"}
+    assert (tmp_path / "all.png").stat().st_size > 20_000
+    first, second = (tmp_path / "all.md").read_text(encoding="utf-8").split("energy distance")
+    names = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("| ")][1:]
+    assert len(names) == len(fs.list_solvers()) - 1
+    errors = {(e["solver"], e["budget"]): e["rmse"] for e in told["entries"]}
+    exact = [errors[n, 5] for n in names if errors[n, 5] is not None]
+    assert exact == sorted(exact)  # best first
+    assert all(errors[n, 5] is None for n in names[len(exact) :])
+    assert "As many real samples" in second
+
+
+def test_a_cell_tells_how_many_calls_were_made(cli):
+    code, printed, _ = cli("compare", "--model", "gaussian", "--solvers", "heun,rk4", "--nfe", "3,8", "--n", 8)
+    assert code == 0
+    rows = {name: next(line for line in printed.splitlines() if name in line) for name in ("rk4", "heun")}
+    assert "(1)" in rows["rk4"]  # the last step, to sigma = 0, is Euler's: two steps are 5 calls
+    assert "(5)" in rows["rk4"]
+    assert "(7)" in rows["heun"]
+    assert rows["heun"].count("(") == 1
+    assert printed.count("fewstep sample --model gaussian --solver") == 1
+
+
+def test_compare_says_why_there_is_nothing(cli):
+    code, printed, errors = cli("compare", "--model", "gaussian", "--solvers", "ddim_inverse", "--nfe", "3", "--n", 8)
+    assert (code, printed) == (1, "")
+    assert errors == "error: nothing to compare: ddim_inverse starts from data, not from noise\n"
 
 
 # --- recommend, doctor, bench, solvers ---

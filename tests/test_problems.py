@@ -253,22 +253,26 @@ def test_digits_end_at_digits():
     np.testing.assert_allclose(away, 0.1, atol=0.04)
 
 
-def naive_energy(a, b):
+def naive_energy(a, b, unbiased):
     def mean(x, y, pairs):
         return sum(math.dist(x[i], y[j]) for i, j in pairs) / len(pairs)
 
     n, m = len(a), len(b)
     cross = mean(a, b, [(i, j) for i in range(n) for j in range(m)])
-    within = [mean(v, v, [(i, j) for i in range(len(v)) for j in range(len(v)) if i != j]) for v in (a, b)]
+    within = [
+        mean(v, v, [(i, j) for i in range(len(v)) for j in range(len(v)) if i != j or not unbiased]) for v in (a, b)
+    ]
     return 2 * cross - sum(within)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.integers(0, 99))
-def test_energy_distance_is_the_double_sum(n, m, chunk, seed):
+@given(st.integers(2, 9), st.integers(2, 9), st.integers(1, 4), st.integers(0, 99), st.booleans())
+def test_energy_distance_is_the_double_sum(n, m, chunk, seed, unbiased):
     rng = np.random.default_rng(seed)
     a, b = 3.0 + rng.standard_normal((n, 2)), rng.standard_normal((m, 2))
-    assert energy_distance(a, b, chunk=chunk) == pytest.approx(naive_energy(a, b), rel=1e-6, abs=1e-7)
+    assert energy_distance(a, b, unbiased=unbiased, chunk=chunk) == pytest.approx(
+        naive_energy(a, b, unbiased), rel=1e-6, abs=1e-7
+    )
 
 
 def test_energy_distance_tells_distributions_apart():

@@ -272,9 +272,3 @@ def test_steps_below_one_are_refused(capsys):
     with pytest.raises(SystemExit):
         train_digits.main(["--steps", "0"])
     assert "0 is not a positive number of steps" in capsys.readouterr().err
-
-
-def test_energy_distance_of_two_points():
-    x, y = np.zeros((1, 2)), np.array([[3.0, 4.0]])
-    assert train_digits.energy_distance(x, y) == pytest.approx(10.0)
-    assert train_digits.energy_distance(y, y) == pytest.approx(0.0, abs=1e-6)

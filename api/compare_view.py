@@ -1,0 +1,224 @@
+"""What `fewstep compare` shows: tables for a terminal or a page, and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.compare import REFERENCE_CALLS, SHOWN, Comparison, Entry
+from fewstep.output import contact_sheet, plotting, write_whole
+
+MISSING = "—"
+FEW = 8  # solvers that a figure can tell apart as lines; more are ranked
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table as text: title, column heads, rows, one caption; best are the (row, column) cells to stress."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]]
+    caption: str
+
+
+def listings(result: Comparison) -> tuple[Listing, Listing]:
+    """The error and the distance to the data of every solver at every budget, best solver first."""
+    guided = f", guidance {result.guidance:g}" if result.guidance else ""
+    what = f"{result.model}{guided}, {result.samples} samples"
+    return (
+        _listing(
+            result,
+            f"{what}: RMSE to the model's own ODE end point",
+            lambda e: e.rmse,
+            f"{MISSING}: stochastic, or the budget is too small. (k): it made k calls. The reference is good to "
+            f"{result.reference_error:.1g}. µs a step: all but the network. s: the longest run.",
+            True,
+        ),
+        _listing(
+            result,
+            f"{what}: energy distance to the data",
+            lambda e: e.energy,
+            f"As many real samples are at {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
+            False,
+        ),
+    )
+
+
+def ranked(result: Comparison, value: Callable[[Entry], float | None]) -> list[tuple[str, str]]:
+    """(solver, spacing) by their value at the largest budget they have, the ones without a value last."""
+    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
+
+    def key(pair: tuple[str, str]) -> tuple[bool, float]:
+        largest = max((e for e in result.entries if (e.solver, e.spacing) == pair), key=lambda e: e.budget)
+        found = value(largest)
+        return found is None, found or 0.0
+
+    return sorted(pairs, key=key)
+
+
+def _listing(
+    result: Comparison, title: str, value: Callable[[Entry], float | None], caption: str, cost: bool
+) -> Listing:
+    budgets = sorted({e.budget for e in result.entries})
+    several = len({e.spacing for e in result.entries}) > 1
+    found = {(e.solver, e.spacing, e.budget): e for e in result.entries}
+    pairs = ranked(result, value)
+    rows, numbers = [], np.full((len(pairs), len(budgets)), np.inf)
+    for i, pair in enumerate(pairs):
+        cells = []
+        for j, budget in enumerate(budgets):
+            entry = found.get((*pair, budget))
+            number = None if entry is None else value(entry)
+            if entry is None or number is None:
+                cells.append(MISSING)
+                continue
+            numbers[i, j] = number
+            cells.append(f"{number:.4f}" + (f" ({entry.nfe})" if entry.nfe != budget else ""))
+        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
+        name = f"{pair[0]} ({pair[1]})" if several else pair[0]
+        costs = (f"{np.median([e.step_us for e in mine]):.1f}", f"{max(e.seconds for e in mine):.2f}")
+        rows.append((name, *cells, *(costs if cost else ())))
+    best = {(int(i), j + 1) for j, i in enumerate(numbers.argmin(axis=0)) if np.isfinite(numbers[i, j])}
+    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs a step", "s") if cost else ()))
+    return Listing(title, heads, tuple(rows), frozenset(best), caption)
+
+
+def rich_table(listing: Listing) -> Any:
+    from rich.table import Table
+
+    made = Table(title=listing.title, caption=listing.caption, title_justify="left", caption_justify="left")
+    for i, head in enumerate(listing.heads):
+        made.add_column(head, justify="right" if i else "left", no_wrap=True)
+    for i, row in enumerate(listing.rows):
+        made.add_row(*(f"[bold green]{c}[/]" if (i, j) in listing.best else c for j, c in enumerate(row)))
+    return made
+
+
+def markdown(tables: Sequence[Listing]) -> str:
+    """The tables as GitHub shows them."""
+    lines = []
+    for table in tables:
+        lines += [f"**{table.title}**", "", "| " + " | ".join(table.heads) + " |"]
+        lines += ["|---|" + "---:|" * (len(table.heads) - 1)]
+        for i, row in enumerate(table.rows):
+            cells = (f"**{c}**" if (i, j) in table.best else c for j, c in enumerate(row))
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", table.caption, ""]
+    return "\n".join(lines)
+
+
+# One colour a solver (Okabe & Ito's palette, which colour-blind readers can tell apart) and one marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MARKERS = "osD^vP*X"
+
+
+def plot(result: Comparison, path: Path) -> None:
+    """Error and energy distance against calls, and, for images, what the samples look like; a ranking of many."""
+    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
+    guidance = f", guidance {result.guidance:g}" if result.guidance else ""
+    title = f"{result.model}{guidance}: {result.samples} samples from the same latents"
+    draw = _lines if len(pairs) <= FEW else _ranking
+    pyplot = plotting()
+    figure = draw(pyplot, result, pairs)
+    figure.suptitle(title)
+    write_whole(path, lambda to: figure.savefig(to, dpi=130))
+    pyplot.close(figure)
+
+
+def _name(result: Comparison, pair: tuple[str, str]) -> str:
+    several = len({e.spacing for e in result.entries}) > 1
+    return f"{pair[0]} ({pair[1]})" if several else pair[0]
+
+
+def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
+    images = next(iter(result.shown.values())).ndim == 4
+    ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
+    figure, axes = pyplot.subplots(
+        1, len(ratios), figsize=(5.0 * len(ratios), 5.0), layout="constrained", width_ratios=ratios
+    )
+    for j, pair in enumerate(pairs):
+        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
+        style = {"color": COLOURS[j], "marker": MARKERS[j], "markersize": 5}
+        errors = [(e.nfe, e.rmse) for e in mine if e.rmse is not None]
+        if errors:
+            axes[0].plot(*zip(*errors, strict=True), **style)
+        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=_name(result, pair), **style)
+    axes[0].set_ylabel("RMSE to the model's own ODE end point")
+    axes[0].set_yscale("log")
+    axes[1].set_ylabel("energy distance to the data")
+    # A solver that diverges would press all others flat: the axis ends above the ones that did not.
+    energies = sorted(e.energy for e in result.entries)
+    high, low = result.floor + result.spread, result.floor - result.spread
+    top = max([high, *(e for e in energies if e <= 10.0 * max(energies[len(energies) // 2], high))])
+    low = min(low, energies[0])
+    axes[1].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
+    band = (result.floor - result.spread, result.floor + result.spread)
+    axes[1].axhspan(*band, color="0.85", zorder=0, label="real data to the rest")
+    ticks = sorted({e.nfe for e in result.entries})
+    for axis in axes[:2]:
+        axis.set_xlabel("denoiser calls")
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=FEW, frameon=False)
+    if images:
+        _samples(axes[2], result)
+    return figure
+
+
+def _ranking(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
+    """Every solver a row, the best of the largest budget on top, a dot for each budget."""
+    budgets = sorted({e.budget for e in result.entries})
+    panels: tuple[tuple[str, Callable[[Entry], float | None]], ...] = (
+        ("RMSE to the model's own ODE end point", lambda e: e.rmse),
+        ("energy distance to the data", lambda e: e.energy),
+    )
+    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(pairs)), layout="constrained")
+    for axis, (label, value) in zip(axes, panels, strict=True):
+        order = [p for p in ranked(result, value) if any(value(e) is not None for e in _of(result, p))]
+        for j, budget in enumerate(budgets):
+            dots = [(value(e), i) for i, p in enumerate(order) for e in _of(result, p) if e.budget == budget]
+            dots = [(v, i) for v, i in dots if v is not None]
+            axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=f"{budget} calls")
+        axis.set_yticks(range(len(order)), [_name(result, p) for p in order], fontsize="small")
+        axis.set_ylim(len(order) - 0.4, -0.6)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    axes[1].axvspan(result.floor - result.spread, result.floor + result.spread, color="0.85", zorder=0)
+    axes[1].set_xscale("symlog", linthresh=max(2.0 * result.spread, 1e-6))
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+def _of(result: Comparison, pair: tuple[str, str]) -> list[Entry]:
+    return [e for e in result.entries if (e.solver, e.spacing) == pair]
+
+
+def _samples(axis: Any, result: Comparison) -> None:
+    """A row of samples for each solver at the budget nearest to 8, the reference below."""
+    strips = [contact_sheet(x, columns=SHOWN, enlarge=4) for x in result.shown.values()]
+    height = strips[0].shape[0]
+    axis.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)
+    calls = {
+        e.solver: e.nfe
+        for e in result.entries
+        if e.budget == min((b.budget for b in result.entries), key=lambda b: abs(b - 8))
+    }
+    names = [
+        f"{name}, {calls[name]} calls" if name in calls else f"reference, {REFERENCE_CALLS}" for name in result.shown
+    ]
+    axis.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
+    axis.set_xticks([])
+    axis.tick_params(left=False)
+    axis.spines[:].set_visible(False)
+    axis.set_title("the same latents", fontsize="medium")
