@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fewstep.solvers.files import write_whole as write_whole
 
 SUFFIXES = (".png", ".npz")
 ENLARGE = 8  # screen pixels for a pixel of an 8x8 digit
@@ -23,20 +23,6 @@ def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--o
         raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: nobody ever sees half a file."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, Any]) -> None:
