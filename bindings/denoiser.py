@@ -318,7 +318,9 @@ class Denoiser:
             if len(branches) == 1:
                 return (model(x_in, t, **conds[branches[0]]),)
             if not self.batched:
-                return tuple(model(x_in, t, **conds[j]) for j in branches)
+                # A model may write to its arguments, or return one: all calls but the last get copies.
+                copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
+                return tuple(model(*own, **conds[j]) for own, j in zip([*copies, (x_in, t)], branches, strict=True))
             if branches not in stacked:
                 stacked[branches] = self._stack(frame, batch, [conds[j] for j in branches])
             raw = model(x_in, t, **stacked[branches])

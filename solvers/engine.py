@@ -34,7 +34,7 @@ class Job:
     shape: tuple[int, ...]
     dtype: str  # of the state
     model_dtype: str
-    inputs: Sequence[Array]  # t of each stage, one entry for each sample of each batched branch
+    times: Sequence[Array]  # t of each stage, one entry for each sample of each batched branch; models get copies
 
     @property
     def batch(self) -> int:
@@ -94,6 +94,7 @@ class FusedRun:
         self.size = batch * elements
         self.rows = (batch, elements)
         self.units = numba_step.units(batch, elements)
+        self.serial = self.size <= numba_step.SERIAL_ELEMENTS
         self.buffers = [np.empty((batch, elements), state) for _ in range(job.program.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
@@ -102,6 +103,9 @@ class FusedRun:
         self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
         self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
         self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
+        # What the model gets of t, and the same memory beside its source: a model may write to t as well.
+        times = [job.frame.concatenate([t]) for t in job.times]
+        self.times = [(t, job.frame.bits(t), job.frame.bits(own)) for t, own in zip(times, job.times, strict=True)]
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtype: Any = ...  # of the last output that was checked
         self.args = [self._arguments(k) for k in range(len(job.tables))]
@@ -165,10 +169,13 @@ class FusedRun:
         else:
             np.copyto(buffer, x)
         noisy = noise is not None and self.job.program.init.noisy
-        self._launch(self._with_noise(self.init, 0, first, first, noise) if noisy else self.init)
+        args = self._with_noise(self.init, 0, first, first, noise) if noisy else self.init
+        self._step.launch(args, self.units, self.size)
 
-    def model_input(self, k: int) -> Array:
-        return self.views[k]
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        t, memory, source = self.times[k]
+        np.copyto(memory, source)
+        return self.views[k], t
 
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         """One fused stage."""
@@ -187,7 +194,10 @@ class FusedRun:
             factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
         if table.draw is not None:
             args = self._with_noise(args, table.draw, table.at, table.to, noise, factor)
-        self._launch(args)
+        if self.serial:  # the compiled function itself: at small sizes every Python call shows
+            self._step.fused(*args, 0, self.units)
+        else:
+            self._step.launch(args, self.units, self.size)
 
     def _reduce_stage(self, table: StageTable, args: list[Any]) -> None:
         denoiser = self.job.denoiser
@@ -224,9 +234,6 @@ class FusedRun:
         replaced[z_at] = z.astype(self.job.dtype, copy=False).reshape(self.job.batch, self.job.elements)
         replaced[z_at + 1] = None
         return replaced
-
-    def _launch(self, args: list[Any]) -> None:
-        self._step.launch(args, self.units, self.size)
 
     def release(self) -> None:
         """Let go of the network's outputs; the memory of the run itself stays."""
@@ -277,10 +284,11 @@ class NaiveRun:
             return self._draw(draw, philox.STEP)
         return self.job.frame.array(outside_noise(noise, draw, at, to, self.job.shape), self.job.dtype)
 
-    def model_input(self, k: int) -> Array:
-        c_in = np.array([self.job.tables[k].c_in])
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        job = self.job
+        c_in = np.array([job.tables[k].c_in])
         x_in = naive.model_input(self.latest, c_in, self.like)
-        return self.job.frame.concatenate([x_in] * self.job.copies(k))
+        return job.frame.concatenate([x_in] * job.copies(k)), job.frame.concatenate([job.times[k]])
 
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         job, table = self.job, self.job.tables[k]

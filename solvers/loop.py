@@ -184,6 +184,11 @@ class Sampler:
         outer = frame_of(x) if x is not None else self.frame
         if x is not None:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
+            if self.backend != "naive" and _wants_grad(x, outer):
+                raise ValueError(
+                    f"x requires grad, and backend={self.backend!r} keeps no graph: use Sampler(backend='naive') or "
+                    "SamplerModule, or pass x.detach()"
+                )
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
         for name, given in (("callback", callback), ("noise", noise)):
@@ -232,7 +237,7 @@ class Sampler:
         step = 0
         with _bar(len(job.tables), progress) as bar:
             for k, table in enumerate(job.tables):
-                raws = call(table.branches, run.model_input(k), job.inputs[k])
+                raws = call(table.branches, *run.model_input(k))
                 run.advance(k, raws, noise)
                 if bar is not None:
                     bar.update(1)
@@ -374,6 +379,10 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise ValueError("x is float64 and the sampler's state float32: pass dtype='float64', or x as float32")
     if frame.device != model.device:
         raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
+
+
+def _wants_grad(x: Array, frame: Frame | None) -> bool:
+    return isinstance(frame, TorchFrame) and x.requires_grad and frame.torch.is_grad_enabled()
 
 
 def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:

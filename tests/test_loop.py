@@ -429,6 +429,50 @@ def test_a_model_may_return_its_input(backend: str) -> None:
     np.testing.assert_allclose(sampler(x.astype(np.float32)), want, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_model_may_write_to_t(library: str, backend: str) -> None:
+    """Its stages, later calls and other threads are told the plan's own times all the same."""
+    told: list[float] = []
+
+    def scaling(x: Any, t: Any) -> Any:
+        told.extend(float(v) for v in t)
+        t *= 0.0
+        return 0.5 * x
+
+    device = "cpu" if library == "torch" else None
+    denoiser = fs.Denoiser(scaling, VP, "sample")
+    sampler = make((2, 9), "dpmpp_2m", denoiser=denoiser, backend=backend, device=device)
+    for _ in range(3):
+        told.clear()
+        sampler(seed=1)
+        np.testing.assert_array_equal(told, np.repeat(GRID.t[:-1].astype(np.float32), 2))
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_separate_guidance_calls_see_one_input(library: str, backend: str) -> None:
+    """batched=False: the second branch is called on what the first was, whatever the first did to it."""
+
+    def scaling(x: Any, t: Any, c: float) -> Any:
+        x *= c
+        t *= c
+        return x
+
+    device = "cpu" if library == "torch" else None
+    sampler = make(
+        (2, 9),
+        "dpmpp_2m",
+        denoiser=fs.Denoiser(scaling, VP, "sample", guidance=3.0, batched=False),
+        backend=backend,
+        device=device,
+    )
+    x = np.random.default_rng(1).standard_normal((2, 9)).astype(np.float32)
+    want, _ = run_plan(sampler.plan, lambda v, at: (-2.0 * 0.25 + 3.0 * 0.5) * v, x.astype(np.float64))
+    found = sampler(torch.from_numpy(x) if library == "torch" else x, cond=({"c": 0.25}, {"c": 0.5}))
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+
+
 def test_a_broadcast_output() -> None:
     sampler = make(
         (2, 9),
@@ -585,3 +629,13 @@ def test_the_fused_backend_keeps_no_graph() -> None:
     assert not y.requires_grad
     inside = torch.is_grad_enabled()
     assert inside  # and the caller's own setting is restored
+
+
+def test_the_fused_backend_refuses_a_latent_that_requires_grad() -> None:
+    """It would detach it in silence. Where nothing records a graph, nothing is lost."""
+    x = torch.ones(2, 9, requires_grad=True)
+    sampler = make((2, 9), device="cpu")
+    with pytest.raises(ValueError, match=r"x requires grad, and backend='numba' .* Sampler\(backend='naive'\)"):
+        sampler(x, seed=0)
+    with torch.no_grad():
+        assert same(sampler(x, seed=0), sampler(x.detach(), seed=0))
