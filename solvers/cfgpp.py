@@ -71,7 +71,7 @@ def dpmpp_2m_cfg_pp(grid: Grid, difference: str = "unguided") -> Iterator[Stage]
         yield replace(stage, rows={**stage.rows, "x": row})
 
 
-@solver("dpmpp_2s_ancestral_cfg_pp", calls_per_step=2)
+@solver("dpmpp_2s_ancestral_cfg_pp")
 def dpmpp_2s_ancestral_cfg_pp(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """CFG++ of ancestral DPM-Solver++(2S) (Chung et al. 2024; ComfyUI's sample_dpmpp_2s_ancestral_cfg_pp).
 

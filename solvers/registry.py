@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 
 from fewstep.solvers.grid import Grid
-from fewstep.solvers.plan import Plan, Stage, Start, make_plan
+from fewstep.solvers.plan import Plan, PlanError, Stage, Start, make_plan
 
 Builder = Callable[..., Iterator[Start | Stage]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """A registered builder. calls_per_step and final_calls give `nfe` before a plan exists."""
+    """A registered builder."""
 
     name: str
     build: Builder
-    calls_per_step: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -38,11 +37,11 @@ class Solver:
 _SOLVERS: dict[str, Solver] = {}
 
 
-def solver(name: str, *, calls_per_step: int = 1) -> Callable[[Builder], Builder]:
+def solver(name: str) -> Callable[[Builder], Builder]:
     """Register a builder: a generator of stages whose first argument is the grid and whose others are options."""
 
     def register(build: Builder) -> Builder:
-        _SOLVERS[name] = Solver(name, build, calls_per_step)
+        _SOLVERS[name] = Solver(name, build)
         return build
 
     return register
@@ -67,6 +66,12 @@ def unknown(what: str, name: object, known: tuple[str, ...]) -> str:
     return f"unknown {what} {name!r}: {hint}"
 
 
+RISING = (
+    "cannot follow a grid whose noise rises: what it draws cannot be taken back. Encode with its own eta=0 where it "
+    "has that option, with an ODE solver such as 'dpmpp_2m' or 'heun', or with 'ddim_inverse' on the grid unflipped"
+)
+
+
 def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Plan:
     """Lay a solver out on a grid.
 
@@ -89,4 +94,14 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
     # NumPy scalars as Python's: a float32 option would make float32 coefficients.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
-    return make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise)
+    try:
+        made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise)
+    except PlanError:
+        raise
+    except ValueError as error:
+        if grid.rising:
+            raise ValueError(f"{solver} {RISING} ({error})") from error
+        raise
+    if grid.rising and made.stochastic:
+        raise ValueError(f"{solver} {RISING}")
+    return made

@@ -31,6 +31,8 @@ def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, 
              scaled to alpha_t and noised up to sigma_t
     """
     if frame == "sigma":
+        if eta == 0.0:
+            return 1.0, 0.0  # also where noise rises, and no draw is possible
         shrink = t.sigma * s.alpha / (t.alpha * s.sigma)  # rho_t / rho_s, finite at alpha = 0
         fresh = min(1.0, eta * math.sqrt((1.0 - shrink) * (1.0 + shrink)))
         # keep^2 = 1 - fresh^2, but on a long step at eta = 1 that difference would have no digits.

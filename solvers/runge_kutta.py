@@ -137,7 +137,7 @@ def _second_order(alpha: Any) -> Tableau:
 # --- fixed tableaux ---
 
 
-@solver("heun", calls_per_step=2)
+@solver("heun")
 def heun(
     grid: Grid,
     alpha: float = 1.0,
@@ -155,13 +155,13 @@ def heun(
     yield from _run(grid, method, _frame(grid, frame), _churned(grid, s_churn, s_tmin, s_tmax))
 
 
-@solver("rk4", calls_per_step=4)
+@solver("rk4")
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
     """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
     yield from _run(grid, always(RK4), _frame(grid, frame), [Leg(*pair) for pair in grid.pairs])
 
 
-@solver("runge_kutta", calls_per_step=3)
+@solver("runge_kutta")
 def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None) -> Iterator[Start | Stage]:
     """Any explicit Runge-Kutta method (Butcher 1963) in any frame; Euler on a step to sigma 0.
 
@@ -187,7 +187,7 @@ def _midpoint(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Se
     return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [frame.point(grid, u)]
 
 
-@solver("dpm2", calls_per_step=2)
+@solver("dpm2")
 def dpm2(
     grid: Grid,
     frame: str | None = None,
@@ -201,7 +201,7 @@ def dpm2(
     yield from _run(grid, lambda k, s, t: _midpoint(grid, on, s, t), on, legs)
 
 
-@solver("dpm2_ancestral", calls_per_step=2)
+@solver("dpm2_ancestral")
 def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """k-diffusion's sample_dpm_2_ancestral (Crowson 2022): dpm2 down to a lower noise level, then noise up to sigma'.
 
@@ -222,7 +222,7 @@ def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> It
         yield replace(last, rows={**last.rows, "x": {**last.rows["x"], "z": fresh * t.sigma}}, to=t)
 
 
-@solver("heunpp2", calls_per_step=3)
+@solver("heunpp2")
 def heunpp2(
     grid: Grid,
     frame: str | None = None,
@@ -255,7 +255,7 @@ def heunpp2(
 # --- EDM ---
 
 
-@solver("edm", calls_per_step=2)
+@solver("edm")
 def edm(
     grid: Grid, s_churn: float = 40.0, s_tmin: float = 0.05, s_tmax: float = 50.0, alpha: float = 1.0
 ) -> Iterator[Start | Stage]:
@@ -267,7 +267,7 @@ def edm(
     yield from _run(grid, always(_second_order(alpha)), FRAMES["sigma"], _churned(grid, s_churn, s_tmin, s_tmax))
 
 
-@solver("edm_general", calls_per_step=2)
+@solver("edm_general")
 def edm_general(
     grid: Grid,
     schedule: str = "linear",
@@ -309,7 +309,7 @@ Interval = tuple[int, int, float, float]
 CIFAR10: tuple[Interval, ...] = ((3, 2, 0.14, 0.30),)
 
 
-@solver("restart", calls_per_step=2)
+@solver("restart")
 def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float = 7.0) -> Iterator[Start | Stage]:
     """Restart sampling (Xu et al. 2023, Algorithm 1): Heun, and at each interval's end K times back up and down again.
 

@@ -49,7 +49,7 @@ def dpm_solver_1s(grid: Grid) -> Iterator[Stage]:
         yield from step(grid, s, t, FIRST_ORDER, EPS)
 
 
-@solver("dpm_solver_2s", calls_per_step=2)
+@solver("dpm_solver_2s")
 def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-2 (Lu et al. 2022a, Algorithm 1; the general r1 and "taylor" are the released code's).
 
@@ -62,7 +62,7 @@ def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> It
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]), EPS)
 
 
-@solver("dpm_solver_3s", calls_per_step=3)
+@solver("dpm_solver_3s")
 def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-3 (Lu et al. 2022a, Algorithm 2; "taylor" of the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -120,7 +120,7 @@ def _fast_steps(grid: Grid, order: int) -> Iterator[tuple[Point, Point, int]]:
 # --- DPM-Solver++: x0 prediction ---
 
 
-@solver("dpmpp_2s", calls_per_step=2)
+@solver("dpmpp_2s")
 def dpmpp_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(2S) (Lu et al. 2022b, Algorithm 1; "taylor" is the released code's).
 
@@ -132,7 +132,7 @@ def dpmpp_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterato
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]))
 
 
-@solver("dpmpp_3s", calls_per_step=3)
+@solver("dpmpp_3s")
 def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(3S) (Lu et al. 2022b, as in the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -141,7 +141,7 @@ def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "d
         yield from step(grid, s, t, third_order(r1, r2, variant))
 
 
-@solver("dpmpp_2s_ancestral", calls_per_step=2)
+@solver("dpmpp_2s_ancestral")
 def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """Ancestral DPM-Solver++(2S) (k-diffusion, 2022): 2S down to a lower noise level, then noise up again.
 
@@ -155,7 +155,7 @@ def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -
         yield from ancestral_step(grid, s, t, second_order(0.5, "midpoint"), split)
 
 
-@solver("dpmpp_sde", calls_per_step=2)
+@solver("dpmpp_sde")
 def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5, path: str | None = "snr") -> Iterator[Stage]:
     """SDE-DPM-Solver++(2S) (Lu et al. 2022b, with k-diffusion's ancestral noise: its sample_dpmpp_sde).
 
@@ -203,7 +203,7 @@ def _inner_share(grid: Grid, s: Point, p: Point, t: Point, path: str | None) -> 
 # --- other exponential Runge-Kutta methods ---
 
 
-@solver("res_2s", calls_per_step=2)
+@solver("res_2s")
 def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     """Refined exponential solver of order 2 (Zhang et al. 2023, Table 3).
 
@@ -217,7 +217,7 @@ def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
         yield from step(grid, s, t, second_order(c2, "heun"))
 
 
-@solver("seeds_2", calls_per_step=2)
+@solver("seeds_2")
 def seeds_2(grid: Grid, eta: float = 1.0, r1: float = 0.5, variant: str = "phi_1") -> Iterator[Stage]:
     """SEEDS-2 (Gonzalez et al. 2023, in x0 prediction as ComfyUI's sample_seeds_2). eta = 0 is the ODE.
 
@@ -231,7 +231,7 @@ def seeds_2(grid: Grid, eta: float = 1.0, r1: float = 0.5, variant: str = "phi_1
         yield from step(grid, s, t, second_order(r1, PHI_VARIANTS[variant]), X0, eta)
 
 
-@solver("seeds_3", calls_per_step=3)
+@solver("seeds_3")
 def seeds_3(grid: Grid, eta: float = 1.0, r1: float = 1 / 3, r2: float = 2 / 3) -> Iterator[Stage]:
     """SEEDS-3 (Gonzalez et al. 2023, in x0 prediction as ComfyUI's sample_seeds_3). eta = 0 is the ODE."""
     at_least("eta", eta, 0.0)

@@ -440,3 +440,20 @@ def test_ode_solvers_encode_along_a_flipped_grid(solver, order):
         found = fs.sample(problem.denoiser(process), x, solver=solver, grid=up, backend="naive")
         errors.append(np.abs(found - problem.solve(x, up)).max())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.35)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "lcm", "tcd", "restart", "euler_ancestral", "seeds_3"])
+def test_a_stochastic_solver_on_a_flipped_grid_is_an_error(solver):
+    fs = pytest.importorskip("fewstep")
+    up = grid(VP.linear(), 6, "logsnr").flip()
+    with pytest.raises(ValueError, match=rf"^{solver} cannot follow a grid whose noise rises.*ddim_inverse"):
+        fs.plan(solver, up)
+
+
+def test_eta_0_follows_a_flipped_grid():
+    fs = pytest.importorskip("fewstep")
+    up = grid(VP.linear(), 6, "logsnr").flip()
+    for solver in ("ddim", "euler_ancestral", "dpmpp_2s_ancestral"):
+        assert not fs.plan(solver, up, eta=0.0).stochastic
+    found, wanted = ([s.rows["x"]["m"] for s in fs.plan(name, up).stages] for name in ("ddim", "dpm_solver_1s"))
+    np.testing.assert_allclose(found, wanted, rtol=1e-9)
