@@ -43,7 +43,6 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.solvers.arrays import FLOATS, dtype_name
 from fewstep.solvers.brownian import BrownianTree
-from fewstep.solvers.frames import vp_schedule
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.loop import Sampler
 from fewstep.solvers.options import one_of
@@ -155,6 +154,7 @@ class _Run:
     disable: bool | None
     flow: bool | None = None
     last: float | None = None  # stands for a last sigma of 0
+    below_one: bool = False  # whether a flow model's sigma of 1 becomes the model's own next to it, as in ComfyUI
 
     @cached_property
     def process(self) -> Process:
@@ -170,6 +170,9 @@ class _Run:
             raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
         if self.last is not None and levels.size and levels[-1] == 0.0:
             levels[-1] = self.last
+        inner = model_sampling(self.model)
+        if self.below_one and self.process is FLOW and levels.size > 1 and levels[0] >= 1.0 and inner is not None:
+            levels[0] = float(inner.percent_to_sigma(1e-4))
         return levels
 
     def grid(self, process: Process | None = None) -> Grid:
@@ -216,6 +219,8 @@ class _Run:
             raise ValueError(f"x must have a floating dtype, got {self.x.dtype}")
         if len(self.levels) < 2:
             return self.x  # no step
+        if "s_noise" in options and noise_sampler is not None:
+            options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
         plan = make_plan(solver, self.grid(process), **options)
         if starts is None:
             done = [True, *(stage.done for stage in plan.stages[:-1])]
@@ -440,12 +445,13 @@ def sample_lcm(
     callback: Callback = None,
     disable: bool | None = None,
     noise_sampler: NoiseSampler | KernelNoise | None = None,
+    s_noise: float = 1.0,
     *,
     flow: bool | None = None,
 ) -> Any:
     """Latent consistency sampling: predict x0, noise it to the next level (Luo et al. 2023, Algorithm 3; ComfyUI)."""
     run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
-    return run("lcm", run.gaussian(noise_sampler))
+    return run("lcm", run.gaussian(noise_sampler), s_noise=s_noise)
 
 
 # --- linear multistep ---
@@ -484,27 +490,22 @@ def sample_ipndm(
     return run("ipndm", order=max_order)
 
 
+# sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) through sigma(0.001) = 0.002 and sigma(1) = 80 (released code).
+_LOW, _HIGH = math.log1p(0.002**2), math.log1p(80.0**2)
+_BETA_D = 2.0 * (_HIGH - _LOW / 1e-3) / (1.0 - 1e-3)
+_BETA_MIN = _HIGH - 0.5 * _BETA_D  # slightly negative
+
+
 @dataclass(frozen=True)
 class _VPTime(VE):
-    """The bare sigmas with the time of the VP SDE whose marginal ratio at t = 1 is 80 and at t = 0.001 is 0.002.
-
-    DEIS's "tab" integrates in that time (released code); the model is told sigma all the same.
-    """
+    """The bare sigmas with the time of a VP SDE, in which DEIS's "tab" integrates; the model is told sigma."""
 
     def point_at_sigma(self, ratio: Any) -> Point:
         _, alpha, sigma = super().point_at_sigma(ratio)
-        clock = np.vectorize(_VP_CLOCK.inverse, otypes=[np.float64])(sigma)
-        return Point(float(clock) if np.ndim(clock) == 0 else clock, alpha, sigma)
+        t = (np.sqrt(_BETA_MIN**2 + 2.0 * _BETA_D * np.log1p(np.square(sigma))) - _BETA_MIN) / _BETA_D
+        return Point(float(t) if np.ndim(t) == 0 else t, alpha, sigma)
 
 
-def _vp_clock(sigma_min: float, sigma_max: float, t_min: float) -> Any:
-    """sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) through (t_min, sigma_min) and (1, sigma_max)."""
-    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2.0 * (low / t_min - high) / (t_min - 1.0)
-    return vp_schedule(beta_d, high - 0.5 * beta_d)
-
-
-_VP_CLOCK = _vp_clock(0.002, 80.0, 1e-3)
 _DEIS_MODES = {"tab": "t", "rhoab": "rho"}
 
 
@@ -580,7 +581,7 @@ def sample_dpmpp_sde(
     flow: bool | None = None,
 ) -> Any:
     """SDE-DPM-Solver++(2S) (Lu et al. 2022b; k-diffusion). A step's two draws are as the noise sampler makes them."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
+    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     # A noise sampler is asked for both draws of a step; the kernel's own come from one path.
     path = "snr" if isinstance(noise_sampler, KernelNoise) else None
     return run("dpmpp_sde", run.brownian(noise_sampler), eta=eta, r=r, path=path, s_noise=s_noise)
@@ -616,7 +617,7 @@ def sample_dpmpp_2m_sde(
 ) -> Any:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion). solver_type: "midpoint" or "heun"."""
     one_of("solver_type", solver_type, ("midpoint", "heun"))
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
+    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     return run("dpmpp_2m_sde", run.brownian(noise_sampler), eta=eta, variant=solver_type, s_noise=s_noise)
 
 
@@ -635,7 +636,7 @@ def sample_dpmpp_3m_sde(
     flow: bool | None = None,
 ) -> Any:
     """SDE-DPM-Solver++(3M) (k-diffusion 2023). halve_d2=False has the second difference that gives order three."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
+    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     return run("dpmpp_3m_sde", run.brownian(noise_sampler), eta=eta, halve_d2=halve_d2, s_noise=s_noise)
 
 
@@ -727,7 +728,7 @@ def sample_er_sde(
 
     The integrals are exact; the released code's are sums over 200 points.
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
+    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     scale: Any = "sde_5"
     if noise_scaler is not None:
         import torch
@@ -760,9 +761,10 @@ def sample_sa_solver(
     """SA-Solver (Xue et al. 2023; ComfyUI). tau_func: tau of the sigma that a step goes to.
 
     Without it tau is 1 between 20% and 80% of the model's own sampling, as in ComfyUI, or everywhere if the model
-    does not tell (`model_sampling.percent_to_sigma`).
+    does not tell (`model_sampling.percent_to_sigma`). Towards a last sigma of 0 the corrector's order falls as in the
+    authors' code, one call later than in ComfyUI.
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
+    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     tau = tau_func
     inner = model_sampling(model)
     if tau is None and inner is not None:
@@ -779,7 +781,8 @@ def sample_sa_solver(
         corrector_order=corrector_order,
         pc_mode="PECE" if use_pece else "PEC",
         simple_order_2=simple_order_2,
-        final_order="sa_solver",
+        # Orders fall towards a last sigma of 0, and only there.
+        final_order="sa_solver" if run.levels[-1:].sum() == 0.0 else None,
         s_noise=s_noise,
     )
 
