@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.grid import Grid as Grid
     from fewstep.solvers.grid import grid as grid
     from fewstep.solvers.grid import list_spacings as list_spacings
+    from fewstep.solvers.latents import slerp as slerp
     from fewstep.solvers.loop import Sampler as Sampler
     from fewstep.solvers.loop import StepInfo as StepInfo
     from fewstep.solvers.loop import sample as sample
@@ -56,6 +57,7 @@ _HOME = {
     "Grid": "solvers.grid",
     "grid": "solvers.grid",
     "list_spacings": "solvers.grid",
+    "slerp": "solvers.latents",
     "Sampler": "solvers.loop",
     "StepInfo": "solvers.loop",
     "sample": "solvers.loop",
