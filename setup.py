@@ -11,6 +11,7 @@ FOLDERS = {
     "fewstep": "api",
     "fewstep.kernels": "kernels",
     "fewstep.solvers": "solvers",
+    "fewstep.solvers.distill": "solvers/distill",
     "fewstep.bindings": "bindings",
     "fewstep.bindings.diffusers": "bindings/diffusers",
 }

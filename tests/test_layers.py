@@ -30,6 +30,8 @@ ABOUT = {
     "kernels/torch_ops.py": {"torch"},
     "kernels/triton_step.py": {"torch", "triton"},
     "kernels/triton_noise.py": {"torch", "triton"},
+    "solvers/distill/": {"torch", "safetensors"},
+    "api/distill": {"torch", "safetensors", "typer", "rich"},
     "api/cli.py": {"typer", "rich", "click"},
     "api/commands.py": {"typer", "rich", "click"},
     "api/train_digits.py": {"torch", "safetensors", "sklearn", "tqdm"},

@@ -1,0 +1,91 @@
+"""Consistency models: one function f takes every point of a trajectory of the flow to its end.
+
+Consistency distillation and training (Song et al. 2023, arXiv 2303.01469, Algorithms 2 and 3), improved training
+(Song & Dhariwal 2023, arXiv 2310.14189), easy consistency tuning (Geng et al. 2024, arXiv 2406.14548). They are one
+loss: f at the noisier point against f at the less noisy one, which comes from a teacher's step or from the data.
+
+Student and target are denoisers whose prediction is f: `fewstep.bindings.consistency.ConsistencyDenoiser`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fewstep.solvers.distill.jumps import Jumps
+from fewstep.solvers.distill.losses import Metric, squared, weighted
+from fewstep.solvers.distill.network import noised, predict, same_dropout
+from fewstep.solvers.process import Array, Point
+
+
+def distillation_loss(
+    student: Any,
+    target: Any,
+    jumps: Jumps,
+    x0: Tensor,
+    noise: Tensor,
+    which: ArrayLike,
+    *,
+    cond: Any = None,
+    metric: Metric = squared,
+    weight: Array | float = 1.0,
+) -> Tensor:
+    """d(f(x_n), f_target(one teacher step from x_n)) (Song et al. 2023, Algorithm 2).
+
+    target  the average of the student, or the student itself; no gradient passes it
+    jumps   `Jumps.over(teacher, grid, "heun")` on a grid that ends at the process's sigma_min, not at 0
+    which   (B,) interval numbers, 0 the noisiest
+    weight  a number or (B,)
+    """
+    start, end = jumps.start(which), jumps.end(which)
+    x = noised(x0, noise, start)
+    return matching(student, target, x, jumps(x, which, cond), start, end, cond, metric, weight)
+
+
+def training_loss(
+    student: Any,
+    target: Any,
+    x0: Tensor,
+    noise: Tensor,
+    start: Point,
+    end: Point,
+    *,
+    cond: Any = None,
+    metric: Metric = squared,
+    weight: Array | float = 1.0,
+) -> Tensor:
+    """d(f(x0 + s noise), f_target(x0 + s' noise)) with the same noise (Song et al. 2023, Algorithm 3).
+
+    start, end  points of arrays (B,), start the noisier: neighbours on a grid, or `curricula.ect_next`'s pair
+    Improved training: target = student, metric `losses.pseudo_huber(c)`, weight `inverse_gap(start, end)`.
+    """
+    x, before = noised(x0, noise, start), noised(x0, noise, end)
+    return matching(student, target, x, before, start, end, cond, metric, weight)
+
+
+def inverse_gap(start: Point, end: Point) -> Array:
+    """1 / (s - s'), s = sigma / alpha: the weights of improved training (Song & Dhariwal 2023, section 3.1)."""
+    return np.asarray(1.0 / (np.asarray(start.ratio) - np.asarray(end.ratio)))
+
+
+def matching(
+    student: Any,
+    target: Any,
+    x: Tensor,
+    before: Tensor,
+    start: Point,
+    end: Point,
+    cond: Any,
+    metric: Metric,
+    weight: Array | float,
+) -> Tensor:
+    """weight d(f(x, start), f_target(before, end)) under the same dropout, mean over the batch."""
+    with same_dropout(x.device) as again:
+        prediction = predict(student, x, start, cond)
+        with again(), torch.no_grad():
+            goal = predict(target, before, end, cond)
+    return weighted(metric(prediction, goal), weight)

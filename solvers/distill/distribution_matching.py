@@ -1,0 +1,109 @@
+"""Distribution matching distillation (Yin et al. 2024, DMD2, arXiv 2405.14867; DMD, arXiv 2311.18828).
+
+The generator follows the difference of two scores, its own distribution's and the data's. The data's is the teacher;
+its own is a critic, a denoiser trained on what the generator makes, several updates for each of the generator's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
+from fewstep.solvers.distill.network import noised, predict
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.loop import Sampler
+from fewstep.solvers.process import Point
+from fewstep.solvers.registry import plan
+
+NORM_FLOOR = 1e-5
+"""Least value of the normaliser, so that a sample which the teacher reproduces does not divide by 0."""
+
+
+class Matching(NamedTuple):
+    """loss: a number whose gradient with respect to each generated sample is `gradient` / B, (B, ...)."""
+
+    loss: Tensor
+    gradient: Tensor
+
+
+def generator_loss(
+    fake: Tensor,
+    teacher: Any,
+    critic: Any,
+    noise: Tensor,
+    at: Point,
+    *,
+    cond: Any = None,
+    critic_cond: Any = None,
+    floor: float = NORM_FLOOR,
+) -> Matching:
+    """Move x along g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)| (Yin et al. 2024, DMD eq. 7 and 8).
+
+    fake         (B, ...) the generator's output, with gradients
+    noise, at    x_t = alpha_t x + sigma_t noise; the paper's times are 2 to 98% of the range
+    critic_cond  the critic's conditions if they are not the teacher's (an unguided critic beside a guided teacher)
+
+    The mean is over a sample's elements. The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over
+    elements, mean over the batch: its gradient is g / B. Computed in float32 at least; the difference of two
+    predictions overflows or dies in float16.
+    """
+    with torch.no_grad():
+        x = fake.detach()
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        x_t = noised(x, noise.to(x.dtype), at)
+        real = predict(teacher, x_t, at, cond)
+        own = predict(critic, x_t, at, cond if critic_cond is None else critic_cond)
+        norm = (x - real).abs().flatten(1).mean(dim=1).clamp_min(floor)
+        gradient = (own - real) / norm.reshape(-1, *[1] * (x.ndim - 1))
+        moved = x - gradient
+    loss = 0.5 * (fake.to(x.dtype) - moved).square().flatten(1).sum(dim=1).mean()
+    return Matching(loss, gradient)
+
+
+def critic_loss(
+    critic: Any,
+    fake: Tensor,
+    noise: Tensor,
+    at: Point,
+    *,
+    cond: Any = None,
+    metric: Metric = squared,
+    weight: Weight = truncated_snr,
+) -> Tensor:
+    """weight(t) |x0_critic(x_t) - x|^2: plain denoising of generated data, no gradient to the generator."""
+    fake = fake.detach()
+    return weighted(metric(predict(critic, noised(fake, noise, at), at, cond), fake), weight(at))
+
+
+def gan_generator_loss(fake_logits: Tensor) -> Tensor:
+    """mean softplus(-D(x)): the non-saturating loss of DMD2's optional head on the critic's bottleneck."""
+    return softplus(-fake_logits).mean()
+
+
+def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """mean softplus(-D(data)) + mean softplus(D(x)), on noised inputs of both."""
+    return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+
+
+@torch.no_grad()
+def backward_simulation(student: Any, latent: Tensor, grid: Grid, stop: int, **run: Any) -> Tensor:
+    """What a multi-step student sees at step `stop` of its own sampling (Yin et al. 2024, section 4.4).
+
+    latent  (B, ...) at the grid's first point
+    stop    0 .. grid.steps - 1: this many steps of re-noised sampling (solver "lcm") are made first
+    run     seed=, noise=, cond= ... as for a `fewstep.Sampler`'s call
+
+    Returns x at grid point `stop`, from which the student is then called with gradients.
+    """
+    if not 0 <= stop < grid.steps:
+        raise ValueError(f"stop = {stop}: the grid's steps are 0 .. {grid.steps - 1}")
+    if stop == 0:
+        return latent
+    head = Grid(grid.process, grid.t[: stop + 1], grid.alpha[: stop + 1], grid.sigma[: stop + 1])
+    sampler = Sampler(student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype)
+    x: Tensor = sampler(latent, **run)
+    return x

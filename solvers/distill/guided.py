@@ -1,0 +1,63 @@
+"""Guidance distillation (Meng et al. 2023, arXiv 2210.03142): the guidance scale becomes an input of the network.
+
+Stage 1, here: a student (z, t, condition, w) learns what the guided teacher predicts at scale 1 + w. Stage 2 is
+progressive distillation of that student, with w fixed along each sample (`progressive.loss(..., cond=...)`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
+from fewstep.solvers.distill.network import noised, predict, spread
+from fewstep.solvers.process import Point
+
+
+def loss(
+    student: Any,
+    teacher: Any,
+    x0: Tensor,
+    noise: Tensor,
+    at: Point,
+    w: ArrayLike,
+    *,
+    cond: Any,
+    student_cond: Mapping[str, Any],
+    metric: Metric = squared,
+    weight: Weight = truncated_snr,
+) -> Tensor:
+    """weight(t) |x0_student(z_t, w) - [(1 + w) x0_teacher(z_t, c) - w x0_teacher(z_t)]|^2 (Meng et al. 2023, eq. 4).
+
+    at            the points of the batch, see `network.points_of`
+    w             (B,) guidance strengths, w = 0 is unguided; the paper draws them from U[0, 4]
+    cond          the teacher's, (null, condition)
+    student_cond  the student's keyword arguments; w itself is added as "w", (B,) in x0's dtype
+    """
+    z = noised(x0, noise, at)
+    with torch.no_grad():
+        target = predict(teacher, z, at, cond, guidance=1.0 + np.asarray(w, dtype=np.float64))
+    prediction = predict(student, z, at, with_strength(student_cond, w, x0))
+    return weighted(metric(prediction, target), weight(at))
+
+
+def with_strength(cond: Mapping[str, Any] | None, w: ArrayLike, like: Tensor) -> dict[str, Any]:
+    """A student's conditions with its guidance strengths, (B,) or one number for all of `like`."""
+    strengths = np.broadcast_to(np.asarray(w, dtype=np.float64), (len(like),))
+    return {**(cond or {}), "w": spread(strengths, like).flatten()}
+
+
+def embed_strength(w: Tensor, width: int = 256) -> Tensor:
+    """(B, width) sinusoidal features of w (B,), as LCM's networks are given it (Luo et al. 2023): frequencies
+    10000^(-k / (width/2 - 1)) of 1000 w, sines first."""
+    half = width // 2
+    if width < 4 or width % 2:
+        raise ValueError(f"width = {width}: it must be even and at least 4")
+    rates = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-np.log(10000.0) / (half - 1)))
+    angle = 1000.0 * w.float()[:, None] * rates
+    return torch.cat([angle.sin(), angle.cos()], dim=1).to(w.dtype)

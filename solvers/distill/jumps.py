@@ -1,0 +1,171 @@
+"""A teacher's way over the intervals of a grid: one plan per interval, run on a batch where each sample has its own.
+
+All plans make the same number of calls and differ in their numbers: a jump makes as many, and after each runs the
+same fused stage as in sampling, with a table per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fewstep.kernels import layout
+from fewstep.kernels import torch_ops as ops
+from fewstep.solvers.distill.network import Told, branch_weights, raw_outputs, told
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
+from fewstep.solvers.process import Array, Point
+from fewstep.solvers.program import live_rows
+from fewstep.solvers.registry import plan as make_plan
+
+
+def intervals(grid: Grid, stride: int = 1) -> list[Grid]:
+    """The grid cut into parts of `stride` steps each, noisiest first.
+
+    Raises ValueError if the grid's steps are no multiple of `stride`.
+    """
+    if stride < 1 or grid.steps % stride:
+        raise ValueError(f"stride = {stride} does not divide the grid's {grid.steps} steps")
+    starts = range(0, grid.steps, stride)
+    parts = [slice(n, n + stride + 1) for n in starts]
+    return [Grid(grid.process, grid.t[part], grid.alpha[part], grid.sigma[part]) for part in parts]
+
+
+class Jumps:
+    """jumps(x, which, cond) -> where the teacher takes each sample over its own interval; no gradients.
+
+    teacher  a `fewstep.Denoiser`
+    plans    one per interval, of the same number of calls, deterministic
+
+    Attributes: `starts` and `ends`, the points of all intervals as arrays (N,).
+    Raises ValueError for plans that draw noise or differ in their number of calls.
+    """
+
+    def __init__(self, teacher: Any, plans: Sequence[Plan]) -> None:
+        if not plans:
+            raise ValueError("plans is empty: a jump needs one plan for each interval")
+        if any(plan.stochastic or plan.init is not None for plan in plans):
+            raise ValueError(
+                f"solver {plans[0].solver!r} draws noise or starts off its grid: a target must not (use ddim, heun ...)"
+            )
+        calls = {plan.nfe for plan in plans}
+        if len(calls) > 1:
+            raise ValueError(
+                f"the plans make {' or '.join(map(str, sorted(calls)))} calls: over an interval that ends at sigma 0 a "
+                "higher-order solver falls back; end the grid above it"
+            )
+        self.teacher = teacher
+        self.plans = tuple(plans)
+        rows = [live_rows(plan) for plan in plans]
+        self._stages = [
+            _Stage.of(teacher, [plan.stages[k].at for plan in plans], [r[k] for r in rows]) for k in range(plans[0].nfe)
+        ]
+        self.starts = _stacked([plan.start for plan in plans])
+        self.ends = _stacked([plan.stages[-1].to for plan in plans])
+
+    @classmethod
+    def over(cls, teacher: Any, grid: Grid, solver: str = "ddim", stride: int = 1, **options: Any) -> Jumps:
+        """A registered solver over each `stride` steps of the grid."""
+        return cls.build(teacher, grid, lambda part: make_plan(solver, part, **options), stride)
+
+    @classmethod
+    def build(cls, teacher: Any, grid: Grid, plan: Callable[[Grid], Plan], stride: int = 1) -> Jumps:
+        """`plan` of each `stride` steps of the grid."""
+        return cls(teacher, [plan(part) for part in intervals(grid, stride)])
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def start(self, which: ArrayLike) -> Point:
+        """Where the intervals `which` (B,) start, as a point of arrays (B,)."""
+        return Point(*(np.asarray(values)[self._checked(which)] for values in self.starts))
+
+    def end(self, which: ArrayLike) -> Point:
+        """Where they end."""
+        return Point(*(np.asarray(values)[self._checked(which)] for values in self.ends))
+
+    def _checked(self, which: ArrayLike) -> np.ndarray:
+        index = np.atleast_1d(np.asarray(which))
+        if not np.issubdtype(index.dtype, np.integer) or index.min() < 0 or index.max() >= len(self):
+            raise ValueError(f"which must hold interval numbers 0 .. {len(self) - 1}, got {which!r}")
+        return index
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, which: ArrayLike, cond: Any = None, guidance: ArrayLike | None = None) -> Tensor:
+        """(B, ...) at the ends of the intervals, like x.
+
+        x         (B, ...) float32 or float64, sample i at the start of interval which[i]
+        which     (B,) integers, 0 for the noisiest interval
+        guidance  (B,) scales in place of the teacher's own
+        """
+        index = self._checked(which)
+        if len(index) != len(x):
+            raise ValueError(f"which holds {len(index)} intervals for a batch of {len(x)}: give one for each sample")
+        weights = branch_weights(self.teacher, len(x), guidance)
+        branches = tuple(int(j) for j in np.flatnonzero(weights.any(axis=0)))
+        slots = {"x": x}
+        one = torch.ones(1, dtype=x.dtype, device=x.device)
+        for stage in self._stages:
+            numbers = stage.told.of(index)
+            raws = raw_outputs(self.teacher, slots["x"], numbers, branches, cond)
+            w = _folded(stage.rows[index], numbers.a, numbers.b, weights[:, list(branches)])
+            outputs = ops.stage(
+                [slots[name] for name in stage.reads],
+                list(range(len(stage.reads))),
+                raws,
+                torch.as_tensor(w, dtype=x.dtype, device=x.device),
+                one,
+                0,
+                x.dtype,
+                None,
+                None,
+                None,
+            )
+            slots.update(zip(stage.writes, outputs, strict=True))
+        return slots["x"]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The k-th stage of all plans: the union of what they read and write, and rows (N, writes, reads + 1), m last."""
+
+    told: Told
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    rows: Array
+
+    @classmethod
+    def of(cls, teacher: Any, at: Sequence[Point], rows: Sequence[Mapping[str, Row]]) -> _Stage:
+        writes = tuple(dict.fromkeys(["x", *(slot for own in rows for slot in own)]))
+        sources = dict.fromkeys(source for own in rows for row in own.values() for source in row)
+        reads = tuple(dict.fromkeys(["x", *(source for source in sources if source not in SOURCES)]))
+        if UNGUIDED in sources:
+            raise ValueError("a solver that reads the unguided prediction (CFG++) makes no targets")
+        w = np.zeros((len(rows), len(writes), len(reads) + 1))
+        for n, own in enumerate(rows):
+            for i, slot in enumerate(writes):
+                # A slot that this plan leaves alone while another writes it keeps its value.
+                for source, value in own.get(slot, {slot: 1.0} if slot in reads else {}).items():
+                    w[n, i, -1 if source == PREDICTION else reads.index(source)] += value
+        return cls(told(teacher, _stacked(at)), reads, writes, w)
+
+
+def _stacked(points: Sequence[Point]) -> Point:
+    return Point(*np.array(points, dtype=np.float64).T)
+
+
+def _folded(rows: Array, a: Array, b: Array, weights: Array) -> Array:
+    """Rows (B, rows, reads + 1) over the kernels' columns, with m = a x + b sum_j weights_j raw_j multiplied out."""
+    w = np.zeros((*rows.shape[:2], layout.COLUMNS))
+    w[:, :, : rows.shape[2] - 1] = rows[:, :, :-1]
+    m = rows[:, :, -1]
+    w[:, :, 0] += m * a[:, None]
+    raws = slice(layout.RAW, layout.RAW + weights.shape[1])
+    w[:, :, raws] += m[:, :, None] * (b[:, None] * weights)[:, None, :]
+    return w

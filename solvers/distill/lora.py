@@ -1,0 +1,247 @@
+"""Low-rank adapters over linear and convolution layers (Hu et al. 2021, arXiv 2106.09685): train, save, merge, stack.
+
+names = add_adapter(unet, "lcm", rank=64)          the network's own weights stop training
+optimiser = torch.optim.AdamW(adapter_parameters(unet, "lcm"))
+save_adapter(unet, "lcm", path); load_adapter(other, "lcm", path)
+set_scales(unet, {"lcm": 1.0, "style": 0.6})       W x + sum_i scale_i (alpha_i / rank_i) B_i A_i x
+merge(unet); unmerge(unet)                         into the weights and, to the bit, back
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fewstep.solvers.files import write_whole
+from fewstep.solvers.registry import unknown
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def type_of(layer: nn.Module) -> type[nn.Module]:
+    """The plain kind of a layer, also of a subclass with another constructor."""
+    return next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
+
+
+class Adapter(nn.Module):
+    """up(down(x)) alpha / rank: `down` has the layer's geometry and `rank` outputs, `up` is pointwise, 0 at first."""
+
+    def __init__(self, layer: Layer, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.rank, self.alpha = rank, alpha
+        # Typed loosely: the three convolutions take their own tuple types, which the layer itself has right.
+        make: Any = type_of(layer)
+        place = {"bias": False, "device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.down: Layer
+        self.up: Layer
+        if isinstance(layer, nn.Linear):
+            self.down = make(layer.in_features, rank, **place)
+            self.up = make(rank, layer.out_features, **place)
+        else:
+            # One set of `rank` filters for each group, as the layer itself has filters for each group.
+            n = layer.groups
+            geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": n}
+            mode = {"padding_mode": layer.padding_mode}
+            self.down = make(layer.in_channels, rank * n, layer.kernel_size, **geometry, **mode, **place)
+            self.up = make(rank * n, layer.out_channels, 1, groups=n, **place)
+        nn.init.normal_(self.down.weight, std=1.0 / math.sqrt(math.prod(self.down.weight.shape[1:])))
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.up(self.down(x))
+        return out * (self.alpha / self.rank)
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the layer's weight, in float32."""
+        groups = getattr(self.down, "groups", 1)
+        down = self.down.weight.float().flatten(1).reshape(groups, self.rank, -1)
+        up = self.up.weight.float().flatten(1).reshape(groups, -1, self.rank)
+        shape = (self.up.weight.shape[0], *self.down.weight.shape[1:])
+        return (up @ down).reshape(shape) * (self.alpha / self.rank)
+
+
+class Adapted(nn.Module):
+    """A layer with its adapters by name; takes the layer's place in the network."""
+
+    def __init__(self, base: Layer) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.scales: dict[str, float] = {}
+        self.kept: Tensor | None = None  # the layer's own weight while the adapters are merged
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x)
+        if self.kept is not None:
+            return out
+        for name, adapter in self.adapters.items():
+            if self.scales[name]:
+                out = out + self.scales[name] * adapter(x)
+        return out
+
+
+def add_adapter(
+    module: nn.Module,
+    name: str,
+    *,
+    rank: int = 64,
+    alpha: float | None = None,
+    wanted: Callable[[str, nn.Module], bool] | None = None,
+) -> list[str]:
+    """Put an adapter on every linear and convolution layer inside `module`, in place, and freeze everything else.
+
+    rank    at most the layer's own sizes: a smaller layer gets a smaller adapter
+    alpha   the update is alpha / rank B A; by default alpha = rank
+    wanted  wanted(layer's name, layer) picks layers; by default all
+
+    The new output equals the old one to the bit until training begins (B = 0). Returns the adapted layers' names.
+    Raises ValueError for a rank below 1, a name that is taken or has a dot, or if no layer was picked.
+    """
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank = {rank!r}: it must be an integer >= 1")
+    if not name or "." in name:
+        raise ValueError(f"name = {name!r}: an adapter's name must be non-empty and without dots")
+    places = [
+        (path, parent, child)
+        for path, parent, child in _layers(module)
+        if wanted is None or wanted(path, child.base if isinstance(child, Adapted) else child)
+    ]
+    if not places:
+        raise ValueError(f"{type(module).__name__} has no linear or convolution layer that `wanted` picks")
+    taken = [p for p, _, c in places if isinstance(c, Adapted) and (name in c.adapters or c.kept is not None)]
+    if taken:
+        raise ValueError(f"{taken[0]} already has an adapter {name!r}, or its adapters are merged: pick another name")
+    module.requires_grad_(False)
+    for path, parent, child in places:
+        adapted = child if isinstance(child, Adapted) else Adapted(child)  # type: ignore[arg-type]  # _layers
+        small = min(rank, *(adapted.base.weight.flatten(1).shape))
+        adapted.adapters[name] = Adapter(adapted.base, small, float(small if alpha is None else alpha * small / rank))
+        adapted.scales[name] = 1.0
+        setattr(parent, path.rpartition(".")[2], adapted)
+    return [path for path, _, _ in places]
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """(name, parent, layer) of every linear or convolution layer and every adapted one."""
+    inside = {id(a.base) for a in module.modules() if isinstance(a, Adapted)}
+    within = {id(m) for a in module.modules() if isinstance(a, Adapter) for m in a.modules()}
+    for path, child in list(module.named_modules()):
+        if id(child) in inside | within or not isinstance(child, (nn.Linear, *CONVOLUTIONS, Adapted)):
+            continue
+        if not path:
+            raise ValueError(f"module is itself a {type(child).__name__}: adapters go on layers inside a module")
+        yield path, module.get_submodule(path.rpartition(".")[0]), child
+
+
+def _adapted(module: nn.Module, name: str | None = None) -> dict[str, Adapted]:
+    found = {path: m for path, m in module.named_modules() if isinstance(m, Adapted)}
+    names = tuple(dict.fromkeys(n for m in found.values() for n in m.adapters))
+    if name is not None and name not in names:
+        raise ValueError(unknown("adapter", name, names) if names else f"no adapters here, so none named {name!r}")
+    return {path: m for path, m in found.items() if name is None or name in m.adapters}
+
+
+def adapter_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """What an optimiser of that adapter takes."""
+    return [p for layer in _adapted(module, name).values() for p in layer.adapters[name].parameters()]
+
+
+def set_scales(module: nn.Module, scales: Mapping[str, float]) -> None:
+    """How much of each adapter is added; those not named keep theirs. 0 turns one off.
+
+    Raises ValueError for an unknown adapter or while adapters are merged.
+    """
+    for name, scale in scales.items():
+        if not math.isfinite(scale):
+            raise ValueError(f"scale of {name!r} is {scale}: it must be finite")
+        for path, layer in _adapted(module, name).items():
+            if layer.kept is not None:
+                raise ValueError(f"the adapters of {path} are merged: unmerge first")
+            layer.scales[name] = float(scale)
+
+
+@torch.no_grad()
+def merge(module: nn.Module) -> None:
+    """Add the scaled adapters to the layers' weights: the network then costs what it did without them.
+
+    The weights as they were are kept for `unmerge`. The sum is formed in float32 and rounded once.
+    """
+    for layer in _adapted(module).values():
+        if layer.kept is not None:
+            continue
+        weight = layer.base.weight
+        total = weight.float()
+        for name, adapter in layer.adapters.items():
+            assert isinstance(adapter, Adapter)
+            total = total + layer.scales[name] * adapter.delta()
+        layer.kept = weight.detach().clone()
+        weight.copy_(total)
+
+
+@torch.no_grad()
+def unmerge(module: nn.Module) -> None:
+    """Put the layers' own weights back, to the bit."""
+    for layer in _adapted(module).values():
+        if layer.kept is not None:
+            layer.base.weight.copy_(layer.kept)
+            layer.kept = None
+
+
+def save_adapter(module: nn.Module, name: str, path: str | Path) -> None:
+    """Write one adapter as safetensors: "<layer>.down", "<layer>.up", and ranks and alphas in the metadata."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, list[float]] = {}
+    for where, layer in _adapted(module, name).items():
+        adapter = layer.adapters[name]
+        assert isinstance(adapter, Adapter)
+        tensors[f"{where}.down"], tensors[f"{where}.up"] = adapter.down.weight, adapter.up.weight
+        numbers[where] = [adapter.rank, adapter.alpha]
+    data = safetensors.torch.save(
+        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"layers": json.dumps(numbers)}
+    )
+    write_whole(Path(path), lambda to: to.write_bytes(data))
+
+
+def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
+    """Add the adapter of a file to `module` under a name. Returns the adapted layers' names.
+
+    Raises FileNotFoundError, or ValueError for a file that is no adapter or does not fit the module's layers, before
+    anything is changed.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no adapter at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            numbers: dict[str, list[float]] = json.loads((file.metadata() or {})["layers"])
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not an adapter written by save_adapter ({error})") from error
+    here = {where: child for where, _, child in _layers(module)}
+    made: dict[str, Adapter] = {}
+    for where, (rank, alpha) in numbers.items():
+        if where not in here:
+            raise ValueError(f"{path} adapts the layer {where!r}, which {type(module).__name__} does not have")
+        child = here[where]
+        adapter = Adapter(child.base if isinstance(child, Adapted) else child, int(rank), alpha)  # type: ignore[arg-type]
+        for part, layer in (("down", adapter.down), ("up", adapter.up)):
+            found = tensors.get(f"{where}.{part}")
+            if found is None or found.shape != layer.weight.shape:
+                shape = None if found is None else tuple(found.shape)
+                needed = tuple(layer.weight.shape)
+                raise ValueError(f"{path}: {where}.{part} has shape {shape}, the layer needs {needed}")
+            with torch.no_grad():
+                layer.weight.copy_(found)
+        made[where] = adapter
+    add_adapter(module, name, rank=1, wanted=lambda where, _: where in made)
+    for where, adapter in made.items():
+        _adapted(module, name)[where].adapters[name] = adapter
+    return list(made)

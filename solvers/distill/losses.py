@@ -1,0 +1,107 @@
+"""Distances between a prediction and its target, (B, ...) to one number per sample, and weights of the noise level.
+
+A metric has the signature metric(prediction, target) -> (B,). Plain torch, differentiable twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.solvers.distill.network import spread
+from fewstep.solvers.process import Array, Point
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+Weight = Callable[[Point], Array]
+
+
+def squared(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over a sample's elements of the squared difference, (B,)."""
+    return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def squared_sum(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared Euclidean distance, (B,)."""
+    return (prediction - target).square().flatten(1).sum(dim=1)
+
+
+def pseudo_huber(c: float) -> Metric:
+    """sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8).
+
+    Computed as |d|^2 / (sqrt(|d|^2 + c^2) + c): the difference of two nearly equal numbers would have no digits
+    where d is small against c.
+    """
+    _positive(c)
+
+    def metric(prediction: Tensor, target: Tensor) -> Tensor:
+        square = squared_sum(prediction, target)
+        return square / ((square + c * c).sqrt() + c)
+
+    return metric
+
+
+def pseudo_huber_elementwise(c: float) -> Metric:
+    """The mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training, c = 1e-3)."""
+    _positive(c)
+
+    def metric(prediction: Tensor, target: Tensor) -> Tensor:
+        square = (prediction - target).square().flatten(1)
+        return (square / ((square + c * c).sqrt() + c)).mean(dim=1)
+
+    return metric
+
+
+def ict_huber_constant(elements: int) -> float:
+    """c = 0.00054 sqrt(dimension) of improved consistency training (Song & Dhariwal 2023, section 3.3)."""
+    return 0.00054 * math.sqrt(elements)
+
+
+def _positive(c: float) -> None:
+    if not 0.0 < c < math.inf:
+        raise ValueError(f"c = {c}: the pseudo-Huber constant must be positive and finite")
+
+
+def weighted(losses: Tensor, weights: Array | float) -> Tensor:
+    """Mean over the batch of weights (B,) times losses (B,): what an optimiser takes."""
+    return (spread(weights, losses) * losses).mean()
+
+
+# --- weights of the noise level (arrays (B,) of a batch's points) ---
+
+
+def truncated_snr(at: Point) -> Array:
+    """max(alpha^2 / sigma^2, 1), on the error of x0 (Salimans & Ho 2022, section 4)."""
+    return np.maximum(_snr(at), 1.0)
+
+
+def snr_plus_one(at: Point) -> Array:
+    """1 + alpha^2 / sigma^2 on the error of x0, the squared error of v in a VP process (Salimans & Ho 2022)."""
+    return _snr(at) + 1.0
+
+
+def uniform(at: Point) -> Array:
+    """1."""
+    return np.ones_like(np.asarray(at.sigma))
+
+
+def edm_weight(sigma_data: float) -> Weight:
+    """(s^2 + sd^2) / (s sd)^2 on the error of x0, s = sigma / alpha (Karras et al. 2022, Table 1)."""
+
+    def weight(at: Point) -> Array:
+        ratio = np.asarray(at.ratio)
+        return np.asarray((ratio**2 + sigma_data**2) / (ratio * sigma_data) ** 2)
+
+    return weight
+
+
+def _snr(at: Point) -> Array:
+    return np.asarray((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2)
+
+
+def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """mean max(0, 1 - real) + mean max(0, 1 + fake) (Sauer et al. 2023, eq. 3)."""
+    return torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean()

@@ -1,0 +1,161 @@
+"""A denoiser inside an objective: called on a batch in which each sample has its own point, with gradients.
+
+What a network is told and how its output becomes x0 are numbers of the points alone, float64 on the host, as in
+sampling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from fewstep.kernels import naive
+from fewstep.solvers.arrays import TorchFrame
+from fewstep.solvers.process import Array, Point
+
+
+class Told(NamedTuple):
+    """What a network is told at a batch of points, and (a, b) of its x0 prediction a x + b raw; float64, one shape."""
+
+    t: Array
+    c_in: Array
+    a: Array
+    b: Array
+
+    def of(self, index: Any) -> Told:
+        return Told(*(values[index] for values in self))
+
+
+def told(denoiser: Any, at: Point) -> Told:
+    """(B,) of each for a point of arrays (B,).
+
+    Raises ValueError where the denoiser's prediction type says nothing about x0.
+    """
+    # Batches draw their times from a grid more often than not: each time is worked out once.
+    _, first, back = np.unique(at.t, return_index=True, return_inverse=True)
+    points = [Point(*values) for values in zip(*(np.atleast_1d(v)[first].tolist() for v in at), strict=True)]
+    rows = [(denoiser.time(p), denoiser.c_in(p), *denoiser.prologue(p)) for p in points]
+    return Told(*np.array(rows, dtype=np.float64)[back].reshape(-1, 4).T)
+
+
+def points_of(process: Any, times: ArrayLike) -> Point:
+    """The points at times (B,), as one point of float64 arrays (B,). Raises ValueError for a time out of range."""
+    at: Point = process.point(np.atleast_1d(np.asarray(times, dtype=np.float64)))
+    return at
+
+
+def spread(values: ArrayLike, like: Tensor) -> Tensor:
+    """Numbers of the samples, (B,) or one, in the dtype and on the device of `like`, shaped to broadcast with it."""
+    array = np.atleast_1d(np.asarray(values, dtype=np.float64))
+    return torch.tensor(array, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def noised(x0: Tensor, noise: Tensor, at: Point) -> Tensor:
+    """alpha x0 + sigma noise, (B, ...), each sample at its own point."""
+    if x0.shape != noise.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: they must be the same")
+    return spread(at.alpha, x0) * x0 + spread(at.sigma, x0) * noise
+
+
+def branch_weights(denoiser: Any, batch: int, guidance: ArrayLike | None) -> Array:
+    """The weight of each branch's output for each sample, (B, branches), null branch first.
+
+    guidance  (B,) or one scale of classifier-free guidance instead of the denoiser's own
+    """
+    if denoiser.clip is not None or denoiser.rescale:
+        raise ValueError(
+            "an objective takes no clip and no guidance rescale, whose gradients vanish or couple elements: use a "
+            "Denoiser without them, and add them when you sample"
+        )
+    own = denoiser.weights(0.0)
+    if guidance is None:
+        return np.tile(np.asarray(own, dtype=np.float64), (batch, 1))
+    if len(own) != 2:
+        raise ValueError(
+            f"guidance is given for each sample, but the denoiser has {len(own)} branches: it needs "
+            "Denoiser(guidance=...) of any scale, so that there are a null and a conditional branch"
+        )
+    scale = np.broadcast_to(np.asarray(guidance, dtype=np.float64), (batch,))
+    return np.stack([1.0 - scale, scale], axis=1)
+
+
+def raw_outputs(denoiser: Any, x: Tensor, at: Told, branches: tuple[int, ...], cond: Any) -> list[Tensor]:
+    """The network's output for each of `branches`, (B, ...) each, in x's dtype."""
+    frame = TorchFrame(x.device)
+    call = denoiser.bind(frame, len(x), cond)
+    state = str(x.dtype).rpartition(".")[2]
+    model_dtype = denoiser.model_dtype(state)
+    time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
+    like = torch.empty((), dtype=getattr(torch, model_dtype), device=x.device)
+    copies = len(branches) if denoiser.batched else 1
+    x_in = naive.model_input(x, at.c_in, like)
+    t = frame.array(np.tile(at.t, copies), time_dtype)
+    raws = call(branches, torch.cat([x_in] * copies) if copies > 1 else x_in, t)
+    for raw in raws:
+        if tuple(raw.shape) != tuple(x.shape):
+            raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}")
+    return [raw.to(x.dtype) for raw in raws]
+
+
+def predict(denoiser: Any, x: Tensor, at: Point, cond: Any = None, guidance: ArrayLike | None = None) -> Tensor:
+    """The denoiser's x0 prediction, (B, ...) like x; gradients flow to x, to the network and to the conditions.
+
+    x         (B, ...) float32 or float64, sample i at point i
+    at        a point of arrays (B,), see `points_of`
+    cond      as for `fewstep.sample`
+    guidance  (B,) scales in place of the denoiser's own, see `branch_weights`
+    """
+    numbers = told(denoiser, at)
+    if len(numbers.t) != len(x):
+        raise ValueError(f"at holds {len(numbers.t)} points for a batch of {len(x)}: give one for each sample")
+    weights = branch_weights(denoiser, len(x), guidance)
+    branches = tuple(int(j) for j in np.flatnonzero(weights.any(axis=0)))
+    raws = raw_outputs(denoiser, x, numbers, branches, cond)
+    p = np.concatenate([numbers.a[:, None], numbers.b[:, None] * weights[:, list(branches)]], axis=1)
+    x0: Tensor = naive.combine([x, *raws], p, x)
+    return x0
+
+
+def with_model(denoiser: Any, model: Any) -> Any:
+    """The same denoiser around another network of the same kind: a teacher's copy, an average, a wrapped student."""
+    other = copy.copy(denoiser)
+    other.model = model
+    return other
+
+
+def student_of(denoiser: Any) -> Any:
+    """A student that starts as its teacher: the same denoiser around a trainable copy of its module."""
+    return with_model(denoiser, copy.deepcopy(denoiser.model).train().requires_grad_(True))
+
+
+@contextlib.contextmanager
+def same_dropout(device: torch.device) -> Iterator[Any]:
+    """Yields `again()`, a context in which random numbers repeat from where this one began.
+
+        with same_dropout(x.device) as again:
+            prediction = predict(student, x, at)
+            with again(), torch.no_grad():
+                target = predict(average, y, before)
+
+    So the student and its target drop the same units (Song et al. 2023, appendix C). After it, the generators of
+    the CPU and of the device stand where the first call left them.
+    """
+    devices = [device] if device.type == "cuda" else []
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(states[0])
+            for one, state in zip(devices, states[1:], strict=True):
+                torch.cuda.set_rng_state(state, one)
+            yield
+
+    yield again

@@ -1,0 +1,285 @@
+"""Objectives that train on what the student makes: rectified flow, adversarial, distribution matching; averages."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
+from fewstep.solvers.distill.ema import frozen_copy, update_ema
+from fewstep.solvers.distill.network import noised, points_of, predict
+
+EDM, FLOW = fs.EDM(0.002, 80.0), fs.Flow()
+ZERO_SNR = fs.VP.scaled_linear().zero_terminal_snr()
+MU, S = 0.4, 0.3
+
+
+def normals(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- rectified flow ---
+
+
+def first_flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """E[eps - x0 | x_t] of N(MU, S^2) and independent noise, in fewstep's time: t = 1 is noise.
+
+    In the paper's time tau = 1 - t it is the negative of mu + (tau s^2 - (1 - tau)) / (tau^2 s^2 + (1 - tau)^2)
+    (x - tau mu).
+    """
+    tau = 1.0 - t[:, None]
+    return -(MU + (tau * S**2 - (1 - tau)) / (tau**2 * S**2 + (1 - tau) ** 2) * (x - tau * MU))
+
+
+def second_flow(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The flow of the coupling (eps, MU + S eps): x_t = (1 - t) (MU + S eps) + t eps is solved for eps."""
+    eps = (x - (1 - t[:, None]) * MU) / ((1 - t[:, None]) * S + t[:, None])
+    return eps - (MU + S * eps)
+
+
+def flow(net: object) -> fs.Denoiser:
+    return fs.Denoiser(net, FLOW, "flow", time_dtype="float64")  # type: ignore[arg-type]
+
+
+def test_matching_loss_is_its_formula_and_is_least_at_the_conditional_mean() -> None:
+    x0, eps = MU + S * normals(40000, 1), normals(40000, 1, seed=1)
+    times = np.random.default_rng(0).uniform(0, 1, 40000)
+    t = torch.tensor(times)
+    got = rectified.matching_loss(flow(first_flow), x0, eps, times)
+    x = (1 - t[:, None]) * x0 + t[:, None] * eps
+    torch.testing.assert_close(got, (first_flow(x, t) - (eps - x0)).square().mean(), rtol=1e-12, atol=0)
+    for bias in (0.1, -0.1):
+        off = rectified.matching_loss(flow(lambda x, t, b=bias: first_flow(x, t) + b), x0, eps, times)
+        # The excess is bias^2 exactly in expectation.
+        assert (off - got).item() == pytest.approx(bias**2, abs=4 * 2 * abs(bias) * 1.1 / math.sqrt(40000))
+
+
+def test_the_flows_own_pairs_are_mu_plus_s_eps() -> None:
+    """To the solver's error, which falls with the square of the step."""
+    eps = normals(16, 1)
+    errors = []
+    for steps in (100, 200):
+        pairs = rectified.couple(flow(first_flow), eps, fs.grid(FLOW, steps, "linspace"), "heun")
+        errors.append((pairs - MU - S * eps).abs().max().item())
+    assert errors[1] < 1e-4
+    assert errors[0] / errors[1] == pytest.approx(4.0, rel=0.1)
+    with pytest.raises(ValueError, match="pure noise"):
+        rectified.couple(flow(first_flow), eps, fs.grid(FLOW, 4, "karras"), "euler")
+
+
+def test_the_reflowed_gaussian_is_exact_in_one_step_and_the_first_is_not() -> None:
+    eps = normals(64, 1)
+    one = fs.Grid.from_times(FLOW, [1.0, 0.0])
+    again = rectified.couple(flow(second_flow), eps, one, "euler")
+    torch.testing.assert_close(again, MU + S * eps, rtol=0, atol=7e-16)
+    first = rectified.couple(flow(first_flow), eps, one, "euler")
+    # One step of v1 lands on the mean: all of the spread is lost.
+    torch.testing.assert_close(first, torch.full_like(eps, MU), rtol=0, atol=1e-15)
+    # Reflow's loss on these pairs is 0 at v2, and t = 1 alone is its distillation.
+    x0 = MU + S * eps
+    assert rectified.matching_loss(flow(second_flow), x0, eps, np.linspace(0, 1, 64)).item() < 1e-29
+    assert rectified.matching_loss(flow(second_flow), x0, eps, np.ones(64)).item() < 1e-29
+    assert rectified.matching_loss(flow(first_flow), x0, eps, np.ones(64)).item() > 0.05
+
+
+def test_straightness_is_zero_for_straight_flows_alone() -> None:
+    eps = normals(500, 1)
+    assert rectified.straightness(flow(second_flow), eps) < 1e-28
+    assert rectified.straightness(flow(first_flow), eps) > 0.05
+    with pytest.raises(ValueError, match="predicts='sample'"):
+        rectified.straightness(fs.Denoiser(first_flow, FLOW, "sample"), eps)
+
+
+# --- adversarial ---
+
+
+class Teacher(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.gain * x)
+
+
+def test_no_gradient_passes_the_teacher_and_the_gradient_is_its_formula() -> None:
+    teacher = Teacher()
+    denoiser = fs.Denoiser(teacher, ZERO_SNR, "v", time_dtype="float64")
+    at = points_of(ZERO_SNR, [100.0, 700.0, 999.0])
+    assert at.alpha[-1] == 0.0
+    fake, noise = normals(3, 4).requires_grad_(True), normals(3, 4, seed=1)
+    (2.5 * adversarial.distillation_loss(fake, denoiser, noise, at)).backward()
+    assert teacher.gain.grad is None
+    with torch.no_grad():
+        target = predict(denoiser, noised(fake, noise, at), at)
+    c = torch.tensor(at.alpha)[:, None]
+    torch.testing.assert_close(fake.grad, 2 * 2.5 * c * (fake.detach() - target) / 3, rtol=1e-13, atol=1e-15)
+
+
+class Frozen(torch.nn.Module):
+    """Two maps of features, one of them spatial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = torch.nn.Linear(4, 6).double().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.tanh(self.a(x)), x.reshape(len(x), 2, 2)]
+
+
+def test_the_generator_loss_adds_its_two_terms() -> None:
+    torch.manual_seed(0)
+    features, heads = Frozen(), adversarial.Heads([6, 2], 8).double()
+    denoiser = fs.Denoiser(Teacher().requires_grad_(False), ZERO_SNR, "v", time_dtype="float64")
+    at = points_of(ZERO_SNR, [100.0, 700.0, 998.0])
+    fake, noise = normals(3, 4).requires_grad_(True), normals(3, 4, seed=1)
+    got = adversarial.generator_loss(fake, features, heads, denoiser, noise, at)
+    want = -heads(features(fake)).mean() + 2.5 * adversarial.distillation_loss(fake, denoiser, noise, at)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
+    (gradient,) = torch.autograd.grad(-heads(features(fake)).mean(), fake)
+    assert float(gradient.abs().min()) > 0.0
+
+
+def test_the_discriminator_loss_is_hinge_and_r1_at_the_heads_inputs() -> None:
+    torch.manual_seed(0)
+    features, heads = Frozen(), adversarial.Heads([6, 2], 8).double()
+    real, fake = normals(5, 4), normals(5, 4, seed=1).requires_grad_(True)
+    hinge, r1 = adversarial.discriminator_loss(real, fake, features, heads, r1=0.3)
+    scores = heads(features(real)), heads(features(fake.detach()))
+    want = (1 - scores[0]).clamp_min(0).mean() + (1 + scores[1]).clamp_min(0).mean()
+    torch.testing.assert_close(hinge, want, rtol=1e-14, atol=0)
+    # R1 by finite differences of the scores in the features.
+    inputs = features(real)
+    total = 0.0
+    for m, maps in enumerate(inputs):
+        flat = maps.flatten(1)
+        for j in range(flat.shape[1]):
+            moved = [[f.clone() for f in inputs] for _ in range(2)]
+            for sign, one in zip((1, -1), moved, strict=True):
+                one[m].flatten(1)[:, j] += sign * 1e-6
+            slope = (heads(moved[0]).sum(1) - heads(moved[1]).sum(1)) / 2e-6
+            total += slope.square().sum().item()
+    assert r1.item() == pytest.approx(0.3 * total / 5, rel=1e-6)
+    (hinge + r1).backward()
+    assert fake.grad is None
+    assert all(p.grad is not None for p in heads.parameters())
+    # Two perfect scores leave nothing to gain.
+    assert losses.hinge_discriminator(torch.tensor([1.5]), torch.tensor([-2.0])).item() == 0.0
+
+
+# --- distribution matching ---
+
+
+def gaussian_denoiser(mean: float, std: float) -> fs.Denoiser:
+    return fs.problems.Gaussian(mean, std).denoiser(EDM)
+
+
+def test_the_generators_gradient_is_its_formula() -> None:
+    fake, noise = normals(6, 3).requires_grad_(True), normals(6, 3, seed=1)
+    at = points_of(EDM, [0.05, 0.3, 1.0, 2.0, 10.0, 40.0])
+    teacher, critic = gaussian_denoiser(MU, S), gaussian_denoiser(-0.2, 0.5)
+    loss, gradient = distribution_matching.generator_loss(fake, teacher, critic, noise, at)
+    (found,) = torch.autograd.grad(loss, fake)
+    x = fake.detach()
+    s = torch.tensor(at.sigma)[:, None]
+    real = MU + S**2 / (S**2 + s**2) * (x + s * noise - MU)
+    own = -0.2 + 0.25 / (0.25 + s**2) * (x + s * noise + 0.2)
+    want = (own - real) / (x - real).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, want / 6, rtol=1e-12, atol=1e-14)
+    # A generator that the teacher reproduces to the bit meets the floor, not a division by 0.
+    loss, gradient = distribution_matching.generator_loss(
+        fake, fs.Denoiser(lambda x, t: fake.detach(), EDM, "sample"), critic, noise, at
+    )
+    assert bool(gradient.isfinite().all())
+    torch.testing.assert_close(gradient, (own - x) / 1e-5, rtol=1e-10, atol=1e-10)
+
+
+def test_the_mean_difference_of_two_gaussians_is_closed_form() -> None:
+    """E[D_fake - D_real] = sigma^2 (mu_g - mu) / (s^2 + sigma^2) for a generator of N(mu_g, s^2)."""
+    shift, sigma, n = -0.5, 0.4, 4
+    # Quadrature instead of draws: x and noise on Gauss-Hermite nodes.
+    nodes, weights = np.polynomial.hermite_e.hermegauss(8)
+    a, b = (torch.tensor(g.ravel()) for g in np.meshgrid(nodes, nodes))
+    share = torch.tensor(np.outer(weights, weights).ravel() / weights.sum() ** 2)
+    fake = (shift + S * a)[:, None].expand(-1, n).contiguous()
+    at = points_of(EDM, [sigma] * len(fake))
+    teacher, critic = gaussian_denoiser(MU, S), gaussian_denoiser(shift, S)
+    x_t = noised(fake, b[:, None].expand(-1, n), at)
+    difference = predict(critic, x_t, at) - predict(teacher, x_t, at)
+    mean = (share[:, None] * difference).sum(0)
+    torch.testing.assert_close(mean, torch.full((n,), sigma**2 * (shift - MU) / (S**2 + sigma**2)).double())
+
+
+def test_the_critic_learns_the_generators_denoiser_and_sends_no_gradient_back() -> None:
+    """Least squares over a linear critic ends where the draws' own covariances say."""
+    fake, noise = (0.2 + 0.5 * normals(200, 1)).requires_grad_(True), normals(200, 1, seed=2)
+    at = points_of(EDM, [0.7] * 200)
+    gain, shift = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.3, 0.0))
+    critic = fs.Denoiser(lambda x, t: gain * x + shift, EDM, "sample")
+    for _ in range(400):
+        loss = distribution_matching.critic_loss(critic, fake, noise, at, weight=losses.uniform)
+        for p, g in zip((gain, shift), torch.autograd.grad(loss, (gain, shift)), strict=True):
+            p.data -= 0.4 * g
+    assert fake.grad is None
+    x_t, x = (fake + 0.7 * noise).detach()[:, 0], fake.detach()[:, 0]
+    slope = torch.cov(torch.stack([x_t, x]))[0, 1] / x_t.var()
+    assert gain.item() == pytest.approx(slope.item(), rel=1e-9)
+    assert shift.item() == pytest.approx((x.mean() - slope * x_t.mean()).item(), rel=1e-9)
+
+
+def test_gan_losses_are_the_non_saturating_ones() -> None:
+    real, fake = normals(7), normals(7, seed=1)
+    want = -torch.log(torch.sigmoid(real)).mean() - torch.log(1 - torch.sigmoid(fake)).mean()
+    torch.testing.assert_close(distribution_matching.gan_critic_loss(real, fake), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        distribution_matching.gan_generator_loss(fake), -torch.log(torch.sigmoid(fake)).mean(), rtol=1e-12, atol=0
+    )
+
+
+def test_backward_simulation_is_the_students_own_sampling() -> None:
+    student = fs.Denoiser(lambda x, t: torch.tanh(x), EDM, "sample")
+    grid = fs.Grid.from_sigmas(EDM, [80.0, 10.0, 2.0, 0.5, 0.0])
+    latent = 80.0 * normals(3, 2)
+    draws = {k: normals(3, 2, seed=k) for k in range(1, 4)}
+    x = latent
+    for stop in range(4):
+        got = distribution_matching.backward_simulation(
+            student, latent, grid, stop, noise=lambda draw, at, to, shape: draws[draw]
+        )
+        torch.testing.assert_close(got, x, rtol=1e-6, atol=1e-6)
+        x = torch.tanh(x) + grid.sigma[stop + 1] * draws.get(stop + 1, 0.0)
+    with pytest.raises(ValueError, match=r"stop = 4: the grid's steps are 0 \.\. 3"):
+        distribution_matching.backward_simulation(student, latent, grid, 4)
+
+
+# --- averages ---
+
+
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_an_average_is_its_recursion_also_in_a_wider_type(narrow: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    average = frozen_copy(net)
+    net = net.to(narrow)
+    want = [p.detach().clone() for p in average.parameters()]
+    for step in range(3):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.full_like(p, 0.1 * (step + 1)))
+            net[1].running_mean.fill_(step)
+        update_ema(average, net, 0.9)
+        want = [0.9 * w + 0.1 * p.detach().float() for w, p in zip(want, net.parameters(), strict=True)]
+    for got, w in zip(average.parameters(), want, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.detach(), w, rtol=1e-6, atol=1e-7)
+    assert not any(p.requires_grad for p in average.parameters())
+    torch.testing.assert_close(average[1].running_mean, torch.full((4,), 2.0))
+    with pytest.raises(ValueError, match=r"decay = 1\.5"):
+        update_ema(average, net, 1.5)
+    with pytest.raises(ValueError, match="different parameters"):
+        update_ema(average, torch.nn.Linear(3, 5), 0.5)
