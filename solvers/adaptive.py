@@ -18,6 +18,7 @@ import numpy as np
 from fewstep.kernels import naive, philox
 from fewstep.solvers.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
 from fewstep.solvers.embedded import PAIRS, Attempt, Controller, Pair
+from fewstep.solvers.engine import NoiseSource, outside_noise
 from fewstep.solvers.frames import FRAMES
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.loop import BACKENDS, check_latent, check_shape, model_frame, pick_backend
@@ -43,6 +44,27 @@ class AdaptiveResult(NamedTuple):
     nfe: np.ndarray
     accepted: np.ndarray
     rejected: np.ndarray
+
+
+class AttemptInfo(NamedTuple):
+    """What a callback of `sample_adaptive` sees after each attempt, of the n samples that were under way.
+
+    samples   (n,) int64, which samples of the batch
+    at        where each is now: at the end of its step if that was accepted, else where it was
+    x         (n, ...) there; valid until the callback returns
+    error     (n,) the step's error in units of the tolerance
+    accepted  (n,) bool
+    h         (n,) the size of the next step, in log-SNR
+    nfe       (n,) int64, denoiser calls so far
+    """
+
+    samples: np.ndarray
+    at: tuple[Point, ...]
+    x: Array
+    error: np.ndarray
+    accepted: np.ndarray
+    h: np.ndarray
+    nfe: np.ndarray
 
 
 # A call at the very end is guided if those before it are: progress 1 is after the last step.
@@ -82,6 +104,8 @@ class _Options:
     eta: float
     s_noise: float
     max_attempts: int
+    noise: NoiseSource | None = None
+    callback: Callable[[AttemptInfo], Any] | None = None
 
 
 def next_step(ends: Grid, s: Point, h: float, eta: float) -> _Step:
@@ -110,6 +134,7 @@ class _Run:
         o, result = self.options, x * 1.0
         before, f1 = x * 1.0, x * 0.0
         while self.samples:
+            starts = [sample.at for sample in self.samples]
             steps = [next_step(o.ends, sample.at, sample.control.h, o.eta) for sample in self.samples]
             attempts = [
                 o.pair.attempt(o.ends, sample.at, step.down, o.frame)
@@ -122,7 +147,9 @@ class _Run:
             taken = [i for i, norm in enumerate(norms) if self._judge(self.samples[i], steps[i].t, norm)]
             if taken:
                 before[taken], x[taken], f1[taken] = low[taken], high[taken], last[taken]
-                self._renoise(x, [i for i in taken if steps[i].fresh > 0.0], steps)
+                self._renoise(x, [i for i in taken if steps[i].fresh > 0.0], starts, steps)
+            if o.callback is not None:
+                o.callback(self._info(x, norms, taken))
             done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
             if done:
                 result[[self.samples[i].index for i in done]] = x[done]
@@ -189,12 +216,28 @@ class _Run:
             )
         return accepted
 
-    def _renoise(self, x: Array, rows: list[int], steps: Sequence[_Step]) -> None:
+    def _info(self, x: Array, norms: Sequence[float], taken: Sequence[int]) -> AttemptInfo:
+        accepted = np.zeros(len(norms), bool)
+        accepted[list(taken)] = True
+        index, nfe = (np.array([getattr(s, name) for s in self.samples]) for name in ("index", "nfe"))
+        h = np.array([sample.control.h for sample in self.samples])
+        at = tuple(sample.at for sample in self.samples)
+        return AttemptInfo(index, at, self.batch.outside(x), np.array(norms), accepted, h, nfe)
+
+    def _renoise(self, x: Array, rows: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> None:
         """Ancestral noise on some samples: draw k of a sample belongs to its k-th accepted step."""
         if rows:
             chosen = [self.samples[i] for i in rows]
-            streams = self.streams[[sample.index for sample in chosen]]
-            z = self.batch.normals(streams, [sample.accepted for sample in chosen], philox.STEP)
+            noise, one = self.options.noise, (1, *self.batch.sample)
+            if noise is None:
+                streams = self.streams[[sample.index for sample in chosen]]
+                z = self.batch.normals(streams, [sample.accepted for sample in chosen], philox.STEP)
+            else:
+                draws = [
+                    outside_noise(noise, sample.accepted, starts[i], steps[i].t, one)
+                    for i, sample in zip(rows, chosen, strict=True)
+                ]
+                z = self.batch.array(np.concatenate(draws))
             maps = [{"x": {"x": 1.0, "z": self.options.s_noise * steps[i].fresh}} for i in rows]
             x[rows] = self.batch.map(maps, {"x": x[rows]}, z=z)["x"]
 
@@ -254,10 +297,12 @@ def sample_adaptive(
     max_attempts: int = 10_000,
     seed: int | Sequence[int] | None = None,
     first_sample: int = 0,
+    noise: NoiseSource | None = None,
     cond: Any = None,
     backend: str = "auto",
     device: Any = None,
     dtype: Any = None,
+    callback: Callable[[AttemptInfo], Any] | None = None,
 ) -> AdaptiveResult:
     """Draw samples with steps that each sample chooses to a tolerance.
 
@@ -276,6 +321,8 @@ def sample_adaptive(
     final_zero  one more call at sigma_min, to the clean end: x = m. False stays at sigma_min
     max_attempts  steps of one sample, rejected ones too, after which it is an error
     seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`
+    noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, asked for one sample after another
+    callback  called with an `AttemptInfo` after each attempt; may raise to stop
 
     Errors are controlled step by step. On Gaussian mixtures the end is within 5 tolerances of the exact one
     for DPM-Solver, within 100 for dormand_prince, whose long steps pay at tolerances of 1e-5 and below.
@@ -296,6 +343,9 @@ def sample_adaptive(
     for name, value in (("h_init", h_init), ("rtol + atol", rtol + atol), ("accept_safety", accept_safety)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+    for name, given in (("noise", noise), ("callback", callback)):
+        if not (given is None or callable(given)):
+            raise TypeError(f"{name} must be callable, got {type(given).__name__}")
     if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
         raise ValueError(f"max_attempts must be an int >= 1, got {max_attempts!r}")
 
@@ -324,7 +374,7 @@ def sample_adaptive(
         _Sample(i, ends.points[0], Controller.of(h_init, pcoeff, icoeff, dcoeff, order, accept_safety))
         for i in range(sizes[0])
     ]
-    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts)
+    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, noise, callback)
     run = _Run(batch, options, list(samples), streams)
     with model.torch.no_grad() if isinstance(model, TorchFrame) else contextlib.nullcontext():
         if x is None or outer is None:

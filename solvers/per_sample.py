@@ -59,8 +59,8 @@ class Batch:
     # --- arrays ---
 
     def array(self, values: np.ndarray) -> Array:
-        """A slot of all samples."""
-        rows = np.reshape(values, (self.size, -1))
+        """A slot, of all samples or of some."""
+        rows = np.reshape(values, (-1, self.elements))
         return np.array(rows, self.dtype) if self.backend == "numba" else self.frame.array(rows, self.dtype)
 
     def outside(self, slot: Array) -> Array:
