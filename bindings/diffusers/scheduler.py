@@ -1,67 +1,35 @@
-"""A diffusers scheduler with its `step` replaced by one fused kernel.
+"""A diffusers scheduler with its `step` replaced by one fused pass.
 
-The subclass keeps all of its parent's set-up, configuration, saving and checks. What `step` does is read off the
-parent's own code by `probe`, once a schedule, and then runs as one pass over the tensors. State belongs to a
-thread, so one scheduler object serves concurrent pipelines.
+The subclass keeps all of its parent's set-up, configuration, saving and checks, and the parent's own attributes
+(`step_index`, `model_outputs`, ...) hold after each call what the parent would have left there. So whatever the fused
+pass does not cover, the parent's own `step` takes over at any point of a run.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fewstep.bindings.diffusers.probe import (
-    CLIPPED,
-    NOISE,
-    RAW,
-    WIDTH,
-    NotAffineError,
-    Step,
-    Table,
-    X,
-    copy_state,
-    probe,
-)
-from fewstep.kernels import layout, naive, numba_reduce, numba_step
-from fewstep.solvers.arrays import TorchFrame
+from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, copied, get, places
+from fewstep.bindings.diffusers.transition import STANDINGS, Digests, Standing, Transition
 
-# Arguments of step that are not numbers of the update: tensors, generators, and the form of the result.
-_OUTSIDE = ("generator", "return_dict", "variance_noise", "noise", "sample_noise")
+# Arguments of step under which the caller gives the noise.
+_NOISE = ("variance_noise", "noise")
+
+# Tensors that a schedule consists of; an edit of their elements starts a new one.
+_SCHEDULE = ("timesteps", "sigmas", "alphas_cumprod")
 
 
-class _Tables:
-    """Probed tables of recent schedules, for all schedulers: pipelines set the same schedule again in every call."""
-
-    def __init__(self, room: int = 64) -> None:
-        self.room, self.lock = room, threading.Lock()
-        self.known: OrderedDict[Any, Table | NotAffineError] = OrderedDict()
-
-    def get(self, key: Any, make: Any) -> Table | NotAffineError:
-        with self.lock:
-            if key in self.known:
-                self.known.move_to_end(key)
-                return self.known[key]
-        try:
-            table: Table | NotAffineError = make()
-        except NotAffineError as reason:
-            table = reason
-        with self.lock:
-            self.known[key] = table
-            while len(self.known) > self.room:
-                self.known.popitem(last=False)
-        return table
-
-
-_TABLES = _Tables()
+# The attribute of our own bookkeeping.
+CURSOR = "_cursor"
 
 
 class PerThread(threading.local):
@@ -75,275 +43,211 @@ class PerThread(threading.local):
             self._begin(*args, **kwargs)
             self._origin = self.__dict__
         else:
-            self.__dict__.update(copy_state(origin), _run=None, _plain=False)
+            self.__dict__.update(_attributes(origin))
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
 
-class Run:
-    """One pass through a schedule: where it is, and its partial sums."""
+def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The parent's attributes alone, for another owner."""
+    return {name: value for name, value in copied(values).items() if name != CURSOR}
 
-    def __init__(self, table: Table, start: int, options: Mapping[str, Any]) -> None:
-        self.table, self.start, self.options = table, start, options
-        self.k = 0
-        self.state: list[np.ndarray | Tensor] = []
-        self.coefficients: dict[tuple[int, str], np.ndarray] = {}
 
-    @property
-    def step(self) -> Step:
-        return self.table.steps[self.k]
+class Cursor:
+    """Where a scheduler stands in its machine, until somebody writes one of its attributes.
 
-    def rows(self, step: Step, names: Sequence[str], dtype: str) -> np.ndarray:
-        """The kernel's table: outputs prev_sample, the next state, the other fields; see `layout`."""
-        key = (self.k, dtype)
-        if key not in self.coefficients:
-            rows = [step.fields["prev_sample"], *step.state, *(step.fields[n] for n in names)]
-            w = np.zeros((1, len(rows), layout.COLUMNS))
-            for i, row in enumerate(rows):
-                w[0, i, 1 : 1 + len(row) - WIDTH] = row[WIDTH:]
-                w[0, i, layout.RAW : layout.RAW + 2] = row[X], row[RAW]
-                w[0, i, layout.NOISE] = row[NOISE]
-                w[0, i, layout.PREDICTION] = row[CLIPPED]
-            self.coefficients[key] = w.astype(dtype)
-        return self.coefficients[key]
+    memory  the tensors that it remembers; arrays: as NumPy arrays, where they are at hand
+    """
+
+    __slots__ = ("arrays", "digests", "memory", "schedule", "shape", "standing", "times")
+
+    def __init__(self) -> None:
+        self.digests = Digests()
+        self.standing: Standing | None = None
+
+    def settle(self, parent: type[Any], attributes: Mapping[str, Any], shape: torch.Size) -> Standing:
+        """Raises NotAffineError if the attributes hold something whose content says nothing."""
+        values = {name: value for name, value in attributes.items() if name != CURSOR}
+        self.standing = standing = STANDINGS.settle(parent, values, places(values, shape), self.digests)
+        self.shape = shape
+        self.memory = [get(values, place) for place in standing.memory]
+        self.arrays: list[Any] = [None] * len(self.memory)
+        self.schedule = [(t, t._version) for n in _SCHEDULE if isinstance(t := values.get(n), Tensor)]
+        self.times: dict[int, float] = {}
+        times = values["timesteps"]
+        if isinstance(times, Tensor) and not times.is_cpu:
+            # A pipeline steps through this very tensor: known by their address, its elements need no host sync.
+            first, size = times.data_ptr(), times.element_size()
+            self.times = {first + i * size: t for i, t in enumerate(times.tolist())}
+        return standing
+
+    def advance(
+        self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any], arrays: Sequence[Any]
+    ) -> None:
+        """Over a transition. pool: its sources and its new rows, as tensors; arrays: the same in NumPy."""
+        transition.leave(attributes, pool)
+        self.standing = transition.standing
+        self.memory = [pool[i] for i in transition.sources]
+        self.arrays = [arrays[i] for i in transition.sources]
+
+    def holds(self, attributes: Mapping[str, Any], shape: torch.Size) -> bool:
+        """Whether it still says where the scheduler stands: nobody has edited the schedule or the memory."""
+        standing = self.standing
+        if standing is None or shape != self.shape:
+            return False
+        for tensor, version in self.schedule:
+            if tensor._version != version:
+                return False
+        for name, length in standing.lists.items():
+            if len(attributes[name]) != length:
+                return False
+        for (name, i), tensor in zip(standing.memory, self.memory, strict=True):
+            value = attributes[name]
+            if (value if i is None else value[i]) is not tensor:
+                return False
+        return True
+
+    def time(self, timestep: Any) -> Any:
+        """The timestep as a number."""
+        if not isinstance(timestep, Tensor):
+            return timestep
+        known = self.times.get(timestep.data_ptr()) if self.times else None
+        return timestep.item() if known is None else known
 
 
 def fused(parent: type[Any]) -> type[Any]:
     """The fused twin of a scheduler class, under the same name."""
-    signature = inspect.signature(parent.step)
-    defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
-    positional = list(signature.parameters)[1:]
+    names = list(inspect.signature(parent.step).parameters)[4:]  # after self, model_output, timestep, sample
+    noise = next((n for n in names if n in _NOISE), None)
 
     @functools.wraps(parent.__init__)
     def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
         PerThread.__init__(self, *args, **kwargs)
 
-    def _begin(self: Any, *args: Any, **kwargs: Any) -> None:
-        self._run, self._plain = None, False
-        parent.__init__(self, *args, **kwargs)
-
-    @functools.wraps(parent.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = parent.set_timesteps(self, *args, **kwargs)
-        self._run, self._plain = None, False
-        return result
-
     @functools.wraps(parent.step)
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        values = dict(defaults)
-        values.update(zip(positional, args, strict=False))
-        values.update(kwargs)
-        return _step(self, parent, values, args, kwargs)
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
+        generator = options.pop("generator", None)
+        z = None if noise is None else options.pop(noise, None)
+        call = _locate(self, parent, "step", model_output, timestep, sample, options, None if z is None else (noise, z))
+        if call is None:
+            return parent.step(self, model_output, timestep, sample, *args, **kwargs)
+        cursor, transition = call
+        if transition.draw is not None:
+            z = _draw(self, parent, transition.draw, model_output, sample, generator)
+        memory = cursor.memory
+        rows, arrays = transition.update(sample, model_output, z, memory, cursor.arrays)
+        cursor.advance(self.__dict__, transition, (sample, model_output, z, None, *memory, *rows), arrays)
+        return transition.wrap(rows)
 
     members: dict[str, Any] = {
         "__init__": initialise,
-        "_begin": _begin,
-        "set_timesteps": set_timesteps,
+        "_begin": parent.__init__,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": _deepcopy,
-        "__reduce__": lambda self: (_rebuild, (type(self), copy_state(self.__dict__))),
+        "__deepcopy__": lambda self, memo: _rebuild(type(self), _attributes(self.__dict__)),
+        "__reduce__": lambda self: (_rebuild, (type(self), _attributes(self.__dict__))),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`; the same numbers, one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
         "parent": parent,
     }
-    if hasattr(parent, "scale_model_input"):
+    # Where the parent's names nothing, it returns the sample, and can do nothing else.
+    if hasattr(parent, "scale_model_input") and parent.scale_model_input.__code__.co_names:
 
         @functools.wraps(parent.scale_model_input)
-        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             timestep = args[0] if args else kwargs.get("timestep")
-            run = None if timestep is None else _ensure(self, parent, timestep, None)
-            if run is None:
-                return parent.scale_model_input(self, sample, *args, **kwargs)  # type: ignore[no-any-return]
-            self.is_scale_input_called = True
-            factor = run.step.scale
-            return sample if factor == 1.0 else sample * factor
+            call = None
+            if timestep is not None:
+                call = _locate(self, parent, "scale_model_input", sample, timestep, sample, {}, None)
+            if call is None:
+                return parent.scale_model_input(self, sample, *args, **kwargs)
+            cursor, transition = call
+            attributes = self.__dict__
+            attributes.update(transition.changed)
+            cursor.standing = transition.standing
+            return sample if transition.scale == 1.0 else sample * transition.scale
 
         members["scale_model_input"] = scale_model_input
     return type(parent.__name__, (PerThread, parent), members)
 
 
-# Whoever writes these changes the schedule.
-_SCHEDULE = frozenset(
-    {"timesteps", "sigmas", "alphas_cumprod", "final_alpha_cumprod", "_begin_index", "_internal_dict"}
-)
-
-
 def _set(self: Any, name: str, value: Any) -> None:
+    """Whoever writes an attribute may have moved the scheduler: where it stands is looked up again."""
     threading.local.__setattr__(self, name, value)
-    if name in _SCHEDULE and self.__dict__.get("_run") is not None:
-        self.__dict__["_run"] = None
-
-
-def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-    return _rebuild(type(self), copy_state(self.__dict__))
+    cursor = self.__dict__.get(CURSOR)
+    if cursor is not None:
+        cursor.standing = None
 
 
 def _rebuild(cls: type[Any], attributes: dict[str, Any]) -> Any:
     twin = cls()
-    twin.__dict__.update(attributes, _run=None, _plain=False)
+    twin.__dict__.clear()
+    twin.__dict__.update(attributes)
     return twin
 
 
-def _start_index(self: Any, timestep: Any) -> int:
-    """Where the parent would begin: its begin index, or the place of the timestep (the second of duplicates)."""
-    begin = self.__dict__.get("_begin_index")
-    if begin is not None:
-        return int(begin)
-    if hasattr(self, "index_for_timestep"):
-        t = timestep.to(self.timesteps.device) if isinstance(timestep, Tensor) else timestep
-        return int(self.index_for_timestep(t))
-    where = (self.timesteps == timestep).nonzero()
-    if not len(where):
-        raise NotAffineError(f"timestep {timestep} is not in the schedule")
-    if int(where[0]) > 0 and len(self.timesteps.unique()) < len(self.timesteps):
-        raise NotAffineError("it counts calls and names them by times that repeat, and this run begins in the middle")
-    return int(where[0])
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = (bool, int, float, str, type(None))
 
 
-def _ensure(self: Any, parent: type[Any], timestep: Any, options: Mapping[str, Any] | None) -> Run | None:
-    """The run that this call belongs to, begun if there is none; None where the parent's own step must do."""
-    if self._plain:
+def _locate(
+    self: Any,
+    parent: type[Any],
+    method: str,
+    raw: Any,
+    timestep: Any,
+    x: Any,
+    options: Mapping[str, Any],
+    noise: tuple[Any, Any] | None,
+) -> tuple[Cursor, Transition] | None:
+    """The transition that a call is, from the cursor; None where the parent's own code must make it."""
+    if type(x) is not Tensor or type(raw) is not Tensor or (isinstance(timestep, Tensor) and timestep.ndim):
         return None
-    run: Run | None = self._run
-    if run is not None and run.k < len(run.table.steps) and (options is None or options == run.options):
-        if hasattr(parent, "_init_step_index") or run.k == 0 or self.timesteps[run.start + run.k] == timestep:
-            return run
-    if run is not None and run.k and run.k < len(run.table.steps) and options is not None and options != run.options:
-        raise ValueError(
-            f"step was called with {dict(options)} after {dict(run.options)}: its options may not change within a run"
-        )
-    try:
-        start = _start_index(self, timestep)
-        table = _table(self, parent, start, options or {})
-    except NotAffineError:
-        self.__dict__["_plain"] = True  # to the end of this schedule: the parent keeps its own state
+    shape = x.shape
+    if raw.shape != shape or not ((x.is_cpu and raw.is_cpu) or x.device == raw.device):
         return None
-    self._run = run = Run(table, start, options or {})
-    return run
+    given = None
+    if noise is not None:
+        name, z = noise
+        if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
+            return None
+        given = (name, z.dtype)
+    for value in options.values():
+        if not isinstance(value, _NUMBERS):
+            return None
+    attributes = self.__dict__
+    cursor = attributes.get(CURSOR)
+    if cursor is None:
+        cursor = attributes[CURSOR] = Cursor()
+    if not cursor.holds(attributes, shape):
+        if x.ndim < 2 or not x.numel():
+            return None
+        try:
+            cursor.settle(parent, attributes, shape)
+        except NotAffineError:
+            return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *cursor.memory)):
+        return None
+    key = (method, cursor.time(timestep), type(timestep), x.dtype, raw.dtype, given, *options.items())
+    transition = cursor.standing.calls.get(key)
+    if transition is None:
+        if x.dtype not in _FLOATS or raw.dtype not in _FLOATS:
+            return None
+        at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
+        transition = cursor.standing.find(key, Call(method, at, dict(options), x.dtype, raw.dtype, given))
+    if isinstance(transition, NotAffineError) or not (x.is_cpu or transition.update.anywhere):
+        return None
+    return cursor, transition
 
 
-def _table(self: Any, parent: type[Any], start: int, options: Mapping[str, Any]) -> Table:
-    def bits(name: str) -> bytes:
-        value = self.__dict__.get(name)
-        return value.cpu().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
-
-    schedule = ("timesteps", "sigmas", "alphas_cumprod", "num_inference_steps", "custom_timesteps")
-    key = (parent, repr(sorted(self.config.items())), *map(bits, schedule), start, tuple(sorted(options.items())))
-    attributes = {**self.__dict__, "_step_index": None, "_run": None}
-    table = _TABLES.get(key, lambda: probe(parent, _on_cpu(attributes), list(self.timesteps[start:].cpu()), options))
-    if isinstance(table, NotAffineError):
-        raise table
-    return table
-
-
-def _on_cpu(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: v.cpu() if isinstance(v, Tensor) else v for key, v in attributes.items()}
-
-
-def _step(self: Any, parent: type[Any], values: dict[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    raw, timestep, sample = values["model_output"], values["timestep"], values["sample"]
-    options = {n: v for n, v in values.items() if n not in ("model_output", "timestep", "sample", *_OUTSIDE)}
-    run = None
-    if raw.shape == sample.shape:  # a learned variance comes as more channels
-        run = _ensure(self, parent, timestep, options)
-    if run is None:
-        return parent.step(self, *args, **kwargs)
-    step = run.step
-    outside = next((values[n] for n in ("variance_noise", "noise") if values.get(n) is not None), None)
-    z = None
-    for draw in step.draws:
-        z = outside
-        if z is None:
-            z = randn_tensor(
-                raw.shape, generator=values.get("generator"), device=raw.device, dtype=draw.fixed or raw.dtype
-            )
-    names = [n for n in step.fields if n != "prev_sample"]
-    if not values.get("return_dict", True):
-        names = [n for n in names if n in run.table.tuple_fields]
-    outputs = _apply(run, step, names, sample, raw, z)
-    run.k += 1
-    if "_step_index" in self.__dict__ or hasattr(parent, "step_index"):
-        self.__dict__["_step_index"] = run.start + run.k
-    if not values.get("return_dict", True):
-        return tuple(outputs[n] for n in run.table.tuple_fields)
-    assert run.table.output is not None
-    return run.table.output(**outputs)
-
-
-def _apply(
-    run: Run, step: Step, names: Sequence[str], sample: Tensor, raw: Tensor, z: Tensor | None
-) -> dict[str, Tensor]:
-    """prev_sample and the fields of `names`, and the run's next state: one fused pass on the CPU."""
-    dtype = "float64" if torch.float64 in (sample.dtype, raw.dtype) else "float32"
-    w = run.rows(step, names, dtype)
-    clip = step.clip
-    p = None if clip is None else np.array([[0.0, *clip.p, 0.0]], dtype)
-    if sample.device.type != "cpu":
-        return _apply_naive(run, step, names, sample, raw, z, w, p)
-    bits = TorchFrame().bits
-    rows = (sample.shape[0], sample[0].numel())
-    x, e = bits(sample).reshape(rows), bits(raw).reshape(rows)
-    noise = None if z is None else bits(z.to(getattr(torch, dtype))).reshape(rows)
-    narrow = sample.dtype != getattr(torch, dtype)
-    results = [torch.empty(sample.shape, dtype=getattr(torch, dtype)) for _ in range(1 + len(names))]
-    prev = torch.empty(sample.shape, dtype=raw.dtype) if narrow else results[0]
-    state = [np.empty(rows, dtype) for _ in step.state]
-    outputs = [results[0].numpy().reshape(rows), *state, *(r.numpy().reshape(rows) for r in results[1:])]
-    limit = None
-    if clip is not None:
-        limit = np.array([[clip.bound or 1.0, 1.0, 0.0, 0.0]], dtype)
-        if clip.quantile is not None:
-            limit = np.zeros((rows[0], 4), dtype)
-            numba_reduce.threshold(None, x, e, None, p, clip.quantile[0], clip.quantile[1], limit)
-    for first in range(0, len(outputs), layout.OUTPUTS):  # one launch, but for PNDM's longest memory
-        part = slice(first, first + layout.OUTPUTS)
-        arguments = numba_step.arguments(
-            [None, *run.state],  # type: ignore[list-item]
-            [x, e],
-            w[:, part],
-            outputs[part],
-            [bits(prev).reshape(rows)] if narrow and first == 0 else [],
-            c_in=np.ones(1, dtype),
-            z=noise,
-            p=p,
-            limit=limit,
-        )
-        numba_step.launch(arguments, numba_step.units(*rows), rows[0] * rows[1])
-    run.state = list(state)
-    return _cast(step, {"prev_sample": prev, **dict(zip(names, results[1:], strict=True))}, raw)
-
-
-def _cast(step: Step, outputs: Mapping[str, Tensor], raw: Tensor) -> dict[str, Tensor]:
-    """Every output in the dtype that the parent gives it."""
-    return {name: value.to(step.fixed.get(name, raw.dtype)) for name, value in outputs.items()}
-
-
-def _apply_naive(
-    run: Run,
-    step: Step,
-    names: Sequence[str],
-    sample: Tensor,
-    raw: Tensor,
-    z: Tensor | None,
-    w: np.ndarray,
-    p: np.ndarray | None,
-) -> dict[str, Tensor]:
-    """The same on any device, by the oracle."""
-    like = torch.empty((), dtype=torch.float64 if w.dtype == np.float64 else torch.float32, device=sample.device)
-    x, e = sample.to(like), raw.to(like)
-    limit = None
-    if step.clip is not None:
-        limit = np.array([[step.clip.bound or 1.0, 1.0]])
-        if step.clip.quantile is not None:
-            m = step.clip.p[0] * x + step.clip.p[1] * e
-            limit = naive.threshold(m, *step.clip.quantile)
-    noise = None if z is None else z.to(like)
-    p_row = None if p is None else p[:, [0, 1, 2, 3]]
-    slots: list[Any] = [torch.zeros_like(x) if p is not None else None, *run.state]
-    out = naive.step(slots, [x, e], w, z=noise, p=p_row, limit=limit)
-    split = 1 + len(step.state)
-    run.state = out[1:split]
-    results = {"prev_sample": out[0], **dict(zip(names, out[split:], strict=True))}
-    return _cast(step, results, raw)
+def _draw(self: Any, parent: type[Any], draw: Draw, raw: Tensor, sample: Tensor, generator: Any) -> Tensor:
+    """The noise that the parent would have drawn now."""
+    if draw.interval is None:
+        return randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)  # type: ignore[no-any-return]
+    if self.noise_sampler is None:  # made in the first step, which knows the sample
+        path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
+        levels = self.sigmas[self.sigmas > 0]
+        self.__dict__["noise_sampler"] = path(sample, levels.min().item(), levels.max().item(), self.noise_sampler_seed)
+    return self.noise_sampler(*draw.interval)  # type: ignore[no-any-return]

@@ -1,0 +1,207 @@
+"""A scheduler as a machine: where it stands, and the linear map that each call from there is.
+
+A scheduler's attributes are of two kinds. Tensors of the sample's shape are its memory. All the rest (configuration,
+schedule, counters) says where it stands, and what a call does depends on that alone. So each call is probed once for
+each standing, on first use, and remembered for all schedulers of the process: the machine is built as it is walked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Size, Tensor
+
+from fewstep.bindings.diffusers import probe as probing
+from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe
+from fewstep.bindings.diffusers.update import Update
+
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size, np.generic)
+
+
+class Standing:
+    """What a scheduler's attributes say beside its memory, and the calls that are known from here.
+
+    attributes  on the CPU, None in the places of the memory and of a Brownian path: no image is kept alive here
+    memory      where the tensors of the memory sit
+    lists       attributes that are lists with memory in them -> their lengths
+    calls       by the caller's name for them
+    """
+
+    def __init__(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
+        self.cls, self.memory = cls, tuple(memory)
+        self.attributes = {name: _on_cpu(value) for name, value in attributes.items()}
+        self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
+        self.calls: dict[Any, Transition | NotAffineError] = {}
+
+    def find(self, key: Any, call: Call) -> Transition | NotAffineError:
+        """Probe a call that is new; or why it must be left to the parent. `key` is its name from now on."""
+        try:
+            found: Transition | NotAffineError = Transition(self, call)
+        except NotAffineError as reason:
+            found = reason
+        self.calls[key] = found
+        return found
+
+
+class Transition:
+    """One call from one standing: from [x, raw, z, m, *memory] to what it returns and to the memory afterwards.
+
+    update    writes the rows that are new: first what the call returns, then what it remembers
+    standing  where the scheduler then stands
+    sources   where each tensor of its memory is found in [x, raw, z, m, *memory before, *new rows]
+    changed   the attributes that differ afterwards, beside the memory
+    scale     the factor that scale_model_input applies
+    """
+
+    def __init__(self, before: Standing, call: Call) -> None:
+        found = probe(before.cls, before.attributes, before.memory, call)
+        self.wrap, self.draw = found.wrap, found.draw
+        rows = list(found.outputs)
+        self.sources: list[int] = []
+        for place, row in found.memory.items():
+            source = found.aliases.get(place)
+            if source is None:
+                source = MEMORY + len(before.memory) + len(rows)
+                rows.append(row)
+            self.sources.append(source)
+        self.update = Update(rows, found.dtypes, call, found.clip)
+        self.scale = float(rows[0][X])
+        self.standing = after = STANDINGS.settle(before.cls, found.attributes, list(found.memory))
+        self.changed = {
+            name: value
+            for name, value in after.attributes.items()
+            if not isinstance(value, Size)  # taken from the basis vectors, not from the sample
+            and not (_places(name, before) == _places(name, after) and _same(value, before.attributes.get(name, ...)))
+        }
+        self._lists = [name for name, value in self.changed.items() if isinstance(value, list)]
+        stays = set(zip(before.memory, count(MEMORY), strict=False))
+        moved = [pair for pair in zip(after.memory, self.sources, strict=True) if pair not in stays]
+        self._single = [(name, i) for (name, at), i in moved if at is None]
+        self._listed = [
+            (place, i)
+            for place, i in zip(after.memory, self.sources, strict=True)
+            if place[1] is not None and ((place, i) in moved or place[0] in self.changed)
+        ]
+
+    def leave(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
+        """Put the scheduler where the call leaves it. pool: the sources and the new rows, as tensors."""
+        attributes.update(self.changed)
+        for name in self._lists:
+            attributes[name] = attributes[name].copy()
+        for name, i in self._single:
+            attributes[name] = pool[i]
+        for (name, at), i in self._listed:
+            attributes[name][at] = pool[i]
+
+
+class _Standings:
+    """The most recent standings of all schedulers, by content."""
+
+    def __init__(self, room: int = 4096) -> None:
+        self.room, self.lock = room, threading.Lock()
+        self.known: OrderedDict[bytes, Standing] = OrderedDict()
+
+    def settle(
+        self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place], digests: Digests | None = None
+    ) -> Standing:
+        """Where a scheduler with these attributes stands, whose memory sits at `memory`.
+
+        Raises NotAffineError if it holds something whose content says nothing.
+        """
+        plain = dict(attributes)
+        if "noise_sampler" in plain:
+            plain["noise_sampler"] = None
+        for name in {name for name, i in memory if i is not None}:
+            plain[name] = plain[name].copy()
+        for place in memory:
+            probing.put(plain, place, None)
+        key = (digests or Digests()).of(cls, plain, memory)
+        with self.lock:
+            found = self.known.get(key)
+            if found is None:
+                found = self.known[key] = Standing(cls, plain, memory)
+                if len(self.known) > self.room:
+                    self.known.popitem(last=False)
+            else:
+                self.known.move_to_end(key)
+        return found
+
+
+STANDINGS = _Standings()
+
+
+class Digests:
+    """Digests of attributes, kept while an attribute is the same object with the same elements."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Any, int, bytes]] = {}
+
+    def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> bytes:
+        hashed = hashlib.blake2b(repr((id(cls), memory)).encode(), digest_size=16)
+        for name in sorted(attributes):
+            value = attributes[name]
+            if isinstance(value, (Tensor, FrozenDict)):
+                hashed.update(name.encode() + self._kept(name, value))
+            else:
+                _feed(hashed, name)
+                _feed(hashed, value)
+        return hashed.digest()
+
+    def _kept(self, name: str, value: Any) -> bytes:
+        version = value._version if isinstance(value, Tensor) else 0
+        kept = self.kept.get(name)
+        if kept is None or kept[0] is not value or kept[1] != version:
+            kept = self.kept[name] = (value, version, _digest(value))
+        return kept[2]
+
+
+def _digest(value: Any) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    _feed(hashed, value)
+    return hashed.digest()
+
+
+def _feed(hashed: Any, value: Any) -> None:
+    if isinstance(value, _PLAIN):
+        hashed.update(f"{type(value).__name__}{value!r};".encode())
+    elif isinstance(value, Tensor):
+        hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        hashed.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    elif isinstance(value, np.ndarray):
+        hashed.update(f"{value.dtype}{value.shape}".encode())
+        hashed.update(value.tobytes())
+    elif isinstance(value, Mapping):
+        hashed.update(f"{len(value)}".encode() + b"{")
+        for name in sorted(value):
+            _feed(hashed, name)
+            _feed(hashed, value[name])
+    elif isinstance(value, (list, tuple)):
+        hashed.update(f"{len(value)}".encode() + b"[")
+        for entry in value:
+            _feed(hashed, entry)
+    elif callable(value):  # a function of the user: the standing holds it, so that its id stays its own
+        hashed.update(f"function{id(value)};".encode())
+    else:
+        raise NotAffineError(f"it holds a {type(value).__name__}")
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (b is not ... and _digest(a) == _digest(b))
+
+
+def _places(name: str, standing: Standing) -> list[int | None]:
+    return [i for n, i in standing.memory if n == name]
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    return [_on_cpu(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,169 @@
+"""The rows of one call, run on real tensors.
+
+On the CPU one fused pass of the Numba kernel: every live tensor is read once, every new one written once. On any
+other device the oracle's expressions, which need no host sync.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
+from fewstep.kernels import layout, naive, numba_reduce, numba_step
+from fewstep.solvers.arrays import TorchFrame
+
+_bits = TorchFrame().bits
+
+
+class Update:
+    """Rows over [x, raw, z, m, *memory] with the tables as the kernels take them.
+
+    rows    float64, those of what the call returns first; dtypes: of these results
+    call    the dtypes of x and raw
+    memory  which tensors of the memory the rows read, in the order of the slots after x
+    noisy   whether a row reads z
+    anywhere  whether it runs on any device: a per-sample quantile is reduced on the CPU
+    """
+
+    def __init__(
+        self, rows: Sequence[np.ndarray], dtypes: Sequence[torch.dtype], call: Call, clip: Clip | None
+    ) -> None:
+        matrix = np.array(rows)
+        wide = torch.float64 in (call.x_dtype, call.raw_dtype, *dtypes)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.state = state = np.dtype("float64" if wide else "float32")
+        self.memory = [int(j) for j in np.nonzero(matrix[:, MEMORY:].any(axis=0))[0]]
+        if len(self.memory) >= layout.SLOTS:
+            raise NotAffineError(f"it reads {len(self.memory)} remembered tensors")
+        self.noisy = bool(matrix[:, NOISE].any())
+        w = np.zeros((1, len(rows), layout.COLUMNS))
+        w[0, :, 0] = matrix[:, X]
+        w[0, :, 1 : 1 + len(self.memory)] = matrix[:, [MEMORY + j for j in self.memory]]
+        w[0, :, layout.RAW] = matrix[:, RAW]
+        w[0, :, layout.PREDICTION] = matrix[:, CLIPPED]
+        w[0, :, layout.NOISE] = matrix[:, NOISE]
+        self.w = w
+        self.p = self.limit = None
+        if clip is not None:
+            self.p = np.array([[*clip.p, 0.0, 0.0]], state)
+            if clip.bound is not None:
+                self.limit = np.array([[clip.bound, 1.0, 0.0, 0.0]], state)
+        self.quantile = (0.0, 0.0) if clip is None or clip.quantile is None else clip.quantile
+        self.anywhere = clip is None or clip.quantile is None
+        self.narrow = dtypes[0] if dtypes[0].itemsize == 2 else None
+        self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
+        # The kernel writes a few rows at a time; one launch does for all but the longest memories.
+        self.launches = [
+            _Launch(self, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
+            for i in range(0, len(matrix), layout.OUTPUTS)
+        ]
+
+    def __call__(
+        self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
+    ) -> tuple[list[Tensor], list[np.ndarray | None]]:
+        """The rows as new tensors: what the call returns in its own dtypes, what it remembers in the state's.
+
+        arrays  the memory as NumPy arrays where they are at hand: each view of a tensor costs a microsecond
+        Returns [x, raw, z, m, *memory, *new rows] as such arrays too.
+        """
+        if x.is_cpu:
+            results, known = self._fused(x, raw, z, memory, arrays)
+        else:
+            results = self._naive(x, raw, z, memory)
+            known = [None] * (MEMORY + len(memory) + len(results))
+        for i, dtype in self.casts:
+            results[i] = results[i].to(dtype)
+        return results, known
+
+    def _fused(
+        self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
+    ) -> tuple[list[Tensor], list[np.ndarray | None]]:
+        shape = x.shape
+        size = x.numel()
+        rows = (shape[0], size // shape[0])
+        known: list[np.ndarray | None] = [_array(x, rows), _array(raw, rows), None, None, *arrays]
+        sources = known[:2]
+        if self.noisy:
+            assert z is not None
+            known[NOISE] = _array(z, rows)
+            sources.append(known[NOISE])
+        limit = self.limit
+        if not self.anywhere:
+            limit = np.zeros((rows[0], 4), self.state)
+            numba_reduce.threshold(sources[0], sources[1], None, None, self.p, *self.quantile, limit)
+            sources.append(limit)
+        for j in self.memory:
+            array = arrays[j]
+            if array is None:
+                array = known[MEMORY + j] = _array(memory[j], rows)
+            sources.append(array)
+        results: list[Tensor] = []
+        for launch in self.launches:
+            launch(sources, shape, rows, size, results, known)
+        return results, known
+
+    def _naive(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        slots = [t.to(self.dtype) for t in (x, *(memory[j] for j in self.memory))]
+        return naive.step(slots, [raw], self.w, z=z, p=self.p, limit=self.limit)
+
+
+class _Launch:
+    """One launch of the kernel: its arguments, but for the arrays, and which positions these take."""
+
+    def __init__(self, update: Update, table: np.ndarray, first: int) -> None:
+        sources = 2 + update.noisy + (not update.anywhere) + len(update.memory)
+        # Stand-ins for [x, raw, z, limit, *memory], the outputs and the model's dtype copy of the first one.
+        marks = [np.empty(0) for _ in range(sources + table.shape[1] + 1)]
+        slots = marks[sources - len(update.memory) : sources]
+        outputs = marks[sources:-1]
+        narrow = marks[-1:] if update.narrow is not None and first == 0 else []
+        self.template = numba_step.arguments(
+            [marks[0], *slots],
+            [marks[1]],
+            table,
+            outputs,
+            narrow,
+            c_in=np.ones(1, update.state),
+            z=marks[2] if update.noisy else None,
+            p=update.p,
+            limit=update.limit if update.anywhere else marks[2 + update.noisy],
+        )
+        place = {id(argument): i for i, argument in enumerate(self.template)}
+        self.sources = [place[id(mark)] for mark in marks[:sources]]
+        self.outputs = [place[id(mark)] for mark in outputs]
+        self.narrow = place[id(marks[-1])] if narrow else None
+        self.narrow_dtype, self.state = update.narrow, update.state
+
+    def __call__(
+        self,
+        sources: Sequence[np.ndarray | None],
+        shape: Sequence[int],
+        rows: tuple[int, int],
+        size: int,
+        results: list[Tensor],
+        known: list[np.ndarray | None],
+    ) -> None:
+        """Append the rows of this launch to `results`, and to `known` as arrays."""
+        arguments = self.template.copy()
+        for i, array in zip(self.sources, sources, strict=True):
+            arguments[i] = array
+        for i in self.outputs:
+            array = np.empty(shape, self.state)
+            results.append(torch.from_numpy(array))
+            arguments[i] = array = array.reshape(rows)
+            known.append(array)
+        if self.narrow is not None:
+            results[0] = torch.empty(tuple(shape), dtype=self.narrow_dtype)
+            arguments[self.narrow] = _bits(results[0]).reshape(rows)
+        numba_step.launch(arguments, numba_step.units(*rows), size)
+
+
+def _array(tensor: Tensor, rows: tuple[int, int]) -> np.ndarray:
+    """A tensor as the kernel reads it, (B, elements); 16-bit ones as their bits."""
+    if tensor.dtype is torch.float32 and not tensor.requires_grad:  # the usual case, without a detour
+        return tensor.numpy().reshape(rows)  # type: ignore[no-any-return]
+    return _bits(tensor).reshape(rows)
