@@ -1,0 +1,100 @@
+"""Addressed Gaussian noise on the GPU: the Triton twin of `philox.normals`, equal to it bit for bit.
+
+`normals` fills registers: a fused kernel that draws its noise reads and writes nothing for it. `normals_kernel`
+writes 4 bytes an element and reads none. One Philox block gives four neighbouring elements their normals, and
+an element's address does not know the grid, so no block size or launch shape can change a bit.
+
+Correctly rounded +, -, * and sqrt alone: launch with `enable_fp_fusion=False` (see `triton_step.OPTIONS`), or the
+compiler contracts a * b + c into one rounding and the bits differ from the CPU's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from fewstep.kernels import philox as ref
+
+M0, M1 = tl.constexpr(ref.M0), tl.constexpr(ref.M1)
+W0, W1 = tl.constexpr(ref.W0), tl.constexpr(ref.W1)
+L0, L1, L2, L3, L4, L5, L6, L7, L8 = (tl.constexpr(c) for c in ref.LOG_POLY)
+S0, S1, S2 = (tl.constexpr(c) for c in ref.SIN_POLY)
+C0, C1, C2 = (tl.constexpr(c) for c in ref.COS_POLY)
+LN2_HIGH, LN2_LOW = tl.constexpr(ref.LN2_HIGH), tl.constexpr(ref.LN2_LOW)
+SQRT_HALF_BITS = tl.constexpr(ref.SQRT_HALF_BITS)
+U_SCALE, U_HALF, TURN = tl.constexpr(ref.U_SCALE), tl.constexpr(ref.U_HALF), tl.constexpr(ref.TURN)
+ROUNDS = tl.constexpr(ref.ROUNDS)
+
+
+@triton.jit
+def philox_words(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al. 2011): uint32 counter tensors and key scalars in, four uint32 tensors out."""
+    for _ in tl.static_range(ROUNDS):
+        high0, low0 = tl.umulhi(c0, M0), c0 * M0
+        high1, low1 = tl.umulhi(c2, M1), c2 * M1
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + W0, k1 + W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def normal_pair(word_a, word_b):
+    """Box-Muller on two uint32 tensors, operation for operation as `philox.words_to_normals`. Two float32 tensors."""
+    u = word_a.to(tl.float32) * U_SCALE + U_HALF
+    shifted = u.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
+    exponent = (shifted >> 23).to(tl.float32)
+    f = ((shifted & 0x7FFFFF) + SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
+    z = f * f
+    p = (((((((L0 * f + L1) * f + L2) * f + L3) * f + L4) * f + L5) * f + L6) * f + L7) * f + L8
+    y = (f * (z * p) + exponent * LN2_LOW) - 0.5 * z
+    radius = tl.sqrt_rn(-2.0 * ((f + y) + exponent * LN2_HIGH))
+
+    nearest = word_b + (1 << 29)
+    a = ((nearest & 0x3FFFFFFF).to(tl.int32, bitcast=True) - (1 << 29)).to(tl.float32) * TURN
+    z = a * a
+    s = (((S0 * z + S1) * z + S2) * z) * a + a
+    c = (((C0 * z + C1) * z + C2) * z) * z + (1.0 - 0.5 * z)
+    quarter = nearest >> 30
+    odd = (quarter & 1) != 0
+    cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
+    cos = tl.where((quarter == 1) | (quarter == 2), -cos, cos)
+    sin = tl.where(quarter >= 2, -sin, sin)
+    return radius * cos, radius * sin
+
+
+@triton.jit
+def normals(first, stream, draw, domain: tl.constexpr, BLOCK: tl.constexpr):
+    """The normals of elements first .. first + BLOCK - 1 at one address, float32 (BLOCK,), in registers.
+
+    first   int64, a multiple of 4; BLOCK a power of two, at least 4
+    stream  pointer to three int64 (seed low, seed high, sample), each in 0 .. 2^32 - 1; draw: integer scalar
+    """
+    k0, k1 = tl.load(stream).to(tl.uint32), tl.load(stream + 1).to(tl.uint32)
+    quad = tl.arange(0, BLOCK // 4).to(tl.uint32) + (first // 4).to(tl.uint32)
+    zero = tl.zeros([BLOCK // 4], tl.uint32)
+    sample = tl.load(stream + 2).to(tl.uint32) + zero
+    w0, w1, w2, w3 = philox_words(quad, draw.to(tl.uint32) + zero, sample, zero + domain, k0, k1)
+    a0, a1 = normal_pair(w0, w1)
+    a2, a3 = normal_pair(w2, w3)
+    # The innermost axis of a join is the operand: [quad, i, j] = a_(2 i + j).
+    return tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [BLOCK])
+
+
+@triton.jit(do_not_specialize=["draw"])
+def normals_kernel(out, streams, draw, n, domain: tl.constexpr, BLOCK: tl.constexpr):
+    """out float32 (B, n) = the normals of each sample; streams int64 (B, 3). Grid: (B cdiv(n, BLOCK),)."""
+    chunks = tl.cdiv(n, BLOCK)
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    z = normals(first, streams + b * 3, draw, domain, BLOCK)
+    tl.store(out + b * n + first + lane, z, mask=lane < n - first)
+
+
+def fill(out: Any, streams: Any, draw: int, domain: int, *, block: int = 1024) -> None:
+    """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device."""
+    n = out.numel() // len(out)
+    grid = (len(out) * triton.cdiv(n, block),)
+    normals_kernel[grid](out, streams, draw, n, domain, block, enable_fp_fusion=False)
