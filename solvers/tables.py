@@ -44,6 +44,10 @@ class StageTable:
     variance: float | None = None
 
 
+# Of the terms' sizes: what float64 may leave of a sum that is zero.
+CANCELLED = 1e-15
+
+
 def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
     """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
     # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
@@ -112,13 +116,16 @@ def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
     w[:, layout.NOISE] = op.w[:, -1]
     m, u = op.w[:, -3], op.w[:, -2]
     raws = slice(layout.RAW, layout.RAW + len(null) - 1)
-    w[:, 0] += u * null[0]
+    parts = [w[:, 0], u * null[0]]
     w[:, raws] += u[:, None] * null[1:]
     if p is None:
         w[:, layout.PREDICTION] = m
     else:
-        w[:, 0] += m * p[0]
+        parts.append(m * p[0])
         w[:, raws] += m[:, None] * p[1:]
+    # Terms in x that cancel, as all of Heun's second call do for an epsilon prediction, save the read of x.
+    total = sum(parts)
+    w[:, 0] = np.where(np.abs(total) <= CANCELLED * sum(map(np.abs, parts)), 0.0, total)
     return w
 
 

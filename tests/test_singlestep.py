@@ -61,27 +61,6 @@ def convergence(solver, sizes, **options):
     return math.log2(errors[0] / errors[1])
 
 
-@pytest.mark.parametrize("solver", ["seeds_2", "seeds_3", "dpmpp_sde", "dpmpp_2s_ancestral"])
-def test_strong_order_on_one_brownian_path(solver):
-    """Finer grids on the same path of the tree: the samples themselves converge, with strong order 1."""
-    tree = fs.BrownianTree(3, log_snr_range=(-5.0, 5.0), tolerance=1e-5)
-    x = PROBLEM.draw(400, 1) + 4.0 * np.random.default_rng(0).standard_normal((400, 3))
-
-    def end(n):
-        plan = fs.plan(solver, fs.Grid.from_sigmas(fs.EDM(), np.geomspace(4.0, 0.2, n + 1)))
-        y, _ = run_plan(
-            plan,
-            denoise,
-            x,
-            lambda draw: tree(draw, plan.stages[draw - 1].at, plan.stages[draw - 1].to, x.shape),
-        )
-        return y
-
-    fine = end(512)
-    errors = [np.sqrt(np.mean((end(n) - fine) ** 2)) for n in (16, 64)]
-    assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(1.0, abs=0.15), errors
-
-
 @pytest.mark.parametrize(
     ("sizes", "order"),
     [((65, 131), 3), ((127, 256), 2), ((126, 252), 2)],

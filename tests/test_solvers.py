@@ -242,6 +242,51 @@ def test_moments_of_two_hundred_thousand_draws(solver, options, order):
     assert abs(y.var() - exact_var) < 5 * exact_var * math.sqrt(2 / count)
 
 
+# The solvers whose draws are increments of the SDE's own Brownian path.
+STRONG = [
+    ("ddpm", {}),
+    ("ddim", {"eta": 1.0}),
+    ("euler_ancestral", {}),
+    ("dpmpp_2s_ancestral", {}),
+    ("dpmpp_sde", {}),
+    ("seeds_2", {}),
+    ("seeds_3", {}),
+    ("dpmpp_2m_sde", {}),
+    ("dpmpp_2m_sde", {"variant": "heun"}),
+    ("dpmpp_3m_sde", {}),
+    ("sa_solver", {}),
+    ("er_sde", {"order": 1}),
+    ("er_sde", {"order": 2}),
+    ("er_sde", {"order": 3}),
+]
+
+
+@pytest.mark.parametrize(("solver", "options"), STRONG, ids=str)
+def test_strong_order_on_one_brownian_path(solver, options):
+    """Finer grids on the same path of the tree: the samples themselves converge, with strong order 1.
+
+    No higher order can be had from the increments of the path alone (Clark & Cameron 1980), whatever the order of
+    the mean.
+    """
+    tree = fs.BrownianTree(3, log_snr_range=(-5.0, 5.0), tolerance=1e-5)
+    x = MIXTURE.draw(300, 1) + 4.0 * np.random.default_rng(0).standard_normal((300, 2))
+
+    def end(n):
+        plan = fs.plan(solver, fs.Grid.from_sigmas(fs.EDM(), np.geomspace(4.0, 0.2, n + 1)), **options)
+        stages = plan.stages
+        y, _ = run_plan(
+            plan,
+            lambda v, at: MIXTURE.denoise(v, at.alpha, at.sigma),
+            x,
+            lambda draw: tree(draw, stages[draw - 1].at, stages[draw - 1].to, x.shape),
+        )
+        return y
+
+    fine = end(512)
+    errors = [np.sqrt(np.mean((end(n) - fine) ** 2)) for n in (16, 64)]
+    assert math.log2(errors[0] / errors[1]) / 2 == pytest.approx(1.0, abs=0.15), errors
+
+
 # --- 5. options and the registry ---
 
 

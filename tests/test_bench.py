@@ -1,0 +1,120 @@
+"""The benchmark itself: that a wrong kernel gets no time, and that its bytes are the plan's."""
+
+import json
+
+import numpy as np
+import pytest
+
+import fewstep as fs
+from fewstep import microbench
+from fewstep.microbench import Case, GateError, cases, close, measure, parse_shape
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
+
+SMALL = (1, 4, 8, 8)
+FIELDS = {
+    "solver": str,
+    "shape": list,
+    "model_dtype": str,
+    "state_dtype": str,
+    "backend": str,
+    "steps": int,
+    "threads": int,
+    "bytes_per_step": int,
+}
+
+
+def test_a_wrong_kernel_gets_no_time(monkeypatch):
+    """One coefficient of one stage a millionth off: the gate is red, and every time is None."""
+    from fewstep.kernels import numba_step
+
+    true = numba_step.arguments
+
+    def wrong(*args, **options):
+        made = true(*args, **options)
+        made = [v.copy() if isinstance(v, np.ndarray) and v.ndim == 3 and v.dtype == np.float32 else v for v in made]
+        for v in made:
+            if isinstance(v, np.ndarray) and v.ndim == 3 and v.dtype == np.float32:
+                v *= np.float32(1.0 + 1e-4)
+        return made
+
+    assert measure(Case("dpmpp_2m", SMALL), 1)["failed"] is None
+    monkeypatch.setattr(numba_step, "arguments", wrong)
+    record = measure(Case("dpmpp_2m", SMALL), 1)
+    assert "and the naive backend end" in record["failed"]
+    assert [record[name] for name in microbench.MEASURED] == [None] * len(microbench.MEASURED)
+
+
+def test_another_sampler_is_no_peer(monkeypatch):
+    """The gate to diffusers is on the end point: DDIM's scheduler beside DPM-Solver++ 2M is found out."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setitem(microbench.PEERS, "dpmpp_2m", microbench.PEERS["ddim"])
+    with pytest.raises(GateError, match="and diffusers end"):
+        Case("dpmpp_2m", SMALL).gate_peer()
+
+
+def test_close_lets_no_nan_through():
+    with pytest.raises(GateError, match="a end nan"):
+        close("a", np.array([np.nan, 1.0]), np.array([1.0, 1.0]), 1e-3)
+    close("a", np.array([1.0, 2.0]), np.array([1.0, 2.001]), 1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun"])
+def test_the_bytes_are_the_plans(solver, dtype):
+    case = Case(solver, (2, 3, 5), dtype, steps=6)
+    model = {"float32": 4, "float16": 2, "float64": 8}[dtype]
+    told = case.plan.explain(model_bytes=model, state_bytes=8 if dtype == "float64" else 4)
+    total = int(told.splitlines()[-1].split()[1])
+    # Heun's second call: x - sigma eps and the slope's x cancel, so x is not read; five of the six steps have one.
+    cancelled = 5 * (8 if dtype == "float64" else 4) if solver == "heun" else 0
+    assert case.bytes_moved == (total - cancelled) * 30
+
+
+def test_two_m_moves_what_the_design_counts():
+    """A stage in the middle: x, the raw and the history in; x, the history and the model input out."""
+    case = Case("dpmpp_2m", (1, 1000), steps=20)
+    middle = fs.plan("dpmpp_2m", case.grid).explain().splitlines()[12].split()
+    assert middle[-1] == "24"
+
+
+def test_json_report(capsys):
+    assert microbench.run(as_json=True, shapes=["1x4x8x8"], solvers=["euler"], repeats=2) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"]["fewstep"] == fs.__version__
+    (record,) = told["results"]
+    assert {name: type(record[name]) for name in FIELDS} == FIELDS
+    assert record["failed"] is None
+    assert record["floor_us"] == max(record["copy_us"], record["empty_launch_us"])
+    assert record["over_floor"] == pytest.approx(record["us_per_step"] / record["floor_us"])
+    assert record["over_floor"] > 1.0
+
+
+def test_a_red_gate_is_exit_code_1(monkeypatch, capsys):
+    monkeypatch.setattr(microbench, "measure", lambda case, repeats: _failed(case))
+    assert microbench.run(shapes=["1x4x8x8"], solvers=["euler"], repeats=1) == 1
+    assert "FAILED because" in capsys.readouterr().out
+
+
+def _failed(case):
+    record = dict.fromkeys([*FIELDS, *microbench.MEASURED])
+    sizes = {"shape": list(case.shape), "threads": 1, "bytes_per_step": 1}
+    return (
+        record | {"solver": case.solver, "model_dtype": "float32", "backend": "numba"} | sizes | {"failed": "because"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parse_shape("4"), "shape must be sizes like 1x4x64x64"),
+        (lambda: parse_shape("4x0"), "batch first, got '4x0'"),
+        (lambda: cases(solvers=["eular"]), "did you mean 'euler'"),
+        (lambda: cases(dtypes=["int8"]), "int8"),
+        (lambda: cases(backends=["cuda"]), "unknown backend 'cuda'"),
+        (lambda: microbench.run(repeats=0), "repeats must be an int >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
