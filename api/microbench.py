@@ -412,7 +412,8 @@ def table(records: Sequence[dict[str, Any]], repeats: int) -> Any:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in ("solver", "shape", "model", "backend"):
+    several = len({r["backend"] for r in records}) > 1
+    for name in ("solver", "shape", "model", *(["backend"] if several else [])):
         made.add_column(name, no_wrap=True)
     for name in ("step", "bytes", "floor", "x floor", "diffusers", "ratio"):
         made.add_column(name, justify="right", no_wrap=True)
@@ -422,7 +423,7 @@ def table(records: Sequence[dict[str, Any]], repeats: int) -> Any:
             r["solver"],
             "x".join(map(str, r["shape"])) + "*" * (r["threads"] > 1),
             r["model_dtype"],
-            r["backend"],
+            *([r["backend"]] if several else []),
             "FAILED" if r["failed"] else f"{r['us_per_step']:.1f}",
             f"{r['bytes_per_step']:,}",
             *("-" if value is None else f"{value:.1f}" for value in figures),
