@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 # The first basis vectors: the sample, the network's output, the noise, the clipped prediction. The memory follows.
 X, RAW, NOISE, CLIPPED, MEMORY = range(5)
 
-# Where a tensor of the sample's shape sits in a scheduler: an attribute, or a place in an attribute that is a list.
+# Where a remembered tensor sits in a scheduler: an attribute, or a place in an attribute that is a list.
 Place = tuple[str, int | None]
 
 
@@ -127,14 +127,14 @@ class _Watch(TorchFunctionMode):
         return self.prediction.reshape(value.shape).to(value.dtype)
 
 
-def places(attributes: Mapping[str, Any], shape: Sequence[int]) -> list[Place]:
-    """Where the attributes hold tensors of the sample's shape."""
+def places(attributes: Mapping[str, Any]) -> list[Place]:
+    """Where the attributes hold memory: tensors of more than one axis. Schedules have one, counters none."""
     found: list[Place] = []
     for name, value in attributes.items():
-        if isinstance(value, Tensor) and value.shape == shape:
+        if type(value) is list:
+            found += [(name, i) for i, v in enumerate(value) if isinstance(v, Tensor) and v.ndim > 1]
+        elif isinstance(value, Tensor) and value.ndim > 1:
             found.append((name, None))
-        elif isinstance(value, list):
-            found += [(name, i) for i, v in enumerate(value) if isinstance(v, Tensor) and v.shape == shape]
     return found
 
 
@@ -171,7 +171,7 @@ def probe(cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]
         dtypes[NOISE] = call.noise[1]
     typed = _Run(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
     values, wrap = _unwrap(run.result)
-    kept = places(run.after, basis[X].shape)
+    kept = places(run.after)
     rows = {place: _row(get(run.after, place), width) for place in kept}
     sources = {tensor.data_ptr(): i for i, tensor in enumerate(typed.inputs) if i != CLIPPED}
     aliases = {}
@@ -241,7 +241,10 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Any]], Any]]:
 def _row(value: Tensor, width: int) -> np.ndarray:
     if value.numel() != width:
         raise NotAffineError("a tensor that it returns or keeps does not have the sample's shape")
-    return np.asarray(value.double().reshape(-1).numpy().copy())
+    row = value.double().reshape(-1).numpy().copy()
+    if not np.isfinite(row).all():
+        raise NotAffineError("its coefficients are not finite")
+    return np.asarray(row)
 
 
 def _clip(watch: _Watch) -> Clip | None:

@@ -60,17 +60,16 @@ class Cursor:
     memory  the tensors that it remembers; arrays: as NumPy arrays, where they are at hand
     """
 
-    __slots__ = ("arrays", "digests", "memory", "schedule", "shape", "standing", "times")
+    __slots__ = ("arrays", "digests", "memory", "schedule", "standing", "times")
 
     def __init__(self) -> None:
         self.digests = Digests()
         self.standing: Standing | None = None
 
-    def settle(self, parent: type[Any], attributes: Mapping[str, Any], shape: torch.Size) -> Standing:
+    def settle(self, parent: type[Any], attributes: Mapping[str, Any]) -> Standing:
         """Raises NotAffineError if the attributes hold something whose content says nothing."""
         values = {name: value for name, value in attributes.items() if name != CURSOR}
-        self.standing = standing = STANDINGS.settle(parent, values, places(values, shape), self.digests)
-        self.shape = shape
+        self.standing = standing = STANDINGS.settle(parent, values, places(values), self.digests)
         self.memory = [get(values, place) for place in standing.memory]
         self.arrays: list[Any] = [None] * len(self.memory)
         self.schedule = [(t, t._version) for n in _SCHEDULE if isinstance(t := values.get(n), Tensor)]
@@ -91,10 +90,10 @@ class Cursor:
         self.memory = [pool[i] for i in transition.sources]
         self.arrays = [arrays[i] for i in transition.sources]
 
-    def holds(self, attributes: Mapping[str, Any], shape: torch.Size) -> bool:
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether it still says where the scheduler stands: nobody has edited the schedule or the memory."""
         standing = self.standing
-        if standing is None or shape != self.shape:
+        if standing is None:
             return False
         for tensor, version in self.schedule:
             if tensor._version != version:
@@ -130,16 +129,12 @@ def fused(parent: type[Any]) -> type[Any]:
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
         z = None if noise is None else options.pop(noise, None)
-        call = _locate(self, parent, "step", model_output, timestep, sample, options, None if z is None else (noise, z))
-        if call is None:
-            return parent.step(self, model_output, timestep, sample, *args, **kwargs)
-        cursor, transition = call
-        if transition.draw is not None:
-            z = _draw(self, parent, transition.draw, model_output, sample, generator)
-        memory = cursor.memory
-        rows, arrays = transition.update(sample, model_output, z, memory, cursor.arrays)
-        cursor.advance(self.__dict__, transition, (sample, model_output, z, None, *memory, *rows), arrays)
-        return transition.wrap(rows)
+        done = _step(
+            self, parent, model_output, timestep, sample, options, generator, None if z is None else (noise, z)
+        )
+        if done is None:
+            done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
+        return done
 
     members: dict[str, Any] = {
         "__init__": initialise,
@@ -158,14 +153,13 @@ def fused(parent: type[Any]) -> type[Any]:
         @functools.wraps(parent.scale_model_input)
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             timestep = args[0] if args else kwargs.get("timestep")
-            call = None
-            if timestep is not None:
-                call = _locate(self, parent, "scale_model_input", sample, timestep, sample, {}, None)
-            if call is None:
+            found = None
+            if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
+                found = _find(self, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
+            if found is None or found[1].scale_dtype != sample.dtype:
                 return parent.scale_model_input(self, sample, *args, **kwargs)
-            cursor, transition = call
-            attributes = self.__dict__
-            attributes.update(transition.changed)
+            cursor, transition = found
+            self.__dict__.update(transition.changed)
             cursor.standing = transition.standing
             return sample if transition.scale == 1.0 else sample * transition.scale
 
@@ -192,28 +186,19 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = (bool, int, float, str, type(None))
 
 
-def _locate(
+def _find(
     self: Any,
     parent: type[Any],
     method: str,
-    raw: Any,
     timestep: Any,
-    x: Any,
     options: Mapping[str, Any],
-    noise: tuple[Any, Any] | None,
+    x_dtype: torch.dtype,
+    raw_dtype: torch.dtype,
+    noise: tuple[str, torch.dtype] | None = None,
 ) -> tuple[Cursor, Transition] | None:
-    """The transition that a call is, from the cursor; None where the parent's own code must make it."""
-    if type(x) is not Tensor or type(raw) is not Tensor or (isinstance(timestep, Tensor) and timestep.ndim):
+    """The transition that a call is, from the cursor; None where there is none."""
+    if isinstance(timestep, Tensor) and timestep.ndim:
         return None
-    shape = x.shape
-    if raw.shape != shape or not ((x.is_cpu and raw.is_cpu) or x.device == raw.device):
-        return None
-    given = None
-    if noise is not None:
-        name, z = noise
-        if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
-            return None
-        given = (name, z.dtype)
     for value in options.values():
         if not isinstance(value, _NUMBERS):
             return None
@@ -221,25 +206,59 @@ def _locate(
     cursor = attributes.get(CURSOR)
     if cursor is None:
         cursor = attributes[CURSOR] = Cursor()
-    if not cursor.holds(attributes, shape):
-        if x.ndim < 2 or not x.numel():
-            return None
-        try:
-            cursor.settle(parent, attributes, shape)
-        except NotAffineError:
-            return None
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *cursor.memory)):
+    try:
+        standing = cursor.standing if cursor.holds(attributes) else cursor.settle(parent, attributes)
+    except NotAffineError:
         return None
-    key = (method, cursor.time(timestep), type(timestep), x.dtype, raw.dtype, given, *options.items())
-    transition = cursor.standing.calls.get(key)
+    key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
+    transition = standing.calls.get(key)
     if transition is None:
-        if x.dtype not in _FLOATS or raw.dtype not in _FLOATS:
-            return None
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
-        transition = cursor.standing.find(key, Call(method, at, dict(options), x.dtype, raw.dtype, given))
-    if isinstance(transition, NotAffineError) or not (x.is_cpu or transition.update.anywhere):
+        transition = standing.find(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
+    return None if isinstance(transition, NotAffineError) else (cursor, transition)
+
+
+def _step(
+    self: Any,
+    parent: type[Any],
+    raw: Any,
+    timestep: Any,
+    x: Any,
+    options: Mapping[str, Any],
+    generator: Any,
+    noise: tuple[str, Any] | None,
+) -> Any:
+    """One fused step; None where the parent's own code must make it."""
+    if type(x) is not Tensor or type(raw) is not Tensor:
         return None
-    return cursor, transition
+    shape, x_dtype, raw_dtype = x.shape, x.dtype, raw.dtype
+    if raw.shape != shape or len(shape) < 2 or not x.numel() or x_dtype not in _FLOATS or raw_dtype not in _FLOATS:
+        return None
+    if not (x.is_cpu and raw.is_cpu) and x.device != raw.device:
+        return None
+    z = given = None
+    if noise is not None:
+        name, z = noise
+        if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
+            return None
+        given = (name, z.dtype)
+    found = _find(self, parent, "step", timestep, options, x_dtype, raw_dtype, given)
+    if found is None:
+        return None
+    cursor, transition = found
+    memory = cursor.memory
+    for tensor in memory:
+        if tensor.shape != shape:
+            return None
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *memory)):
+        return None
+    if not (x.is_cpu or transition.update.anywhere):
+        return None
+    if transition.draw is not None:
+        z = _draw(self, parent, transition.draw, raw, x, generator)
+    rows, arrays = transition.update(x, raw, z, memory, cursor.arrays)
+    cursor.advance(self.__dict__, transition, (x, raw, z, None, *memory, *rows), arrays)
+    return transition.wrap(rows)
 
 
 def _draw(self: Any, parent: type[Any], draw: Draw, raw: Tensor, sample: Tensor, generator: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """A scheduler as a machine: where it stands, and the linear map that each call from there is.
 
-A scheduler's attributes are of two kinds. Tensors of the sample's shape are its memory. All the rest (configuration,
+A scheduler's attributes are of two kinds. Tensors like the sample are its memory. All the rest (configuration,
 schedule, counters) says where it stands, and what a call does depends on that alone. So each call is probed once for
 each standing, on first use, and remembered for all schedulers of the process: the machine is built as it is walked.
 """
@@ -23,7 +23,7 @@ from fewstep.bindings.diffusers import probe as probing
 from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe
 from fewstep.bindings.diffusers.update import Update
 
-_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size, np.generic)
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
 
 class Standing:
@@ -58,7 +58,7 @@ class Transition:
     standing  where the scheduler then stands
     sources   where each tensor of its memory is found in [x, raw, z, m, *memory before, *new rows]
     changed   the attributes that differ afterwards, beside the memory
-    scale     the factor that scale_model_input applies
+    scale     the factor that scale_model_input applies, and the dtype of the result
     """
 
     def __init__(self, before: Standing, call: Call) -> None:
@@ -73,7 +73,7 @@ class Transition:
                 rows.append(row)
             self.sources.append(source)
         self.update = Update(rows, found.dtypes, call, found.clip)
-        self.scale = float(rows[0][X])
+        self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
         self.standing = after = STANDINGS.settle(before.cls, found.attributes, list(found.memory))
         self.changed = {
             name: value
@@ -107,7 +107,7 @@ class _Standings:
 
     def __init__(self, room: int = 4096) -> None:
         self.room, self.lock = room, threading.Lock()
-        self.known: OrderedDict[bytes, Standing] = OrderedDict()
+        self.known: OrderedDict[str, Standing] = OrderedDict()
 
     def settle(
         self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place], digests: Digests | None = None
@@ -139,62 +139,53 @@ STANDINGS = _Standings()
 
 
 class Digests:
-    """Digests of attributes, kept while an attribute is the same object with the same elements."""
+    """Contents of attributes as text, kept while an attribute is the same object with the same elements."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, tuple[Any, int, bytes]] = {}
+        self.kept: dict[str, tuple[Any, int, Any]] = {}
 
-    def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> bytes:
-        hashed = hashlib.blake2b(repr((id(cls), memory)).encode(), digest_size=16)
-        for name in sorted(attributes):
+    def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> str:
+        parts = [id(cls), memory, sorted(attributes)]
+        for name in parts[2]:
             value = attributes[name]
-            if isinstance(value, (Tensor, FrozenDict)):
-                hashed.update(name.encode() + self._kept(name, value))
+            kind = type(value)
+            if kind in _PLAIN:
+                parts.append(value)
+            elif kind is Tensor or kind is FrozenDict:
+                parts.append(self._kept(name, value))
             else:
-                _feed(hashed, name)
-                _feed(hashed, value)
-        return hashed.digest()
+                parts.append(_frozen(value))
+        return repr(parts)  # unlike equality, it tells 1 from 1.0 and from True
 
-    def _kept(self, name: str, value: Any) -> bytes:
+    def _kept(self, name: str, value: Any) -> Any:
         version = value._version if isinstance(value, Tensor) else 0
         kept = self.kept.get(name)
         if kept is None or kept[0] is not value or kept[1] != version:
-            kept = self.kept[name] = (value, version, _digest(value))
+            kept = self.kept[name] = (value, version, _frozen(value))
         return kept[2]
 
 
-def _digest(value: Any) -> bytes:
-    hashed = hashlib.blake2b(digest_size=16)
-    _feed(hashed, value)
-    return hashed.digest()
-
-
-def _feed(hashed: Any, value: Any) -> None:
-    if isinstance(value, _PLAIN):
-        hashed.update(f"{type(value).__name__}{value!r};".encode())
-    elif isinstance(value, Tensor):
-        hashed.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        hashed.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray):
-        hashed.update(f"{value.dtype}{value.shape}".encode())
-        hashed.update(value.tobytes())
-    elif isinstance(value, Mapping):
-        hashed.update(f"{len(value)}".encode() + b"{")
-        for name in sorted(value):
-            _feed(hashed, name)
-            _feed(hashed, value[name])
-    elif isinstance(value, (list, tuple)):
-        hashed.update(f"{len(value)}".encode() + b"[")
-        for entry in value:
-            _feed(hashed, entry)
-    elif callable(value):  # a function of the user: the standing holds it, so that its id stays its own
-        hashed.update(f"function{id(value)};".encode())
-    else:
-        raise NotAffineError(f"it holds a {type(value).__name__}")
+def _frozen(value: Any) -> Any:
+    """A value whose repr tells its content."""
+    if type(value) in _PLAIN or isinstance(value, np.generic):
+        return value
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype == torch.bfloat16 else value
+        return "tensor", _frozen(value.numpy())
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+    if isinstance(value, Mapping):
+        return [(name, _frozen(value[name])) for name in sorted(value)]
+    if isinstance(value, (list, tuple)):
+        return [_frozen(v) for v in value]
+    if callable(value):  # a function of the user: the standing holds it, so that its id stays its own
+        return "function", id(value)
+    raise NotAffineError(f"it holds a {type(value).__name__}")
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (b is not ... and _digest(a) == _digest(b))
+    return a is b or (b is not ... and repr(_frozen(a)) == repr(_frozen(b)))
 
 
 def _places(name: str, standing: Standing) -> list[int | None]:
