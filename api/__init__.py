@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.plan import PlanError as PlanError
     from fewstep.solvers.plan import Stage as Stage
     from fewstep.solvers.plan import Start as Start
+    from fewstep.solvers.plan_file import load_plan as load_plan
+    from fewstep.solvers.plan_file import save_plan as save_plan
     from fewstep.solvers.process import EDM as EDM
     from fewstep.solvers.process import VE as VE
     from fewstep.solvers.process import VP as VP
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.registry import list_solvers as list_solvers
     from fewstep.solvers.registry import plan as plan
     from fewstep.solvers.registry import solver as solver
+    from fewstep.solvers.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -65,6 +68,8 @@ _HOME = {
     "PlanError": "solvers.plan",
     "Stage": "solvers.plan",
     "Start": "solvers.plan",
+    "load_plan": "solvers.plan_file",
+    "save_plan": "solvers.plan_file",
     "EDM": "solvers.process",
     "VE": "solvers.process",
     "VP": "solvers.process",
@@ -73,6 +78,7 @@ _HOME = {
     "list_solvers": "solvers.registry",
     "plan": "solvers.registry",
     "solver": "solvers.registry",
+    "tune": "solvers.tuning",
 }
 
 __all__ = ["__version__", "problems", *_HOME]

@@ -1,0 +1,148 @@
+"""Plan files: what is written comes back to the bit, and nothing else is read."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import fewstep as fs
+from fewstep.solvers.plan_file import plan_as_json, plan_from_json, process_as_json, process_from_json
+from fewstep.solvers.registry import get_solver
+
+PROCESSES = {
+    "linear": fs.VP.linear(),
+    "scaled": fs.VP.scaled_linear(),
+    "cosine": fs.VP.cosine(),
+    "zero-snr": fs.VP.scaled_linear().zero_terminal_snr(),
+    "short": fs.VP.linear(timesteps=100),
+    "ve": fs.VE(0.02, 80.0),
+    "edm": fs.EDM(sigma_data=0.7),
+    "flow": fs.Flow(3.0),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_process_comes_back_equal(name):
+    process = PROCESSES[name]
+    data = json.loads(json.dumps(process_as_json(process)))
+    assert process_from_json(data, "p") == process
+    assert type(process_from_json(data, "p")) is type(process)
+
+
+def test_the_tables_with_names_are_small():
+    for name in ("linear", "scaled", "short"):
+        assert len(json.dumps(process_as_json(PROCESSES[name]))) < 120
+    assert len(process_as_json(PROCESSES["cosine"])["alphas_cumprod"]) == 1000
+
+
+@pytest.mark.parametrize("solver", fs.list_solvers())
+def test_every_solver_comes_back_to_the_bit(solver, tmp_path):
+    plan = fs.plan(solver, fs.grid(PROCESSES["linear"], 5, "quadratic"), s_noise=0.9)
+    path = tmp_path / "plan.json"
+    fs.save_plan(plan, path)
+    again = fs.load_plan(path)
+    assert again.grid == plan.grid
+    assert again.stages == plan.stages
+    assert again.init == plan.init
+    assert (again.solver, again.noise_scale) == (solver, 0.9)
+    assert dict(again.options) == {**get_solver(solver).options, **plan.options}
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_loaded_plan_samples_the_same_bits(name, tmp_path):
+    process = PROCESSES[name]
+    plan = fs.plan("unipc", fs.grid(process, 4, "linspace"), order=3)
+    fs.save_plan(plan, tmp_path / "p.json")
+    denoiser = fs.Denoiser(lambda x, t: 0.3 * x, process, "sample")
+    ends = [fs.Sampler(denoiser, p, (2, 5))(seed=3) for p in (plan, fs.load_plan(tmp_path / "p.json"))]
+    assert np.array_equal(*ends)
+
+
+def test_a_set_of_steps_becomes_a_list(tmp_path):
+    plan = fs.plan("unipc", fs.grid(PROCESSES["edm"], 4), corrector={2, 1})
+    fs.save_plan(plan, tmp_path / "p.json")
+    assert fs.load_plan(tmp_path / "p.json").options["corrector"] == [1, 2]
+    assert fs.load_plan(tmp_path / "p.json").stages == plan.stages
+
+
+BASE = plan_as_json(fs.plan("dpmpp_2m", fs.grid(fs.EDM(), 3)))
+
+
+def broken(change):
+    data = json.loads(json.dumps(BASE))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d: d.update(format="other"), "not a fewstep plan"),
+        (lambda d: d.update(version=2), "version 2"),
+        (lambda d: d.pop("grid"), "'grid' is missing"),
+        (lambda d: d.update(extra=1), "unknown field 'extra'"),
+        (lambda d: d.update(solver=3), "solver must be str"),
+        (lambda d: d.update(noise_scale="1"), "noise_scale must be a finite number"),
+        (lambda d: d["process"].update(kind="DDPM"), "kind 'DDPM'"),
+        (lambda d: d["process"].update(sigma_min=-1.0), "sigma_min"),
+        (lambda d: d["grid"]["sigma"].insert(0, d["grid"]["sigma"].pop()), "grid: "),
+        (lambda d: d["grid"]["t"].pop(), "grid: .*shapes"),
+        (lambda d: d["stages"][1].pop("rows"), r"stages\[1\].*'rows' is missing"),
+        (lambda d: d["stages"][1]["rows"]["x"].update(m=True), r"stages\[1\].*\['m'\].*True"),
+        (lambda d: d["stages"][1]["rows"]["x"].update(m=9.0), "leaves the marginal"),
+        (lambda d: d["stages"][0]["rows"]["x"].update(h7=1.0), "reads 'h7'"),
+        (lambda d: d["stages"][2].update(done=1), "done must be bool"),
+        (lambda d: d["stages"][2].update(at=[1.0, 2.0]), "alpha, sigma"),
+        (lambda d: d["stages"][0].update(variance=["learned"]), "variance"),
+        (lambda d: d.update(init={"row": {"x": 1.0}, "to": [1.0, 1.0, 80.0]}), "init: the field 'at'"),
+    ],
+)
+def test_what_is_no_plan_is_named(change, text, tmp_path):
+    with pytest.raises(ValueError, match=text):
+        plan_from_json(broken(change))
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(broken(change)))
+    with pytest.raises(ValueError, match=text):
+        fs.load_plan(path)
+
+
+def test_text_that_is_no_json_and_nan(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text("not json")
+    with pytest.raises(ValueError, match="is not a plan file"):
+        fs.load_plan(path)
+    path.write_text(json.dumps({**BASE, "noise_scale": float("nan")}))
+    with pytest.raises(ValueError, match="NaN"):
+        fs.load_plan(path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+        fs.load_plan(tmp_path / "absent.json")
+
+
+def test_bad_targets_are_named_before_anything_is_written(tmp_path):
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 2))
+    with pytest.raises(ValueError, match=r"\.json"):
+        fs.save_plan(plan, tmp_path / "plan.pkl")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        fs.save_plan(plan, tmp_path / "nowhere" / "plan.json")
+    odd = fs.Plan("x", plan.grid, plan.stages, options={"f": print})
+    with pytest.raises(ValueError, match="option 'f'"):
+        fs.save_plan(odd, tmp_path / "plan.json")
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    first = fs.plan("ddim", fs.grid(fs.EDM(), 2))
+    fs.save_plan(first, path)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fs.save_plan(fs.plan("dpmpp_2m", fs.grid(fs.EDM(), 4)), path)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+    assert fs.load_plan(path).stages == first.stages
