@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -248,6 +248,22 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, reduced
         _write(x_in, j * copy + at, lane, v, inside)
 
 
+@triton.jit
+def tick_kernel(counter, times, t, count, samples, counter_step, rows, row_step, BLOCK: tl.constexpr):
+    """Counters one up, and t of the stages that they now name. One program.
+
+    counter  int32, counter_step as in `run_kernel`; times (stages, rows), t (count,) of one dtype; entry i of t
+             belongs to sample i mod samples
+    """
+    lane = tl.arange(0, BLOCK)
+    inside = lane < count
+    b = lane % samples
+    stage = tl.load(counter + b * counter_step, mask=inside, other=0) + 1
+    tl.store(t + lane, tl.load(times + stage.to(tl.int64) * rows + b * row_step, mask=inside), mask=inside)
+    tl.debug_barrier()  # nobody writes a counter that somebody has still to read
+    tl.store(counter + b * counter_step, stage, mask=inside & (lane < samples) & ((counter_step > 0) | (lane == 0)))
+
+
 # --- launches ---
 
 # (elements a program, warps): 8 elements a thread, so that 16-bit tensors move by 128 bits and float32 ones by twice
@@ -314,6 +330,57 @@ def stage(*arrays: Any, **options: Any) -> None:
     elements, warps = block()
     with guard(first):
         stage_kernel[grid(len(first), args[_N], elements)](*args, elements, num_warps=warps, **OPTIONS)
+
+
+class Structure(NamedTuple):
+    """What specialises `run_kernel`: how many slots and outputs a stage may have, and what makes its prediction.
+
+    Stages of one run share it: a stage that uses less names the buffer -1, and moves nothing for it.
+    """
+
+    slots: int
+    outputs: int
+    predict: bool = False
+    clip: bool = False
+    noise: bool = False
+
+
+def run(
+    structure: Structure,
+    state: Tensor,
+    numbers: Tensor,
+    indices: Tensor,
+    counter: Tensor,
+    x_in: Tensor,
+    copies: int,
+    raws: Sequence[Tensor] = (),
+    *,
+    streams: Tensor | None = None,
+    z: Tensor | None = None,
+    reduced: Tensor | None = None,
+) -> None:
+    """One stage of a run, the one that `counter` names: see `run_kernel`. state (buffers, B, n)."""
+    _, samples, n = state.shape
+    elements, warps = block()
+    rows = numbers.shape[1]
+    drawn = structure.noise and z is None
+    with guard(state):
+        run_kernel[grid(samples, n, elements)](
+            state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z, reduced, x_in,
+            n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
+            structure.slots, structure.outputs, copies, structure.predict, structure.clip, elements,
+            num_warps=warps, **OPTIONS,
+        )  # fmt: skip
+
+
+def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
+    """Move every counter to its next stage, and write that stage's t: see `tick_kernel`."""
+    rows = times.shape[1]
+    with guard(t):
+        tick_kernel[(1,)](
+            counter, times, t, len(t), samples, int(len(counter) > 1), rows, int(rows > 1),
+            triton.next_power_of_2(len(t)), num_warps=1,
+        )  # fmt: skip
 
 
 _OUTPUT = layout.SLOTS + layout.RAWS + 5

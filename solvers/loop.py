@@ -23,9 +23,14 @@ from fewstep.solvers.program import compile_plan
 from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
 from fewstep.solvers.tables import stage_tables
+from fewstep.solvers.triton_run import TritonRun, trouble
+from fewstep.solvers.triton_run import check as check_triton
 
 BACKENDS = ("auto", "naive", "numba", "triton")
 GRAPHS = ("auto", "off", "step", "loop")
+
+Run = FusedRun | NaiveRun | TritonRun
+RUNS: dict[str, type[Run]] = {"numba": FusedRun, "naive": NaiveRun, "triton": TritonRun}
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,7 @@ class _Compiled:
     plan: Plan
     plain: Job
     watched: Job  # also writes each x0 prediction, for callbacks
-    idle: tuple[deque[FusedRun | NaiveRun], deque[FusedRun | NaiveRun]] = field(
-        default_factory=lambda: (deque(), deque())
-    )
+    idle: tuple[deque[Run], deque[Run]] = field(default_factory=lambda: (deque(), deque()))
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
@@ -111,7 +114,9 @@ class Sampler:
         if graph not in GRAPHS:
             raise ValueError(unknown("graph mode", graph, GRAPHS))
         self.frame = model_frame(denoiser, device)
-        self.backend = pick_backend(backend, self.frame)
+        # What the GPU kernels do not do is an error where they are asked for, and another backend's where not.
+        able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
+        self.backend = pick_backend(backend, self.frame, triton=able)
         if graph in ("step", "loop"):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
@@ -140,16 +145,19 @@ class Sampler:
         return self._compiled.plan
 
     def _job(self, denoiser: Any, plan: Plan, *, keep_x0: bool) -> Job:
-        program = compile_plan(plan, keep_x0=keep_x0)
+        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
         tables = stage_tables(program, denoiser, self.dtype)
         model_dtype = denoiser.model_dtype(self.dtype)
         time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
         batches = [self.shape[0] * (len(t.branches) if denoiser.batched else 1) for t in tables]
         times = [self.frame.array(np.full(n, t.t), time_dtype) for n, t in zip(batches, tables, strict=True)]
-        return Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times)
+        job = Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times)
+        if self.backend == "triton":
+            check_triton(job)
+        return job
 
-    def _new_run(self, job: Job) -> FusedRun | NaiveRun:
-        return FusedRun(job) if self.backend == "numba" else NaiveRun(job)
+    def _new_run(self, job: Job) -> Run:
+        return RUNS[self.backend](job)
 
     def update(self, plan: Plan | None = None, *, guidance: Any = ...) -> None:
         """Change the plan or the guidance for later calls. Calls under way finish with what they began with."""
@@ -223,7 +231,7 @@ class Sampler:
 
     def _loop(
         self,
-        run: FusedRun | NaiveRun,
+        run: Run,
         call: Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]],
         x: Any,
         streams: np.ndarray | None,
@@ -248,7 +256,7 @@ class Sampler:
                 step += table.done
 
     def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
-        if self.backend == "numba" and isinstance(self.frame, TorchFrame):
+        if self.backend != "naive" and isinstance(self.frame, TorchFrame):
             return self.frame.torch.no_grad()  # type: ignore[no-any-return]
         return contextlib.nullcontext()
 
@@ -406,11 +414,16 @@ def model_frame(denoiser: Any, device: Any) -> Frame:
     return own
 
 
-def pick_backend(backend: str, frame: Frame) -> str:
-    if backend == "triton":
-        raise ValueError(
-            "backend='triton' is not available in this version; use 'numba' on a CPU or 'naive' on any device"
-        )
+def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
+    """The backend behind a name on a device; `triton`: whether what asks can run the GPU kernels at all."""
+    if backend == "triton" and not triton:
+        raise ValueError("backend='triton' has no adaptive loop: use backend='naive' on a GPU")
+    if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
+        reason = trouble(frame)
+        if reason is None:
+            return "triton"
+        if backend == "triton":
+            raise ValueError(f"backend='triton' is not available here: {reason}")
     if backend == "numba" and frame.device != "cpu":
         raise ValueError(f"backend='numba' runs on the CPU, the model is on {frame.device}: use backend='naive'")
     if backend == "auto":

@@ -196,7 +196,7 @@ def test_sample(wrong: dict[str, Any], error: type[Exception], text: str) -> Non
             r"plan was laid out on VP\(.*trained on Flow\(",
         ),
         ({"shape": (2,)}, ValueError, "shape must be"),
-        ({"backend": "triton"}, ValueError, "backend='triton' is not available"),
+        ({"backend": "triton"}, ValueError, "backend='triton' is not available here: it runs on torch tensors"),
         ({"backend": "nubma"}, ValueError, "unknown backend 'nubma': did you mean 'numba'"),
         ({"graph": "lop"}, ValueError, "unknown graph mode 'lop': did you mean 'loop'"),
         ({"graph": "step"}, ValueError, "graph='step' needs a CUDA device"),

@@ -1,0 +1,277 @@
+"""The memory of one sampling run on a GPU: every number of a plan in device tables, every stage one launch.
+
+A stage's table row is found by a counter on the device, so that what runs a stage never holds its numbers: the
+same launches serve every schedule, seed and guidance scale of one structure, and a graph can replay them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fewstep.kernels import philox
+from fewstep.solvers.arrays import Array, Frame, TorchFrame
+from fewstep.solvers.engine import Job, NoiseSource, outside_noise
+from fewstep.solvers.program import Op
+from fewstep.solvers.tables import StageTable, init_table
+
+
+class DeviceTables(NamedTuple):
+    """What `triton_step.run` reads, on the host. Row 0 is the init row, row k + 1 stage k.
+
+    numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
+    times    float64 (stages + 1, rows), t of each stage
+    """
+
+    numbers: np.ndarray
+    indices: np.ndarray
+    times: np.ndarray
+
+
+def device_tables(job: Job) -> DeviceTables:
+    """A job's tables as the GPU takes them, one row for all samples."""
+    from fewstep.kernels import triton_step as kernel
+
+    tables, count = job.tables, len(job.tables)
+    numbers = np.zeros((count + 1, 1, kernel.NUMBERS), np.float32)
+    indices = np.full((count + 1, 1, kernel.INDICES), -1, np.int32)
+    times = np.zeros((count + 1, 1))
+    clip = job.denoiser.clip
+    _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
+    for k, table in enumerate(tables, 1):
+        c_in = tables[k].c_in if k < count else 1.0
+        draw = -1 if table.draw is None else table.draw
+        _fill(numbers[k, 0], indices[k, 0], table.w[0], table.slots, table.writes, draw, c_in)
+        if table.p is not None:
+            numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
+        if isinstance(clip, (int, float)):
+            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = clip, 1.0
+        times[k, 0] = table.t
+    return DeviceTables(numbers, indices, times)
+
+
+def _start(op: Op) -> tuple[np.ndarray, tuple[int | None, ...], tuple[int, ...], int]:
+    return init_table(op, "float32")[0], op.reads, op.writes, 0 if op.noisy else -1
+
+
+def _fill(
+    numbers: np.ndarray,
+    indices: np.ndarray,
+    w: np.ndarray,
+    slots: Sequence[int | None],
+    writes: Sequence[int],
+    draw: int,
+    c_in: float,
+) -> None:
+    from fewstep.kernels import triton_step as kernel
+
+    numbers[: w.size] = w.ravel()
+    numbers[kernel.C_IN_AT] = c_in
+    for j, buffer in enumerate(slots):
+        indices[j] = -1 if buffer is None else buffer
+    indices[kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
+    indices[kernel.DRAW_AT] = draw
+
+
+class _Mirror:
+    """A tensor on the device that the host rewrites without waiting for the device."""
+
+    def __init__(self, values: np.ndarray, frame: TorchFrame, dtype: str | None = None) -> None:
+        torch = frame.torch
+        self.on_gpu = frame.device != "cpu"
+        host = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype or str(values.dtype)))
+        self.host = host.pin_memory() if self.on_gpu else host.clone()
+        self.device = torch.empty_like(host, device=frame.device)
+        self.sent = torch.cuda.Event() if self.on_gpu else None
+        self._send()
+
+    def set(self, values: np.ndarray) -> None:
+        if self.sent is not None:
+            self.sent.synchronize()  # the copy before this one has left the pinned memory
+        np.copyto(self.host.numpy(), values, casting="same_kind")
+        self._send()
+
+    def _send(self) -> None:
+        self.device.copy_(self.host, non_blocking=True)
+        if self.sent is not None:
+            self.sent.record()
+
+
+class TritonRun:
+    """Device memory for one run at a time; the engine of backend "triton".
+
+    Samples live in one block of float32 buffers, in place where a slot dies. A model input is rewritten by the stage
+    after the call: a model may write to it and may return it, but must copy it to keep it.
+    """
+
+    def __init__(self, job: Job) -> None:
+        from fewstep.kernels import triton_noise, triton_step
+
+        assert isinstance(job.frame, TorchFrame)
+        self._step, self._noise = triton_step, triton_noise
+        self.job, self.frame, torch = job, job.frame, job.frame.torch
+        self.torch = torch
+        device = self.frame.device
+        batch, elements = job.batch, job.elements
+        self.structure = structure(job)
+        self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
+        copies = max(job.copies(k) for k in range(len(job.tables)))
+        self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype)
+        tables = device_tables(job)
+        self.numbers = _Mirror(tables.numbers, self.frame)
+        self.indices = _Mirror(tables.indices, self.frame)
+        time_dtype = self.frame.dtype_of(job.times[0])
+        self.times = _Mirror(tables.times, self.frame, time_dtype)
+        self.t = self.frame.empty((copies * batch,), time_dtype)
+        self.streams = _Mirror(np.zeros((batch, 3), np.int64), self.frame)
+        self.sigma = _Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.free = torch.cuda.Event() if device != "cpu" else None
+        self._warm()
+
+    def _warm(self) -> None:
+        """Compile every variant now, by launching each once on memory that no run has claimed yet."""
+        self._init_stage()
+        for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
+            batch = self.job.batch
+            raw = self.x_in[:batch]
+            self._tick(copies)
+            self._stage([raw] * len(branches), copies)
+            self.counter.zero_()
+        self._draw_latent()
+        self._release()
+
+    def variant(self, k: int) -> tuple[tuple[int, ...], int]:
+        """The branches that stage k calls, and the copies of the model input that it writes for the next."""
+        job = self.job
+        return job.tables[k].branches, job.copies(min(k + 1, len(job.tables) - 1))
+
+    # --- a run ---
+
+    def load(self, x: Array | None, streams: np.ndarray | None) -> None:
+        """What the host gives a run, into the device's memory. Later work of other streams waits for the run before."""
+        if self.free is not None:
+            self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
+        if streams is not None:
+            self.streams.set(streams.astype(np.int64))
+        if x is not None:
+            self.state[0].copy_(x.reshape(self.state.shape[1:]))
+
+    def start(self, drawn: bool, noise: NoiseSource | None = None) -> None:
+        """The latent, if it is drawn, and the first model input."""
+        self.counter.zero_()
+        if drawn:
+            self._draw_latent()
+        job = self.job
+        z = None
+        if noise is not None and job.program.init.noisy:
+            z = self._outside(noise, 0, job.start, job.start)
+        self._init_stage(z)
+
+    def begin(self, x: Array | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        self.load(x, streams)
+        self.start(x is None, noise)
+
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        copies = self.job.copies(k)
+        self._tick(copies)
+        return self.x_in[: copies * self.job.batch], self.t[: copies * self.job.batch]
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        """One fused stage."""
+        job, table = self.job, self.job.tables[k]
+        raws, variance = job.predictions(raws)
+        for raw in raws:
+            job.check_raw(raw)
+        z = None
+        if table.draw is not None and noise is not None:
+            z = self._outside(noise, table.draw, table.at, table.to)
+        if table.variance is not None and variance is not None and table.draw is not None:
+            if z is None:
+                z = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
+                self._noise.fill(z, self.streams.device, table.draw, philox.STEP)
+            z = z * job.denoiser.noise_factor(variance.float(), table.variance)
+        self._stage(raws, self.variant(k)[1], z)
+
+    # --- launches ---
+
+    def _draw_latent(self) -> None:
+        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
+        self.state[0].mul_(self.sigma.device)
+
+    def _tick(self, copies: int) -> None:
+        batch = self.job.batch
+        self._step.tick(self.counter, self.times.device, self.t[: copies * batch], batch)
+
+    def _init_stage(self, z: Array | None = None) -> None:
+        self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
+
+    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
+        self._launch(self.structure, copies, [self._plain(raw) for raw in raws], z)
+
+    def _launch(self, structure: Any, copies: int, raws: Sequence[Array], z: Array | None) -> None:
+        self._step.run(
+            structure, self.state, self.numbers.device, self.indices.device, self.counter, self.x_in, copies, raws,
+            streams=self.streams.device, z=z,
+        )  # fmt: skip
+
+    def _plain(self, raw: Array) -> Array:
+        """A raw as the kernel reads it. Other strides (channels-last) are copied, once; float64 is rounded first."""
+        raw = raw.detach()
+        return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
+
+    def _outside(self, noise: NoiseSource, draw: int, at: Any, to: Any) -> Array:
+        return self.frame.array(outside_noise(noise, draw, at, to, self.job.shape), "float32")
+
+    # --- results ---
+
+    def release(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.free is not None:
+            self.free.record(self.torch.cuda.current_stream(self.frame.device))
+
+    def x(self, k: int) -> Array:
+        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
+        return self.state[self.job.tables[k].writes[0]].reshape(self.job.shape)
+
+    def x0(self, k: int) -> Array:
+        return self.state[self.job.program.x0[k]].reshape(self.job.shape)
+
+
+def structure(job: Job) -> Any:
+    """The kernel's structure that serves every stage of a job."""
+    from fewstep.kernels import triton_step
+
+    tables: Sequence[StageTable] = job.tables
+    return triton_step.Structure(
+        slots=max(len(table.slots) for table in tables),
+        outputs=max(len(table.writes) for table in tables),
+        predict=any(table.p is not None for table in tables),
+        clip=job.denoiser.clip is not None,
+        noise=any(table.draw is not None for table in tables),
+    )
+
+
+def check(job: Job) -> None:
+    """Raises ValueError for what the GPU kernels do not do, naming what would work."""
+    if job.dtype != "float32":
+        raise ValueError(f"dtype={job.dtype!r}: backend='triton' keeps its state in float32; use backend='naive'")
+    if job.model_dtype == "float64":
+        raise ValueError("backend='triton' takes models of 16 or 32 bits, this one is float64: use backend='naive'")
+
+
+def trouble(frame: Frame) -> str | None:
+    """Why the GPU kernels cannot run on a frame's device, and what would; None if they can."""
+    if not isinstance(frame, TorchFrame):
+        return "it runs on torch tensors, and this denoiser is a NumPy one: pass device='cuda', or use backend='numba'"
+    try:
+        import triton
+    except ImportError:
+        return "it needs triton: pip install 'fewstep[gpu]', or use backend='naive'"
+    if frame.device.startswith("cuda") or triton.knobs.runtime.interpret:
+        return None
+    return f"it needs a CUDA device, and the model is on {frame.device}: move it, or use backend='numba' on a CPU"
