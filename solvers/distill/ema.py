@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -17,7 +17,8 @@ def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay = {decay}: it must be from 0 to 1")
-    kept, fresh = list(average.parameters()), list(module.parameters())
+    kept: list[Tensor] = list(average.parameters())
+    fresh: list[Tensor] = list(module.parameters())
     if [p.shape for p in kept] != [p.shape for p in fresh]:
         raise ValueError("average and module have different parameters: make the average with copy.deepcopy(module)")
     # foreach raises on mixed types: convert those that differ.

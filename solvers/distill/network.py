@@ -16,7 +16,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fewstep.kernels import naive
 from fewstep.solvers.arrays import TorchFrame
 from fewstep.solvers.process import Array, Point
 
@@ -90,12 +89,10 @@ def raw_outputs(denoiser: Any, x: Tensor, at: Told, branches: tuple[int, ...], c
     """The network's output for each of `branches`, (B, ...) each, in x's dtype."""
     frame = TorchFrame(x.device)
     call = denoiser.bind(frame, len(x), cond)
-    state = str(x.dtype).rpartition(".")[2]
-    model_dtype = denoiser.model_dtype(state)
+    model_dtype = denoiser.model_dtype(str(x.dtype).rpartition(".")[2])
     time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
-    like = torch.empty((), dtype=getattr(torch, model_dtype), device=x.device)
     copies = len(branches) if denoiser.batched else 1
-    x_in = naive.model_input(x, at.c_in, like)
+    x_in = (x * spread(at.c_in, x)).to(getattr(torch, model_dtype))
     t = frame.array(np.tile(at.t, copies), time_dtype)
     raws = call(branches, torch.cat([x_in] * copies) if copies > 1 else x_in, t)
     for raw in raws:
@@ -119,7 +116,10 @@ def predict(denoiser: Any, x: Tensor, at: Point, cond: Any = None, guidance: Arr
     branches = tuple(int(j) for j in np.flatnonzero(weights.any(axis=0)))
     raws = raw_outputs(denoiser, x, numbers, branches, cond)
     p = np.concatenate([numbers.a[:, None], numbers.b[:, None] * weights[:, list(branches)]], axis=1)
-    x0: Tensor = naive.combine([x, *raws], p, x)
+    a, *shares = torch.tensor(p.T, dtype=x.dtype, device=x.device).reshape(-1, len(x), *[1] * (x.ndim - 1))
+    x0 = a * x
+    for share, raw in zip(shares, raws, strict=True):
+        x0 = x0 + share * raw
     return x0
 
 

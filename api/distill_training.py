@@ -1,0 +1,282 @@
+"""The plain training loop of the distillation runs: checkpoints, resumption, a log, several processes.
+
+Every random number of step k is drawn from a generator seeded by (seed, k), for the whole joint batch. So a run that
+was killed continues to the bit from its last checkpoint, and processes that share a batch see the one process's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fewstep.solvers.files import write_whole
+
+CHECKPOINT, LOG, STUDENT = "checkpoint.safetensors", "log.csv", "student.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on, besides library versions and the number of threads.
+
+    steps  optimiser steps in all; batch: samples of the joint batch of all processes; parts: how many parts of a
+           process's share are accumulated before an optimiser step; bf16: autocast the losses
+    """
+
+    method: str
+    problem: str
+    steps: int
+    batch: int = 256
+    lr: float = 1e-3
+    seed: int = 0
+    parts: int = 1
+    bf16: bool = False
+    options: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "parts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} = {value!r}: it must be a whole number >= 1")
+        if not 0.0 < self.lr < math.inf:
+            raise ValueError(f"lr = {self.lr!r}: it must be positive and finite")
+        if self.batch % (self.parts * world()):
+            raise ValueError(f"batch = {self.batch} does not divide into {self.parts} parts of {world()} processes")
+
+
+def world() -> int:
+    """How many processes share a batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Joins the processes that torchrun started, if it did."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if started:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
+    """The random numbers of one step: the same whatever was drawn before, and in every process."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 17 + stream)
+
+
+class Recipe(ABC):
+    """A method on a problem: its networks, its optimisers and one step of it.
+
+    `modules` and `optimisers` by name are all of its state: a checkpoint holds them and nothing else.
+    """
+
+    settings: Settings
+    modules: dict[str, nn.Module]
+    optimisers: dict[str, torch.optim.Optimizer]
+
+    @abstractmethod
+    def step(self, k: int) -> dict[str, float]:
+        """Step k of `settings.steps`; returns what the log shows."""
+
+    def generator(self, k: int, stream: int = 0) -> torch.Generator:
+        return generator(self.settings.seed, k, stream)
+
+    def lr_at(self, k: int, first: int = 0, steps: int | None = None) -> float:
+        """Short warm-up, then half a cosine to 0, over `steps` steps from `first`."""
+        count = steps or self.settings.steps
+        done = k - first
+        warm = min(1.0, (done + 1) / (1 + count // 50))
+        return self.settings.lr * warm * 0.5 * (1.0 + math.cos(math.pi * done / count))
+
+    def descend(self, name: str, lr: float, loss_of: Callable[[slice], Tensor]) -> float:
+        """One step of an optimiser on the mean of `loss_of(part)` over the joint batch; returns that mean.
+
+        loss_of  the loss of a slice of the joint batch, under autocast if the settings say so
+        """
+        optimiser, s = self.optimisers[name], self.settings
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.zero_grad(set_to_none=True)
+        size = s.batch // (world() * s.parts)
+        total = torch.zeros(())
+        for part in range(s.parts):
+            begin = (rank() * s.parts + part) * size
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=s.bf16):
+                loss = loss_of(slice(begin, begin + size))
+            # Only this optimiser's parameters: a generator's loss also reaches the critic.
+            for p, g in zip(
+                parameters, torch.autograd.grad(loss / s.parts, parameters, allow_unused=True), strict=True
+            ):
+                if g is not None:
+                    p.grad = g if p.grad is None else p.grad + g
+            total += loss.detach() / s.parts
+        average([p.grad for p in parameters if p.grad is not None] + [total])
+        optimiser.step()
+        return float(total)
+
+
+def average(tensors: list[Tensor]) -> None:
+    """The mean over processes, in place, as one message."""
+    if world() == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, values in zip(tensors, flat.div_(world()).split([t.numel() for t in tensors]), strict=True):
+        t.copy_(values.reshape(t.shape))
+
+
+# --- files ---
+
+
+def save(recipe: Recipe, step: int, path: Path) -> None:
+    """All state after `step` steps, as safetensors."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in recipe.modules.items():
+        tensors |= {f"module.{name}.{key}": value for key, value in module.state_dict().items()}
+    for name, optimiser in recipe.optimisers.items():
+        for i, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{name}.{i}.{key}": value for key, value in state.items()}
+    metadata = {"settings": json.dumps(asdict(recipe.settings)), "step": str(step)}
+    data = safetensors.torch.save({key: t.detach().clone().contiguous() for key, t in tensors.items()}, metadata)
+    write_whole(path, lambda to: to.write_bytes(data))
+
+
+def load(recipe: Recipe, path: Path) -> int:
+    """Put a checkpoint's state into a recipe of the same settings. Returns how many steps it has behind it.
+
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint or belongs to other settings.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: start without --resume")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        theirs, step = json.loads(metadata["settings"]), int(metadata["step"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint of a distillation run ({error})") from error
+    ours = json.loads(json.dumps(asdict(recipe.settings)))
+    changed = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+    if changed:
+        raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
+    for name, module in recipe.modules.items():
+        prefix = f"module.{name}."
+        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    for name, optimiser in recipe.optimisers.items():
+        prefix = f"optimiser.{name}."
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(prefix):
+                index, _, what = key.removeprefix(prefix).partition(".")
+                state.setdefault(int(index), {})[what] = value
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    return step
+
+
+class Log:
+    """A CSV file of one row each few steps; a resumed run drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if after and path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        self.rows.append({"step": step, **{key: repr(value) for key, value in values.items()}})
+
+    def write(self) -> None:
+        names = list(dict.fromkeys(key for row in self.rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.path, lambda to: to.write_text(text.getvalue(), encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yields stopped(): whether Ctrl-C (or a polite kill) came. A second one interrupts at once.
+
+    A KeyboardInterrupt inside an optimiser step would leave half of it in the weights: steps are finished first.
+    """
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not the main thread: leave the handlers alone
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    every: int = 200,
+    log_every: int = 20,
+    watch: Callable[[int, Mapping[str, float]], None] | None = None,
+) -> int:
+    """Run a recipe to its last step; returns how many steps are done, fewer after Ctrl-C.
+
+    out     folder for checkpoint and log, or None for neither; written by the first process alone
+    every   steps between checkpoints; one more is written at the end and after Ctrl-C
+    watch   called after each step with what the step returned
+    """
+    first = load(recipe, out / CHECKPOINT) if resume and out is not None else 0
+    log = Log(out / LOG, first) if out is not None and rank() == 0 else None
+
+    def keep(step: int) -> None:
+        if log is not None and out is not None:
+            save(recipe, step, out / CHECKPOINT)
+            log.write()
+
+    done = first
+    with stop_signal() as stopped:
+        while done < recipe.settings.steps and not stopped():
+            values = recipe.step(done)
+            done += 1
+            if not all(math.isfinite(v) for v in values.values()):
+                raise ValueError(f"step {done} of {recipe.settings.method} diverged ({values}): lower --lr")
+            if log is not None and (done % log_every == 0 or done == recipe.settings.steps):
+                log.add(done, values)
+            if done % every == 0:
+                keep(done)
+            if watch is not None:
+                watch(done, values)
+        if done > first:
+            keep(done)
+    return done
