@@ -1,0 +1,170 @@
+"""What the compiler makes of the kernels, for GPUs that need not be here: triton compiles off-line.
+
+For every structure that a plan can have, on sm_80, sm_90, sm_100 and gfx942: float32 and 16-bit tensors move by 128
+bits, each live tensor is loaded and stored once, nothing spills, no register lands in local memory. The counts come
+from the plan: slots + outputs at 4 bytes, raws + copies at the model's size, and 16 bytes an access.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fewstep as fs
+from fewstep.kernels import triton_noise, triton_step
+from fewstep.solvers.program import compile_plan
+from fewstep.solvers.tables import stage_tables
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+class Variant(NamedTuple):
+    structure: triton_step.Structure
+    raws: int
+    copies: int
+    model: str
+
+
+def plan_variant(solver: str, model: str, guidance: float | None = None, clip: float | None = None,
+                 **options: Any) -> Variant:  # fmt: skip
+    """The structure that the run layer gives a real plan."""
+    process = fs.VP.linear()
+    denoiser = fs.Denoiser(lambda x, t: x, process, "v", guidance=guidance, clip=clip)
+    tables = stage_tables(compile_plan(fs.plan(solver, fs.grid(process, 8), **options), in_place=True), denoiser,
+                          "float32")  # fmt: skip
+    structure = triton_step.Structure(
+        slots=max(len(t.slots) for t in tables),
+        outputs=max(len(t.writes) for t in tables),
+        predict=clip is not None,
+        clip=clip is not None,
+        noise=any(t.draw is not None for t in tables),
+    )
+    branches = len(tables[0].branches)
+    return Variant(structure, branches, branches, model)
+
+
+VARIANTS = {
+    "DPM-Solver++ 2M": plan_variant("dpmpp_2m", "fp32"),
+    "DPM-Solver++ 2M, guided, fp16": plan_variant("dpmpp_2m", "fp16", 2.0),
+    "DPM-Solver++ 2M, guided, clipped, bf16": plan_variant("dpmpp_2m", "bf16", 2.0, 1.0),
+    "UniPC 2": plan_variant("unipc", "fp32"),
+    "UniPC 3, guided, bf16": plan_variant("unipc", "bf16", 2.0, order=3),
+    "EDM churn": plan_variant("edm", "fp32", s_churn=40.0),
+    "EDM churn, guided, fp16": plan_variant("edm", "fp16", 2.0, s_churn=40.0),
+    "the widest": Variant(triton_step.Structure(8, 5, True, True, False), 3, 3, "bf16"),
+}
+
+
+def compiled(kernel: Any, signature: dict[str, Any], target: str) -> Any:
+    """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
+    kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
+    constants = {a: v for a, v in signature.items() if not isinstance(v, str)}
+    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in ("n", "size", "copy")]
+    source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    warps = triton_step.BLOCKS[TARGETS[target].backend][1]
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_step.OPTIONS})
+
+
+@cache
+def run_kernel(v: Variant, target: str) -> Any:
+    s = v.structure
+    raws = {f"r{j}": f"*{v.model}" if j <= v.raws else None for j in (1, 2, 3)}
+    return compiled(triton_step.run_kernel, {
+        "state": "*fp32", "numbers": "*fp32", "indices": "*i32", "counter": "*i32",
+        "streams": "*i64" if s.noise else None, **raws, "z": None, "reduced": None, "x_in": f"*{v.model}",
+        "n": "i32", "size": "i32", "copy": "i32", "counter_step": "i32", "rows": 1, "row_step": "i32",
+        "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict, "CLIP": s.clip,
+        "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
+    }, target)  # fmt: skip
+
+
+def traffic(v: Variant, per_thread: int = 8) -> tuple[int, int]:
+    """128-bit loads and stores of a thread that handles 8 elements."""
+    s = v.structure
+    state, model = 4 * per_thread // 16, SIZES[v.model] * per_thread // 16
+    return s.slots * state + v.raws * model, s.outputs * state + v.copies * model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_live_tensor_moves_once_by_128_bits(name: str, target: str) -> None:
+    v = VARIANTS[name]
+    block, warps = triton_step.BLOCKS[TARGETS[target].backend]
+    assert block // (warps * TARGETS[target].warp_size) == 8  # elements a thread, as `traffic` has it
+    found = run_kernel(v, target)
+    if target == "gfx942":
+        asm = found.asm["amdgcn"]
+        # Tensors move by buffer instructions, the tables' numbers by global ones.
+        loads, stores = (len(re.findall(rf"\bbuffer_{kind}_dwordx4\b", asm)) for kind in ("load", "store"))
+        spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", asm)]
+        assert spills
+        assert not any(spills)
+        assert not re.search(r"\bscratch_(load|store)", asm)
+        assert len(re.findall(r"\b(?:buffer|global|flat)_store", asm)) == stores  # no store is narrower
+        assert len(re.findall(r"\bbuffer_load", asm)) == loads
+    else:
+        asm = found.asm["ptx"]
+        loads, stores = (len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", asm)) for kind in ("ld", "st"))
+        assert not re.search(r"\b(ld|st)\.local", asm)
+        assert len(re.findall(r"\bst\.global", asm)) == stores  # no store is narrower
+        assert not re.search(r"\bfma\.", asm)  # the CPU's roundings
+        if v.model == "bf16":
+            assert "cvt.rn.bf16" in asm  # to nearest even, where Triton's interpreter truncates
+    assert (loads, stores) == traffic(v)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL ... of the one kernel in a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text.stdout)}
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_registers_hold_it_all(name: str, target: str) -> None:
+    """8 registers a live input (8 elements a thread), a few for each row's numbers, the rest for addresses."""
+    v = VARIANTS[name]
+    found = resources(run_kernel(v, target).asm["cubin"])
+    assert found["LOCAL"] == 0
+    assert found["STACK"] == 0
+    inputs = v.structure.slots + v.raws + v.structure.noise
+    assert 0 < found["REG"] <= 8 * inputs + 4 * v.structure.outputs + 48
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_noise_kernel_rounds_as_the_cpu_does(target: str) -> None:
+    block = triton_step.BLOCKS[TARGETS[target].backend][0]
+    found = compiled(
+        triton_noise.normals_kernel,
+        {"out": "*fp32", "streams": "*i64", "draw": "i32", "n": "i32", "domain": 0, "BLOCK": block},
+        target,
+    )
+    if target == "gfx942":
+        assert "v_sqrt_f32" in found.asm["amdgcn"]
+        return
+    ptx = found.asm["ptx"]
+    assert "sqrt.rn.f32" in ptx
+    assert not re.search(r"\bfma\.|sqrt\.approx|\.ftz", ptx)
+    assert len(re.findall(r"\bst\.global\S*\.v4\.b32", ptx)) == 2
+    assert resources(found.asm["cubin"])["LOCAL"] == 0
