@@ -254,9 +254,17 @@ class _Tracked:
     def __init__(self, run: _Run, plan: Plan, starts: Sequence[int]) -> None:
         self.run, self.plan = run, plan
         self.step = {k: i for i, k in enumerate(starts)}
-        # The stage that began the step of stage k.
-        self.first = [max(s for s in starts if s <= k) for k in range(plan.nfe)]
+        self.levels = [self._levels(k, starts) for k in range(plan.nfe)]
         self.stage = 0
+
+    def _levels(self, k: int, starts: Sequence[int]) -> tuple[float, float]:
+        """From where to where the draw of stage k is, in sigma."""
+        stages, edges = self.plan.stages, [*starts, self.plan.nfe]
+        first = max(edge for edge in edges if edge <= k)
+        last = min(edge for edge in edges if edge > k) - 1
+        # What is drawn into x is in the next call; what is drawn beside it is for the end of the step.
+        to = stages[k].to if stages[k].rows["x"].get("z") else stages[last].to
+        return stages[first].at.sigma, to.sigma
 
     def model(self, x: Any, t: Any) -> Any:
         run, k = self.run, self.stage
@@ -279,9 +287,8 @@ class _Tracked:
 
             if sampler is None:
                 return torch.randn_like(self.run.x)
-            # Draw 0 is the init row's; stage k has draw k + 1.
-            start = self.plan.stages[self.first[number - 1]].at
-            return sampler(self.run._level(start.sigma), self.run._level(to.sigma))
+            # Draw 0 is the init row's churn; stage k has draw k + 1.
+            return sampler(*map(self.run._level, self.levels[number - 1]))
 
         return draw
 
@@ -591,7 +598,9 @@ def sample_dpm_adaptive(
 
     The batch takes its steps together, by the error over all of it, as the field does: `fewstep.sample_adaptive`
     lets each sample choose its own. A rejected step keeps its first call, so `nfe` is smaller than the field's, and a
-    last step that is rejected shrinks from its own length, where the field tries it again as it was. The callback is called after each attempt and also gets error, h, steps, nfe, n_accept and n_reject. There is no
+    last step that is rejected shrinks from its own length, where the field tries it again as it was.
+
+    The callback is called after each attempt and also gets error, h, steps, nfe, n_accept and n_reject. There is no
     progress bar: how many steps there will be is not known.
     """
     import torch

@@ -1,0 +1,542 @@
+"""The field's samplers under their own names: numbers, noise calls and callbacks against naive loops."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from oracles import adams, first_order, multistep, runge_kutta, singlestep
+from oracles import adaptive as adaptive_oracle
+from scipy import integrate
+
+import fewstep as fs
+from fewstep.bindings import k_diffusion as kd
+
+SHAPE = (3, 2, 5)
+SIGMAS = [14.6, 8.1, 4.2, 2.0, 0.9, 0.35, 0.1]
+FLOWS = [0.97, 0.9, 0.75, 0.55, 0.3, 0.1]
+
+
+class Model:
+    """Elementwise, notes its calls; under `model_sampling` it looks like a wrapper of ComfyUI."""
+
+    def __init__(self, sampling=None):
+        self.calls = []
+        if sampling is not None:
+            self.inner_model = SimpleNamespace(inner_model=SimpleNamespace(model_sampling=sampling))
+
+    def __call__(self, x, sigma, a=1.0, seed=None):
+        assert sigma.shape == (len(x),)
+        assert sigma.dtype == x.dtype
+        self.calls.append((x.clone(), float(sigma[0])))
+        level = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        return 0.6 * torch.tanh(a * x / (0.2 + level)) + 0.1 * torch.sin(x / (1.0 + level))
+
+
+def denoise(x, alpha, sigma):
+    """The same model for an oracle, whose sigma is the field's in both frames."""
+    return Model()(torch.as_tensor(x), torch.full((len(x),), float(sigma), dtype=torch.float64), 1.3).numpy()
+
+
+class Noise:
+    """A noise sampler that notes what it is asked for."""
+
+    def __init__(self, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(5)
+        self.draws = [torch.randn(SHAPE, dtype=torch.float64, generator=generator) for _ in range(40)]
+        self.dtype, self.asked = dtype, []
+
+    def __call__(self, sigma, sigma_next):
+        self.asked.append((float(sigma), float(sigma_next)))
+        return self.draws[len(self.asked) - 1].to(self.dtype)
+
+
+def latent(sigmas, dtype=torch.float64):
+    x = torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+    return x.to(dtype)
+
+
+def grid_of(sigmas, flow):
+    return fs.Grid.from_times(fs.Flow(), sigmas) if flow else fs.Grid.from_sigmas(kd.BARE, sigmas)
+
+
+def deis_oracle(denoise, grid, x, draws, order, clock):
+    """Zhang & Chen 2023: C_j = integral of L_j(t(sigma)) dsigma over the step, t the clock."""
+    sigmas, ds = grid.sigma.tolist(), []
+    for i, (s, t) in enumerate(pairwise(sigmas)):
+        ds.insert(0, (x - denoise(x, 1.0, s)) / s)
+        p = 1 if t == 0 else min(order, i + 1)
+        nodes = [clock(sigmas[i - j]) for j in range(p)]
+        for j in range(p):
+
+            def basis(sigma, j=j, nodes=nodes):
+                u = clock(sigma)
+                return math.prod((u - b) / (nodes[j] - b) for k, b in enumerate(nodes) if k != j)
+
+            x = x + integrate.quad(basis, s, t, epsabs=1e-14, epsrel=1e-13)[0] * ds[j]
+    return x
+
+
+def vp_time(sigma):
+    """t of sigma(t)^2 + 1 = exp(b_d t^2 / 2 + b_min t) through (0.001, 0.002) and (1, 80), as DEIS's code has it."""
+    low, high = math.log(1 + 0.002**2), math.log(1 + 80.0**2)
+    b_d = 2 * (low / 1e-3 - high) / (1e-3 - 1)
+    b_min = high - b_d / 2
+    return (math.sqrt(b_min**2 + 2 * b_d * math.log(1 + sigma**2)) - b_min) / b_d
+
+
+def unipc_oracle(denoise, grid, x, draws, variant):
+    sigmas = grid.ratio.copy()
+    sigmas[-1] = sigmas[-1] or 0.001
+    at = grid_of(sigmas, False)
+    return multistep.unipc(denoise, at, x, draws, order=min(3, len(sigmas) - 2), variant=variant, final_order="unipc")
+
+
+def sa_oracle(denoise, grid, x, draws, **options):
+    final = "sa_solver" if grid.sigma[-1] == 0 else None
+    return multistep.sa_solver(denoise, grid, x, draws, final_order=final, **options)
+
+
+# name, options in the field's words, oracle, its options; whether a flow model has a rule of its own
+CASES = [
+    ("euler", {}, first_order.euler, {}, False),
+    ("heun", {}, runge_kutta.heun, {}, False),
+    ("heunpp2", {}, runge_kutta.heunpp2, {}, False),
+    ("dpm_2", {}, runge_kutta.dpm2, {}, False),
+    ("euler_ancestral", {}, first_order.euler_ancestral, {}, True),
+    ("euler_ancestral", {"eta": 0.6, "s_noise": 0.9}, first_order.euler_ancestral, {"eta": 0.6, "s_noise": 0.9}, True),
+    ("dpm_2_ancestral", {"eta": 0.7}, runge_kutta.dpm2_ancestral, {"eta": 0.7}, True),
+    ("dpmpp_2s_ancestral", {}, singlestep.dpmpp_2s_ancestral, {}, True),
+    ("ddpm", {}, first_order.ddpm, {}, False),
+    ("lcm", {}, first_order.lcm, {}, True),
+    ("lms", {}, adams.lms, {}, False),
+    ("lms", {"order": 3, "to_zero": False}, adams.lms, {"order": 3, "to_zero": False}, False),
+    ("ipndm", {}, adams.ipndm, {}, False),
+    ("ipndm", {"max_order": 2}, adams.ipndm, {"order": 2}, False),
+    ("deis", {}, deis_oracle, {"order": 3, "clock": vp_time}, False),
+    ("deis", {"max_order": 2, "deis_mode": "rhoab"}, deis_oracle, {"order": 2, "clock": float}, False),
+    ("dpmpp_sde", {}, singlestep.dpmpp_sde, {"path": None}, True),
+    ("dpmpp_sde", {"eta": 0.5, "r": 0.4}, singlestep.dpmpp_sde, {"path": None, "eta": 0.5, "r": 0.4}, True),
+    ("dpmpp_2m", {}, multistep.dpmpp_2m, {}, False),
+    ("dpmpp_2m_sde", {"s_noise": 1.1}, multistep.dpmpp_2m_sde, {"s_noise": 1.1}, True),
+    ("dpmpp_2m_sde", {"solver_type": "heun"}, multistep.dpmpp_2m_sde, {"variant": "heun"}, True),
+    ("dpmpp_3m_sde", {"eta": 0.8}, multistep.dpmpp_3m_sde, {"eta": 0.8, "halve_d2": True}, True),
+    ("uni_pc", {}, unipc_oracle, {"variant": "bh1"}, False),
+    ("uni_pc_bh2", {}, unipc_oracle, {"variant": "bh2"}, False),
+    ("res_multistep", {}, multistep.res_multistep, {}, False),
+    ("res_multistep_ancestral", {}, multistep.res_multistep, {"eta": 1.0}, False),
+    ("er_sde", {}, multistep.er_sde, {}, True),
+    ("er_sde", {"max_stage": 2, "noise_scaler": lambda r: r**1.5}, multistep.er_sde,
+     {"order": 2, "noise_scale": "sde_2"}, True),
+    ("sa_solver", {}, sa_oracle, {}, True),
+    ("sa_solver", {"tau_func": lambda s: 0.4, "use_pece": True, "predictor_order": 2}, sa_oracle,
+     {"tau": 0.4, "pc_mode": "PECE", "predictor_order": 2}, True),
+    ("gradient_estimation", {"ge_gamma": 1.7}, multistep.gradient_estimation, {"gamma": 1.7}, False),
+]  # fmt: skip
+IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
+NOISY = {"ddpm", "lcm", "er_sde", "sa_solver", "res_multistep_ancestral"}
+
+
+def takes_noise(name):
+    return "noise_sampler" in inspect.signature(getattr(kd, f"sample_{name}")).parameters
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["to-zero", "above-zero"])
+@pytest.mark.parametrize("flow", [False, True], ids=["eps", "flow"])
+@pytest.mark.parametrize(("name", "options", "oracle", "oracle_options", "own_flow"), CASES, ids=IDS)
+def test_numbers_and_noise_calls(name, options, oracle, oracle_options, own_flow, flow, zero):
+    if flow and not own_flow:
+        pytest.skip("runs on the bare sigma of a flow model: the same numbers as without flow")
+    sigmas = (FLOWS if flow else SIGMAS) + ([0.0] if zero else [])
+    x, noise = latent(sigmas), Noise()
+    function = getattr(kd, f"sample_{name}")
+    extra = {"noise_sampler": noise} if takes_noise(name) else {}
+    if own_flow:
+        extra["flow"] = flow
+    args = {"extra_args": {"a": 1.3}, "disable": True}
+    model = Model()
+    got = function(model, x, torch.tensor(sigmas, dtype=torch.float64), **args, **extra, **options)
+    want = oracle(denoise, grid_of(sigmas, flow), x.numpy(), [z.numpy() for z in noise.draws], **oracle_options)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+    # What the noise sampler is asked for: each step that ends above sigma 0, from its start to its end.
+    asked = [(s, t) for s, t in pairwise(sigmas) if t > 0]
+    if name == "dpmpp_sde":
+        r = options.get("r", 0.5)
+
+        def inner(s, t):
+            odds = [(v / (1 - v) if flow else v) for v in (s, t)]
+            mid = odds[0] ** (1 - r) * odds[1] ** r
+            return mid / (1 + mid) if flow else mid
+
+        asked = [(s, end) for s, t in asked for end in (inner(s, t), t)]
+    assert len(noise.asked) == (len(asked) if noise.asked else 0)
+    assert bool(noise.asked) == (takes_noise(name) and name != "res_multistep")
+    if noise.asked:
+        np.testing.assert_allclose(noise.asked, asked, rtol=1e-12)
+    # In float32 the same to its rounding; the draws too are float32.
+    small = Noise(torch.float32)
+    if "noise_sampler" in extra:
+        extra["noise_sampler"] = small
+    again = function(Model(), x.float(), torch.tensor(sigmas), **args, **extra, **options)
+    assert again.dtype == torch.float32
+    np.testing.assert_allclose(again.numpy(), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "heunpp2"])
+def test_churn_draws_as_randn_like(name):
+    oracles = {"euler": first_order.euler, "heun": runge_kutta.heun, "dpm_2": runge_kutta.dpm2,
+               "heunpp2": runge_kutta.heunpp2}  # fmt: skip
+    options = {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 9.0, "s_noise": 1.01}
+    sigmas, x = [*SIGMAS, 0.0], latent(SIGMAS)
+    torch.manual_seed(7)
+    draws = [torch.randn_like(x).numpy() for _ in range(8)]
+    torch.manual_seed(7)
+    got = getattr(kd, f"sample_{name}")(Model(), x, sigmas, {"a": 1.3}, None, True, **options)
+    want = oracles[name](denoise, grid_of(sigmas, False), x.numpy(), draws, **options)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+def fast_oracle(x, high, low, n, eta, noise):
+    """k-diffusion's sample_dpm_fast in t = -log(sigma), with its noise clamped at the end."""
+    orders = [3] * (n // 3 - 1) + [2, 1] if n % 3 == 0 else [3] * (n // 3) + [n % 3]
+    ts = np.linspace(-math.log(high), -math.log(low), len(orders) + 1)
+
+    def eps(x, t):
+        return (x - denoise(x, 1.0, math.exp(-t))) / math.exp(-t)
+
+    for (t, after), order in zip(pairwise(ts), orders, strict=True):
+        s, end, up = math.exp(-t), after, 0.0
+        if eta:
+            to = math.exp(-after)
+            fresh = min(to, eta * math.sqrt(to**2 * (s**2 - to**2) / s**2))
+            end = min(ts[-1], -math.log(math.sqrt(to**2 - fresh**2)))
+            up = math.sqrt(max(0.0, to**2 - math.exp(-2 * end)))
+        h, out = end - t, math.exp(-end)
+        e = eps(x, t)
+        if order == 1:
+            new = x - out * math.expm1(h) * e
+        elif order == 2:
+            mid = eps(x - math.exp(-t - h / 2) * math.expm1(h / 2) * e, t + h / 2)
+            new = x - out * math.expm1(h) * e - out * math.expm1(h) * (mid - e)
+        else:
+            t1, t2 = t + h / 3, t + 2 * h / 3
+            e1 = eps(x - math.exp(-t1) * math.expm1(h / 3) * e, t1)
+            u2 = x - math.exp(-t2) * math.expm1(2 * h / 3) * e
+            u2 = u2 - 2 * math.exp(-t2) * (math.expm1(2 * h / 3) / (2 * h / 3) - 1) * (e1 - e)
+            e2 = eps(u2, t2)
+            new = x - out * math.expm1(h) * e - 1.5 * out * (math.expm1(h) / h - 1) * (e2 - e)
+        x = new + (up * noise(s, math.exp(-after)).numpy() if up > 1e-12 else 0.0)
+    return x, len(orders)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7])
+def test_dpm_fast(n, eta):
+    x, ours, theirs, seen = latent([14.6]), Noise(), Noise(), []
+    model = Model()
+    got = kd.sample_dpm_fast(model, x, 0.1, 14.6, n, {"a": 1.3}, seen.append, True, eta=eta, noise_sampler=ours)
+    want, steps = fast_oracle(x.numpy(), 14.6, 0.1, n, eta, theirs)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+    assert len(model.calls) == n
+    assert [info["i"] for info in seen] == list(range(steps))
+    np.testing.assert_allclose(np.reshape(ours.asked, -1), np.reshape(theirs.asked, -1), rtol=1e-9)
+
+
+@pytest.mark.parametrize(("order", "eta", "rtol"), [(2, 0.0, 0.02), (3, 0.0, 0.1), (3, 0.5, 0.05), (2, 1.0, 0.02)])
+def test_dpm_adaptive(order, eta, rtol):
+    """The oracle treats the batch as one sample, as the field does; no last step is rejected at these tolerances."""
+    x, noise, seen = latent([14.6]), Noise(), []
+    got, info = kd.sample_dpm_adaptive(
+        Model(), x, 0.1, 14.6, {"a": 1.3}, seen.append, True, order, rtol, eta=eta, noise_sampler=noise,
+        return_info=True,
+    )  # fmt: skip
+    draws = [z.numpy() for z in Noise().draws]
+    want, accepted, rejected = adaptive_oracle.dpm_solver_adaptive(
+        lambda y, s: denoise(y, 1.0, s), x.numpy(), 14.6, 0.1, order, rtol, 0.0078, draws, eta=eta
+    )
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-9, atol=1e-9)
+    assert (info["n_accept"], info["n_reject"]) == (accepted, rejected)
+    assert info["steps"] == len(seen) == accepted + rejected
+    assert [i["i"] for i in seen] == list(range(len(seen)))
+    assert {"x", "sigma", "sigma_hat", "denoised", "error", "h", "nfe"} <= set(seen[-1])
+    np.testing.assert_array_equal(seen[-1]["x"].numpy(), got.numpy())
+    assert float(seen[-1]["sigma"]) == pytest.approx(0.1, rel=1e-12)
+    assert all(b > 0 for _, b in noise.asked)
+    assert len(noise.asked) == (accepted - 1 if eta else 0)  # a step that ends at the last level draws nothing
+
+
+# --- callbacks ---
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpm_2_ancestral", "dpmpp_2m", "dpmpp_sde", "uni_pc"])
+def test_callback_tells_each_step_once(name):
+    sigmas, model, seen = torch.tensor([*SIGMAS, 0.0]), Model(), []
+    noise = {"noise_sampler": Noise(torch.float32)} if takes_noise(name) else {}
+    getattr(kd, f"sample_{name}")(
+        model, latent(SIGMAS, torch.float32), sigmas, callback=seen.append, disable=True, **noise
+    )
+    assert [info["i"] for info in seen] == list(range(len(SIGMAS)))
+    # The last step, to sigma 0, is one call for all.
+    starts = model.calls[:: 2 if len(model.calls) > len(SIGMAS) else 1]
+    for info, (x, sigma), level in zip(seen, starts, sigmas, strict=False):
+        assert set(info) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+        assert float(info["sigma"]) == float(info["sigma_hat"]) == sigma == float(level)
+        assert torch.equal(info["x"], x)  # kept by the callback, and not overwritten since
+        assert torch.equal(info["denoised"], Model()(x, torch.full((len(x),), sigma)))
+
+
+def test_churn_shows_in_sigma_hat():
+    seen = []
+    kd.sample_euler(Model(), latent(SIGMAS), [*SIGMAS, 0.0], callback=seen.append, disable=True, s_churn=3.5)
+    for info, sigma in zip(seen, SIGMAS, strict=True):
+        assert float(info["sigma"]) == sigma
+        assert float(info["sigma_hat"]) == pytest.approx(1.4142135623730951 * sigma, rel=1e-14)
+
+
+def test_callback_may_stop_the_run():
+    model = Model()
+
+    def stop(info):
+        if info["i"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kd.sample_dpmpp_2m(model, latent(SIGMAS), SIGMAS, callback=stop, disable=True)
+    assert len(model.calls) == 3
+
+
+# --- flow models ---
+
+
+class CONST:
+    """Stands for ComfyUI's class of that name."""
+
+
+class FlowSampling(CONST):
+    noise_scale = 0.5
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
+
+class DiscreteSampling:
+    def percent_to_sigma(self, percent):
+        return 14.6 * (1.0 - percent)
+
+
+def test_a_model_says_that_it_is_a_flow():
+    assert kd.is_flow(Model(FlowSampling()))
+    assert not kd.is_flow(Model(DiscreteSampling()))
+    assert not kd.is_flow(Model())
+    x, sigmas = latent(FLOWS), [*FLOWS, 0.0]
+    args = ([*FLOWS, 0.0], {"a": 1.3}, None, True)
+
+    def run(function, sampling, **options):
+        return function(Model(sampling), x, *args, **options)
+
+    for function, option in ((kd.sample_euler_ancestral, "s_noise"), (kd.sample_dpmpp_2m_sde, "s_noise")):
+        found = run(function, FlowSampling(), noise_sampler=Noise())
+        # The model's own noise_scale multiplies s_noise.
+        told = run(function, None, noise_sampler=Noise(), flow=True, **{option: 0.5})
+        assert torch.equal(found, told)
+        assert not torch.equal(found, run(function, DiscreteSampling(), noise_sampler=Noise(), s_noise=0.5))
+    assert torch.equal(run(kd.sample_dpmpp_2m, FlowSampling()), run(kd.sample_dpmpp_2m, None))
+    want = multistep.dpmpp_2m(denoise, grid_of(sigmas, True), x.numpy(), ())
+    np.testing.assert_allclose(run(kd.sample_dpmpp_2m, None, flow=True).numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+def test_a_flow_starts_just_below_one_where_comfyui_does():
+    model = Model(FlowSampling())
+    kd.sample_dpmpp_2m_sde(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise())
+    assert [sigma for _, sigma in model.calls] == [1.0 - 1e-4, 0.5]
+    model = Model(FlowSampling())
+    kd.sample_lcm(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise())
+    assert [sigma for _, sigma in model.calls] == [1.0, 0.5]
+    # A model that does not tell its own sigmas starts at 1 itself: the first step is exact there.
+    model = Model()
+    out = kd.sample_dpmpp_2m_sde(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise(), flow=True)
+    assert [sigma for _, sigma in model.calls] == [1.0, 0.5]
+    assert torch.isfinite(out).all()
+
+
+def test_sa_solver_is_stochastic_where_comfyui_is():
+    noise = Noise()
+    sigmas = [*SIGMAS, 0.0]
+    kd.sample_sa_solver(Model(DiscreteSampling()), latent(SIGMAS), sigmas, disable=True, noise_sampler=noise)
+    # tau is 1 for steps that end between 20% and 80% of the way: 0.2 * 14.6 to 0.8 * 14.6.
+    assert noise.asked == [(s, t) for s, t in pairwise(sigmas) if 0.2 * 14.6 <= t <= 0.8 * 14.6]
+
+
+# --- noise ---
+
+
+def test_default_noise_is_torchs_own():
+    x, sigmas = latent(SIGMAS), [*SIGMAS, 0.0]
+    torch.manual_seed(3)
+    draws = [torch.randn_like(x).numpy() for _ in range(len(SIGMAS))]
+    torch.manual_seed(3)
+    got = kd.sample_euler_ancestral(Model(), x, sigmas, {"a": 1.3}, disable=True)
+    want = first_order.euler_ancestral(denoise, grid_of(sigmas, False), x.numpy(), draws)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+    # ComfyUI's: a seed in extra_args, plus one on the CPU.
+    generator = torch.Generator().manual_seed(12)
+    draws = [torch.randn(SHAPE, dtype=torch.float64, generator=generator).numpy() for _ in range(len(SIGMAS))]
+    got = kd.sample_euler_ancestral(Model(), x, sigmas, {"a": 1.3, "seed": 11}, disable=True)
+    want = first_order.euler_ancestral(denoise, grid_of(sigmas, False), x.numpy(), draws)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
+@pytest.mark.parametrize("seed", [4, [4, 5, 6]])
+def test_default_noise_of_the_sdes_is_a_torchsde_tree(seed):
+    torchsde = pytest.importorskip("torchsde")
+    sigmas, x = torch.tensor([*SIGMAS, 0.0]), latent(SIGMAS, torch.float32)
+    low, high = sigmas[-2], sigmas[0]
+    one = torch.zeros(SHAPE if isinstance(seed, int) else SHAPE[1:])
+    trees = [torchsde.BrownianTree(low, one, high, entropy=s) for s in ([seed] if isinstance(seed, int) else seed)]
+
+    def sampler(a, b):
+        w = torch.stack([-tree(b, a) for tree in trees])
+        return (w[0] if isinstance(seed, int) else w) / (a - b).abs().sqrt()
+
+    args = {"disable": True, "extra_args": {"seed": seed}}
+    want = kd.sample_dpmpp_2m_sde(Model(), x, sigmas, noise_sampler=sampler, **args)
+    assert torch.equal(kd.sample_dpmpp_2m_sde(Model(), x, sigmas, **args), want)
+
+
+def test_missing_torchsde_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchsde", None)
+    model = Model()
+    with pytest.raises(ImportError, match=r"pip install torchsde, or pass noise_sampler=KernelNoise\(seed\)"):
+        kd.sample_dpmpp_3m_sde(model, latent(SIGMAS), [*SIGMAS, 0.0], disable=True)
+    assert not model.calls
+
+
+def test_kernel_noise_belongs_to_the_sample():
+    x, sigmas = latent(SIGMAS, torch.float32), [*SIGMAS, 0.0]
+    whole = kd.sample_dpmpp_2m_sde(Model(), x, sigmas, disable=True, noise_sampler=kd.KernelNoise(9))
+    part = kd.sample_dpmpp_2m_sde(Model(), x[1:], sigmas, disable=True, noise_sampler=kd.KernelNoise(9, 1))
+    assert torch.equal(whole[1:], part)
+    own = fs.Denoiser(lambda x, t: Model()(x, t), kd.BARE, "sample")
+    same = fs.sample(own, x, solver="dpmpp_2m_sde", grid=grid_of(sigmas, False), seed=9)
+    assert torch.equal(whole, same)
+    with pytest.raises(TypeError, match="noise_sampler: adaptive steps belong to the batch"):
+        kd.sample_dpm_adaptive(Model(), x, 0.1, 14.6, noise_sampler=kd.KernelNoise(9))
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_brownian_noise_is_one_path(flow):
+    """Increments add up on the clock (alpha / sigma)^2, whatever the steps."""
+    x = torch.zeros(SHAPE, dtype=torch.float64)
+    noise = kd.brownian_noise(x, 3, flow)
+    a, b, c = FLOWS[1:4]
+    clock = [((1 - s) / s if flow else 1 / s) ** 2 for s in (a, b, c)]
+    w = [noise(s, t) * math.sqrt(v - u) for (s, t), (u, v) in zip(((a, b), (b, c)), pairwise(clock), strict=True)]
+    np.testing.assert_allclose(noise(a, c) * math.sqrt(clock[2] - clock[0]), w[0] + w[1], rtol=1e-12, atol=1e-12)
+    assert not torch.equal(noise(a, b), kd.brownian_noise(x, 4, flow)(a, b))
+
+
+# --- conventions ---
+
+COMMON = ["model", "x", "sigmas", "extra_args", "callback", "disable"]
+CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+ANCESTRAL = {"eta": 1.0, "s_noise": 1.0, "noise_sampler": None}
+SIGNATURES = {
+    "euler": CHURN, "heun": CHURN, "dpm_2": CHURN, "heunpp2": CHURN,
+    "euler_ancestral": ANCESTRAL, "dpm_2_ancestral": ANCESTRAL, "dpmpp_2s_ancestral": ANCESTRAL,
+    "dpmpp_sde": {**ANCESTRAL, "r": 0.5}, "dpmpp_2m": {}, "dpmpp_2m_sde": {**ANCESTRAL, "solver_type": "midpoint"},
+    "dpmpp_3m_sde": ANCESTRAL, "ddpm": {"noise_sampler": None}, "lms": {"order": 4}, "ipndm": {"max_order": 4},
+    "lcm": {"noise_sampler": None, "s_noise": 1.0}, "deis": {"max_order": 3, "deis_mode": "tab"},
+    "uni_pc": {"variant": "bh1"}, "uni_pc_bh2": {}, "res_multistep": {"s_noise": 1.0, "noise_sampler": None},
+    "res_multistep_ancestral": ANCESTRAL,
+    "er_sde": {"s_noise": 1.0, "noise_sampler": None, "noise_scaler": None, "max_stage": 3},
+    "sa_solver": {"tau_func": None, "s_noise": 1.0, "noise_sampler": None, "predictor_order": 3, "corrector_order": 4,
+                  "use_pece": False, "simple_order_2": False},
+    "gradient_estimation": {"ge_gamma": 2.0},
+}  # fmt: skip
+FAST = ["model", "x", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "eta", "s_noise"]
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures_are_the_fields(name):
+    parameters = inspect.signature(getattr(kd, f"sample_{name}")).parameters.values()
+    positional = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD}
+    assert list(positional)[:6] == COMMON
+    assert dict(list(positional.items())[6:]) == SIGNATURES[name]
+
+
+def test_every_sampler_is_in_the_tables():
+    found = {name[7:] for name in vars(kd) if name.startswith("sample_") and name != "sample_adaptive"}
+    assert found == set(SIGNATURES) | {"dpm_fast", "dpm_adaptive"}
+    assert found - {name for name, *_ in CASES} == {"dpm_fast", "dpm_adaptive"}
+    assert list(inspect.signature(kd.sample_dpm_fast).parameters)[:10] == FAST
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_in_and_out(dtype):
+    x = latent(SIGMAS, dtype)
+    got = kd.sample_dpmpp_2m(Model(), x, torch.tensor([*SIGMAS, 0.0]), {"a": 1.3}, disable=True)
+    assert got.dtype == dtype
+    want = multistep.dpmpp_2m(denoise, grid_of([*SIGMAS, 0.0], False), x.double().numpy(), ())
+    np.testing.assert_allclose(got.double().numpy(), want, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_rising_sigmas_lead_from_data_to_noise():
+    x = latent([1.0])
+    up = [0.1, 0.3, 1.0, 4.0]
+    got = kd.sample_euler(Model(), x, up, {"a": 1.3}, disable=True).numpy()
+    want = x.numpy()
+    for s, t in pairwise(up):
+        want = want + (want - denoise(want, 1.0, s)) / s * (t - s)
+    np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_no_step_returns_x_and_no_gradient_is_kept():
+    x = latent(SIGMAS).requires_grad_()
+    assert kd.sample_euler(Model(), x, [14.6]) is x
+    assert not kd.sample_euler(Model(), x, SIGMAS, disable=True).requires_grad
+
+
+def test_progress_bar_only_where_asked(capsys):
+    kd.sample_euler(Model(), latent(SIGMAS), SIGMAS)  # disable=None and no terminal
+    assert capsys.readouterr().err == ""
+    kd.sample_euler(Model(), latent(SIGMAS), SIGMAS, disable=False)
+    assert "0/6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, x: kd.sample_euler(m, x.numpy(), SIGMAS), TypeError, "x must be a torch tensor, got ndarray"),
+        (
+            lambda m, x: kd.sample_euler(m, x.long(), SIGMAS),
+            ValueError,
+            "x must have a floating dtype, got torch.int64",
+        ),
+        (lambda m, x: kd.sample_euler(m, x, [2.0, 1.0, 1.0]), ValueError, r"ratios\[2\] = 1.0 is not below"),
+        (lambda m, x: kd.sample_euler(m, x, [[2.0, 1.0]]), ValueError, r"sigmas must be one-dimensional.*\(1, 2\)"),
+        (lambda m, x: kd.sample_euler_ancestral(m, x, [2.0, 1.0], flow=True), ValueError, r"t\[0\] = 2.0 is outside"),
+        (lambda m, x: kd.sample_dpm_fast(m, x, 0.0, 14.0, 5), ValueError, "0 < sigma_min < sigma_max"),
+        (lambda m, x: kd.sample_dpm_fast(m, x, 0.1, 14.0, 0), ValueError, "n must be an int >= 1"),
+        (lambda m, x: kd.sample_dpm_adaptive(m, x, 0.1, 14.0, order=4), ValueError, "order must be one of 2, 3"),
+        (lambda m, x: kd.sample_deis(m, x, SIGMAS, max_order=4), ValueError, "order must be one of 1, 2, 3"),
+        (
+            lambda m, x: kd.sample_deis(m, x, SIGMAS, deis_mode="x"),
+            ValueError,
+            "deis_mode must be one of 'tab', 'rhoab'",
+        ),
+        (lambda m, x: kd.sample_dpmpp_2m_sde(m, x, SIGMAS, solver_type="x"), ValueError, "solver_type must be one of"),
+        (lambda m, x: kd.sample_euler_ancestral(m, x, SIGMAS, eta=-1.0), ValueError, "eta must be a number >= 0"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_call(call, error, message):
+    model = Model()
+    with pytest.raises(error, match=message):
+        call(model, latent(SIGMAS))
+    assert not model.calls
