@@ -1,7 +1,7 @@
 """The benchmark's table: every case beside its peer and its budget, printed after the run.
 
 make bench                      medians, ratios, budgets
-make bench SAVE=1               the same, and bench/results/cpu.json
+make bench SAVE=1               the same, written to bench/results/cpu.json and the README
 make bench STRICT=1             a missed budget fails
 """
 
@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
+import readme
 
 from fewstep.output import write_whole
 from fewstep.timing import machine, torch_threads, versions
@@ -70,4 +71,5 @@ def pytest_terminal_summary(terminalreporter, config):
         RESULTS.parent.mkdir(exist_ok=True)
         head = {"date": date.today().isoformat(), "versions": versions(), "machine": machine(), "rows": rows}
         write_whole(RESULTS, lambda to: to.write_text(json.dumps(head, indent=1) + "\n"))
-        terminalreporter.write_line(f"saved {RESULTS.relative_to(Path.cwd())}")
+        readme.main()
+        terminalreporter.write_line(f"saved {RESULTS.relative_to(Path.cwd())} and the README's table")

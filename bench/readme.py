@@ -1,0 +1,108 @@
+"""Write the measured tables of the README from bench/results: `python bench/readme.py`.
+
+Between <!-- cpu --> and <!-- /cpu --> goes the table of `make bench SAVE=1`, between <!-- gpu --> and <!-- /gpu -->
+that of `make gpu`, or "not measured" while no results belong to the kernels as they are.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from fewstep.output import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+README = ROOT / "README.md"
+
+CPU = {
+    "euler": "Euler",
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM-Solver++ 2M",
+    "dpmpp_2m_sde": "SDE-DPM-Solver++ 2M",
+    "unipc": "UniPC",
+}
+SHAPES = ("1x4x8x8", "1x4x64x64", "1x4x128x128")
+
+
+def kernels_sha256():
+    """SHA-256 of the bytes of every kernels/**/*.py, joined in sorted path order."""
+    paths = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py"))
+    return hashlib.sha256(b"".join((ROOT / p).read_bytes() for p in paths)).hexdigest()
+
+
+def cpu_table(results=RESULTS):
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in told["rows"]}
+    versions = told["versions"]
+    lines = [
+        f"Microseconds a step, fewstep / diffusers {versions['diffusers']} (ratio), fp32, one thread, {told['date']}:",
+        "",
+        "| | " + " | ".join(SHAPES) + " |",
+        "|---|" + "---:|" * len(SHAPES),
+    ]
+    for solver, name in CPU.items():
+        cells = [
+            f"{row['ours']:.1f} / {row['peer']:.0f} ({row['ratio']:.1f}x)"
+            for row in (rows[f"{solver} {shape}"] for shape in SHAPES)
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    missed = [
+        f"{row['case']} ({row['ratio']:.1f}, budget {row['budget'][0]} {row['budget'][1]:g})"
+        for row in told["rows"]
+        if row["met"] is False
+    ]
+    lines += ["", "Other figures of the same run:", ""]
+    for row in told["rows"]:
+        if row["case"].partition(" ")[0] not in CPU:
+            ours, unit, budget = row["ours"], row["unit"], row["budget"]
+            beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
+            lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {budget[0]} {budget[1]:g})")
+    if missed:
+        lines += ["", "Budgets missed: " + "; ".join(missed) + "."]
+    return lines
+
+
+def gpu_table(results=RESULTS):
+    current = kernels_sha256()
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json")) if p.name != "cpu.json"]
+    matching = [told for told in found if told.get("kernels_sha256") == current]
+    if not matching:
+        return ["Not measured: no results in `bench/results` belong to these kernels. `make gpu` makes them."]
+    lines = []
+    for told in matching:
+        lines += [
+            f"{told['device']}, {told['date']}:",
+            "",
+            "| case | fewstep | peer | ratio | budget |",
+            "|---|---:|---:|---:|---|",
+        ]
+        for row in told["rows"]:
+            budget = "" if row["budget"] is None else f"{row['budget'][0]} {row['budget'][1]:g}"
+            cells = (
+                f"{row['ours']:.4g} {row['unit']}",
+                f"{row['peer']:.4g} {row['unit']}",
+                f"{row['ratio']:.2f}",
+                budget,
+            )
+            lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def filled(text, name, lines):
+    """The text with these lines between the name's two marks. Raises ValueError where a mark is missing."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+    return pattern.sub(lambda m: m[1] + "\n" + "\n".join(lines) + "\n\n" + m[2], text)
+
+
+def main():
+    text = README.read_text(encoding="utf-8")
+    for name, table in (("cpu", cpu_table), ("gpu", gpu_table)):
+        text = filled(text, name, table())
+    write_whole(README, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The README runs, and its figures are those of the committed measurement."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import fewstep as fs
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "bench" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_code_of_the_readme_runs(capsys):
+    pytest.importorskip("torch")
+    space = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), space)
+    assert space["images"].shape == (8, 3, 32, 32)
+    assert "unipc: 10 steps, 10 denoiser calls" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
+def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("typer")
+    from fewstep.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    lines = [line.partition("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    commands = [words[1:] for words in lines if words[:1] == ["fewstep"]]
+    assert {"sample", "compare", "bench", "recommend", "solvers", "doctor"} <= {words[0] for words in commands}
+    for words in commands:
+        # The long ones with as little work as still goes through all of them.
+        words = [word for word in words if word != "--all"]  # test_cli.py runs all
+        short = {"compare": ["--model", "gaussian", "--n", "8"], "bench": ["--repeats", "1", "--solvers", "euler"]}
+        with pytest.raises(SystemExit) as stopped:
+            main([*words, *short.get(words[0], [])])
+        assert not stopped.value.code, words
+    assert (tmp_path / "digits.png").stat().st_size > 1000
+
+
+def test_the_counts_are_true():
+    solvers, spacings = map(int, re.search(r"(\d+) solvers, (\d+) spacings", README).groups())
+    assert (solvers, spacings) == (len(fs.list_solvers()), len(fs.list_spacings()))
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_the_tables_are_those_of_the_committed_results(generator, name):
+    table = getattr(generator, f"{name}_table")()
+    assert generator.filled(README, name, table) == README, "run python bench/readme.py"
+
+
+def test_no_gpu_figure_without_results_of_these_kernels(generator, tmp_path):
+    import json
+
+    row = {"case": "2M", "ours": 1.0, "peer": 2.0, "ratio": 2.0, "budget": None, "unit": "us"}
+    told = {"device": "a GPU", "date": "2026-01-01", "rows": [row], "kernels_sha256": "of other kernels"}
+    (tmp_path / "gpu.json").write_text(json.dumps(told))
+    assert generator.gpu_table(tmp_path)[0].startswith("Not measured")
+    (tmp_path / "gpu.json").write_text(json.dumps(told | {"kernels_sha256": generator.kernels_sha256()}))
+    assert generator.gpu_table(tmp_path)[-1] == "| 2M | 1 us | 2 us | 2.00 |  |"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
