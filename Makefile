@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test lint format bench weights clean
+.PHONY: help setup demo test lint format bench ranking weights clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -39,6 +39,13 @@ format: setup    ## apply ruff's fixes and format
 bench: setup     ## step overhead against diffusers and the copy floor, with a summary table
 	SAVE=$(SAVE) STRICT=$(STRICT) $(BIN)/python -m pytest bench -p no:xdist -o addopts="-q" -W ignore::DeprecationWarning \
 		--benchmark-disable-gc --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+RANKED := digits ring digits-exact
+
+ranking: setup   ## rank every solver on three models: the tables and plots of docs/solvers.md (minutes)
+	mkdir -p docs/ranking
+	for model in $(RANKED); do $(BIN)/fewstep compare --model $$model --all --nfe 8,16 --n 200 \
+		--markdown docs/ranking/$$model.md --plot docs/ranking/$$model.png > /dev/null || exit 1; done
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 	$(BIN)/python -m fewstep.train_digits
