@@ -1,14 +1,19 @@
 """The fused stage as a torch operator: seen through by torch.compile and torch.export, with gradients.
 
-    fewstep::stage    one fused update; the CPU implementation is the Numba kernel
-    fewstep::normals  the normals of an address
+    fewstep::stage    one fused update: the Numba kernel on a CPU, the Triton kernel on a GPU
+    fewstep::normals  the normals of an address, likewise
 
 Both are functional: they return new tensors and never write to their arguments. The adjoint of a stage is the
 same stage with its table transposed, so the backward pass is the same kernel, and can itself be differentiated.
+
+torch.compile keeps each as one node and captures it into its CUDA graphs. It is not asked to inline the Triton code
+(`triton_op`): Inductor compiles what it inlines with its own options, fused multiply-adds among them, and the bits
+would then depend on whether a loop was compiled.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,9 +59,23 @@ def stage(
     Returns rows outputs in the state's dtype, the new x first, then the copies of the model input, stacked along
     the batch, if there are any.
     """
+    return _by_definition(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
+
+
+def _by_definition(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
     like = slots[0] if slots else raws[0]
-    by_column = dict(zip(columns, slots, strict=True))
-    ordered = [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
+    ordered = _ordered(slots, columns)
     tables = [None if t is None else t.detach().cpu().numpy() for t in (w, p, limit, c_in)]
     outputs = naive.step(ordered, list(raws), tables[0], z=z, p=tables[1], limit=tables[2])  # type: ignore[arg-type]
     if copies:
@@ -64,6 +83,12 @@ def stage(
         outputs.append(torch.cat([naive.model_input(outputs[0], tables[3], target)] * copies))  # type: ignore[arg-type]
     # An operator may not hand back its argument: a row that copies a slot would.
     return [out.clone() if any(out is s for s in slots) else out for out in outputs]
+
+
+def _ordered(slots: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor | None]:
+    """Slots in the order of the table's columns, None where one has no slot."""
+    by_column = dict(zip(columns, slots, strict=True))
+    return [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
 
 
 @stage.register_kernel("cpu")
@@ -82,10 +107,9 @@ def _(
     outputs = _empty(slots, raws, w, copies, model_dtype)
     states = outputs[:-1] if copies else outputs
     rows = _rows(outputs[0])
-    by_column = {j: _rows(s) for j, s in zip(columns, slots, strict=True)}
     inputs = np.split(_rows(outputs[-1]), copies) if copies else []
     args = numba_step.arguments(
-        [by_column.get(j) for j in range(max(columns, default=-1) + 1)],
+        [None if s is None else _rows(s) for s in _ordered(slots, columns)],
         [_rows(raw) for raw in raws],
         w.detach().contiguous().numpy(),
         [_rows(out) for out in states],
@@ -99,6 +123,38 @@ def _(
     return outputs
 
 
+def stage_on_gpu(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    """`stage` by the Triton kernel; by the oracle for float64, which it does not do. Other strides are copied once."""
+    from fewstep.kernels import triton_step
+
+    if torch.float64 in (w.dtype, model_dtype, *(raw.dtype for raw in raws)):
+        return _by_definition(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
+    outputs = _empty(slots, raws, w, copies, model_dtype)
+    triton_step.stage(
+        [None if s is None else s.contiguous() for s in _ordered(slots, columns)],
+        [raw.contiguous() for raw in raws],
+        w.contiguous(),
+        outputs[:-1] if copies else outputs,
+        outputs[-1].chunk(copies) if copies else [],
+        c_in=c_in.contiguous(),
+        z=None if z is None else z.contiguous(),
+        p=None if p is None else p.contiguous(),
+        limit=None if limit is None else limit.contiguous(),
+    )
+    return outputs
+
+
 def _empty(
     slots: Sequence[Tensor], raws: Sequence[Tensor], w: Tensor, copies: int, model_dtype: torch.dtype
 ) -> list[Tensor]:
@@ -108,6 +164,10 @@ def _empty(
     if copies:
         outputs.append(torch.empty((copies * shape[0], *shape[1:]), dtype=model_dtype, device=like.device))
     return outputs
+
+
+if importlib.util.find_spec("triton"):
+    stage.register_kernel("cuda")(stage_on_gpu)
 
 
 @stage.register_fake
@@ -178,9 +238,19 @@ stage.register_autograd(_backward, setup_context=_setup)
 @torch.library.custom_op("fewstep::normals", mutates_args=())
 def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
     """Standard normals (B, ...) float32 at an address (see `philox`); streams int64 (B, 3), on the result's device."""
+    if streams.is_cuda and importlib.util.find_spec("triton"):
+        return normals_on_gpu(streams, shape, draw, domain)
     out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
     numba_noise.normal_batch(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
     return torch.from_numpy(out).reshape(tuple(shape)).to(streams.device)
+
+
+def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
+    from fewstep.kernels import triton_noise
+
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)
+    triton_noise.fill(out, streams.contiguous(), draw, domain)
+    return out
 
 
 @normals.register_fake

@@ -10,10 +10,13 @@ compiler contracts a * b + c into one rounding and the bits differ from the CPU'
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fewstep.kernels import philox as ref
 
@@ -93,8 +96,14 @@ def normals_kernel(out, streams, draw, n, domain: tl.constexpr, BLOCK: tl.conste
     tl.store(out + b * n + first + lane, z, mask=lane < n - first)
 
 
-def fill(out: Any, streams: Any, draw: int, domain: int, *, block: int = 1024) -> None:
+def guard(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's device, on its current stream."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def fill(out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024) -> None:
     """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device."""
     n = out.numel() // len(out)
     grid = (len(out) * triton.cdiv(n, block),)
-    normals_kernel[grid](out, streams, draw, n, domain, block, enable_fp_fusion=False)
+    with guard(out):
+        normals_kernel[grid](out, streams, draw, n, domain, block, enable_fp_fusion=False)

@@ -19,7 +19,6 @@ same stage (`compile_plan(in_place=True)`), and a model may return its own input
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
-from fewstep.kernels.triton_noise import normals
+from fewstep.kernels.triton_noise import guard, normals
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
@@ -275,11 +274,6 @@ BLOCKS = {"cuda": (1024, 4), "hip": (2048, 4)}
 def block() -> tuple[int, int]:
     """Elements of a program and its warps on this machine's GPU."""
     return BLOCKS["hip" if torch.version.hip else "cuda"]
-
-
-def guard(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the tensor's device, on its current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def grid(samples: int, n: int, elements: int) -> tuple[int]:

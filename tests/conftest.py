@@ -1,7 +1,7 @@
 """Shared set-up: one Numba cache per state of the kernels.
 
 Numba notices an edit of a cached function's own file, not of the helpers that it inlines from others. A cache
-directory named after all kernel sources cannot be stale.
+directory named after all sources that Numba may inline cannot be stale.
 """
 
 import hashlib
@@ -9,5 +9,7 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-_SOURCES = b"".join(p.read_bytes() for p in sorted((ROOT / "kernels").glob("*.py")))
+_SOURCES = b"".join(
+    p.read_bytes() for p in sorted((ROOT / "kernels").glob("*.py")) if not p.name.startswith(("triton_", "torch_"))
+)
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / "build" / "numba" / hashlib.sha256(_SOURCES).hexdigest()[:16]))
