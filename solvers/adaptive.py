@@ -17,6 +17,7 @@ import numpy as np
 
 from fewstep.kernels import naive, philox
 from fewstep.solvers.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.dlpack import any_library
 from fewstep.solvers.embedded import PAIRS, Attempt, Controller, Pair
 from fewstep.solvers.engine import NoiseSource, outside_noise
 from fewstep.solvers.frames import FRAMES
@@ -275,6 +276,7 @@ def error_norms(error: Array, low: Array, before: Array, rtol: float, atol: floa
     return norms
 
 
+@any_library
 def sample_adaptive(
     denoiser: Any,
     x: Array | None = None,

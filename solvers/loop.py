@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import secrets
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.dlpack import any_library
 from fewstep.solvers.engine import FusedRun, Job, NaiveRun, NoiseSource
+from fewstep.solvers.graph import CaptureError, capture_api
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.grid import grid as make_grid
 from fewstep.solvers.plan import Plan
@@ -75,10 +78,12 @@ class Sampler:
     denoiser  a `fewstep.Denoiser`
     plan      from `fewstep.plan`, on the denoiser's own process
     shape     (B, ...) of x
-    backend   "numba" (CPU), "naive" (any device; differentiable), "auto"
+    backend   "numba" (CPU), "triton" (GPU), "naive" (any device; differentiable), "auto"
     device    where a denoiser that is a plain callable wants its arrays: "cpu" or "cuda" make them torch tensors
     dtype     of the state and of the result: float32 (default) or float64
-    graph     CUDA graphs; only "auto" and "off" on a CPU
+    graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (callbacks
+              and progress need that), "off" neither. "auto" takes the first of them that the model allows, with one
+              warning if that is not the first. Only "auto" and "off" on a CPU
 
     Memory is allocated when the sampler is made and reused by every call; a call allocates its result alone,
     and not even that with `out`. Calls from several threads at once are safe: each takes its own workspace.
@@ -117,11 +122,15 @@ class Sampler:
         # What the GPU kernels do not do is an error where they are asked for, and another backend's where not.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
         self.backend = pick_backend(backend, self.frame, triton=able)
-        if graph in ("step", "loop"):
+        if graph in ("step", "loop") and (self.backend != "triton" or capture_api(self.frame) is None):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
             )
+        self.graph = graph
+        self._uncaptured: dict[str, CaptureError] = {}  # graph modes that "auto" has given up, and why
+        self._warned = False
+        self._compiled: _Compiled | None = None
         self._configure(denoiser, plan)
 
     def _configure(self, denoiser: Any, plan: Plan) -> None:
@@ -133,16 +142,35 @@ class Sampler:
         # Both programs, so that a bad combination fails here and not in a later call with a callback.
         plain, watched = (self._job(denoiser, plan, keep_x0=keep) for keep in (False, True))
         compiled = _Compiled(denoiser, plan, plain, watched)
-        compiled.idle[False].append(self._new_run(compiled.job(False)))
+        if self._compiled is not None:
+            self._adopt(self._compiled, compiled)
+        if not compiled.idle[False]:
+            compiled.idle[False].append(self._new_run(compiled.job(False)))
         self._compiled = compiled  # one assignment: a call in another thread sees all of it or none
+
+    def _adopt(self, old: _Compiled, new: _Compiled) -> None:
+        """Runs on a GPU that wait for work go over to new numbers with their memory and graphs, where those fit."""
+        for watched in (False, True):
+            while old.idle[watched]:
+                try:
+                    run = old.idle[watched].popleft()
+                except IndexError:  # another thread took it: it finishes with what it began with
+                    break
+                if isinstance(run, TritonRun) and run.adopt(new.job(watched)):
+                    new.idle[watched].append(run)
 
     @property
     def denoiser(self) -> Any:
-        return self._compiled.denoiser
+        return self._now.denoiser
 
     @property
     def plan(self) -> Plan:
-        return self._compiled.plan
+        return self._now.plan
+
+    @property
+    def _now(self) -> _Compiled:
+        assert self._compiled is not None
+        return self._compiled
 
     def _job(self, denoiser: Any, plan: Plan, *, keep_x0: bool) -> Job:
         program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
@@ -164,6 +192,7 @@ class Sampler:
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
         self._configure(denoiser, self.plan if plan is None else plan)
 
+    @any_library
     def __call__(
         self,
         x: Array | None = None,
@@ -188,7 +217,7 @@ class Sampler:
         progress  show a bar
         out       where to write the result instead of a new array (x's or the model's library)
         """
-        compiled = self._compiled
+        compiled = self._now
         outer = frame_of(x) if x is not None else self.frame
         if x is not None:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
@@ -222,7 +251,8 @@ class Sampler:
             run = self._new_run(job)
         try:
             with self._no_grad():
-                self._loop(run, call, self._latent(x, outer), streams, noise, callback, progress, outer)
+                mode = self._graph_mode(run, cond, x is None, noise, callback is not None or progress)
+                self._loop(run, call, self._latent(x, outer), streams, noise, callback, progress, outer, mode)
                 return self._result(run.x(len(job.tables) - 1), x, outer, out)
         finally:
             # Also after an interruption: every run rewrites its memory from the start.
@@ -239,14 +269,22 @@ class Sampler:
         callback: Callable[[StepInfo], None] | None,
         progress: bool,
         outer: Frame | None,
+        mode: str,
     ) -> None:
         job = run.job
+        graphs = run.graphs if isinstance(run, TritonRun) and mode != "off" else None
+        if graphs is not None and mode == "loop":
+            graphs.run.load(x, streams)
+            graphs.loop(x is None)
+            return
         run.begin(x, streams, noise)
         step = 0
         with _bar(len(job.tables), progress) as bar:
             for k, table in enumerate(job.tables):
-                raws = call(table.branches, *run.model_input(k))
-                run.advance(k, raws, noise)
+                if graphs is not None:
+                    graphs.step(k)
+                else:
+                    run.advance(k, call(table.branches, *run.model_input(k)), noise)
                 if bar is not None:
                     bar.update(1)
                 if callback is not None and table.done:
@@ -254,6 +292,44 @@ class Sampler:
                     x_now, x0_now = self._outside(run.x(k), outer), self._outside(run.x0(k), outer)
                     callback(StepInfo(step, steps, k + 1, table.at, table.to, x_now, x0_now))
                 step += table.done
+
+    def _graph_mode(self, run: Run, cond: Any, drawn: bool, noise: NoiseSource | None, watched: bool) -> str:
+        """How this call runs, "off", "step" or "loop", with what it will replay recorded."""
+        if not isinstance(run, TritonRun) or run.graphs is None or self.graph == "off":
+            return "off"
+        if self.graph == "loop" and watched:
+            raise ValueError(
+                "graph='loop' runs a whole sample in one launch, where no callback or progress bar can look in: use "
+                "graph='step'"
+            )
+        if noise is not None:
+            if self.graph == "auto":
+                return "off"
+            raise ValueError(
+                f"noise= is called on the host for every draw, which graph={self.graph!r} cannot: use 'off'"
+            )
+        wanted = [self.graph] if self.graph != "auto" else ["step"] if watched else ["loop", "step"]
+        for mode in wanted:
+            if mode in self._uncaptured:
+                continue
+            try:
+                run.graphs.prepare(mode, cond, drawn)
+            except CaptureError as error:
+                if self.graph != "auto":
+                    raise
+                self._uncaptured[mode] = error
+            else:
+                self._warn_once(mode)
+                return mode
+        self._warn_once("off")
+        return "off"
+
+    def _warn_once(self, mode: str) -> None:
+        """graph="auto" says once that it has fallen back, to what and why."""
+        if self._uncaptured and not self._warned:
+            self._warned = True
+            reason = next(iter(self._uncaptured.values()))
+            warnings.warn(f"graph='auto' falls back to {mode!r}: {reason}", RuntimeWarning, stacklevel=4)
 
     def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
         if self.backend != "naive" and isinstance(self.frame, TorchFrame):
@@ -295,6 +371,7 @@ class Sampler:
         return copied.to(getattr(torch, dtype))
 
 
+@any_library
 def sample(
     denoiser: Any,
     x: Array | None = None,
