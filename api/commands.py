@@ -294,3 +294,6 @@ def solvers(as_json: AsJson = False) -> None:
         options = ", ".join(f"{k}={v!r}" for k, v in entry.options.items())
         made.add_row(entry.name, escape(options), escape(entry.summary))
     OUT.print(made)
+
+
+from fewstep import distill_command as distill_command  # noqa: E402  # adds `distill` to `app`

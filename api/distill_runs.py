@@ -52,6 +52,7 @@ def edm_grid(steps: int, **options: Any) -> Grid:
 class RingRecipe(Recipe):
     """What the runs on the ring share: the exact teacher, fresh data at each step, networks from the seed."""
 
+    OPTIONS: tuple[str, ...] = ()
     decay = 0.999  # of the average that is sampled from
 
     def __init__(self, settings: Settings) -> None:
@@ -237,6 +238,8 @@ class ImprovedConsistency(RingRecipe):
 class Guided(RingRecipe):
     """Guidance distillation of two zero-mean Gaussians, w ~ U[0, 4]; option deaf=1 does not tell the student w."""
 
+    OPTIONS = ("deaf",)
+
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.deaf = bool((settings.options or {}).get("deaf"))
@@ -355,8 +358,10 @@ class Rectified(RingRecipe):
 class DistributionMatching(RingRecipe):
     """DMD2 without its GAN head: a one-step generator, a critic with five updates to each of the generator's.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. options: critic_steps (5).
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. Option critic_steps.
     """
+
+    OPTIONS = ("critic_steps",)
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -144,7 +144,8 @@ def average(tensors: list[Tensor]) -> None:
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
-    for t, values in zip(tensors, flat.div_(world()).split([t.numel() for t in tensors]), strict=True):
+    flat /= world()
+    for t, values in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         t.copy_(values.reshape(t.shape))
 
 

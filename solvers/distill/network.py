@@ -117,7 +117,7 @@ def predict(denoiser: Any, x: Tensor, at: Point, cond: Any = None, guidance: Arr
     raws = raw_outputs(denoiser, x, numbers, branches, cond)
     p = np.concatenate([numbers.a[:, None], numbers.b[:, None] * weights[:, list(branches)]], axis=1)
     a, *shares = torch.tensor(p.T, dtype=x.dtype, device=x.device).reshape(-1, len(x), *[1] * (x.ndim - 1))
-    x0 = a * x
+    x0: Tensor = a * x
     for share, raw in zip(shares, raws, strict=True):
         x0 = x0 + share * raw
     return x0

@@ -1,0 +1,237 @@
+"""The distillation runs on 8x8 digits: the shipped network is the teacher, its copy the student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.bindings.consistency import ConsistencyDenoiser
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.unet import digits_model
+from fewstep.distill_training import Recipe, Settings
+from fewstep.problems import energy_distance
+from fewstep.solvers.distill import latent_consistency, lora, progressive
+from fewstep.solvers.distill.boundary import LatentBoundary
+from fewstep.solvers.distill.ema import frozen_copy, update_ema
+from fewstep.solvers.distill.jumps import Jumps
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.grid import grid as make_grid
+from fewstep.solvers.loop import Sampler
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import VP
+from fewstep.solvers.registry import plan as make_plan
+
+PROCESS = VP.linear()
+SAMPLES = 600
+TEACHER_SOLVERS = ("ddim", "dpmpp_2m", "unipc", "ipndm")
+TEACHER_SPACINGS = ("quadratic", "karras", "trailing")
+
+
+class DigitsRecipe(Recipe):
+    """What the runs on digits share: the teacher, real images with their classes, the student's modules."""
+
+    OPTIONS: tuple[str, ...] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.modules = {}
+        self.optimisers = {}
+        self.teacher = Denoiser(digits_model(), PROCESS, "v")
+
+    def new_network(self, name: str, *, trained: bool = False) -> nn.Module:
+        """A copy of the teacher's network."""
+        net = digits_model()
+        self.modules[name] = net.train().requires_grad_(True) if trained else net
+        return net
+
+    def new_optimiser(self, name: str, parameters: list[nn.Parameter] | None = None) -> None:
+        chosen = list(self.modules[name].parameters()) if parameters is None else parameters
+        self.optimisers[name] = torch.optim.Adam(chosen, self.settings.lr, betas=(0.9, 0.99))
+
+    def data(self, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(x0, noise, labels) of the joint batch."""
+        train = judge().train
+        pick = torch.randint(len(train.x), (self.settings.batch,), generator=g)
+        return train.x[pick], torch.randn((self.settings.batch, 1, 8, 8), generator=g), train.label[pick]
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        """The trained model by the number of its calls."""
+        raise NotImplementedError
+
+
+class Progressive(DigitsRecipe):
+    """Progressive distillation from 16 DDIM steps: students of 8, 4, 2 and 1 steps, each kept."""
+
+    TEACHER = 16
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.grids = [make_grid(PROCESS, self.TEACHER, "trailing")]
+        while self.grids[-1].steps > 1:
+            fine = self.grids[-1]
+            self.grids.append(Grid(PROCESS, fine.t[::2], fine.alpha[::2], fine.sigma[::2]))
+        self.new_network("student", trained=True)
+        for grid in self.grids[1:]:
+            self.new_network(f"student{grid.steps}")
+        self.new_optimiser("student")
+        phases = len(self.grids) - 1
+        # The shorter the sampler, the longer it takes to learn: shares 1 : 2 : 3 : 4.
+        shares = np.cumsum(np.arange(phases + 1)) / np.arange(phases + 1).sum()
+        self.begins = [round(float(share) * settings.steps) for share in shares]
+        self._targets: tuple[int, Jumps] | None = None
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], PROCESS, "v")
+
+    def targets(self, phase: int) -> Jumps:
+        if self._targets is None or self._targets[0] != phase:
+            teacher = self.denoiser(f"student{self.grids[phase].steps}") if phase else self.teacher
+            self._targets = phase, progressive.targets(teacher, self.grids[phase])
+        return self._targets[1]
+
+    def step(self, k: int) -> dict[str, float]:
+        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
+        first, last = self.begins[phase : phase + 2]
+        if phase and k == first:
+            self.new_optimiser("student")
+        x0, noise, label = self.data(g := self.generator(k))
+        jumps = self.targets(phase)
+        which = torch.randint(len(jumps), (self.settings.batch,), generator=g).numpy()
+        student = self.denoiser("student")
+
+        def loss_of(p: slice) -> Tensor:
+            return progressive.loss(student, jumps, x0[p], noise[p], which[p], cond={"label": label[p]})
+
+        loss = self.descend("student", self.lr_at(k, first, last - first), loss_of)
+        if k == last - 1:
+            self.modules[f"student{len(jumps)}"].load_state_dict(self.modules["student"].state_dict())
+        return {"loss": loss, "steps": float(len(jumps))}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:-4:-1]}
+
+
+class LatentConsistency(DigitsRecipe):
+    """Latent consistency distillation, unguided; option lora=RANK trains adapters of that rank alone."""
+
+    OPTIONS = ("lora",)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        rank = int((settings.options or {}).get("lora", 0))
+        student = self.new_network("student", trained=True)
+        if rank:
+            lora.add_adapter(student, "lcm", rank=rank)
+        self.modules["target"] = frozen_copy(student)
+        self.modules["average"] = frozen_copy(student)
+        self.new_optimiser("student", lora.adapter_parameters(student, "lcm") if rank else None)
+        self.jumps = Jumps.over(self.teacher, latent_consistency.grid(PROCESS), "ddim")
+
+    def denoiser(self, name: str) -> ConsistencyDenoiser:
+        return ConsistencyDenoiser(self.modules[name], PROCESS, "v", boundary=LatentBoundary())
+
+    def step(self, k: int) -> dict[str, float]:
+        x0, noise, label = self.data(g := self.generator(k))
+        which = torch.randint(len(self.jumps), (self.settings.batch,), generator=g).numpy()
+        student, target = self.denoiser("student"), self.denoiser("target")
+
+        def loss_of(p: slice) -> Tensor:
+            own = {"label": label[p]}
+            return latent_consistency.loss(
+                student, target, self.jumps, x0[p], noise[p], which[p], w=None, cond=own, student_cond=own
+            )
+
+        loss = self.descend("student", self.lr_at(k), loss_of)
+        update_ema(self.modules["target"], self.modules["student"], 0.95)
+        update_ema(self.modules["average"], self.modules["student"], min(0.99, (k + 1) / (k + 10)))
+        return {"loss": loss}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        student = self.denoiser("average")
+        return {n: (student, make_plan("lcm", make_grid(PROCESS, n, "lcm"))) for n in (1, 2, 4)}
+
+
+DIGITS_RECIPES: Mapping[str, Callable[[Settings], DigitsRecipe]] = {
+    "progressive": Progressive,
+    "latent_consistency": LatentConsistency,
+}
+STEPS = {"progressive": 1500, "latent_consistency": 1500}
+
+
+# --- judging images ---
+
+
+class Judge(NamedTuple):
+    """A small classifier trained on the training images, and the held-out ones."""
+
+    train: Any
+    held: Any
+    net: nn.Sequential
+    accuracy: float
+
+
+@cache
+def judge() -> Judge:
+    """Trained once a process, the same each time: a perceptron over the 64 pixels."""
+    from fewstep.train_digits import load_split
+
+    train, held = load_split()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, 32), nn.SiLU(), nn.Linear(32, 10)
+        )
+        optimiser = torch.optim.AdamW(net.parameters(), 3e-3, weight_decay=0.05)
+        for _ in range(600):
+            pick = torch.randint(len(train.x), (256,))
+            noisy = train.x[pick] + 0.2 * torch.randn(256, 1, 8, 8)
+            optimiser.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(net(noisy), train.label[pick]))
+            optimiser.step()
+    net.eval().requires_grad_(False)
+    accuracy = float((net(held.x).argmax(1) == held.label).float().mean())
+    return Judge(train, held, net, accuracy)
+
+
+def assess(x: Tensor, label: Tensor) -> dict[str, float]:
+    """Energy distance to the held-out images, the classifier's accuracy, and the Frechet distance of its features."""
+    j = judge()
+    features = [j.net[:-2](v).double().numpy() for v in (x, torch.cat([j.train.x, j.held.x]))]
+    return {
+        "energy_distance": energy_distance(x, j.held.x),
+        "accuracy": float((j.net(x).argmax(1) == label).float().mean()),
+        "feature_distance": frechet(*features),
+    }
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of two sets of features (Heusel et al. 2017)."""
+    A, B = np.cov(a.T), np.cov(b.T)
+    # The trace of the root of A B is the sum of the roots of its eigenvalues, which are real and not negative.
+    roots = np.sqrt(np.maximum(np.linalg.eigvals(A @ B).real, 0.0)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2.0 * roots)
+
+
+def draw(denoiser: Any, plan: Plan, seed: int = 0, count: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    """(images, labels): the classes of the first training images, the same latents for every sampler."""
+    label = judge().train.label[:count]
+    x: Tensor = Sampler(denoiser, plan, (len(label), 1, 8, 8))(seed=seed, cond={"label": label})
+    return x, label
+
+
+@cache
+def teacher_best(nfe: int) -> tuple[str, dict[str, float]]:
+    """The teacher's best solver and spacing at a number of calls, by energy distance, and how it does."""
+    teacher = Denoiser(digits_model(), PROCESS, "v")
+    found = []
+    for solver, spacing in product(TEACHER_SOLVERS, TEACHER_SPACINGS):
+        plan = make_plan(solver, make_grid(PROCESS, nfe, spacing))
+        if plan.nfe == nfe:
+            found.append((f"{solver}, {spacing}", assess(*draw(teacher, plan))))
+    return min(found, key=lambda item: item[1]["energy_distance"])

@@ -1,0 +1,198 @@
+"""What a finished distillation run is worth: its samples against the data, its thresholds, its files."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep import distill_digits as digits
+from fewstep import distill_runs as ring
+from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.grid import grid as make_grid
+from fewstep.solvers.loop import Sampler
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import Flow
+from fewstep.solvers.registry import plan as make_plan
+
+COUNT = 4096
+
+
+class Check(NamedTuple):
+    """A measured number against its bound: value <= bound, or value >= bound for `least`."""
+
+    name: str
+    value: float
+    bound: float
+    least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+
+class Outcome(NamedTuple):
+    """rows: one for each number of calls; checks: the method's thresholds; samples: by number of calls."""
+
+    rows: list[dict[str, Any]]
+    checks: list[Check]
+    samples: dict[str, Tensor]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "checks": [{**c._asdict(), "met": c.met} for c in self.checks],
+        }
+
+
+def evaluate(recipe: Any) -> Outcome:
+    """The outcome of a trained recipe of either problem."""
+    if isinstance(recipe, digits.DigitsRecipe):
+        return _digits(recipe)
+    if isinstance(recipe, ring.Guided):
+        return _guided(recipe)
+    return _ring(recipe)
+
+
+# --- the ring ---
+
+
+@cache
+def ring_data() -> np.ndarray:
+    return ring.RING.draw(COUNT, 1)
+
+
+def latent(count: int = COUNT, elements: int = 2) -> Tensor:
+    return torch.randn((count, elements), generator=torch.Generator().manual_seed(5))
+
+
+def run(denoiser: Any, plan: Plan, start: float, count: int = COUNT) -> Tensor:
+    x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent(count), seed=7)
+    return x
+
+
+@cache
+def ring_baseline(nfe: int, solver: str = "ddim") -> float:
+    """SWD of the exact teacher by a plain solver on the grid that the students learn from."""
+    plan = make_plan(solver, ring.edm_grid(nfe))
+    return sliced_wasserstein(run(ring.RING.denoiser(ring.PROCESS), plan, ring.PROCESS.sigma_max), ring_data())
+
+
+@cache
+def floor() -> float:
+    """SWD between draws of the data: the mean of four."""
+    return float(np.mean([sliced_wasserstein(ring.RING.draw(COUNT, s), ring_data()) for s in range(2, 6)]))
+
+
+def _ring(recipe: ring.RingRecipe) -> Outcome:
+    rows, samples = [], {}
+    for nfe, (denoiser, plan) in recipe.samplers().items():
+        x = run(denoiser, plan, recipe.start_sigma)
+        samples[str(nfe)] = x
+        rows.append(
+            {
+                "nfe": nfe,
+                "swd": sliced_wasserstein(x, ring_data()),
+                "smallest mode": float(mode_masses(x, ring.RING).min()),
+                "distance to modes": distance_to_modes(x, ring.RING),
+            }
+        )
+    return Outcome(rows, _ring_checks(recipe, rows, samples), samples)
+
+
+def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: dict[str, Tensor]) -> list[Check]:
+    swd = {row["nfe"]: row["swd"] for row in rows}
+    ode = ring_baseline(160)
+    match recipe:
+        case ring.Progressive():
+            return [
+                Check("SWD, 1 call, over the teacher's at 1", swd[1] / ring_baseline(1), 0.25),
+                Check("SWD, 1 call, over the teacher's at 8", swd[1] / ring_baseline(8), 1.2),
+            ]
+        case ring.Consistency():
+            ends = Grid.from_sigmas(ring.PROCESS, [ring.PROCESS.sigma_max, ring.PROCESS.sigma_min])
+            exact = ring.RING.solve(ring.PROCESS.sigma_max * latent(1024).double(), ends, rtol=1e-6)
+            rmse = float((samples["1"][:1024].double() - exact).square().mean().sqrt())
+            return [
+                Check("SWD, 1 call, over the ODE's", swd[1] / ode, 1.3),
+                Check("RMSE to the ODE, 1 call", rmse, 0.1),
+            ]
+        case ring.ImprovedConsistency():
+            return [Check("SWD, 1 call", swd[1], 0.08), Check("SWD, 2 calls over 1", swd[2] / swd[1], 1.0)]
+        case ring.Rectified():
+            return rectified_checks(recipe, swd[1])
+        case ring.Adversarial():
+            before = ring.consistency_samplers(recipe.first.denoiser("frozen"))
+            start = {n: run(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}
+            sharp = [distance_to_modes(v, ring.RING) for v in (samples["1"], start[1])]
+            return [
+                Check("SWD, 1 call, over its start's", swd[1] / sliced_wasserstein(start[1], ring_data()), 1.0),
+                Check("distance to modes, 1 call, over its start's", sharp[0] / sharp[1], 1.0),
+            ]
+    return []
+
+
+def rectified_checks(recipe: ring.Rectified, one: float) -> list[Check]:
+    from fewstep.solvers.distill import rectified
+
+    eps = latent(1024)
+    bent = [rectified.straightness(recipe.denoiser(name), eps) for name in ("flow", "reflow")]
+    grid = make_grid(Flow(), 100, "linspace")
+    many = sliced_wasserstein(run(recipe.denoiser("flow"), make_plan("euler", grid), 1.0), ring_data())
+    return [
+        Check("straightness after reflow, over before", bent[1] / bent[0], 0.05),
+        Check("SWD, 1 call, over the flow's at 100", one / many, 1.3),
+    ]
+
+
+def guided_truth(w: float) -> float:
+    """The std that the guided teacher's own 25 Heun steps make of noise of std sigma_max: the map is linear."""
+    plan = make_plan("heun", ring.edm_grid(25, final_zero=False))
+    x = ring.PROCESS.sigma_max * torch.ones((1, 1), dtype=torch.float64)
+    cond = tuple({"std": torch.tensor([s], dtype=torch.float64)} for s in ring.STDS[::-1])
+    end = Sampler(ring.gaussians().with_guidance(1.0 + w), plan, (1, 1), device="cpu", dtype="float64")(x, cond=cond)
+    return float(end)
+
+
+def _guided(recipe: ring.Guided) -> Outcome:
+    ((nfe, (denoiser, plan)),) = recipe.samplers().items()
+    rows = []
+    for w in (0.0, 2.0, 4.0):
+        x = Sampler(denoiser, plan, (COUNT, 1))(
+            ring.PROCESS.sigma_max * latent(elements=1), cond={"w": torch.full((COUNT,), w)}
+        )
+        # Of the map and not of the draw: relative to the latents' own root mean square.
+        std = float(x.square().mean().sqrt() / latent(elements=1).square().mean().sqrt())
+        rows.append({"nfe": nfe, "w": w, "std": std, "truth": guided_truth(w)})
+    errors = [abs(row["std"] / row["truth"] - 1.0) for row in rows]
+    falls = max(b["std"] / a["std"] for a, b in pairwise(rows))
+    return Outcome(
+        rows,
+        [
+            Check("RMS error of the std, relative", float(np.sqrt(np.mean(np.square(errors)))), 0.1),
+            Check("std at w over std at the smaller w", falls, 1.0),
+        ],
+        {},
+    )
+
+
+# --- digits ---
+
+
+def _digits(recipe: digits.DigitsRecipe) -> Outcome:
+    rows, checks, samples = [], [], {}
+    for nfe, (denoiser, plan) in sorted(recipe.samplers().items()):
+        x, label = digits.draw(denoiser, plan)
+        own = digits.assess(x, label)
+        name, best = digits.teacher_best(nfe)
+        samples[str(nfe)] = x[:100]
+        rows.append({"nfe": nfe, **own, "teacher": name, **{f"teacher {key}": value for key, value in best.items()}})
+        for key, sign in (("energy_distance", 1), ("accuracy", -1), ("feature_distance", 1)):
+            what = key.replace("_", " ")
+            checks.append(Check(f"{what}, {nfe} calls, against the teacher's best", own[key], best[key], sign < 0))
+    return Outcome(rows, checks, samples)

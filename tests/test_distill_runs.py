@@ -1,0 +1,270 @@
+"""The training runs: that each learns, resumes to the bit, shares a batch over processes, and says what is wrong."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.commands import app
+from fewstep.distill_command import make_recipe
+from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs import RING, RING_RECIPES
+from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
+from fewstep.problems import Mixture
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, float]]]:
+    recipe = make_recipe(method, "ring", steps, batch=options.pop("batch", 64), **options)
+    seen: list[dict[str, float]] = []
+    train(recipe, watch=lambda k, values: seen.append(dict(values)))
+    return recipe, seen
+
+
+# --- the methods ---
+
+
+# What the loss falls to over 120 steps of 64 samples, measured over three seeds, with a margin of a half.
+LEARNED = {
+    "progressive": ("loss", 0.6, 30),
+    "guided": ("loss", 0.6, 120),
+    "consistency": ("loss", 0.8, 120),
+    "rectified": ("loss", 0.9, 40),
+    "distribution_matching": ("critic", 0.7, 24),
+}
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_each_loss_path_learns(method: str) -> None:
+    """The mean loss of the last quarter of a phase against that of its first tenth."""
+    key, factor, phase = LEARNED[method]
+    _, seen = run(method, 120, options={"critic_steps": 2} if method == "distribution_matching" else None)
+    losses = np.array([values[key] for values in seen[:phase]])
+    first, last = losses[: max(3, phase // 10)].mean(), losses[-phase // 4 :].mean()
+    assert last < factor * first, (first, last)
+
+
+@pytest.mark.parametrize("method", ["improved_consistency", "adversarial"])
+def test_students_without_a_falling_loss_improve_their_samples(method: str) -> None:
+    """Their losses rise with the curriculum, or are a game: the samples must come nearer to the data."""
+    distances = []
+    for steps in (2, 160):
+        recipe, _ = run(method, steps)
+        denoiser, plan = recipe.samplers()[1]
+        from fewstep.distill_evaluate import run as sample
+
+        x = sample(denoiser, plan, recipe.start_sigma, 512)
+        distances.append(sliced_wasserstein(x, RING.draw(512, 0)))
+    assert distances[1] < 0.9 * distances[0], distances
+
+
+def test_the_digits_students_learn() -> None:
+    pytest.importorskip("sklearn")
+    recipe = make_recipe("latent_consistency", "digits", 12, batch=16, options={"lora": 4})
+    before = {k: v.clone() for k, v in recipe.modules["student"].state_dict().items()}
+    losses: list[float] = []
+    train(recipe, watch=lambda k, values: losses.append(values["loss"]))
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), losses
+    changed = {k for k, v in recipe.modules["student"].state_dict().items() if not torch.equal(v, before[k])}
+    assert changed
+    assert all(".adapters.lcm." in k for k in changed)
+
+
+# --- the loop ---
+
+
+def state(recipe: Any) -> dict[str, torch.Tensor]:
+    return {f"{n}.{k}": v.clone() for n, m in recipe.modules.items() for k, v in m.state_dict().items()}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    first, second = state(a), state(b)
+    assert first.keys() == second.keys()
+    wrong = [k for k in first if not torch.equal(first[k], second[k])]
+    assert not wrong
+
+
+@pytest.mark.parametrize("method", RING_RECIPES)
+@pytest.mark.parametrize("cut", [7, 20])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int, tmp_path: Path) -> None:
+    """Cut inside and at the edge of phases."""
+    options = {"critic_steps": 2} if method == "distribution_matching" else None
+    whole, _ = run(method, 30, batch=32, options=options)
+
+    class CutError(Exception):
+        pass
+
+    def stop(done: int, values: object) -> None:
+        if done == cut:
+            raise CutError
+
+    killed = make_recipe(method, "ring", 30, 32, options=options)
+    with pytest.raises(CutError):
+        train(killed, tmp_path, every=cut, watch=stop)
+    again = make_recipe(method, "ring", 30, 32, options=options)
+    assert train(again, tmp_path, resume=True) == 30
+    assert_same(whole, again)
+
+
+def test_the_joint_batch_in_parts_gives_the_same_losses() -> None:
+    losses = [[v["loss"] for v in run("consistency", 12, batch=64, parts=parts)[1]] for parts in (1, 4)]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
+
+
+def test_autocast_trains_to_nearly_the_same_loss() -> None:
+    losses = [np.mean([v["loss"] for v in run("rectified", 60, bf16=b)[1][10:20]]) for b in (False, True)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_the_log_has_the_losses_and_survives_resumption(tmp_path: Path) -> None:
+    recipe = make_recipe("consistency", "ring", 60, 32)
+    train(recipe, tmp_path, every=20, log_every=10)
+    with (tmp_path / LOG).open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == [10, 20, 30, 40, 50, 60]
+    assert all(float(r["loss"]) > 0.0 for r in rows)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    recipe = make_recipe("consistency", "ring", 10, 32)
+    save(recipe, 3, tmp_path / CHECKPOINT)
+    assert load(recipe, tmp_path / CHECKPOINT) == 3
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        load(make_recipe("consistency", "ring", 10, 32, seed=1), tmp_path / CHECKPOINT)
+    with pytest.raises(FileNotFoundError, match="start without --resume"):
+        load(recipe, tmp_path / "none")
+    (tmp_path / "bad").write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        load(recipe, tmp_path / "bad")
+
+
+def test_settings_name_what_is_wrong() -> None:
+    with pytest.raises(ValueError, match="steps = 0"):
+        Settings("consistency", "ring", 0)
+    with pytest.raises(ValueError, match="batch = 10 does not divide into 3 parts"):
+        Settings("consistency", "ring", 5, batch=10, parts=3)
+    with pytest.raises(ValueError, match=r"lr = -1\.0"):
+        Settings("consistency", "ring", 5, lr=-1.0)
+    with pytest.raises(ValueError, match="did you mean 'consistency'"):
+        make_recipe("consitency", "ring")
+    with pytest.raises(ValueError, match="unknown problem"):
+        make_recipe("consistency", "rings")
+    with pytest.raises(ValueError, match="has no option 'eta'; it takes: none"):
+        make_recipe("consistency", "ring", options={"eta": 1})
+
+
+def test_a_diverging_run_stops_with_its_step() -> None:
+    recipe = make_recipe("rectified", "ring", 9, 32)
+    with torch.no_grad():
+        recipe.modules["student"].leave.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="step 1 of rectified diverged"):
+        train(recipe)
+
+
+# --- processes ---
+
+COMMAND = "from fewstep.cli import main; main()"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def arguments(out: Path, *more: str) -> list[str]:
+    return ["distill", "consistency", "--out", str(out), "--batch", "32", *more]
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """torchrun over gloo: the same losses as one process with the joint batch, to the rounding of the sums."""
+    script = tmp_path / "run.py"
+    script.write_text(COMMAND)
+    logs = []
+    for name, before in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run"])):
+        launch = ["--nproc-per-node", "2", "--master-port", "29517"] if name == "two" else []
+        words = [*before, *launch, str(script), *arguments(tmp_path / name, "--steps", "20", "--json")]
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
+        assert done.returncode == 0, done.stderr
+        with (tmp_path / name / LOG).open() as file:
+            logs.append([float(row["loss"]) for row in csv.DictReader(file)])
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [sys.executable, "-c", COMMAND, *arguments(out, "--steps", "100000", "--every", "20", "--json")]
+    process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 90
+    while not (out / CHECKPOINT).exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "go on with --resume" in errors
+    recipe = make_recipe("consistency", "ring", 100000, 32)
+    done = load(recipe, out / CHECKPOINT)
+    assert done >= 20
+    assert f"stopped after {done} of 100000" in errors
+
+
+# --- the command ---
+
+
+def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file
+
+    from fewstep.bindings.consistency import ConsistencyDenoiser
+    from fewstep.distill_networks import Points
+
+    out = tmp_path / "student"
+    app([*arguments(out, "--steps", "30", "--json")], standalone_mode=False)
+    printed = json.loads(capsys.readouterr().out)
+    results = json.loads((out / "results.json").read_text())
+    assert printed["checks"] == results["checks"]
+    assert {c["name"] for c in results["checks"]} == {"SWD, 1 call, over the ODE's", "RMSE to the ODE, 1 call"}
+    assert not any(c["met"] for c in results["checks"])  # 30 steps are not enough: a check can fail
+    assert (out / "samples_1.png").read_bytes().startswith(b"\x89PNG")
+    # The file is a student: it gives the results' own distance again.
+    from fewstep.distill_evaluate import ring_data
+    from fewstep.distill_evaluate import run as sample
+    from fewstep.distill_runs import PROCESS, consistency_samplers
+
+    net = Points()
+    net.load_state_dict(load_file(out / "student.safetensors"))
+    denoiser, plan = consistency_samplers(ConsistencyDenoiser(net, PROCESS))[1]
+    swd = sliced_wasserstein(sample(denoiser, plan, 80.0), ring_data())
+    assert swd == pytest.approx(results["rows"][0]["swd"], rel=1e-5)
+    with pytest.raises(ValueError, match="--resume it"):
+        app([*arguments(out, "--steps", "30")], standalone_mode=False)
+
+
+# --- metrics ---
+
+
+def test_sliced_wasserstein_of_a_shift_is_its_closed_form() -> None:
+    x = RING.draw(400, 0)
+    assert sliced_wasserstein(x, x[::-1]) == 0.0
+    # A shift by v moves each projection by v . d: W2^2 is their mean, |v|^2 / D over uniform directions.
+    assert sliced_wasserstein(x, x + np.array([3.0, 4.0]), projections=4000) == pytest.approx(
+        5.0 / np.sqrt(2.0), rel=0.02
+    )
+    with pytest.raises(ValueError, match="equally many"):
+        sliced_wasserstein(x, x[:10])
+
+
+def test_modes_are_counted_and_measured() -> None:
+    two = Mixture(np.array([[1.0, 0.0], [-1.0, 0.0]]), 0.1)
+    x = np.array([[1.1, 0.0], [1.0, 0.2], [0.9, 0.0], [-1.0, 0.3]])
+    assert mode_masses(x, two).tolist() == [0.75, 0.25]
+    assert distance_to_modes(x, two) == pytest.approx(1.5)
+    assert distance_to_modes(RING.draw(20000, 0), RING) == pytest.approx(np.sqrt(2 * np.log(2)), rel=0.02)
