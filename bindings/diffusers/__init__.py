@@ -47,7 +47,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
     import diffusers
 
+    from fewstep.bindings.diffusers.corrections import CORRECTED
     from fewstep.bindings.diffusers.scheduler import fused
 
-    globals()[name] = twin = fused(getattr(diffusers, name))
+    globals()[name] = twin = fused(CORRECTED.get(name) or getattr(diffusers, name))
     return twin

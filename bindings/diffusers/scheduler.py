@@ -116,13 +116,30 @@ class Cursor:
 
 
 def fused(parent: type[Any]) -> type[Any]:
-    """The fused twin of a scheduler class, under the same name."""
+    """The fused twin of a scheduler class, under the same name.
+
+    `corrected=True` asks for the right value where the parent has a bug that `corrections` knows of.
+    """
     names = list(inspect.signature(parent.step).parameters)[4:]  # after self, model_output, timestep, sample
     noise = next((n for n in names if n in _NOISE), None)
 
     @functools.wraps(parent.__init__)
-    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
-        PerThread.__init__(self, *args, **kwargs)
+    def initialise(self: Any, *args: Any, corrected: bool = False, **kwargs: Any) -> None:
+        PerThread.__init__(self, *args, corrected=corrected, **kwargs)
+
+    own = inspect.signature(parent.__init__)
+    flag = inspect.Parameter("corrected", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    taken = sorted([*own.parameters.values(), flag], key=lambda p: p.kind)  # **kwargs stay last
+    initialise.__signature__ = own.replace(parameters=taken)  # type: ignore[attr-defined]
+
+    def begin(self: Any, *args: Any, corrected: bool, **kwargs: Any) -> None:
+        self.corrected = corrected
+        parent.__init__(self, *args, **kwargs)
+        if corrected:
+            self.register_to_config(corrected=True)
+            if hasattr(parent, "correct"):
+                names = list(own.parameters)[1:]
+                parent.correct(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     @functools.wraps(parent.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +155,7 @@ def fused(parent: type[Any]) -> type[Any]:
 
     members: dict[str, Any] = {
         "__init__": initialise,
-        "_begin": parent.__init__,
+        "_begin": begin,
         "step": step,
         "__setattr__": _set,
         "__deepcopy__": lambda self, memo: _rebuild(type(self), _attributes(self.__dict__)),
@@ -238,6 +255,8 @@ def _step(
         return None
     z = given = None
     if noise is not None:
+        if generator is not None:  # some refuse both
+            return None
         name, z = noise
         if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
             return None

@@ -1,0 +1,158 @@
+"""Runs of a diffusers scheduler beside its fused twin, for the tests of the twins."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from fewstep.bindings import diffusers as twins
+from fewstep.bindings.diffusers.probe import places
+
+SHAPE = (2, 3, 4, 4)
+
+# Relative to the largest element of the run: both round in float32, in another order. A few large steps magnify it.
+ROUNDING = 5e-5
+# SA-Solver's coefficients are sums that cancel; the parent's own float32 run is that far from its float64 run.
+OWN_ROUNDING = {"SASolverScheduler": 2e-4, "DPMSolverMultistepInverseScheduler": 1e-4}
+# In float64 these compute in float32 regardless; all others agree to the last digits.
+UPCASTS = {
+    "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+}
+
+
+def pair(name: str, **config: Any) -> tuple[Any, Any]:
+    """The parent and its twin under one configuration."""
+    if name == "DPMSolverSDEScheduler":
+        config = {"noise_sampler_seed": 0, **config}  # its Brownian path takes no generator
+    return make(diffusers, name, **config), make(twins, name, **config)
+
+
+def make(library: Any, name: str, **config: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own deprecations
+        return getattr(library, name)(**config)
+
+
+@contextlib.contextmanager
+def only_fused(name: str) -> Iterator[None]:
+    """Fails where a twin falls back on its parent's own step."""
+    twin = getattr(twins, name)
+    parent = twin.parent
+    step = parent.step
+
+    def guard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        assert not isinstance(self, twin), f"{name} fell back on its parent's step"
+        return step(self, *args, **kwargs)
+
+    own = "step" in vars(parent)
+    parent.step = guard
+    try:
+        yield
+    finally:
+        if own:
+            parent.step = step
+        else:
+            del parent.step
+
+
+def run(
+    scheduler: Any,
+    steps: int = 7,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = SHAPE,
+    start: int = 0,
+    setting: dict[str, Any] | None = None,
+    begin_index: bool = False,
+    **options: Any,
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Every output of a run over a network that answers with a fixed sequence, and the generator's state at its end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if setting is None:
+            scheduler.set_timesteps(steps)
+        else:
+            scheduler.set_timesteps(**setting)
+    network = torch.Generator().manual_seed(1)
+    noise = torch.Generator().manual_seed(2)
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        options.setdefault("generator", noise)
+    x = (torch.randn(shape, generator=network) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
+    times = scheduler.timesteps[start * getattr(scheduler, "order", 1) :]
+    if begin_index and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(start * scheduler.order)
+    outputs = []
+    for t in times:
+        if hasattr(scheduler, "scale_model_input"):
+            x_in = scheduler.scale_model_input(x, t)
+            assert x_in.dtype == dtype
+        else:
+            x_in = x
+        raw = (0.1 * x_in.float().clamp(-3.0, 3.0) + torch.randn(shape, generator=network)).to(dtype)
+        result = scheduler.step(raw, t, x, **options)
+        named = {f"{i}": v for i, v in enumerate(result)} if type(result) is tuple else dict(result)
+        outputs.append({"model_input": x_in, **named})
+        x = result[0].to(dtype)
+    return outputs, noise.get_state()
+
+
+def compare(name: str, parent: Any, twin: Any, *args: Any, fused: bool = True, **kwargs: Any) -> None:
+    """Both make the same run, or raise the same error."""
+    try:
+        expected, drawn = run(parent, *args, **kwargs)
+    except Exception as error:  # whatever the parent says of these options, the twin says too
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            run(twin, *args, **kwargs)
+        return
+    finite = all(v.isfinite().all() for outputs in expected for v in outputs.values())
+    with only_fused(name) if fused and finite else contextlib.nullcontext():
+        found, drawn_too = run(twin, *args, **kwargs)
+    assert torch.equal(drawn, drawn_too), "another number of draws"
+    assert_same(name, expected, found, kwargs.get("dtype", torch.float32))
+    assert_same_state(name, parent, twin)
+
+
+def tolerance(name: str, dtype: torch.dtype) -> float:
+    if dtype == torch.float64 and name not in UPCASTS:
+        return 1e-11
+    return OWN_ROUNDING.get(name, ROUNDING)
+
+
+def assert_same(name: str, expected: Any, found: Any, dtype: torch.dtype) -> None:
+    scale = 1e-30
+    for k, (a, b) in enumerate(zip(expected, found, strict=True)):
+        assert list(a) == list(b)
+        for field, value in a.items():
+            assert b[field].dtype == value.dtype, (k, field)
+            assert b[field].shape == value.shape, (k, field)
+            if not value.isfinite().all():
+                assert not b[field].isfinite().all(), (k, field)
+                return  # from here on the parent's numbers mean nothing
+            scale = max(scale, float(value.abs().max()))
+            error = float((value.double() - b[field].double()).abs().max()) / scale
+            assert error <= tolerance(name, dtype), (k, field, error)
+
+
+def assert_same_state(name: str, parent: Any, twin: Any) -> None:
+    """The twin's attributes are the parent's: whoever reads them, or takes over with the parent's step, can."""
+    ours = {n: v for n, v in vars(twin).items() if n != "_cursor"}
+    assert places(vars(parent)) == places(ours)
+    for attribute, value in vars(parent).items():
+        if isinstance(value, (bool, int, float, str)):
+            assert ours[attribute] == value, attribute
+        elif isinstance(value, torch.Tensor) and value.ndim < 2:
+            torch.testing.assert_close(ours[attribute], value, rtol=0.0, atol=0.0, equal_nan=True)

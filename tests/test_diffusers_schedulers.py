@@ -1,0 +1,413 @@
+"""Every fused twin against the scheduler that it is named after: same numbers, same draws, same attributes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers_cases import SHAPE, compare, make, only_fused, pair, run
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from fewstep.bindings import diffusers as twins
+
+# diffusers hands tensors to NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
+
+# What a configuration may hold, for every scheduler that has such an argument. Combinations that the parent refuses
+# are compared too: the twin must refuse them with the same words.
+CHOICES: dict[str, list[Any]] = {
+    "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
+    "prediction_type": ["epsilon", "sample", "v_prediction"],
+    "timestep_spacing": ["linspace", "leading", "trailing"],
+    "steps_offset": [0, 1],
+    "clip_sample": [False, True],
+    "clip_sample_range": [1.0, 1.5],
+    "thresholding": [False, True],
+    "dynamic_thresholding_ratio": [0.9, 0.995],
+    "sample_max_value": [1.0, 2.5],
+    "rescale_betas_zero_snr": [False, True],
+    "set_alpha_to_one": [False, True],
+    "set_alpha_to_zero": [False, True],
+    "use_karras_sigmas": [False, True],
+    "use_exponential_sigmas": [False, True],
+    "use_beta_sigmas": [False, True],
+    "use_lu_lambdas": [False, True],
+    "final_sigmas_type": ["zero", "sigma_min"],
+    "interpolation_type": ["linear", "log_linear"],
+    "timestep_type": ["discrete", "continuous"],
+    "solver_order": [1, 2, 3],
+    "lower_order_final": [True, False],
+    "euler_at_final": [False, True],
+    "lambda_min_clipped": [-5.1, -np.inf],
+    "predict_x0": [True, False],
+    "disable_corrector": [[], [0, 1]],
+    "predictor_order": [1, 2, 3],
+    "corrector_order": [1, 2, 3],
+    "skip_prk_steps": [False, True],
+    "sigma_schedule": ["karras", "exponential"],
+    "shift": [1.0, 3.0],
+    "invert_sigmas": [False, True],
+    "stochastic_sampling": [False, True],
+    "variance_type": ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"],
+}
+PER_SCHEDULER: dict[str, dict[str, list[Any]]] = {
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"],
+        "solver_type": ["midpoint", "heun"],
+    },
+    "DPMSolverMultistepInverseScheduler": {
+        "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"],
+        "solver_type": ["midpoint", "heun"],
+        "prediction_type": ["epsilon", "v_prediction"],
+    },
+    "DPMSolverSinglestepScheduler": {
+        "algorithm_type": ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"],
+        "solver_type": ["midpoint", "heun"],
+    },
+    "EDMDPMSolverMultistepScheduler": {
+        "algorithm_type": ["dpmsolver++", "sde-dpmsolver++"],
+        "solver_type": ["midpoint", "heun"],
+    },
+    "UniPCMultistepScheduler": {"solver_type": ["bh1", "bh2"], "use_flow_sigmas": [False, True]},
+    "SASolverScheduler": {"algorithm_type": ["data_prediction", "noise_prediction"]},
+    "PNDMScheduler": {"prediction_type": ["epsilon", "v_prediction"]},
+    "DEISMultistepScheduler": {"use_flow_sigmas": [False, True]},
+}
+STEP_OPTIONS: dict[str, list[Any]] = {
+    "eta": [0.0, 0.3, 1.0],
+    "use_clipped_model_output": [False, True],
+    "s_churn": [0.0, 5.0],
+    "s_noise": [1.0, 1.1],
+    "order": [4, 2, 1],
+    "return_dict": [True, False],
+}
+
+
+def choices(function: Any, *tables: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """Up to four of the options that a function takes."""
+    known = set(inspect.signature(function).parameters)
+    table = {name: values for t in tables for name, values in t.items() if name in known}
+    if not table:
+        return st.just({})
+    one = st.sampled_from(sorted(table)).flatmap(lambda n: st.tuples(st.just(n), st.sampled_from(table[n])))
+    return st.lists(one, max_size=4, unique_by=lambda pair: pair[0]).map(dict)
+
+
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=[Phase.generate],
+)
+@given(data=st.data())
+def test_any_configuration(name: str, data: st.DataObject) -> None:
+    cls = getattr(diffusers, name)
+    config = data.draw(choices(cls.__init__, CHOICES, PER_SCHEDULER.get(name, {})), "config")
+    options = data.draw(choices(cls.step, STEP_OPTIONS), "options")
+    steps = data.draw(st.integers(1, 9), "steps")
+    start = data.draw(st.integers(0, max(0, steps - 2)), "start")
+    begin_index = data.draw(st.booleans(), "begin_index")
+    try:
+        parent, twin = pair(name, **config)
+    except (ValueError, NotImplementedError) as error:
+        with pytest.raises(type(error)):
+            make(twins, name, **config)
+        return
+    compare(name, parent, twin, steps, start=start, begin_index=begin_index, **options)
+
+
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_default_configuration(name: str, dtype: torch.dtype) -> None:
+    """In float64 to its last digits, wherever the parent computes in float64: the coefficients are the parent's own."""
+    compare(name, *pair(name), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DPMSolverMultistepScheduler", {}),
+        ("EulerDiscreteScheduler", {}),
+        ("UniPCMultistepScheduler", {}),
+        ("FlowMatchEulerDiscreteScheduler", {}),
+        ("DDIMScheduler", {"thresholding": True}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits_are_nearer_to_the_truth(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Dtypes are the parent's; the fused step rounds once where the parent rounds after every operation."""
+    parent, twin = pair(name, **config)
+    exact, _ = pair(name, **config)
+    for scheduler in (parent, twin, exact):
+        scheduler.set_timesteps(5)
+    generator = torch.Generator().manual_seed(0)
+    worst = [0.0, 0.0]
+    with only_fused(name):
+        x = torch.randn(SHAPE, generator=generator).to(dtype)
+        for t in parent.timesteps:
+            raw = torch.randn(SHAPE, generator=generator).to(dtype)
+            results = []
+            for scheduler, cast in ((parent, dtype), (twin, dtype), (exact, torch.float64)):
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x.to(cast), t)
+                results.append(scheduler.step(raw.to(cast), t, x.to(cast)))
+            low, ours, truth = results
+            for field, value in low.items():
+                assert ours[field].dtype == value.dtype
+                scale = truth[field].abs().max()
+                for i, found in enumerate((value, ours[field])):
+                    worst[i] = max(worst[i], float((found.double() - truth[field]).abs().max() / scale))
+            x = low[0].to(dtype)
+    assert worst[1] <= 1.05 * worst[0] + 1e-6
+    assert worst[1] <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("DDPMScheduler", {"timesteps": [900, 700, 333, 5]}),
+        ("DPMSolverMultistepScheduler", {"timesteps": [999, 700, 333, 5]}),
+        ("DPMSolverSinglestepScheduler", {"timesteps": [999, 700, 333, 5]}),
+        ("EulerDiscreteScheduler", {"timesteps": [999, 700, 333, 5]}),
+        ("EulerDiscreteScheduler", {"sigmas": [14.0, 5.0, 1.0, 0.1, 0.0]}),
+        ("HeunDiscreteScheduler", {"timesteps": [999, 700, 333, 5]}),
+        ("LCMScheduler", {"timesteps": [999, 759, 499, 259]}),
+        ("TCDScheduler", {"timesteps": [999, 759, 499, 259]}),
+        ("LCMScheduler", {"num_inference_steps": 4, "strength": 0.6}),
+        ("TCDScheduler", {"num_inference_steps": 4, "original_inference_steps": 40}),
+        ("CMStochasticIterativeScheduler", {"timesteps": [39, 20, 0]}),
+        ("EDMEulerScheduler", {"sigmas": torch.tensor([0.0, 0.3, 0.5, 1.0])}),
+        ("FlowMatchEulerDiscreteScheduler", {"sigmas": [1.0, 0.7, 0.4, 0.1]}),
+        ("FlowMatchEulerDiscreteScheduler", {"sigmas": [1.0, 0.7, 0.4], "timesteps": [1000.0, 690.0, 380.0]}),
+        ("FlowMatchLCMScheduler", {"sigmas": [1.0, 0.7, 0.4, 0.1]}),
+    ],
+)
+def test_custom_times_and_sigmas(name: str, setting: dict[str, Any]) -> None:
+    parent, twin = pair(name)
+    if name == "EDMEulerScheduler":
+        setting = {"num_inference_steps": 4, **setting}
+    compare(name, parent, twin, setting=setting)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "setting"),
+    [
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+        (
+            "UniPCMultistepScheduler",
+            {"use_flow_sigmas": True, "prediction_type": "flow_prediction"},
+            {"sigmas": [1.0, 0.7, 0.4, 0.1]},
+        ),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+        (
+            "DPMSolverMultistepScheduler",
+            {
+                "use_flow_sigmas": True,
+                "prediction_type": "flow_prediction",
+                "use_dynamic_shifting": True,
+                "time_shift_type": "exponential",
+            },
+            {"mu": 0.8},
+        ),
+        ("DPMSolverSinglestepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+        ("DEISMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+        ("SASolverScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, {}),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, {"mu": 0.8}),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0, "shift_terminal": 0.1}, {}),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, {}),
+    ],
+)
+def test_flow_models(name: str, config: dict[str, Any], setting: dict[str, Any]) -> None:
+    if "sigmas" not in setting or name == "UniPCMultistepScheduler":
+        setting = {"num_inference_steps": 4, **setting}
+    compare(name, *pair(name, **config), setting=setting)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DDIMScheduler"])
+def test_noise_that_the_caller_draws(name: str) -> None:
+    config = {"algorithm_type": "sde-dpmsolver++"} if name == "DPMSolverMultistepScheduler" else {}
+    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
+    options = {"eta": 0.7} if name == "DDIMScheduler" else {}
+    compare(name, *pair(name, **config), variance_noise=z, generator=None, **options)
+    refused = pair(name, **config)
+    compare(name, *refused, fused=False, variance_noise=z, **options)  # with a generator too: DDIM refuses both
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (2, 7, 16), (1, 3, 2, 4, 5), (2, 4, 65, 33)])
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_any_shape(name: str, shape: tuple[int, ...]) -> None:
+    compare(name, *pair(name), shape=shape)
+
+
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+def test_is_the_scheduler_that_it_replaces(name: str, tmp_path: Any) -> None:
+    parent, twin = pair(name)
+    cls = getattr(diffusers, name)
+    assert isinstance(twin, cls)
+    assert type(twin).__name__ == name
+    assert dict(twin.config) == dict(parent.config)
+    assert twin.order == parent.order
+    for method in ("step", "set_timesteps", "scale_model_input"):
+        if hasattr(cls, method):
+            assert inspect.signature(getattr(twin, method)) == inspect.signature(getattr(parent, method))
+    twin.save_pretrained(tmp_path)
+    again = type(twin).from_pretrained(tmp_path)
+    plain = cls.from_pretrained(tmp_path)
+    assert type(again) is type(twin)
+    assert type(plain) is cls
+    assert {k: v for k, v in again.config.items() if k != "_use_default_values"} == {
+        k: v for k, v in plain.config.items() if k != "_use_default_values"
+    }
+
+
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_goes_on_alone(name: str, duplicate: Any) -> None:
+    """A copy made in the middle of a run ends where the original does, and neither disturbs the other."""
+    parent, twin = pair(name)
+    raws = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for scheduler, half in ((parent, None), (twin, duplicate)):
+        scheduler.set_timesteps(6)
+        x = torch.ones(SHAPE)
+        for k, t in enumerate(scheduler.timesteps):
+            if k == 3 and half is not None:
+                other = half(scheduler)
+                y = x
+                for j, s in enumerate(scheduler.timesteps[3:], 3):
+                    y = other.step(raws[j], s, y).prev_sample
+                ends.append(y)
+            x = scheduler.step(raws[k], t, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ends[2], ends[1], rtol=0.0, atol=0.0)
+
+
+def edited(name: str, edit: Any) -> None:
+    """The same edit from outside in the middle of a run changes both in the same way."""
+    parent, twin = pair(name)
+    raws = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for scheduler in (parent, twin):
+        scheduler.set_timesteps(6)
+        x = torch.ones(SHAPE)
+        for k, t in enumerate(scheduler.timesteps):
+            if k == 3:
+                x = edit(scheduler, x)
+                raws = raws[:, : len(x)]
+            x = scheduler.step(raws[k][: len(x)], t, x).prev_sample
+        ends.append(x)
+        raws = torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
+def test_sigmas_edited_in_place() -> None:
+    def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        scheduler.sigmas[4] *= 1.1
+        return x
+
+    edited("UniPCMultistepScheduler", edit)
+    edited("EulerDiscreteScheduler", edit)
+
+
+def test_sigmas_replaced() -> None:
+    def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        scheduler.sigmas = scheduler.sigmas * 1.05
+        return x
+
+    edited("DPMSolverMultistepScheduler", edit)
+
+
+def test_memory_edited_as_pipelines_do() -> None:
+    """ChronoEdit drops frames: it slices the remembered tensors in their list, and the sample with them."""
+
+    def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        scheduler.model_outputs[1] = scheduler.model_outputs[1][:1]
+        scheduler.model_outputs[0] = scheduler.model_outputs[0][:1]
+        scheduler.last_sample = scheduler.last_sample[:1]
+        return x[:1]
+
+    edited("UniPCMultistepScheduler", edit)
+
+
+def test_the_parent_can_take_over() -> None:
+    """Where gradients are wanted, or a step has an argument that is no number, the parent's own step runs on."""
+    parent, twin = pair("UniPCMultistepScheduler")
+    gradients = []
+    for scheduler in (parent, twin):
+        scheduler.set_timesteps(4)
+        weight = torch.ones((), requires_grad=True)
+        x = torch.linspace(-1.0, 1.0, 24).reshape(1, 2, 3, 4)
+        for k, t in enumerate(scheduler.timesteps):
+            raw = torch.tanh(x) * (weight if k >= 2 else 1.0)
+            x = scheduler.step(raw, t, x).prev_sample
+        (gradient,) = torch.autograd.grad(x.square().sum(), weight)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_learned_variance_is_the_parents() -> None:
+    """The network's output has twice the channels."""
+    ends = []
+    for scheduler in pair("DDPMScheduler", variance_type="learned_range"):
+        scheduler.set_timesteps(4)
+        x, generator = torch.ones(SHAPE), torch.Generator().manual_seed(0)
+        for t in scheduler.timesteps:
+            raw = torch.randn(2, 6, 4, 4, generator=generator).clamp(-1.0, 1.0)
+            x = scheduler.step(raw, t, x, generator=generator).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=0.0, atol=0.0)
+
+
+def test_channels_last_and_slices() -> None:
+    parent, twin = pair("UniPCMultistepScheduler")
+    ends = []
+    for scheduler in (parent, twin):
+        scheduler.set_timesteps(4)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, 6, 8, 8, generator=generator).to(memory_format=torch.channels_last)[:, ::2]
+        for t in scheduler.timesteps:
+            raw = torch.randn(2, 3, 8, 8, generator=generator).transpose(2, 3)
+            x = scheduler.step(raw, t, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_step_returns_is_the_callers() -> None:
+    """Results are new memory: writing to them changes no later step, and a later step does not change them."""
+    _, twin = pair("DPMSolverMultistepScheduler")
+    clean, _ = run(twin, 6)
+    kept = [outputs["prev_sample"].clone() for outputs in clean]
+    spoiled: list[torch.Tensor] = []
+    twin.set_timesteps(6)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(SHAPE, generator=generator)
+    for t in twin.timesteps:
+        raw = 0.1 * x.clamp(-3.0, 3.0) + torch.randn(SHAPE, generator=generator)
+        result = twin.step(raw, t, x).prev_sample
+        spoiled.append(result.clone())
+        x = result.clone()
+        result.fill_(torch.nan)
+        raw.fill_(torch.nan)
+    for a, b in zip(kept, spoiled, strict=True):
+        torch.testing.assert_close(b, a, rtol=0.0, atol=0.0)
+    assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
+
+
+def test_memory_does_not_grow() -> None:
+    """The table of probed steps is bounded, and a scheduler keeps no more tensors than its parent."""
+    from fewstep.bindings.diffusers.transition import _Standings
+
+    room = _Standings(room=3)
+    for k in range(10):
+        room.settle(object, {"k": k}, [])
+    assert len(room.known) == 3
