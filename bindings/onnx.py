@@ -1,0 +1,208 @@
+"""Any ONNX network as a model, on ONNX Runtime: bound inputs and outputs, no allocation and no torch per call.
+
+    network = OnnxModel("unet.onnx")
+    denoiser = fewstep.Denoiser(network, fewstep.VP.linear(), predicts="v")
+    images = fewstep.sample(denoiser, shape=(4, 1, 8, 8), seed=0, cond={"label": labels})
+
+A call reads the loop's own memory (where the graph's dtype is the loop's) and writes to one of a few buffers that are
+kept, which the step kernel reads. `export_onnx` makes the file from a torch module.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import os
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.arrays import NumpyFrame
+
+# ONNX tensor types that the loop can give or take.
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+# Outputs in use at once: one for each branch of guidance, and one in reserve.
+_KEPT = 4
+
+
+@dataclass(frozen=True)
+class _Port:
+    """An input or output of the graph. shape: ints, and names or None for free axes."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, found: Any) -> _Port:
+        if found.type not in DTYPES:
+            raise ValueError(f"{found.name!r} of the graph is a {found.type}; the loop has {', '.join(DTYPES)}")
+        return cls(found.name, np.dtype(DTYPES[found.type]), tuple(found.shape))
+
+
+class OnnxModel:
+    """model(x, t, **cond) -> raw on NumPy arrays, by ONNX Runtime.
+
+    graph      a path or the bytes of an ONNX file
+    x, t       names of the graph's inputs for the sample and the time; by default its first and second
+    output     name of the output that is the raw prediction; by default the first
+    providers  ONNX Runtime's execution providers, in order of preference; arrays stay on the host
+    threads    for one operator; None is ONNX Runtime's default
+
+    All other inputs are conditions under their own names. x (B, ...), t (B,), or one number if the graph's t has no
+    axis. Arrays are cast to the graph's dtypes; a time that is no whole number is an error for an integer t.
+
+    What a call returns is memory that the fourth call after it writes again. Each thread has its own.
+
+    Raises FileNotFoundError, ValueError for a graph that has not these inputs and outputs, ImportError without
+    ONNX Runtime.
+    """
+
+    def __init__(
+        self,
+        graph: str | os.PathLike[str] | bytes,
+        *,
+        x: str | None = None,
+        t: str | None = None,
+        output: str | None = None,
+        providers: Sequence[Any] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+    ) -> None:
+        try:
+            onnxruntime = importlib.import_module("onnxruntime")
+        except ImportError:
+            raise ImportError("OnnxModel needs ONNX Runtime: pip install 'fewstep[onnx]'") from None
+        if not isinstance(graph, bytes) and not Path(graph).is_file():
+            raise FileNotFoundError(f"no ONNX file at {os.fspath(graph)}")
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        source = graph if isinstance(graph, bytes) else os.fspath(graph)
+        try:
+            self.session = onnxruntime.InferenceSession(source, options, providers=list(providers))
+        except Exception as error:  # ONNX Runtime has a class of its own for each way to fail, all under Exception
+            raise ValueError(f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}") from error
+        inputs = {port.name: port for port in map(_Port.of, self.session.get_inputs())}
+        outputs = {port.name: port for port in map(_Port.of, self.session.get_outputs())}
+        names = list(inputs)
+        if len(names) < 2:
+            raise ValueError(f"the graph has the inputs {names}: a denoiser needs two, x and t")
+        self.x = inputs[_named("x", x, names, 0)]
+        self.t = inputs[_named("t", t, [n for n in names if n != self.x.name], 0)]
+        self.output = outputs[_named("output", output, list(outputs), 0)]
+        self.cond = {name: port for name, port in inputs.items() if name not in (self.x.name, self.t.name)}
+        self.frame = NumpyFrame()
+        self._local = threading.local()
+
+    def __call__(self, x: np.ndarray, t: np.ndarray, **cond: Any) -> np.ndarray:
+        """raw like x (or of the shape that the graph states) from x (B, ...), t (B,) and the conditions."""
+        if cond.keys() != self.cond.keys():
+            raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(cond)}")
+        work = self._work(x.shape)
+        time = np.asarray(t)
+        if self.t.dtype.kind == "i" and np.any(time != np.rint(time)):
+            raise ValueError(
+                f"input {self.t.name!r} of the graph takes whole times, got {time.flat[0]:.9g}: lay the grid on them "
+                "(round_times=True)"
+            )
+        # A graph may want one time for all: a step of the loop has but one.
+        work.bind(self.t, time if self.t.shape else time[0])
+        work.bind(self.x, x)
+        for name, port in self.cond.items():
+            work.bind(port, cond[name])
+        return work.run()
+
+    def _work(self, shape: tuple[int, ...]) -> _Work:
+        """This thread's memory for samples of that shape."""
+        works: dict[tuple[int, ...], _Work] = self._local.__dict__.setdefault("works", {})
+        if shape not in works:
+            works[shape] = _Work(self, shape)
+        return works[shape]
+
+
+class _Work:
+    """One binding of a session, and the memory of its outputs and of the inputs that must be cast."""
+
+    def __init__(self, model: OnnxModel, shape: tuple[int, ...]) -> None:
+        self.model, self.binding = model, model.session.io_binding()
+        stated = model.output.shape if len(model.output.shape) == len(shape) else shape
+        sizes = [told if isinstance(told, int) else own for told, own in zip(stated, shape, strict=True)]
+        self.outputs = itertools.cycle([model.frame.empty(sizes, model.output.dtype.name) for _ in range(_KEPT)])
+        self.inputs: dict[str, np.ndarray] = {}
+
+    def bind(self, port: _Port, value: Any) -> None:
+        array = np.asarray(value)
+        if array.dtype != port.dtype or not array.flags.c_contiguous:
+            own = self.inputs.get(port.name)
+            if own is None or own.shape != array.shape:
+                own = self.inputs[port.name] = np.empty(array.shape, port.dtype)
+            np.copyto(own, array, casting="unsafe")
+            array = own
+        self.inputs[port.name] = array  # alive until the run
+        self.binding.bind_input(port.name, "cpu", 0, port.dtype, array.shape, array.ctypes.data)
+
+    def run(self) -> np.ndarray:
+        out: np.ndarray = next(self.outputs)
+        port = self.model.output
+        self.binding.bind_output(port.name, "cpu", 0, port.dtype, out.shape, out.ctypes.data)
+        self.model.session.run_with_iobinding(self.binding)
+        return out
+
+
+def _named(what: str, asked: str | None, names: Sequence[str], default: int) -> str:
+    if asked is None:
+        return names[default]
+    if asked not in names:
+        raise ValueError(f"{what} = {asked!r} is not in the graph, which has {', '.join(names)}")
+    return asked
+
+
+def export_onnx(
+    module: Any,
+    path: str | os.PathLike[str],
+    x: Any,
+    cond: Mapping[str, Any] | None = None,
+    *,
+    opset: int = 17,
+) -> None:
+    """Write a torch module, module(x, t, **cond) -> raw, as an ONNX file with a free batch axis.
+
+    x     (B, ...) an example of the sample's shape and dtype
+    cond  examples of the conditions, in the order of the module's arguments after t
+
+    By torch's TorchScript exporter, which needs no further package. The file appears whole or not at all.
+    """
+    import torch
+
+    cond = dict(cond or {})
+    t = torch.zeros(len(x), dtype=x.dtype)
+    names = ["x", "t", *cond]
+    target = Path(path)
+    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".onnx", delete=False) as file:
+        made = Path(file.name)
+    try:
+        torch.onnx.export(
+            module,
+            (x, t, *cond.values()),
+            str(made),
+            input_names=names,
+            output_names=["raw"],
+            dynamic_axes={name: {0: "batch"} for name in (*names, "raw")},
+            opset_version=opset,
+            dynamo=False,
+        )
+        made.replace(target)
+    finally:
+        made.unlink(missing_ok=True)

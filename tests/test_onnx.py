@@ -1,0 +1,237 @@
+"""ONNX networks: equal to torch, sampled without it, with no allocation and no surprise in dtypes or shapes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewstep as fs
+
+onnx = pytest.importorskip("onnx", reason="needs the extra fewstep[onnx]")
+pytest.importorskip("onnxruntime", reason="needs the extra fewstep[onnx]")
+
+from onnx import TensorProto, helper  # noqa: E402
+
+from fewstep.bindings.onnx import OnnxModel, export_onnx  # noqa: E402
+
+VP = fs.VP.linear()
+FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
+
+
+def graph(nodes, inputs, outputs=(("raw", FLOAT, ["batch", 3]),)):
+    """The bytes of a small graph; ports are (name, type, shape)."""
+    made = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info(*port) for port in inputs],
+        [helper.make_tensor_value_info(*port) for port in outputs],
+    )
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+
+def shifted(dtype=FLOAT, t_type=FLOAT, t_shape=("batch",)):
+    """raw = tanh(x) + shift, after a use of t that leaves it out: tanh(x) + shift + 0 t."""
+    nodes = [
+        helper.make_node("Cast", ["t"], ["tf"], to=dtype),
+        helper.make_node("Reshape", ["tf", "column"], ["tc"]),
+        helper.make_node("Constant", [], ["column"], value=helper.make_tensor("c", INT, [2], [-1, 1])),
+        helper.make_node("Tanh", ["x"], ["h"]),
+        helper.make_node("Add", ["h", "shift"], ["hs"]),
+        helper.make_node("Constant", [], ["scale"], value=helper.make_tensor("s", dtype, [1], [0.001])),
+        helper.make_node("Mul", ["tc", "scale"], ["ts"]),
+        helper.make_node("Add", ["hs", "ts"], ["raw"]),
+    ]
+    nodes = [nodes[0], nodes[2], nodes[1], *nodes[3:]]
+    ports = [("x", dtype, ["batch", 3]), ("t", t_type, list(t_shape)), ("shift", dtype, ["batch", 1])]
+    return graph(nodes, ports, [("raw", dtype, ["batch", 3])])
+
+
+def numpy_shifted(x, t, shift):
+    return np.tanh(x) + shift + (0.001 * t).astype(x.dtype)[:, None]
+
+
+def latent(dtype=np.float32):
+    return np.random.default_rng(0).standard_normal((4, 3)).astype(dtype)
+
+
+SHIFT = np.linspace(-0.5, 0.5, 4, dtype=np.float32)[:, None]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("guidance", [None, 2.0])
+def test_a_graph_samples_like_its_expression(guidance, batched):
+    cond = {"shift": SHIFT} if guidance is None else ({"shift": 0.0 * SHIFT}, {"shift": SHIFT})
+    options = {"steps": 5, "solver": "dpmpp_2m_sde", "seed": 1, "cond": cond}
+    got = fs.sample(fs.Denoiser(OnnxModel(shifted()), VP, guidance=guidance, batched=batched), latent(), **options)
+    want = fs.sample(fs.Denoiser(numpy_shifted, VP, guidance=guidance, batched=batched), latent(), **options)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-3)  # raws of 1e-7 are multiplied by 1 / alpha = 160
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(TensorProto.FLOAT16, np.float16), (TensorProto.DOUBLE, np.float64)])
+def test_arrays_are_cast_to_the_graphs_dtype(kind, dtype):
+    model = OnnxModel(shifted(kind))
+    raw = model(latent(), np.full(4, 100.0, np.float32), shift=SHIFT)
+    assert raw.dtype == dtype
+    want = numpy_shifted(latent(), np.full(4, 100.0), SHIFT)
+    np.testing.assert_allclose(raw, want, atol=4 * np.finfo(np.float16 if dtype == np.float16 else np.float32).eps)
+    fs.sample(fs.Denoiser(model, VP, dtype=dtype), latent(), steps=2, cond={"shift": SHIFT})
+
+
+def test_whole_times():
+    model = OnnxModel(shifted(t_type=INT))
+    raw = model(latent(), np.full(4, 100.0, np.float32), shift=SHIFT)
+    np.testing.assert_allclose(raw, numpy_shifted(latent(), np.full(4, 100.0), SHIFT), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"'t' of the graph takes whole times, got 99.5.*round_times=True"):
+        model(latent(), np.full(4, 99.5, np.float32), shift=SHIFT)
+
+
+def test_one_time_for_all():
+    model = OnnxModel(shifted(t_shape=()))
+    raw = model(latent(), np.full(4, 250.0, np.float32), shift=SHIFT)
+    np.testing.assert_allclose(raw, numpy_shifted(latent(), np.full(4, 250.0), SHIFT), rtol=1e-6, atol=1e-6)
+
+
+def test_inputs_and_output_by_name():
+    nodes = [
+        helper.make_node("Identity", ["noisy"], ["raw"]),
+        helper.make_node("Add", ["noisy", "other"], ["second"]),
+        helper.make_node("Identity", ["sigma"], ["unused"]),
+    ]
+    ports = [("sigma", FLOAT, ["batch"]), ("other", FLOAT, ["batch", 3]), ("noisy", FLOAT, ["batch", 3])]
+    outs = [("raw", FLOAT, ["batch", 3]), ("second", FLOAT, ["batch", 3]), ("unused", FLOAT, ["batch"])]
+    model = OnnxModel(graph(nodes, ports, outs), x="noisy", t="sigma", output="second")
+    raw = model(latent(), np.zeros(4, np.float32), other=latent() * 2.0)
+    np.testing.assert_allclose(raw, 3.0 * latent(), rtol=1e-6)
+
+
+def test_a_wider_output_is_the_graphs():
+    """A network that also predicts its variance returns twice the channels."""
+    nodes = [helper.make_node("Concat", ["x", "x"], ["raw"], axis=1), helper.make_node("Identity", ["t"], ["u"])]
+    ports = [("x", FLOAT, ["batch", 3]), ("t", FLOAT, ["batch"])]
+    model = OnnxModel(graph(nodes, ports, [("raw", FLOAT, ["batch", 6]), ("u", FLOAT, ["batch"])]))
+    raw = model(latent(), np.zeros(4, np.float32))
+    np.testing.assert_array_equal(raw, np.concatenate([latent(), latent()], axis=1))
+
+
+def test_memory_is_bound_and_kept():
+    """Outputs come from four buffers in turn; after the first calls nothing of their size is allocated."""
+    model = OnnxModel(shifted())
+    x, t = np.zeros((4096, 3), np.float32), np.zeros(4096, np.float32)
+    shift = np.zeros((4096, 1), np.float32)
+    seen = [model(x, t, shift=shift).ctypes.data for _ in range(8)]
+    assert len(set(seen)) == 4
+    assert seen[:4] == seen[4:]
+    tracemalloc.start()
+    for _ in range(20):
+        model(x, t, shift=shift)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < x.nbytes // 2, peak
+
+
+def test_threads_have_their_own_memory():
+    model = OnnxModel(shifted())
+    sampler = fs.Sampler(fs.Denoiser(model, VP), fs.plan("ddpm", fs.grid(VP, 6)), (4, 3))
+    want = [sampler(seed=i, cond={"shift": SHIFT}) for i in range(4)]
+    got = [None] * 4
+
+    def work(i):
+        for _ in range(5):
+            got[i] = sampler(seed=i, cond={"shift": SHIFT})
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+TWO = [("x", FLOAT, ["batch", 3]), ("t", FLOAT, ["batch"])]
+ONE = graph([helper.make_node("Identity", ["x"], ["raw"])], TWO[:1])
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: OnnxModel("nowhere.onnx"), FileNotFoundError, "no ONNX file at nowhere.onnx"),
+        (lambda: OnnxModel(b"not a graph"), ValueError, "ONNX Runtime cannot load the graph"),
+        (lambda: OnnxModel(ONE), ValueError, r"the graph has the inputs \['x'\]: a denoiser needs two"),
+        (lambda: OnnxModel(shifted(), x="z"), ValueError, "x = 'z' is not in the graph, which has x, t, shift"),
+        (lambda: OnnxModel(shifted(), output="z"), ValueError, "output = 'z' is not in the graph, which has raw"),
+        (
+            lambda: OnnxModel(shifted())(latent(), np.zeros(4)),
+            ValueError,
+            r"takes the conditions \['shift'\], got \[\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the shipped network ---
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch = pytest.importorskip("torch")
+    import warnings
+
+    from fewstep.bindings.unet import digits_model
+
+    path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, that it has another exporter, which needs a package more
+        export_onnx(digits_model(), path, torch.zeros(2, 1, 8, 8), {"label": torch.zeros(2, dtype=torch.int64)})
+    return path
+
+
+def test_export_leaves_one_whole_file(digits):
+    assert [p.name for p in digits.parent.iterdir()] == ["digits.onnx"]
+    onnx.checker.check_model(str(digits))
+
+
+def test_digits_equal_torch(digits):
+    import torch
+
+    from fewstep.bindings.unet import NO_CLASS, digits_model
+
+    labels = np.arange(6) % 10
+    plan = fs.plan("unipc", fs.grid(VP, 8, "logsnr"))
+    ours = fs.Denoiser(OnnxModel(digits), VP, "v", guidance=2.0, null={"label": np.array([NO_CLASS])})
+    theirs = fs.Denoiser(digits_model(), VP, "v", guidance=2.0, null={"label": torch.tensor([NO_CLASS])})
+    got = fs.Sampler(ours, plan, (6, 1, 8, 8))(seed=0, cond={"label": labels})
+    want = fs.Sampler(theirs, plan, (6, 1, 8, 8))(seed=0, cond={"label": torch.from_numpy(labels)}).numpy()
+    assert np.abs(want).max() > 0.9  # digits, not noise around zero
+    np.testing.assert_allclose(got, want, atol=2e-4)
+
+
+def test_digits_without_torch(digits):
+    """In a process that cannot import torch."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['triton'] = None\n"
+        "import numpy as np, fewstep as fs\n"
+        "from fewstep.bindings.onnx import OnnxModel\n"
+        f"d = fs.Denoiser(OnnxModel({str(digits)!r}, threads=1), fs.VP.linear(), 'v')\n"
+        "x = fs.sample(d, shape=(4, 1, 8, 8), solver='dpmpp_2m', spacing='logsnr', steps=8, seed=0,\n"
+        "              cond={'label': np.array([0, 1, 2, 3])})\n"
+        "print(type(x).__module__, x.dtype, x.ravel().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    module, dtype, values = done.stdout.split(" ", 2)
+    assert (module, dtype) == ("numpy", "float32")
+    network = OnnxModel(digits)
+    cond = {"label": np.array([0, 1, 2, 3])}
+    options = {"solver": "dpmpp_2m", "spacing": "logsnr", "steps": 8, "seed": 0}
+    want = fs.sample(fs.Denoiser(network, VP, "v"), shape=(4, 1, 8, 8), cond=cond, **options)
+    np.testing.assert_allclose(np.fromstring(values.strip("[]\n"), sep=","), want.ravel(), atol=1e-4)
