@@ -91,7 +91,7 @@ def make_recipe(
 
     # recipes, default steps, batch and learning rate
     known: dict[str, tuple[Mapping[str, Any], Mapping[str, int], int, float]] = {
-        "ring": (distill_runs.RING_RECIPES, distill_runs.STEPS, 256, 1e-3),
+        "ring": (distill_runs.RING_RECIPES, distill_runs.STEPS, 256, 3e-3),
         "digits": (distill_digits.DIGITS_RECIPES, distill_digits.STEPS, 64, 3e-4),
     }
     if problem not in known:

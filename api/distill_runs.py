@@ -244,6 +244,8 @@ class Guided(RingRecipe):
         super().__init__(settings)
         self.deaf = bool((settings.options or {}).get("deaf"))
         self.new_network("student", elements=1, strength=True)
+        if self.deaf:
+            self.modules["student"] = Deaf(self.modules["student"])
         self.averaged()
         self.new_optimiser("student")
         self.teacher = gaussians()
@@ -261,8 +263,6 @@ class Guided(RingRecipe):
         sigma = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
         w = (4.0 * torch.rand((n,), generator=g)).numpy()
         student = self.denoiser("student")
-        if self.deaf:
-            student.model = lambda x, t, w: self.modules["student"](x, t, torch.zeros_like(w))
 
         def loss_of(p: slice) -> Tensor:
             return guided.loss(
@@ -282,11 +282,20 @@ class Guided(RingRecipe):
         return {"loss": loss}
 
     def samplers(self) -> dict[int, tuple[Any, Plan]]:
-        student = self.denoiser("average")
-        if self.deaf:
-            student.model = lambda x, t, w: self.modules["average"](x, t, torch.zeros_like(w))
         plan = make_plan("heun", edm_grid(25, final_zero=False))
-        return {plan.nfe: (student, plan)}
+        return {plan.nfe: (self.denoiser("average"), plan)}
+
+
+class Deaf(nn.Module):
+    """A network that is not told the guidance strength: the control, which must fail."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = self.net(x, t, torch.zeros_like(w))
+        return out
 
 
 def gaussians() -> Denoiser:
@@ -405,7 +414,8 @@ class DistributionMatching(RingRecipe):
                 for name in ("student", "average"):
                     self.modules[name].load_state_dict(self.modules["critic"].state_dict())
             return {"critic": loss, "generator": 0.0}
-        lr = self.lr_at(k, self.warm, self.settings.steps - self.warm)
+        # A critic that moves faster than the generator's distribution chases its own noise.
+        lr = 0.3 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
         critic_loss = 0.0
         for turn in range(self.critic_steps):
             own = self.generator(k, turn + 2)
@@ -479,13 +489,13 @@ class Adversarial(RingRecipe):
             return {**self.first.step(k), "heads": 0.0}
         if k == self.begin:
             self.reset()
-        lr = 0.1 * self.lr_at(k, self.begin, self.settings.steps - self.begin)
+        lr = 0.03 * self.lr_at(k, self.begin, self.settings.steps - self.begin)
         g, n = self.generator(k), self.settings.batch
         x0, noise = self.data(g)
         level = torch.randint(len(self.LEVELS), (n,), generator=g).numpy()
         sigma = np.array(self.LEVELS)[level]
-        again, ratio = torch.randn((n, 2), generator=g), np.exp(-1.2 + 1.2 * torch.randn((n,), generator=g).double())
-        ratio = np.clip(np.asarray(ratio), PROCESS.sigma_min, PROCESS.sigma_max)
+        again, ln = torch.randn((n, 2), generator=g), 1.2 * torch.randn((n,), generator=g).double() - 1.2
+        ratio = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
         student, heads = ConsistencyDenoiser(self.modules["student"], PROCESS), self.modules["heads"]
 
         def fake(p: slice) -> Tensor:

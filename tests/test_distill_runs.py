@@ -18,6 +18,8 @@ import torch
 
 from fewstep.commands import app
 from fewstep.distill_command import make_recipe
+from fewstep.distill_evaluate import evaluate, ring_data
+from fewstep.distill_evaluate import run as sample
 from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
 from fewstep.distill_runs import RING, RING_RECIPES
 from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
@@ -36,38 +38,27 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 # --- the methods ---
 
 
-# What the loss falls to over 120 steps of 64 samples, measured over three seeds, with a margin of a half.
-LEARNED = {
-    "progressive": ("loss", 0.6, 30),
-    "guided": ("loss", 0.6, 120),
-    "consistency": ("loss", 0.8, 120),
-    "rectified": ("loss", 0.9, 40),
-    "distribution_matching": ("critic", 0.7, 24),
-}
-
-
-@pytest.mark.parametrize("method", LEARNED)
-def test_each_loss_path_learns(method: str) -> None:
-    """The mean loss of the last quarter of a phase against that of its first tenth."""
-    key, factor, phase = LEARNED[method]
-    _, seen = run(method, 120, options={"critic_steps": 2} if method == "distribution_matching" else None)
-    losses = np.array([values[key] for values in seen[:phase]])
-    first, last = losses[: max(3, phase // 10)].mean(), losses[-phase // 4 :].mean()
-    assert last < factor * first, (first, last)
-
-
-@pytest.mark.parametrize("method", ["improved_consistency", "adversarial"])
-def test_students_without_a_falling_loss_improve_their_samples(method: str) -> None:
-    """Their losses rise with the curriculum, or are a game: the samples must come nearer to the data."""
+@pytest.mark.parametrize("method", [m for m in RING_RECIPES if m != "guided"])
+def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
+    """One-call samples of a short run against those of the network it began with. Losses would say less: they rise
+    with a curriculum, restart with a phase, or are a game."""
+    options = {"critic_steps": 2} if method == "distribution_matching" else None
     distances = []
-    for steps in (2, 160):
-        recipe, _ = run(method, steps)
-        denoiser, plan = recipe.samplers()[1]
-        from fewstep.distill_evaluate import run as sample
-
+    for steps in (2, 320 if method == "adversarial" else 160):  # half of the former make its start
+        denoiser, plan = (recipe := run(method, steps, options=options)[0]).samplers()[1]
         x = sample(denoiser, plan, recipe.start_sigma, 512)
         distances.append(sliced_wasserstein(x, RING.draw(512, 0)))
     assert distances[1] < 0.9 * distances[0], distances
+
+
+def test_the_guided_student_learns_and_a_deaf_one_cannot() -> None:
+    """Without w at its input a student can only learn the mean over w."""
+    errors = []
+    for deaf in (0, 1):
+        recipe, _ = run("guided", 150, options={"deaf": deaf})
+        errors.append(evaluate(recipe).checks[0].value)
+    assert errors[0] < 0.5
+    assert errors[1] > 2.0 * errors[0], errors
 
 
 def test_the_digits_students_learn() -> None:
@@ -235,8 +226,6 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     assert not any(c["met"] for c in results["checks"])  # 30 steps are not enough: a check can fail
     assert (out / "samples_1.png").read_bytes().startswith(b"\x89PNG")
     # The file is a student: it gives the results' own distance again.
-    from fewstep.distill_evaluate import ring_data
-    from fewstep.distill_evaluate import run as sample
     from fewstep.distill_runs import PROCESS, consistency_samplers
 
     net = Points()
