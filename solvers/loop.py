@@ -250,7 +250,7 @@ class Sampler:
         except IndexError:
             run = self._new_run(job)
         try:
-            with self._no_grad():
+            with self._no_grad(), self._on_device():
                 mode = self._graph_mode(run, cond, x is None, noise, callback is not None or progress)
                 self._loop(run, call, self._latent(x, outer), streams, noise, callback, progress, outer, mode)
                 return self._result(run.x(len(job.tables) - 1), x, outer, out)
@@ -334,6 +334,11 @@ class Sampler:
     def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
         if self.backend != "naive" and isinstance(self.frame, TorchFrame):
             return self.frame.torch.no_grad()  # type: ignore[no-any-return]
+        return contextlib.nullcontext()
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.frame, TorchFrame) and self.frame.device.startswith("cuda"):
+            return self.frame.torch.cuda.device(self.frame.device)  # type: ignore[no-any-return]
         return contextlib.nullcontext()
 
     def _latent(self, x: Array | None, outer: Frame | None) -> Any:

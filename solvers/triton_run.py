@@ -14,6 +14,7 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.engine import Job, NoiseSource, outside_noise
+from fewstep.solvers.graph import Graphs, capture_api
 from fewstep.solvers.program import Op
 from fewstep.solvers.tables import StageTable, init_table
 
@@ -79,7 +80,7 @@ class _Mirror:
     """A tensor on the device that the host rewrites without waiting for the device."""
 
     def __init__(self, values: np.ndarray, frame: TorchFrame, dtype: str | None = None) -> None:
-        torch = frame.torch
+        self.torch = torch = frame.torch
         self.on_gpu = frame.device != "cpu"
         host = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype or str(values.dtype)))
         self.host = host.pin_memory() if self.on_gpu else host.clone()
@@ -90,7 +91,7 @@ class _Mirror:
     def set(self, values: np.ndarray) -> None:
         if self.sent is not None:
             self.sent.synchronize()  # the copy before this one has left the pinned memory
-        np.copyto(self.host.numpy(), values, casting="same_kind")
+        self.host.copy_(self.torch.from_numpy(np.ascontiguousarray(values)))
         self._send()
 
     def _send(self) -> None:
@@ -130,6 +131,8 @@ class TritonRun:
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()
+        cuda = capture_api(self.frame)
+        self.graphs = Graphs(self, cuda) if cuda is not None else None
 
     def _warm(self) -> None:
         """Compile every variant now, by launching each once on memory that no run has claimed yet."""
@@ -141,7 +144,7 @@ class TritonRun:
             self._stage([raw] * len(branches), copies)
             self.counter.zero_()
         self._draw_latent()
-        self._release()
+        self.release()
 
     def variant(self, k: int) -> tuple[tuple[int, ...], int]:
         """The branches that stage k calls, and the copies of the model input that it writes for the next."""
@@ -150,10 +153,27 @@ class TritonRun:
 
     # --- a run ---
 
-    def load(self, x: Array | None, streams: np.ndarray | None) -> None:
-        """What the host gives a run, into the device's memory. Later work of other streams waits for the run before."""
+    def claim(self) -> None:
+        """What this stream does next waits for the run before, on whichever stream that was."""
         if self.free is not None:
             self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
+
+    def adopt(self, job: Job) -> bool:
+        """Take over another job of the same structure: new numbers in the same tables, the same graphs. Or False."""
+        if signature(job) != signature(self.job):
+            return False
+        self.claim()
+        tables = device_tables(job)
+        for mirror, values in zip((self.numbers, self.indices, self.times), tables, strict=True):
+            mirror.set(values)
+        self.sigma.set(np.full(1, job.start.sigma, np.float32))
+        self.job = job
+        self.release()
+        return True
+
+    def load(self, x: Array | None, streams: np.ndarray | None) -> None:
+        """What the host gives a run, into the device's memory."""
+        self.claim()
         if streams is not None:
             self.streams.set(streams.astype(np.int64))
         if x is not None:
@@ -228,9 +248,6 @@ class TritonRun:
     # --- results ---
 
     def release(self) -> None:
-        self._release()
-
-    def _release(self) -> None:
         if self.free is not None:
             self.free.record(self.torch.cuda.current_stream(self.frame.device))
 
@@ -254,6 +271,18 @@ def structure(job: Job) -> Any:
         clip=job.denoiser.clip is not None,
         noise=any(table.draw is not None for table in tables),
     )
+
+
+def signature(job: Job) -> tuple[Any, ...]:
+    """Everything that a recorded graph of a job depends on; its numbers are not part of it."""
+    program, denoiser = job.program, job.denoiser
+    stages = tuple((table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables))
+    clip = denoiser.clip if denoiser.clip is None or isinstance(denoiser.clip, (int, float)) else type(denoiser.clip)
+    return (
+        structure(job), stages, program.buffers, program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
+        denoiser.variance, clip is None, isinstance(clip, type), bool(denoiser.rescale), job.shape, job.model_dtype,
+        job.frame.dtype_of(job.times[0]),
+    )  # fmt: skip
 
 
 def check(job: Job) -> None:

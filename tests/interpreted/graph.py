@@ -1,0 +1,320 @@
+"""Graph mode against a stand-in for CUDA's capture API. No GPU is involved, and nothing here proves that one works.
+
+The stand-in records what runs inside `cuda.graph(...)`, torch operators and Triton launches, as a tape of operations
+on the tensors that they met, and `replay` runs the tape again. So it does show what a graph would: an operation on the
+host (a Python number, a table read there) is not on the tape, and a replay with other seeds, schedules or conditions
+comes out wrong unless all of it is read from memory that the recorded operations share. It shows the order of calls on
+the API as well. What it cannot show: streams, events, memory pools, what CUDA itself refuses to record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fewstep as fs
+from fewstep.kernels import triton_noise, triton_step
+from fewstep.solvers import graph as graph_module
+from fewstep.solvers import triton_run
+
+VP = fs.VP.linear()
+SHAPE = (2, 1, 3, 3)
+KERNELS = [(triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel")]
+
+
+class Tape(TorchDispatchMode):
+    """Records torch operators; `launches` (below) adds the Triton kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        out = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, out))
+        return out
+
+    def run(self) -> None:
+        for func, args, kwargs, out in self.operations:
+            new = func(*args, **kwargs)
+            for old, fresh in zip(
+                torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(new), strict=True
+            ):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != fresh.data_ptr():
+                    old.copy_(fresh)  # a graph's temporaries live at fixed addresses
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.tape = cuda, Tape()
+
+    def replay(self) -> None:
+        self.cuda.log.append("replay")
+        self.tape.run()
+
+    def reset(self) -> None:
+        self.cuda.log.append("reset")
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda, name: str) -> None:
+        self.cuda, self.name = cuda, name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.cuda.log.append(f"{self.name} waits for {other.name}")
+
+
+class FakeCuda:
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.recording: Tape | None = None
+
+    def Stream(self, device: Any) -> FakeStream:  # noqa: N802
+        return FakeStream(self, "side")
+
+    def current_stream(self, device: Any) -> FakeStream:
+        return FakeStream(self, "current")
+
+    @contextlib.contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        self.log.append(f"on {stream.name}")
+        yield
+        self.log.append(f"off {stream.name}")
+
+    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
+        return FakeGraph(self)
+
+    def graph_pool_handle(self) -> str:
+        self.log.append("pool")
+        return "pool"
+
+    @contextlib.contextmanager
+    def graph(self, graph: FakeGraph, *, pool: str, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, stream.name, capture_error_mode) == ("pool", "side", "thread_local")
+        self.log.append("record")
+        self.recording = graph.tape
+        try:
+            with graph.tape:
+                yield
+        finally:
+            self.recording = None
+
+
+class Launcher:
+    """A Triton kernel whose launches go onto the tape that is recording."""
+
+    def __init__(self, kernel: Any, cuda: FakeCuda) -> None:
+        self.kernel, self.cuda = kernel, cuda
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            tape = self.cuda.recording
+            if tape is None:
+                self.kernel[grid](*args, **kwargs)
+                return
+            tape.operations.append((lambda *a, **k: self.kernel[grid](*a, **k), args, kwargs, None))
+            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own torch calls
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture(autouse=True)
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(triton_step, "block", lambda: (16, 4))
+    monkeypatch.setattr(graph_module, "WARM_UPS", 1)
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, Launcher(getattr(module, name), fake))
+    for module in (graph_module, triton_run, __import__("fewstep.solvers.loop", fromlist=["loop"])):
+        monkeypatch.setattr(module, "capture_api", lambda frame: fake)
+    return fake
+
+
+class Net(torch.nn.Module):
+    """Counts its calls, which a replay does not make."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+        self.calls += 1
+        shift = c.reshape(-1, 1, 1, 1) if isinstance(c, torch.Tensor) else c
+        return x / (1.0 + x * x) + 0.3 * x + shift + t.reshape(-1, 1, 1, 1) / 4096.0
+
+
+def conditions(a: float, b: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return {"c": torch.full((2,), a)}, {"c": torch.tensor([b, -b])}
+
+
+def sampler(
+    net: torch.nn.Module, plan: fs.Plan, graph: str, guidance: Any = None, backend: str = "triton"
+) -> fs.Sampler:
+    return fs.Sampler(fs.Denoiser(net, VP, guidance=guidance), plan, SHAPE, backend=backend, graph=graph)
+
+
+def plan(steps: int = 3, solver: str = "dpmpp_2m_sde", **options: Any) -> fs.Plan:
+    return fs.plan(solver, fs.grid(VP, steps, "karras", **options))
+
+
+def oracle(plan: fs.Plan, guidance: Any = None) -> fs.Sampler:
+    return sampler(Net(), plan, "auto", guidance, "naive")
+
+
+def test_the_tape_tells_memory_from_host_values(cuda: FakeCuda) -> None:
+    """The stand-in itself: a number read from a tensor's memory follows it, one held by Python does not."""
+    a, out, number = torch.ones(2), torch.zeros(2), 3.0
+    g = cuda.CUDAGraph()
+    with cuda.graph(g, pool="pool", stream=FakeStream(cuda, "side"), capture_error_mode="thread_local"):
+        out.copy_(a * 2.0 + number)
+    a.fill_(10.0)
+    number = 0.0
+    g.replay()
+    assert torch.equal(out, torch.full((2,), 23.0))
+    with (
+        pytest.raises(RuntimeError, match="not permitted"),
+        cuda.graph(cuda.CUDAGraph(), pool="pool", stream=FakeStream(cuda, "side"), capture_error_mode="thread_local"),
+    ):
+        a.sum().item()
+
+
+@pytest.mark.parametrize("mode", ["loop", "step"])
+def test_replays_are_the_eager_numbers(mode: str, cuda: FakeCuda) -> None:
+    """Other seeds, latents, conditions, schedules and guidance scales through one recording."""
+    net = Net()
+    guided = sampler(net, plan(), mode, guidance=2.0)
+    cond = conditions(0.1, 0.5)
+    assert torch.equal(guided(seed=1, cond=cond), oracle(plan(), 2.0)(seed=1, cond=cond))
+    calls, records = net.calls, cuda.log.count("record")
+    assert records == 1
+
+    other = conditions(-0.3, 0.2)
+    assert torch.equal(guided(seed=2, cond=other), oracle(plan(), 2.0)(seed=2, cond=other))
+    assert torch.equal(guided(seed=[5, 2**40], cond=cond), oracle(plan(), 2.0)(seed=[5, 2**40], cond=cond))
+    later = plan(rho=3.0)
+    guided.update(later, guidance=4.5)
+    assert torch.equal(guided(seed=1, cond=cond), oracle(later, 4.5)(seed=1, cond=cond))
+    assert (net.calls, cuda.log.count("record")) == (calls, records)
+
+    x = 3.0 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    for _ in range(2):  # the loop over a given latent is one more graph, once
+        assert torch.equal(guided(x, seed=3, cond=cond), oracle(later, 4.5)(x, seed=3, cond=cond))
+    assert torch.equal(x, kept)
+    assert cuda.log.count("record") == (2 if mode == "loop" else 1)
+
+
+def test_launches_and_their_order(cuda: FakeCuda) -> None:
+    looped = sampler(Net(), plan(), "loop")
+    looped(seed=0)
+    warm = ["side waits for current", "on side", "off side", "current waits for side"]
+    assert cuda.log == [*warm, "pool", "record", "replay"]
+    cuda.log.clear()
+    looped(seed=1)
+    assert cuda.log == ["replay"]  # one launch a sample
+    cuda.log.clear()
+    sampler(Net(), plan(), "step")(seed=0)
+    assert cuda.log == [*warm, "pool", "record", *["replay"] * 3]
+
+
+def test_callbacks_see_every_step(cuda: FakeCuda) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, made in (("ours", sampler(Net(), plan(), "step")), ("theirs", oracle(plan()))):
+        steps = seen.setdefault(name, [])
+        made(seed=4, callback=lambda info, steps=steps: steps.extend([info.x.clone(), info.x0.clone()]))
+    assert cuda.log.count("replay") == 3
+    assert len(seen["ours"]) == 6
+    for a, b in zip(seen["ours"], seen["theirs"], strict=True):
+        assert torch.equal(a, b)
+    looped = sampler(Net(), plan(), "loop")
+    for watch in ({"callback": lambda info: None}, {"progress": True}):
+        with pytest.raises(ValueError, match=r"graph='loop' runs a whole sample in one launch.*use graph='step'"):
+            looped(seed=4, **watch)
+    auto = sampler(Net(), plan(), "auto")
+    cuda.log.clear()
+    auto(seed=4, callback=lambda info: None)
+    assert cuda.log.count("replay") == 3
+
+
+def test_guidance_for_a_part_of_the_way_has_a_graph_each(cuda: FakeCuda) -> None:
+    cfg = fs.CFG(3.0, start=0.25, stop=0.6)
+    cond = conditions(0.1, 0.5)
+    assert torch.equal(sampler(Net(), plan(4), "step", cfg)(seed=1, cond=cond), oracle(plan(4), cfg)(seed=1, cond=cond))
+    # condition alone -> guided -> guided -> alone -> alone: four kinds of stage
+    assert cuda.log.count("record") == 4
+    assert cuda.log.count("replay") == 4
+
+
+class Syncing(Net):
+    def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+        if t.sum().item() < 0:
+            raise AssertionError
+        return super().forward(x, t, c)
+
+
+def test_a_model_that_cannot_be_recorded(cuda: FakeCuda) -> None:
+    for mode in ("loop", "step"):
+        with pytest.raises(graph_module.CaptureError, match=r"captured: CUDA error.*not permitted.*use graph='off'"):
+            sampler(Syncing(), plan(), mode)(seed=0)
+    auto = sampler(Syncing(), plan(), "auto")
+    with pytest.warns(RuntimeWarning, match=r"falls back to 'off'.*not permitted") as caught:
+        found = auto(seed=0)
+    assert len(caught) == 1
+    assert torch.equal(found, oracle(plan())(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(auto(seed=1), oracle(plan())(seed=1))
+
+
+def test_the_line_that_stopped_a_recording_is_named() -> None:
+    """The user's own, under torch's, and what broke the capture rather than what ending it raised on top."""
+    try:
+        try:
+            torch.nn.functional.linear(torch.ones(2), torch.ones(3, 3))  # the culprit
+        finally:
+            raise RuntimeError("capture ended")
+    except RuntimeError as error:
+        text = graph_module.culprit(error)
+    assert "capture ended" not in text
+    assert "torch.nn.functional.linear(torch.ones(2), torch.ones(3, 3))" in text
+
+
+def test_noise_from_outside_runs_eagerly(cuda: FakeCuda) -> None:
+    z = torch.randn(5, *SHAPE, generator=torch.Generator().manual_seed(0))
+    noise = lambda draw, at, to, shape: z[draw]  # noqa: E731
+    assert torch.equal(sampler(Net(), plan(), "auto")(seed=0, noise=noise), oracle(plan())(seed=0, noise=noise))
+    assert "replay" not in cuda.log
+    with pytest.raises(ValueError, match="noise= is called on the host"):
+        sampler(Net(), plan(), "loop")(seed=0, noise=noise)
+
+
+def test_old_graphs_are_freed(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conditions of ever new kinds: the latest LIMIT recordings stay."""
+    monkeypatch.setattr(graph_module, "LIMIT", 2)
+    one = sampler(Net(), plan(1, "ddim"), "loop")
+    for i in range(graph_module.LIMIT + 2):
+        found = one(seed=0, cond={"c": 0.01 * i})  # a Python number is a part of the graph
+        assert torch.equal(found, oracle(plan(1, "ddim"))(seed=0, cond={"c": 0.01 * i}))
+    assert cuda.log.count("record") == graph_module.LIMIT + 2
+    assert cuda.log.count("reset") == 2
+    one(seed=0, cond={"c": 0.01 * i})
+    assert cuda.log.count("record") == graph_module.LIMIT + 2
+    one(seed=0, cond={"c": 0.0})
+    assert cuda.log.count("record") == graph_module.LIMIT + 3
+
+
+def test_another_structure_is_recorded_anew(cuda: FakeCuda) -> None:
+    made = sampler(Net(), plan(), "loop")
+    made(seed=0)
+    for new in (plan(2), plan(2, "unipc")):
+        made.update(new)
+        assert torch.equal(made(seed=0), oracle(new)(seed=0))
+    assert cuda.log.count("record") == 3
