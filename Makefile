@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test lint format bench ranking weights clean
+.PHONY: help setup demo test lint format bench ranking weights distill-report clean
 
 help:            ## what there is
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
 
 setup: $(STAMP)  ## make .venv and install the project with every extra that CI needs
 
@@ -49,6 +49,9 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 	$(BIN)/python -m fewstep.train_digits
+
+distill-report: setup ## train every distillation run and write docs/distill/results.md (under an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m fewstep.distill_report
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

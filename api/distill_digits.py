@@ -161,7 +161,7 @@ DIGITS_RECIPES: Mapping[str, Callable[[Settings], DigitsRecipe]] = {
     "progressive": Progressive,
     "latent_consistency": LatentConsistency,
 }
-STEPS = {"progressive": 1500, "latent_consistency": 1500}
+STEPS = {"progressive": 800, "latent_consistency": 800}
 
 
 # --- judging images ---

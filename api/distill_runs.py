@@ -539,11 +539,11 @@ RING_RECIPES: Mapping[str, Callable[[Settings], RingRecipe]] = {
     "adversarial": Adversarial,
 }
 STEPS = {
-    "progressive": 7500,
-    "guided": 2500,
+    "progressive": 4000,
+    "guided": 1000,
     "consistency": 5000,
     "improved_consistency": 6000,
-    "rectified": 9000,
-    "distribution_matching": 2000,
-    "adversarial": 8000,
+    "rectified": 4500,
+    "distribution_matching": 1200,
+    "adversarial": 6000,
 }

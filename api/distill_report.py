@@ -1,0 +1,223 @@
+"""Every distillation run over again, and the page of what came out: ``python -m fewstep.distill_report``.
+
+Runs that are finished are not repeated, and one that was stopped goes on: remove the work folder to begin anew. The
+page, docs/distill/results.md, and the pictures beside it are written from the runs' own results.json files alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fewstep.distill_command import finish, make_recipe
+from fewstep.distill_training import CHECKPOINT, train
+from fewstep.solvers.files import write_whole
+
+SEEDS = (0, 1, 2)
+
+
+class Run(NamedTuple):
+    """One line of the plan: what is trained, and under which name its folder goes."""
+
+    problem: str
+    method: str
+    seed: int
+    options: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.problem, self.method, str(self.seed), *(f"{k}{v}" for k, v in self.options)])
+
+
+def plan(seeds: Iterable[int] = SEEDS) -> list[Run]:
+    """All runs: the ring for each seed, digits once."""
+    ring: list[tuple[str, tuple[tuple[str, int], ...]]] = [
+        ("guided", ()),
+        ("guided", (("deaf", 1),)),
+        ("consistency", ()),
+        ("improved_consistency", ()),
+        ("rectified", ()),
+        ("progressive", ()),
+        ("distribution_matching", ()),
+        ("distribution_matching", (("critic_steps", 1),)),
+        ("adversarial", ()),
+    ]
+    runs = [Run("ring", method, seed, options) for seed in seeds for method, options in ring]
+    return [Run("digits", method, 0) for method in ("progressive", "latent_consistency")] + runs
+
+
+def execute(runs: Iterable[Run], work: Path) -> None:
+    """Train and judge what has no results yet, one line each."""
+    for run in runs:
+        out = work / run.name
+        if (out / "results.json").exists():
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        recipe = make_recipe(run.method, run.problem, seed=run.seed, options=dict(run.options))
+        begin = time.perf_counter()
+        done = train(recipe, out, resume=(out / CHECKPOINT).exists())
+        if done < recipe.settings.steps:
+            sys.exit(f"stopped in {run.name} after {done} steps; run the same command to go on")
+        outcome = finish(recipe, out, time.perf_counter() - begin)
+        met = sum(check.met for check in outcome.checks)
+        print(f"{run.name}: {met} of {len(outcome.checks)} checks met, {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def collect(runs: Iterable[Run], work: Path) -> dict[Run, dict[str, Any]]:
+    """The results of the finished runs."""
+    return {r: json.loads(path.read_text()) for r in runs if (path := work / r.name / "results.json").exists()}
+
+
+def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
+    """docs/distill/results.md."""
+    lines = [
+        "# Distillation: measured",
+        "",
+        "Written by `make distill-report` from the runs' own results; every number is of the last weights (or their",
+        "average) at the end of the training. SWD is the sliced Wasserstein-2 distance of 4096 samples to 4096 draws",
+        "of the data over 128 directions.",
+        "",
+        "## Points: a ring of eight Gaussians, exact teacher, 3 x 128 perceptron",
+        "",
+    ]
+    ring = {run: r for run, r in results.items() if run.problem == "ring"}
+    for method, options in dict.fromkeys((run.method, run.options) for run in ring):
+        own = [r for run, r in ring.items() if (run.method, run.options) == (method, options)]
+        seeds = [run.seed for run in ring if (run.method, run.options) == (method, options)]
+        told = "".join(f", {k} = {v}" for k, v in options)
+        first = own[0]["settings"]
+        lines += [
+            f"### {method.replace('_', ' ')}{told}",
+            "",
+            f"{first['steps']} steps of {first['batch']}, seeds {', '.join(map(str, seeds))}.",
+            "",
+        ]
+        lines += _ring_rows(own)
+        lines += _checks(own, seeds)
+    lines += _critics(ring)
+    lines += _digits({run: r for run, r in results.items() if run.problem == "digits"})
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]] + [""]
+
+
+def _ring_rows(own: list[Mapping[str, Any]]) -> list[str]:
+    names = list(own[0]["rows"][0])
+    rows = []
+    for i, row in enumerate(own[0]["rows"]):
+        cells = []
+        for name in names:
+            values = [r["rows"][i][name] for r in own]
+            cells.append(str(row[name]) if name in ("nfe", "w") else _spread(values))
+        rows.append(cells)
+    return _table(names, rows)
+
+
+def _spread(values: list[float]) -> str:
+    """The median, and the ends where there are several."""
+    middle = f"{statistics.median(values):.4g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
+
+
+def _checks(own: list[Mapping[str, Any]], seeds: list[int]) -> list[str]:
+    rows = []
+    for i, check in enumerate(own[0]["checks"]):
+        values = [r["checks"][i]["value"] for r in own]
+        missed = [str(s) for s, r in zip(seeds, own, strict=True) if not r["checks"][i]["met"]]
+        bound = f"{'>=' if check['least'] else '<='} {check['bound']:.3g}"
+        rows.append(
+            [check["name"], _spread(values), bound, "met" if not missed else f"**missed** (seed {', '.join(missed)})"]
+        )
+    return _table(["check", "value", "bound", ""], rows) if rows else []
+
+
+def _critics(ring: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+    """Five critic updates against one, seed by seed: a check over two runs."""
+    rows = []
+    for run, r in ring.items():
+        other = ring.get(run._replace(options=(("critic_steps", 1),)))
+        if run.method == "distribution_matching" and not run.options and other is not None:
+            values = [v["rows"][0]["swd"] for v in (r, other)]
+            ratio = values[0] / values[1]
+            verdict = "met" if ratio <= 0.6 else "**missed**"
+            rows.append([str(run.seed), *(f"{v:.4g}" for v in values), f"{ratio:.3g}", "<= 0.6", verdict])
+    if not rows:
+        return []
+    head = ["seed", "SWD, 5 critic updates", "SWD, 1", "ratio", "bound", ""]
+    return ["### distribution matching: how many critic updates", "", *_table(head, rows)]
+
+
+def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+    if not results:
+        return []
+    lines = [
+        "## Images: 8x8 digits, the shipped network as teacher",
+        "",
+        "Each student against the teacher's best of twelve solvers and spacings at as many calls, on the same latents",
+        "and classes. The classifier sees class means as perfect digits: its accuracy alone says nothing of variety,",
+        "which the energy distance to the held-out images and the Frechet distance of its features do.",
+        "",
+    ]
+    for run, r in results.items():
+        title = run.method.replace("_", " ")
+        s = r["settings"]
+        lines += [
+            f"### {title}",
+            "",
+            f"{s['steps']} steps of {s['batch']}, {r['seconds']:.0f} s, seed {s['seed']}.",
+            "",
+        ]
+        head = ["calls", "", "energy distance", "accuracy", "feature distance"]
+        rows = []
+        for row in r["rows"]:
+            keys = ("energy_distance", "accuracy", "feature_distance")
+            rows.append([str(row["nfe"]), "student", *(f"{row[k]:.4g}" for k in keys)])
+            rows.append(["", f"teacher, {row['teacher']}", *(f"{row[f'teacher {k}']:.4g}" for k in keys)])
+        lines += _table(head, rows)
+        missed = [c["name"] for c in r["checks"] if not c["met"]]
+        lines += ["Not better than the teacher's best: " + ("; ".join(missed) if missed else "nothing") + ".", ""]
+        names = [f"digits-{run.method}-{row['nfe']}.png" for row in r["rows"]]
+        lines += [" ".join(f"![{title}, {n.split('-')[-1][:-4]} calls]({n})" for n in names), ""]
+    return lines
+
+
+def write(results: Mapping[Run, Mapping[str, Any]], work: Path, docs: Path) -> None:
+    """The page and the digits' pictures."""
+    docs.mkdir(parents=True, exist_ok=True)
+    for run, r in results.items():
+        for row in r["rows"] if run.problem == "digits" else []:
+            picture = work / run.name / f"samples_{row['nfe']}.png"
+            target = docs / f"digits-{run.method}-{row['nfe']}.png"
+            write_whole(target, lambda to, picture=picture: shutil.copyfile(picture, to))  # type: ignore[misc]
+    write_whole(docs / "results.md", lambda to: to.write_text(page(results), encoding="utf-8"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m fewstep.distill_report", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("build/distill"), help="folder of the runs")
+    parser.add_argument("--docs", type=Path, default=Path("docs/distill"), help="folder of the page")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds on the ring")
+    parser.add_argument("--collect", action="store_true", help="train nothing: write the page of what is finished")
+    args = parser.parse_args(argv)
+    runs = plan(range(args.seeds))
+    if not args.collect:
+        execute(runs, args.work)
+    results = collect(runs, args.work)
+    if not results:
+        parser.error(f"no finished run in {args.work}")
+    write(results, args.work, args.docs)
+    print(f"{len(results)} of {len(runs)} runs -> {args.docs / 'results.md'}")
+
+
+if __name__ == "__main__":
+    main()
