@@ -6,7 +6,8 @@ A deterministic plan, unrolled, says what each call sees as a combination of the
                                                           prediction of call j
 
 (the non-stationary form of Shaul et al. 2024). Plans of as many calls then differ in numbers alone, so that the
-network takes P B samples in each call and all updates together are one matrix product, in float64.
+network takes P B samples in each call and all updates together are one matrix product, in float64. Calls that a plan
+has in common with the first one are not made again: of the plans that make a Jacobian, most differ in late steps alone.
 """
 
 from __future__ import annotations
@@ -73,6 +74,14 @@ def unroll_stages(stages: Sequence[Stage], sigma: float) -> Unrolled:
     return Unrolled(tuple(s.at for s in stages), np.stack(w), tuple(s.done for s in stages))
 
 
+def _shared(plan: Unrolled, other: Unrolled) -> int:
+    """How many first calls of two plans are the same: made at the same point, on the same combination."""
+    for k, (p, q) in enumerate(zip(plan.points, other.points, strict=True)):
+        if p != q or not np.array_equal(plan.w[k], other.w[k]):
+            return k
+    return plan.nfe
+
+
 def latents(count: int, shape: Sequence[int], seed: int, first_sample: int = 0) -> Array:
     """The unit normals that `Sampler` scales for (seed, first_sample + i): float64 (count, *shape)."""
     size = int(np.prod(shape))
@@ -124,39 +133,51 @@ class Ensemble:
         for i, plan in enumerate(plans):
             groups.setdefault(plan.done, []).append(i)
         for done, members in groups.items():
-            room = max(1, min(self.batch, _HISTORY // ((len(done) + 1) * self.z.shape[1])))
-            rows = min(room, len(index))
-            wide = max(1, room // rows)
+            # Those that part from the first late come last, so that those still to be run are a leading part.
+            shared = [0, *(_shared(plans[i], plans[members[0]]) for i in members[1:])]
+            order = sorted(range(len(members)), key=lambda j: shared[j])
+            chosen = [members[j] for j in order]
+            rows = max(1, _HISTORY // (len(chosen) * (len(done) + 1) * self.z.shape[1]))
             for first in range(0, len(index), rows):
                 part = index[first : first + rows]
-                for start in range(0, len(members), wide):
-                    chosen = members[start : start + wide]
-                    found = self._run([plans[i] for i in chosen], part)
-                    out[chosen, first : first + rows] = found[:, :, elements]
+                found = self._run([plans[i] for i in chosen], [shared[j] for j in order], part)
+                out[chosen, first : first + rows] = found[:, :, elements]
         return out
 
-    def _run(self, plans: Sequence[Unrolled], samples: Array) -> Array:
-        """One batch of P b samples through all calls: (P, b, elements)."""
+    def _run(self, plans: Sequence[Unrolled], shared: Sequence[int], samples: Indices) -> Array:
+        """P plans on b samples through all calls: (P, b, elements).
+
+        shared  how many first calls each plan has in common with plans[0], ascending: they are made once
+        """
         frame, count, b = self.frame, len(plans), len(samples)
         nfe, done = plans[0].nfe, plans[0].done
-        everyone = np.tile(samples, count)
-        cond = spread_conditions(self.denoiser, frame, self.cond, everyone.tolist())
-        shape = (count * b, *self.sample)
-        batch = Batch(self.denoiser, frame, "naive", "float64", shape, cond)
         w = frame.array(np.stack([plan.w for plan in plans]), "float64")  # (P, N + 1, N + 1)
         history = frame.empty((count, nfe + 1, b * self.z.shape[1]), "float64")
         history[:, 0] = frame.array(self.z[samples].reshape(1, -1), "float64")
-        steps, row = 0, [{"D": {PREDICTION: 1.0}}] * (count * b)
+        steps = 0
         with self._no_grad():
             for k in range(nfe):
-                u = self._seen(w, history, k).reshape(count * b, -1)
-                points = [plan.points[k] for plan in plans for _ in range(b)]
-                outputs = batch.call(range(count * b), u, points, [steps / sum(done)] * (count * b))
-                history[:, k + 1] = batch.map(row, {SEEN: u}, outputs)["D"].reshape(count, -1)
+                own = 1 + sum(s <= k for s in shared[1:])
+                u = self._seen(w[:own], history[:own], k).reshape(own * b, -1)
+                points = [plan.points[k] for plan in plans[:own] for _ in range(b)]
+                everyone = np.tile(samples, own).tolist()
+                for first in range(0, own * b, self.batch):
+                    part = slice(first, first + self.batch)
+                    u[part] = self._predict(u[part], points[part], everyone[part], steps / sum(done))
+                history[:own, k + 1] = u.reshape(own, -1)
+                history[own:, k + 1] = history[0, k + 1]
                 steps += done[k]
             end = frame.to_numpy(self._seen(w, history, nfe))
-        self.calls += nfe * count * b
         return end.reshape(count, b, -1)
+
+    def _predict(self, u: Any, points: Sequence[Point], samples: Sequence[int], progress: float) -> Any:
+        """The x0 prediction of each row of u (n, elements), row i at points[i] with the condition of samples[i]."""
+        n = len(points)
+        cond = spread_conditions(self.denoiser, self.frame, self.cond, samples)
+        batch = Batch(self.denoiser, self.frame, "naive", "float64", (n, *self.sample), cond)
+        outputs = batch.call(range(n), u, points, [progress] * n)
+        self.calls += n
+        return batch.map([{"D": {PREDICTION: 1.0}}] * n, {SEEN: u}, outputs)["D"]
 
     @staticmethod
     def _seen(w: Any, history: Any, k: int) -> Any:

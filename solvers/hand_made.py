@@ -36,6 +36,17 @@ class Candidate:
     unrolled: Unrolled
 
     @property
+    def named(self) -> dict[str, Any]:
+        """What makes the plan again, as JSON's own types."""
+        return {
+            "solver": self.solver,
+            "options": dict(self.options),
+            "spacing": self.spacing,
+            "spacing_options": dict(self.spacing_options),
+            "steps": self.plan.grid.steps,
+        }
+
+    @property
     def label(self) -> str:
         def named(name: str, options: Mapping[str, Any]) -> str:
             return name + "".join(f" {k}={v}" for k, v in options.items())
@@ -73,11 +84,9 @@ def solvers() -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     for name in list_solvers():
         own = get_solver(name).options
-        choices: list[dict[str, Any]] = [{}]
+        found.append((name, {}))
         for option, values in _VARIANTS.items():
-            if option in own:
-                choices += [{**c, option: v} for c in choices for v in values if v != own[option] and option not in c]
-        found += [(name, c) for c in choices]
+            found += [(name, {option: value}) for value in values if option in own and value != own[option]]
     return found
 
 

@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ REFERENCE_CALLS = 128
 # Difference quotients: large enough for the rounding of the network's dtype, small beside the numbers' size of one.
 _DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 3e-2, "bfloat16": 3e-2}
 _STARTS = 3
-_FIRST, _POLISH = 8, 16  # evaluations of a start, and of the winner
+_FIRST, _POLISH = 7, 12  # evaluations of a start, and of the winner
 _DROPPED = 6  # one training seed in so many: those that the start sends to another mode
 _ELEMENTS = 2048  # of a sample that the fit looks at; validation looks at all
 
@@ -154,6 +154,9 @@ class Study:
         found: Array = errors(self.ensemble, [plan], self.target, self.splits[split])[0]
         return found
 
+    def rmse(self, plan: Unrolled, split: str = "validation") -> float:
+        return statistics(self.errors(plan, split))["rmse"]
+
 
 def study(
     denoiser: Any,
@@ -214,6 +217,7 @@ class Fit:
     numbers: Array
     loss: float = np.inf
     samples: Indices = field(init=False)
+    _validated: tuple[float, float] = (np.nan, np.nan)
 
     def __post_init__(self) -> None:
         train = np.array(self.study.splits["train"])
@@ -233,6 +237,12 @@ class Fit:
     def _residual(self, numbers: Array) -> Array:
         found = self.study.ensemble.ends([self.form(numbers)], self.samples, self.elements)[0]
         return np.asarray((found - self.target).ravel() / np.sqrt(self.target.size))
+
+    def validation(self) -> float:
+        """The RMSE of the best numbers so far on the validation seeds."""
+        if self._validated[0] != self.loss:
+            self._validated = self.loss, self.study.rmse(self.form(self.numbers))
+        return self._validated[1]
 
     def run(self, evaluations: int, tolerance: float) -> None:
         """Levenberg-Marquardt from the numbers on; they are the best seen, also after an interruption.
@@ -323,7 +333,7 @@ def tune(
                dimensions, 256 in two
     base       the rule to start from, one of `tuned.BASES`; "auto": the three best on this denoiser; or a tuned plan
                to go on from
-    decouple   whether the level that the network is told may differ from the sample's; "auto": up to 6 calls
+    decouple   whether the level that the network is told may differ from the sample's; "auto": with what="all"
     what       "all", or "times": the base rule's own coefficients at fitted times
     reference  a plan, or a callable from latents (n, ...) at the process's first point to ODE end points (n, ...);
                by default UniPC-3 in 128 calls
@@ -360,10 +370,6 @@ def tune(
     resumed = rule_of(base) if isinstance(base, Plan) else None
     scipy_optimize()
     say = progress if callable(progress) else _to_stderr if progress else _silent
-    wide = nfe <= 6 if decouple == "auto" else bool(decouple)
-    if what == "times":
-        wide = wide and decouple is True
-
     made = study(
         denoiser,
         nfe,
@@ -377,78 +383,85 @@ def tune(
         cache=cache,
         say=say,
     )
-    hand = min(made.ranked[:12], key=lambda r: _rmse(made, r.candidate.unrolled))
-    hand_error = _rmse(made, hand.candidate.unrolled)
-    say(f"best hand-made: {hand.candidate.label}, validation RMSE {hand_error:.5f}")
-    fits: list[Fit] = []
-    complete = True
-    try:
-        if resumed is not None:
-            fits.append(Fit(made, *resumed))
-        else:
-            for rule, numbers in _starts(made, base, nfe, what):
-                fit = Fit(made, rule, numbers)
-                fits.append(fit)
-                fit.run(_FIRST, 1e-2)
-                say(f"{rule.base} {dict(rule.options) or ''}: validation RMSE {_rmse(made, fit.form(fit.numbers)):.5f}")
-        for decoupled in (False, True) if wide else (False,):
-            best = min(fits, key=lambda f: _rmse(made, f.form(f.numbers)))
-            widened = decoupled and not best.rule.decouple
-            fit = Fit(made, *(best.rule.widen(best.numbers) if widened else (best.rule, best.numbers)))
-            fits.append(fit)
-            fit.run(_POLISH, 1e-3)
-            say(f"polished: validation RMSE {_rmse(made, fit.form(fit.numbers)):.5f}")
-    except KeyboardInterrupt:
-        complete = False
-        say("interrupted: keeping the best so far")
-    ordered = sorted(fits, key=lambda f: _rmse(made, f.form(f.numbers)))
-    won = bool(ordered) and _rmse(made, ordered[0].form(ordered[0].numbers)) < hand_error
-    form = ordered[0].form(ordered[0].numbers) if won else hand.candidate.unrolled
-    record = {
-        **made.identity,
-        "hand": {
-            "solver": hand.candidate.solver,
-            "options": dict(hand.candidate.options),
-            "spacing": hand.candidate.spacing,
-            "spacing_options": dict(hand.candidate.spacing_options),
-        },
-        "errors": {
-            name: {split: statistics(made.errors(f, split)) for split in made.splits}
-            for name, f in (("tuned", form), ("hand", hand.candidate.unrolled))
-        },
-        "reference_error": made.reference_error,
-        "fitted": won,
-        "complete": complete,
-        "calls": made.ensemble.calls,
-        "seconds": round(time.perf_counter() - begin, 1),
-    }
-    if won:
-        return ordered[0].rule.plan(ordered[0].numbers, record)
-    plan = hand.candidate.plan
-    return Plan(plan.solver, plan.grid, plan.stages, plan.init, {**plan.options, "tuning": record}, plan.noise_scale)
+    wide = what == "all" if decouple == "auto" else bool(decouple)
+    starts = [resumed] if resumed is not None else starts_of(made, str(base), nfe, what, wide)
+    plan = fit_plan(made, starts, say)
+    record = {**plan.options["tuning"], "seconds": round(time.perf_counter() - begin, 1)}
+    return replace(plan, options={**plan.options, "tuning": record})
 
 
-def _rmse(made: Study, form: Unrolled) -> float:
-    return statistics(made.errors(form, "validation"))["rmse"]
+def best_hand_made(made: Study) -> Ranked:
+    """The best on the validation seeds of those that lead on the training seeds."""
+    return min(made.ranked[:12], key=lambda r: made.rmse(r.candidate.unrolled))
 
 
-def _starts(made: Study, base: str | Plan, nfe: int, what: str) -> list[tuple[Rule, Array]]:
+def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> list[tuple[Rule, Array]]:
     """The best plan of each rule that can be tuned, on this denoiser: the three best rules, or the one asked for."""
     found: list[tuple[Rule, Array]] = []
     for ranked in made.ranked:
         c = ranked.candidate
-        if c.plan.nfe != nfe or c.solver not in BASES or (base != "auto" and c.solver != base):
+        if c.plan.nfe != nfe or c.solver not in BASES or base not in ("auto", c.solver):
             continue
         if any(rule.base == c.solver for rule, _ in found):
             continue
         try:
-            rule = Rule.of(c.solver, c.options, c.plan.grid, what, False)
+            rule = Rule.of(c.solver, c.options, c.plan.grid, what, decouple)
             numbers = rule.start(c.plan.grid)
             rule.stages(numbers)
         except ValueError:  # a grid that these numbers cannot describe, such as two points that nearly meet
             continue
         found.append((rule, numbers))
     return found[:_STARTS]
+
+
+def fit_plan(
+    made: Study,
+    starts: Sequence[tuple[Rule, Array]],
+    say: Callable[[str], None] = lambda text: None,
+    evaluations: tuple[int, int] = (_FIRST, _POLISH),
+) -> Plan:
+    """The best plan from these starts on the validation seeds, or the hand-made one if none is better.
+
+    evaluations  of the residual, at most, from each start and then from the best of their results
+    """
+    hand = best_hand_made(made)
+    hand_error = made.rmse(hand.candidate.unrolled)
+    say(f"best hand-made: {hand.candidate.label}, validation RMSE {hand_error:.5f}")
+    fits: list[Fit] = []
+    complete = True
+    try:
+        for rule, numbers in starts:
+            fits.append(Fit(made, rule, numbers))
+            fits[-1].run(evaluations[0], 2e-2)
+            say(f"from {rule.base}: validation RMSE {fits[-1].validation():.5f}")
+        if fits and evaluations[1]:
+            leader = min(fits, key=Fit.validation)
+            # Which seeds end in another mode is asked again: the plan is another by now.
+            fits.append(Fit(made, leader.rule, leader.numbers))
+            fits[-1].run(evaluations[1], 2e-3)
+            say(f"polished: validation RMSE {fits[-1].validation():.5f}")
+    except KeyboardInterrupt:
+        complete = False
+        say("interrupted: keeping the best so far")
+    fitted = [fit for fit in fits if fit.validation() < hand_error]
+    best = min(fitted, key=Fit.validation) if fitted else None
+    form = best.form(best.numbers) if best else hand.candidate.unrolled
+    record = {
+        **made.identity,
+        "hand": hand.candidate.named,
+        "errors": {
+            name: {split: statistics(made.errors(f, split)) for split in made.splits}
+            for name, f in (("tuned", form), ("hand", hand.candidate.unrolled))
+        },
+        "reference_error": made.reference_error,
+        "fitted": best is not None,
+        "complete": complete,
+        "calls": made.ensemble.calls,
+    }
+    if best:
+        return best.rule.plan(best.numbers, record)
+    plan = hand.candidate.plan
+    return replace(plan, options={**plan.options, "tuning": record})
 
 
 def _silent(text: str) -> None:
