@@ -26,6 +26,7 @@ CORE = {"numpy", "numba", "llvmlite"}
 ABOUT = {
     "bindings/unet.py": {"torch", "safetensors"},
     "bindings/sampler_module.py": {"torch"},
+    "bindings/torch_export.py": {"torch"},
     "bindings/diffusers/": {"torch", "diffusers"},
     "kernels/torch_ops.py": {"torch"},
     "kernels/triton_": {"torch", "triton"},

@@ -1,0 +1,158 @@
+"""Loops exported and compiled ahead of time: plain operators, the same numbers, no Python of this package."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import fewstep as fs  # noqa: E402
+from fewstep.bindings.sampler_module import SamplerModule  # noqa: E402
+from fewstep.bindings.torch_export import compile_loop, export_loop, plain_stage  # noqa: E402
+from fewstep.kernels import layout, torch_ops  # noqa: E402
+
+VP = fs.VP.linear()
+
+
+class Net(torch.nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.c = torch.nn.Conv2d(1, 4, 3, padding=1, dtype=dtype)
+        self.d = torch.nn.Conv2d(4, 1, 3, padding=1, dtype=dtype)
+
+    def forward(self, x, t, shift=None):
+        h = self.d(torch.tanh(self.c(x))) * (1 + t.to(x.dtype).reshape(-1, 1, 1, 1) / 1000)
+        return h if shift is None else h + shift.to(x.dtype).reshape(-1, 1, 1, 1)
+
+
+def latent(batch=3):
+    return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.8])
+def test_plain_stage_is_the_operator(clip, per_sample):
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    w = draw(2 if per_sample else 1, 3, layout.COLUMNS)
+    w[:, 1, 2] = 0.0
+    p = draw(1, 4) if clip else None
+    limit = torch.tensor([[clip, 1.3, 0.0, 0.0]], dtype=torch.float64) if clip else None
+    tensors = [draw(2, 3, 2) for _ in range(5)]
+    args = (tensors[:2], [0, 2], tensors[2:4], w, w.new_full((1,), 0.7), 2, torch.float64, p, limit, tensors[4])
+    for got, want in zip(plain_stage(*args), torch_ops.stage(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    # A source with coefficient 0 may hold anything.
+    tensors[1].fill_(float("nan"))
+    assert torch.isfinite(plain_stage(*args)[1]).all()
+
+
+CASES = [
+    ("unipc", {}, None, None),
+    ("heun", {}, None, 0.7),
+    ("dpmpp_2m", {}, 2.0, None),
+    ("lms", {"order": 3}, 2.0, 0.7),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, from its own pytree
+@pytest.mark.parametrize(("solver", "options", "guidance", "clip"), CASES)
+def test_exported_program_has_torchs_operators_alone(solver, options, guidance, clip):
+    loop = SamplerModule(
+        fs.Denoiser(Net(), VP, "v", guidance=guidance, clip=clip), fs.plan(solver, fs.grid(VP, 4), **options)
+    )
+    shift = torch.linspace(-0.5, 0.5, 3)
+    cond = ({"shift": 0 * shift}, {"shift": shift}) if guidance else {"shift": shift}
+    program = export_loop(loop, latent(), cond)
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert called
+    assert not any("fewstep" in name for name in called)
+    with torch.no_grad():
+        got = program.module()(latent(), cond=cond)
+        torch.testing.assert_close(got, loop(latent(), cond=cond), rtol=1e-5, atol=1e-5)
+
+
+def test_noise_is_refused():
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 2)))
+    with pytest.raises(ValueError, match="ddpm draws noise, whose addressed normals are an operator of this package"):
+        export_loop(loop, latent())
+
+
+def test_path_is_checked_before_the_work(tmp_path):
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2)))
+    with pytest.raises(ValueError, match=r"path must end in '\.pt2'"):
+        compile_loop(loop, latent(), tmp_path / "loop.so")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler (g++)")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
+def test_compiled_loop_runs_where_fewstep_cannot_be_imported(tmp_path):
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("dpmpp_2m", fs.grid(VP, 2)))
+    path = compile_loop(loop, latent(), tmp_path / "loop.pt2")
+    assert [p.name for p in tmp_path.iterdir()] == ["loop.pt2"]
+    torch.save(latent(), tmp_path / "x.pt")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['fewstep', 'numba', 'diffusers']))\n"
+        "import torch, torch._inductor\n"
+        f"run = torch._inductor.aoti_load_package({str(path)!r})\n"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        "with torch.no_grad(): print(run(x).flatten().tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        want = loop(latent()).flatten().numpy()
+    got = np.fromstring(done.stdout.strip().strip("[]"), sep=",")
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+# --- gradients and devices: what tests/test_torch_ops.py does not have ---
+
+
+def test_gradient_through_the_naive_loop_against_finite_differences():
+    """fewstep.sample on an x that requires grad runs the oracle, with autograd through it and the network."""
+    net = Net(torch.float64)
+    denoiser = fs.Denoiser(net, VP, "v", guidance=2.0)
+    shift = torch.linspace(-0.5, 0.5, 2, dtype=torch.float64)
+    cond = ({"shift": 0 * shift}, {"shift": shift})
+    x = torch.randn(2, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+
+    def run(x):
+        return fs.sample(denoiser, x, solver="dpmpp_2m", steps=3, cond=cond)
+
+    assert torch.autograd.gradcheck(run, (x,))
+    (weight,) = torch.autograd.grad(run(x).square().sum(), [net.c.weight])
+    h, (i, j) = 1e-6, (1, 4)
+    ends = []
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            net.c.weight[i, 0, j // 3, j % 3] += sign * h
+            ends.append(float(run(x.detach()).square().sum()))
+            net.c.weight[i, 0, j // 3, j % 3] -= sign * h
+    assert float(weight[i, 0, j // 3, j % 3]) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5)
+
+
+def test_the_naive_backend_asks_nothing_of_the_device():
+    """MPS and XPU run it: between the calls of the model it asks for torch's own operators alone."""
+    seen = []
+
+    class Where(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    denoiser = fs.Denoiser(Net(), VP, "v")
+    with Where():
+        fs.sample(denoiser, latent(), solver="unipc", steps=3, backend="naive")
+    assert seen
+    assert set(seen) <= {"aten", "prim", "prims"}
