@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fewstep import problems as problems
+    from fewstep.bindings.audit import audit as audit
     from fewstep.bindings.denoiser import CFG as CFG
     from fewstep.bindings.denoiser import Denoiser as Denoiser
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
+    from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
+    from fewstep.bindings.diffusers.pipeline import restore as restore
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
     from fewstep.solvers.adaptive import AdaptiveResult as AdaptiveResult
@@ -49,9 +52,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "audit": "bindings.audit",
     "CFG": "bindings.denoiser",
     "Denoiser": "bindings.denoiser",
     "DynamicThreshold": "bindings.denoiser",
+    "accelerate": "bindings.diffusers.pipeline",
+    "restore": "bindings.diffusers.pipeline",
     "Recommendation": "recommender",
     "recommend": "recommender",
     "AdaptiveResult": "solvers.adaptive",

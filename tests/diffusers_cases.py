@@ -18,8 +18,8 @@ from fewstep.bindings.diffusers.probe import places
 
 SHAPE = (2, 3, 4, 4)
 
-# Relative to the largest element of the run: both round in float32, in another order. A few large steps magnify it.
-ROUNDING = 5e-5
+# Relative to the largest element so far: both round in float32, in another order.
+ROUNDING = 2e-5
 # SA-Solver's coefficients are sums that cancel; the parent's own float32 run is that far from its float64 run.
 OWN_ROUNDING = {"SASolverScheduler": 2e-4, "DPMSolverMultistepInverseScheduler": 1e-4}
 # In float64 these compute in float32 regardless; all others agree to the last digits.
@@ -105,7 +105,7 @@ def run(
         raw = (0.1 * x_in.float().clamp(-3.0, 3.0) + torch.randn(shape, generator=network)).to(dtype)
         result = scheduler.step(raw, t, x, **options)
         named = {f"{i}": v for i, v in enumerate(result)} if type(result) is tuple else dict(result)
-        outputs.append({"model_input": x_in, **named})
+        outputs.append({"sample": x, "model_input": x_in, **named})
         x = result[0].to(dtype)
     return outputs, noise.get_state()
 
@@ -122,8 +122,18 @@ def compare(name: str, parent: Any, twin: Any, *args: Any, fused: bool = True, *
     with only_fused(name) if fused and finite else contextlib.nullcontext():
         found, drawn_too = run(twin, *args, **kwargs)
     assert torch.equal(drawn, drawn_too), "another number of draws"
-    assert_same(name, expected, found, kwargs.get("dtype", torch.float32))
     assert_same_state(name, parent, twin)
+    dtype = kwargs.get("dtype", torch.float32)
+    where = difference(name, expected, found, dtype)
+    if where is not None:
+        # The parent's own float32 rounding can be the larger error by far: then its float64 run is the judge.
+        deterministic = torch.equal(drawn, torch.Generator().manual_seed(2).get_state())
+        assert dtype == torch.float32, where
+        assert deterministic, where
+        exact, _ = run(parent, *args, **{**kwargs, "dtype": torch.float64})
+        for a, b, c in zip(expected, found, exact, strict=True):
+            for field, value in c.items():
+                assert (b[field] - value).abs().max() <= (a[field] - value).abs().max(), (where, field)
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:
@@ -132,7 +142,8 @@ def tolerance(name: str, dtype: torch.dtype) -> float:
     return OWN_ROUNDING.get(name, ROUNDING)
 
 
-def assert_same(name: str, expected: Any, found: Any, dtype: torch.dtype) -> None:
+def difference(name: str, expected: Any, found: Any, dtype: torch.dtype) -> tuple[int, str, float] | None:
+    """Where two runs differ by more than rounding: the step, the output and by how much of the largest element."""
     scale = 1e-30
     for k, (a, b) in enumerate(zip(expected, found, strict=True)):
         assert list(a) == list(b)
@@ -141,10 +152,12 @@ def assert_same(name: str, expected: Any, found: Any, dtype: torch.dtype) -> Non
             assert b[field].shape == value.shape, (k, field)
             if not value.isfinite().all():
                 assert not b[field].isfinite().all(), (k, field)
-                return  # from here on the parent's numbers mean nothing
+                return None  # from here on the parent's numbers mean nothing
             scale = max(scale, float(value.abs().max()))
             error = float((value.double() - b[field].double()).abs().max()) / scale
-            assert error <= tolerance(name, dtype), (k, field, error)
+            if not error <= tolerance(name, dtype):
+                return k, field, error
+    return None
 
 
 def assert_same_state(name: str, parent: Any, twin: Any) -> None:

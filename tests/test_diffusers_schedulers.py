@@ -319,6 +319,17 @@ def test_sigmas_edited_in_place() -> None:
     edited("EulerDiscreteScheduler", edit)
 
 
+def test_an_edit_stays_with_its_scheduler() -> None:
+    """What was probed before an edit in place is not probed again from edited tensors."""
+    name = "UniPCMultistepScheduler"
+    _, twin = pair(name, solver_order=3)
+    twin.set_timesteps(11)
+    twin.step(torch.ones(SHAPE), twin.timesteps[0], torch.ones(SHAPE))
+    twin.sigmas *= 1.5
+    twin.alphas_cumprod.zero_()
+    compare(name, *pair(name, solver_order=3), 11)
+
+
 def test_sigmas_replaced() -> None:
     def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
         scheduler.sigmas = scheduler.sigmas * 1.05

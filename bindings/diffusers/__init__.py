@@ -43,6 +43,10 @@ __all__ = list(SCHEDULERS)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "SchedulerMixin":  # a pipeline that is loaded looks its scheduler's base class up beside it
+        import diffusers
+
+        return diffusers.SchedulerMixin
     if name not in SCHEDULERS:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
     import diffusers

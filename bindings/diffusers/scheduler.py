@@ -43,13 +43,13 @@ class PerThread(threading.local):
             self._begin(*args, **kwargs)
             self._origin = self.__dict__
         else:
-            self.__dict__.update(_attributes(origin))
+            self.__dict__.update(without_ours(origin))
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
 
-def _attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_ours(values: Mapping[str, Any]) -> dict[str, Any]:
     """The parent's attributes alone, for another owner."""
     return {name: value for name, value in copied(values).items() if name != CURSOR}
 
@@ -158,8 +158,8 @@ def fused(parent: type[Any]) -> type[Any]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(type(self), _attributes(self.__dict__)),
-        "__reduce__": lambda self: (_rebuild, (type(self), _attributes(self.__dict__))),
+        "__deepcopy__": lambda self, memo: _rebuild(type(self), without_ours(self.__dict__)),
+        "__reduce__": lambda self: (_rebuild, (type(self), without_ours(self.__dict__))),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`; the same numbers, one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
         "parent": parent,

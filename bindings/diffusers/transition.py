@@ -37,7 +37,7 @@ class Standing:
 
     def __init__(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
         self.cls, self.memory = cls, tuple(memory)
-        self.attributes = {name: _on_cpu(value) for name, value in attributes.items()}
+        self.attributes = dict(attributes)
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
         self.calls: dict[Any, Transition | NotAffineError] = {}
 
@@ -114,6 +114,8 @@ class _Standings:
     ) -> Standing:
         """Where a scheduler with these attributes stands, whose memory sits at `memory`.
 
+        digests  of a scheduler in use, whose tensors may be edited in place and so are copied
+
         Raises NotAffineError if it holds something whose content says nothing.
         """
         plain = dict(attributes)
@@ -127,6 +129,8 @@ class _Standings:
         with self.lock:
             found = self.known.get(key)
             if found is None:
+                if digests is not None:
+                    plain = {name: _copy(value) for name, value in plain.items()}
                 found = self.known[key] = Standing(cls, plain, memory)
                 if len(self.known) > self.room:
                     self.known.popitem(last=False)
@@ -192,7 +196,8 @@ def _places(name: str, standing: Standing) -> list[int | None]:
     return [i for n, i in standing.memory if n == name]
 
 
-def _on_cpu(value: Any) -> Any:
+def _copy(value: Any) -> Any:
+    """Tensors on the CPU that nobody else writes to."""
     if isinstance(value, Tensor):
-        return value.cpu()
-    return [_on_cpu(v) for v in value] if isinstance(value, list) else value
+        return value.detach().to("cpu", copy=True)
+    return [_copy(v) for v in value] if isinstance(value, list) else value

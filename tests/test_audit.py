@@ -1,0 +1,113 @@
+"""The audit counts what a loop written here does, and says what it found."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from diffusers_pipelines import CASES
+
+import fewstep as fs
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+
+
+class Sleeper(torch.nn.Module):
+    """A denoiser of two kernels that takes a known time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return torch.tanh(x * self.weight)
+
+
+def loop(module: torch.nn.Module, steps: int, pause: float) -> torch.Tensor:
+    """A loop of known cost: outside the denoiser one product, one sum in place, one view and one sync a step."""
+    x = torch.ones(4, 4)
+    x = x.cos().sin()  # before the first step: not counted
+    with torch.no_grad():
+        for _ in range(steps):
+            raw = module(x)
+            y = raw * 0.5
+            y.add_(x)
+            x = y.view(4, 4)
+            float(x[0, 0])
+            time.sleep(pause)
+    return x.exp()  # after the last one
+
+
+def test_counts_are_exact() -> None:
+    steps = 6
+    found = fs.audit(loop, module := Sleeper(0.0), steps, 0.0, denoiser=module)
+    between = steps - 1
+    assert found.steps == steps
+    assert found.denoiser_launches == 2.0
+    assert found.launches == pytest.approx(2 * between / steps)
+    assert dict(found.top) == pytest.approx({"mul": between / steps, "add_": between / steps})
+    assert found.syncs == pytest.approx(between / steps)
+    assert found.allocations == pytest.approx(between / steps)
+
+
+def test_times_are_those_of_the_loop() -> None:
+    module = Sleeper(0.02)
+    found = fs.audit(loop, module, 4, 0.01, denoiser=module)
+    assert 0.02 <= found.denoiser_s <= 0.03
+    assert 0.01 <= found.outside_s <= 0.02
+    assert found.share == pytest.approx(found.outside_s / (found.outside_s + found.denoiser_s))
+    assert 0.01 <= found.once_s <= 0.03  # the pause after the last call
+
+
+def test_is_honest_where_nothing_can_be_gained() -> None:
+    module = Sleeper(0.05)
+    found = fs.audit(loop, module, 3, 0.0, denoiser=module)
+    assert found.share < 0.05
+    assert "Not worth it here" in found.verdict
+    assert "A graph needs CUDA" in found.verdict
+
+
+def test_on_a_pipeline_before_and_after() -> None:
+    make, arguments = CASES["StableDiffusion UniPC"]
+    pipe = make()
+    before = fs.audit(pipe, **arguments())
+    assert before.steps == 6
+    assert "fewstep.accelerate(pipe)" in before.verdict
+    fs.accelerate(pipe)
+    after = fs.audit(pipe, **arguments())
+    assert after.launches < 0.5 * before.launches
+    assert after.denoiser_launches == before.denoiser_launches
+    assert "fused already" in after.verdict or "Not worth it" in after.verdict
+    assert not pipe.unet._forward_hooks
+    assert not pipe.unet._forward_pre_hooks
+
+
+def test_reports() -> None:
+    module = Sleeper(0.0)
+    found = fs.audit(loop, module, 3, 0.0, denoiser=module)
+    again = json.loads(json.dumps(found.as_dict()))
+    assert again["steps"] == 3
+    assert again["top"] == [["mul", pytest.approx(2 / 3)], ["add_", pytest.approx(2 / 3)]]
+    text = str(found)
+    for word in ("denoiser", "outside", "kernel launches", "host syncs", "allocations", "3 steps on cpu"):
+        assert word in text
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(TypeError, match="pipe_or_fn must be a pipeline or a function, got int"):
+        fs.audit(3)
+    with pytest.raises(TypeError, match=r"denoiser must be the torch.nn.Module.*found none"):
+        fs.audit(loop)
+    with pytest.raises(TypeError, match=r"denoiser must be .*, got function"):
+        fs.audit(loop, denoiser=loop)
+
+    def idle(*_: Any) -> None:
+        return None
+
+    with pytest.raises(ValueError, match="denoiser was never called: Sleeper is not"):
+        fs.audit(idle, denoiser=Sleeper(0.0))
