@@ -93,6 +93,18 @@ DISTILLED = {
         4,
         "DMD2 students predict x0 in one step, or in the four they were trained on.",
     ),
+    "progressive": (
+        "ddim",
+        "trailing",
+        8,
+        "Progressive students take the DDIM steps that they were trained for, a power of two of them.",
+    ),
+    "rectified": (
+        "euler",
+        "trailing",
+        4,
+        "Reflowed students run on nearly straight lines: one Euler step, or a few.",
+    ),
 }
 
 SPACINGS = {"vp": "quadratic", "ve": "karras", "edm": "karras", "flow": "linspace"}
@@ -107,7 +119,7 @@ def recommend(nfe: int, **known: Any) -> Recommendation:
     process             the model's process, or its family: "vp" (default), "ve", "edm", "flow"
     guidance            the CFG scale, or None: guidance makes two evaluations in each call
     guidance_distilled  True if the model takes the scale as an input, so that one evaluation is enough
-    distilled           None, "consistency", "lcm", "add" or "dmd2"
+    distilled           None, "consistency", "lcm", "add", "dmd2", "progressive" or "rectified"
 
     Raises ValueError for a budget below 1 or an unknown value, TypeError for an unknown keyword.
     """
