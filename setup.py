@@ -13,6 +13,7 @@ FOLDERS = {
     "fewstep.solvers": "solvers",
     "fewstep.solvers.distill": "solvers/distill",
     "fewstep.bindings": "bindings",
+    "fewstep.bindings.comfyui": "bindings/comfyui",
     "fewstep.bindings.diffusers": "bindings/diffusers",
 }
 
