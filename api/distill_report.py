@@ -99,6 +99,8 @@ def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
             f"{first['steps']} steps of {first['batch']}, seeds {', '.join(map(str, seeds))}.",
             "",
         ]
+        if dict(options).get("deaf"):
+            lines += ["The control, which is not told the guidance strength: it must miss its bound.", ""]
         lines += _ring_rows(own)
         lines += _checks(own, seeds)
     lines += _critics(ring)
@@ -173,7 +175,7 @@ def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
         lines += [
             f"### {title}",
             "",
-            f"{s['steps']} steps of {s['batch']}, {r['seconds']:.0f} s, seed {s['seed']}.",
+            f"{s['steps']} steps of {s['batch']}, seed {s['seed']}.",
             "",
         ]
         head = ["calls", "", "energy distance", "accuracy", "feature distance"]

@@ -1,0 +1,72 @@
+"""The report's page from results, and the documentation's own example."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.distill_report import Run, collect, page, plan, write
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ring_result(swd: float, met: bool) -> dict[str, Any]:
+    check = {"name": "SWD, 1 call", "value": swd, "bound": 0.08, "least": False, "met": met}
+    row = {"nfe": 1, "swd": swd, "smallest mode": 0.1}
+    return {"settings": {"steps": 5, "batch": 8, "seed": 0}, "seconds": 1.0, "rows": [row], "checks": [check]}
+
+
+def test_the_page_says_which_seeds_missed() -> None:
+    runs = [Run("ring", "improved_consistency", seed) for seed in (0, 1, 2)]
+    text = page(
+        dict(zip(runs, [ring_result(0.05, True), ring_result(0.09, False), ring_result(0.06, True)], strict=True))
+    )
+    assert "| SWD, 1 call | 0.06 (0.05 to 0.09) | <= 0.08 | **missed** (seed 1) |" in text
+    assert "| 1 | 0.06 (0.05 to 0.09) | 0.1 (0.1 to 0.1) |" in text
+    assert "5 steps of 8, seeds 0, 1, 2." in text
+
+
+def test_critics_are_compared_seed_by_seed() -> None:
+    five, one = Run("ring", "distribution_matching", 0), Run("ring", "distribution_matching", 0, (("critic_steps", 1),))
+    text = page({five: ring_result(0.05, True), one: ring_result(0.2, True)})
+    assert "| 0 | 0.05 | 0.2 | 0.25 | <= 0.6 | met |" in text
+    text = page({five: ring_result(0.05, True), one: ring_result(0.06, True)})
+    assert "| 0 | 0.05 | 0.06 | 0.833 | <= 0.6 | **missed** |" in text
+
+
+def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> None:
+    runs = plan(range(2))
+    assert len({run.name for run in runs}) == len(runs) == 20
+    run = next(r for r in runs if r.problem == "digits")
+    keys = ("energy_distance", "accuracy", "feature_distance")
+    row = {"nfe": 1, **dict.fromkeys(keys, 0.5), "teacher": "ddim, trailing", **{f"teacher {k}": 0.25 for k in keys}}
+    check = {"name": "accuracy, 1 calls", "value": 0.5, "bound": 0.25, "least": True, "met": True}
+    folder = tmp_path / "work" / run.name
+    folder.mkdir(parents=True)
+    settings = {"steps": 5, "batch": 8, "seed": 0}
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "rows": [row], "checks": [check]}))
+    (folder / "samples_1.png").write_bytes(b"picture")
+    results = collect(runs, tmp_path / "work")
+    assert list(results) == [run]
+    write(results, tmp_path / "work", tmp_path / "docs")
+    assert (tmp_path / "docs" / f"digits-{run.method}-1.png").read_bytes() == b"picture"
+    text = (tmp_path / "docs" / "results.md").read_text()
+    assert "| 1 | student | 0.5 | 0.5 | 0.5 |" in text
+    assert "| teacher, ddim, trailing | 0.25 | 0.25 | 0.25 |" in text
+    assert "Not better than the teacher's best: nothing." in text
+
+
+def test_the_documented_loop_runs_and_learns() -> None:
+    text = (ROOT / "docs" / "distillation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    batch = [names[key] for key in ("targets", "x0", "noise", "which")]
+    first = names["progressive"].loss(names["teacher"], *batch)
+    assert names["loss"].item() < 0.9 * first.item()
+    assert names["fast"].shape == (4, 2)
