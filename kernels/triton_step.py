@@ -182,7 +182,7 @@ def _put(state, index, j: tl.constexpr, size, at, lane, inside, v):
 
 
 @triton.jit(do_not_specialize_on_alignment=["counter"])
-def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, reduced, x_in, n, size, copy,
+def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, own_limit, x_in, n, size, copy,
                counter_step, rows, row_step, SLOTS: tl.constexpr, OUTPUTS: tl.constexpr, COPIES: tl.constexpr,
                PREDICT: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One stage of a run.
@@ -192,7 +192,7 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, reduced
              rows = samples and row_step 1 where every sample has its own
     counter  int32 the stage; counter_step 0 for one counter, 1 for one a sample
     streams  int64 (samples, 3), or None where no stage draws; z instead of it: noise from outside
-    reduced  float32 (samples, 8), p and limit of each sample where a reduction has made them, else None
+    own_p, own_limit  float32 (samples, 8), what a reduction has made of p or of the limit, else None
     x_in     COPIES times (samples, n), the next model input, of the model's dtype; copy = samples n
     """
     chunks = tl.cdiv(n, BLOCK)
@@ -232,10 +232,10 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, reduced
         p = w + _P_AT
         if CLIP:
             limit = w + _LIMIT_AT
-        if reduced is not None:
-            p = reduced + b * 8
-            if CLIP:
-                limit = reduced + b * 8 + 4
+        if own_p is not None:
+            p = own_p + b * 8
+        if own_limit is not None:
+            limit = own_limit + b * 8
     m = _prediction(p, limit, a0, g1, g2, g3, BLOCK)
     x = _row(w, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
     _put(state, index, 0, size, at, lane, inside, x)
@@ -351,7 +351,8 @@ def run(
     *,
     streams: Tensor | None = None,
     z: Tensor | None = None,
-    reduced: Tensor | None = None,
+    own_p: Tensor | None = None,
+    own_limit: Tensor | None = None,
 ) -> None:
     """One stage of a run, the one that `counter` names: see `run_kernel`. state (buffers, B, n)."""
     _, samples, n = state.shape
@@ -360,8 +361,8 @@ def run(
     drawn = structure.noise and z is None
     with guard(state):
         run_kernel[grid(samples, n, elements)](
-            state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z, reduced, x_in,
-            n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
+            state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z,
+            own_p, own_limit, x_in, n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
             structure.slots, structure.outputs, copies, structure.predict, structure.clip, elements,
             num_warps=warps, **OPTIONS,
         )  # fmt: skip

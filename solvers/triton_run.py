@@ -33,6 +33,7 @@ class DeviceTables(NamedTuple):
 
 def device_tables(job: Job) -> DeviceTables:
     """A job's tables as the GPU takes them, one row for all samples."""
+    from fewstep.kernels import triton_reduce as reduce
     from fewstep.kernels import triton_step as kernel
 
     tables, count = job.tables, len(job.tables)
@@ -47,6 +48,8 @@ def device_tables(job: Job) -> DeviceTables:
         _fill(numbers[k, 0], indices[k, 0], table.w[0], table.slots, table.writes, draw, c_in)
         if table.p is not None:
             numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
+            numbers[k, 0, reduce.WEIGHTS_AT : reduce.WEIGHTS_AT + len(table.weights)] = table.weights
+            numbers[k, 0, reduce.PHI_AT] = job.denoiser.rescale
         if isinstance(clip, (int, float)):
             numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = clip, 1.0
         times[k, 0] = table.t
@@ -108,10 +111,10 @@ class TritonRun:
     """
 
     def __init__(self, job: Job) -> None:
-        from fewstep.kernels import triton_noise, triton_step
+        from fewstep.kernels import triton_noise, triton_reduce, triton_step
 
         assert isinstance(job.frame, TorchFrame)
-        self._step, self._noise = triton_step, triton_noise
+        self._step, self._noise, self._reduce = triton_step, triton_noise, triton_reduce
         self.job, self.frame, torch = job, job.frame, job.frame.torch
         self.torch = torch
         device = self.frame.device
@@ -127,6 +130,9 @@ class TritonRun:
         self.times = _Mirror(tables.times, self.frame, time_dtype)
         self.t = self.frame.empty((copies * batch,), time_dtype)
         self.streams = _Mirror(np.zeros((batch, 3), np.int64), self.frame)
+        self.settings = _Mirror(quantile(job), self.frame)
+        self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
+        self.scratch = self._reduce.Scratch.of(batch, elements, device) if job.denoiser.rescale else None
         self.sigma = _Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.cuda.Event() if device != "cpu" else None
@@ -166,6 +172,7 @@ class TritonRun:
         tables = device_tables(job)
         for mirror, values in zip((self.numbers, self.indices, self.times), tables, strict=True):
             mirror.set(values)
+        self.settings.set(quantile(job))
         self.sigma.set(np.full(1, job.start.sigma, np.float32))
         self.job = job
         self.release()
@@ -229,12 +236,36 @@ class TritonRun:
         self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
 
     def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
-        self._launch(self.structure, copies, [self._plain(raw) for raw in raws], z)
+        raws = [self._plain(raw) for raw in raws]
+        self._launch(self.structure, copies, raws, z, *self._reductions(raws))
 
-    def _launch(self, structure: Any, copies: int, raws: Sequence[Array], z: Array | None) -> None:
+    def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
+        """p and the limit of each sample, where the stage must look at whole samples first."""
+        clip, numbers = self.job.denoiser.clip, self.numbers.device
+        p = limit = None
+        if self.scratch is not None and len(raws) > 1:
+            p = self.reduced
+            self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
+        if dynamic(clip):
+            limit = self.reduced[:, 4:]
+            self._reduce.threshold(
+                numbers, self.indices.device, self.counter, self.state, raws, self.reduced, self.settings.device,
+                rescaled=p is not None,
+            )  # fmt: skip
+        return p, limit
+
+    def _launch(
+        self,
+        structure: Any,
+        copies: int,
+        raws: Sequence[Array],
+        z: Array | None,
+        own_p: Array | None = None,
+        own_limit: Array | None = None,
+    ) -> None:
         self._step.run(
             structure, self.state, self.numbers.device, self.indices.device, self.counter, self.x_in, copies, raws,
-            streams=self.streams.device, z=z,
+            streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
         )  # fmt: skip
 
     def _plain(self, raw: Array) -> Array:
@@ -273,15 +304,28 @@ def structure(job: Job) -> Any:
     )
 
 
+def dynamic(clip: Any) -> bool:
+    """Whether a clip's bound comes from the sample itself."""
+    return clip is not None and not isinstance(clip, (int, float))
+
+
+def quantile(job: Job) -> np.ndarray:
+    """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, else zeros."""
+    clip = job.denoiser.clip
+    if not dynamic(clip):
+        return np.zeros(3)
+    position = clip.quantile * (job.elements - 1)
+    return np.array([int(position), position - int(position), clip.maximum])
+
+
 def signature(job: Job) -> tuple[Any, ...]:
     """Everything that a recorded graph of a job depends on; its numbers are not part of it."""
     program, denoiser = job.program, job.denoiser
     stages = tuple((table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables))
-    clip = denoiser.clip if denoiser.clip is None or isinstance(denoiser.clip, (int, float)) else type(denoiser.clip)
     return (
         structure(job), stages, program.buffers, program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
-        denoiser.variance, clip is None, isinstance(clip, type), bool(denoiser.rescale), job.shape, job.model_dtype,
-        job.frame.dtype_of(job.times[0]),
+        denoiser.variance, denoiser.clip is None, dynamic(denoiser.clip), bool(denoiser.rescale), job.shape,
+        job.model_dtype, job.frame.dtype_of(job.times[0]),
     )  # fmt: skip
 
 

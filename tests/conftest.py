@@ -10,6 +10,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = b"".join(
-    p.read_bytes() for p in sorted((ROOT / "kernels").glob("*.py")) if not p.name.startswith(("triton_", "torch_"))
+    p.read_bytes()
+    for p in sorted((ROOT / "kernels").glob("*.py"))
+    if not p.name.startswith(("triton_", "torch_", "naive"))
 )
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / "build" / "numba" / hashlib.sha256(_SOURCES).hexdigest()[:16]))

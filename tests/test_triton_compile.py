@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fewstep as fs
-from fewstep.kernels import triton_noise, triton_step
+from fewstep.kernels import triton_noise, triton_reduce, triton_step
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.tables import stage_tables
 
@@ -71,13 +71,13 @@ VARIANTS = {
 }
 
 
-def compiled(kernel: Any, signature: dict[str, Any], target: str) -> Any:
+def compiled(kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None) -> Any:
     """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
     kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
     constants = {a: v for a, v in signature.items() if not isinstance(v, str)}
-    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in ("n", "size", "copy")]
+    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in ("n", "size", "copy", "span")]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    warps = triton_step.BLOCKS[TARGETS[target].backend][1]
+    warps = warps or triton_step.BLOCKS[TARGETS[target].backend][1]
     return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_step.OPTIONS})
 
 
@@ -87,9 +87,9 @@ def run_kernel(v: Variant, target: str) -> Any:
     raws = {f"r{j}": f"*{v.model}" if j <= v.raws else None for j in (1, 2, 3)}
     return compiled(triton_step.run_kernel, {
         "state": "*fp32", "numbers": "*fp32", "indices": "*i32", "counter": "*i32",
-        "streams": "*i64" if s.noise else None, **raws, "z": None, "reduced": None, "x_in": f"*{v.model}",
-        "n": "i32", "size": "i32", "copy": "i32", "counter_step": "i32", "rows": 1, "row_step": "i32",
-        "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict, "CLIP": s.clip,
+        "streams": "*i64" if s.noise else None, **raws, "z": None, "own_p": None, "own_limit": None,
+        "x_in": f"*{v.model}", "n": "i32", "size": "i32", "copy": "i32", "counter_step": "i32", "rows": 1,
+        "row_step": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict, "CLIP": s.clip,
         "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
     }, target)  # fmt: skip
 
@@ -168,3 +168,42 @@ def test_the_noise_kernel_rounds_as_the_cpu_does(target: str) -> None:
     assert not re.search(r"\bfma\.|sqrt\.approx|\.ftz", ptx)
     assert len(re.findall(r"\bst\.global\S*\.v4\.b32", ptx)) == 2
     assert resources(found.asm["cubin"])["LOCAL"] == 0
+
+
+TABLES = {"numbers": "*fp32", "counter": "*i32"}
+STEPS = {"counter_step": "i32", "rows": 1, "row_step": "i32"}
+RAWS = {"r1": "*bf16", "r2": "*bf16", "r3": None}
+PARTIAL = {"partial": "*fp64", "arrivals": "*i32"}
+REDUCTIONS = {
+    "guidance rescale": (triton_reduce.rescale_kernel, TABLES | RAWS | {"out": "*fp32"} | PARTIAL | STEPS | {
+        "n": "i32", "span": "i32"}, 2),
+    "dynamic threshold": (triton_reduce.threshold_kernel, TABLES | RAWS | STEPS | {
+        "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "n": "i32",
+        "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
+    "APG norms": (triton_reduce.sums_kernel, {
+        "a": "*bf16", "b_": "*bf16", "c": None, "out": "*fp64", "n": "i32", "span": "i32", "rtol": None, "atol": None,
+        "NORM": False} | PARTIAL, 2),
+    "error norm": (triton_reduce.sums_kernel, {
+        "a": "*fp32", "b_": "*fp32", "c": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
+        "atol": "*fp64", "NORM": True} | PARTIAL, 3 * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions_read_by_128_bits_and_spill_nothing(name: str, target: str) -> None:
+    """The last number of a row: 128-bit loads of a thread's 8 elements, over all passes."""
+    kernel, signature, loads = REDUCTIONS[name]
+    block = triton_reduce.BLOCK * TARGETS[target].warp_size // 32
+    order = {a: (signature | {"BLOCK": block})[a] for a in kernel.arg_names}
+    found = compiled(kernel, order, target, warps=triton_reduce.WARPS)
+    if target == "gfx942":
+        spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
+        assert spills
+        assert not any(spills)
+        return
+    ptx = found.asm["ptx"]
+    assert len(re.findall(r"\bld\.global\S*\.v4\.b32", ptx)) == loads
+    assert not re.search(r"\b(ld|st)\.local", ptx)
+    usage = resources(found.asm["cubin"])
+    assert usage["LOCAL"] == usage["STACK"] == 0

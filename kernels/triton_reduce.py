@@ -1,0 +1,318 @@
+"""Per-sample reductions on the GPU: what a stage must know about a whole sample before it can map elements.
+
+Each is one launch that reads its inputs once (the quantile: five times, out of L2) and writes a few numbers a sample,
+which `triton_step.run_kernel` reads from `reduced`. A sample of up to SPAN elements is one program's; a longer one is
+split, and the program that finishes last adds the parts up in their order, so that no result depends on which that
+was. Blocks are summed in float32 around their own mean, blocks among each other in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fewstep.kernels import layout
+from fewstep.kernels.triton_noise import guard
+from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, OPTIONS, P_AT, _padded, _prediction, _read
+
+# Where `triton_step`'s float table holds the guidance's numbers: the weights of the raws, then phi of the rescale.
+WEIGHTS_AT = C_IN_AT + 1
+PHI_AT = WEIGHTS_AT + layout.RAWS
+assert PHI_AT < NUMBERS
+
+BLOCK, WARPS = 2048, 8  # 8 elements a thread
+SPAN = 1 << 16
+PARTS = 8  # float64 numbers of a part
+
+_P_AT, _WEIGHTS_AT, _PHI_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, WEIGHTS_AT, PHI_AT, NUMBERS))
+_PARTS = tl.constexpr(PARTS)
+
+
+@triton.jit
+def _merge(count, mean, square, other_count, other_mean, other_square):
+    """Count, mean and sum of squares around it of two sets together (Chan, Golub and LeVeque 1979), in float64."""
+    total = count + other_count
+    delta = other_mean - mean
+    share = other_count / total
+    return total, mean + delta * share, square + other_square + delta * delta * count * share
+
+
+@triton.jit
+def _spread(v, inside, count):
+    """Mean of a block's `count` values and their sum of squares around it, as float64 scalars."""
+    mean = tl.sum(tl.where(inside, v, 0.0)) / count
+    d = tl.where(inside, v - mean, 0.0)
+    return mean.to(tl.float64), tl.sum(d * d).to(tl.float64)
+
+
+@triton.jit
+def _is_last(arrivals, b, parts):
+    """Whether this program is the last of its sample to get here. Leaves the counter at 0 for the next launch."""
+    tl.debug_barrier()  # the part is written before its arrival is
+    last = tl.atomic_add(arrivals + b, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(arrivals + b, 0)
+    return last
+
+
+@triton.jit(do_not_specialize_on_alignment=["counter"])
+def rescale_kernel(numbers, counter, r1, r2, r3, out, partial, arrivals, n, span, counter_step, rows, row_step,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (samples, parts).
+
+    numbers, counter  as in `run_kernel`; r1 .. r3 (samples, n), the conditional one last; out float32 (samples, 8)
+    partial  float64 (samples, parts, PARTS), arrivals int32 (samples,) zeros
+    """
+    b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    stage = tl.load(counter + b * counter_step).to(tl.int64)
+    own = numbers + (stage * rows + b * row_step) * _NUMBERS
+    g1, g2, g3 = tl.load(own + _WEIGHTS_AT), tl.load(own + _WEIGHTS_AT + 1), tl.load(own + _WEIGHTS_AT + 2)
+    lane = tl.arange(0, BLOCK)
+    first = part.to(tl.int64) * span
+    end = tl.minimum(first + span, n)
+    zero = tl.full((), 0.0, tl.float64)
+    count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        at = b * n + start
+        y1, y2, y3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+        guided, conditional = g1 * y1 + g2 * y2, y2
+        if y3 is not None:
+            guided, conditional = guided + g3 * y3, y3
+        size = tl.minimum(end - start, BLOCK)
+        own_mean, own_square = _spread(guided, inside, size.to(tl.float32))
+        own_mean_c, own_square_c = _spread(conditional, inside, size.to(tl.float32))
+        _, mean_c, square_c = _merge(count, mean_c, square_c, size.to(tl.float64), own_mean_c, own_square_c)
+        count, mean, square = _merge(count, mean, square, size.to(tl.float64), own_mean, own_square)
+    row = partial + (b * parts + part) * _PARTS
+    tl.store(row, count)
+    tl.store(row + 1, mean)
+    tl.store(row + 2, square)
+    tl.store(row + 3, mean_c)
+    tl.store(row + 4, square_c)
+    if _is_last(arrivals, b, parts):
+        count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
+        for j in range(parts):
+            row = partial + (b * parts + j) * _PARTS
+            size = tl.load(row, volatile=True)
+            _, mean_c, square_c = _merge(
+                count, mean_c, square_c, size, tl.load(row + 3, volatile=True), tl.load(row + 4, volatile=True)
+            )
+            count, mean, square = _merge(
+                count, mean, square, size, tl.load(row + 1, volatile=True), tl.load(row + 2, volatile=True)
+            )
+        phi = tl.load(own + _PHI_AT).to(tl.float64)
+        # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
+        flat = square == 0.0
+        ratio = tl.sqrt(square_c / tl.where(flat, 1.0, square))
+        factor = tl.where(flat, 1.0, phi * ratio + (1.0 - phi)).to(tl.float32)
+        tl.store(out + b * 8, tl.load(own + _P_AT))
+        for j in tl.static_range(1, 4):
+            tl.store(out + b * 8 + j, tl.load(own + _P_AT + j) * factor)
+
+
+@triton.jit
+def _sizes(x, r1, r2, r3, p, at, lane, inside, BLOCK: tl.constexpr):
+    """|m| as integers that sort as the numbers do."""
+    a0 = _read(x, at, lane, inside)
+    g1, g2, g3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+    return tl.abs(_prediction(p, None, a0, g1, g2, g3, BLOCK)).to(tl.int32, bitcast=True)
+
+
+@triton.jit(do_not_specialize_on_alignment=["counter"])
+def threshold_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settings, n, counter_step, rows, row_step,
+                     INDICES: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """out[b, 4:6] = (s, 1 / s), s the quantile of |m| over the sample, held between 1 and maximum. Grid: (samples,).
+
+    The exact order statistics, by radix selection on the bits of |m|: four passes of eight bits find the k-th, a fifth
+    the next larger one, and s lies between them by linear interpolation.
+
+    settings  float64 (3,): k, the fraction towards the next one, maximum
+    RESCALED  p is out[b, :4] (`rescale_kernel` ran), else the stage's own
+    """
+    b = tl.program_id(0).to(tl.int64)
+    stage = tl.load(counter + b * counter_step).to(tl.int64)
+    own = stage * rows + b * row_step
+    p = numbers + own * _NUMBERS + _P_AT
+    if RESCALED:
+        p = out + b * 8
+    x = None
+    if state is not None:
+        x = state + tl.maximum(tl.load(indices + own * INDICES), 0).to(tl.int64) * size
+    lane = tl.arange(0, BLOCK)
+    bins = tl.arange(0, 256)
+    k = tl.load(settings).to(tl.int32)
+    rank, found, upto = k, k * 0, k * 0
+    for step in tl.static_range(4):
+        shift = 24 - 8 * step
+        counts = tl.zeros([256], tl.int32)
+        for start in range(0, n, BLOCK):
+            inside = lane < n - start
+            v = _sizes(x, r1, r2, r3, p, b * n + start, lane, inside, BLOCK)
+            # Shifted in two steps: by 32 at once is no shift.
+            mine = inside & (((v >> shift) >> 8) == found)
+            counts += tl.histogram(tl.where(mine, (v >> shift) & 255, 0), 256, mask=mine)
+        reached = tl.cumsum(counts, 0)
+        digit = tl.sum((reached <= rank).to(tl.int32))
+        below = tl.sum(tl.where(bins < digit, counts, 0))
+        rank, upto = rank - below, upto + below
+        found = (found << 8) | digit
+        if step == 3:
+            upto += tl.sum(tl.where(bins == digit, counts, 0))  # how many values are at most the k-th
+    above = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    for start in range(0, n, BLOCK):
+        inside = lane < n - start
+        v = _sizes(x, r1, r2, r3, p, b * n + start, lane, inside, BLOCK)
+        above = tl.minimum(above, tl.where(inside & (v > found), v, 0x7FFFFFFF))
+    larger = tl.min(above, 0)
+    larger = tl.where(upto > k + 1, found, larger)
+    low = found.to(tl.float32, bitcast=True).to(tl.float64)
+    high = larger.to(tl.float32, bitcast=True).to(tl.float64)
+    s = tl.where(k + 1 < n, low + tl.load(settings + 1) * (high - low), low)
+    s = tl.minimum(tl.maximum(s, 1.0), tl.load(settings + 2))
+    tl.store(out + b * 8 + 4, s.to(tl.float32))
+    tl.store(out + b * 8 + 5, (1.0 / s).to(tl.float32))
+
+
+@triton.jit
+def sums_kernel(a, b_, c, out, partial, arrivals, n, span, rtol, atol, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over each sample, float64. Grid: (samples, parts).
+
+    NORM   out[b, 0] = sqrt(mean((a / delta)^2)), delta = max(atol, rtol max(|b|, |c|)); rtol, atol: float64 pointers
+    else   out[b] = (sum (a - b)^2, sum (a - b) a, sum a^2), c is not read
+    """
+    b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    lane = tl.arange(0, BLOCK)
+    first = part.to(tl.int64) * span
+    end = tl.minimum(first + span, n)
+    zero = tl.full((), 0.0, tl.float64)
+    s0, s1, s2 = zero, zero, zero
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        at = b * n + start
+        u, v = _read(a, at, lane, inside), _read(b_, at, lane, inside)
+        if NORM:
+            delta = tl.maximum(tl.abs(v), tl.abs(_read(c, at, lane, inside))) * tl.load(rtol)
+            delta = tl.maximum(delta, tl.load(atol))
+            # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
+            share = tl.where(u == 0.0, 0.0, u / tl.where(u == 0.0, 1.0, delta))
+            s0 += tl.sum(share * share).to(tl.float64)
+        else:
+            d = u - v
+            s0 += tl.sum(d * d).to(tl.float64)
+            s1 += tl.sum(d * u).to(tl.float64)
+            s2 += tl.sum(u * u).to(tl.float64)
+    row = partial + (b * parts + part) * _PARTS
+    tl.store(row, s0)
+    tl.store(row + 1, s1)
+    tl.store(row + 2, s2)
+    if _is_last(arrivals, b, parts):
+        s0, s1, s2 = zero, zero, zero
+        for j in range(parts):
+            row = partial + (b * parts + j) * _PARTS
+            s0 += tl.load(row, volatile=True)
+            s1 += tl.load(row + 1, volatile=True)
+            s2 += tl.load(row + 2, volatile=True)
+        if NORM:
+            tl.store(out + b, tl.sqrt(s0 / n))
+        else:
+            tl.store(out + b * 3, s0)
+            tl.store(out + b * 3 + 1, s1)
+            tl.store(out + b * 3 + 2, s2)
+
+
+class Scratch(NamedTuple):
+    """What split reductions of (samples, n) need beside their inputs; may be used again by launches in one stream."""
+
+    partial: Tensor  # float64 (samples, parts, PARTS)
+    arrivals: Tensor  # int32 (samples,), zeros between launches
+
+    @classmethod
+    def of(cls, samples: int, n: int, device: torch.device | str) -> Scratch:
+        parts = triton.cdiv(n, SPAN)
+        return cls(
+            torch.zeros((samples, parts, PARTS), dtype=torch.float64, device=device),
+            torch.zeros(samples, dtype=torch.int32, device=device),
+        )
+
+
+def _span(scratch: Scratch, n: int) -> tuple[int, int]:
+    """Parts of a sample and their length, a multiple of BLOCK."""
+    parts = scratch.partial.shape[1]
+    return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
+
+
+def guidance_scale(numbers: Tensor, counter: Tensor, raws: Sequence[Tensor], out: Tensor, scratch: Scratch) -> None:
+    """`naive.guidance_scale` times p, for the stage that `counter` names: see `rescale_kernel`. Two or three raws."""
+    samples, n, rows = len(out), raws[0].numel() // len(out), numbers.shape[1]
+    parts, span = _span(scratch, n)
+    with guard(out):
+        rescale_kernel[(samples, parts)](
+            numbers, counter, *_padded(raws, layout.RAWS), out, *scratch, n, span, int(len(counter) > 1), rows,
+            int(rows > 1), BLOCK, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+
+
+def threshold(
+    numbers: Tensor,
+    indices: Tensor,
+    counter: Tensor,
+    state: Tensor | None,
+    raws: Sequence[Tensor],
+    out: Tensor,
+    settings: Tensor,
+    *,
+    rescaled: bool,
+) -> None:
+    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`."""
+    samples, n, rows = len(out), raws[0].numel() // len(out), numbers.shape[1]
+    with guard(out):
+        threshold_kernel[(samples,)](
+            numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings, n,
+            int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled, BLOCK, num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip
+
+
+def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """What adaptive projected guidance needs of each sample (Sadat et al. 2024): float64 (B, 3), see `naive.apg_norms`.
+
+    Both (B, ...), contiguous, of any float dtype but float64.
+    """
+    out = torch.empty((len(null), 3), dtype=torch.float64, device=null.device)
+    _sums(conditional, null, None, out, scratch, None, None)
+    return out
+
+
+def error_norm(
+    error: Tensor, low: Tensor, before: Tensor, rtol: Tensor, atol: Tensor, scratch: Scratch | None = None
+) -> Tensor:
+    """sqrt(mean((error / delta)^2)) of each sample, float64 (B,): see `naive.error_norm`.
+
+    error, low, before  (B, ...) float32, contiguous; rtol, atol  float64 (1,) on the same device
+    """
+    out = torch.empty(len(error), dtype=torch.float64, device=error.device)
+    _sums(error, low, before, out, scratch, rtol, atol)
+    return out
+
+
+def _sums(
+    a: Tensor,
+    b: Tensor,
+    c: Tensor | None,
+    out: Tensor,
+    scratch: Scratch | None,
+    rtol: Tensor | None,
+    atol: Tensor | None,
+) -> None:
+    samples, n = len(a), a[0].numel()
+    scratch = scratch or Scratch.of(samples, n, a.device)
+    parts, span = _span(scratch, n)
+    with guard(out):
+        sums_kernel[(samples, parts)](
+            a, b, c, out, *scratch, n, span, rtol, atol, c is not None, BLOCK, num_warps=WARPS, **OPTIONS
+        )

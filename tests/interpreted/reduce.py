@@ -1,0 +1,121 @@
+"""The GPU's reductions against the oracle: per sample, split or not, and inside a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.kernels import naive, triton_reduce, triton_step
+
+VP = fs.VP.linear()
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_step, "block", lambda: (32, 4))
+    monkeypatch.setattr(triton_reduce, "BLOCK", 32)
+    monkeypatch.setattr(triton_reduce, "SPAN", 64)
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """With a mean far from 0, where a plain sum of squares would cancel."""
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=g, dtype=torch.float64) + 20.0).to(dtype)
+
+
+def tables(**rows: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two stages of tables; the counter stands at the second, which holds the numbers."""
+    numbers = torch.full((2, 1, triton_step.NUMBERS), float("nan"))
+    for name, values in rows.items():
+        at = getattr(triton_step, name, None) or getattr(triton_reduce, name)
+        numbers[1, 0, at : at + len(values)] = torch.tensor(values)
+    indices = torch.zeros((2, 1, triton_step.INDICES), dtype=torch.int32)
+    return numbers, indices, torch.ones(1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [1, 33, 64, 150])
+@pytest.mark.parametrize("count", [2, 3])
+def test_guidance_rescale(count: int, n: int, dtype: torch.dtype) -> None:
+    raws = [draw(i, 3, n, dtype=dtype) for i in range(count)]
+    weights = [-2.0, 3.0, 0.0] if count == 2 else [-2.0, 1.5, 1.5]
+    numbers, _, counter = tables(P_AT=[7.0, 1.0, 2.0, 3.0], WEIGHTS_AT=weights, PHI_AT=[0.7])
+    out = torch.full((3, 8), float("nan"))
+    scratch = triton_reduce.Scratch.of(3, n, "cpu")
+    assert scratch.partial.shape[1] == -(-n // 64)
+    for _ in range(2):  # the arrivals are back at 0
+        triton_reduce.guidance_scale(numbers, counter, raws, out, scratch)
+        factor = naive.guidance_scale(raws, np.array(weights[:count]), 0.7)
+        np.testing.assert_allclose(out[:, 1:4].numpy(), factor[:, None] * [1.0, 2.0, 3.0], rtol=2e-6)
+    np.testing.assert_array_equal(out[:, 0].numpy(), 7.0)
+    assert out[:, 4:].isnan().all()
+
+
+def test_a_constant_output_is_not_rescaled() -> None:
+    numbers, _, counter = tables(P_AT=[7.0, 1.0, 2.0, 3.0], WEIGHTS_AT=[-2.0, 3.0, 0.0], PHI_AT=[0.7])
+    out = torch.zeros(1, 8)
+    flat = torch.full((1, 70), 0.25)
+    triton_reduce.guidance_scale(numbers, counter, [flat, flat], out, triton_reduce.Scratch.of(1, 70, "cpu"))
+    np.testing.assert_array_equal(out[0, :4].numpy(), [7.0, 1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("quantile", [0.0, 0.5, 0.93, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 33, 150])
+@pytest.mark.parametrize("kind", ["plain", "ties", "x too"])
+def test_the_quantile_is_exact(kind: str, n: int, quantile: float) -> None:
+    """The order statistics of |m| in float32, interpolated in float64: np.quantile's, rounded once."""
+    raws = [draw(0, 2, n) - 20.0, draw(1, 2, n) - 20.0]
+    if kind == "ties":
+        raws = [raw.round() for raw in raws]
+    state = draw(2, 1, 2, n) - 20.0 if kind == "x too" else None
+    p = [0.5 if state is not None else 0.0, -1.5, 3.0, 0.0]
+    numbers, indices, counter = tables(P_AT=p)
+    position = quantile * (n - 1)
+    settings = torch.tensor([int(position), position - int(position), 4.0], dtype=torch.float64)
+    out = torch.full((2, 8), float("nan"))
+    triton_reduce.threshold(numbers, indices, counter, state, raws, out, settings, rescaled=False)
+    sources = [None if state is None else state[0], *raws]
+    m = naive.combine(sources, np.array([p], np.float32), raws[0])
+    want = naive.threshold(m, quantile, 4.0)
+    np.testing.assert_allclose(out[:, 4:6].numpy(), want, rtol=1.5e-7)
+    exact = want[:, 0].astype(np.float32)
+    if position == int(position):  # an order statistic itself
+        np.testing.assert_array_equal(out[:, 4].numpy(), exact)
+
+
+@pytest.mark.parametrize("n", [1, 64, 150])
+def test_norms(n: int) -> None:
+    a, b, c = draw(0, 3, n) - 19.0, draw(1, 3, n) - 20.0, draw(2, 3, n) - 20.0
+    np.testing.assert_allclose(triton_reduce.apg_norms(a, b).numpy(), naive.apg_norms(a, b), rtol=2e-6, atol=1e-5)
+    half = [v.half() for v in (a, b)]
+    np.testing.assert_allclose(triton_reduce.apg_norms(*half).numpy(), naive.apg_norms(*half), rtol=2e-6, atol=1e-5)
+    a[:, 0] = b[:, 0] = c[:, 0] = 0.0  # 0 / 0
+    for rtol, atol in ((0.05, 0.0), (0.01, 0.3)):
+        found = triton_reduce.error_norm(
+            a, b, c, *(torch.tensor([v], dtype=torch.float64) for v in (rtol, atol))
+        ).numpy()
+        np.testing.assert_allclose(found, naive.error_norm(a, b, c, rtol, atol), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "clip"),
+    [(fs.CFG(3.0, rescale=0.7), None), (None, fs.DynamicThreshold(0.9, 2.0)),
+     (fs.CFG(3.0, rescale=0.7, start=0.3), fs.DynamicThreshold(0.9, 2.0)), (fs.CFG(3.0, rescale=0.7), 0.8)],
+)  # fmt: skip
+def test_inside_a_run(guidance: Any, clip: Any) -> None:
+    def net(x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+        shift = c.reshape(-1, 1, 1) if isinstance(c, torch.Tensor) else c
+        return x / (1.0 + x * x) + 0.3 * x + shift
+
+    cond = None if guidance is None else ({"c": torch.zeros(2)}, {"c": torch.tensor([0.5, -0.5])})
+    denoiser = fs.Denoiser(net, VP, "v", guidance=guidance, clip=clip)
+    plan = fs.plan("dpmpp_2m", fs.grid(VP, 3))
+    found, want = (
+        fs.Sampler(denoiser, plan, (2, 5, 14), backend=name, device="cpu")(seed=1, cond=cond)
+        for name in ("triton", "naive")
+    )
+    torch.testing.assert_close(found, want, rtol=2e-5, atol=2e-6)
