@@ -28,7 +28,7 @@ ABOUT = {
     "bindings/sampler_module.py": {"torch"},
     "bindings/torch_export.py": {"torch"},
     "bindings/diffusers/": {"torch", "diffusers"},
-    "kernels/torch_ops.py": {"torch"},
+    "kernels/torch_": {"torch"},
     "kernels/triton_": {"torch", "triton"},
     "solvers/distill/": {"torch", "safetensors"},
     "api/distill": {"torch", "safetensors", "typer", "rich"},

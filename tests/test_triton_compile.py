@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fewstep as fs
-from fewstep.kernels import triton_noise, triton_reduce, triton_step
+from fewstep.kernels import triton_noise, triton_reduce, triton_step, triton_train
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.tables import stage_tables
 
@@ -89,8 +89,8 @@ def run_kernel(v: Variant, target: str) -> Any:
         "state": "*fp32", "numbers": "*fp32", "indices": "*i32", "counter": "*i32",
         "streams": "*i64" if s.noise else None, **raws, "z": None, "own_p": None, "own_limit": None,
         "x_in": f"*{v.model}", "n": "i32", "size": "i32", "copy": "i32", "counter_step": "i32", "rows": 1,
-        "row_step": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict, "CLIP": s.clip,
-        "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
+        "row_step": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict,
+        "CLIP": s.clip, "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
     }, target)  # fmt: skip
 
 
@@ -205,5 +205,38 @@ def test_reductions_read_by_128_bits_and_spill_nothing(name: str, target: str) -
     ptx = found.asm["ptx"]
     assert len(re.findall(r"\bld\.global\S*\.v4\.b32", ptx)) == loads
     assert not re.search(r"\b(ld|st)\.local", ptx)
+    usage = resources(found.asm["cubin"])
+    assert usage["LOCAL"] == usage["STACK"] == 0
+
+
+TRAINING = {
+    "pseudo-Huber, elementwise": (triton_train.huber_kernel, {
+        "x": "*bf16", "y": "*bf16", "loss": "*fp32", "grad": "*bf16", "c": "fp32", "n": "i32", "PER_SAMPLE": False},
+        2, 1),
+    "pseudo-Huber, of the norm": (triton_train.huber_kernel, {
+        "x": "*bf16", "y": "*bf16", "loss": "*fp32", "grad": "*bf16", "c": "fp32", "n": "i32", "PER_SAMPLE": True},
+        4, 1),
+    "EMA of bf16 parameters": (triton_train.ema_kernel, {
+        "averages": "*i64", "values": "*i64", "owners": "*i32", "offsets": "*i64", "sizes": "*i64", "decay": "*fp32",
+        "like": "*bf16", "ALIGNED": True}, 2 + 1, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: str) -> None:
+    """The last numbers of a row: 128-bit loads and stores of a thread's 8 elements, over all passes."""
+    kernel, signature, loads, stores = TRAINING[name]
+    block = triton_train.BLOCK * TARGETS[target].warp_size // 32
+    order = {a: (signature | {"BLOCK": block})[a] for a in kernel.arg_names}
+    found = compiled(kernel, order, target, warps=triton_train.WARPS)
+    if target == "gfx942":
+        spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
+        assert spills
+        assert not any(spills)
+        return
+    ptx = found.asm["ptx"]
+    for kind, count in (("ld", loads), ("st", stores)):
+        assert len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", ptx)) == count
     usage = resources(found.asm["cubin"])
     assert usage["LOCAL"] == usage["STACK"] == 0

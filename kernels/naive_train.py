@@ -1,0 +1,35 @@
+"""The naive twins of the training kernels: plain expressions on NumPy arrays, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def pseudo_huber(x: np.ndarray, y: np.ndarray, c: float, *, per_sample: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The loss of each sample, (B,), and its gradient by x, like x, both float64. With d = x - y:
+
+        per_sample  sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8)
+        else        the mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training)
+
+    Computed as d^2 / (sqrt(d^2 + c^2) + c), because the difference has no digits where d is small against c.
+    """
+    d = np.asarray(x, np.float64) - np.asarray(y, np.float64)
+    axes = tuple(range(1, d.ndim))
+    square = (d * d).sum(axis=axes, keepdims=True) if per_sample else d * d
+    root = np.sqrt(square + c * c)
+    loss = square / (root + c)
+    count = 1 if per_sample else d[0].size
+    return loss.sum(axis=axes) / count, d / root / count
+
+
+def boundary(x: np.ndarray, f: np.ndarray, c_skip: np.ndarray, c_out: np.ndarray) -> np.ndarray:
+    """c_skip x + c_out F (Song et al. 2023, eq. 5), float64; c_skip, c_out (B,)."""
+    shape = (-1,) + (1,) * (x.ndim - 1)
+    a, b = (np.asarray(v, np.float64).reshape(shape) for v in (c_skip, c_out))
+    return np.asarray(a * np.asarray(x, np.float64) + b * np.asarray(f, np.float64))
+
+
+def ema(average: np.ndarray, value: np.ndarray, decay: float) -> np.ndarray:
+    """average + (1 - decay) (value - average), float64."""
+    a = np.asarray(average, np.float64)
+    return np.asarray(a + (1.0 - decay) * (np.asarray(value, np.float64) - a))

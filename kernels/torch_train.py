@@ -1,0 +1,102 @@
+"""The training kernels as torch operators: differentiable, seen by torch.compile as one node.
+
+fewstep::pseudo_huber   the loss, with the gradient already at hand from the forward pass
+boundary                consistency scalings, a stage of one row: its adjoint is the stage's own
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.kernels import layout, naive_train, numba_train
+from fewstep.kernels.torch_ops import _rows, stage
+
+
+@torch.library.custom_op("fewstep::pseudo_huber", mutates_args=())
+def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
+    return torch.from_numpy(loss).to(x.device, _kind(x)), torch.from_numpy(grad).to(x)
+
+
+def _wide(t: Tensor) -> Any:
+    return t.detach().double().cpu().numpy()
+
+
+def _kind(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@_pseudo_huber.register_kernel("cpu")
+def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    loss = torch.empty(len(x), dtype=torch.float64)
+    grad = torch.empty(x.shape, dtype=x.dtype)
+    numba_train.pseudo_huber(_rows(x), _rows(y), c, per_sample, loss.numpy(), _rows(grad))
+    return loss.to(_kind(x)), grad
+
+
+def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The Triton kernel; the oracle for float64, which it does not do."""
+    from fewstep.kernels import triton_train
+
+    if x.dtype == torch.float64:
+        loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
+        return torch.from_numpy(loss).to(x.device), torch.from_numpy(grad).to(x.device)
+    return triton_train.pseudo_huber(x.contiguous(), y.contiguous(), c, per_sample=per_sample)
+
+
+if importlib.util.find_spec("triton"):
+    _pseudo_huber.register_kernel("cuda")(pseudo_huber_on_gpu)
+
+
+@_pseudo_huber.register_fake
+def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty(len(x), dtype=_kind(x), device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, loss: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+    (kept,) = ctx.saved_tensors
+    by_x = (kept * loss.reshape(-1, *[1] * (kept.ndim - 1))).to(kept.dtype)
+    return by_x, -by_x, None, None
+
+
+_pseudo_huber.register_autograd(_backward, setup_context=_setup)
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> Tensor:
+    """The pseudo-Huber loss of each sample, (B,) float32 (float64 for float64). See `naive_train.pseudo_huber`.
+
+    x, y  (B, ...) of one float dtype, on one device; c > 0. Differentiable once in both; the gradient is made in the
+    forward pass, in x's dtype, so that the backward pass reads one tensor.
+
+    Raises ValueError for tensors that do not agree or a bad c.
+    """
+    if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.ndim < 2:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} on {x.device}, y {y.dtype} {tuple(y.shape)} on {y.device}: they must "
+            "agree and have a batch axis"
+        )
+    if not 0.0 < c < math.inf:
+        raise ValueError(f"c = {c}: the pseudo-Huber constant must be positive and finite")
+    loss: Tensor = _pseudo_huber(x, y, float(c), per_sample)[0]
+    return loss
+
+
+def boundary(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
+    """c_skip x + c_out F (Song et al. 2023, eq. 5) in x's dtype, one launch; differentiable in x and F.
+
+    x  (B, ...) float32 or float64; f (B, ...), the network's output, any float dtype; c_skip, c_out (B,) or (1,)
+    """
+    w = torch.zeros((max(len(c_skip), len(c_out)), 1, layout.COLUMNS), dtype=x.dtype, device=x.device)
+    w[:, 0, 0], w[:, 0, layout.RAW] = c_skip, c_out
+    outputs = stage([x], [0], [f], w, x.new_ones(1), 0, x.dtype, None, None, None)
+    return outputs[0]  # type: ignore[no-any-return]

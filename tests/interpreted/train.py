@@ -1,0 +1,57 @@
+"""The GPU's training kernels against their naive twins."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fewstep.kernels import naive_train, torch_train, triton_train
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_train, "BLOCK", 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("per_sample", [True, False])
+@pytest.mark.parametrize("n", [1, 32, 75])
+def test_pseudo_huber(n: int, per_sample: bool, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(n)
+    x, y = (torch.randn(3, n, generator=g).to(dtype) for _ in range(2))
+    y[0] = x[0]  # no difference: loss 0, gradient 0
+    loss, grad = torch_train.pseudo_huber_on_gpu(x, y, 0.03, per_sample)
+    want, slope = naive_train.pseudo_huber(x.double().numpy(), y.double().numpy(), 0.03, per_sample=per_sample)
+    np.testing.assert_allclose(loss.numpy(), want, rtol=2e-6)
+    eps = torch.finfo(dtype).eps
+    np.testing.assert_allclose(grad.double().numpy(), slope, rtol=4 * eps, atol=1e-7)
+    assert loss[0] == 0.0
+    assert not grad[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_ema_of_many_tensors(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    shapes = [(1,), (5, 7), (32,), (3, 33)]
+    values = [torch.randn(s, generator=g).to(dtype) for s in shapes]
+    averages = [torch.randn(s, generator=g) for s in shapes]
+    guard = torch.full((200,), float("nan"))
+    averages.append(guard[64:164])
+    values.append(torch.randn(100, generator=g).to(dtype))
+    want = [naive_train.ema(a.numpy(), v.double().numpy(), 0.9) for a, v in zip(averages, values, strict=True)]
+    triton_train.Ema(averages, values).update(torch.tensor([0.9]))
+    for a, w in zip(averages, want, strict=True):
+        np.testing.assert_allclose(a.numpy(), w, rtol=1e-6, atol=1e-6)
+    assert guard[:64].isnan().all()
+    assert guard[164:].isnan().all()
+
+
+def test_lists_that_do_not_agree() -> None:
+    a, v = torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="1 averages for 2 values"):
+        triton_train.Ema([a], [v, v])
+    with pytest.raises(ValueError, match=r"averages\[0\] is torch.bfloat16 \(3,\)"):
+        triton_train.Ema([v], [v])
+    with pytest.raises(ValueError, match="share one dtype"):
+        triton_train.Ema([a, a], [v, a])
