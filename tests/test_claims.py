@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from test_solvers import moments
 
 import fewstep as fs
 from fewstep.compare import real_to_real
@@ -101,3 +102,24 @@ def test_ddim_at_50_is_as_near_to_the_data_as_ddpm_at_1000(name):
 @pytest.mark.parametrize("name", ["digits-exact", "digits"])
 def test_at_6_calls_ddim_is_nearer_to_the_digits_than_ddpm(name):
     assert distance(name, "ddim", 6) < 0.8 * distance(name, "ddpm", 6)
+
+
+def test_churn_hurts_an_exact_denoiser_and_helps_an_imperfect_one_up_to_a_point():
+    """Relative error of the variance of a Gaussian under EDM's sampler, 79 calls, without any sampling noise.
+
+    The imperfect denoiser errs at high noise (about sigma = 6); what churn draws anew there forgets it.
+    """
+    churns = (0.0, 2.0, 5.0, 10.0, 20.0)
+
+    def errors(mistake):
+        plans = (fs.plan("edm", fs.grid(fs.EDM(), 40, "karras"), s_churn=c, s_tmin=0.05, s_tmax=50.0) for c in churns)
+        return [abs(moments(plan, 0.0, 0.6, mistake)[1] / 0.36 - 1.0) for plan in plans]
+
+    exact = errors(lambda at: 0.0)
+    assert exact == sorted(exact)
+    assert exact[0] < 0.02
+    imperfect = errors(lambda at: 0.05 * np.exp(-(np.log(at.sigma / 6.0) ** 2)))
+    best = int(np.argmin(imperfect))
+    assert churns[best] == 10.0
+    assert imperfect[best] < 0.35 * imperfect[0]
+    assert imperfect[-1] > 1.1 * imperfect[best]

@@ -180,8 +180,11 @@ def test_the_network_is_called_where_the_plan_says(row, steps):
 # --- 4. stochastic solvers: exact moments, and moments of real draws ---
 
 
-def moments(plan, mean, std):
-    """Mean and variance of the plan's result for N(mean, std^2) data, exactly: the posterior mean is affine."""
+def moments(plan, mean, std, mistake=lambda at: 0.0):
+    """Mean and variance of the plan's result for N(mean, std^2) data, exactly: the posterior mean is affine.
+
+    mistake  what the denoiser adds to that, as a factor on x - alpha mean
+    """
 
     def gain(at):
         return at.alpha * std**2 / (at.alpha**2 * std**2 + at.sigma**2)
@@ -197,7 +200,7 @@ def moments(plan, mean, std):
     if plan.init is not None:
         slots["x"] = apply(plan.init.row, {**slots, "z": unit[2]})
     for k, stage in enumerate(plan.stages):
-        a = gain(stage.at)
+        a = gain(stage.at) + mistake(stage.at)
         m = a * slots["x"] + (1 - a * stage.at.alpha) * mean * unit[0]
         values = {**slots, "m": m, "u": m, "z": unit[3 + k] * stage.noise}
         slots = {**slots, **{slot: apply(row, values) for slot, row in stage.rows.items()}}
