@@ -22,6 +22,9 @@ _VARIANTS: Mapping[str, Sequence[Any]] = {"order": (1, 2, 3, 4), "variant": ("bh
 # Beside each spacing's own defaults.
 _GRIDS: Sequence[tuple[str, Mapping[str, Any]]] = (("karras", {"rho": 3.0}), ("polyexponential", {"rho": 0.7}))
 
+# Of several names of one plan, these.
+_COMMON = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "deis", "heun", "lms")
+
 # Seeds in the first round and in the second; plans that pass each.
 ROUNDS = ((8, 48), (32, 12))
 
@@ -82,7 +85,7 @@ def grids(process: Any, steps: int) -> list[tuple[str, Mapping[str, Any], Grid]]
 def solvers() -> list[tuple[str, dict[str, Any]]]:
     """Every solver with its defaults, and with its other orders and variants."""
     found: list[tuple[str, dict[str, Any]]] = []
-    for name in list_solvers():
+    for name in [*_COMMON, *(name for name in list_solvers() if name not in _COMMON)]:
         own = get_solver(name).options
         found.append((name, {}))
         for option, values in _VARIANTS.items():

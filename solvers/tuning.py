@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -42,9 +43,16 @@ _DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 3e-2, "bfloat16": 3e
 _STARTS = 3
 _FIRST, _POLISH = 7, 12  # evaluations of a start, and of the winner
 _DROPPED = 6  # one training seed in so many: those that the start sends to another mode
+_RIDGE = 1e-3  # of the start's loss
+_FLAT = 0.1  # numbers are scaled by what they change, down to this share of the most that one changes
 _ELEMENTS = 2048  # of a sample that the fit looks at; validation looks at all
 
 Reference = Plan | Callable[[Any], Any]
+
+
+def _kept(seeds: int) -> int:
+    """How many of the training seeds a fit looks at."""
+    return seeds - seeds // _DROPPED
 
 
 # --- errors ---
@@ -64,7 +72,10 @@ def statistics(squares: Array) -> dict[str, float]:
 
 
 def reference_grid(denoiser: Any, calls: int = REFERENCE_CALLS) -> Grid:
-    """Uniform in log-SNR from the process's first point, or its largest finite ratio if nothing is predicted there."""
+    """Uniform in log-SNR from the process's first point, or its largest finite ratio if nothing is predicted there.
+
+    It ends with the prediction at the process's smallest level, below which no network is trained.
+    """
     process = denoiser.process
     grid = make_grid(process, calls, "logsnr")
     first = process.point(process.t_first)
@@ -125,9 +136,9 @@ def reference_ends(
 def _read(path: Path, shape: tuple[int, ...]) -> tuple[Array, float] | None:
     """What `reference_ends` kept, None if there is nothing, or nothing whole."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             ends, error = file["ends"], float(file["error"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
     return (ends, error) if ends.shape == shape and ends.dtype == np.float64 else None
 
@@ -223,7 +234,7 @@ class Fit:
         train = np.array(self.study.splits["train"])
         start = self.study.errors(self.form(self.numbers), "train")
         # A latent that ends in another mode would dominate the squares and trap the fit.
-        kept = np.sort(np.argsort(start, kind="stable")[: len(train) - len(train) // _DROPPED])
+        kept = np.sort(np.argsort(start, kind="stable")[: _kept(len(train))])
         self.samples = train[kept]
         size = self.study.target.shape[1]
         rng = np.random.default_rng(0)
@@ -250,25 +261,32 @@ class Fit:
         evaluations  of the residual, at most; each accepted one takes a Jacobian, which costs as much as its columns
         """
         optimize = scipy_optimize()
+        start = self.numbers.copy()
+        # Numbers that hardly matter (the level told at the last call) would run away: a move of all by one costs this.
+        ridge = np.sqrt(_RIDGE * self.loss / len(start))
+        tied = ridge * np.eye(len(start))
+        first = self._jacobian(start)
+        columns = np.linalg.norm(first, axis=0)
+        outside = np.full(self.target.size + len(start), 1e3)
 
         def residual(numbers: Array) -> Array:
             try:
                 found = self._residual(numbers)
             except ValueError:  # out of range: a step to be taken back
-                return np.full(self.target.size, 1e3)
+                return outside
             loss = float(np.sum(found**2))
             if not np.isfinite(loss):
-                return np.full(self.target.size, 1e3)
+                return outside
             if loss < self.loss:
                 self.loss, self.numbers = loss, numbers.copy()
-            return found
+            return np.concatenate([found, ridge * (numbers - start)])
 
         optimize.least_squares(
             residual,
             self.numbers,
-            jac=self._jacobian,
+            jac=lambda x: np.concatenate([first if np.array_equal(x, start) else self._jacobian(x), tied]),
             method="lm",
-            x_scale="jac",
+            x_scale=1.0 / np.maximum(columns, _FLAT * columns.max()),
             ftol=tolerance,
             xtol=1e-5,
             gtol=1e-8,
@@ -357,7 +375,7 @@ def tune(
     for name, value, low in (("nfe", nfe, 2), ("seeds", seeds, 12), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
             raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    check_shape((1, *shape))
+    check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
     one_of("what", what, WHAT)
     if not isinstance(base, Plan) and base != "auto" and base not in BASES:
         raise ValueError(unknown("base", base, ("auto", *BASES)))
@@ -398,7 +416,8 @@ def best_hand_made(made: Study) -> Ranked:
 def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> list[tuple[Rule, Array]]:
     """The best plan of each rule that can be tuned, on this denoiser: the three best rules, or the one asked for."""
     found: list[tuple[Rule, Array]] = []
-    for ranked in made.ranked:
+    # By the seeds that a fit will keep: a rule that sends a few elsewhere may well be the best start.
+    for ranked in sorted(made.ranked, key=lambda r: float(np.sum(np.sort(r.errors)[: _kept(len(r.errors))]))):
         c = ranked.candidate
         if c.plan.nfe != nfe or c.solver not in BASES or base not in ("auto", c.solver):
             continue
