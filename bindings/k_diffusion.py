@@ -29,6 +29,7 @@ an error. Other differences are told by the function they concern.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -176,12 +177,6 @@ class _Run:
             levels[0] = float(inner.percent_to_sigma(1e-4))
         return levels
 
-    def grid(self, process: Process | None = None) -> Grid:
-        process = process or self.process
-        make = Grid.from_times if isinstance(process, Flow) else Grid.from_sigmas
-        rising = self.levels[0] < self.levels[-1]
-        return make(process, self.levels[::-1]).flip() if rising else make(process, self.levels)
-
     @property
     def seed(self) -> Any:
         return (self.extra_args or {}).get("seed")
@@ -222,23 +217,61 @@ class _Run:
             return self.x  # no step
         if "s_noise" in options and noise_sampler is not None:
             options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
-        plan = make_plan(solver, self.grid(process), **options)
+        wide = self.x.dtype == torch.float64
+        kept = not any(map(callable, options.values()))  # a function is another one in each call
+        own: Any = process or self.process
+        sampler = (_sampler if kept else _sampler.__wrapped__)(
+            solver,
+            own,
+            self.levels.tobytes(),
+            tuple(self.x.shape),
+            self.x.dtype,
+            self.x.device,
+            "float64" if wide else "float32",
+            **options,
+        )
+        plan = sampler.plan
         if starts is None:
             done = [True, *(stage.done for stage in plan.stages[:-1])]
             starts = [k for k, before in enumerate(done) if before]
         tracked = _Tracked(self, plan, sorted(starts))
-        wide = self.x.dtype == torch.float64
-        sampler = Sampler(
-            Denoiser(tracked.model, plan.grid.process, "sample", dtype=self.x.dtype),
-            plan,
-            tuple(self.x.shape),
-            device=self.x.device,
-            dtype="float64" if wide else "float32",
-        )
         kernel = isinstance(noise_sampler, KernelNoise)
         drawn = noise_sampler._asdict() if kernel else {"noise": tracked.noise(noise_sampler)}
         with torch.no_grad():
-            return sampler(self.x.detach(), progress=shows(self.disable), **drawn)
+            return sampler(self.x.detach(), cond={"run": tracked}, progress=shows(self.disable), **drawn)
+
+
+@functools.lru_cache(maxsize=4)
+def _sampler(
+    solver: str,
+    process: Process,
+    levels: bytes,
+    shape: tuple[int, ...],
+    dtype: Any,
+    device: Any,
+    state: str,
+    **options: Any,
+) -> Sampler:
+    """A solver compiled for some sigmas and a shape.
+
+    Laying a plan out costs more than running it without the network, and a caller comes back with the same sigmas.
+    """
+    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), **options)
+    # The caller's model and callback are Python, which a CUDA graph would leave out.
+    return Sampler(
+        Denoiser(_told, process, "sample", dtype=dtype), plan, shape, device=device, dtype=state, graph="off"
+    )
+
+
+def _told(x: Any, t: Any, run: _Tracked) -> Any:
+    """The model of every sampler: the call's own, which comes as a condition."""
+    return run.model(x)
+
+
+def grid_of(process: Process, levels: np.ndarray) -> Grid:
+    """The grid through sigmas, falling or rising."""
+    make = Grid.from_times if isinstance(process, Flow) else Grid.from_sigmas
+    return make(process, levels[::-1]).flip() if levels[0] < levels[-1] else make(process, levels)
 
 
 def shows(disable: bool | None) -> bool:
@@ -254,19 +287,18 @@ class _Tracked:
     def __init__(self, run: _Run, plan: Plan, starts: Sequence[int]) -> None:
         self.run, self.plan = run, plan
         self.step = {k: i for i, k in enumerate(starts)}
-        self.levels = [self._levels(k, starts) for k in range(plan.nfe)]
         self.stage = 0
 
-    def _levels(self, k: int, starts: Sequence[int]) -> tuple[float, float]:
+    def _levels(self, k: int) -> tuple[float, float]:
         """From where to where the draw of stage k is, in sigma."""
-        stages, edges = self.plan.stages, [*starts, self.plan.nfe]
+        stages, edges = self.plan.stages, [*self.step, self.plan.nfe]
         first = max(edge for edge in edges if edge <= k)
         last = min(edge for edge in edges if edge > k) - 1
         # What is drawn into x is in the next call; what is drawn beside it is for the end of the step.
         to = stages[k].to if stages[k].rows["x"].get("z") else stages[last].to
         return stages[first].at.sigma, to.sigma
 
-    def model(self, x: Any, t: Any) -> Any:
+    def model(self, x: Any) -> Any:
         run, k = self.run, self.stage
         at = self.plan.stages[k].at
         denoised = run.model(x, x.new_full((len(x),), at.sigma), **(run.extra_args or {}))
@@ -288,7 +320,7 @@ class _Tracked:
             if sampler is None:
                 return torch.randn_like(self.run.x)
             # Draw 0 is the init row's churn; stage k has draw k + 1.
-            return sampler(*map(self.run._level, self.levels[number - 1]))
+            return sampler(*map(self.run._level, self._levels(number - 1)))
 
         return draw
 
@@ -608,7 +640,7 @@ def sample_dpm_adaptive(
     one_of("order", order, (2, 3))
     high, low = _ends(sigma_min, sigma_max)
     run = _Run(model, x, [high, low], extra_args, callback, disable, flow)
-    ratios = run.grid().ratio
+    ratios = grid_of(run.process, run.levels).ratio
     source = run.gaussian(noise_sampler)
     if isinstance(source, KernelNoise):
         raise TypeError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import threading
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -509,6 +510,43 @@ def test_no_step_returns_x_and_no_gradient_is_kept():
     x = latent(SIGMAS).requires_grad_()
     assert kd.sample_euler(Model(), x, [14.6]) is x
     assert not kd.sample_euler(Model(), x, SIGMAS, disable=True).requires_grad
+
+
+def test_a_plan_is_laid_out_once_for_the_same_sigmas():
+    """The caller's model, callback and noise are the call's own all the same."""
+    kd._sampler.cache_clear()
+    x, sigmas = latent(SIGMAS), [*SIGMAS, 0.0]
+    first, second = Model(), Model()
+    a = kd.sample_euler_ancestral(first, x, sigmas, {"a": 1.3}, disable=True, noise_sampler=Noise())
+    b = kd.sample_euler_ancestral(second, x, sigmas, {"a": 0.2}, disable=True, noise_sampler=Noise())
+    assert kd._sampler.cache_info().misses == kd._sampler.cache_info().hits == 1
+    assert len(first.calls) == len(second.calls) == len(SIGMAS)
+    assert not torch.equal(a, b)
+    kd.sample_euler_ancestral(Model(), x, sigmas, disable=True, noise_sampler=Noise(), eta=0.5)
+    kd.sample_euler_ancestral(Model(), x.float(), sigmas, disable=True, noise_sampler=Noise(torch.float32))
+    kd.sample_euler_ancestral(Model(), x, SIGMAS, disable=True, noise_sampler=Noise())
+    assert kd._sampler.cache_info().misses == 4
+    kd.sample_sa_solver(Model(), x, SIGMAS, disable=True, noise_sampler=Noise(), tau_func=lambda s: 0.5)
+    assert kd._sampler.cache_info().misses == 4  # functions are not compared
+
+
+def test_two_threads_share_a_plan():
+    x, sigmas = latent(SIGMAS), [*SIGMAS, 0.0]
+    want = [kd.sample_dpmpp_2m(Model(), x, sigmas, {"a": a}, disable=True) for a in (0.5, 1.5)]
+    got: list[list[torch.Tensor]] = [[], []]
+
+    def work(i):
+        for _ in range(20):
+            got[i].append(kd.sample_dpmpp_2m(Model(), x, sigmas, {"a": (0.5, 1.5)[i]}, disable=True))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outs, one in zip(got, want, strict=True):
+        assert len(outs) == 20
+        assert all(torch.equal(out, one) for out in outs)
 
 
 def test_progress_bar_only_where_asked(capsys):
