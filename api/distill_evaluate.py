@@ -127,7 +127,7 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
         case ring.Rectified():
             return rectified_checks(recipe, swd[1])
         case ring.Adversarial():
-            before = ring.consistency_samplers(recipe.first.denoiser("frozen"))
+            before = ring.consistency_samplers(recipe.denoiser("frozen"))
             start = {n: run(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}
             sharp = [distance_to_modes(v, ring.RING) for v in (samples["1"], start[1])]
             return [

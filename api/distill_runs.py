@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -455,10 +456,8 @@ class Adversarial(RingRecipe):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.begin = settings.steps // 2
-        self.first = Consistency(
-            Settings("consistency", "ring", self.begin, settings.batch, settings.lr, settings.seed, settings.parts)
-        )
+        self.begin = max(1, settings.steps // 2)
+        self.first = Consistency(replace(settings, method="consistency", steps=self.begin))
         self.modules = {**self.first.modules}
         self.averaged("frozen")
         self.modules["heads"] = adversarial.Heads([128, 128, 128], 64)
@@ -476,7 +475,9 @@ class Adversarial(RingRecipe):
         self.first.new_optimiser("student")
         self.optimisers = self.first.optimisers
         self.new_optimiser("heads", betas=(0.5, 0.999))
-        self.optimisers["student"].param_groups[0]["betas"] = (0.9, 0.999)
+
+    def denoiser(self, name: str) -> ConsistencyDenoiser:
+        return ConsistencyDenoiser(self.modules[name], PROCESS)
 
     def features(self, x: Tensor) -> list[Tensor]:
         frozen = self.modules["frozen"]
@@ -496,7 +497,7 @@ class Adversarial(RingRecipe):
         sigma = np.array(self.LEVELS)[level]
         again, ln = torch.randn((n, 2), generator=g), 1.2 * torch.randn((n,), generator=g).double() - 1.2
         ratio = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
-        student, heads = ConsistencyDenoiser(self.modules["student"], PROCESS), self.modules["heads"]
+        student, heads = self.denoiser("student"), self.modules["heads"]
 
         def fake(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
@@ -526,7 +527,7 @@ class Adversarial(RingRecipe):
         return {"loss": loss, "heads": told}
 
     def samplers(self) -> dict[int, tuple[Any, Plan]]:
-        return consistency_samplers(ConsistencyDenoiser(self.modules["average"], PROCESS))
+        return consistency_samplers(self.denoiser("average"))
 
 
 RING_RECIPES: Mapping[str, Callable[[Settings], RingRecipe]] = {

@@ -149,6 +149,15 @@ def average(tensors: list[Tensor]) -> None:
         t.copy_(values.reshape(t.shape))
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether any process says so: one that stopped alone would leave the others waiting for its gradients."""
+    if world() == 1:
+        return flag
+    said = torch.tensor([float(flag)])
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said)
+
+
 # --- files ---
 
 
@@ -267,7 +276,7 @@ def train(
 
     done = first
     with stop_signal() as stopped:
-        while done < recipe.settings.steps and not stopped():
+        while done < recipe.settings.steps and not anywhere(stopped()):
             values = recipe.step(done)
             done += 1
             if not all(math.isfinite(v) for v in values.values()):

@@ -244,12 +244,25 @@ def test_curricula_are_the_papers() -> None:
     np.testing.assert_allclose(weights, mass / mass.sum(), rtol=1e-9)
     t = np.array([0.1, 1.0, 50.0])
     np.testing.assert_allclose(curricula.ect_next(t, 1)[2], 25.0, rtol=1e-12)
-    assert np.all(curricula.ect_next(t, 0) == 0.0)
+    assert np.all(curricula.ect_next(t, 0) == 0.002)
+    n = 1.0 + 8.0 / (1.0 + np.exp(t))
+    np.testing.assert_allclose(curricula.ect_next(t, 6), t * (1.0 - n / 64.0), rtol=1e-14)
     assert np.all(np.diff([curricula.ect_next(t, k) for k in range(4, 10)], axis=0) > 0.0)
     with pytest.raises(ValueError, match="step = 9 of 8"):
         curricula.ict_levels(9, 8)
     with pytest.raises(ValueError, match="decrease"):
         curricula.lognormal_weights(np.array([1.0, 2.0]))
+
+
+def test_easy_tuning_starts_as_denoising() -> None:
+    """At stage 0 the target is the clean image but for sigma_min of noise."""
+    student = ConsistencyDenoiser(lambda x, t: torch.tanh(x), EDM, time_dtype="float64")
+    t = np.array([0.3, 2.0])
+    start, end = points_of(EDM, t), points_of(EDM, curricula.ect_next(t, 0))
+    x0, noise = normals(2, 3), normals(2, 3, seed=1)
+    got = consistency.training_loss(student, student, x0, noise, start, end)
+    want = (predict(student, x0 + torch.tensor(t)[:, None] * noise, start) - (x0 + 0.002 * noise)).square().mean()
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
 
 
 # --- latent consistency ---

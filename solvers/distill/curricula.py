@@ -43,12 +43,17 @@ def lognormal_weights(ratios: Array, mean: float = -1.1, std: float = 2.0) -> Ar
     return np.asarray(weights / weights.sum())
 
 
-def ect_next(ratio: Array, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Array:
-    """r(t) = t (1 - n(t) / q^stage), n(t) = 1 + k sigmoid(-b t), at least 0: the pair of easy consistency tuning
-    (Geng et al. 2024, eq. 14). Stage 0 and any t whose r would be negative train a plain denoiser (r = 0)."""
+def ect_next(ratio: Array, stage: int, low: float = 0.002, q: float = 2.0, k: float = 8.0, b: float = 1.0) -> Array:
+    """r(t) = t (1 - n(t) / q^stage), n(t) = 1 + k sigmoid(-b t), at least `low`: the pairs of easy consistency tuning
+    (Geng et al. 2024, section 3.3), levels t >= low in, levels r out.
+
+    At stage 0 every r is `low`, where f is the identity: the loss is plain denoising, and a trained denoiser is where
+    tuning starts. As the stage grows, r closes in on t. The paper's lowest level is 0; here it is the level at which
+    the boundary is.
+    """
     t = np.asarray(ratio, dtype=np.float64)
     n = 1.0 + k / (1.0 + np.exp(b * t))
-    return np.asarray(np.maximum(t * (1.0 - n / q**stage), 0.0))
+    return np.asarray(np.maximum(t * (1.0 - n / q**stage), low))
 
 
 def _progress(step: int, steps: int) -> None:
