@@ -144,11 +144,11 @@ def _verdict(pipe: Any, inside: float, share: float, launches: float, device: st
         said.append(f"{share:.1%} of a step is outside the denoiser, with the scheduler fused already.")
     elif _has_twin(scheduler):
         said.append(
-            f"{share:.1%} of a step is outside the denoiser: fewstep.accelerate(pipe) takes most of the scheduler's part."
+            f"{share:.1%} of a step is outside the denoiser: fewstep.accelerate(pipe) saves the scheduler's part of it."
         )
     else:
         said.append(
-            f"{share:.1%} of a step is outside the denoiser: fewstep.sample would take most of the solver's part."
+            f"{share:.1%} of a step is outside the denoiser: fewstep.sample would save most of the solver's part."
         )
     if device != "cuda":
         said.append("A graph needs CUDA.")

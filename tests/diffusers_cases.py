@@ -14,14 +14,19 @@ import pytest
 import torch
 
 from fewstep.bindings import diffusers as twins
-from fewstep.bindings.diffusers.probe import places
+from fewstep.bindings.diffusers.probe import MEMORY, places
+from fewstep.bindings.diffusers.update import Update
 
 SHAPE = (2, 3, 4, 4)
 
 # Relative to the largest element so far: both round in float32, in another order.
 ROUNDING = 2e-5
-# SA-Solver's coefficients are sums that cancel; the parent's own float32 run is that far from its float64 run.
-OWN_ROUNDING = {"SASolverScheduler": 2e-4, "DPMSolverMultistepInverseScheduler": 1e-4}
+# The parent's own float32 run is that far from its float64 run: terms that cancel.
+OWN_ROUNDING = {
+    "SASolverScheduler": 2e-4,
+    "DPMSolverMultistepInverseScheduler": 1e-4,
+    "KDPM2AncestralDiscreteScheduler": 1e-4,  # sigmas of 20000 under cosine betas
+}
 # In float64 these compute in float32 regardless; all others agree to the last digits.
 UPCASTS = {
     "DPMSolverMultistepScheduler",
@@ -67,6 +72,22 @@ def only_fused(name: str) -> Iterator[None]:
             parent.step = step
         else:
             del parent.step
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """The update's naive twin in place of the Numba kernel, which is compiled anew for every structure."""
+    fused = Update._fused
+
+    def naive(self: Update, x: Any, raw: Any, z: Any, memory: Any, arrays: Any) -> Any:
+        results = self._naive(x, raw, z, memory)
+        return results, [None] * (MEMORY + len(memory) + len(results))
+
+    Update._fused = naive  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Update._fused = fused  # type: ignore[method-assign]
 
 
 def run(
@@ -133,7 +154,8 @@ def compare(name: str, parent: Any, twin: Any, *args: Any, fused: bool = True, *
         exact, _ = run(parent, *args, **{**kwargs, "dtype": torch.float64})
         for a, b, c in zip(expected, found, exact, strict=True):
             for field, value in c.items():
-                assert (b[field] - value).abs().max() <= (a[field] - value).abs().max(), (where, field)
+                ours, theirs = (float((x[field] - value).abs().max()) for x in (b, a))
+                assert ours <= theirs + ROUNDING * float(value.abs().max()), (where, field)
 
 
 def tolerance(name: str, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import SHAPE, compare, make, only_fused, pair, run
+from diffusers_cases import SHAPE, compare, make, only_fused, pair, run, without_compiler
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -102,7 +102,7 @@ def choices(function: Any, *tables: dict[str, list[Any]]) -> st.SearchStrategy[d
 
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
 @settings(
-    max_examples=12,
+    max_examples=20,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=True,
@@ -122,7 +122,25 @@ def test_any_configuration(name: str, data: st.DataObject) -> None:
         with pytest.raises(type(error)):
             make(twins, name, **config)
         return
-    compare(name, parent, twin, steps, start=start, begin_index=begin_index, **options)
+    with without_compiler():
+        compare(name, parent, twin, steps, start=start, begin_index=begin_index, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "options"),
+    [
+        ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.5}, {"eta": 0.5}),
+        ("DDIMScheduler", {"clip_sample_range": 1.5}, {"use_clipped_model_output": True}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "thresholding": True}, {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {}),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, {"return_dict": False}),
+        ("DEISMultistepScheduler", {"solver_order": 3}, {}),
+        ("EulerDiscreteScheduler", {"prediction_type": "v_prediction"}, {"s_churn": 5.0}),
+        ("PNDMScheduler", {"skip_prk_steps": True}, {}),
+    ],
+)
+def test_fused_configurations(name: str, config: dict[str, Any], options: dict[str, Any]) -> None:
+    compare(name, *pair(name, **config), 8, **options)
 
 
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
@@ -328,6 +346,18 @@ def test_an_edit_stays_with_its_scheduler() -> None:
     twin.sigmas *= 1.5
     twin.alphas_cumprod.zero_()
     compare(name, *pair(name, solver_order=3), 11)
+
+
+def test_configuration_edited_in_place() -> None:
+    """Stable Cascade does; the frozen dictionary lets attributes through."""
+
+    def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        scheduler.config.prediction_type = "sample"
+        scheduler.set_timesteps(6)
+        return x
+
+    edited("DDIMScheduler", edit)
+    compare("DDIMScheduler", *pair("DDIMScheduler"))
 
 
 def test_sigmas_replaced() -> None:

@@ -125,23 +125,19 @@ class LCMScheduler(diffusers.LCMScheduler):  # type: ignore[misc]
             return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
-def _keeps_configuration(parent: type[Any]) -> Any:
-    """set_timesteps(mu=...) of the parent writes flow_shift into the configuration for good; corrected, it does not."""
-
-    @functools.wraps(parent.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        before = self._internal_dict
-        parent.set_timesteps(self, *args, **kwargs)
-        if self.corrected:
-            self._internal_dict = before
-
-    return set_timesteps
+@contextlib.contextmanager
+def _keeping_configuration(scheduler: Any) -> Iterator[None]:
+    """set_timesteps of some parents writes into the configuration, for good; corrected, it does not."""
+    before = scheduler._internal_dict
+    held = dict(vars(before))
+    yield
+    if scheduler.corrected:
+        vars(before).update(held)  # an attribute written in place
+        scheduler._internal_dict = before  # a new one registered
 
 
 class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
     """With lower_order_final=False and a last sigma of 0 the parent ends in NaN; corrected, in a first-order step."""
-
-    set_timesteps = _keeps_configuration(diffusers.UniPCMultistepScheduler)
 
     @functools.wraps(diffusers.UniPCMultistepScheduler.step)
     def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
@@ -156,7 +152,10 @@ class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):  # type: ignor
 class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
     """Corrected, refuses what the parent accepts and then does otherwise, or fails at in the middle of a run."""
 
-    set_timesteps = _keeps_configuration(diffusers.DPMSolverMultistepScheduler)
+    @functools.wraps(diffusers.DPMSolverMultistepScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        with _keeping_configuration(self):
+            super().set_timesteps(*args, **kwargs)
 
     def correct(self, asked: dict[str, Any]) -> None:
         config = self.config
@@ -175,30 +174,16 @@ class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):  # typ
 
 
 class DPMSolverSinglestepScheduler(diffusers.DPMSolverSinglestepScheduler):  # type: ignore[misc]
-    """Corrected, refuses a schedule for which the parent rewrites lower_order_final in silence."""
+    """The parent's set_timesteps may write lower_order_final=True into the configuration, for every later schedule."""
 
     def correct(self, asked: dict[str, Any]) -> None:
         _solver_order(self.config.solver_order)
         _solver_type(asked)
-        if not self.config.lower_order_final and self.config.final_sigmas_type == "zero":
-            raise ValueError("lower_order_final=False cannot end at sigma 0: use final_sigmas_type='sigma_min'")
 
     @functools.wraps(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
-    def set_timesteps(
-        self, num_inference_steps: Any = None, device: Any = None, mu: Any = None, timesteps: Any = None
-    ) -> None:
-        before = self._internal_dict
-        super().set_timesteps(num_inference_steps, device, mu, timesteps)
-        if not self.corrected:
-            return
-        rewritten = self.config.lower_order_final != before["lower_order_final"]
-        self._internal_dict = before
-        if rewritten:
-            order = self.config.solver_order
-            raise ValueError(
-                f"lower_order_final=False needs a number of steps that solver_order={order} divides, "
-                f"got {self.num_inference_steps}"
-            )
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        with _keeping_configuration(self):
+            super().set_timesteps(*args, **kwargs)
 
 
 def _solver_order(order: int) -> None:
@@ -223,12 +208,10 @@ def _ends_clean(parent: type[Any]) -> type[Any]:
     class Clean(parent):  # type: ignore[misc,valid-type]
         @functools.wraps(parent.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            before = self._internal_dict
-            super().set_timesteps(*args, **kwargs)
-            if self.corrected:
-                self._internal_dict = before
-                if len(self.sigmas) > 1 and self.sigmas[-1] == self.sigmas[-2]:
-                    self.sigmas[-1] = 0.0
+            with _keeping_configuration(self):
+                super().set_timesteps(*args, **kwargs)
+            if self.corrected and len(self.sigmas) > 1 and self.sigmas[-1] == self.sigmas[-2]:
+                self.sigmas[-1] = 0.0
 
         @functools.wraps(parent.step)
         def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:

@@ -144,7 +144,8 @@ def _moved(scheduler: Any, cls: type[Any], options: dict[str, Any]) -> Any:
 
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k != "corrected"}, **options)
     if not options and not getattr(scheduler, "corrected", False):
-        made.__dict__.update(without_ours(scheduler.__dict__), _internal_dict=made.config)
+        made.__dict__.update({k: v for k, v in without_ours(scheduler.__dict__).items() if k != "_internal_dict"})
+        vars(made.config).update(vars(scheduler.config))
         if not _is_twin(made):
             made.__dict__.pop("corrected", None)
     return made

@@ -7,6 +7,7 @@ pass does not cover, the parent's own `step` takes over at any point of a run.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
@@ -51,7 +52,10 @@ class PerThread(threading.local):
 
 def without_ours(values: Mapping[str, Any]) -> dict[str, Any]:
     """The parent's attributes alone, for another owner."""
-    return {name: value for name, value in copied(values).items() if name != CURSOR}
+    own = {name: value for name, value in copied(values).items() if name != CURSOR}
+    if "_internal_dict" in own:  # some write into it
+        own["_internal_dict"] = copy.copy(own["_internal_dict"])
+    return own
 
 
 class Cursor:

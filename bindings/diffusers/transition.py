@@ -7,7 +7,9 @@ each standing, on first use, and remembered for all schedulers of the process: t
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -146,7 +148,7 @@ class Digests:
     """Contents of attributes as text, kept while an attribute is the same object with the same elements."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, tuple[Any, int, Any]] = {}
+        self.kept: dict[str, tuple[Any, list[Any], Any]] = {}
 
     def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> str:
         parts = [id(cls), memory, sorted(attributes)]
@@ -162,10 +164,11 @@ class Digests:
         return repr(parts)  # unlike equality, it tells 1 from 1.0 and from True
 
     def _kept(self, name: str, value: Any) -> Any:
-        version = value._version if isinstance(value, Tensor) else 0
+        # Pipelines write attributes of a configuration, frozen as it is called.
+        state = [value._version] if isinstance(value, Tensor) else list(vars(value).values())
         kept = self.kept.get(name)
-        if kept is None or kept[0] is not value or kept[1] != version:
-            kept = self.kept[name] = (value, version, _frozen(value))
+        if kept is None or kept[0] is not value or not all(map(operator.is_, kept[1], state)):
+            kept = self.kept[name] = (value, state, _frozen(value))
         return kept[2]
 
 
@@ -179,6 +182,8 @@ def _frozen(value: Any) -> Any:
         return "tensor", _frozen(value.numpy())
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+    if isinstance(value, FrozenDict):  # its users read attributes
+        value = vars(value)
     if isinstance(value, Mapping):
         return [(name, _frozen(value[name])) for name in sorted(value)]
     if isinstance(value, (list, tuple)):
@@ -197,7 +202,9 @@ def _places(name: str, standing: Standing) -> list[int | None]:
 
 
 def _copy(value: Any) -> Any:
-    """Tensors on the CPU that nobody else writes to."""
+    """Tensors on the CPU and a configuration that nobody else writes to."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
+    if isinstance(value, FrozenDict):
+        return copy.copy(value)
     return [_copy(v) for v in value] if isinstance(value, list) else value

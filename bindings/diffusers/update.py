@@ -107,8 +107,14 @@ class Update:
         return results, known
 
     def _naive(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        """The twin of `_fused` on any device, by the oracle."""
         slots = [t.to(self.dtype) for t in (x, *(memory[j] for j in self.memory))]
-        return naive.step(slots, [raw], self.w, z=z, p=self.p, limit=self.limit)
+        limit = self.limit
+        if not self.anywhere:
+            assert self.p is not None
+            m = naive.combine([slots[0], raw.to(self.dtype)], self.p, slots[0])
+            limit = naive.threshold(m, *self.quantile)
+        return naive.step(slots, [raw], self.w, z=z, p=self.p, limit=limit)
 
 
 class _Launch:

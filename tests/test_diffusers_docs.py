@@ -1,0 +1,86 @@
+"""The code of docs/diffusers.md and docs/audit.md, as it stands there, does what the pages say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers_pipelines import CASES
+
+from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers.corrections import CORRECTED
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def block(page: str, name: str) -> str:
+    (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    return str(code)
+
+
+def pipeline() -> dict[str, Any]:
+    make, arguments = CASES["StableDiffusion UniPC"]
+    given = arguments()
+    del given["num_inference_steps"]
+    return {"pipe": make(), "arguments": {**given, "output_type": "np"}}
+
+
+def test_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
+    names = pipeline()
+    images = []
+    for part in ("before", "after"):
+        names["arguments"]["generator"] = torch.Generator().manual_seed(0)
+        exec(block("diffusers.md", part), names)
+        images.append(names["image"])
+    assert capsys.readouterr().out == "scheduler: UniPCMultistepScheduler runs fused\n"
+    np.testing.assert_allclose(images[1], images[0], atol=2e-3)
+
+
+def test_a_loop_of_ones_own() -> None:
+    theirs = block("diffusers.md", "loop").replace("fewstep.bindings.diffusers", "diffusers")
+    ends = []
+    for code in (block("diffusers.md", "loop"), theirs):
+        x = torch.ones(1, 4, 8, 8)
+        names = {"config": diffusers.DDIMScheduler().config, "x": x, "unet": lambda x, t: torch.tanh(x)}
+        exec(code, names)
+        ends.append(names["x"])
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+
+
+def test_the_audit() -> None:
+    names = pipeline()
+    names["arguments"]["num_inference_steps"] = 3
+    exec(block("audit.md", "audit"), names)
+    assert names["report"].steps == 3
+
+
+def test_every_corrected_scheduler_is_in_the_table() -> None:
+    page = (DOCS / "diffusers.md").read_text(encoding="utf-8")
+    assert f"all {len(SCHEDULERS)} of" in page
+    words = {
+        "DDIMScheduler": "| DDIM |",
+        "DDPMScheduler": "| DDPM |",
+        "EulerDiscreteScheduler": "| Euler |",
+        "LMSDiscreteScheduler": "| LMS |",
+        "IPNDMScheduler": "| iPNDM |",
+        "LCMScheduler": "| LCM |",
+        "UniPCMultistepScheduler": "| UniPC |",
+        "DPMSolverMultistepScheduler": "| DPM-Solver multistep |",
+        "DPMSolverSinglestepScheduler": "| DPM-Solver singlestep |",
+        "DEISMultistepScheduler": "| DEIS, SA |",
+        "SASolverScheduler": "| DEIS, SA |",
+        "FlowMatchEulerDiscreteScheduler": "| FlowMatch Euler, Heun, LCM |",
+        "FlowMatchHeunDiscreteScheduler": "| FlowMatch Euler, Heun, LCM |",
+        "FlowMatchLCMScheduler": "| FlowMatch Euler, Heun, LCM |",
+        "EDMEulerScheduler": "| EDM Euler |",
+    }
+    assert set(words) == set(CORRECTED)
+    for word in words.values():
+        assert word in page
