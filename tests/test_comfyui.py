@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from pages import blocks
 
 from fewstep.bindings import comfyui, k_diffusion
 from fewstep.bindings.comfyui import nodes
@@ -220,3 +221,17 @@ def test_outside_comfyui_only_making_a_sampler_fails(monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy.samplers", None)
     with pytest.raises(ImportError, match=r"comfy\.samplers"):
         nodes.FewstepSampler().get_sampler("euler")
+
+
+def test_the_page(monkeypatch):
+    """docs/comfyui.md, whose `before` asks the stand-in for its own sampler."""
+    page = blocks("comfyui.md")
+    built_in = KSAMPLER(lambda *args, **options: k_diffusion.sample_dpmpp_2m(*args, **options))
+    monkeypatch.setattr(sys.modules["comfy.samplers"], "sampler_object", lambda name: built_in, raising=False)
+    sys.modules["comfy"].samplers = sys.modules["comfy.samplers"]
+    before, after, install = {}, {}, {}
+    exec(page["before"], before)
+    exec(page["after"], after)
+    exec(page["install"], install)
+    assert install["NODE_CLASS_MAPPINGS"] is comfyui.NODE_CLASS_MAPPINGS
+    assert torch.equal(run(after["sampler"])[0], run(before["sampler"])[0])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pages import blocks
 
 import fewstep as fs
 from fewstep.solvers import dlpack
@@ -301,6 +302,25 @@ class TestJax:
         sampler = fs.Sampler(fs.Denoiser(InLibrary(self.model(), jnp), VP), fs.plan("ddim", fs.grid(VP, 2)), SHAPE)
         with pytest.raises(ValueError, match="cannot be written to"):
             sampler(seed=0, out=jnp.zeros(SHAPE))
+
+    def test_the_page(self):
+        """docs/frameworks.md"""
+        import jax
+
+        page, names = blocks("frameworks.md"), {}
+        exec(page["before"] + page["after"], names)
+        assert isinstance(names["sample"], jax.Array)
+        np.testing.assert_allclose(np.asarray(names["sample"]), np.asarray(names["by_hand"]), rtol=1e-3, atol=1e-3)
+        assert isinstance(names["drawn"], jax.Array)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, from its own pytree
+def test_the_page_on_torch():
+    torch = pytest.importorskip("torch")
+    names = {}
+    exec(blocks("frameworks.md")["torch"], names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["program"].module()(names["x"]), names["images"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

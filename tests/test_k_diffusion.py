@@ -7,13 +7,14 @@ import math
 import sys
 import threading
 from itertools import pairwise
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from oracles import adams, first_order, multistep, runge_kutta, singlestep
 from oracles import adaptive as adaptive_oracle
+from pages import blocks
 from scipy import integrate
 
 import fewstep as fs
@@ -586,3 +587,32 @@ def test_bad_arguments_are_named_before_any_call(call, error, message):
     with pytest.raises(error, match=message):
         call(model, latent(SIGMAS))
     assert not model.calls
+
+
+def test_the_page_gives_the_same_image(monkeypatch):
+    """docs/k-diffusion.md. `k_diffusion` is not installed: the oracle stands in under its name."""
+
+    def naive(model, x, sigmas, extra_args, callback):
+        def told(y, alpha, sigma):
+            return model(
+                torch.from_numpy(y), torch.full((len(y),), float(sigma), dtype=torch.float64), **extra_args
+            ).numpy()
+
+        return torch.from_numpy(multistep.dpmpp_2m(told, grid_of(sigmas.tolist(), False), x.numpy(), ()))
+
+    monkeypatch.setitem(sys.modules, "k_diffusion", ModuleType("k_diffusion"))
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", SimpleNamespace(sample_dpmpp_2m=naive))
+    seen = []
+    names = {
+        "model": lambda x, sigma, cond: Model()(x, sigma, cond), "cond": 0.8, "preview": seen.append,
+        "noise": latent([1.0]), "sigmas": torch.tensor([*SIGMAS, 0.0], dtype=torch.float64),
+    }  # fmt: skip
+    page = blocks("k-diffusion.md")
+    before, after = dict(names), dict(names)
+    exec(page["before"], before)
+    first, rest = page["after"].split("from fewstep.bindings.k_diffusion import KernelNoise")
+    exec(first, after)
+    torch.testing.assert_close(after["x"], before["x"], rtol=1e-10, atol=1e-10)
+    assert len(seen) == len(SIGMAS)
+    exec("from fewstep.bindings.k_diffusion import KernelNoise" + rest, after)
+    assert not torch.equal(after["a"], after["b"])

@@ -17,8 +17,9 @@ onnx = pytest.importorskip("onnx", reason="needs the extra fewstep[onnx]")
 pytest.importorskip("onnxruntime", reason="needs the extra fewstep[onnx]")
 
 from onnx import TensorProto, helper  # noqa: E402
+from pages import blocks  # noqa: E402
 
-from fewstep.bindings.onnx import OnnxModel, export_onnx  # noqa: E402
+from fewstep.bindings.onnx import OnnxModel  # noqa: E402
 
 VP = fs.VP.linear()
 FLOAT, INT = TensorProto.FLOAT, TensorProto.INT64
@@ -186,12 +187,11 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch = pytest.importorskip("torch")
     import warnings
 
-    from fewstep.bindings.unet import digits_model
-
     path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that it has another exporter, which needs a package more
-        export_onnx(digits_model(), path, torch.zeros(2, 1, 8, 8), {"label": torch.zeros(2, dtype=torch.int64)})
+        exec(blocks("onnx.md")["export"], {"path": path})  # the page's own code
+    assert torch is not None
     return path
 
 
@@ -235,3 +235,15 @@ def test_digits_without_torch(digits):
     options = {"solver": "dpmpp_2m", "spacing": "logsnr", "steps": 8, "seed": 0}
     want = fs.sample(fs.Denoiser(network, VP, "v"), shape=(4, 1, 8, 8), cond=cond, **options)
     np.testing.assert_allclose(np.fromstring(values.strip("[]\n"), sep=","), want.ravel(), atol=1e-4)
+
+
+def test_the_page_gives_the_same_image(digits):
+    """docs/onnx.md"""
+    grid = fs.grid(VP, 6, "logsnr")
+    noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    names = {"path": str(digits), "grid": grid, "noise": noise, "labels": np.array([0, 1, 2, 3])}
+    page = blocks("onnx.md")
+    exec(page["before"], names)
+    exec(page["after"], names)
+    np.testing.assert_allclose(names["images"], names["by_hand"], atol=1e-4)
+    assert np.abs(names["images"]).max() > 0.9
