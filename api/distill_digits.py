@@ -161,7 +161,7 @@ DIGITS_RECIPES: Mapping[str, Callable[[Settings], DigitsRecipe]] = {
     "progressive": Progressive,
     "latent_consistency": LatentConsistency,
 }
-STEPS = {"progressive": 800, "latent_consistency": 800}
+STEPS = {"progressive": 800, "latent_consistency": 2000}
 
 
 # --- judging images ---
