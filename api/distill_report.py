@@ -105,8 +105,8 @@ def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
         lines += _checks(own, seeds)
         if method == "adversarial":
             lines += [
-                "The data's own distance to modes is 1.18: a smaller one is sharper than the data. The distillation term",
-                "draws samples to the teacher's posterior mean, which lies nearer to the modes' centres.",
+                "The data's own distance to modes is 1.18: a smaller one is sharper than the data. The distillation",
+                "term draws samples to the teacher's posterior mean, which lies nearer to the modes' centres.",
                 "",
             ]
     lines += _critics(ring)
