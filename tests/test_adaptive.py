@@ -544,3 +544,58 @@ def test_nan_and_endless_steps_are_errors():
     denoiser = fs.Denoiser(rough, fs.EDM(), predicts="sample")
     with pytest.raises(RuntimeError, match=r"sample 0 has come to t = .* in max_attempts = 50 steps, \d+ rejected"):
         fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, max_attempts=50)
+
+
+# --- outside noise and callbacks ---
+
+
+def test_outside_noise_is_asked_by_sample_and_step():
+    """Normals of a sample's own, given from outside by its draw number, are what the loop draws from the same seed."""
+    options = {"eta": 0.7, "rtol": 0.05, "atol": 0.01}
+    x = latents(GAUSSIAN, fs.EDM(), 3)
+    denoiser = GAUSSIAN.denoiser(fs.EDM())
+    for i in range(3):
+        asked = []
+
+        def noise(draw, at, to, shape, i=i, asked=asked):
+            asked.append((at.sigma, to.sigma))
+            assert shape == (1, 2, 3)
+            return philox.normals(6, 5, i, draw, philox.STEP).reshape(shape)
+
+        one = fs.sample_adaptive(denoiser, x[i : i + 1], noise=noise, **options)
+        own = fs.sample_adaptive(denoiser, x[i : i + 1], seed=5, first_sample=i, **options)
+        np.testing.assert_array_equal(one.x, own.x)
+        # Each accepted step but the last draws, from where it began to where it ends.
+        assert len(asked) == one.accepted[0] - 1
+        assert asked[0][0] == fs.EDM().sigma_max
+        assert all(end == start for (_, end), (start, _) in pairwise(asked))
+
+
+def test_callback_sees_every_attempt():
+    seen = []
+
+    def watch(info):
+        seen.append(
+            (info.samples.tolist(), [p.sigma for p in info.at], info.x.copy(), info.accepted.tolist(), info.nfe)
+        )
+        assert info.error.shape == info.h.shape == info.accepted.shape == (len(info.samples),)
+        np.testing.assert_array_equal(info.accepted, 1.0 + np.arctan(1.0 / (info.error + 1e-8) ** 0.5 - 1.0) >= 0.81)
+
+    x = latents(RING, fs.EDM(), 4)
+    # order 2 with the integral term alone: the controller's limiter is of error^(-1/2)
+    got = fs.sample_adaptive(
+        RING.denoiser(fs.EDM()), x, solver="dpm_solver_12", rtol=0.01, final_zero=False, callback=watch
+    )
+    for i in range(4):
+        mine = [(at[k], y[k], ok[k], nfe[k]) for who, at, y, ok, nfe in seen if i in who for k in [who.index(i)]]
+        assert sum(ok for *_, ok, _ in mine) == got.accepted[i]
+        assert sum(not ok for *_, ok, _ in mine) == got.rejected[i]
+        assert mine[-1][0] == pytest.approx(fs.EDM().sigma_min)
+        assert mine[-1][3] == got.nfe[i]
+        np.testing.assert_array_equal(mine[-1][1], got.x[i].astype(mine[-1][1].dtype))
+
+
+@pytest.mark.parametrize("name", ["noise", "callback"])
+def test_noise_and_callback_must_be_callable(name):
+    with pytest.raises(TypeError, match=f"{name} must be callable, got int"):
+        fs.sample_adaptive(GAUSSIAN.denoiser(fs.EDM()), latents(GAUSSIAN, fs.EDM(), 1), **{name: 3})
