@@ -243,13 +243,14 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, 
         y = _row(w + j * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
         _put(state, index, j, size, at, lane, inside, y)
     v = tl.load(w + _C_IN_AT) * x
+    moves = inside & (tl.load(index + _WRITES_AT) >= 0)  # a row that writes nothing leaves its sample as it was
     for j in tl.static_range(COPIES):
-        _write(x_in, j * copy + at, lane, v, inside)
+        _write(x_in, j * copy + at, lane, v, moves)
 
 
 @triton.jit
-def tick_kernel(counter, times, t, count, samples, counter_step, rows, row_step, BLOCK: tl.constexpr):
-    """Counters one up, and t of the stages that they now name. One program.
+def tick_kernel(counter, times, t, count, samples, last, counter_step, rows, row_step, BLOCK: tl.constexpr):
+    """Counters one up but not past `last`, and t of the stages that they now name. One program.
 
     counter  int32, counter_step as in `run_kernel`; times (stages, rows), t (count,) of one dtype; entry i of t
              belongs to sample i mod samples
@@ -258,6 +259,7 @@ def tick_kernel(counter, times, t, count, samples, counter_step, rows, row_step,
     inside = lane < count
     b = lane % samples
     stage = tl.load(counter + b * counter_step, mask=inside, other=0) + 1
+    stage = tl.minimum(stage, last)
     tl.store(t + lane, tl.load(times + stage.to(tl.int64) * rows + b * row_step, mask=inside), mask=inside)
     tl.debug_barrier()  # nobody writes a counter that somebody has still to read
     tl.store(counter + b * counter_step, stage, mask=inside & (lane < samples) & ((counter_step > 0) | (lane == 0)))
@@ -373,7 +375,7 @@ def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
     rows = times.shape[1]
     with guard(t):
         tick_kernel[(1,)](
-            counter, times, t, len(t), samples, int(len(counter) > 1), rows, int(rows > 1),
+            counter, times, t, len(t), samples, len(times) - 1, int(len(counter) > 1), rows, int(rows > 1),
             triton.next_power_of_2(len(t)), num_warps=1,
         )  # fmt: skip
 

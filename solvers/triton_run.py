@@ -79,7 +79,7 @@ def _fill(
     indices[kernel.DRAW_AT] = draw
 
 
-class _Mirror:
+class Mirror:
     """A tensor on the device that the host rewrites without waiting for the device."""
 
     def __init__(self, values: np.ndarray, frame: TorchFrame, dtype: str | None = None) -> None:
@@ -89,15 +89,19 @@ class _Mirror:
         self.host = host.pin_memory() if self.on_gpu else host.clone()
         self.device = torch.empty_like(host, device=frame.device)
         self.sent = torch.cuda.Event() if self.on_gpu else None
-        self._send()
+        self.send()
 
     def set(self, values: np.ndarray) -> None:
-        if self.sent is not None:
-            self.sent.synchronize()  # the copy before this one has left the pinned memory
+        self.wait()
         self.host.copy_(self.torch.from_numpy(np.ascontiguousarray(values)))
-        self._send()
+        self.send()
 
-    def _send(self) -> None:
+    def wait(self) -> None:
+        """Before the host's side is written to: the copy before has left it."""
+        if self.sent is not None:
+            self.sent.synchronize()
+
+    def send(self) -> None:
         self.device.copy_(self.host, non_blocking=True)
         if self.sent is not None:
             self.sent.record()
@@ -124,16 +128,16 @@ class TritonRun:
         copies = max(job.copies(k) for k in range(len(job.tables)))
         self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype)
         tables = device_tables(job)
-        self.numbers = _Mirror(tables.numbers, self.frame)
-        self.indices = _Mirror(tables.indices, self.frame)
+        self.numbers = Mirror(tables.numbers, self.frame)
+        self.indices = Mirror(tables.indices, self.frame)
         time_dtype = self.frame.dtype_of(job.times[0])
-        self.times = _Mirror(tables.times, self.frame, time_dtype)
+        self.times = Mirror(tables.times, self.frame, time_dtype)
         self.t = self.frame.empty((copies * batch,), time_dtype)
-        self.streams = _Mirror(np.zeros((batch, 3), np.int64), self.frame)
-        self.settings = _Mirror(quantile(job), self.frame)
+        self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
+        self.settings = Mirror(quantile(job), self.frame)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
         self.scratch = self._reduce.Scratch.of(batch, elements, device) if job.denoiser.rescale else None
-        self.sigma = _Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
+        self.sigma = Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()

@@ -75,7 +75,8 @@ def compiled(kernel: Any, signature: dict[str, Any], target: str, warps: int | N
     """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
     kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
     constants = {a: v for a, v in signature.items() if not isinstance(v, str)}
-    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in ("n", "size", "copy", "span")]
+    even = {"n", "size", "copy", "span"} - constants.keys()
+    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in even]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     warps = warps or triton_step.BLOCKS[TARGETS[target].backend][1]
     return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_step.OPTIONS})
@@ -240,3 +241,68 @@ def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: 
         assert len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", ptx)) == count
     usage = resources(found.asm["cubin"])
     assert usage["LOCAL"] == usage["STACK"] == 0
+
+
+def stage_kernel(target: str, **changes: Any) -> Any:
+    absent = dict.fromkeys(["s3", "s4", "s5", "s6", "s7", "r3", "o3", "o4", "i3"])
+    given = {"w": "*fp32", "p": "*fp32", "limit": "*fp32", "c_in": "*fp32", "z": "*fp32", "n": "i32"}
+    given |= dict.fromkeys(["s0", "s1", "s2", "o0", "o1", "o2"], "*fp32") | dict.fromkeys(
+        ["r1", "r2", "i1", "i2"], "*bf16"
+    )
+    given |= dict.fromkeys(["w_step", "p_step", "limit_step", "c_step"], "i32")
+    given |= absent | {"BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0]} | changes
+    return compiled(triton_step.stage_kernel, {a: given[a] for a in triton_step.stage_kernel.arg_names}, target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_operators_kernel(target: str) -> None:
+    found = stage_kernel(target)
+    if target != "gfx942":
+        ptx = found.asm["ptx"]
+        assert len(re.findall(r"\bld\.global\S*\.v4\.b32", ptx)) == (3 + 1) * 2 + 2
+        assert len(re.findall(r"\bst\.global\S*\.v4\.b32", ptx)) == 3 * 2 + 2
+
+
+RUN = {
+    "state": "*fp32", "numbers": "*fp32", "indices": "*i32", "counter": "*i32", "streams": "*i64", "r1": "*fp16",
+    "r2": None, "r3": None, "z": None, "own_p": None, "own_limit": None, "x_in": "*fp16", "n": "i32", "size": "i32",
+    "copy": "i32", "counter_step": "i32", "rows": "i32", "row_step": "i32", "SLOTS": 2, "OUTPUTS": 2, "COPIES": 1,
+    "PREDICT": False, "CLIP": False, "BLOCK": 1024,
+}  # fmt: skip
+TICK = {
+    "counter": "*i32", "times": "*fp32", "t": "*fp32", "count": "i32", "samples": "i32", "last": "i32",
+    "counter_step": "i32", "rows": "i32", "row_step": "i32", "BLOCK": 4,
+}  # fmt: skip
+CORNERS = {
+    "one element": (triton_step.run_kernel, RUN, {"n": 1, "size": 1, "copy": 1, "rows": 1}),
+    "the init row": (triton_step.run_kernel, RUN, {"r1": None, "SLOTS": 1, "OUTPUTS": 1, "rows": 1}),
+    "a batch of plans": (triton_step.run_kernel, RUN, {"counter_step": 1, "row_step": 1}),
+    "outside noise": (triton_step.run_kernel, RUN, {"z": "*fp32", "streams": None, "rows": 1}),
+    "more than 2^31 elements": (triton_step.run_kernel, RUN, {"n": "i64", "size": "i64", "copy": "i64", "rows": 1}),
+    "rescaled and thresholded": (triton_step.run_kernel, RUN, {
+        "PREDICT": True, "CLIP": True, "own_p": "*fp32", "own_limit": "*fp32", "rows": 1}),
+    "own p, a static clip": (
+        triton_step.run_kernel, RUN, {"PREDICT": True, "CLIP": True, "own_p": "*fp32", "rows": 1}),
+    "tick": (triton_step.tick_kernel, TICK, {"rows": 1}),
+    "tick of one sample and stage": (
+        triton_step.tick_kernel, TICK, {"count": 1, "samples": 1, "last": 1, "rows": 1, "BLOCK": 1}),
+    "tick of a batch of plans": (triton_step.tick_kernel, TICK, {"counter_step": 1, "row_step": 1}),
+    "tick of whole times": (triton_step.tick_kernel, TICK, {"times": "*i64", "t": "*i64", "rows": 1}),
+    "threshold of one raw": (triton_reduce.threshold_kernel, REDUCTIONS["dynamic threshold"][1], {
+        "r2": None, "RESCALED": False, "n": 1, "BLOCK": 2048}),
+    "rescale of three raws": (triton_reduce.rescale_kernel, REDUCTIONS["guidance rescale"][1], {
+        "r3": "*bf16", "n": 1, "BLOCK": 2048}),
+    "a loss of one element": (triton_train.huber_kernel, TRAINING["pseudo-Huber, of the norm"][1], {
+        "n": 1, "BLOCK": 1024}),
+    "an average at odd addresses": (triton_train.ema_kernel, TRAINING["EMA of bf16 parameters"][1], {
+        "ALIGNED": False, "BLOCK": 1024}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_compile(name: str) -> None:
+    """What the interpreter runs without typing it: constants where integers are 1, absent pointers, wide integers."""
+    kernel, signature, values = CORNERS[name]
+    given = signature | values
+    found = compiled(kernel, {a: given[a] for a in kernel.arg_names}, "sm_90")
+    assert not re.search(r"\b(ld|st)\.local", found.asm["ptx"])

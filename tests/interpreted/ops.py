@@ -14,8 +14,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (64, 4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("dtype", "clip"), [(torch.float32, True), (torch.float64, False)], ids=str)
 def test_stage_on_gpu(clip: bool, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(3)
 

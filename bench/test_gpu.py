@@ -1,0 +1,332 @@
+"""What a stage and a loop cost on a GPU, beside the floors of the same run and beside peers. `make gpu` runs it.
+
+Two floors: a copy that moves as many bytes, and an empty node of a CUDA graph. Sides take turns in one process; figures
+are medians, with the 99th percentile of replays. Every time stands behind its gate: the case's sample is the oracle's.
+Writes bench/results/<gpu>.json with the hash of the kernels that it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from readme import RESULTS, kernels_sha256  # noqa: E402
+
+import fewstep as fs  # noqa: E402
+from fewstep.output import write_whole  # noqa: E402
+from fewstep.timing import has, machine, versions  # noqa: E402
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+REPEATS = 60
+VP = fs.VP.scaled_linear()
+LARGE = (16, 4, 1024, 1024)  # 2^26 elements
+SMALL = (1, 4, 64, 64)
+SOLVERS: dict[str, tuple[str, dict[str, Any], float]] = {  # name: solver, options, least share of the copy's bandwidth
+    "Euler": ("euler", {}, 0.92),
+    "DPM-Solver++ multistep": ("dpmpp_2m", {}, 0.92),
+    "UniPC predictor-corrector": ("unipc", {}, 0.92),
+    "SDE-DPM-Solver++ 2M": ("dpmpp_2m_sde", {}, 0.85),
+    "EDM churn": ("edm", {"s_churn": 40.0}, 0.85),
+}
+SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Rows(list[dict[str, Any]]):
+    def add(
+        self, case: str, ours: float, peer: float, budget: tuple[str, float] | None, unit: str, *, inverse: bool = False
+    ) -> None:
+        """`ratio` is peer / ours, or ours / peer if `inverse`."""
+        ratio = ours / peer if inverse else peer / ours
+        met = None if budget is None else (ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
+        row = {"case": case, "ours": ours, "peer": peer, "ratio": ratio, "budget": budget, "met": met, "unit": unit}
+        self.append(row)
+        print(f"{case}: {ours:.4g} {unit} beside {peer:.4g}, ratio {ratio:.3f}, budget {budget}, met {met}")
+
+
+@pytest.fixture(scope="module")
+def rows() -> Iterator[Rows]:
+    found = Rows()
+    yield found
+    if not found:
+        return
+    device = torch.cuda.get_device_name(0)
+    told = {
+        "device": device,
+        "date": date.today().isoformat(),
+        "kernels_sha256": kernels_sha256(),
+        "versions": {**versions(), "triton": __import__("triton").__version__, "cuda": torch.version.cuda},
+        "machine": machine(),
+        "rows": found,
+    }
+    path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+    write_whole(path, lambda to: to.write_text(json.dumps(told, indent=1) + "\n"))
+
+
+def microseconds(run: Callable[[], Any], inner: int = 1) -> float:
+    """GPU time of one of `inner` calls, from events around all of them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(inner):
+        run()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / inner  # type: ignore[no-any-return]
+
+
+def turns(sides: list[Callable[[], float]], repeats: int = REPEATS) -> list[list[float]]:
+    """Each side measured in its turn, after one turn that is thrown away."""
+    samples: list[list[float]] = [[] for _ in sides]
+    for side in sides:
+        side()
+    for _ in range(repeats):
+        for side, found in zip(sides, samples, strict=True):
+            found.append(side())
+    return samples
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, math.ceil(share * len(values)) - 1)]
+
+
+def denoiser(dtype: str, guided: bool) -> fs.Denoiser:
+    return fs.Denoiser(lambda x, t: 0.5 * x, VP, "v", guidance=2.0 if guided else None, dtype=dtype)
+
+
+def sampler(
+    solver: str, shape: tuple[int, ...], made: fs.Denoiser, steps: int, graph: str, **options: Any
+) -> fs.Sampler:
+    plan = fs.plan(solver, fs.grid(VP, steps), **options)
+    return fs.Sampler(made, plan, shape, backend="triton", device="cuda", graph=graph)
+
+
+def gate(solver: str, dtype: str, guided: bool, options: dict[str, Any]) -> None:
+    """The same plan on a small batch is the oracle's."""
+    cond = ({}, {}) if guided else None
+    plan = fs.plan(solver, fs.grid(VP, 6), **options)
+    found, want = (
+        fs.Sampler(denoiser(dtype, guided), plan, (2, 4, 9, 9), backend=name, device="cuda")(seed=1, cond=cond)
+        for name in ("triton", "naive")
+    )
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
+@pytest.mark.parametrize("dtype", SIZES)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_large_stage_beside_a_copy(name: str, dtype: str, guided: bool, rows: Rows) -> None:
+    solver, options, share = SOLVERS[name]
+    gate(solver, dtype, guided, options)
+    made = sampler(solver, LARGE, denoiser(dtype, guided), 8, "off", **options)
+    run = made._compiled.idle[False][0]
+    k = 4  # a stage in the middle: all of its history is live
+    table = run.job.tables[k]
+    branches, copies = run.variant(k)
+    raws = [torch.randn(LARGE, device="cuda", dtype=getattr(torch, dtype)) for _ in branches]
+    run.counter.fill_(k + 1)
+    slots = sum(b is not None for b in table.slots)
+    moved = (4 * (slots + len(table.writes)) + SIZES[dtype] * (len(branches) + copies)) * math.prod(LARGE)
+    source = torch.ones(moved // 8, device="cuda")
+    target = torch.empty_like(source)
+    ours, copy = turns([
+        lambda: microseconds(lambda: run._stage(raws, copies), 5),
+        lambda: microseconds(lambda: target.copy_(source), 5),
+    ])  # fmt: skip
+    kind = "guided" if guided else "plain"
+    rows.add(f"{name}, 2^26 elements, {dtype}, {kind}", statistics.median(ours), statistics.median(copy),
+             (">=", share), "us")  # fmt: skip
+
+
+def graph_of(body: Callable[[], Any], times: int) -> Any:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        body()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            body()
+    return graph
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_small_stage_beside_an_empty_node(name: str, rows: Rows) -> None:
+    import triton
+
+    solver, options, _ = SOLVERS[name]
+    gate(solver, "float16", True, options)
+    made = sampler(solver, SMALL, denoiser("float16", True), 8, "off", **options)
+    run = made._compiled.idle[False][0]
+    branches, copies = run.variant(4)
+    raws = [torch.randn(SMALL, device="cuda", dtype=torch.float16) for _ in branches]
+    run.counter.fill_(5)
+    nodes = 200
+    stage = graph_of(lambda: run._stage(raws, copies), nodes)
+    nothing = triton.jit(_nothing)
+    empty = graph_of(lambda: nothing[(1,)](run.counter), nodes)
+    ours, floor = turns([lambda: microseconds(stage.replay) / nodes, lambda: microseconds(empty.replay) / nodes])
+    rows.add(f"{name}, {'x'.join(map(str, SMALL))}, a node of a graph", statistics.median(ours),
+             statistics.median(floor), ("<=", 1.5), "us", inverse=True)  # fmt: skip
+
+
+def _nothing(pointer):  # type: ignore[no-untyped-def]
+    pass
+
+
+def wall(run: Callable[[], Any], steps: int) -> float:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return 1e6 * (time.perf_counter() - started) / steps
+
+
+def free() -> fs.Denoiser:
+    output = torch.zeros(SMALL, device="cuda", dtype=torch.float16)
+    return fs.Denoiser(lambda x, t: output, VP, dtype="float16")
+
+
+def test_a_loop_beside_eager_diffusers(rows: Rows) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    steps = 20
+    gate("dpmpp_2m", "float16", False, {})
+    made = sampler("dpmpp_2m", SMALL, free(), steps, "loop")
+    out = torch.empty(SMALL, device="cuda")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, timestep_spacing="trailing"
+    )
+    output = torch.zeros(SMALL, device="cuda", dtype=torch.float16)
+
+    def theirs() -> None:
+        scheduler.set_timesteps(steps, device="cuda")
+        x = torch.zeros(SMALL, device="cuda", dtype=torch.float16)
+        for t in scheduler.timesteps:
+            x = scheduler.step(output, t, scheduler.scale_model_input(x, t)).prev_sample
+
+    ours, peer = turns([lambda: wall(lambda: made(seed=1, out=out), steps), lambda: wall(theirs, steps)])
+    rows.add(f"2M loop, {'x'.join(map(str, SMALL))}, beside diffusers' eager step", statistics.median(ours),
+             statistics.median(peer), (">=", 50.0), "us/step")  # fmt: skip
+
+
+def test_a_loop_beside_a_compiled_step(rows: Rows) -> None:
+    """The plain expression of a 2M step in torch, compiled with CUDA graphs."""
+    steps = 20
+    made = sampler("dpmpp_2m", SMALL, free(), steps, "loop")
+    out = torch.empty(SMALL, device="cuda")
+
+    def step(x: Any, h: Any, raw: Any, c: Any) -> Any:
+        m = c[0] * x + c[1] * raw.float()
+        y = c[2] * x + c[3] * m + c[4] * h
+        return y, m, y.half()
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+    x, h, c = torch.zeros(SMALL, device="cuda"), torch.zeros(SMALL, device="cuda"), torch.ones(5, device="cuda")
+    output = torch.zeros(SMALL, device="cuda", dtype=torch.float16)
+
+    def theirs() -> None:
+        a, b = x, h
+        for _ in range(steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            a, b, _ = compiled(a.clone(), b.clone(), output, c)
+
+    try:
+        for _ in range(3):
+            theirs()
+    except Exception as error:
+        pytest.skip(f"torch.compile does not compile the step here: {type(error).__name__}")
+    ours, peer = turns([lambda: wall(lambda: made(seed=1, out=out), steps), lambda: wall(theirs, steps)])
+    rows.add(f"2M loop, {'x'.join(map(str, SMALL))}, beside torch.compile(reduce-overhead)", statistics.median(ours),
+             statistics.median(peer), (">=", 5.0), "us/step")  # fmt: skip
+
+
+def test_replays_are_steady(rows: Rows) -> None:
+    made = sampler("dpmpp_2m", SMALL, free(), 20, "loop")
+    made(seed=0)
+    run = made._compiled.idle[False][0]
+    replay = lambda: run.graphs.loop(True)  # noqa: E731
+    (times,) = turns([lambda: microseconds(replay)], 1000)
+    rows.add("p99 beside p50 of 1000 replays", percentile(times, 0.99), percentile(times, 0.5), ("<=", 1.1), "us",
+             inverse=True)  # fmt: skip
+
+
+def host(run: Callable[[], Any]) -> float:
+    """The host's time to hand the work over, without waiting for it."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    return 1e6 * (time.perf_counter() - started)
+
+
+def test_new_numbers_on_the_host(rows: Rows) -> None:
+    made = sampler("dpmpp_2m", SMALL, free(), 20, "loop")
+    out = torch.empty(SMALL, device="cuda")
+    made(seed=0, out=out)
+    seeds = iter(range(10**6))
+    (seed,) = turns([lambda: host(lambda: made(seed=next(seeds), out=out))])
+    rows.add("a call with a new seed, the host's side", statistics.median(seed), 50.0, ("<=", 1.0), "us", inverse=True)
+    plans = [fs.plan("dpmpp_2m", fs.grid(VP, 20, "karras", rho=rho)) for rho in (3.0, 7.0)]
+    turn = iter(range(10**6))
+    (update,) = turns([lambda: host(lambda: made.update(plans[next(turn) % 2]))])
+    rows.add("update(plan), the host's side", statistics.median(update), 50.0, ("<=", 1.0), "us", inverse=True)
+
+
+def test_noise_beside_torch_randn(rows: Rows) -> None:
+    import numpy as np
+
+    from fewstep.kernels import philox, triton_noise
+
+    out = torch.empty(LARGE, device="cuda")
+    streams = torch.from_numpy(philox.streams(1, len(out)).astype(np.int64)).cuda()
+    triton_noise.fill(out, streams, 1, philox.STEP)
+    want = philox.normals(4096, 1, 15, 1, philox.STEP)
+    np.testing.assert_array_equal(out[15].reshape(-1)[:4096].cpu().numpy(), want)
+    ours, peer = turns([
+        lambda: microseconds(lambda: triton_noise.fill(out, streams, 1, philox.STEP), 5),
+        lambda: microseconds(lambda: out.normal_(), 5),
+    ])  # fmt: skip
+    rows.add("2^26 normals beside torch's normal_", statistics.median(ours), statistics.median(peer), None, "us")
+
+
+@pytest.mark.skipif(not (has("diffusers") and has("safetensors")), reason="needs diffusers and safetensors")
+def test_a_small_network_end_to_end(rows: Rows) -> None:
+    """The shipped digits U-Net, launch-bound: one graph beside the same network in a diffusers loop."""
+    import diffusers
+
+    from fewstep.bindings.unet import digits_model
+
+    steps, shape = 20, (16, 1, 8, 8)
+    network = digits_model().to("cuda")
+    made = fs.Denoiser(network, fs.VP.linear(), "v")
+    labels = torch.arange(16, device="cuda") % 10
+    plan = fs.plan("dpmpp_2m", fs.grid(made.process, steps))
+    looped = fs.Sampler(made, plan, shape, backend="triton", graph="loop")
+    eager = fs.Sampler(made, plan, shape, backend="naive")
+    cond, out = {"label": labels}, torch.empty(shape, device="cuda")
+    torch.testing.assert_close(looped(seed=1, cond=cond), eager(seed=1, cond=cond), rtol=1e-3, atol=1e-3)
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+
+    @torch.no_grad()
+    def theirs() -> None:
+        scheduler.set_timesteps(steps, device="cuda")
+        x = torch.zeros(shape, device="cuda")
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t.expand(16).float(), label=labels), t, x).prev_sample
+
+    ours, peer = turns([lambda: wall(lambda: looped(seed=1, cond=cond, out=out), 1), lambda: wall(theirs, 1)], 50)
+    rows.add("20 steps of the digits U-Net, batch 16, beside a diffusers loop", statistics.median(ours),
+             statistics.median(peer), None, "us")  # fmt: skip

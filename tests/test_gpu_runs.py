@@ -1,0 +1,334 @@
+"""On a GPU: the kernels against the oracle, graphs against the eager loop, and what a loop may not do.
+
+`make gpu` runs these; elsewhere they are skipped. Nothing here needs Numba, diffusers or hypothesis.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.kernels import layout, naive, philox
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+VP = fs.VP.linear()
+GPU = "cuda"
+
+
+def net(x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+    """Rational: correctly rounded operations alone."""
+    shift = c.reshape(-1, 1, 1, 1) if isinstance(c, torch.Tensor) else c
+    return (x / (1.0 + x * x) + 0.3 * x + shift + t.reshape(-1, 1, 1, 1) / 4096.0).to(x.dtype)
+
+
+SOLVERS: dict[str, dict[str, Any]] = {
+    "euler": {},
+    "dpmpp_2m": {},
+    "dpmpp_2m_sde": {},
+    "unipc": {"order": 3},
+    "edm": {"s_churn": 40.0},
+    "heun": {},
+}
+
+
+def sampler(solver: str = "dpmpp_2m_sde", shape: tuple[int, ...] = (2, 4, 9, 7), graph: str = "off",
+            device: str = GPU, backend: str = "triton", steps: int = 5, **options: Any) -> fs.Sampler:  # fmt: skip
+    plan = fs.plan(solver, fs.grid(VP, steps), **SOLVERS.get(solver, {}))
+    denoiser = fs.Denoiser(options.pop("model", net), VP, **options)
+    return fs.Sampler(denoiser, plan, shape, backend=backend, device=device, graph=graph)
+
+
+def conditions(a: float, b: float, batch: int = 2, device: str = GPU) -> Any:
+    return {"c": torch.full((batch,), a, device=device)}, {"c": torch.full((batch,), b, device=device)}
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("n", [1, 3, 1023, 1024, 4097])
+def test_normals_are_the_cpus_bits(n: int) -> None:
+    from fewstep.kernels import triton_noise
+
+    streams = philox.streams(2**63 + 5, 3, 9)
+    out = torch.full((5, n), float("nan"), device=GPU)
+    for block in (64, 1024):
+        triton_noise.fill(out[1:4], torch.from_numpy(streams.astype(np.int64)).to(GPU), 7, philox.STEP, block=block)
+        want = np.stack([philox.normals(n, 2**63 + 5, 9 + i, 7, philox.STEP) for i in range(3)])
+        np.testing.assert_array_equal(out[1:4].cpu().numpy(), want)
+    assert out[[0, 4]].isnan().all()
+
+
+@pytest.mark.parametrize("model", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 17, 1024, 4096, 5003])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "per sample"])
+def test_a_stage_is_the_oracles_bits(own: bool, n: int, model: torch.dtype) -> None:
+    from fewstep.kernels import triton_step
+
+    g = torch.Generator().manual_seed(n)
+    batch = 3
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    w = draw(batch if own else 1, 3, layout.COLUMNS)
+    w[torch.rand(w.shape, generator=g) < 0.3] = 0.0
+    p, limit = draw(batch, 4), torch.tensor([[0.8, 1.3, 0.0, 0.0]])
+    slots: list[torch.Tensor | None] = [draw(batch, n), None, draw(batch, n)]
+    raws, z, c_in = [draw(batch, n).to(model) for _ in range(2)], draw(batch, n), draw(batch)
+    outputs = [torch.full((batch, n), float("nan"), device=GPU) for _ in range(3)]
+    inputs = [torch.full((batch, n), float("nan"), device=GPU, dtype=model) for _ in range(2)]
+    triton_step.stage(
+        [None if s is None else s.to(GPU) for s in slots], [r.to(GPU) for r in raws], w.to(GPU), outputs, inputs,
+        c_in=c_in.to(GPU), z=z.to(GPU), p=p.to(GPU), limit=limit.to(GPU),
+    )  # fmt: skip
+    want = naive.step(slots, raws, w.numpy(), z=z, p=p.numpy(), limit=limit.numpy()[:, :2])
+    for out, true in zip(outputs, want, strict=True):
+        assert torch.equal(out.cpu(), true)
+    for copy in inputs:
+        assert torch.equal(copy.cpu(), (want[0] * c_in[:, None]).to(model))
+
+
+def test_beyond_two_to_the_31_elements() -> None:
+    from fewstep.kernels import triton_step
+
+    samples, n = 3, (1 << 31) // 3 + 7
+    if torch.cuda.get_device_properties(0).total_memory < 16 << 30:
+        pytest.skip("needs 16 GiB")
+    x = torch.ones(samples, n, device=GPU)
+    raw = torch.full((samples, n), 2.0, device=GPU, dtype=torch.bfloat16)
+    w = torch.zeros(samples, 1, layout.COLUMNS, device=GPU)
+    w[:, 0, 0] = torch.arange(1.0, 4.0, device=GPU)
+    w[:, 0, layout.RAW] = 0.5
+    triton_step.stage([x], [raw], w, [x], [raw], c_in=torch.full((1,), 0.25, device=GPU))
+    for i in range(samples):
+        assert (x[i, [0, 1, n // 2, n - 1]] == i + 2.0).all()
+        assert (raw[i, [0, n - 1]] == (i + 2.0) / 4.0).all()
+
+
+@pytest.mark.parametrize("n", [5, 4096, 200_003])
+def test_reductions(n: int) -> None:
+    from fewstep.kernels import triton_reduce
+
+    a, b, c = (torch.randn(3, n, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    for _ in range(3):
+        found = triton_reduce.apg_norms(a.to(GPU), b.to(GPU)).cpu().numpy()
+        np.testing.assert_allclose(found, naive.apg_norms(a, b), rtol=1e-5, atol=1e-3)
+        tolerances = [torch.tensor([v], dtype=torch.float64, device=GPU) for v in (0.05, 0.01)]
+        norm = triton_reduce.error_norm(a.to(GPU), b.to(GPU), c.to(GPU), *tolerances).cpu().numpy()
+        np.testing.assert_allclose(norm, naive.error_norm(a, b, c, 0.05, 0.01), rtol=1e-4)
+
+
+def test_training_kernels() -> None:
+    from fewstep.kernels import naive_train, triton_train
+
+    x, y = (torch.randn(3, 5003, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    for per_sample in (True, False):
+        loss, grad = triton_train.pseudo_huber(x.to(GPU), y.to(GPU), 0.03, per_sample=per_sample)
+        want, slope = naive_train.pseudo_huber(x.numpy(), y.numpy(), 0.03, per_sample=per_sample)
+        np.testing.assert_allclose(loss.cpu().numpy(), want, rtol=1e-5)
+        np.testing.assert_allclose(grad.cpu().numpy(), slope, rtol=1e-5, atol=1e-8)
+    values = [torch.randn(s, device=GPU).bfloat16() for s in (1, 1024, 5003)]
+    averages = [torch.randn(s, device=GPU) for s in (1, 1024, 5003)]
+    kept = [
+        naive_train.ema(a.cpu().numpy(), v.cpu().double().numpy(), 0.9) for a, v in zip(averages, values, strict=True)
+    ]
+    triton_train.Ema(averages, values).update(torch.tensor([0.9], device=GPU))
+    for a, w in zip(averages, kept, strict=True):
+        np.testing.assert_allclose(a.cpu().numpy(), w, rtol=1e-5, atol=1e-6)
+
+
+# --- runs ---
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_run_gives_the_cpus_sample(solver: str) -> None:
+    found = sampler(solver)(seed=[3, 2**40])
+    want = sampler(solver, device="cpu", backend="naive")(seed=[3, 2**40])
+    torch.testing.assert_close(found.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_guided_half_precision(dtype: str) -> None:
+    options: dict[str, Any] = {"predicts": "v", "guidance": fs.CFG(3.0, start=0.2), "dtype": dtype}
+    found = sampler(**options)(seed=3, cond=conditions(0.0, 0.5))
+    options |= {"device": "cpu", "backend": "naive"}
+    want = sampler(**options)(seed=3, cond=conditions(0.0, 0.5, device="cpu"))
+    torch.testing.assert_close(found.cpu(), want, rtol=1e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"guidance": fs.CFG(3.0, rescale=0.7)}, {"clip": fs.DynamicThreshold(0.9, 2.0)}],
+    ids=["rescale", "threshold"],
+)
+def test_runs_with_reductions(options: dict[str, Any]) -> None:
+    guided = "guidance" in options
+    found = sampler(predicts="v", **options)(seed=3, cond=conditions(0.0, 0.5) if guided else None)
+    cond = conditions(0.0, 0.5, device="cpu") if guided else None
+    want = sampler(predicts="v", device="cpu", backend="naive", **options)(seed=3, cond=cond)
+    torch.testing.assert_close(found.cpu(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_other_strides() -> None:
+    want = sampler()(seed=1)
+    model = lambda x, t: net(x, t).contiguous(memory_format=torch.channels_last)  # noqa: E731
+    assert torch.equal(sampler(model=model)(seed=1), want)
+
+
+def test_a_stream_of_the_callers_own() -> None:
+    made, out = sampler(graph="loop"), torch.empty(2, 4, 9, 7, device=GPU)
+    want = [made(seed=i) for i in range(4)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    found = []
+    for i in range(4):  # one run, handed from stream to stream
+        with torch.cuda.stream(streams[i % 2]):
+            found.append(made(seed=i, out=out).clone())
+            streams[(i + 1) % 2].wait_stream(streams[i % 2])
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_threads() -> None:
+    made = sampler()
+    want = [made(seed=i) for i in range(8)]
+    found: list[Any] = [None] * 8
+    threads = [threading.Thread(target=lambda i=i: found.__setitem__(i, made(seed=i))) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_device() -> None:
+    want = sampler(graph="loop")(seed=1)
+    found = sampler(graph="loop", device="cuda:1")(seed=1)
+    assert found.device.index == 1
+    assert torch.equal(found.cpu(), want.cpu())
+
+
+# --- graphs ---
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_replays_are_the_eager_bits(solver: str, mode: str) -> None:
+    eager, graphed = sampler(solver), sampler(solver, graph=mode)
+    for seed in (1, 2, [3, 4]):
+        assert torch.equal(graphed(seed=seed), eager(seed=seed))
+    x = 3.0 * torch.randn(2, 4, 9, 7, device=GPU)
+    assert torch.equal(graphed(x, seed=5), eager(x, seed=5))
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_new_numbers_need_no_new_capture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.solvers import graph
+
+    graphed, eager = (sampler(guidance=2.0, graph=m) for m in (mode, "off"))
+    cond = conditions(0.1, 0.4)
+    assert torch.equal(graphed(seed=1, cond=cond), eager(seed=1, cond=cond))
+
+    def recorded(self: Any, body: Any) -> None:
+        raise AssertionError("recorded again")
+
+    monkeypatch.setattr(graph.Graphs, "_record", recorded)
+    plan = fs.plan("dpmpp_2m_sde", fs.grid(VP, 5, "karras", rho=3.0))
+    for made in (graphed, eager):
+        made.update(plan, guidance=4.0)
+    other = conditions(-0.2, 0.3)
+    assert torch.equal(graphed(seed=2, cond=other), eager(seed=2, cond=other))
+
+
+@pytest.mark.parametrize("mode", ["off", "step", "loop"])
+def test_the_loop_never_waits_for_the_gpu(mode: str) -> None:
+    made, out = sampler(graph=mode), torch.empty(2, 4, 9, 7, device=GPU)
+    made(seed=0, out=out)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made(seed=1, out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_replays_allocate_nothing() -> None:
+    made, out = sampler(graph="loop"), torch.empty(2, 4, 9, 7, device=GPU)
+    made(seed=0, out=out)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for seed in range(20):
+        made(seed=seed, out=out)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+
+
+def test_memory_goes_with_the_sampler() -> None:
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    made = sampler(shape=(4, 4, 256, 256), graph="loop")
+    made(seed=0)
+    assert torch.cuda.memory_allocated() > before
+    del made
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_model_that_waits_for_the_gpu() -> None:
+    def syncing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x * float(t[0].item() * 1e-4 + 0.5)
+
+    from fewstep.solvers.graph import CaptureError
+
+    with pytest.raises(CaptureError, match=r"t\[0\]\.item\(\).*use graph='off'"):
+        sampler(model=syncing, graph="loop")(seed=0)
+    auto = sampler(model=syncing, graph="auto")
+    with pytest.warns(RuntimeWarning, match="falls back to 'off'"):
+        found = auto(seed=0)
+    assert torch.equal(found, sampler(model=syncing)(seed=0))
+
+
+def test_a_compiled_loop_has_no_graph_break() -> None:
+    pytest.importorskip("numba")
+    from fewstep.bindings.sampler_module import SamplerModule
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.scale * net(x, t)
+
+    module = Net().to(GPU)
+    loop = SamplerModule(fs.Denoiser(module, VP), fs.plan("dpmpp_2m_sde", fs.grid(VP, 3))).to(GPU)
+    x = torch.randn(2, 4, 8, 8, device=GPU)
+    streams = torch.from_numpy(philox.streams(3, 2).astype(np.int64)).to(GPU)
+    with torch.no_grad():
+        compiled = torch.compile(loop, fullgraph=True)(x, streams)
+        torch.testing.assert_close(compiled, loop(x, streams), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    code = (
+        "import torch, fewstep as fs; VP = fs.VP.linear()\n"
+        "plan = fs.plan('unipc', fs.grid(VP, 2))\n"
+        "d = fs.Denoiser(lambda x, t: 0.5 * x, VP, 'v', dtype='float16', clip=fs.DynamicThreshold())\n"
+        "fs.Sampler(d, plan, (2, 3, 5, 7), backend='triton', device='cuda', graph='off')(seed=0)\n"
+        "torch.cuda.synchronize()\n"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
