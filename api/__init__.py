@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
     from fewstep.bindings.diffusers.pipeline import restore as restore
+    from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
     from fewstep.solvers.adaptive import AdaptiveResult as AdaptiveResult
@@ -58,6 +59,7 @@ _HOME = {
     "DynamicThreshold": "bindings.denoiser",
     "accelerate": "bindings.diffusers.pipeline",
     "restore": "bindings.diffusers.pipeline",
+    "Measured": "recommender",
     "Recommendation": "recommender",
     "recommend": "recommender",
     "AdaptiveResult": "solvers.adaptive",

@@ -297,3 +297,4 @@ def solvers(as_json: AsJson = False) -> None:
 
 
 from fewstep import distill_command as distill_command  # noqa: E402  # adds `distill` to `app`
+from fewstep import tune_command as tune_command  # noqa: E402  # adds `tune` and `sample-plan`

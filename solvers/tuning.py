@@ -150,13 +150,14 @@ def _read(path: Path, shape: tuple[int, ...]) -> tuple[Array, float] | None:
 class Study:
     """A denoiser with everything that fits are measured on. Made by `study`.
 
-    ranked  the hand-made plans on the training seeds, best first
+    ranked  the hand-made plans on the training seeds, best first, of all that were tried
     """
 
     ensemble: Ensemble
     target: Array
     splits: Mapping[str, range]
     ranked: list[Ranked]
+    tried: int
     reference_error: float | None
     identity: Mapping[str, Any]
 
@@ -204,7 +205,7 @@ def study(
     parts = {name: range(int(a), int(b)) for name, a, b in zip(splits, ends[:-1], ends[1:], strict=True)}
     say(f"ranking {len(found)} hand-made plans")
     ranked = rank(ensemble, found, target, parts["train"])
-    return Study(ensemble, target, parts, ranked, error, identity)
+    return Study(ensemble, target, parts, ranked, len(found), error, identity)
 
 
 def _as_bytes(ensemble: Ensemble, cond: Any) -> list[Any]:

@@ -34,6 +34,7 @@ ABOUT = {
     "api/distill": {"torch", "safetensors", "typer", "rich"},
     "api/cli.py": {"typer", "rich", "click"},
     "api/commands.py": {"typer", "rich", "click"},
+    "api/tune_command.py": {"typer", "rich", "click"},
     "api/train_digits.py": {"torch", "safetensors", "sklearn", "tqdm"},
 }
 
