@@ -182,7 +182,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     script.write_text(COMMAND)
     logs = []
     for name, before in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run"])):
-        launch = ["--nproc-per-node", "2", "--master-port", "29517"] if name == "two" else []
+        launch = ["--standalone", "--nproc-per-node", "2"] if name == "two" else []
         words = [*before, *launch, str(script), *arguments(tmp_path / name, "--steps", "20", "--json")]
         done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
         assert done.returncode == 0, done.stderr

@@ -1,6 +1,6 @@
 """Distances between a prediction and its target, (B, ...) to one number per sample, and weights of the noise level.
 
-A metric has the signature metric(prediction, target) -> (B,). Plain torch, differentiable twice.
+A metric has the signature metric(prediction, target) -> (B,). Differentiable.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.kernels import torch_train
 from fewstep.solvers.distill.network import spread
 from fewstep.solvers.process import Array, Point
 
@@ -30,29 +31,18 @@ def squared_sum(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def pseudo_huber(c: float) -> Metric:
-    """sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8).
+    """sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8). Differentiable once.
 
-    Computed as |d|^2 / (sqrt(|d|^2 + c^2) + c): the difference of two nearly equal numbers would have no digits
-    where d is small against c.
+    One kernel that makes the gradient along with the loss, see `fewstep.kernels.torch_train`.
     """
     _positive(c)
-
-    def metric(prediction: Tensor, target: Tensor) -> Tensor:
-        square = squared_sum(prediction, target)
-        return square / ((square + c * c).sqrt() + c)
-
-    return metric
+    return lambda prediction, target: torch_train.pseudo_huber(prediction, target, c, per_sample=True)
 
 
 def pseudo_huber_elementwise(c: float) -> Metric:
-    """The mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training, c = 1e-3)."""
+    """The mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training, c = 1e-3); as above."""
     _positive(c)
-
-    def metric(prediction: Tensor, target: Tensor) -> Tensor:
-        square = (prediction - target).square().flatten(1)
-        return (square / ((square + c * c).sqrt() + c)).mean(dim=1)
-
-    return metric
+    return lambda prediction, target: torch_train.pseudo_huber(prediction, target, c, per_sample=False)
 
 
 def ict_huber_constant(elements: int) -> float:
