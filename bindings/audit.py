@@ -115,7 +115,7 @@ def audit(pipe_or_fn: Any, *args: Any, denoiser: Any = None, **kwargs: Any) -> A
     steps = counts.calls
     share = outside / (outside + inside)
     launches = sum(counts.outside.values()) / steps
-    found = {
+    found: dict[str, Any] = {
         "steps": steps,
         "denoiser_s": inside,
         "outside_s": outside,
@@ -205,7 +205,7 @@ def _count(run: Callable[[], Any], module: Any) -> _Counts:
     counts = _Counts()
     open_: dict[str, Any] = {"inside": False, "pending": []}
 
-    class Count(TorchDispatchMode):
+    class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             name = func._schema.name.partition("::")[2]
@@ -230,7 +230,7 @@ def _count(run: Callable[[], Any], module: Any) -> _Counts:
         open_["inside"] = False
         counts.calls += 1
 
-    with _hooked(module, before, after), Count():
+    with _hooked(module, before, after), Count():  # type: ignore[no-untyped-call]
         run()
     return counts
 

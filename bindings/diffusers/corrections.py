@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import diffusers
+import diffusers as _diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+# To a type checker it consists of placeholders that have none of these methods.
+diffusers: Any = _diffusers
 
 
 @contextlib.contextmanager
@@ -111,7 +114,7 @@ class IPNDMScheduler(diffusers.IPNDMScheduler):  # type: ignore[misc]
     @functools.wraps(diffusers.IPNDMScheduler.step)
     def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
         if self.corrected:
-            self.ets = self.ets[-3:]
+            del self.ets[:-3]
         return super().step(model_output, timestep, sample, return_dict)
 
 
@@ -205,7 +208,7 @@ def _ends_clean(parent: type[Any]) -> type[Any]:
     Corrected, the last sigma is 0 and the last step goes to the x0 prediction, its exact limit.
     """
 
-    class Clean(parent):  # type: ignore[misc,valid-type]
+    class Clean(parent):  # type: ignore[misc]
         @functools.wraps(parent.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             with _keeping_configuration(self):

@@ -103,7 +103,8 @@ def _components(pipe: Any) -> dict[str, Any]:
             f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; a scheduler of your own loop can be made "
             "by its name from fewstep.bindings.diffusers"
         )
-    return dict(pipe.components)
+    found: Any = pipe
+    return dict(found.components)
 
 
 def _schedulers(components: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +211,7 @@ class GraphedCall:
 
         held = [leaf.to("cuda", copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(held, spec)
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):  # what is allocated or chosen on first use must not be in the graph

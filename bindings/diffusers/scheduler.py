@@ -151,7 +151,14 @@ def fused(parent: type[Any]) -> type[Any]:
         generator = options.pop("generator", None)
         z = None if noise is None else options.pop(noise, None)
         done = _step(
-            self, parent, model_output, timestep, sample, options, generator, None if z is None else (noise, z)
+            self,
+            parent,
+            model_output,
+            timestep,
+            sample,
+            options,
+            generator,
+            None if noise is None or z is None else (noise, z),
         )
         if done is None:
             done = parent.step(self, model_output, timestep, sample, *args, **kwargs)

@@ -148,11 +148,12 @@ class Digests:
     """Contents of attributes as text, kept while an attribute is the same object with the same elements."""
 
     def __init__(self) -> None:
-        self.kept: dict[str, tuple[Any, list[Any], Any]] = {}
+        self.kept: dict[str, tuple[Any, list[Any], str]] = {}
 
     def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> str:
-        parts = [id(cls), memory, sorted(attributes)]
-        for name in parts[2]:
+        names = sorted(attributes)
+        parts: list[Any] = [id(cls), memory, names]
+        for name in names:
             value = attributes[name]
             kind = type(value)
             if kind in _PLAIN:
@@ -163,12 +164,13 @@ class Digests:
                 parts.append(_frozen(value))
         return repr(parts)  # unlike equality, it tells 1 from 1.0 and from True
 
-    def _kept(self, name: str, value: Any) -> Any:
+    def _kept(self, name: str, value: Any) -> str:
         # Pipelines write attributes of a configuration, frozen as it is called.
         state = [value._version] if isinstance(value, Tensor) else list(vars(value).values())
         kept = self.kept.get(name)
         if kept is None or kept[0] is not value or not all(map(operator.is_, kept[1], state)):
-            kept = self.kept[name] = (value, state, _frozen(value))
+            content = hashlib.blake2b(repr(_frozen(value)).encode(), digest_size=16).hexdigest()
+            kept = self.kept[name] = (value, state, content)
         return kept[2]
 
 

@@ -171,5 +171,5 @@ class _Launch:
 def _array(tensor: Tensor, rows: tuple[int, int]) -> np.ndarray:
     """A tensor as the kernel reads it, (B, elements); 16-bit ones as their bits."""
     if tensor.dtype is torch.float32 and not tensor.requires_grad:  # the usual case, without a detour
-        return tensor.numpy().reshape(rows)  # type: ignore[no-any-return]
+        return tensor.numpy().reshape(rows)
     return _bits(tensor).reshape(rows)
