@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from fewstep.solvers.registry import list_solvers as list_solvers
     from fewstep.solvers.registry import plan as plan
     from fewstep.solvers.registry import solver as solver
+    from fewstep.solvers.tuned_range import PlanRange as PlanRange
+    from fewstep.solvers.tuned_range import load_range as load_range
+    from fewstep.solvers.tuned_range import tune_range as tune_range
     from fewstep.solvers.tuning import tune as tune
 
 __version__ = "0.1.0"
@@ -86,6 +89,9 @@ _HOME = {
     "list_solvers": "solvers.registry",
     "plan": "solvers.registry",
     "solver": "solvers.registry",
+    "PlanRange": "solvers.tuned_range",
+    "load_range": "solvers.tuned_range",
+    "tune_range": "solvers.tuned_range",
     "tune": "solvers.tuning",
 }
 
