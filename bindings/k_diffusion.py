@@ -29,504 +29,149 @@ an error. Other differences are told by the function they concern.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import math
-import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.k_diffusion_run import (
+    FLOW,
+    Args,
+    Callback,
+    KernelNoise,
+    Model,
+    Noise,
+    NoiseSampler,
+    Run,
+    brownian_noise,
+    gaussian_noise,
+    grid_of,
+    model_sampling,
+    sampler,
+    torchsde_noise,
+)
 from fewstep.solvers.adaptive import AttemptInfo, sample_adaptive
-from fewstep.solvers.arrays import FLOATS, dtype_name
-from fewstep.solvers.brownian import BrownianTree
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.loop import Sampler
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import VE, Flow, Point, Process
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.process import VE, Point
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Model = Callable[..., Any]
-Args = Mapping[str, Any] | None
-Callback = Callable[[dict[str, Any]], Any] | None
-NoiseSampler = Callable[[Any, Any], Any]
-
-BARE: Process = VE(0.002, 80.0)  # x = x0 + sigma noise at any sigma; its ends are for grids that are not given
-FLOW: Process = Flow()
-
-# --- noise ---
-
-
-class KernelNoise(NamedTuple):
-    """As `noise_sampler`: the step kernel draws, sample i from stream (seed, first_sample + i) (`fewstep.sample`)."""
-
-    seed: int | Sequence[int]
-    first_sample: int = 0
-
-
-def gaussian_noise(x: Tensor, seed: int | None = None) -> NoiseSampler:
-    """Independent normals like x: from torch's own generator, or one seeded as ComfyUI's (seed + 1 on a CPU)."""
-    import torch
-
-    generator = None
-    if seed is not None:
-        # ComfyUI draws the latent on the CPU with the seed itself.
-        generator = torch.Generator(x.device).manual_seed(int(seed) + (x.device.type == "cpu"))
-    return lambda sigma, sigma_next: torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-
-
-def brownian_noise(x: Tensor, seed: int | Sequence[int], flow: bool = False) -> NoiseSampler:
-    """Normalised increments of fewstep's own virtual Brownian tree: the path depends on each sample's seed alone."""
-    tree, process = BrownianTree(seed), FLOW if flow else BARE
-
-    def sampler(sigma: Any, sigma_next: Any) -> Any:
-        z = tree(0, process.point(float(sigma)), process.point(float(sigma_next)), tuple(x.shape))
-        return x.new_tensor(z)
-
-    return sampler
-
-
-def torchsde_noise(x: Tensor, sigma_min: Any, sigma_max: Any, seed: int | Sequence[int] | None = None) -> NoiseSampler:
-    """k-diffusion's BrownianTreeNoiseSampler: a tree of torchsde on the clock sigma, kept on the CPU.
-
-    seed  one int, one int a sample, or None: drawn from torch's generator
-    """
-    try:
-        torchsde = importlib.import_module("torchsde")
-    except ImportError:
-        raise ImportError(
-            "the default noise of this sampler is a Brownian tree of torchsde, which is not installed: pip install "
-            "torchsde, or pass noise_sampler=KernelNoise(seed) or brownian_noise(x, seed)"
-        ) from None
-    import torch
-
-    low, high = (torch.as_tensor(s).cpu() for s in (sigma_min, sigma_max))
-    if seed is None:
-        seed = int(torch.randint(0, 2**63 - 1, []))
-    shared = isinstance(seed, int)
-    seeds: Sequence[int] = [seed] if isinstance(seed, int) else seed
-    start = torch.zeros(x.shape if shared else x.shape[1:], dtype=x.dtype)
-    trees = [torchsde.BrownianTree(low, start, high, entropy=int(s)) for s in seeds]
-
-    def sampler(sigma: Any, sigma_next: Any) -> Any:
-        t0, t1 = (torch.as_tensor(s).cpu() for s in (sigma, sigma_next))
-        # The tree knows rising intervals alone; a falling one has the opposite increment.
-        sign, a, b = (1.0, t0, t1) if t0 < t1 else (-1.0, t1, t0)
-        w = torch.stack([tree(a, b) for tree in trees]) * sign
-        return ((w[0] if shared else w) / (t1 - t0).abs().sqrt()).to(x.device)
-
-    return sampler
-
-
-# --- the one mechanism ---
-
-
-def model_sampling(model: Any) -> Any:
-    """ComfyUI's description of the noising process, which sits inside its wrappers; None for other models."""
-    for _ in range(5):
-        if hasattr(model, "model_sampling"):
-            return model.model_sampling
-        model = getattr(model, "inner_model", None)
-    return None
-
-
-def is_flow(model: Any) -> bool:
-    """Whether a model says that it is a flow model: its `model_sampling` derives from a class CONST (ComfyUI)."""
-    return any(cls.__name__ == "CONST" for cls in type(model_sampling(model)).__mro__)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a sampler was called with. Calling it lays a solver out on the sigmas and runs it."""
-
-    model: Model
-    x: Tensor
-    sigmas: Any
-    extra_args: Args
-    callback: Callback
-    disable: bool | None
-    flow: bool | None = None
-    last: float | None = None  # stands for a last sigma of 0
-    below_one: bool = False  # whether a flow model's sigma of 1 becomes the model's own next to it, as in ComfyUI
-
-    @cached_property
-    def process(self) -> Process:
-        flow = is_flow(self.model) if self.flow is None else self.flow
-        return FLOW if flow else BARE
-
-    @cached_property
-    def levels(self) -> np.ndarray:
-        """sigmas, float64 (steps + 1,)."""
-        given = self.sigmas.detach().double().cpu().numpy() if hasattr(self.sigmas, "detach") else self.sigmas
-        levels = np.array(given, dtype=np.float64)
-        if levels.ndim != 1:
-            raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
-        if self.last is not None and levels.size and levels[-1] == 0.0:
-            levels[-1] = self.last
-        inner = model_sampling(self.model)
-        if self.below_one and self.process is FLOW and levels.size > 1 and levels[0] >= 1.0 and inner is not None:
-            levels[0] = float(inner.percent_to_sigma(1e-4))
-        return levels
-
-    @property
-    def seed(self) -> Any:
-        return (self.extra_args or {}).get("seed")
-
-    def gaussian(self, given: Any) -> Any:
-        return gaussian_noise(self.x, self.seed) if given is None else given
-
-    def brownian(self, given: Any) -> Any:
-        noisy = self.levels[self.levels > 0.0]
-        if given is not None or noisy.size < 2:
-            return self.gaussian(given)
-        # As the field: from the smallest level to the largest, in the sigmas' own dtype.
-        return torchsde_noise(self.x, self._level(noisy.min()), self._level(noisy.max()), self.seed)
-
-    def _level(self, value: float) -> Any:
-        import torch
-
-        like = self.sigmas if isinstance(self.sigmas, torch.Tensor) else self.x
-        return torch.tensor(value, dtype=like.dtype, device=like.device)
-
-    def __call__(
-        self,
-        solver: str,
-        noise_sampler: Any = None,
-        *,
-        starts: Collection[int] | None = None,
-        process: Process | None = None,
-        **options: Any,
-    ) -> Any:
-        """The sample. starts: the stages that begin a step, where the plan does not say."""
-        import torch
-
-        if not isinstance(self.x, torch.Tensor):
-            raise TypeError(f"x must be a torch tensor, got {type(self.x).__name__}: NumPy goes through fewstep.sample")
-        if dtype_name(self.x.dtype) not in FLOATS:
-            raise ValueError(f"x must have a floating dtype, got {self.x.dtype}")
-        if len(self.levels) < 2:
-            return self.x  # no step
-        if "s_noise" in options and noise_sampler is not None:
-            options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
-        wide = self.x.dtype == torch.float64
-        kept = not any(map(callable, options.values()))  # a function is another one in each call
-        own: Any = process or self.process
-        sampler = (_sampler if kept else _sampler.__wrapped__)(
-            solver,
-            own,
-            self.levels.tobytes(),
-            tuple(self.x.shape),
-            self.x.dtype,
-            self.x.device,
-            "float64" if wide else "float32",
-            **options,
-        )
-        plan = sampler.plan
-        if starts is None:
-            done = [True, *(stage.done for stage in plan.stages[:-1])]
-            starts = [k for k, before in enumerate(done) if before]
-        tracked = _Tracked(self, plan, sorted(starts))
-        kernel = isinstance(noise_sampler, KernelNoise)
-        drawn = noise_sampler._asdict() if kernel else {"noise": tracked.noise(noise_sampler)}
-        with torch.no_grad():
-            return sampler(self.x.detach(), cond={"run": tracked}, progress=shows(self.disable), **drawn)
-
-
-@functools.lru_cache(maxsize=4)
-def _sampler(
-    solver: str,
-    process: Process,
-    levels: bytes,
-    shape: tuple[int, ...],
-    dtype: Any,
-    device: Any,
-    state: str,
-    **options: Any,
-) -> Sampler:
-    """A solver compiled for some sigmas and a shape.
-
-    Laying a plan out costs more than running it without the network, and a caller comes back with the same sigmas.
-    """
-    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), **options)
-    # The caller's model and callback are Python, which a CUDA graph would leave out.
-    return Sampler(
-        Denoiser(_told, process, "sample", dtype=dtype), plan, shape, device=device, dtype=state, graph="off"
-    )
-
-
-def _told(x: Any, t: Any, run: _Tracked) -> Any:
-    """The model of every sampler: the call's own, which comes as a condition."""
-    return run.model(x)
-
-
-def grid_of(process: Process, levels: np.ndarray) -> Grid:
-    """The grid through sigmas, falling or rising."""
-    make = Grid.from_times if isinstance(process, Flow) else Grid.from_sigmas
-    return make(process, levels[::-1]).flip() if levels[0] < levels[-1] else make(process, levels)
-
-
-def shows(disable: bool | None) -> bool:
-    """Whether there is a progress bar, by tqdm's meaning of `disable`."""
-    if disable is not None:
-        return not disable
-    return sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None
-
-
-class _Tracked:
-    """The caller's model and noise sampler, told by a run where it stands: stage k is the k-th call."""
-
-    def __init__(self, run: _Run, plan: Plan, starts: Sequence[int]) -> None:
-        self.run, self.plan = run, plan
-        self.step = {k: i for i, k in enumerate(starts)}
-        self.stage = 0
-
-    def _levels(self, k: int) -> tuple[float, float]:
-        """From where to where the draw of stage k is, in sigma."""
-        stages, edges = self.plan.stages, [*self.step, self.plan.nfe]
-        first = max(edge for edge in edges if edge <= k)
-        last = min(edge for edge in edges if edge > k) - 1
-        # What is drawn into x is in the next call; what is drawn beside it is for the end of the step.
-        to = stages[k].to if stages[k].rows["x"].get("z") else stages[last].to
-        return stages[first].at.sigma, to.sigma
-
-    def model(self, x: Any) -> Any:
-        run, k = self.run, self.stage
-        at = self.plan.stages[k].at
-        denoised = run.model(x, x.new_full((len(x),), at.sigma), **(run.extra_args or {}))
-        self.stage = k + 1
-        if run.callback is not None and k in self.step:
-            i = self.step[k]
-            # The run's own memory holds x: what a callback keeps must not change later.
-            sigma = run._level(run.levels[i] if i < len(run.levels) else at.sigma)
-            info = {"x": x.clone(), "i": i, "sigma": sigma, "sigma_hat": run._level(at.sigma), "denoised": denoised}
-            run.callback(info)
-        return denoised
-
-    def noise(self, sampler: NoiseSampler | None) -> Callable[[int, Point, Point, tuple[int, ...]], Any]:
-        """A noise source of the loop from a noise sampler; None is churn, which the field draws with randn_like."""
-
-        def draw(number: int, at: Point, to: Point, shape: tuple[int, ...]) -> Any:
-            import torch
-
-            if sampler is None:
-                return torch.randn_like(self.run.x)
-            # Draw 0 is the init row's churn; stage k has draw k + 1.
-            return sampler(*map(self.run._level, self._levels(number - 1)))
-
-        return draw
-
+__all__ = [
+    "KernelNoise",
+    "brownian_noise",
+    "gaussian_noise",
+    "sample_ddpm",
+    "sample_deis",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpm_adaptive",
+    "sample_dpm_fast",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
+    "sample_er_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_gradient_estimation",
+    "sample_heun",
+    "sample_heunpp2",
+    "sample_ipndm",
+    "sample_lcm",
+    "sample_lms",
+    "sample_res_multistep",
+    "sample_res_multistep_ancestral",
+    "sample_sa_solver",
+    "sample_uni_pc",
+    "sample_uni_pc_bh2",
+    "torchsde_noise",
+]
 
 # --- Euler, Heun, DPM-Solver-2 (Karras et al. 2022; Crowson 2022) ---
 
 
+@sampler()
 def sample_euler(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    *,
-    flow: bool | None = False,
+    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Any:
     """Euler with churn (Karras et al. 2022, Algorithm 2). As ComfyUI's, it draws noise only in steps that churn."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("euler", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
+@sampler()
 def sample_heun(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    *,
-    flow: bool | None = False,
+    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Any:
     """Heun with churn (Karras et al. 2022, Algorithm 2). Draws as `sample_euler`."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("heun", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
+@sampler()
 def sample_dpm_2(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    *,
-    flow: bool | None = False,
+    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Any:
     """DPM-Solver-2 in sigma with churn (k-diffusion). Draws as `sample_euler`."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("dpm2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
+@sampler()
 def sample_heunpp2(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    *,
-    flow: bool | None = False,
+    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
 ) -> Any:
     """Heun++ (ComfyUI). Draws as `sample_euler`."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("heunpp2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 # --- ancestral ---
 
 
-def sample_euler_ancestral(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = None,
-) -> Any:
+@sampler(flow=None)
+def sample_euler_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
     """Euler down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("euler_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
-def sample_dpm_2_ancestral(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = None,
-) -> Any:
+@sampler(flow=None)
+def sample_dpm_2_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
     """DPM-Solver-2 down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("dpm2_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
-def sample_dpmpp_2s_ancestral(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = None,
-) -> Any:
+@sampler(flow=None)
+def sample_dpmpp_2s_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
     """DPM-Solver++(2S) down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("dpmpp_2s_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
-def sample_ddpm(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_ddpm(run: Run, noise_sampler: Noise = None) -> Any:
     """DDPM's posterior step on the sigmas (Ho et al. 2020, eq. 7; ComfyUI)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("ddpm", run.gaussian(noise_sampler))
 
 
-def sample_lcm(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    s_noise: float = 1.0,
-    *,
-    flow: bool | None = None,
-) -> Any:
+@sampler(flow=None)
+def sample_lcm(run: Run, noise_sampler: Noise = None, s_noise: float = 1.0) -> Any:
     """Latent consistency sampling: predict x0, noise it to the next level (Luo et al. 2023, Algorithm 3; ComfyUI)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("lcm", run.gaussian(noise_sampler), s_noise=s_noise)
 
 
 # --- linear multistep ---
 
 
-def sample_lms(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    order: int = 4,
-    *,
-    to_zero: bool = True,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_lms(run: Run, order: int = 4, *, to_zero: bool = True) -> Any:
     """Linear multistep in sigma (k-diffusion). to_zero=False makes a step to sigma 0 Euler's, as ComfyUI does."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("lms", order=order, to_zero=to_zero)
 
 
-def sample_ipndm(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    max_order: int = 4,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_ipndm(run: Run, max_order: int = 4) -> Any:
     """iPNDM (Zhang & Chen 2022, section 3; ComfyUI)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("ipndm", order=max_order)
 
 
@@ -549,23 +194,16 @@ class _VPTime(VE):
 _DEIS_MODES = {"tab": "t", "rhoab": "rho"}
 
 
-def sample_deis(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    max_order: int = 3,
-    deis_mode: str = "tab",
-) -> Any:
+@sampler()
+def sample_deis(run: Run, max_order: int = 3, deis_mode: str = "tab") -> Any:
     """DEIS (Zhang & Chen 2023; ComfyUI). deis_mode: "tab" or "rhoab"; orders 1 to 3.
 
     The integrals are exact; the released code's are sums over 10,000 points.
     """
     one_of("deis_mode", deis_mode, tuple(_DEIS_MODES))
-    run = _Run(model, x, sigmas, extra_args, callback, disable, False)
-    return run("deis", process=_VPTime(0.002, 80.0), order=max_order, variable=_DEIS_MODES[deis_mode])
+    # A flow has a time of its own.
+    process = None if run.process is FLOW else _VPTime(0.002, 80.0)
+    return run("deis", process=process, order=max_order, variable=_DEIS_MODES[deis_mode])
 
 
 # --- DPM-Solver ---
@@ -582,7 +220,7 @@ def sample_dpm_fast(
     disable: bool | None = None,
     eta: float = 0.0,
     s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
+    noise_sampler: Noise = None,
     *,
     flow: bool | None = False,
 ) -> Any:
@@ -590,7 +228,7 @@ def sample_dpm_fast(
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n must be an int >= 1, the number of calls, got {n!r}")
     high, low = _ends(sigma_min, sigma_max)
-    run = _Run(model, x, np.linspace(high, low, n + 1), extra_args, callback, disable, flow)
+    run = Run(model, x, np.linspace(high, low, n + 1), extra_args, callback, disable, flow)
     # Triples of calls; where nothing is left over, the last triple is a pair and one.
     starts = {*range(0, n, 3), *([n - 1] if n % 3 == 0 else [])}
     return run("dpm_solver_fast", run.gaussian(noise_sampler), starts=starts, eta=eta, s_noise=s_noise)
@@ -639,7 +277,7 @@ def sample_dpm_adaptive(
 
     one_of("order", order, (2, 3))
     high, low = _ends(sigma_min, sigma_max)
-    run = _Run(model, x, [high, low], extra_args, callback, disable, flow)
+    run = Run(model, x, [high, low], extra_args, callback, disable, flow)
     ratios = grid_of(run.process, run.levels).ratio
     source = run.gaussian(noise_sampler)
     if isinstance(source, KernelNoise):
@@ -662,12 +300,12 @@ def sample_dpm_adaptive(
         info["n_accept" if accepted else "n_reject"] += 1
         first["wanted"] = accepted
         if callback is not None:
-            sigma = run._level(attempt.at[0].sigma)
+            sigma = run.level(attempt.at[0].sigma)
             at = {"x": attempt.x[0].clone(), "i": info["steps"] - 1, "sigma": sigma, "sigma_hat": sigma}
             callback({**at, "denoised": first["denoised"], "error": attempt.error[0], "h": attempt.h[0], **info})
 
     def noise(draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> Any:
-        return source(run._level(at.sigma), run._level(to.sigma))[None]
+        return source(run.level(at.sigma), run.level(to.sigma))[None]
 
     with torch.no_grad():
         result = sample_adaptive(
@@ -695,169 +333,85 @@ def sample_dpm_adaptive(
 # --- DPM-Solver++ ---
 
 
+@sampler(flow=None, below_one=True)
 def sample_dpmpp_sde(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    r: float = 0.5,
-    *,
-    flow: bool | None = None,
+    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None, r: float = 0.5
 ) -> Any:
     """SDE-DPM-Solver++(2S) (Lu et al. 2022b; k-diffusion). A step's two draws are as the noise sampler makes them."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     # A noise sampler is asked for both draws of a step; the kernel's own come from one path.
     path = "snr" if isinstance(noise_sampler, KernelNoise) else None
     return run("dpmpp_sde", run.brownian(noise_sampler), eta=eta, r=r, path=path, s_noise=s_noise)
 
 
-def sample_dpmpp_2m(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_dpmpp_2m(run: Run) -> Any:
     """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2; k-diffusion)."""
-    return _Run(model, x, sigmas, extra_args, callback, disable, flow)("dpmpp_2m")
+    return run("dpmpp_2m")
 
 
+@sampler(flow=None, below_one=True)
 def sample_dpmpp_2m_sde(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    solver_type: str = "midpoint",
-    *,
-    flow: bool | None = None,
+    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None, solver_type: str = "midpoint"
 ) -> Any:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion). solver_type: "midpoint" or "heun"."""
     one_of("solver_type", solver_type, ("midpoint", "heun"))
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     return run("dpmpp_2m_sde", run.brownian(noise_sampler), eta=eta, variant=solver_type, s_noise=s_noise)
 
 
+@sampler(flow=None, below_one=True)
 def sample_dpmpp_3m_sde(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    halve_d2: bool = True,
-    flow: bool | None = None,
+    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None, *, halve_d2: bool = True
 ) -> Any:
     """SDE-DPM-Solver++(3M) (k-diffusion 2023). halve_d2=False has the second difference that gives order three."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     return run("dpmpp_3m_sde", run.brownian(noise_sampler), eta=eta, halve_d2=halve_d2, s_noise=s_noise)
 
 
 # --- UniPC, RES, ER-SDE, SA-Solver, gradient estimation ---
 
 
-def sample_uni_pc(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    variant: str = "bh1",
-    *,
-    flow: bool | None = False,
-) -> Any:
-    """UniPC (Zhao et al. 2023) as ComfyUI lays it out: order up to three, a last sigma of 0 becomes 0.001."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, last=0.001)
+def _uni_pc(run: Run, variant: str) -> Any:
     order = max(1, min(3, len(run.levels) - 2))
     return run("unipc", order=order, variant=variant, final_order="unipc")
 
 
-def sample_uni_pc_bh2(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler(last=0.001)
+def sample_uni_pc(run: Run, variant: str = "bh1") -> Any:
+    """UniPC (Zhao et al. 2023) as ComfyUI lays it out: order up to three, a last sigma of 0 becomes 0.001."""
+    return _uni_pc(run, variant)
+
+
+@sampler(last=0.001)
+def sample_uni_pc_bh2(run: Run) -> Any:
     """`sample_uni_pc` with B(h) = e^h - 1."""
-    return sample_uni_pc(model, x, sigmas, extra_args, callback, disable, "bh2", flow=flow)
+    return _uni_pc(run, "bh2")
 
 
-def sample_res_multistep(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_res_multistep(run: Run, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
     """The refined exponential solver, two-step (Zhang et al. 2023; ComfyUI). It draws nothing: see the next one."""
-    return sample_res_multistep_ancestral(
-        model, x, sigmas, extra_args, callback, disable, 0.0, s_noise, noise_sampler, flow=flow
-    )
+    return run("res_multistep", eta=0.0, s_noise=s_noise)
 
 
+@sampler()
 def sample_res_multistep_ancestral(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
-    *,
-    flow: bool | None = False,
+    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
 ) -> Any:
     """`sample_res_multistep` with ancestral noise (ComfyUI)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("res_multistep", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
+@sampler(flow=None, below_one=True)
 def sample_er_sde(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
+    run: Run,
     s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
+    noise_sampler: Noise = None,
     noise_scaler: Callable[[Any], Any] | None = None,
     max_stage: int = 3,
-    *,
-    flow: bool | None = None,
 ) -> Any:
     """ER-SDE-Solver (Cui et al. 2023; ComfyUI). noise_scaler: phi, a function of a float64 tensor of sigma / alpha.
 
     The integrals are exact; the released code's are sums over 200 points.
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     scale: Any = "sde_5"
     if noise_scaler is not None:
         import torch
@@ -870,22 +424,16 @@ def sample_er_sde(
     return run("er_sde", run.gaussian(noise_sampler), order=max_stage, noise_scale=scale, s_noise=s_noise)
 
 
+@sampler(flow=None, below_one=True)
 def sample_sa_solver(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
+    run: Run,
     tau_func: Callable[[Any], float] | None = None,
     s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | KernelNoise | None = None,
+    noise_sampler: Noise = None,
     predictor_order: int = 3,
     corrector_order: int = 4,
     use_pece: bool = False,
     simple_order_2: bool = False,
-    *,
-    flow: bool | None = None,
 ) -> Any:
     """SA-Solver (Xue et al. 2023; ComfyUI). tau_func: tau of the sigma that a step goes to.
 
@@ -893,9 +441,8 @@ def sample_sa_solver(
     does not tell (`model_sampling.percent_to_sigma`). Towards a last sigma of 0 the corrector's order falls as in the
     authors' code, one call later than in ComfyUI.
     """
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow, below_one=True)
     tau = tau_func
-    inner = model_sampling(model)
+    inner = model_sampling(run.model)
     if tau is None and inner is not None:
         high, low = (float(inner.percent_to_sigma(share)) for share in (0.2, 0.8))
 
@@ -905,7 +452,7 @@ def sample_sa_solver(
     return run(
         "sa_solver",
         run.gaussian(noise_sampler),
-        tau=1.0 if tau is None else lambda p: float(tau(run._level(p.sigma))),
+        tau=1.0 if tau is None else lambda p: float(tau(run.level(p.sigma))),
         predictor_order=predictor_order,
         corrector_order=corrector_order,
         pc_mode="PECE" if use_pece else "PEC",
@@ -916,17 +463,7 @@ def sample_sa_solver(
     )
 
 
-def sample_gradient_estimation(
-    model: Model,
-    x: Tensor,
-    sigmas: Any,
-    extra_args: Args = None,
-    callback: Callback = None,
-    disable: bool | None = None,
-    ge_gamma: float = 2.0,
-    *,
-    flow: bool | None = False,
-) -> Any:
+@sampler()
+def sample_gradient_estimation(run: Run, ge_gamma: float = 2.0) -> Any:
     """Euler on the last two noise predictions (Permenter & Yuan 2023; ComfyUI)."""
-    run = _Run(model, x, sigmas, extra_args, callback, disable, flow)
     return run("gradient_estimation", gamma=ge_gamma)

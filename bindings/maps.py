@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.bindings.k_diffusion import BARE, FLOW, is_flow
+from fewstep.bindings.k_diffusion_run import BARE, FLOW, is_flow
 from fewstep.solvers.arrays import Frame, frame_of
 from fewstep.solvers.dlpack import InLibrary
 from fewstep.solvers.process import EDM, VP, Flow, Process

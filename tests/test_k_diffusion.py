@@ -19,6 +19,7 @@ from scipy import integrate
 
 import fewstep as fs
 from fewstep.bindings import k_diffusion as kd
+from fewstep.bindings import k_diffusion_run as runs
 
 SHAPE = (3, 2, 5)
 SIGMAS = [14.6, 8.1, 4.2, 2.0, 0.9, 0.35, 0.1]
@@ -65,7 +66,7 @@ def latent(sigmas, dtype=torch.float64):
 
 
 def grid_of(sigmas, flow):
-    return fs.Grid.from_times(fs.Flow(), sigmas) if flow else fs.Grid.from_sigmas(kd.BARE, sigmas)
+    return fs.Grid.from_times(fs.Flow(), sigmas) if flow else fs.Grid.from_sigmas(runs.BARE, sigmas)
 
 
 def deis_oracle(denoise, grid, x, draws, order, clock):
@@ -341,9 +342,9 @@ class DiscreteSampling:
 
 
 def test_a_model_says_that_it_is_a_flow():
-    assert kd.is_flow(Model(FlowSampling()))
-    assert not kd.is_flow(Model(DiscreteSampling()))
-    assert not kd.is_flow(Model())
+    assert runs.is_flow(Model(FlowSampling()))
+    assert not runs.is_flow(Model(DiscreteSampling()))
+    assert not runs.is_flow(Model())
     x, sigmas = latent(FLOWS), [*FLOWS, 0.0]
     args = ([*FLOWS, 0.0], {"a": 1.3}, None, True)
 
@@ -433,7 +434,7 @@ def test_kernel_noise_belongs_to_the_sample():
     whole = kd.sample_dpmpp_2m_sde(Model(), x, sigmas, disable=True, noise_sampler=kd.KernelNoise(9))
     part = kd.sample_dpmpp_2m_sde(Model(), x[1:], sigmas, disable=True, noise_sampler=kd.KernelNoise(9, 1))
     assert torch.equal(whole[1:], part)
-    own = fs.Denoiser(lambda x, t: Model()(x, t), kd.BARE, "sample")
+    own = fs.Denoiser(lambda x, t: Model()(x, t), runs.BARE, "sample")
     same = fs.sample(own, x, solver="dpmpp_2m_sde", grid=grid_of(sigmas, False), seed=9)
     assert torch.equal(whole, same)
     with pytest.raises(TypeError, match="noise_sampler: adaptive steps belong to the batch"):
@@ -515,20 +516,20 @@ def test_no_step_returns_x_and_no_gradient_is_kept():
 
 def test_a_plan_is_laid_out_once_for_the_same_sigmas():
     """The caller's model, callback and noise are the call's own all the same."""
-    kd._sampler.cache_clear()
+    runs._sampler.cache_clear()
     x, sigmas = latent(SIGMAS), [*SIGMAS, 0.0]
     first, second = Model(), Model()
     a = kd.sample_euler_ancestral(first, x, sigmas, {"a": 1.3}, disable=True, noise_sampler=Noise())
     b = kd.sample_euler_ancestral(second, x, sigmas, {"a": 0.2}, disable=True, noise_sampler=Noise())
-    assert kd._sampler.cache_info().misses == kd._sampler.cache_info().hits == 1
+    assert runs._sampler.cache_info().misses == runs._sampler.cache_info().hits == 1
     assert len(first.calls) == len(second.calls) == len(SIGMAS)
     assert not torch.equal(a, b)
     kd.sample_euler_ancestral(Model(), x, sigmas, disable=True, noise_sampler=Noise(), eta=0.5)
     kd.sample_euler_ancestral(Model(), x.float(), sigmas, disable=True, noise_sampler=Noise(torch.float32))
     kd.sample_euler_ancestral(Model(), x, SIGMAS, disable=True, noise_sampler=Noise())
-    assert kd._sampler.cache_info().misses == 4
+    assert runs._sampler.cache_info().misses == 4
     kd.sample_sa_solver(Model(), x, SIGMAS, disable=True, noise_sampler=Noise(), tau_func=lambda s: 0.5)
-    assert kd._sampler.cache_info().misses == 4  # functions are not compared
+    assert runs._sampler.cache_info().misses == 4  # functions are not compared
 
 
 def test_two_threads_share_a_plan():
