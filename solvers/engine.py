@@ -35,6 +35,7 @@ class Job:
     dtype: str  # of the state
     model_dtype: str
     times: Sequence[Array]  # t of each stage, one entry for each sample of each batched branch; models get copies
+    capacity: int = 0  # denoiser calls that a recorded loop makes at least
 
     @property
     def batch(self) -> int:

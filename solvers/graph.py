@@ -13,6 +13,7 @@ together. It is freed with the run.
 from __future__ import annotations
 
 import traceback
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,9 @@ class Graphs:
     """The recorded graphs of one run, and the static copies of the conditions that they read."""
 
     def __init__(self, run: TritonRun, cuda: Any) -> None:
-        self.run, self.cuda = run, cuda
+        # The run owns its graphs: a reference back would keep both until a garbage collection.
+        self.run: TritonRun = weakref.proxy(run)
+        self.cuda = cuda
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._conditions: OrderedDict[Hashable, list[Mapping[str, Any]]] = OrderedDict()
         self._structure: Hashable = None
@@ -92,10 +95,11 @@ class Graphs:
         return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])  # type: ignore[no-any-return]
 
     def _whole(self, drawn: bool) -> None:
-        run, call = self.run, self._call()
+        run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
-        for k, table in enumerate(run.job.tables):
-            run.advance(k, call(table.branches, *run.model_input(k)), None)
+        for k in range(run.calls):
+            stage = min(k, last)  # beyond the plan's own the tables' rows write nothing
+            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)), None)
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()

@@ -85,6 +85,9 @@ class Sampler:
               and progress need that), "off" neither. "auto" takes the first of them that the model allows, with one
               warning if that is not the first. Only "auto" and "off" on a CPU
 
+    capacity  denoiser calls that a loop graph makes at least: plans of up to so many replay in the one graph (the calls
+              beyond a plan's own are made, and change nothing); 0 records a graph for each number of calls
+
     Memory is allocated when the sampler is made and reused by every call; a call allocates its result alone,
     and not even that with `out`. Calls from several threads at once are safe: each takes its own workspace.
 
@@ -101,6 +104,7 @@ class Sampler:
         device: Any = None,
         dtype: Any = None,
         graph: str = "auto",
+        capacity: int = 0,
     ) -> None:
         for needed in ("prologue", "bind", "process"):
             if not hasattr(denoiser, needed):
@@ -127,7 +131,9 @@ class Sampler:
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
             )
-        self.graph = graph
+        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
+            raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
+        self.graph, self.capacity = graph, capacity
         self._uncaptured: dict[str, CaptureError] = {}  # graph modes that "auto" has given up, and why
         self._warned = False
         self._compiled: _Compiled | None = None
@@ -179,7 +185,7 @@ class Sampler:
         time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
         batches = [self.shape[0] * (len(t.branches) if denoiser.batched else 1) for t in tables]
         times = [self.frame.array(np.full(n, t.t), time_dtype) for n, t in zip(batches, tables, strict=True)]
-        job = Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times)
+        job = Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
         if self.backend == "triton":
             check_triton(job)
         return job

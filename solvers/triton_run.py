@@ -20,7 +20,7 @@ from fewstep.solvers.tables import StageTable, init_table
 
 
 class DeviceTables(NamedTuple):
-    """What `triton_step.run` reads, on the host. Row 0 is the init row, row k + 1 stage k.
+    """What `triton_step.run` reads, on the host. Row 0 is the init row, row k + 1 stage k; further rows write nothing.
 
     numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
     times    float64 (stages + 1, rows), t of each stage
@@ -36,10 +36,10 @@ def device_tables(job: Job) -> DeviceTables:
     from fewstep.kernels import triton_reduce as reduce
     from fewstep.kernels import triton_step as kernel
 
-    tables, count = job.tables, len(job.tables)
-    numbers = np.zeros((count + 1, 1, kernel.NUMBERS), np.float32)
-    indices = np.full((count + 1, 1, kernel.INDICES), -1, np.int32)
-    times = np.zeros((count + 1, 1))
+    tables, count, rows = job.tables, len(job.tables), calls(job) + 1
+    numbers = np.zeros((rows, 1, kernel.NUMBERS), np.float32)
+    indices = np.full((rows, 1, kernel.INDICES), -1, np.int32)
+    times = np.full((rows, 1), tables[-1].t)
     clip = job.denoiser.clip
     _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
     for k, table in enumerate(tables, 1):
@@ -123,7 +123,7 @@ class TritonRun:
         self.torch = torch
         device = self.frame.device
         batch, elements = job.batch, job.elements
-        self.structure = structure(job)
+        self.structure, self.calls = structure(job), calls(job)
         self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
         copies = max(job.copies(k) for k in range(len(job.tables)))
         self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype)
@@ -149,9 +149,9 @@ class TritonRun:
         self._init_stage()
         for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
             batch = self.job.batch
-            raw = self.x_in[:batch]
+            raws = [self.x_in[i * batch : (i + 1) * batch] for i in range(len(branches))]
             self._tick(copies)
-            self._stage([raw] * len(branches), copies)
+            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies)
             self.counter.zero_()
         self._draw_latent()
         self.release()
@@ -169,8 +169,8 @@ class TritonRun:
             self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
 
     def adopt(self, job: Job) -> bool:
-        """Take over another job of the same structure: new numbers in the same tables, the same graphs. Or False."""
-        if signature(job) != signature(self.job):
+        """Take over another job whose structure fits: new numbers in the same tables, the same graphs. Or False."""
+        if signature(job) != signature(self.job) or not self._holds(job):
             return False
         self.claim()
         tables = device_tables(job)
@@ -181,6 +181,17 @@ class TritonRun:
         self.job = job
         self.release()
         return True
+
+    def _holds(self, job: Job) -> bool:
+        """Whether the kernel's structure and the buffers suffice for a job; it names what it does not use -1."""
+        new, own = structure(job), self.structure
+        return (
+            new.slots <= own.slots
+            and new.outputs <= own.outputs
+            and (own.noise or not new.noise)
+            and (new.predict, new.clip) == (own.predict, own.clip)
+            and job.program.buffers <= len(self.state)
+        )
 
     def load(self, x: Array | None, streams: np.ndarray | None) -> None:
         """What the host gives a run, into the device's memory."""
@@ -294,6 +305,11 @@ class TritonRun:
         return self.state[self.job.program.x0[k]].reshape(self.job.shape)
 
 
+def calls(job: Job) -> int:
+    """How many denoiser calls a recorded loop of a job makes."""
+    return max(len(job.tables), job.capacity)
+
+
 def structure(job: Job) -> Any:
     """The kernel's structure that serves every stage of a job."""
     from fewstep.kernels import triton_step
@@ -325,9 +341,10 @@ def quantile(job: Job) -> np.ndarray:
 def signature(job: Job) -> tuple[Any, ...]:
     """Everything that a recorded graph of a job depends on; its numbers are not part of it."""
     program, denoiser = job.program, job.denoiser
-    stages = tuple((table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables))
+    stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
+    stages += [stages[-1]] * (calls(job) - len(stages))
     return (
-        structure(job), stages, program.buffers, program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
+        tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
         denoiser.variance, denoiser.clip is None, dynamic(denoiser.clip), bool(denoiser.rescale), job.shape,
         job.model_dtype, job.frame.dtype_of(job.times[0]),
     )  # fmt: skip

@@ -311,10 +311,27 @@ def test_old_graphs_are_freed(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -
     assert cuda.log.count("record") == graph_module.LIMIT + 3
 
 
+def test_one_graph_for_any_number_of_steps(cuda: FakeCuda) -> None:
+    """Up to `capacity` calls; the rows beyond a plan's own leave its sample as it is."""
+    denoiser = fs.Denoiser(Net(), VP)
+    made = fs.Sampler(denoiser, plan(4, "unipc"), SHAPE, backend="triton", graph="loop", capacity=4)
+    for steps in (4, 2, 1, 3):
+        new = plan(steps, "unipc")
+        made.update(new)
+        assert torch.equal(made(seed=steps), oracle(new)(seed=steps))
+    assert cuda.log.count("record") == 1
+    made.update(plan(5, "unipc"))
+    assert torch.equal(made(seed=0), oracle(plan(5, "unipc"))(seed=0))
+    assert cuda.log.count("record") == 2
+    with pytest.raises(ValueError, match=r"capacity must be an int >= 0, .* got -1"):
+        fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
+
+
 def test_another_structure_is_recorded_anew(cuda: FakeCuda) -> None:
-    made = sampler(Net(), plan(), "loop")
+    """A solver that needs no more than the last one goes into its graph, one that needs more does not."""
+    made = sampler(Net(), plan(2, "unipc"), "loop")
     made(seed=0)
-    for new in (plan(2), plan(2, "unipc")):
+    for new, records in ((plan(2, "ddim"), 1), (plan(1), 2), (plan(1, "ddim"), 2)):
         made.update(new)
         assert torch.equal(made(seed=0), oracle(new)(seed=0))
-    assert cuda.log.count("record") == 3
+        assert cuda.log.count("record") == records
