@@ -137,12 +137,18 @@ class Run:
         return FLOW if flow else BARE
 
     @cached_property
-    def levels(self) -> np.ndarray:
-        """sigmas, float64 (steps + 1,)."""
-        given = self.sigmas.detach().double().cpu().numpy() if hasattr(self.sigmas, "detach") else self.sigmas
-        levels = np.array(given, dtype=np.float64)
+    def given(self) -> np.ndarray:
+        """sigmas as they were given, float64 (steps + 1,)."""
+        sigmas = self.sigmas.detach().double().cpu().numpy() if hasattr(self.sigmas, "detach") else self.sigmas
+        levels = np.array(sigmas, dtype=np.float64)
         if levels.ndim != 1:
             raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
+        return levels
+
+    @cached_property
+    def levels(self) -> np.ndarray:
+        """The sigmas that are sampled on, float64 (steps + 1,)."""
+        levels = self.given.copy()
         if self.last is not None and levels.size and levels[-1] == 0.0:
             levels[-1] = self.last
         inner = model_sampling(self.model)
@@ -158,7 +164,7 @@ class Run:
         return gaussian_noise(self.x, self.seed) if given is None else given
 
     def brownian(self, given: Any) -> Any:
-        noisy = self.levels[self.levels > 0.0]
+        noisy = self.given[self.given > 0.0]
         if given is not None or noisy.size < 2:
             return self.gaussian(given)
         # As the field: from the smallest level to the largest, in the sigmas' own dtype.
@@ -203,11 +209,7 @@ class Run:
             "float64" if wide else "float32",
             **options,
         )
-        plan = sampler.plan
-        if starts is None:
-            done = [True, *(stage.done for stage in plan.stages[:-1])]
-            starts = [k for k, before in enumerate(done) if before]
-        tracked = _Tracked(self, plan, sorted(starts))
+        tracked = _Tracked(self, sampler.plan, starts)
         kernel = isinstance(noise_sampler, KernelNoise)
         drawn = noise_sampler._asdict() if kernel else {"noise": tracked.noise(noise_sampler)}
         with torch.no_grad():
@@ -257,9 +259,12 @@ def shows(disable: bool | None) -> bool:
 class _Tracked:
     """The caller's model and noise sampler, told by a run where it stands: stage k is the k-th call."""
 
-    def __init__(self, run: Run, plan: Plan, starts: Sequence[int]) -> None:
+    def __init__(self, run: Run, plan: Plan, starts: Collection[int] | None) -> None:
         self.run, self.plan = run, plan
-        self.step = {k: i for i, k in enumerate(starts)}
+        first = [True, *(stage.done for stage in plan.stages[:-1])]
+        self.step = {k: i for i, k in enumerate(np.flatnonzero(first).tolist() if starts is None else sorted(starts))}
+        # A solver with steps of its own starts them at its own levels, others at the sigmas, and then churn.
+        self.levels = run.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]
         self.stage = 0
 
     def _levels(self, k: int) -> tuple[float, float]:
@@ -279,21 +284,20 @@ class _Tracked:
         if run.callback is not None and k in self.step:
             i = self.step[k]
             # The run's own memory holds x: what a callback keeps must not change later.
-            sigma = run.level(run.levels[i] if i < len(run.levels) else at.sigma)
-            info = {"x": x.clone(), "i": i, "sigma": sigma, "sigma_hat": run.level(at.sigma), "denoised": denoised}
-            run.callback(info)
+            levels = {"sigma": run.level(self.levels[i]), "sigma_hat": run.level(at.sigma)}
+            run.callback({"x": x.clone(), "i": i, **levels, "denoised": denoised})
         return denoised
 
-    def noise(self, sampler: NoiseSampler | None) -> Callable[[int, Point, Point, tuple[int, ...]], Any]:
+    def noise(self, source: NoiseSampler | None) -> Callable[[int, Point, Point, tuple[int, ...]], Any]:
         """A noise source of the loop from a noise sampler; None is churn, which the field draws with randn_like."""
 
         def draw(number: int, at: Point, to: Point, shape: tuple[int, ...]) -> Any:
             import torch
 
-            if sampler is None:
+            if source is None:
                 return torch.randn_like(self.run.x)
             # Draw 0 is the init row's churn; stage k has draw k + 1.
-            return sampler(*map(self.run.level, self._levels(number - 1)))
+            return source(*map(self.run.level, self._levels(number - 1)))
 
         return draw
 

@@ -256,6 +256,9 @@ def test_dpm_fast(n, eta):
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
     assert len(model.calls) == n
     assert [info["i"] for info in seen] == list(range(steps))
+    at = np.exp(np.linspace(math.log(14.6), math.log(0.1), steps + 1))[:-1]
+    np.testing.assert_allclose([float(info["sigma"]) for info in seen], at, rtol=1e-12)
+    np.testing.assert_allclose([float(info["sigma_hat"]) for info in seen], at, rtol=1e-12)
     np.testing.assert_allclose(np.reshape(ours.asked, -1), np.reshape(theirs.asked, -1), rtol=1e-9)
 
 
@@ -374,6 +377,17 @@ def test_a_flow_starts_just_below_one_where_comfyui_does():
     out = kd.sample_dpmpp_2m_sde(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise(), flow=True)
     assert [sigma for _, sigma in model.calls] == [1.0, 0.5]
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
+def test_the_tree_of_a_flow_spans_the_sigmas_as_given():
+    """Its path depends on its ends: in ComfyUI they are the sigmas' own, also where the first one is moved."""
+    pytest.importorskip("torchsde")
+    sigmas, x = torch.tensor([1.0, 0.7, 0.3, 0.0]), latent([1.0], torch.float32)
+    args = {"disable": True, "extra_args": {"seed": 4}}
+    got = kd.sample_dpmpp_2m_sde(Model(FlowSampling()), x, sigmas, **args)
+    tree = kd.torchsde_noise(x, sigmas[2], sigmas[0], 4)
+    assert torch.equal(got, kd.sample_dpmpp_2m_sde(Model(FlowSampling()), x, sigmas, noise_sampler=tree, **args))
 
 
 def test_sa_solver_is_stochastic_where_comfyui_is():
