@@ -9,6 +9,7 @@ from setuptools import setup
 
 FOLDERS = {
     "fewstep": "api",
+    "fewstep.weights": "api/weights",
     "fewstep.kernels": "kernels",
     "fewstep.solvers": "solvers",
     "fewstep.solvers.distill": "solvers/distill",

@@ -194,7 +194,13 @@ def _ranking(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) 
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_xscale("log")
-    axes[1].axvspan(result.floor - result.spread, result.floor + result.spread, color="0.85", zorder=0, label="real data to the rest")
+    axes[1].axvspan(
+        result.floor - result.spread,
+        result.floor + result.spread,
+        color="0.85",
+        zorder=0,
+        label="real data to the rest",
+    )
     axes[1].set_xscale("symlog", linthresh=max(2.0 * result.spread, 1e-6))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=FEW, frameon=False)
     return figure
