@@ -1,8 +1,10 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against their naive twins.
 
-The interpreter is switched on when triton is imported, so each file of `interpreted/` runs in a process of its own.
+The interpreter is switched on when triton is imported, so the files of `interpreted/` run in a process of their own.
 It executes a kernel's program as written, one program at a time, in NumPy: it proves the arithmetic, the addresses
 and the masks. It proves nothing about the compiler or about races; `test_triton_compile.py` and `make gpu` do.
+
+One file alone:  TRITON_INTERPRET=1 python -m pytest tests/interpreted/step.py
 """
 
 from __future__ import annotations
@@ -12,15 +14,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 FOLDER = Path(__file__).parent / "interpreted"
 
 
-@pytest.mark.parametrize("file", sorted(p.name for p in FOLDER.glob("*.py")))
-def test_in_the_interpreter(file: str) -> None:
+def test_in_the_interpreter() -> None:
+    files = sorted(map(str, FOLDER.glob("*.py")))
+    assert len(files) >= 8
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", str(FOLDER / file)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=", *files]
     done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
