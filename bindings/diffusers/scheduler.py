@@ -7,6 +7,7 @@ pass does not cover, the parent's own `step` takes over at any point of a run.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -25,8 +26,8 @@ from fewstep.bindings.diffusers.transition import STANDINGS, Digests, Standing, 
 # Arguments of step under which the caller gives the noise.
 _NOISE = ("variance_noise", "noise")
 
-# Tensors that a schedule consists of; an edit of their elements starts a new one.
-_SCHEDULE = ("timesteps", "sigmas", "alphas_cumprod")
+# Tensors that a step reads its coefficients from: an edit of their elements is noticed in the middle of a run too.
+_SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # where there are sigmas, and where not
 
 
 # The attribute of our own bookkeeping.
@@ -61,10 +62,10 @@ def without_ours(values: Mapping[str, Any]) -> dict[str, Any]:
 class Cursor:
     """Where a scheduler stands in its machine, until somebody writes one of its attributes.
 
-    memory  the tensors that it remembers; arrays: as NumPy arrays, where they are at hand
+    memory  the tensors that it remembers, of one shape; arrays: as NumPy arrays, where they are at hand
     """
 
-    __slots__ = ("arrays", "digests", "memory", "schedule", "standing", "times")
+    __slots__ = ("arrays", "digests", "memory", "schedule", "shape", "standing", "times")
 
     def __init__(self) -> None:
         self.digests = Digests()
@@ -72,17 +73,23 @@ class Cursor:
 
     def settle(self, parent: type[Any], attributes: Mapping[str, Any]) -> Standing:
         """Raises NotAffineError if the attributes hold something whose content says nothing."""
+        self.standing = None
         values = {name: value for name, value in attributes.items() if name != CURSOR}
-        self.standing = standing = STANDINGS.settle(parent, values, places(values), self.digests)
+        standing = STANDINGS.settle(parent, values, places(values), self.digests)
         self.memory = [get(values, place) for place in standing.memory]
         self.arrays: list[Any] = [None] * len(self.memory)
-        self.schedule = [(t, t._version) for n in _SCHEDULE if isinstance(t := values.get(n), Tensor)]
+        names = _SCHEDULE["sigmas" not in values]
+        self.schedule = [(t, t._version) for n in names if isinstance(t := values.get(n), Tensor)]
+        self.shape = self.memory[0].shape if self.memory else None
+        if any(tensor.shape != self.shape for tensor in self.memory):
+            raise NotAffineError("it remembers tensors of several shapes")
         self.times: dict[int, float] = {}
         times = values["timesteps"]
         if isinstance(times, Tensor) and not times.is_cpu:
             # A pipeline steps through this very tensor: known by their address, its elements need no host sync.
             first, size = times.data_ptr(), times.element_size()
             self.times = {first + i * size: t for i, t in enumerate(times.tolist())}
+        self.standing = standing
         return standing
 
     def advance(
@@ -91,8 +98,10 @@ class Cursor:
         """Over a transition. pool: its sources and its new rows, as tensors; arrays: the same in NumPy."""
         transition.leave(attributes, pool)
         self.standing = transition.standing
-        self.memory = [pool[i] for i in transition.sources]
-        self.arrays = [arrays[i] for i in transition.sources]
+        if transition.sources or self.memory:
+            self.memory = [pool[i] for i in transition.sources]
+            self.arrays = [arrays[i] for i in transition.sources]
+            self.shape = pool[0].shape if transition.sources else None
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether it still says where the scheduler stands: nobody has edited the schedule or the memory."""
@@ -102,13 +111,14 @@ class Cursor:
         for tensor, version in self.schedule:
             if tensor._version != version:
                 return False
-        for name, length in standing.lists.items():
-            if len(attributes[name]) != length:
-                return False
-        for (name, i), tensor in zip(standing.memory, self.memory, strict=True):
-            value = attributes[name]
-            if (value if i is None else value[i]) is not tensor:
-                return False
+        if self.memory:
+            for name, length in standing.lists.items():
+                if len(attributes[name]) != length:
+                    return False
+            for (name, i), tensor in zip(standing.memory, self.memory, strict=True):
+                value = attributes[name]
+                if (value if i is None else value[i]) is not tensor:
+                    return False
         return True
 
     def time(self, timestep: Any) -> Any:
@@ -164,8 +174,17 @@ def fused(parent: type[Any]) -> type[Any]:
             done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
         return done
 
+    @functools.wraps(parent.set_timesteps)
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = parent.set_timesteps(self, *args, **kwargs)
+        attributes = self.__dict__
+        with contextlib.suppress(NotAffineError):  # here rather than in the first step
+            attributes.setdefault(CURSOR, Cursor()).settle(parent, attributes)
+        return result
+
     members: dict[str, Any] = {
         "__init__": initialise,
+        "set_timesteps": set_timesteps,
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
@@ -277,9 +296,8 @@ def _step(
         return None
     cursor, transition = found
     memory = cursor.memory
-    for tensor in memory:
-        if tensor.shape != shape:
-            return None
+    if memory and cursor.shape != shape:
+        return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *memory)):
         return None
     if not (x.is_cpu or transition.update.anywhere):

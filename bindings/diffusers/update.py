@@ -82,7 +82,7 @@ class Update:
     def _fused(
         self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
     ) -> tuple[list[Tensor], list[np.ndarray | None]]:
-        shape = x.shape
+        shape = tuple(x.shape)
         size = x.numel()
         rows = (shape[0], size // shape[0])
         known: list[np.ndarray | None] = [_array(x, rows), _array(raw, rows), None, None, *arrays]
@@ -147,7 +147,7 @@ class _Launch:
     def __call__(
         self,
         sources: Sequence[np.ndarray | None],
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         rows: tuple[int, int],
         size: int,
         results: list[Tensor],
@@ -163,7 +163,7 @@ class _Launch:
             arguments[i] = array = array.reshape(rows)
             known.append(array)
         if self.narrow is not None:
-            results[0] = torch.empty(tuple(shape), dtype=self.narrow_dtype)
+            results[0] = torch.empty(shape, dtype=self.narrow_dtype)
             arguments[self.narrow] = _bits(results[0]).reshape(rows)
         numba_step.launch(arguments, numba_step.units(*rows), size)
 
