@@ -104,7 +104,7 @@ class Mirror:
     def send(self) -> None:
         self.device.copy_(self.host, non_blocking=True)
         if self.sent is not None:
-            self.sent.record()
+            self.sent.record(self.torch.cuda.current_stream(self.device.device))
 
 
 class TritonRun:

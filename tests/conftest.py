@@ -12,6 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = b"".join(
     p.read_bytes()
     for p in sorted((ROOT / "kernels").glob("*.py"))
-    if not p.name.startswith(("triton_", "torch_", "naive"))
+    if not p.name.startswith(("triton_", "torch_", "naive", "__init__"))
 )
 os.environ.setdefault("NUMBA_CACHE_DIR", str(ROOT / "build" / "numba" / hashlib.sha256(_SOURCES).hexdigest()[:16]))
