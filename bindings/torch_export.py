@@ -83,10 +83,18 @@ def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.expor
     return program.run_decompositions({torch.ops.fewstep.stage.default: plain_stage})
 
 
-def compile_loop(loop: SamplerModule, x: Tensor, path: str | os.PathLike[str], cond: Any = None) -> Path:
+def compile_loop(
+    loop: SamplerModule,
+    x: Tensor,
+    path: str | os.PathLike[str],
+    cond: Any = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
     """Compile `export_loop` ahead of time (AOTInductor) into one package; it needs a C++ compiler.
 
-    path  ends in ".pt2"; the file appears whole or not at all
+    path     ends in ".pt2"; the file appears whole or not at all
+    options  Inductor's own settings, such as {"max_autotune": True}
 
     Returns the path.
     """
@@ -97,6 +105,8 @@ def compile_loop(loop: SamplerModule, x: Tensor, path: str | os.PathLike[str], c
     from torch._inductor import aoti_compile_and_package
 
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = aoti_compile_and_package(program, package_path=str(Path(folder) / "loop.pt2"))
+        made = aoti_compile_and_package(
+            program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs=dict(options or {})
+        )
         Path(made).replace(target)
     return target
