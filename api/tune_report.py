@@ -311,6 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_whole(results, lambda to, text=text: to.write_text(text, encoding="utf-8"))  # type: ignore[misc]
             say(f"{name} {nfe}: tuned / best hand-made {row['ratio']:.3f}, {row['seconds']['all']:.0f} s")
     print(table(rows))
+    page = f"# Tuned plans, measured\n\n{table(rows)}"
+    write_whole(args.out / "results.md", lambda to: to.write_text(page, encoding="utf-8"))
     plot(rows, args.out / "error.png")
     for name, nfe in (("digits", 4), ("digits", 6), ("digits-guided", 4)):
         chosen = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]

@@ -23,6 +23,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from fewstep.solvers.arrays import FLOATS
 from fewstep.solvers.batched import Ensemble, Indices, Unrolled, latents, unroll, unroll_stages
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
@@ -185,6 +186,11 @@ def study(
     say: Callable[[str], None],
 ) -> Study:
     """Draw the latents, solve the ODE from them, rank every hand-made plan of at most nfe calls."""
+    if denoiser.time_dtype is not None and denoiser.time_dtype not in FLOATS:
+        raise ValueError(
+            f"time_dtype={denoiser.time_dtype!r}: the reference solution and fitted times are told to the network as "
+            "fractions; use a Denoiser of float times"
+        )
     total = sum(splits.values())
     ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch)
     found = usable(denoiser, candidates(denoiser.process, nfe))

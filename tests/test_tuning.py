@@ -509,6 +509,15 @@ def test_bad_arguments_are_named_before_any_call(change, text):
         fs.tune(denoiser, arguments.pop("nfe"), **arguments)
 
 
+def test_networks_of_whole_times_are_refused_before_any_call():
+    def model(x, t):
+        raise AssertionError("the model was called")
+
+    denoiser = fs.Denoiser(model, PROCESSES["vp"], "sample", time_dtype="int64")
+    with pytest.raises(ValueError, match="time_dtype='int64'"):
+        fs.tune(denoiser, 4, shape=(2,), progress=False, cache=None)
+
+
 def test_what_is_no_denoiser():
     with pytest.raises(TypeError, match=r"fewstep\.Denoiser"):
         fs.tune(lambda x, t: x, 4, shape=(2,))
@@ -532,18 +541,20 @@ def test_the_report_in_its_short_version(tmp_path, capsys):
     pytest.importorskip("torch")
     from fewstep import tune_report
 
-    arguments = ["--quick", "--only", "digits,digits-guided", "--out", str(tmp_path)]
+    arguments = ["--quick", "--only", "digits", "--out", str(tmp_path)]
     assert tune_report.main(arguments) == 0
     text = capsys.readouterr().out
     assert "### digits U-Net" in text
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [r["problem"] for r in rows] == ["digits", "digits-guided"]
-    for row in rows:
-        # Seen: 0.45 to 0.6 with the few evaluations of this version.
-        assert row["ratio"] < 0.8
-        assert row["entries"]["oracle"]["rmse"] < row["entries"]["diffusers 2M Karras"]["rmse"]
-        assert row["recommend_ratio"] < 1.6
-    assert {p.name for p in tmp_path.iterdir()} >= {"error.png", "digits-4.json", "digits-4.png", "results.json"}
+    (row,) = rows
+    found = {name: row["entries"][name] for name in ("tuned", "oracle", "diffusers 2M Karras", "diffusers UniPC")}
+    # Seen, with the few seeds and evaluations of this version: 0.42 of the median, 0.51 of the RMSE.
+    assert found["tuned"]["median"] < 0.7 * found["oracle"]["median"]
+    assert row["ratio"] < 0.85
+    assert found["oracle"]["rmse"] < min(found["diffusers 2M Karras"]["rmse"], found["diffusers UniPC"]["rmse"])
+    assert row["recommend_ratio"] < 1.6
+    written = {p.name for p in tmp_path.iterdir()}
+    assert written >= {"error.png", "digits-4.json", "digits-4.png", "results.json", "results.md"}
     assert fs.load_plan(tmp_path / "digits-4.json", force=True).nfe == 4
     # A second run finds everything done.
     before = (tmp_path / "results.json").read_bytes()
