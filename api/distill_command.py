@@ -42,6 +42,7 @@ def distill(
 ) -> None:
     """Distil a few-step student from an exact or trained teacher, and measure it against its thresholds."""
     try:
+        from fewstep.distill_runs import make_recipe
         from fewstep.distill_training import CHECKPOINT, rank, train
         from fewstep.distill_training import processes as joined
     except ImportError:
@@ -71,51 +72,6 @@ def distill(
         return
     show(outcome)
     OUT.print(f"student, log and samples in [bold]{out}[/]")
-
-
-def make_recipe(
-    method: str,
-    problem: str,
-    steps: int | None = None,
-    batch: int | None = None,
-    lr: float | None = None,
-    seed: int = 0,
-    parts: int = 1,
-    bf16: bool = False,
-    options: Mapping[str, Any] | None = None,
-) -> Any:
-    """The recipe of a method on a problem. Raises ValueError with the closest names for an unknown one."""
-    from fewstep import distill_digits, distill_runs
-    from fewstep.distill_training import Settings
-    from fewstep.solvers.registry import unknown
-
-    # recipes, default steps, batch and learning rate
-    known: dict[str, tuple[Mapping[str, Any], Mapping[str, int], int, float]] = {
-        "ring": (distill_runs.RING_RECIPES, distill_runs.STEPS, 256, 3e-3),
-        "digits": (distill_digits.DIGITS_RECIPES, distill_digits.STEPS, 64, 3e-4),
-    }
-    if problem not in known:
-        raise ValueError(unknown("problem", problem, tuple(known)))
-    recipes, own_steps, own_batch, own_lr = known[problem]
-    if method not in recipes:
-        raise ValueError(unknown(f"distillation method on {problem}", method, tuple(recipes)))
-    kind = recipes[method]
-    settings = Settings(
-        method,
-        problem,
-        own_steps[method] if steps is None else steps,
-        own_batch if batch is None else batch,
-        own_lr if lr is None else lr,
-        seed,
-        parts,
-        bf16,
-        dict(options or {}),
-    )
-    for name in settings.options or {}:
-        if name not in kind.OPTIONS:
-            takes = ", ".join(kind.OPTIONS) or "none"
-            raise ValueError(f"method {method!r} on {problem} has no option {name!r}; it takes: {takes}")
-    return kind(settings)
 
 
 class progress:  # noqa: N801  # a context manager that reads as a function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -158,13 +157,6 @@ class LatentConsistency(DigitsRecipe):
         student = self.denoiser("average")
         grids = [Grid.from_times(PROCESS, [*times, PROCESS.clean.t]) for times in self.TIMES]
         return {grid.steps: (student, make_plan("lcm", grid)) for grid in grids}
-
-
-DIGITS_RECIPES: Mapping[str, Callable[[Settings], DigitsRecipe]] = {
-    "progressive": Progressive,
-    "latent_consistency": LatentConsistency,
-}
-STEPS = {"progressive": 800, "latent_consistency": 800}
 
 
 # --- judging images ---

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from fewstep import distill_digits as digits
-from fewstep import distill_runs as ring
+from fewstep import distill_ring as ring
+from fewstep import distill_ring_generators as generators
+from fewstep import distill_ring_teachers as teachers
 from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.grid import grid as make_grid
@@ -54,7 +56,7 @@ def evaluate(recipe: Any) -> Outcome:
     """The outcome of a trained recipe of either problem."""
     if isinstance(recipe, digits.DigitsRecipe):
         return _digits(recipe)
-    if isinstance(recipe, ring.Guided):
+    if isinstance(recipe, teachers.Guided):
         return _guided(recipe)
     return _ring(recipe)
 
@@ -109,12 +111,12 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
     swd = {row["nfe"]: row["swd"] for row in rows}
     ode = ring_baseline(160)
     match recipe:
-        case ring.Progressive():
+        case teachers.Progressive():
             return [
                 Check("SWD, 1 call, over the teacher's at 1", swd[1] / ring_baseline(1), 0.25),
                 Check("SWD, 1 call, over the teacher's at 8", swd[1] / ring_baseline(8), 1.2),
             ]
-        case ring.Consistency():
+        case teachers.Consistency():
             ends = Grid.from_sigmas(ring.PROCESS, [ring.PROCESS.sigma_max, ring.PROCESS.sigma_min])
             exact = ring.RING.solve(ring.PROCESS.sigma_max * latent(1024).double(), ends, rtol=1e-6)
             rmse = float((samples["1"][:1024].double() - exact).square().mean().sqrt())
@@ -122,11 +124,11 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
                 Check("SWD, 1 call, over the ODE's", swd[1] / ode, 1.3),
                 Check("RMSE to the ODE, 1 call", rmse, 0.1),
             ]
-        case ring.ImprovedConsistency():
+        case teachers.ImprovedConsistency():
             return [Check("SWD, 1 call", swd[1], 0.08), Check("SWD, 2 calls over 1", swd[2] / swd[1], 1.0)]
-        case ring.Rectified():
+        case generators.Rectified():
             return rectified_checks(recipe, swd[1])
-        case ring.Adversarial():
+        case generators.Adversarial():
             before = ring.consistency_samplers(recipe.denoiser("frozen"))
             start = {n: run(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}
             sharp = [distance_to_modes(v, ring.RING) for v in (samples["1"], start[1])]
@@ -137,7 +139,7 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
     return []
 
 
-def rectified_checks(recipe: ring.Rectified, one: float) -> list[Check]:
+def rectified_checks(recipe: generators.Rectified, one: float) -> list[Check]:
     from fewstep.solvers.distill import rectified
 
     eps = latent(1024)
@@ -154,12 +156,14 @@ def guided_truth(w: float) -> float:
     """The std that the guided teacher's own 25 Heun steps make of noise of std sigma_max: the map is linear."""
     plan = make_plan("heun", ring.edm_grid(25, final_zero=False))
     x = ring.PROCESS.sigma_max * torch.ones((1, 1), dtype=torch.float64)
-    cond = tuple({"std": torch.tensor([s], dtype=torch.float64)} for s in ring.STDS[::-1])
-    end = Sampler(ring.gaussians().with_guidance(1.0 + w), plan, (1, 1), device="cpu", dtype="float64")(x, cond=cond)
+    cond = tuple({"std": torch.tensor([s], dtype=torch.float64)} for s in teachers.STDS[::-1])
+    end = Sampler(teachers.gaussians().with_guidance(1.0 + w), plan, (1, 1), device="cpu", dtype="float64")(
+        x, cond=cond
+    )
     return float(end)
 
 
-def _guided(recipe: ring.Guided) -> Outcome:
+def _guided(recipe: teachers.Guided) -> Outcome:
     ((nfe, (denoiser, plan)),) = recipe.samplers().items()
     rows = []
     for w in (0.0, 2.0, 4.0):

@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.distill_command import finish, make_recipe
+from fewstep.distill_command import finish
+from fewstep.distill_runs import make_recipe
 from fewstep.distill_training import CHECKPOINT, train
 from fewstep.solvers.files import write_whole
 

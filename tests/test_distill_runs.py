@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from fewstep.commands import app
-from fewstep.distill_command import make_recipe
 from fewstep.distill_evaluate import evaluate, ring_data
 from fewstep.distill_evaluate import run as sample
 from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
-from fewstep.distill_runs import RING, RING_RECIPES
+from fewstep.distill_ring import RING
+from fewstep.distill_runs import PROBLEMS, make_recipe
 from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
 from fewstep.problems import Mixture
 
@@ -38,7 +38,7 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 # --- the methods ---
 
 
-@pytest.mark.parametrize("method", [m for m in RING_RECIPES if m != "guided"])
+@pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].runs if m != "guided"])
 def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
     """One-call samples of a short run against those of the network it began with. Losses would say less: they rise
     with a curriculum, restart with a phase, or are a game."""
@@ -87,7 +87,7 @@ def assert_same(a: Any, b: Any) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("method", RING_RECIPES)
+@pytest.mark.parametrize("method", PROBLEMS["ring"].runs)
 @pytest.mark.parametrize("cut", [7, 20])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int, tmp_path: Path) -> None:
     """Cut inside and at the edge of phases."""
@@ -226,7 +226,7 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     assert not any(c["met"] for c in results["checks"])  # 30 steps are not enough: a check can fail
     assert (out / "samples_1.png").read_bytes().startswith(b"\x89PNG")
     # The file is a student: it gives the results' own distance again.
-    from fewstep.distill_runs import PROCESS, consistency_samplers
+    from fewstep.distill_ring import PROCESS, consistency_samplers
 
     net = Points()
     net.load_state_dict(load_file(out / "student.safetensors"))

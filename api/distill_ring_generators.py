@@ -1,0 +1,247 @@
+"""The runs on the ring that train on what the student makes: rectified flow, distribution matching, adversarial."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.bindings.consistency import ConsistencyDenoiser
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_networks import Points
+from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers
+from fewstep.distill_ring_teachers import Consistency
+from fewstep.distill_training import Settings
+from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
+from fewstep.solvers.distill.network import noised, points_of, predict
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.grid import grid as make_grid
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import Array, Flow
+from fewstep.solvers.registry import plan as make_plan
+
+
+class Rectified(RingRecipe):
+    """Rectified flow (a third of the steps), reflow on its own pairs (a third), distillation of those into one step."""
+
+    PAIRS, PAIR_STEPS = 16384, 50
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.new_network("student")
+        self.averaged()
+        self.averaged("flow")
+        self.averaged("reflow")
+        self.new_optimiser("student")
+        third = settings.steps // 3
+        self.begins = [0, third, 2 * third, settings.steps]
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], Flow(), "flow")
+
+    @cached_property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """(x0, eps) of the first flow: made once, the same in every process and after every resumption."""
+        eps = torch.randn((self.PAIRS, 2), generator=self.generator(0, 1))
+        grid = make_grid(Flow(), self.PAIR_STEPS, "linspace")
+        return rectified.couple(self.denoiser("flow"), eps, grid, "heun"), eps
+
+    def step(self, k: int) -> dict[str, float]:
+        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
+        first, last = self.begins[phase : phase + 2]
+        if phase and k == first:
+            self.modules[("flow", "reflow")[phase - 1]].load_state_dict(self.modules["average"].state_dict())
+            self.modules["student"].load_state_dict(self.modules["average"].state_dict())
+            self.new_optimiser("student")
+        g, n = self.generator(k), self.settings.batch
+        if phase == 0:
+            x0, eps = self.data(g)
+        else:
+            pick = torch.randint(self.PAIRS, (n,), generator=g)
+            x0, eps = (v[pick] for v in self.pairs)
+        times = np.ones(n) if phase == 2 else torch.rand((n,), generator=g, dtype=torch.float64).numpy()
+        student = self.denoiser("student")
+        loss = self.descend(
+            "student",
+            self.lr_at(k, first, last - first),
+            lambda p: rectified.matching_loss(student, x0[p], eps[p], times[p]),
+        )
+        self.follow(k - first)
+        return {"loss": loss, "phase": float(phase + 1)}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return {1: (self.denoiser("average"), make_plan("euler", Grid.from_times(Flow(), [1.0, 0.0])))}
+
+    @property
+    def start_sigma(self) -> float:
+        return 1.0
+
+
+class DistributionMatching(RingRecipe):
+    """DMD2 without its GAN head: a one-step generator, a critic with five updates to each of the generator's.
+
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. Option critic_steps.
+    """
+
+    OPTIONS = ("critic_steps",)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.critic_steps = int((settings.options or {}).get("critic_steps", 5))
+        self.new_network("critic")
+        self.modules["student"] = copy.deepcopy(self.modules["critic"])
+        self.averaged()
+        self.new_optimiser("critic")
+        self.new_optimiser("student", betas=(0.5, 0.999))
+        self.warm = settings.steps // 5
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], PROCESS, "edm")
+
+    def generate(self, noise: Tensor, name: str = "student") -> Tensor:
+        at = points_of(PROCESS, [PROCESS.sigma_max] * len(noise))
+        return predict(self.denoiser(name), PROCESS.sigma_max * noise, at)
+
+    def levels(self, g: torch.Generator) -> Array:
+        """Noise levels of the joint batch, from the middle 96% of the range in the coordinate of the Karras grid."""
+        u = 0.02 + 0.96 * torch.rand((self.settings.batch,), generator=g, dtype=torch.float64).numpy()
+        low, high = PROCESS.sigma_min ** (1 / 7), PROCESS.sigma_max ** (1 / 7)
+        return np.asarray((low + u * (high - low)) ** 7)
+
+    def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor) -> float:
+        noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
+        critic, weight = self.denoiser("critic"), losses.edm_weight(PROCESS.sigma_data)
+        return self.descend(
+            "critic",
+            lr,
+            lambda p: distribution_matching.critic_loss(
+                critic, fake[p], noise[p], points_of(PROCESS, sigma[p]), weight=weight
+            ),
+        )
+
+    def step(self, k: int) -> dict[str, float]:
+        g = self.generator(k)
+        if k < self.warm:
+            loss = self.critic_step(k, self.lr_at(k, 0, self.warm), g, self.data(g)[0])
+            if k == self.warm - 1:
+                for name in ("student", "average"):
+                    self.modules[name].load_state_dict(self.modules["critic"].state_dict())
+            return {"critic": loss, "generator": 0.0}
+        # A critic that moves faster than the generator's distribution chases its own noise.
+        lr = 0.3 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
+        critic_loss = 0.0
+        for turn in range(self.critic_steps):
+            own = self.generator(k, turn + 2)
+            with torch.no_grad():
+                fake = self.generate(self.data(own)[1])
+            critic_loss = self.critic_step(k, lr, own, fake)
+        latent = self.data(g)[1]
+        noise, sigma = torch.randn(latent.shape, generator=g), self.levels(g)
+        loss = self.descend(
+            "student",
+            0.5 * lr,
+            lambda p: (
+                distribution_matching.generator_loss(
+                    self.generate(latent[p]),
+                    self.teacher,
+                    self.denoiser("critic"),
+                    noise[p],
+                    points_of(PROCESS, sigma[p]),
+                ).loss
+            ),
+        )
+        self.follow(k - self.warm, 0.99)
+        return {"critic": critic_loss, "generator": loss}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return {1: (self.denoiser("average"), make_plan("ddim", Grid.from_sigmas(PROCESS, [80.0, 0.0])))}
+
+
+class Adversarial(RingRecipe):
+    """ADD: starts as a consistency student (the first half of the steps), ends against heads on frozen features.
+
+    The features are the hidden layers of the consistency student itself at a low noise level, frozen.
+    """
+
+    LEVELS = (80.0, 5.0, 1.0, 0.3)
+    SHARP = 0.05  # the level at which the frozen network looks at a sample
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.begin = max(1, settings.steps // 2)
+        self.first = Consistency(replace(settings, method="consistency", steps=self.begin))
+        self.modules = {**self.first.modules}
+        self.averaged("frozen")
+        self.modules["heads"] = adversarial.Heads([128, 128, 128], 64)
+        self.reset()
+
+    def reset(self) -> None:
+        """The second half's start: student, its average and the frozen network are the consistency model."""
+        for name in ("student", "frozen"):
+            self.modules[name].load_state_dict(self.modules["average"].state_dict())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            for layer in self.modules["heads"].modules():
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
+        self.first.new_optimiser("student")
+        self.optimisers = self.first.optimisers
+        self.new_optimiser("heads", betas=(0.5, 0.999))
+
+    def denoiser(self, name: str) -> ConsistencyDenoiser:
+        return ConsistencyDenoiser(self.modules[name], PROCESS)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        frozen = self.modules["frozen"]
+        assert isinstance(frozen, Points)
+        t = torch.full((len(x),), float(np.log(self.SHARP) / 4.0))
+        return frozen.features(x / float(np.hypot(self.SHARP, PROCESS.sigma_data)), t)
+
+    def step(self, k: int) -> dict[str, float]:
+        if k < self.begin:
+            return {**self.first.step(k), "heads": 0.0}
+        if k == self.begin:
+            self.reset()
+        lr = 0.03 * self.lr_at(k, self.begin, self.settings.steps - self.begin)
+        g, n = self.generator(k), self.settings.batch
+        x0, noise = self.data(g)
+        level = torch.randint(len(self.LEVELS), (n,), generator=g).numpy()
+        sigma = np.array(self.LEVELS)[level]
+        again, ln = torch.randn((n, 2), generator=g), 1.2 * torch.randn((n,), generator=g).double() - 1.2
+        ratio = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
+        student, heads = self.denoiser("student"), self.modules["heads"]
+
+        def fake(p: slice) -> Tensor:
+            at = points_of(PROCESS, sigma[p])
+            return predict(student, noised(x0[p], noise[p], at), at)
+
+        def judge(p: slice) -> Tensor:
+            with torch.no_grad():
+                made = fake(p)
+            return sum(adversarial.discriminator_loss(x0[p], made, self.features, heads), torch.zeros(()))
+
+        def generate(p: slice) -> Tensor:
+            at = points_of(PROCESS, ratio[p])
+            # c(t) = alpha is 1 in this process: the paper's weight at its own levels falls as 1/(1 + sigma^2).
+            return adversarial.generator_loss(
+                fake(p),
+                self.features,
+                heads,
+                self.teacher,
+                again[p],
+                at,
+                weight=lambda at: 1.0 / (1.0 + np.asarray(at.sigma) ** 2),
+            )
+
+        told = self.descend("heads", lr, judge)
+        loss = self.descend("student", lr, generate)
+        self.follow(k)
+        return {"loss": loss, "heads": told}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return consistency_samplers(self.denoiser("average"))

@@ -1,0 +1,227 @@
+"""The runs on the ring whose student follows a teacher's trajectories, or the data's own (improved consistency)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.bindings.consistency import ConsistencyDenoiser
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
+from fewstep.distill_training import Settings
+from fewstep.solvers.distill import consistency, curricula, guided, losses, progressive
+from fewstep.solvers.distill.ema import update_ema
+from fewstep.solvers.distill.jumps import Jumps
+from fewstep.solvers.distill.network import points_of
+from fewstep.solvers.grid import Grid
+from fewstep.solvers.plan import Plan
+from fewstep.solvers.process import Array
+from fewstep.solvers.registry import plan as make_plan
+
+STDS = (0.3, 0.6)
+"""The conditional and the unconditional standard deviation of the guided run's two Gaussians."""
+
+
+class Progressive(RingRecipe):
+    """Progressive distillation of 16 DDIM steps down to one, halving four times; the first student is from scratch."""
+
+    TEACHER = 16
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.new_network("student")
+        self.averaged("teacher")
+        self.new_optimiser("student")
+        self.grids = [edm_grid(self.TEACHER)]
+        while self.grids[-1].steps > 1:
+            fine = self.grids[-1]
+            self.grids.append(Grid(PROCESS, fine.t[::2], fine.alpha[::2], fine.sigma[::2]))
+        self.phases = len(self.grids) - 1
+        # The first student learns to denoise as well, so it gets twice the steps of a later one.
+        share = settings.steps // (self.phases + 1)
+        self.begins = [0, *(settings.steps - share * left for left in range(self.phases - 1, 0, -1)), settings.steps]
+        self._targets: tuple[int, Jumps] | None = None
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], PROCESS, "edm")
+
+    def targets(self, phase: int) -> Jumps:
+        if self._targets is None or self._targets[0] != phase:
+            teacher = self.denoiser("teacher") if phase else self.teacher
+            self._targets = phase, progressive.targets(teacher, self.grids[phase])
+        return self._targets[1]
+
+    def step(self, k: int) -> dict[str, float]:
+        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
+        first, last = self.begins[phase : phase + 2]
+        if phase and k == first:
+            self.modules["teacher"].load_state_dict(self.modules["student"].state_dict())
+            self.new_optimiser("student")
+        g = self.generator(k)
+        x0, noise = self.data(g)
+        jumps = self.targets(phase)
+        which = torch.randint(len(jumps), (self.settings.batch,), generator=g).numpy()
+        student = self.denoiser("student")
+        loss = self.descend(
+            "student",
+            self.lr_at(k, first, last - first),
+            lambda part: progressive.loss(student, jumps, x0[part], noise[part], which[part]),
+        )
+        return {"loss": loss, "steps": float(len(jumps))}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return {1: (self.denoiser("student"), make_plan("ddim", self.grids[-1]))}
+
+
+class Consistency(RingRecipe):
+    """Consistency distillation over 18 points with the average as target, as in the paper's CIFAR-10 runs."""
+
+    LEVELS = 18
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.new_network("student")
+        self.averaged("target")
+        self.averaged()
+        self.new_optimiser("student")
+        grid = edm_grid(self.LEVELS - 1, final_zero=False)
+        self.jumps = Jumps.over(self.teacher, grid, "heun")
+
+    def denoiser(self, name: str) -> ConsistencyDenoiser:
+        return ConsistencyDenoiser(self.modules[name], PROCESS)
+
+    def step(self, k: int) -> dict[str, float]:
+        g = self.generator(k)
+        x0, noise = self.data(g)
+        which = torch.randint(len(self.jumps), (self.settings.batch,), generator=g).numpy()
+        student, target = self.denoiser("student"), self.denoiser("target")
+        loss = self.descend(
+            "student",
+            self.lr_at(k),
+            lambda p: consistency.distillation_loss(student, target, self.jumps, x0[p], noise[p], which[p]),
+        )
+        update_ema(self.modules["target"], self.modules["student"], 0.95)
+        self.follow(k)
+        return {"loss": loss}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return consistency_samplers(self.denoiser("average"))
+
+
+class ImprovedConsistency(RingRecipe):
+    """Improved consistency training, without a teacher: levels double from 10 on, pseudo-Huber, log-normal draws."""
+
+    LAST = 160
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.new_network("student")
+        self.averaged()
+        self.new_optimiser("student")
+        # The paper's 0.00054 sqrt(d) suits images; for two numbers it would be the plain norm.
+        self.metric = losses.pseudo_huber(0.03)
+        self._levels: dict[int, tuple[Grid, Array]] = {}
+
+    def levels(self, k: int) -> tuple[Grid, Array]:
+        n = curricula.ict_levels(k, self.settings.steps, last=self.LAST)
+        if n not in self._levels:
+            grid = edm_grid(n - 1, final_zero=False)
+            self._levels[n] = grid, curricula.lognormal_weights(grid.ratio)
+        return self._levels[n]
+
+    def step(self, k: int) -> dict[str, float]:
+        g = self.generator(k)
+        x0, noise = self.data(g)
+        grid, weights = self.levels(k)
+        which = self.pick(g, weights)
+        student = ConsistencyDenoiser(self.modules["student"], PROCESS)
+
+        def loss_of(p: slice) -> Tensor:
+            start, end = (points_of(PROCESS, grid.sigma[which[p] + i]) for i in (0, 1))
+            gap = consistency.inverse_gap(start, end)
+            return consistency.training_loss(
+                student, student, x0[p], noise[p], start, end, metric=self.metric, weight=gap
+            )
+
+        loss = self.descend("student", self.lr_at(k), loss_of)
+        self.follow(k)
+        return {"loss": loss, "levels": float(grid.steps + 1)}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return consistency_samplers(ConsistencyDenoiser(self.modules["average"], PROCESS))
+
+
+class Guided(RingRecipe):
+    """Guidance distillation of two zero-mean Gaussians, w ~ U[0, 4]; option deaf=1 does not tell the student w."""
+
+    OPTIONS = ("deaf",)
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.deaf = bool((settings.options or {}).get("deaf"))
+        self.new_network("student", elements=1, strength=True)
+        if self.deaf:
+            self.modules["student"] = Deaf(self.modules["student"])
+        self.averaged()
+        self.new_optimiser("student")
+        self.teacher = gaussians()
+        self.cond = tuple({"std": torch.tensor([s])} for s in STDS[::-1])
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], PROCESS, "edm")
+
+    def step(self, k: int) -> dict[str, float]:
+        g, n = self.generator(k), self.settings.batch
+        x0, noise = (STDS[0] * torch.randn((n, 1), generator=g), torch.randn((n, 1), generator=g))
+        # The flow of a guided model leaves the marginals of the data: the student must know where it goes.
+        x0 = x0 * (0.05 + 1.5 * torch.rand((n, 1), generator=g))
+        ln = torch.randn((n,), generator=g, dtype=torch.float64) * 1.6 - 1.2
+        sigma = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
+        w = (4.0 * torch.rand((n,), generator=g)).numpy()
+        student = self.denoiser("student")
+
+        def loss_of(p: slice) -> Tensor:
+            return guided.loss(
+                student,
+                self.teacher,
+                x0[p],
+                noise[p],
+                points_of(PROCESS, sigma[p]),
+                w[p],
+                cond=self.cond,
+                student_cond={},
+                weight=losses.edm_weight(PROCESS.sigma_data),
+            )
+
+        loss = self.descend("student", self.lr_at(k), loss_of)
+        self.follow(k)
+        return {"loss": loss}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        plan = make_plan("heun", edm_grid(25, final_zero=False))
+        return {plan.nfe: (self.denoiser("average"), plan)}
+
+
+class Deaf(nn.Module):
+    """A network that is not told the guidance strength: the control, which must fail."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor, w: Tensor) -> Tensor:
+        out: Tensor = self.net(x, t, torch.zeros_like(w))
+        return out
+
+
+def gaussians() -> Denoiser:
+    """The exact denoiser of N(0, std^2), std a condition; guided, the null branch first."""
+
+    def net(x: Tensor, t: Tensor, std: Tensor) -> Tensor:
+        variance = std[:, None].to(x.dtype) ** 2
+        return x * (variance / (variance + t[:, None].to(x.dtype) ** 2))
+
+    return Denoiser(net, PROCESS, "sample", guidance=2.0)
