@@ -179,7 +179,7 @@ def _guided(recipe: teachers.Guided) -> Outcome:
         rows,
         [
             Check("RMS error of the std, relative", float(np.sqrt(np.mean(np.square(errors)))), 0.1),
-            Check("std at w over std at the smaller w", falls, 1.0),
+            Check("std at w over std at the smaller w", falls, 0.5),  # the truth is 0.28 and 0.36
         ],
         {},
     )
