@@ -144,9 +144,10 @@ def errors(ensemble: Ensemble, plans: Sequence[Unrolled], target: Array, samples
     for i, plan in enumerate(plans):
         by_calls.setdefault(plan.nfe, []).append(i)
     for members in by_calls.values():
-        # Few plans at a time: their end points together could be larger than the memory of a device.
-        for first in range(0, len(members), 64):
-            some = members[first : first + 64]
+        # Few plans at a time: the end points of all together could be larger than memory.
+        wide = max(1, min(64, (1 << 26) // (len(samples) * target.shape[1])))
+        for first in range(0, len(members), wide):
+            some = members[first : first + wide]
             ends = ensemble.ends([plans[i] for i in some], samples)
             with np.errstate(over="ignore", invalid="ignore"):
                 out[some] = np.mean((ends - target[np.asarray(samples)]) ** 2, axis=2)
