@@ -6,11 +6,14 @@ import json
 import time
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers_pipelines import CASES
 
 import fewstep as fs
+from fewstep.bindings import diffusers as twins
+from fewstep.bindings.audit import _verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 
@@ -72,17 +75,39 @@ def test_is_honest_where_nothing_can_be_gained() -> None:
     assert "A graph needs CUDA" in found.verdict
 
 
+class _Pipe:
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "share", "device", "us_a_kernel", "words"),
+    [
+        (diffusers.DDIMScheduler(), 0.01, "cpu", 5.0, ["Not worth it here", "A graph needs CUDA"]),
+        (diffusers.DDIMScheduler(), 0.30, "cpu", 5.0, ["30.0%", "fewstep.accelerate(pipe) saves the scheduler's part"]),
+        (twins.DDIMScheduler(), 0.30, "cpu", 5.0, ["with the scheduler fused already"]),
+        (None, 0.30, "cuda", 5.0, ["fewstep.sample", "launch-bound: a CUDA graph would help"]),
+        (None, 0.30, "cuda", 80.0, ["a CUDA graph would gain little"]),
+    ],
+)
+def test_the_verdict(scheduler: Any, share: float, device: str, us_a_kernel: float, words: list[str]) -> None:
+    kernels = 100.0
+    said = _verdict(_Pipe(scheduler), 1e-6 * us_a_kernel * kernels, share, kernels, device)
+    for word in words:
+        assert word in said
+
+
 def test_on_a_pipeline_before_and_after() -> None:
     make, arguments = CASES["StableDiffusion UniPC"]
     pipe = make()
     before = fs.audit(pipe, **arguments())
     assert before.steps == 6
-    assert "fewstep.accelerate(pipe)" in before.verdict
+    assert ("fewstep.accelerate(pipe)" in before.verdict) == (before.share >= 0.05)
     fs.accelerate(pipe)
     after = fs.audit(pipe, **arguments())
     assert after.launches < 0.5 * before.launches
     assert after.denoiser_launches == before.denoiser_launches
-    assert "fused already" in after.verdict or "Not worth it" in after.verdict
+    assert ("fused already" in after.verdict) == (after.share >= 0.05)
     assert not pipe.unet._forward_hooks
     assert not pipe.unet._forward_pre_hooks
 
