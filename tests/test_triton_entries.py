@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fewstep.kernels import layout, triton_entries
 
@@ -114,3 +115,16 @@ def test_the_compiler_sees_one_node() -> None:
 
     assert torch.equal(torch.compile(step, backend=spy, fullgraph=True)(x, h, raw), step(x, h, raw))
     assert len(seen) == 1
+
+
+def test_a_gpu_is_traced_without_one() -> None:
+    """Fake CUDA tensors through the named updates: shapes, dtypes and devices of what would come back."""
+    with FakeTensorMode():
+        x, raw = torch.empty(2, 3, 4, device="cuda"), torch.empty(2, 3, 4, device="cuda", dtype=torch.bfloat16)
+        w, one = torch.empty(1, 2, layout.COLUMNS, device="cuda"), torch.ones(1, device="cuda")
+        found = triton_entries.dpmpp_multistep(x, [x], [raw, raw], w, one, copies=2, model_dtype=torch.bfloat16)
+    assert [(tuple(t.shape), t.dtype, t.device.type) for t in found] == [
+        ((2, 3, 4), torch.float32, "cuda"),
+        ((2, 3, 4), torch.float32, "cuda"),
+        ((4, 3, 4), torch.bfloat16, "cuda"),
+    ]
