@@ -254,7 +254,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("error to the model's own ODE end point")
-    axes[0][0].legend(frameon=False, fontsize="small", title="RMSE; dotted: median", title_fontsize="small")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, title="RMSE; dotted: median")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
 
