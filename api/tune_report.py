@@ -1,10 +1,10 @@
 """The evidence for tuned plans: `make tune-report`.
 
-    python -m fewstep.tune_report [--quick] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
+    python -m fewstep.tune_report [--quick] [--again] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
 
 Every plan is fitted on seed 0 and judged on latents of seed 1, against the best of all hand-made (solver, spacing)
 pairs chosen on those very latents, and against diffusers' own schedulers. Results are written after each fit, and a
-run that was stopped goes on from them.
+run that was stopped goes on from them; `--again` measures all of them anew.
 """
 
 from __future__ import annotations
@@ -286,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="a minute: few seeds, few iterations, no worse than by hand"
     )
+    parser.add_argument("--again", action="store_true", help="measure what has results, too")
     parser.add_argument("--out", type=Path, default=Path("docs/tuning"))
     parser.add_argument("--only", default=",".join(PROBLEMS), help="comma-separated problems")
     parser.add_argument("--nfe", default=None, help="comma-separated budgets")
@@ -303,10 +304,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
     for name in names:
         for nfe in budgets:
-            if any(r["problem"] == name and r["nfe"] == nfe for r in rows):
+            done = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]
+            if done and not args.again:
                 continue
             row, plan = measure(name, nfe, size, lambda text, at=f"{name} {nfe}": say(f"{at}: {text}"))  # type: ignore[misc]
-            rows.append(row)
+            rows = [*(r for r in rows if r not in done), row]
             save_plan(plan, args.out / f"{name}-{nfe}.json")
             text = json.dumps({"rows": rows}, indent=1) + "\n"
             write_whole(results, lambda to, text=text: to.write_text(text, encoding="utf-8"))  # type: ignore[misc]
