@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -57,8 +58,7 @@ class Grid:
             _reject(name, array, ~np.isfinite(array), "is not finite")
             if name != "t":
                 _reject(name, array, array < 0.0, "is negative")
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, _fixed(array))
         if not self.t.shape == self.alpha.shape == self.sigma.shape:
             shapes = f"{self.t.shape}, {self.alpha.shape}, {self.sigma.shape}"
             raise ValueError(f"t, alpha and sigma have shapes {shapes}: they must be the same")
@@ -110,29 +110,30 @@ class Grid:
         """Whether noise grows from the first point to the last, as on the way from data to its latent."""
         return bool(self.ratio[-1] > self.ratio[0])
 
-    @property
+    # Builders ask for these at every step.
+
+    @cached_property
     def ratio(self) -> Array:
-        """sigma / alpha, float64 (steps + 1,); inf where alpha is 0."""
+        """sigma / alpha, float64 (steps + 1,), read-only; inf where alpha is 0."""
         with np.errstate(divide="ignore", over="ignore"):
-            return np.divide(self.sigma, self.alpha)
+            return _fixed(np.divide(self.sigma, self.alpha))
 
-    @property
+    @cached_property
     def lam(self) -> Array:
-        """log(alpha / sigma), half the log-SNR, float64 (steps + 1,); inf at sigma 0, -inf at alpha 0."""
+        """log(alpha / sigma), half the log-SNR, float64 (steps + 1,), read-only; inf at sigma 0, -inf at alpha 0."""
         with np.errstate(divide="ignore"):
-            return -np.log(self.ratio)
+            return _fixed(-np.log(self.ratio))
 
-    @property
-    def points(self) -> list[Point]:
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
         """The points as Python floats, noisiest first."""
-        return [
-            Point(*values) for values in zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
-        ]
+        values = zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
+        return tuple(Point(*each) for each in values)
 
-    @property
-    def pairs(self) -> list[tuple[Point, Point]]:
+    @cached_property
+    def pairs(self) -> tuple[tuple[Point, Point], ...]:
         """(s, t) of each step: the point it leaves and the one it reaches."""
-        return list(pairwise(self.points))
+        return tuple(pairwise(self.points))
 
     def tail(self, start: float) -> Grid:
         """The grid that skips the first int(start * steps) steps (img2img with strength 1 - start).
@@ -246,6 +247,11 @@ class Grid:
 
     def __hash__(self) -> int:
         return hash((self.process, self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes()))
+
+
+def _fixed(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
 
 
 def _vector(name: str, value: ArrayLike) -> Array:

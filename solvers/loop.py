@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,17 @@ class _Compiled:
 
     denoiser: Any
     plan: Plan
-    plain: Job
-    watched: Job  # also writes each x0 prediction, for callbacks
+    make: Callable[[bool], Job]
     idle: tuple[deque[Run], deque[Run]] = field(default_factory=lambda: (deque(), deque()))
+
+    @cached_property
+    def plain(self) -> Job:
+        return self.make(False)
+
+    @cached_property
+    def watched(self) -> Job:
+        """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
+        return self.make(True)
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
@@ -145,9 +154,7 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        # Both programs, so that a bad combination fails here and not in a later call with a callback.
-        plain, watched = (self._job(denoiser, plan, keep_x0=keep) for keep in (False, True))
-        compiled = _Compiled(denoiser, plan, plain, watched)
+        compiled = _Compiled(denoiser, plan, lambda watched: self._job(denoiser, plan, keep_x0=watched))
         if self._compiled is not None:
             self._adopt(self._compiled, compiled)
         if not compiled.idle[False]:

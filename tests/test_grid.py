@@ -132,7 +132,7 @@ def test_time_type_on_vp():
         np.testing.assert_allclose(grid(p, 4, spacing).t, expected, atol=1e-10)
     np.testing.assert_allclose(grid(p, 3, "leading", steps_offset=1).t, [2000 / 3 + 1, 1000 / 3 + 1, 1, -1])
     np.testing.assert_allclose(grid(p, 2, "linspace", final_zero=False).t, [999, 499.5, 0])
-    assert grid(p, 1, "linspace").points == [p.point(999.0), p.clean]
+    assert grid(p, 1, "linspace").points == (p.point(999.0), p.clean)
 
 
 @pytest.mark.parametrize("n", [1, 3, 7, 30, 61, 999])
@@ -254,8 +254,8 @@ def test_from_sigmas_and_times_agree(values):
 
 def test_from_sigmas_takes_both_ends():
     g = Grid.from_sigmas(Flow(), [math.inf, 1.0, 0.0])
-    assert g.points == [Point(1.0, 0.0, 1.0), Point(0.5, 0.5, 0.5), Point(0.0, 1.0, 0.0)]
-    assert g.pairs == [(g.points[0], g.points[1]), (g.points[1], g.points[2])]
+    assert g.points == (Point(1.0, 0.0, 1.0), Point(0.5, 0.5, 0.5), Point(0.0, 1.0, 0.0))
+    assert g.pairs == ((g.points[0], g.points[1]), (g.points[1], g.points[2]))
     assert list(g.lam) == [-math.inf, 0.0, math.inf]
     assert Grid.from_times(VP.linear(), [999, 10, -1]).points[-1] == Point(-1.0, 1.0, 0.0)
 
