@@ -80,7 +80,10 @@ def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.expor
         )
     with torch.no_grad():
         program = torch.export.export(loop, (x,), {"cond": cond} if cond is not None else None)
-    return program.run_decompositions({torch.ops.fewstep.stage.default: plain_stage})
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(
+        {torch.ops.fewstep.stage.default: plain_stage}
+    )
+    return decomposed
 
 
 def compile_loop(
