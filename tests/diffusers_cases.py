@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -75,19 +75,24 @@ def only_fused(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_compiler() -> Iterator[None]:
-    """The update's naive twin in place of the Numba kernel, which is compiled anew for every structure."""
+def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
+    """Another way to update on the CPU: `update(self, x, raw, z, memory)`, one of the twins of `Update._fused`."""
     fused = Update._fused
 
-    def naive(self: Update, x: Any, raw: Any, z: Any, memory: Any, arrays: Any) -> Any:
-        results = self._naive(x, raw, z, memory)
+    def other(self: Update, x: Any, raw: Any, z: Any, memory: Any, arrays: Any) -> Any:
+        results = update(self, x, raw, z, memory)
         return results, [None] * (MEMORY + len(memory) + len(results))
 
-    Update._fused = naive  # type: ignore[method-assign]
+    Update._fused = other  # type: ignore[method-assign]
     try:
         yield
     finally:
         Update._fused = fused  # type: ignore[method-assign]
+
+
+def without_compiler() -> contextlib.AbstractContextManager[None]:
+    """The update's naive twin in place of the Numba kernel, which is compiled anew for every structure."""
+    return updated_by(Update._naive)
 
 
 def run(

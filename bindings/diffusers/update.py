@@ -1,12 +1,15 @@
 """The rows of one call, run on real tensors.
 
-On the CPU one fused pass of the Numba kernel: every live tensor is read once, every new one written once. On any
-other device the oracle's expressions, which need no host sync.
+One fused pass: every live tensor is read once, every new one written once. On the CPU it is the Numba kernel, called
+without a detour; on a GPU that Triton knows the operator `fewstep::stage`, with the coefficients in tables that stay
+on the device. On any other device, and for float64 on a GPU, the oracle's expressions. None of them waits for the GPU.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +17,22 @@ from torch import Tensor
 
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
+from fewstep.kernels.torch_ops import stage
 from fewstep.solvers.arrays import TorchFrame
 
 _bits = TorchFrame().bits
+
+# Without it the operator has no kernel on a GPU, and its definition reads the tables back.
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Tables(NamedTuple):
+    """The coefficients on one device, in the state's dtype: `w` for each launch, the rest as `stage` takes them."""
+
+    w: list[Tensor]
+    c_in: Tensor
+    p: Tensor | None
+    limit: Tensor | None
 
 
 class Update:
@@ -61,6 +77,7 @@ class Update:
             _Launch(self, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
+        self.tables: dict[torch.device, Tables] = {}
 
     def __call__(
         self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
@@ -73,7 +90,8 @@ class Update:
         if x.is_cpu:
             results, known = self._fused(x, raw, z, memory, arrays)
         else:
-            results = self._naive(x, raw, z, memory)
+            by_operator = _TRITON and x.is_cuda and self.dtype is torch.float32
+            results = (self._operator if by_operator else self._naive)(x, raw, z, memory)
             known = [None] * (MEMORY + len(memory) + len(results))
         for i, dtype in self.casts:
             results[i] = results[i].to(dtype)
@@ -106,6 +124,37 @@ class Update:
             launch(sources, shape, rows, size, results, known)
         return results, known
 
+    def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        """The twin of `_fused` on a GPU: one operator a launch, and nothing else. For `anywhere` alone."""
+        tables = self.tables.get(x.device)
+        if tables is None:
+            tables = self.tables[x.device] = self._upload(x.device)
+        slots = [x, *(memory[j] for j in self.memory)]
+        noise = z if self.noisy else None
+        results: list[Tensor] = []
+        for launch, w in zip(self.launches, tables.w, strict=True):
+            narrow = launch.narrow is not None
+            live, dtype = [slots[j] for j in launch.live], self.narrow or self.dtype
+            rows = stage(live, launch.live, [raw], w, tables.c_in, int(narrow), dtype, tables.p, tables.limit, noise)
+            if narrow:  # the copy for the model is the first result in its own dtype
+                rows[0] = rows.pop()
+            results += rows
+        return results
+
+    def _upload(self, device: torch.device) -> Tables:
+        """One copy to the device, which is finished on return: any stream may read the tables from then on."""
+        parts = [np.ones(1, self.state), self.p, self.limit, *(launch.table for launch in self.launches)]
+        # Every table begins at a multiple of 16 bytes, as a tensor of its own would: Triton compiles for that.
+        filled = [np.zeros(0, self.state) if part is None else part.ravel() for part in parts]
+        gaps = [-part.size % 4 for part in filled]
+        flat = np.concatenate([np.pad(part, (0, gap)) for part, gap in zip(filled, gaps, strict=True)])
+        sizes = [size for part, gap in zip(filled, gaps, strict=True) for size in (part.size, gap)]
+        pieces = torch.from_numpy(flat).to(device).split(sizes)[::2]  # type: ignore[no-untyped-call]
+        c_in, p, limit, *w = (
+            None if part is None else piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)
+        )
+        return Tables(w, c_in, p, limit)  # type: ignore[arg-type]
+
     def _naive(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The twin of `_fused` on any device, by the oracle."""
         slots = [t.to(self.dtype) for t in (x, *(memory[j] for j in self.memory))]
@@ -118,9 +167,18 @@ class Update:
 
 
 class _Launch:
-    """One launch of the kernel: its arguments, but for the arrays, and which positions these take."""
+    """One launch of the kernel: its arguments, but for the arrays, and which positions these take.
+
+    table  its rows, (1, rows, COLUMNS); live: which of [x, *memory] they read
+    """
 
     def __init__(self, update: Update, table: np.ndarray, first: int) -> None:
+        self.table = table
+        self.live = [
+            j
+            for j in range(1 + len(update.memory))
+            if table[:, :, j].any() or (j == 0 and update.p is not None and update.p[0, 0])
+        ]
         sources = 2 + update.noisy + (not update.anywhere) + len(update.memory)
         # Stand-ins for [x, raw, z, limit, *memory], the outputs and the model's dtype copy of the first one.
         marks = [np.empty(0) for _ in range(sources + table.shape[1] + 1)]
