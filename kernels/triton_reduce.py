@@ -3,7 +3,8 @@
 Each is one launch that reads its inputs once (the quantile: five times, out of L2) and writes a few numbers a sample,
 which `triton_step.run_kernel` reads from `reduced`. A sample of up to SPAN elements is one program's; a longer one is
 split, and the program that finishes last adds the parts up in their order, so that no result depends on which that
-was. Blocks are summed in float32 around their own mean, blocks among each other in float64.
+was (a split quantile is five launches, one a pass). Blocks are summed in float32 around their own mean, blocks among
+each other in float64.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ assert PHI_AT < NUMBERS
 BLOCK, WARPS = 2048, 8  # 8 elements a thread
 SPAN = 1 << 16
 PARTS = 8  # float64 numbers of a part
+# What a split quantile keeps of a sample between its passes, see `digit_kernel`.
+LARGER_AT, RANK_AT, FOUND_AT, SAME_AT, DIGITS = 256, 257, 258, 259, 260
 
 _P_AT, _WEIGHTS_AT, _PHI_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, WEIGHTS_AT, PHI_AT, NUMBERS))
-_PARTS = tl.constexpr(PARTS)
+_PARTS, _DIGITS = tl.constexpr(PARTS), tl.constexpr(DIGITS)
+_LARGER_AT, _RANK_AT, _FOUND_AT, _SAME_AT = (tl.constexpr(i) for i in (LARGER_AT, RANK_AT, FOUND_AT, SAME_AT))
 
 
 @triton.jit
@@ -124,6 +128,62 @@ def _sizes(x, r1, r2, r3, p, at, lane, inside, BLOCK: tl.constexpr):
     return tl.abs(_prediction(p, None, a0, g1, g2, g3, BLOCK)).to(tl.int32, bitcast=True)
 
 
+@triton.jit
+def _count(x, r1, r2, r3, p, sample, first, end, shift, found, BLOCK: tl.constexpr):
+    """Of elements first .. end - 1 that begin with the bits `found`, how many have which next eight: int32 (256,)."""
+    lane = tl.arange(0, BLOCK)
+    counts = tl.zeros([256], tl.int32)
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        v = _sizes(x, r1, r2, r3, p, sample + start, lane, inside, BLOCK)
+        # Shifted in two steps: by 32 at once is no shift.
+        mine = inside & (((v >> shift) >> 8) == found)
+        counts += tl.histogram(tl.where(mine, (v >> shift) & 255, 0), 256, mask=mine)
+    return counts
+
+
+@triton.jit
+def _descend(counts, rank, found):
+    """The digit of the value of that rank, put after `found`; its rank among those with it; how many these are."""
+    bins = tl.arange(0, 256)
+    digit = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int32))
+    below = tl.sum(tl.where(bins < digit, counts, 0))
+    return rank - below, (found << 8) | digit, tl.sum(tl.where(bins == digit, counts, 0))
+
+
+@triton.jit
+def _larger(x, r1, r2, r3, p, sample, first, end, found, BLOCK: tl.constexpr):
+    """The smallest of elements first .. end - 1 that is larger than `found`, or 2^31 - 1."""
+    lane = tl.arange(0, BLOCK)
+    least = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    for start in range(first, end, BLOCK):
+        inside = lane < end - start
+        v = _sizes(x, r1, r2, r3, p, sample + start, lane, inside, BLOCK)
+        least = tl.minimum(least, tl.where(inside & (v > found), v, 0x7FFFFFFF))
+    return tl.min(least, 0)
+
+
+@triton.jit
+def _bound(found, larger, tied, settings, n, out):
+    """From the k-th value, the next larger one, and whether the k + 1st is the k-th: s and 1 / s to out[4:6]."""
+    k = tl.load(settings).to(tl.int32)
+    low = found.to(tl.float32, bitcast=True).to(tl.float64)
+    high = tl.where(tied, found, larger).to(tl.float32, bitcast=True).to(tl.float64)
+    s = tl.where(k + 1 < n, low + tl.load(settings + 1) * (high - low), low)
+    s = tl.minimum(tl.maximum(s, 1.0), tl.load(settings + 2))
+    tl.store(out + 4, s.to(tl.float32))
+    tl.store(out + 5, (1.0 / s).to(tl.float32))
+
+
+@triton.jit
+def _latent(state, index, size):
+    """Where the x of a stage is: its first slot."""
+    x = None
+    if state is not None:
+        x = state + tl.maximum(tl.load(index), 0).to(tl.int64) * size
+    return x
+
+
 @triton.jit(do_not_specialize_on_alignment=["counter"])
 def threshold_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settings, n, counter_step, rows, row_step,
                      INDICES: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
@@ -137,46 +197,70 @@ def threshold_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, se
     """
     b = tl.program_id(0).to(tl.int64)
     stage = tl.load(counter + b * counter_step).to(tl.int64)
-    own = stage * rows + b * row_step
-    p = numbers + own * _NUMBERS + _P_AT
+    row = stage * rows + b * row_step
+    x = _latent(state, indices + row * INDICES, size)
+    p = numbers + row * _NUMBERS + _P_AT
     if RESCALED:
         p = out + b * 8
-    x = None
-    if state is not None:
-        x = state + tl.maximum(tl.load(indices + own * INDICES), 0).to(tl.int64) * size
-    lane = tl.arange(0, BLOCK)
-    bins = tl.arange(0, 256)
-    k = tl.load(settings).to(tl.int32)
-    rank, found, upto = k, k * 0, k * 0
+    rank = tl.load(settings).to(tl.int32)
+    found, same = rank * 0, rank * 0
     for step in tl.static_range(4):
         shift = 24 - 8 * step
-        counts = tl.zeros([256], tl.int32)
-        for start in range(0, n, BLOCK):
-            inside = lane < n - start
-            v = _sizes(x, r1, r2, r3, p, b * n + start, lane, inside, BLOCK)
-            # Shifted in two steps: by 32 at once is no shift.
-            mine = inside & (((v >> shift) >> 8) == found)
-            counts += tl.histogram(tl.where(mine, (v >> shift) & 255, 0), 256, mask=mine)
-        reached = tl.cumsum(counts, 0)
-        digit = tl.sum((reached <= rank).to(tl.int32))
-        below = tl.sum(tl.where(bins < digit, counts, 0))
-        rank, upto = rank - below, upto + below
-        found = (found << 8) | digit
-        if step == 3:
-            upto += tl.sum(tl.where(bins == digit, counts, 0))  # how many values are at most the k-th
-    above = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
-    for start in range(0, n, BLOCK):
-        inside = lane < n - start
-        v = _sizes(x, r1, r2, r3, p, b * n + start, lane, inside, BLOCK)
-        above = tl.minimum(above, tl.where(inside & (v > found), v, 0x7FFFFFFF))
-    larger = tl.min(above, 0)
-    larger = tl.where(upto > k + 1, found, larger)
-    low = found.to(tl.float32, bitcast=True).to(tl.float64)
-    high = larger.to(tl.float32, bitcast=True).to(tl.float64)
-    s = tl.where(k + 1 < n, low + tl.load(settings + 1) * (high - low), low)
-    s = tl.minimum(tl.maximum(s, 1.0), tl.load(settings + 2))
-    tl.store(out + b * 8 + 4, s.to(tl.float32))
-    tl.store(out + b * 8 + 5, (1.0 / s).to(tl.float32))
+        counts = _count(x, r1, r2, r3, p, b * n, 0, n, shift, found, BLOCK)
+        rank, found, same = _descend(counts, rank, found)
+    larger = _larger(x, r1, r2, r3, p, b * n, 0, n, found, BLOCK)
+    _bound(found, larger, rank + 1 < same, settings, n, out + b * 8)
+
+
+@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["counter"])
+def digit_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settings, digits, arrivals, n, span, shift,
+                 counter_step, rows, row_step, INDICES: tl.constexpr, RESCALED: tl.constexpr, LAST: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """One pass of `threshold_kernel` over split samples: the eight bits from `shift` on, or the LAST, the fifth.
+
+    Grid: (samples, parts), at shift 24, 16, 8, 0, then LAST. Programs add up integers and take their minimum: nothing
+    depends on who comes first.
+
+    digits    int32 (samples, DIGITS), zeros before the first pass and after the last: the counts; how far below
+              2^31 - 1 the next larger value is; what `_descend` returned
+    arrivals  int32 (samples,) zeros
+    """
+    b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    stage = tl.load(counter + b * counter_step).to(tl.int64)
+    row = stage * rows + b * row_step
+    x = _latent(state, indices + row * INDICES, size)
+    p = numbers + row * _NUMBERS + _P_AT
+    if RESCALED:
+        p = out + b * 8
+    first = part.to(tl.int64) * span
+    end = tl.minimum(first + span, n)
+    own = digits + b * _DIGITS
+    found = tl.load(own + _FOUND_AT)
+    if LAST:
+        larger = _larger(x, r1, r2, r3, p, b * n, first, end, found, BLOCK)
+        tl.atomic_max(own + _LARGER_AT, 0x7FFFFFFF - larger, sem="relaxed")
+        if _is_last(arrivals, b, parts):
+            larger = 0x7FFFFFFF - tl.load(own + _LARGER_AT, volatile=True)
+            tied = tl.load(own + _RANK_AT) + 1 < tl.load(own + _SAME_AT)
+            _bound(found, larger, tied, settings, n, out + b * 8)
+            tl.store(own + _LARGER_AT, 0)
+            tl.store(own + _RANK_AT, 0)
+            tl.store(own + _FOUND_AT, 0)
+            tl.store(own + _SAME_AT, 0)
+    else:
+        bins = tl.arange(0, 256)
+        counts = _count(x, r1, r2, r3, p, b * n, first, end, shift, found, BLOCK)
+        tl.atomic_add(own + bins, counts, mask=counts > 0, sem="relaxed")
+        if _is_last(arrivals, b, parts):
+            rank = tl.load(own + _RANK_AT)
+            if shift == 24:
+                rank = tl.load(settings).to(tl.int32)
+            rank, found, same = _descend(tl.load(own + bins, volatile=True), rank, found)
+            tl.debug_barrier()  # everybody has read
+            tl.store(own + bins, tl.zeros([256], tl.int32))
+            tl.store(own + _RANK_AT, rank)
+            tl.store(own + _FOUND_AT, found)
+            tl.store(own + _SAME_AT, same)
 
 
 @triton.jit
@@ -231,6 +315,7 @@ class Scratch(NamedTuple):
 
     partial: Tensor  # float64 (samples, parts, PARTS)
     arrivals: Tensor  # int32 (samples,), zeros between launches
+    digits: Tensor  # int32 (samples, DIGITS), zeros between quantiles
 
     @classmethod
     def of(cls, samples: int, n: int, device: torch.device | str) -> Scratch:
@@ -238,6 +323,7 @@ class Scratch(NamedTuple):
         return cls(
             torch.zeros((samples, parts, PARTS), dtype=torch.float64, device=device),
             torch.zeros(samples, dtype=torch.int32, device=device),
+            torch.zeros((samples, DIGITS), dtype=torch.int32, device=device),
         )
 
 
@@ -253,8 +339,8 @@ def guidance_scale(numbers: Tensor, counter: Tensor, raws: Sequence[Tensor], out
     parts, span = _span(scratch, n)
     with guard(out):
         rescale_kernel[(samples, parts)](
-            numbers, counter, *_padded(raws, layout.RAWS), out, *scratch, n, span, int(len(counter) > 1), rows,
-            int(rows > 1), BLOCK, num_warps=WARPS, **OPTIONS,
+            numbers, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
+            int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS, **OPTIONS,
         )  # fmt: skip
 
 
@@ -266,16 +352,24 @@ def threshold(
     raws: Sequence[Tensor],
     out: Tensor,
     settings: Tensor,
+    scratch: Scratch,
     *,
     rescaled: bool,
 ) -> None:
-    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`."""
+    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`, `digit_kernel`."""
     samples, n, rows = len(out), raws[0].numel() // len(out), numbers.shape[1]
+    parts, span = _span(scratch, n)
+    sources = numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
+    steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled
     with guard(out):
-        threshold_kernel[(samples,)](
-            numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings, n,
-            int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled, BLOCK, num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
+        if parts == 1:
+            threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS, **OPTIONS)
+            return
+        for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
+            digit_kernel[(samples, parts)](
+                *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK,
+                num_warps=WARPS, **OPTIONS,
+            )  # fmt: skip
 
 
 def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -314,5 +408,6 @@ def _sums(
     parts, span = _span(scratch, n)
     with guard(out):
         sums_kernel[(samples, parts)](
-            a, b, c, out, *scratch, n, span, rtol, atol, c is not None, BLOCK, num_warps=WARPS, **OPTIONS
-        )
+            a, b, c, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, c is not None, BLOCK,
+            num_warps=WARPS, **OPTIONS,
+        )  # fmt: skip

@@ -126,7 +126,7 @@ class TritonRun:
         self.structure, self.calls = structure(job), calls(job)
         self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
         copies = max(job.copies(k) for k in range(len(job.tables)))
-        self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype)
+        self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype).zero_()  # `_warm` reads it
         tables = device_tables(job)
         self.numbers = Mirror(tables.numbers, self.frame)
         self.indices = Mirror(tables.indices, self.frame)
@@ -136,7 +136,8 @@ class TritonRun:
         self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
         self.settings = Mirror(quantile(job), self.frame)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
-        self.scratch = self._reduce.Scratch.of(batch, elements, device) if job.denoiser.rescale else None
+        reduces = job.denoiser.rescale or dynamic(job.denoiser.clip)
+        self.scratch = self._reduce.Scratch.of(batch, elements, device) if reduces else None
         self.sigma = Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.cuda.Event() if device != "cpu" else None
@@ -258,14 +259,16 @@ class TritonRun:
         """p and the limit of each sample, where the stage must look at whole samples first."""
         clip, numbers = self.job.denoiser.clip, self.numbers.device
         p = limit = None
-        if self.scratch is not None and len(raws) > 1:
+        if self.scratch is None:
+            return p, limit
+        if self.job.denoiser.rescale and len(raws) > 1:
             p = self.reduced
             self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
         if dynamic(clip):
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
                 numbers, self.indices.device, self.counter, self.state, raws, self.reduced, self.settings.device,
-                rescaled=p is not None,
+                self.scratch, rescaled=p is not None,
             )  # fmt: skip
         return p, limit
 

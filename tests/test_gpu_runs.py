@@ -131,6 +131,29 @@ def test_reductions(n: int) -> None:
         np.testing.assert_allclose(norm, naive.error_norm(a, b, c, 0.05, 0.01), rtol=1e-4)
 
 
+@pytest.mark.parametrize("n", [4097, 65_536, 65_537, 1_000_003])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_quantile_is_exact(ties: bool, n: int) -> None:
+    """The last two sizes are split: programs that count at once may not lose a value."""
+    from fewstep.kernels import triton_reduce, triton_step
+
+    raw = 3.0 * torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    raw = raw.round() if ties else raw
+    numbers = torch.zeros(1, 1, triton_step.NUMBERS, device=GPU)
+    numbers[0, 0, triton_step.P_AT + 1] = 1.0
+    indices = torch.full((1, 1, triton_step.INDICES), -1, dtype=torch.int32, device=GPU)
+    position = 0.995 * (n - 1)
+    settings = torch.tensor([int(position), position - int(position), 100.0], dtype=torch.float64, device=GPU)
+    out, scratch = torch.zeros(3, 8, device=GPU), triton_reduce.Scratch.of(3, n, GPU)
+    want = naive.threshold(raw, 0.995, 100.0)
+    counter = torch.zeros(1, dtype=torch.int32, device=GPU)
+    for _ in range(20):
+        triton_reduce.threshold(
+            numbers, indices, counter, None, [raw.to(GPU)], out, settings, scratch, rescaled=False
+        )  # fmt: skip
+        np.testing.assert_allclose(out[:, 4:6].cpu().numpy(), want, rtol=1.5e-7)
+
+
 def test_training_kernels() -> None:
     from fewstep.kernels import naive_train, triton_train
 

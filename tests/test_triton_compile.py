@@ -175,12 +175,19 @@ TABLES = {"numbers": "*fp32", "counter": "*i32"}
 STEPS = {"counter_step": "i32", "rows": 1, "row_step": "i32"}
 RAWS = {"r1": "*bf16", "r2": "*bf16", "r3": None}
 PARTIAL = {"partial": "*fp64", "arrivals": "*i32"}
+SPLIT = TABLES | RAWS | STEPS | {
+    "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "digits": "*i32",
+    "arrivals": "*i32", "n": "i32", "span": "i32", "shift": "i32", "INDICES": triton_step.INDICES, "RESCALED": True,
+    "LAST": False,
+}  # fmt: skip
 REDUCTIONS = {
     "guidance rescale": (triton_reduce.rescale_kernel, TABLES | RAWS | {"out": "*fp32"} | PARTIAL | STEPS | {
         "n": "i32", "span": "i32"}, 2),
     "dynamic threshold": (triton_reduce.threshold_kernel, TABLES | RAWS | STEPS | {
         "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "n": "i32",
         "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
+    "dynamic threshold, split": (triton_reduce.digit_kernel, SPLIT, 4),
+    "dynamic threshold, split, last pass": (triton_reduce.digit_kernel, SPLIT | {"LAST": True}, 4),
     "APG norms": (triton_reduce.sums_kernel, {
         "a": "*bf16", "b_": "*bf16", "c": None, "out": "*fp64", "n": "i32", "span": "i32", "rtol": None, "atol": None,
         "NORM": False} | PARTIAL, 2),
@@ -290,6 +297,8 @@ CORNERS = {
     "tick of whole times": (triton_step.tick_kernel, TICK, {"times": "*i64", "t": "*i64", "rows": 1}),
     "threshold of one raw": (triton_reduce.threshold_kernel, REDUCTIONS["dynamic threshold"][1], {
         "r2": None, "RESCALED": False, "n": 1, "BLOCK": 2048}),
+    "threshold of more than 2^31 elements": (triton_reduce.digit_kernel, SPLIT, {
+        "state": None, "size": "i64", "counter_step": 1, "rows": "i32", "row_step": 1, "BLOCK": 2048}),
     "rescale of three raws": (triton_reduce.rescale_kernel, REDUCTIONS["guidance rescale"][1], {
         "r3": "*bf16", "n": 1, "BLOCK": 2048}),
     "a loss of one element": (triton_train.huber_kernel, TRAINING["pseudo-Huber, of the norm"][1], {

@@ -62,20 +62,36 @@ def test_a_constant_output_is_not_rescaled() -> None:
     np.testing.assert_array_equal(out[0, :4].numpy(), [7.0, 1.0, 2.0, 3.0])
 
 
-@pytest.mark.parametrize(("n", "quantile"), [(1, 0.5), (2, 0.0), (33, 0.5), (33, 1.0), (70, 0.93)])
-@pytest.mark.parametrize("kind", ["plain", "ties", "x too"])
+@pytest.mark.parametrize(
+    ("n", "quantile"),
+    [(1, 0.5), (2, 0.0), (33, 0.5), (33, 1.0), (64, 0.9), (65, 0.0), (70, 0.93), (193, 0.5), (331, 1.0)],
+)
+@pytest.mark.parametrize("kind", ["plain", "ties", "constant", "pairs", "neighbours", "x too"])
 def test_the_quantile_is_exact(kind: str, n: int, quantile: float) -> None:
-    """The order statistics of |m| in float32, interpolated in float64: np.quantile's, rounded once."""
+    """The order statistics of |m| in float32, interpolated in float64: np.quantile's, rounded once.
+
+    Samples of more than 64 elements are split.
+    """
     raws = [draw(0, 2, n) - 20.0, draw(1, 2, n) - 20.0]
     if kind == "ties":
         raws = [raw.round() for raw in raws]
+    if kind == "constant":
+        raws = [torch.full_like(raw, 0.8) for raw in raws]
+    if kind == "pairs":  # the k-th and the next larger position may hold one value, or two
+        raws = [1.0 + 0.01 * (torch.arange(n) // 2).repeat(2, 1)] * 2
+    if kind == "neighbours":  # apart in the last eight bits alone, and in the digit before them
+        raws = [(raw * 100).round() * 2.0**-21 + 0.9 for raw in raws]
     state = draw(2, 1, 2, n) - 20.0 if kind == "x too" else None
     p = [0.5 if state is not None else 0.0, -1.5, 3.0, 0.0]
     numbers, indices, counter = tables(P_AT=p)
     position = quantile * (n - 1)
     settings = torch.tensor([int(position), position - int(position), 4.0], dtype=torch.float64)
-    out = torch.full((2, 8), float("nan"))
-    triton_reduce.threshold(numbers, indices, counter, state, raws, out, settings, rescaled=False)
+    scratch = triton_reduce.Scratch.of(2, n, "cpu")
+    for _ in range(2):  # the scratch is as it was
+        out = torch.full((2, 8), float("nan"))
+        triton_reduce.threshold(numbers, indices, counter, state, raws, out, settings, scratch, rescaled=False)
+        assert not scratch.digits.any()
+        assert not scratch.arrivals.any()
     sources = [None if state is None else state[0], *raws]
     m = naive.combine(sources, np.array([p], np.float32), raws[0])
     want = naive.threshold(m, quantile, 4.0)
