@@ -47,8 +47,3 @@ class ConsistencyDenoiser(Denoiser):
 
     def prologue(self, at: Point) -> tuple[float, float]:
         return self.boundary(at, super().prologue)
-
-    def with_guidance(self, guidance: float | CFG | None) -> ConsistencyDenoiser:
-        other = object.__new__(ConsistencyDenoiser)
-        other.__dict__ = {**self.__dict__, "guidance": super().with_guidance(guidance).guidance}
-        return other

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 from fewstep.solvers.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.options import at_least, between, one_of
@@ -212,10 +213,9 @@ class Denoiser:
         one_of("variance", variance, (None, *VARIANCES))
         self.variance = variance
 
-    def with_guidance(self, guidance: float | CFG | None) -> Denoiser:
-        """The same denoiser under another guidance."""
-        other = object.__new__(Denoiser)
-        other.__dict__ = {**self.__dict__}
+    def with_guidance(self, guidance: float | CFG | None) -> Self:
+        """The same denoiser, of the same class, under another guidance."""
+        other = copy.copy(self)
         other.guidance = _as_guidance(guidance)
         return other
 

@@ -112,6 +112,25 @@ def test_boundaries_refuse_what_they_cannot_hold() -> None:
     assert guided.prologue(EDM.point(0.002)) == (1.0, 0.0)
 
 
+def test_guidance_of_a_subclass_keeps_the_class_and_what_it_added() -> None:
+    class Doubled(fs.Denoiser):
+        def __init__(self, factor: float) -> None:
+            super().__init__(noisy_net, EDM, "sample", guidance=3.0)
+            self.factor = factor
+
+        def prologue(self, at: fs.solvers.process.Point) -> tuple[float, float]:
+            a, b = super().prologue(at)
+            return self.factor * a, self.factor * b
+
+    one = Doubled(2.0)
+    other = one.with_guidance(None)
+    assert type(other) is Doubled
+    assert (one.guidance, other.guidance) == (fs.CFG(3.0), None)
+    assert other.prologue(EDM.point(1.0)) == (0.0, 2.0)
+    other.factor = 5.0
+    assert one.prologue(EDM.point(1.0)) == (0.0, 2.0)
+
+
 # --- consistency distillation ---
 
 
