@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.kernels import numba_train
 from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.distill.network import noised, points_of, predict
@@ -283,3 +284,29 @@ def test_an_average_is_its_recursion_also_in_a_wider_type(narrow: torch.dtype) -
         update_ema(average, net, 1.5)
     with pytest.raises(ValueError, match="different parameters"):
         update_ema(average, torch.nn.Linear(3, 5), 0.5)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.9999, 1.0])
+def test_large_and_small_16_bit_parameters_are_averaged_alike(
+    narrow: torch.dtype, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parameter above the size at which the kernel takes over, one of another memory order, one below."""
+    torch.manual_seed(1)
+    net = torch.nn.ParameterList(
+        [
+            torch.randn(300, 256).to(narrow),
+            torch.randn(64, 16, 9, 9).to(narrow).to(memory_format=torch.channels_last),
+            torch.randn(7).to(narrow),
+        ]
+    )
+    average = torch.nn.ParameterList([torch.randn(p.shape) for p in net]).requires_grad_(False)
+    want = [decay * k.double() + (1.0 - decay) * p.detach().double() for k, p in zip(average, net, strict=True)]
+    sizes: list[int] = []
+    kernel = numba_train.ema
+    monkeypatch.setattr(numba_train, "ema", lambda k, p, rate: (sizes.append(len(k)), kernel(k, p, rate))[1])
+    update_ema(average, net, decay)
+    assert sizes == ([76800, 82944] if decay else [])
+    for got, w, p in zip(average, want, net, strict=True):
+        assert decay or torch.equal(got, p.float())
+        torch.testing.assert_close(got.double(), w, rtol=2e-7, atol=5e-7)

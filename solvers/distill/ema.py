@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fewstep.kernels import numba_train
+from fewstep.solvers.arrays import TorchFrame
+
+# From this many elements on, reading 16-bit parameters in place is faster than converting them (bench/test_training).
+FUSED_ELEMENTS = 1 << 16
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     """average = decay average + (1 - decay) module, parameter by parameter; buffers are copied.
 
-    An average in a wider type than the module (float32 of bfloat16) takes each parameter converted. `decay` 0 copies.
+    An average in a wider type than the module takes each parameter converted; float32 averages of large 16-bit
+    parameters on a CPU are made without a converted copy. `decay` 0 copies.
     Raises ValueError for a decay outside 0 .. 1 or modules of different shapes.
     """
     if not 0.0 <= decay <= 1.0:
@@ -21,11 +29,24 @@ def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     fresh: list[Tensor] = list(module.parameters())
     if [p.shape for p in kept] != [p.shape for p in fresh]:
         raise ValueError("average and module have different parameters: make the average with copy.deepcopy(module)")
-    # foreach raises on mixed types: convert those that differ.
-    fresh = [p.to(k.dtype) if p.dtype != k.dtype else p for k, p in zip(kept, fresh, strict=True)]
-    torch._foreach_lerp_(kept, fresh, 1.0 - decay)
+    rest: list[tuple[Tensor, Tensor]] = []
+    for k, p in zip(kept, fresh, strict=True):
+        if decay and _fused(k, p):  # a + (p - a) would not be p to the bit
+            bits = TorchFrame().bits
+            numba_train.ema(bits(k).reshape(-1), bits(p).reshape(-1), np.float32(1.0 - decay))
+        else:
+            # foreach raises on mixed types: convert those that differ.
+            rest.append((k, p.to(k.dtype)))
+    if rest:
+        torch._foreach_lerp_([k for k, _ in rest], [p for _, p in rest], 1.0 - decay)
     for old, new in zip(average.buffers(), module.buffers(), strict=True):
         old.copy_(new)
+
+
+def _fused(kept: Tensor, fresh: Tensor) -> bool:
+    narrow = kept.dtype == torch.float32 and fresh.dtype in (torch.bfloat16, torch.float16)
+    on_cpu = kept.device.type == fresh.device.type == "cpu"
+    return narrow and on_cpu and kept.is_contiguous() and kept.numel() >= FUSED_ELEMENTS
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
