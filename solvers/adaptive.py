@@ -132,8 +132,8 @@ class _Run:
 
     def __call__(self, x: Array) -> Array:
         """Every sample from the first point of `ends` to the last. x is overwritten."""
-        o, result = self.options, x * 1.0
-        before, f1 = x * 1.0, x * 0.0
+        o, maps, result = self.options, self.batch.maps, x * 1.0
+        before, f1 = x, x * 0.0
         while self.samples:
             starts = [sample.at for sample in self.samples]
             steps = [next_step(o.ends, sample.at, sample.control.h, o.eta) for sample in self.samples]
@@ -141,22 +141,23 @@ class _Run:
                 o.pair.attempt(o.ends, sample.at, step.down, o.frame)
                 for sample, step in zip(self.samples, steps, strict=True)
             ]
-            self._first_calls(x, f1, attempts[0].row)
+            f1 = self._first_calls(x, f1, attempts[0].row)
             high, error, last = self._attempt(x, f1, attempts)
             low = high + error
-            norms = error_norms(error, low, before, o.rtol, o.atol)
+            norms = maps.error_norms(error, low, before, o.rtol, o.atol)
             taken = [i for i, norm in enumerate(norms) if self._judge(self.samples[i], steps[i].t, norm)]
             if taken:
-                before[taken], x[taken], f1[taken] = low[taken], high[taken], last[taken]
-                self._renoise(x, [i for i in taken if steps[i].fresh > 0.0], starts, steps)
+                old, new = {"x": x, "before": before, "F1": f1}, {"x": high, "before": low, "F1": last}
+                x, before, f1 = self._moved(old, new, taken, starts, steps)
             if o.callback is not None:
                 o.callback(self._info(x, norms, taken))
             done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
             if done:
-                result[[self.samples[i].index for i in done]] = x[done]
+                result = maps.put(result, [self.samples[i].index for i in done], maps.take(x, done))
                 left = [i for i in range(len(self.samples)) if i not in done]
-                x, before, f1 = x[left], before[left], f1[left]
                 self.samples = [self.samples[i] for i in left]
+                if left:
+                    x, before, f1 = (maps.take(v, left) for v in (x, before, f1))
         return result
 
     def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
@@ -168,15 +169,17 @@ class _Run:
         progress = [min((p.lam - low) / (high - low), _BEFORE_END) for p in points]
         return self.batch.call([sample.index for sample in chosen], u, points, progress)
 
-    def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> None:
-        """F_1 of the samples that have none, written into f1."""
+    def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> Array:
+        """F_1 of all samples: that of those that have none is found now."""
         todo = [i for i, sample in enumerate(self.samples) if not sample.known]
         if todo:
-            u, points = x[todo], [self.samples[i].at for i in todo]
+            u, points = self.batch.maps.take(x, todo), [self.samples[i].at for i in todo]
             outputs = self._call(todo, u, points)
-            f1[todo] = self.batch.map([{"F1": _seen(row(p))} for p in points], {SEEN: u}, outputs)["F1"]
+            found = self.batch.map([{"F1": _seen(row(p))} for p in points], {SEEN: u}, outputs)["F1"]
+            f1 = self.batch.maps.put(f1, todo, found)
         for i in todo:
             self.samples[i].known = True
+        return f1
 
     def _attempt(self, x: Array, f1: Array, attempts: Sequence[Attempt]) -> tuple[Array, Array, Array]:
         """The steps' results, their errors, and F of the last call."""
@@ -225,22 +228,40 @@ class _Run:
         at = tuple(sample.at for sample in self.samples)
         return AttemptInfo(index, at, self.batch.outside(x), np.array(norms), accepted, h, nfe)
 
-    def _renoise(self, x: Array, rows: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> None:
-        """Ancestral noise on some samples: draw k of a sample belongs to its k-th accepted step."""
-        if rows:
-            chosen = [self.samples[i] for i in rows]
-            noise, one = self.options.noise, (1, *self.batch.sample)
-            if noise is None:
-                streams = self.streams[[sample.index for sample in chosen]]
-                z = self.batch.normals(streams, [sample.accepted for sample in chosen], philox.STEP)
-            else:
-                draws = [
-                    outside_noise(noise, sample.accepted, starts[i], steps[i].t, one)
-                    for i, sample in zip(rows, chosen, strict=True)
-                ]
-                z = self.batch.array(np.concatenate(draws))
-            maps = [{"x": {"x": 1.0, "z": self.options.s_noise * steps[i].fresh}} for i in rows]
-            x[rows] = self.batch.map(maps, {"x": x[rows]}, z=z)["x"]
+    def _moved(
+        self,
+        old: dict[str, Array],
+        new: dict[str, Array],
+        taken: Sequence[int],
+        starts: Sequence[Point],
+        steps: Sequence[_Step],
+    ) -> list[Array]:
+        """Every slot of `old`, with the samples that took their step at their `new` values and ancestral noise on x."""
+        scales = [self.options.s_noise * step.fresh if i in taken else 0.0 for i, step in enumerate(steps)]
+        noisy = [i for i in taken if steps[i].fresh > 0.0]
+        if not noisy and len(taken) == len(steps):
+            return [*new.values()]
+        rows: list[dict[str, Row]] = []
+        for i, scale in enumerate(scales):
+            source = "new " if i in taken else "old "
+            own: dict[str, Row] = {name: {source + name: 1.0} for name in old}
+            if scale:
+                own["x"] = {**own["x"], "z": scale}
+            rows.append(own)
+        slots = {"old " + name: v for name, v in old.items()} | {"new " + name: v for name, v in new.items()}
+        z = self._noise(noisy, starts, steps) if noisy else None
+        return [*self.batch.map(rows, slots, z=z).values()]
+
+    def _noise(self, noisy: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> Array:
+        """Normals for the samples that need them; draw k of a sample belongs to its k-th accepted step."""
+        noise, one = self.options.noise, (1, *self.batch.sample)
+        if noise is None:
+            streams = self.streams[[sample.index for sample in self.samples]]
+            return self.batch.maps.normals(streams, [sample.accepted for sample in self.samples])
+        draws = np.zeros((len(steps), *self.batch.sample))
+        for i in noisy:
+            draws[i] = outside_noise(noise, self.samples[i].accepted, starts[i], steps[i].t, one)[0]
+        return self.batch.array(draws)
 
 
 def _seen(row: Row) -> dict[str, float]:
@@ -253,27 +274,6 @@ def _sum(x: float, f: Sequence[float], here: Row | None = None) -> dict[str, flo
     row = {"x": x} if x else {}
     row |= {f"F{j}": value for j, value in enumerate(f if here is None else f[:-1], 1) if value}
     return row | {source: f[-1] * value for source, value in (here or {}).items()}
-
-
-def error_norms(error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
-    """sqrt(mean((error / delta)^2)), delta = max(atol, rtol |low|, rtol |before|) (Lu et al. 2022a).
-
-    Of each sample by itself, in float64, so that the order of its sum does not depend on the batch.
-    """
-    lib: Any = np
-    if naive.is_torch(error):
-        import torch as lib
-    norms = []
-    with np.errstate(divide="ignore", invalid="ignore"):
-        for i in range(len(error)):
-            rows = error[i], low[i], before[i]
-            e, a, b = (v.astype(np.float64) if lib is np else v.double() for v in rows)
-            delta = rtol * lib.maximum(abs(a), abs(b))
-            delta = lib.where(delta > atol, delta, atol)
-            # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
-            share = lib.where(e == 0.0, e, e / delta)
-            norms.append(float(lib.sqrt(lib.mean(lib.square(share)))))
-    return norms
 
 
 @any_library
@@ -322,7 +322,8 @@ def sample_adaptive(
     sigma_min, sigma_max  sigma / alpha at the ends; by default the process's smallest and largest finite one
     final_zero  one more call at sigma_min, to the clean end: x = m. False stays at sigma_min
     max_attempts  steps of one sample, rejected ones too, after which it is an error
-    seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`
+    seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" an attempt waits
+              for the device once, to read the errors
     noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, asked for one sample after another
     callback  called with an `AttemptInfo` after each attempt; may raise to stop
 
@@ -368,7 +369,10 @@ def sample_adaptive(
         check_latent(x, outer, sizes, model, state)
     if backend not in BACKENDS:
         raise ValueError(unknown("backend", backend, BACKENDS))
-    batch = Batch(denoiser, model, pick_backend(backend, model), state, sizes, cond)
+    wide = "float64" in (state, denoiser.model_dtype(state))
+    if wide and backend == "triton":
+        raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
+    batch = Batch(denoiser, model, pick_backend(backend, model, triton=not wide), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 
     order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)
@@ -380,7 +384,7 @@ def sample_adaptive(
     run = _Run(batch, options, list(samples), streams)
     with model.torch.no_grad() if isinstance(model, TorchFrame) else contextlib.nullcontext():
         if x is None or outer is None:
-            start = batch.normals(streams, [0] * sizes[0], philox.LATENT) * ends.points[0].sigma
+            start = batch.maps.latents(streams) * ends.points[0].sigma
         else:
             start = batch.array(outer.to_numpy(x))
         result = run(start)

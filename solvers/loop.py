@@ -510,9 +510,7 @@ def model_frame(denoiser: Any, device: Any) -> Frame:
 
 
 def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
-    """The backend behind a name on a device; `triton`: whether what asks can run the GPU kernels at all."""
-    if backend == "triton" and not triton:
-        raise ValueError("backend='triton' has no adaptive loop: use backend='naive' on a GPU")
+    """The backend behind a name on a device; `triton`: whether the GPU kernels can do what is asked."""
     if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
         reason = trouble(frame)
         if reason is None:

@@ -134,7 +134,7 @@ class TritonRun:
         self.times = Mirror(tables.times, self.frame, time_dtype)
         self.t = self.frame.empty((copies * batch,), time_dtype)
         self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
-        self.settings = Mirror(quantile(job), self.frame)
+        self.settings = Mirror(order_statistic(job.denoiser.clip, job.elements), self.frame)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
         reduces = job.denoiser.rescale or dynamic(job.denoiser.clip)
         self.scratch = self._reduce.Scratch.of(batch, elements, device) if reduces else None
@@ -177,7 +177,7 @@ class TritonRun:
         tables = device_tables(job)
         for mirror, values in zip((self.numbers, self.indices, self.times), tables, strict=True):
             mirror.set(values)
-        self.settings.set(quantile(job))
+        self.settings.set(order_statistic(job.denoiser.clip, job.elements))
         self.sigma.set(np.full(1, job.start.sigma, np.float32))
         self.job = job
         self.release()
@@ -332,12 +332,11 @@ def dynamic(clip: Any) -> bool:
     return clip is not None and not isinstance(clip, (int, float))
 
 
-def quantile(job: Job) -> np.ndarray:
+def order_statistic(clip: Any, elements: int) -> np.ndarray:
     """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, else zeros."""
-    clip = job.denoiser.clip
     if not dynamic(clip):
         return np.zeros(3)
-    position = clip.quantile * (job.elements - 1)
+    position = clip.quantile * (elements - 1)
     return np.array([int(position), position - int(position), clip.maximum])
 
 

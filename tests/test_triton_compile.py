@@ -284,6 +284,8 @@ CORNERS = {
     "one element": (triton_step.run_kernel, RUN, {"n": 1, "size": 1, "copy": 1, "rows": 1}),
     "the init row": (triton_step.run_kernel, RUN, {"r1": None, "SLOTS": 1, "OUTPUTS": 1, "rows": 1}),
     "a batch of plans": (triton_step.run_kernel, RUN, {"counter_step": 1, "row_step": 1}),
+    "noise alone": (triton_step.run_kernel, RUN, {
+        "r1": None, "SLOTS": 0, "OUTPUTS": 1, "COPIES": 0, "row_step": 1, "x_in": "*fp32"}),
     "outside noise": (triton_step.run_kernel, RUN, {"z": "*fp32", "streams": None, "rows": 1}),
     "more than 2^31 elements": (triton_step.run_kernel, RUN, {"n": "i64", "size": "i64", "copy": "i64", "rows": 1}),
     "rescaled and thresholded": (triton_step.run_kernel, RUN, {
