@@ -5,14 +5,15 @@ written once. For a guided DPM-Solver++ 2M step on a 16-bit model that is 24 byt
 (read x 4, raws 2 + 2, history 4; write x 4, history 4, model inputs 2 + 2).
 
 One function serves every solver: an argument that is None is pruned when Numba compiles the signature
-that it meets, so each structure gets its own loop without a branch in it. 16-bit arrays come in as their
-bits (bfloat16 as uint16, float16 as int16), because Numba has no CPU arithmetic for them.
+that it meets, so each structure gets its own loop without a branch in it; a table with many zeros gets a loop without
+its zeros (`kernel`). 16-bit arrays come in as their bits (bfloat16 as uint16, float16 as int16), because Numba has no
+CPU arithmetic for them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -103,6 +104,17 @@ def _add_typed(total, c, v):
     return add
 
 
+def _term(total: Any, c: Any, v: Any) -> Any:
+    """`_add` for a coefficient that is known not to be 0, or None for one that is."""
+
+
+@overload(_term)
+def _term_typed(total, c, v):
+    if isinstance(c, types.NoneType) or isinstance(v, types.NoneType):
+        return lambda total, c, v: total
+    return lambda total, c, v: total + c * v
+
+
 def _noise(streams: Any, draw: Any, buffer: Any, z: Any, b: Any, lo: Any, hi: Any) -> Any:
     """The normals of elements lo .. hi: drawn into `buffer` for a stream, else read from z."""
 
@@ -120,18 +132,46 @@ def _noise_typed(streams, draw, buffer, z, b, lo, hi):
     return drawn
 
 
-def _coefficients(table: Any, b: Any, k: Any, out: Any) -> Any:
-    """Row k of sample b's table as a tuple: 13 numbers that stay in registers through the loop."""
+def _read(row: Any, j: Any, mark: Any) -> Any:
+    """Number j of a row, None where the mark is None."""
+
+
+@overload(_read)
+def _read_typed(row, j, mark):
+    if isinstance(mark, types.NoneType):
+        return lambda row, j, mark: None
+    return lambda row, j, mark: row[j]
+
+
+def _coefficients(table: Any, b: Any, k: Any, out: Any, reads: Any) -> Any:
+    """Row k of sample b's table as a tuple: the numbers that stay in registers through the loop, and a 0 of their type.
+
+    reads  a mark for each column, None where the row is known to be 0; or None if nothing is known
+    """
 
 
 @overload(_coefficients)
-def _coefficients_typed(table, b, k, out):
+def _coefficients_typed(table, b, k, out, reads):
     if isinstance(out, types.NoneType):
-        return lambda table, b, k, out: None
+        return lambda table, b, k, out, reads: None
 
-    def row(table, b, k, out):
-        r = table[b if table.shape[0] > 1 else 0, k]
-        return r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12]
+    if isinstance(reads, types.NoneType):
+
+        def row(table, b, k, out, reads):
+            r = table[b if table.shape[0] > 1 else 0, k]
+            zero = r[0] - r[0]  # an integer 0 would promote float32
+            return r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], zero
+
+    else:
+
+        def row(table, b, k, out, reads):
+            r = table[b if table.shape[0] > 1 else 0, k]
+            m = reads
+            return (
+                _read(r, 0, m[0]), _read(r, 1, m[1]), _read(r, 2, m[2]), _read(r, 3, m[3]), _read(r, 4, m[4]),
+                _read(r, 5, m[5]), _read(r, 6, m[6]), _read(r, 7, m[7]), _read(r, 8, m[8]), _read(r, 9, m[9]),
+                _read(r, 10, m[10]), _read(r, 11, m[11]), _read(r, 12, m[12]), r[0] - r[0],
+            )  # fmt: skip
 
     return row
 
@@ -161,30 +201,31 @@ def _prediction_typed(p, limit, x, r1, r2, r3):
 
 
 def _emit(out: Any, i: Any, c: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
-          r1: Any, r2: Any, r3: Any, m: Any, z: Any) -> Any:  # fmt: skip
+          r1: Any, r2: Any, r3: Any, m: Any, z: Any, reads: Any) -> Any:  # fmt: skip
     """out[i] = c · [slots, raws, m, z]; returns the value."""
 
 
 @overload(_emit)
-def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):
+def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z, reads):
     if isinstance(out, types.NoneType):
-        return lambda out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z: None
+        return lambda out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z, reads: None
 
-    def emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z):
-        total = c[0] - c[0]  # 0 of the state's type: an integer 0 would promote float32
-        total = _add(total, c[0], s0)
-        total = _add(total, c[1], s1)
-        total = _add(total, c[2], s2)
-        total = _add(total, c[3], s3)
-        total = _add(total, c[4], s4)
-        total = _add(total, c[5], s5)
-        total = _add(total, c[6], s6)
-        total = _add(total, c[7], s7)
-        total = _add(total, c[8], r1)
-        total = _add(total, c[9], r2)
-        total = _add(total, c[10], r3)
-        total = _add(total, c[11], m)
-        total = _add(total, c[12], z)
+    add = _add if isinstance(reads, types.NoneType) else _term
+
+    def emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z, reads):
+        total = add(c[13], c[0], s0)
+        total = add(total, c[1], s1)
+        total = add(total, c[2], s2)
+        total = add(total, c[3], s3)
+        total = add(total, c[4], s4)
+        total = add(total, c[5], s5)
+        total = add(total, c[6], s6)
+        total = add(total, c[7], s7)
+        total = add(total, c[8], r1)
+        total = add(total, c[9], r2)
+        total = add(total, c[10], r3)
+        total = add(total, c[11], m)
+        total = add(total, c[12], z)
         out[i] = total
         return total
 
@@ -210,41 +251,71 @@ def _numbers_typed(table, b):
 # --- the kernel ---
 
 
-@jit()
-def fused(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, streams, draw, p, limit, w, c_in,
-          o0, o1, o2, o3, o4, i1, i2, i3, first, last):  # fmt: skip
-    """Units first .. last of one stage; a unit is a chunk of one sample. See `step` for the arguments."""
-    n = o0.shape[1]
-    chunks = (n + CHUNK - 1) // CHUNK
-    buffer = np.empty(CHUNK, np.float32)
-    for unit in range(first, last):
-        b = unit // chunks
-        lo = unit % chunks * CHUNK
-        hi = min(n, lo + CHUNK)
-        x0, x1, x2, x3 = _part(s0, b, lo, hi), _part(s1, b, lo, hi), _part(s2, b, lo, hi), _part(s3, b, lo, hi)
-        x4, x5, x6, x7 = _part(s4, b, lo, hi), _part(s5, b, lo, hi), _part(s6, b, lo, hi), _part(s7, b, lo, hi)
-        y1, y2, y3 = _part(r1, b, lo, hi), _part(r2, b, lo, hi), _part(r3, b, lo, hi)
-        q0, q1, q2, q3 = _part(o0, b, lo, hi), _part(o1, b, lo, hi), _part(o2, b, lo, hi), _part(o3, b, lo, hi)
-        q4 = _part(o4, b, lo, hi)
-        v1, v2, v3 = _part(i1, b, lo, hi), _part(i2, b, lo, hi), _part(i3, b, lo, hi)
-        zz = _noise(streams, draw, buffer, z, b, lo, hi)
-        c0, c1, c2 = _coefficients(w, b, 0, o0), _coefficients(w, b, 1, o1), _coefficients(w, b, 2, o2)
-        c3, c4 = _coefficients(w, b, 3, o3), _coefficients(w, b, 4, o4)
-        pb, bounds = _numbers(p, b), _numbers(limit, b)
-        scale = c_in[b if c_in.shape[0] > 1 else 0]
-        for i in range(hi - lo):
-            a0, a1, a2, a3 = _at(x0, i), _at(x1, i), _at(x2, i), _at(x3, i)
-            a4, a5, a6, a7 = _at(x4, i), _at(x5, i), _at(x6, i), _at(x7, i)
-            g1, g2, g3, e = _at(y1, i), _at(y2, i), _at(y3, i), _at(zz, i)
-            m = _prediction(pb, bounds, a0, g1, g2, g3)
-            x = _emit(q0, i, c0, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
-            _emit(q1, i, c1, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
-            _emit(q2, i, c2, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
-            _emit(q3, i, c3, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
-            _emit(q4, i, c4, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e)
-            _put(v1, i, scale * x)
-            _put(v2, i, scale * x)
-            _put(v3, i, scale * x)
+Kernel = Callable[..., None]
+Marks = tuple[int | None, ...]
+
+
+@cache
+def _kernel(m0: Marks | None, m1: Marks | None, m2: Marks | None, m3: Marks | None, m4: Marks | None) -> Kernel:
+    """The fused stage, for what is known of the zeros of each row (see `_coefficients`)."""
+
+    @jit()
+    def fused(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, streams, draw, p, limit, w, c_in,
+              o0, o1, o2, o3, o4, i1, i2, i3, first, last):  # fmt: skip
+        """Units first .. last of one stage; a unit is a chunk of one sample. See `arguments`."""
+        n = o0.shape[1]
+        chunks = (n + CHUNK - 1) // CHUNK
+        buffer = np.empty(CHUNK, np.float32)
+        for unit in range(first, last):
+            b = unit // chunks
+            lo = unit % chunks * CHUNK
+            hi = min(n, lo + CHUNK)
+            x0, x1, x2, x3 = _part(s0, b, lo, hi), _part(s1, b, lo, hi), _part(s2, b, lo, hi), _part(s3, b, lo, hi)
+            x4, x5, x6, x7 = _part(s4, b, lo, hi), _part(s5, b, lo, hi), _part(s6, b, lo, hi), _part(s7, b, lo, hi)
+            y1, y2, y3 = _part(r1, b, lo, hi), _part(r2, b, lo, hi), _part(r3, b, lo, hi)
+            q0, q1, q2, q3 = _part(o0, b, lo, hi), _part(o1, b, lo, hi), _part(o2, b, lo, hi), _part(o3, b, lo, hi)
+            q4 = _part(o4, b, lo, hi)
+            v1, v2, v3 = _part(i1, b, lo, hi), _part(i2, b, lo, hi), _part(i3, b, lo, hi)
+            zz = _noise(streams, draw, buffer, z, b, lo, hi)
+            c0, c1, c2 = _coefficients(w, b, 0, o0, m0), _coefficients(w, b, 1, o1, m1), _coefficients(w, b, 2, o2, m2)
+            c3, c4 = _coefficients(w, b, 3, o3, m3), _coefficients(w, b, 4, o4, m4)
+            pb, bounds = _numbers(p, b), _numbers(limit, b)
+            scale = c_in[b if c_in.shape[0] > 1 else 0]
+            for i in range(hi - lo):
+                a0, a1, a2, a3 = _at(x0, i), _at(x1, i), _at(x2, i), _at(x3, i)
+                a4, a5, a6, a7 = _at(x4, i), _at(x5, i), _at(x6, i), _at(x7, i)
+                g1, g2, g3, e = _at(y1, i), _at(y2, i), _at(y3, i), _at(zz, i)
+                m = _prediction(pb, bounds, a0, g1, g2, g3)
+                x = _emit(q0, i, c0, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, m0)
+                _emit(q1, i, c1, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, m1)
+                _emit(q2, i, c2, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, m2)
+                _emit(q3, i, c3, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, m3)
+                _emit(q4, i, c4, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, m4)
+                _put(v1, i, scale * x)
+                _put(v2, i, scale * x)
+                _put(v3, i, scale * x)
+
+    return fused
+
+
+# For any table of a structure: every live source goes into every row, behind a test of its coefficient.
+fused = _kernel(None, None, None, None, None)
+
+# From so many zeros on a kernel of its own pays: it has fewer terms and no tests, but must be compiled.
+ZEROS = 3
+
+
+def kernel(w: np.ndarray) -> Kernel:
+    """The kernel of one table (1, rows, COLUMNS) that is not written to again: its zeros are compiled away.
+
+    Same numbers as `fused`, which comes back where the live columns hold few zeros.
+    """
+    zero = w[0] == 0.0
+    live = ~zero.all(axis=0)
+    if len(w) > 1 or np.count_nonzero(zero[:, live]) < ZEROS:
+        return fused
+    marks = [tuple(None if none else 1 for none in row) for row in zero.tolist()]
+    return _kernel(*marks, *[None] * (layout.OUTPUTS - len(marks)))
 
 
 # Up to this many elements one thread is faster than waking the others.
@@ -301,18 +372,20 @@ def units(samples: int, elements: int) -> int:
     return samples * -(-elements // CHUNK)
 
 
-def launch(args: Arguments, count: int, size: int) -> None:
+def launch(args: Arguments, count: int, size: int, run: Kernel = fused) -> None:
     """Run a stage of `count` units over `size` elements: here, or on all cores when that pays.
+
+    run  `fused`, or the `kernel` of the table among the arguments
 
     Every element is computed alone from its own inputs, so the split cannot change a bit of the result.
     """
     if size <= SERIAL_ELEMENTS:
-        fused(*args, 0, count)
+        run(*args, 0, count)
         return
     workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
-    waiting = [_pool().submit(fused, *args, a, b) for a, b in pairwise(cuts[1:])]
-    fused(*args, 0, cuts[1])
+    waiting = [_pool().submit(run, *args, a, b) for a, b in pairwise(cuts[1:])]
+    run(*args, 0, cuts[1])
     for future in waiting:
         future.result()
 

@@ -110,6 +110,7 @@ class FusedRun:
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtype: Any = ...  # of the last output that was checked
         self.args = [self._arguments(k) for k in range(len(job.tables))]
+        self.kernels = [numba_step.kernel(table.w) for table in job.tables]
         self.init = self._init_arguments()
         self._warm()
 
@@ -153,10 +154,10 @@ class FusedRun:
         """Compile every structure now: a launch of no units costs nothing but that."""
         self._step.launch(self.init, 0, 0)
         raw = self.input_rows[0][0]
-        for table, args in zip(self.job.tables, self.args, strict=True):
+        for table, args, kernel in zip(self.job.tables, self.args, self.kernels, strict=True):
             filled = list(args)
             filled[layout.RAW : layout.RAW + len(table.branches)] = [raw] * len(table.branches)
-            self._step.launch(filled, 0, 0)
+            self._step.launch(filled, 0, 0, kernel)
 
     def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
         """Take the latent (or draw it), and write the first model input."""
@@ -196,9 +197,9 @@ class FusedRun:
         if table.draw is not None:
             args = self._with_noise(args, table.draw, table.at, table.to, noise, factor)
         if self.serial:  # the compiled function itself: at small sizes every Python call shows
-            self._step.fused(*args, 0, self.units)
+            self.kernels[k](*args, 0, self.units)
         else:
-            self._step.launch(args, self.units, self.size)
+            self._step.launch(args, self.units, self.size, self.kernels[k])
 
     def _reduce_stage(self, table: StageTable, args: list[Any]) -> None:
         denoiser = self.job.denoiser

@@ -100,8 +100,7 @@ class Update:
     def _fused(
         self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
     ) -> tuple[list[Tensor], list[np.ndarray | None]]:
-        shape = tuple(x.shape)
-        size = x.numel()
+        shape, size = x.shape, x.numel()
         rows = (shape[0], size // shape[0])
         known: list[np.ndarray | None] = [_array(x, rows), _array(raw, rows), None, None, *arrays]
         sources = known[:2]
@@ -109,7 +108,6 @@ class Update:
             assert z is not None
             known[NOISE] = _array(z, rows)
             sources.append(known[NOISE])
-        limit = self.limit
         if not self.anywhere:
             limit = np.zeros((rows[0], 4), self.state)
             numba_reduce.threshold(sources[0], sources[1], None, None, self.p, *self.quantile, limit)
@@ -173,7 +171,7 @@ class _Launch:
     """
 
     def __init__(self, update: Update, table: np.ndarray, first: int) -> None:
-        self.table = table
+        self.table, self.run = table, numba_step.kernel(table)
         self.live = [
             j
             for j in range(1 + len(update.memory))
@@ -205,7 +203,7 @@ class _Launch:
     def __call__(
         self,
         sources: Sequence[np.ndarray | None],
-        shape: tuple[int, ...],
+        shape: Sequence[int],
         rows: tuple[int, int],
         size: int,
         results: list[Tensor],
@@ -215,15 +213,16 @@ class _Launch:
         arguments = self.template.copy()
         for i, array in zip(self.sources, sources, strict=True):
             arguments[i] = array
+        state = self.state
         for i in self.outputs:
-            array = np.empty(shape, self.state)
-            results.append(torch.from_numpy(array))
-            arguments[i] = array = array.reshape(rows)
+            array = np.empty(rows, state)
+            arguments[i] = array
             known.append(array)
+            results.append(torch.from_numpy(array.reshape(shape)))
         if self.narrow is not None:
             results[0] = torch.empty(shape, dtype=self.narrow_dtype)
             arguments[self.narrow] = _bits(results[0]).reshape(rows)
-        numba_step.launch(arguments, numba_step.units(*rows), size)
+        numba_step.launch(arguments, numba_step.units(*rows), size, self.run)
 
 
 def _array(tensor: Tensor, rows: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,60 @@
+"""`numba_step.kernel`: compiled for the zeros of a table, it gives the numbers of the naive twin, and reads no more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.random import Generator
+
+from fewstep.kernels import layout, naive, numba_step
+
+# Which of [x, h1, h2, h3, raw, m, z] each row reads; UniPC's is the first.
+PATTERNS = {
+    "unipc": ["1111100", "1000100", "1111100"],
+    "no x in the first row": ["0010100", "1000100", "0111001"],
+    "prediction and noise": ["0100011", "1000010", "0011001"],
+    "a row of nothing": ["1111100", "0000000"],
+}
+COLUMNS = [0, 1, 2, 3, layout.RAW, layout.PREDICTION, layout.NOISE]
+
+
+def table(rows: list[str], rng: Generator, dtype: str) -> np.ndarray:
+    w = np.zeros((1, len(rows), layout.COLUMNS), dtype)
+    for k, row in enumerate(rows):
+        for column, mark in zip(COLUMNS, row, strict=True):
+            w[0, k, column] = rng.standard_normal() if mark == "1" else 0.0
+    return w
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_numbers_are_the_oracles(name: str, dtype: str) -> None:
+    """To the bit, with a NaN in every source: it reaches the rows that read it, and no other."""
+    rng = np.random.default_rng(3)
+    w = table(PATTERNS[name], rng, dtype)
+    run = numba_step.kernel(w)
+    assert run is not numba_step.fused
+    n = 5000  # three chunks, the last one short
+    sources = rng.standard_normal((6, 2, n)).astype(dtype)
+    for j, source in enumerate(sources):
+        source[1, 7 * j + 1] = np.nan
+    *slots, raw, z = sources
+    p = np.array([[0.7, -0.4, 0.0, 0.0]], dtype)
+    limit = np.array([[0.8, 1.25, 0.0, 0.0]], dtype)
+    predicts, noisy = bool(w[..., layout.PREDICTION].any()), bool(w[..., layout.NOISE].any())
+    options = {"p": p if predicts else None, "limit": limit if predicts else None, "z": z if noisy else None}
+    outputs = [np.full((2, n), np.inf, dtype) for _ in w[0]]
+    args = numba_step.arguments(slots, [raw], w, outputs, [], c_in=np.ones(1, dtype), **options)
+    numba_step.launch(args, numba_step.units(2, n), 2 * n, run)
+    for out, want in zip(outputs, naive.step(slots, [raw], w, **options), strict=True):
+        np.testing.assert_array_equal(out, want)
+        assert not np.isinf(out).any()
+
+
+def test_few_zeros_and_tables_of_a_batch_share_a_kernel() -> None:
+    rng = np.random.default_rng(0)
+    few = table(["1100100", "1000100"], rng, "float32")
+    many = table(PATTERNS["unipc"], rng, "float32")
+    assert numba_step.kernel(few) is numba_step.fused
+    assert numba_step.kernel(np.concatenate([many, many])) is numba_step.fused
+    assert numba_step.kernel(many) is numba_step.kernel(2.0 * many)
