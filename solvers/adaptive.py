@@ -131,7 +131,7 @@ class _Run:
         self.batch, self.options, self.samples, self.streams = batch, options, samples, streams
 
     def __call__(self, x: Array) -> Array:
-        """Every sample from the first point of `ends` to the last. x is overwritten."""
+        """Every sample from the first point of `ends` to the last. x is not written to."""
         o, maps, result = self.options, self.batch.maps, x * 1.0
         before, f1 = x, x * 0.0
         while self.samples:
@@ -386,7 +386,7 @@ def sample_adaptive(
         if x is None or outer is None:
             start = batch.maps.latents(streams) * ends.points[0].sigma
         else:
-            start = batch.array(outer.to_numpy(x))
+            start = batch.maps.latent(x, outer)
         result = run(start)
         if final_zero:
             result = _to_clean(batch, ends.points[-1], result, samples)

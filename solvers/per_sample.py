@@ -52,6 +52,10 @@ class Maps:
         """A slot, of all samples or of some."""
         return self.frame.array(np.reshape(values, (-1, self.elements)), self.dtype)
 
+    def latent(self, x: Array, frame: Frame) -> Array:
+        """A copy of a latent of that frame (B, ...), as a slot."""
+        return self.array(frame.to_numpy(x))
+
     def send(self, values: np.ndarray, dtype: str) -> Array:
         """An array for the model."""
         return self.frame.array(values, dtype)

@@ -29,6 +29,12 @@ class TritonMaps(Maps):
         self.counter = self.send(np.zeros(1), "int32")  # the tables below have one stage
         self.one = self.send(np.ones(1), "float32")
 
+    def latent(self, x: Array, frame: Frame) -> Array:
+        if not isinstance(frame, TorchFrame):
+            return super().latent(x, frame)
+        slot = self.frame.empty((len(x), self.elements), "float32")
+        return slot.copy_(x.detach().reshape(slot.shape))
+
     def send(self, values: np.ndarray, dtype: str) -> Array:
         host = self.torch.from_numpy(np.ascontiguousarray(values)).to(getattr(self.torch, dtype))
         if self.frame.device == "cpu":  # in the interpreter

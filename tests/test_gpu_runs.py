@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,34 @@ def test_a_run_gives_the_cpus_sample(solver: str) -> None:
     found = sampler(solver)(seed=[3, 2**40])
     want = sampler(solver, device="cpu", backend="naive")(seed=[3, 2**40])
     torch.testing.assert_close(found.cpu(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["dpm_solver_12", "dpm_solver_23", "dormand_prince"])
+def test_adaptive_steps_are_the_oracles(solver: str) -> None:
+    options: dict[str, Any] = {"solver": solver, "rtol": 1e-3, "atol": 1e-3, "sigma_max": 5.0, "sigma_min": 0.1}
+    options |= {"shape": (3, 4, 160, 160), "seed": 2}  # split in the reductions
+    denoiser = fs.Denoiser(net, VP)
+    found = fs.sample_adaptive(denoiser, device=GPU, **options)
+    want = fs.sample_adaptive(denoiser, device="cpu", backend="naive", **options)
+    torch.testing.assert_close(found.x.cpu(), want.x, rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(found[1:], want[1:], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_adaptive_attempt_waits_once() -> None:
+    waits: list[int] = []
+    denoiser = fs.Denoiser(net, VP)
+    options: dict[str, Any] = {"shape": (4, 4, 16, 16), "seed": 2, "eta": 0.5, "device": GPU}
+    fs.sample_adaptive(denoiser, **options)  # compiles
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            fs.sample_adaptive(denoiser, callback=lambda info: waits.append(len(said)), **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) > 5
+    np.testing.assert_array_equal(np.diff(waits), 1)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -97,3 +97,10 @@ def test_float64_is_refused() -> None:
     for options in ({"dtype": "float64"}, {"x": torch.zeros(SHAPE, dtype=torch.float64), "shape": None}):
         with pytest.raises(ValueError, match=r"backend='triton' keeps float32 .* use backend='naive'"):
             fs.sample_adaptive(fs.Denoiser(net, VP), **{"shape": SHAPE, "backend": "triton", "device": "cpu"} | options)
+
+
+def test_a_latent_is_not_written_to() -> None:
+    x = 5.0 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    agree(*pair(x=x, shape=None))
+    assert torch.equal(x, kept)
