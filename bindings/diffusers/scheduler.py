@@ -200,13 +200,13 @@ def fused(parent: type[Any]) -> type[Any]:
         @functools.wraps(parent.scale_model_input)
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             timestep = args[0] if args else kwargs.get("timestep")
-            found = None
+            attributes, found = self.__dict__, None
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
-                found = _find(self, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
+                found = _find(attributes, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
             if found is None or found[1].scale_dtype != sample.dtype:
                 return parent.scale_model_input(self, sample, *args, **kwargs)
             cursor, transition = found
-            self.__dict__.update(transition.changed)
+            attributes.update(transition.changed)
             cursor.standing = transition.standing
             return sample if transition.scale == 1.0 else sample * transition.scale
 
@@ -234,7 +234,7 @@ _NUMBERS = (bool, int, float, str, type(None))
 
 
 def _find(
-    self: Any,
+    attributes: dict[str, Any],
     parent: type[Any],
     method: str,
     timestep: Any,
@@ -246,10 +246,6 @@ def _find(
     """The transition that a call is, from the cursor; None where there is none."""
     if isinstance(timestep, Tensor) and timestep.ndim:
         return None
-    for value in options.values():
-        if not isinstance(value, _NUMBERS):
-            return None
-    attributes = self.__dict__
     cursor = attributes.get(CURSOR)
     if cursor is None:
         cursor = attributes[CURSOR] = Cursor()
@@ -258,8 +254,13 @@ def _find(
     except NotAffineError:
         return None
     key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
-    transition = standing.calls.get(key)
+    try:
+        transition = standing.calls.get(key)
+    except TypeError:  # an option that is a list or the like
+        return None
     if transition is None:
+        if not all(isinstance(value, _NUMBERS) for value in options.values()):
+            return None
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
         transition = standing.find(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
     return None if isinstance(transition, NotAffineError) else (cursor, transition)
@@ -291,7 +292,8 @@ def _step(
         if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
             return None
         given = (name, z.dtype)
-    found = _find(self, parent, "step", timestep, options, x_dtype, raw_dtype, given)
+    attributes = self.__dict__  # looked up once: each time it is a search for this thread's
+    found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
     cursor, transition = found
@@ -305,7 +307,7 @@ def _step(
     if transition.draw is not None:
         z = _draw(self, parent, transition.draw, raw, x, generator)
     rows, arrays = transition.update(x, raw, z, memory, cursor.arrays)
-    cursor.advance(self.__dict__, transition, (x, raw, z, None, *memory, *rows), arrays)
+    cursor.advance(attributes, transition, (x, raw, z, None, *memory, *rows), arrays)
     return transition.wrap(rows)
 
 
