@@ -128,6 +128,8 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
             return [Check("SWD, 1 call", swd[1], 0.08), Check("SWD, 2 calls over 1", swd[2] / swd[1], 1.0)]
         case generators.Rectified():
             return rectified_checks(recipe, swd[1])
+        case generators.DistributionMatching() if 4 in swd:
+            return [Check("SWD, 4 calls, over the teacher's at 4", swd[4] / ring_baseline(4), 1.0)]
         case generators.Adversarial():
             before = ring.consistency_samplers(recipe.denoiser("frozen"))
             start = {n: run(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}

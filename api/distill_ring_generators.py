@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -18,12 +17,15 @@ from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers
 from fewstep.distill_ring_teachers import Consistency
 from fewstep.distill_training import Settings
 from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
-from fewstep.solvers.distill.network import noised, points_of, predict
+from fewstep.solvers.distill.network import noised, points_of, predict, spread, told
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.grid import grid as make_grid
 from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import Array, Flow
+from fewstep.solvers.process import Array, Flow, Point
 from fewstep.solvers.registry import plan as make_plan
+
+LEVELS = (80.0, 5.0, 1.0, 0.3)
+"""Where a four-step student is called, the noisiest first."""
 
 
 class Rectified(RingRecipe):
@@ -83,29 +85,87 @@ class Rectified(RingRecipe):
 
 
 class DistributionMatching(RingRecipe):
-    """DMD2 without its GAN head: a one-step generator, a critic with five updates to each of the generator's.
+    """DMD2: a generator, and a critic with five updates to each of the generator's.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. Option critic_steps.
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. Options: critic_steps; calls, 4 for
+    a student of four steps that trains on its own simulation (Yin et al. 2024, section 4.4); gan, 1 for a head on the
+    critic's last hidden layer that tells noised data from noised samples (section 4.3).
+
+    Beside four steps the critic is told which one made a sample, unlike in the paper: a critic of all steps' mixture
+    let the steps share the modes among them, so that each lost some.
     """
 
-    OPTIONS = ("critic_steps",)
+    OPTIONS = ("critic_steps", "calls", "gan")
+    # Weights of the head's loss in the critic's and of the generator's adversarial loss.
+    JUDGE, FOOL = 0.1, 0.1
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.critic_steps = int((settings.options or {}).get("critic_steps", 5))
-        self.new_network("critic")
-        self.modules["student"] = copy.deepcopy(self.modules["critic"])
+        options = {"critic_steps": 5, "calls": 1, "gan": 0, **(settings.options or {})}
+        self.critic_steps, self.gan = int(options["critic_steps"]), bool(options["gan"])
+        if options["calls"] not in (1, len(LEVELS)):
+            raise ValueError(f"calls = {options['calls']}: the student takes 1 or {len(LEVELS)}")
+        self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(options["calls"])], 0.0])
+        self.new_network("critic", strength=self.grid.steps > 1)
+        self.new_network("student")
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
+        if self.gan:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(settings.seed * 101 + 1)
+                self.modules["heads"] = adversarial.Heads([128])
+            self.optimisers["critic"].add_param_group({"params": list(self.modules["heads"].parameters())})
         self.warm = settings.steps // 5
 
     def denoiser(self, name: str) -> Denoiser:
         return Denoiser(self.modules[name], PROCESS, "edm")
 
-    def generate(self, noise: Tensor, name: str = "student") -> Tensor:
-        at = points_of(PROCESS, [PROCESS.sigma_max] * len(noise))
-        return predict(self.denoiser(name), PROCESS.sigma_max * noise, at)
+    def stops(self) -> np.ndarray:
+        """The student's step of each sample of the joint batch: a part of it for each, (B,)."""
+        n = self.settings.batch
+        return np.arange(n) * self.grid.steps // n
+
+    def entry(self, g: torch.Generator, noise: Tensor) -> Tensor:
+        """Where the student is called: x of the joint batch, each sample at its own step of the student's sampling."""
+        student, latent = self.denoiser("student"), PROCESS.sigma_max * noise
+        if self.grid.steps == 1:
+            return latent
+        seed, stops = int(torch.randint(2**31, (1,), generator=g)), torch.from_numpy(self.stops())
+        x = [
+            distribution_matching.backward_simulation(student, latent[stops == k], self.grid, k, seed=seed + k)
+            for k in range(self.grid.steps)
+        ]
+        return torch.cat(x)
+
+    def of_step(self, part: slice) -> dict[str, Tensor]:
+        """What the critic is told beside the noise level: the step that made a sample, if there are several."""
+        if self.grid.steps == 1:
+            return {}
+        return {"w": torch.from_numpy(self.stops()[part]).float()}
+
+    def begin(self) -> None:
+        """The student's start: the critic as it is at step 0, where its two inputs for the step are 0 and 1."""
+        weights = dict(self.modules["critic"].state_dict())
+        if self.grid.steps > 1:
+            first = weights["hidden.0.weight"]
+            weights["hidden.0.weight"] = first[:, :-2]
+            weights["hidden.0.bias"] = weights["hidden.0.bias"] + first[:, -1]
+        for name in ("student", "average"):
+            self.modules[name].load_state_dict(weights)
+
+    def generate(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+        return predict(self.denoiser("student"), x[part], points_of(PROCESS, self.grid.t[self.stops()[part]]))
+
+    def logits(self, x0: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
+        """What the head on the critic's bottleneck says of x0, noised: large for data."""
+        critic = self.modules["critic"]
+        assert isinstance(critic, Points)
+        numbers = told(self.denoiser("critic"), at)
+        x_in = noised(x0, noise, at) * spread(numbers.c_in, x0)
+        t = torch.as_tensor(numbers.t, dtype=x0.dtype)
+        logits: Tensor = self.modules["heads"](critic.features(x_in, t, **self.of_step(part))[-1:])
+        return logits
 
     def levels(self, g: torch.Generator) -> Array:
         """Noise levels of the joint batch, from the middle 96% of the range in the coordinate of the Karras grid."""
@@ -113,53 +173,58 @@ class DistributionMatching(RingRecipe):
         low, high = PROCESS.sigma_min ** (1 / 7), PROCESS.sigma_max ** (1 / 7)
         return np.asarray((low + u * (high - low)) ** 7)
 
-    def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor) -> float:
+    def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
+        """One update of the critic on samples, and of its head where real data stand beside them."""
         noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
         critic, weight = self.denoiser("critic"), losses.edm_weight(PROCESS.sigma_data)
-        return self.descend(
-            "critic",
-            lr,
-            lambda p: distribution_matching.critic_loss(
-                critic, fake[p], noise[p], points_of(PROCESS, sigma[p]), weight=weight
-            ),
-        )
+
+        def loss_of(p: slice) -> Tensor:
+            at = points_of(PROCESS, sigma[p])
+            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p), weight=weight)
+            if real is None:
+                return loss
+            said = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
+            return loss + self.JUDGE * distribution_matching.gan_critic_loss(*said)
+
+        return self.descend("critic", lr, loss_of)
 
     def step(self, k: int) -> dict[str, float]:
         g = self.generator(k)
         if k < self.warm:
             loss = self.critic_step(k, self.lr_at(k, 0, self.warm), g, self.data(g)[0])
             if k == self.warm - 1:
-                for name in ("student", "average"):
-                    self.modules[name].load_state_dict(self.modules["critic"].state_dict())
+                self.begin()
             return {"critic": loss, "generator": 0.0}
         # A critic that moves faster than the generator's distribution chases its own noise.
         lr = 0.3 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
         critic_loss = 0.0
         for turn in range(self.critic_steps):
             own = self.generator(k, turn + 2)
+            real, latent = self.data(own)
             with torch.no_grad():
-                fake = self.generate(self.data(own)[1])
-            critic_loss = self.critic_step(k, lr, own, fake)
+                fake = self.generate(self.entry(own, latent))
+            critic_loss = self.critic_step(k, lr, own, fake, real if self.gan else None)
         latent = self.data(g)[1]
         noise, sigma = torch.randn(latent.shape, generator=g), self.levels(g)
-        loss = self.descend(
-            "student",
-            0.5 * lr,
-            lambda p: (
-                distribution_matching.generator_loss(
-                    self.generate(latent[p]),
-                    self.teacher,
-                    self.denoiser("critic"),
-                    noise[p],
-                    points_of(PROCESS, sigma[p]),
-                ).loss
-            ),
-        )
+        x = self.entry(g, latent)
+
+        def loss_of(p: slice) -> Tensor:
+            fake, at = self.generate(x, p), points_of(PROCESS, sigma[p])
+            loss = distribution_matching.generator_loss(
+                fake, self.teacher, self.denoiser("critic"), noise[p], at, critic_cond=self.of_step(p)
+            ).loss
+            if not self.gan:
+                return loss
+            return loss + self.FOOL * distribution_matching.gan_generator_loss(self.logits(fake, noise[p], at, p))
+
+        generator_loss = self.descend("student", 0.5 * lr, loss_of)
         self.follow(k - self.warm, 0.99)
-        return {"critic": critic_loss, "generator": loss}
+        return {"critic": critic_loss, "generator": generator_loss}
 
     def samplers(self) -> dict[int, tuple[Any, Plan]]:
-        return {1: (self.denoiser("average"), make_plan("ddim", Grid.from_sigmas(PROCESS, [80.0, 0.0])))}
+        student = self.denoiser("average")
+        one = {1: (student, make_plan("ddim", Grid.from_sigmas(PROCESS, [80.0, 0.0])))}
+        return one if self.grid.steps == 1 else {**one, self.grid.steps: (student, make_plan("lcm", self.grid))}
 
 
 class Adversarial(RingRecipe):
@@ -168,7 +233,6 @@ class Adversarial(RingRecipe):
     The features are the hidden layers of the consistency student itself at a low noise level, frozen.
     """
 
-    LEVELS = (80.0, 5.0, 1.0, 0.3)
     SHARP = 0.05  # the level at which the frozen network looks at a sample
 
     def __init__(self, settings: Settings) -> None:
@@ -210,8 +274,8 @@ class Adversarial(RingRecipe):
         lr = 0.03 * self.lr_at(k, self.begin, self.settings.steps - self.begin)
         g, n = self.generator(k), self.settings.batch
         x0, noise = self.data(g)
-        level = torch.randint(len(self.LEVELS), (n,), generator=g).numpy()
-        sigma = np.array(self.LEVELS)[level]
+        level = torch.randint(len(LEVELS), (n,), generator=g).numpy()
+        sigma = np.array(LEVELS)[level]
         again, ln = torch.randn((n, 2), generator=g), 1.2 * torch.randn((n,), generator=g).double() - 1.2
         ratio = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
         student, heads = self.denoiser("student"), self.modules["heads"]

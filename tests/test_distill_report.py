@@ -38,9 +38,18 @@ def test_critics_are_compared_seed_by_seed() -> None:
     assert "| 0 | 0.05 | 0.06 | 0.833 | <= 0.6 | **missed** |" in text
 
 
+def test_variants_are_compared_at_their_most_calls() -> None:
+    plain, four, gan = (Run("ring", "distribution_matching", 1, o) for o in ((), (("calls", 4),), (("gan", 1),)))
+    many = ring_result(0.3, True)
+    many["rows"].append({**many["rows"][0], "nfe": 4, "swd": 0.06})
+    text = page({plain: ring_result(0.05, True), four: many, gan: ring_result(0.04, True)})
+    assert "| 1 | 0.06 | 0.05 | 1.2 | <= 1 | **missed** |" in text
+    assert "| 1 | 0.04 | 0.05 | 0.8 | <= 1 | met |" in text
+
+
 def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> None:
     runs = plan(range(2))
-    assert len({run.name for run in runs}) == len(runs) == 20
+    assert len({run.name for run in runs}) == len(runs) == 24
     run = next(r for r in runs if r.problem == "digits")
     keys = ("energy_distance", "accuracy", "feature_distance")
     row = {"nfe": 1, **dict.fromkeys(keys, 0.5), "teacher": "ddim, trailing", **{f"teacher {k}": 0.25 for k in keys}}

@@ -51,6 +51,43 @@ def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
     assert distances[1] < 0.9 * distances[0], distances
 
 
+@pytest.mark.parametrize("options", [{"calls": 4}, {"gan": 1}], ids=str)
+def test_variants_of_distribution_matching_learn_and_resume_to_the_bit(options: dict[str, int], tmp_path: Path) -> None:
+    """At the student's most calls. The student starts as the critic at step 0, whose head moves from then on alone."""
+    given = {"critic_steps": 2, **options}
+    first, whole = (run("distribution_matching", steps, options=given)[0] for steps in (2, 160))
+    distances = []
+    for recipe in (first, whole):
+        denoiser, plan = list(recipe.samplers().values())[-1]
+        distances.append(sliced_wasserstein(sample(denoiser, plan, recipe.start_sigma, 512), RING.draw(512, 0)))
+    assert distances[1] < 0.9 * distances[0], distances
+
+    kinds = [make_recipe("distribution_matching", "ring", 30, 32, options=given) for _ in range(3)]
+    train(kinds[0])
+    heads = {k: v for k, v in state(kinds[1]).items() if k.startswith("heads.")}
+    for k in range(kinds[1].warm):
+        kinds[1].step(k)
+    after = state(kinds[1])
+    assert all(torch.equal(after[k], v) for k, v in heads.items())
+    x, t = torch.randn((5, 2), generator=torch.Generator().manual_seed(0)), torch.linspace(-1.0, 1.0, 5)
+    told = {"w": torch.zeros(5)} if "calls" in options else {}
+    student, critic = (kinds[1].modules[name] for name in ("student", "critic"))
+    torch.testing.assert_close(student(x, t), critic(x, t, **told), rtol=1e-5, atol=1e-6)  # the student's start
+    for k in range(kinds[1].warm, 20):
+        kinds[1].step(k)
+    save(kinds[1], 20, tmp_path / CHECKPOINT)
+    after = state(kinds[1])
+    assert bool(heads) == ("gan" in options)
+    assert not any(torch.equal(after[k], v) for k, v in heads.items())
+    assert train(kinds[2], tmp_path, resume=True) == 30
+    assert_same(kinds[0], kinds[2])
+
+
+def test_a_student_of_another_number_of_calls_is_refused() -> None:
+    with pytest.raises(ValueError, match="calls = 3: the student takes 1 or 4"):
+        make_recipe("distribution_matching", "ring", options={"calls": 3})
+
+
 def test_the_guided_student_learns_and_a_deaf_one_cannot() -> None:
     """Without w at its input a student can only learn the mean over w."""
     errors = []
