@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.kernels import numba_train
 from fewstep.solvers.arrays import TorchFrame
 
 # From this many elements on, reading 16-bit parameters in place is faster than converting them (bench/test_training).
@@ -32,6 +31,8 @@ def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
     rest: list[tuple[Tensor, Tensor]] = []
     for k, p in zip(kept, fresh, strict=True):
         if decay and _fused(k, p):  # a + (p - a) would not be p to the bit
+            from fewstep.kernels import numba_train  # a compiler, which most averages do not need
+
             bits = TorchFrame().bits
             numba_train.ema(bits(k).reshape(-1), bits(p).reshape(-1), np.float32(1.0 - decay))
         else:
