@@ -250,7 +250,9 @@ def _find(
     if cursor is None:
         cursor = attributes[CURSOR] = Cursor()
     try:
-        standing = cursor.standing if cursor.holds(attributes) else cursor.settle(parent, attributes)
+        standing = cursor.standing
+        if standing is None or not cursor.holds(attributes):
+            standing = cursor.settle(parent, attributes)
     except NotAffineError:
         return None
     key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
