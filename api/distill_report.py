@@ -104,6 +104,8 @@ def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
         ]
         if dict(options).get("deaf"):
             lines += ["The control, which is not told the guidance strength: it must miss its bound.", ""]
+        if dict(options).get("calls"):
+            lines += ["The critic is told which of the student's steps made a sample.", ""]
         lines += _ring_rows(own)
         lines += _checks(own, seeds)
         if method == "adversarial":
