@@ -54,10 +54,10 @@ def cpu_table(results=RESULTS):
     ]
     lines += ["", "Other figures of the same run:", ""]
     for row in told["rows"]:
-        if row["case"].partition(" ")[0] not in CPU:
-            ours, unit, budget = row["ours"], row["unit"], row["budget"]
+        if row["budget"] and row["case"].partition(" ")[0] not in CPU:
+            ours, unit, (sense, bound) = row["ours"], row["unit"], row["budget"]
             beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
-            lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {budget[0]} {budget[1]:g})")
+            lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {sense} {bound:g})")
     if missed:
         lines += ["", "Budgets missed: " + "; ".join(missed) + "."]
     return lines
