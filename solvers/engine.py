@@ -104,9 +104,14 @@ class FusedRun:
         self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
         self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
         self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
-        # What the model gets of t, and the same memory beside its source: a model may write to t as well.
-        times = [job.frame.concatenate([t]) for t in job.times]
-        self.times = [(t, job.frame.bits(t), job.frame.bits(own)) for t, own in zip(times, job.times, strict=True)]
+        # What the model gets of t, each stage its own part of one block: a model may write to t as well, so the block
+        # is written anew for each run.
+        block = job.frame.concatenate(job.times)
+        self.times = job.frame.bits(block)
+        self.true_times = self.times.copy()
+        ends = np.cumsum([len(t) for t in job.times]).tolist()
+        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtype: Any = ...  # of the last output that was checked
         self.args = [self._arguments(k) for k in range(len(job.tables))]
@@ -161,6 +166,7 @@ class FusedRun:
 
     def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
         """Take the latent (or draw it), and write the first model input."""
+        self.times[...] = self.true_times
         first = self.job.start
         buffer = self.buffers[0]
         if streams is not None:
@@ -175,15 +181,15 @@ class FusedRun:
         self._step.launch(args, self.units, self.size)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        t, memory, source = self.times[k]
-        np.copyto(memory, source)
-        return self.views[k], t
+        return self.views[k], self.t[k]
 
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         """One fused stage."""
         job, table, args = self.job, self.job.tables[k], self.args[k]
         bits, rows = job.frame.bits, self.rows
-        raws, variance = job.predictions(raws)
+        variance = None
+        if self.variance:
+            raws, variance = job.predictions(raws)
         for j, raw in enumerate(raws, layout.RAW):
             if getattr(raw, "dtype", None) is not self.raw_dtype or raw.shape != job.shape:
                 job.check_raw(raw)
