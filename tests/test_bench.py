@@ -25,7 +25,7 @@ FIELDS = {
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    """One coefficient of one stage a millionth off: the gate is red, and every time is None."""
+    """Coefficients a ten-thousandth off: the gate is red, and every time is None."""
     from fewstep.kernels import numba_step
 
     true = numba_step.arguments
