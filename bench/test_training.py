@@ -21,7 +21,6 @@ from fewstep.kernels import layout, numba_step, torch_ops, torch_train  # noqa: 
 from fewstep.solvers.distill import distribution_matching, latent_consistency, progressive  # noqa: E402
 from fewstep.solvers.distill.ema import frozen_copy, update_ema  # noqa: E402
 from fewstep.solvers.distill.jumps import Jumps  # noqa: E402
-from fewstep.solvers.distill.network import points_of  # noqa: E402
 
 REPEATS = 60
 SHAPES = [(256, 2), (8, 4, 64, 64), (16, 16, 128, 128)]  # points, latents in the cache and beyond it
@@ -152,24 +151,19 @@ def huber(per_sample):
 
 
 def dmd(shape, dtype):
-    """The normalised difference of two scores and its loss; no kernel of ours is in it (Yin et al. 2024)."""
-    x, noise, real, own = draws(4, shape, dtype)
+    """The normalised difference of two scores, its loss and the gradient that reaches x (Yin et al. 2024), from the
+    two predictions: those cost as much on both sides."""
+    x, real, own = draws(3, shape, dtype)
     x.requires_grad_(True)
-    sigma = np.geomspace(0.01, 50.0, shape[0])
-    kind = str(dtype)[6:]
-    teacher, critic = (fs.Denoiser(lambda x, t, raw=raw: raw, EDM, "edm", dtype=kind) for raw in (real, own))
-    s = torch.as_tensor(sigma, dtype=dtype).reshape(-1, *[1] * (x.ndim - 1))
+    floor = distribution_matching.NORM_FLOOR
 
     def ours():
-        return distribution_matching.generator_loss(x, teacher, critic, noise, points_of(EDM, sigma)).loss
+        return torch_train.score_difference(x, real, own, floor)[0]
 
     def eager():
         with torch.no_grad():
-            x_t, root = x + s * noise, (s**2 + 0.25).sqrt()
-            x_in, t = x_t / root, s.flatten().log() / 4
-            found = [0.25 / root**2 * x_t + 0.5 * s / root * d.model(x_in, t) for d in (teacher, critic)]
-            gradient = (found[1] - found[0]) / (x - found[0]).abs().flatten(1).mean(1).reshape(s.shape)
-            goal = x - gradient
+            norm = (x - real).abs().flatten(1).mean(1).clamp_min(floor)
+            goal = x - (own - real) / norm.reshape(-1, *[1] * (x.ndim - 1))
         return 0.5 * (x - goal).square().flatten(1).sum(1)
 
     return with_gradient(ours, x), with_gradient(eager, x)

@@ -22,6 +22,18 @@ def pseudo_huber(x: np.ndarray, y: np.ndarray, c: float, *, per_sample: bool) ->
     return loss.sum(axis=axes) / count, d / root / count
 
 
+def score_difference(x: np.ndarray, real: np.ndarray, own: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """|g|^2 / 2 of each sample, (B,), and g = (own - real) / max(mean|x - real|, floor), (B, ...), both float64.
+
+    x a generator's samples, real and own the x0 predictions of the data's and of the generator's own score; the mean is
+    over a sample's elements (Yin et al. 2024, DMD eq. 7 and 8). |g|^2 / 2 is |x - (x - g)|^2 / 2, the bracket constant.
+    """
+    x, real, own = (np.asarray(v, np.float64) for v in (x, real, own))
+    axes = tuple(range(1, x.ndim))
+    g = (own - real) / np.maximum(np.abs(x - real).mean(axis=axes, keepdims=True), floor)
+    return 0.5 * (g * g).sum(axis=axes), g
+
+
 def boundary(x: np.ndarray, f: np.ndarray, c_skip: np.ndarray, c_out: np.ndarray) -> np.ndarray:
     """c_skip x + c_out F (Song et al. 2023, eq. 5), float64; c_skip, c_out (B,)."""
     shape = (-1,) + (1,) * (x.ndim - 1)

@@ -1,7 +1,7 @@
 """The training kernels as torch operators: differentiable, seen by torch.compile as one node.
 
-fewstep::pseudo_huber   the loss, with the gradient already at hand from the forward pass
-boundary                consistency scalings, a stage of one row: its adjoint is the stage's own
+fewstep::pseudo_huber, fewstep::score_difference   losses, with the gradient already at hand from the forward pass
+boundary    consistency scalings, a stage of one row: its adjoint is the stage's own
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import importlib.util
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.kernels import layout, naive_train, numba_train
+from fewstep.kernels.numba_step import CHUNK
 from fewstep.kernels.torch_ops import _rows, stage
 
 
@@ -27,6 +29,10 @@ def _wide(t: Tensor) -> Any:
     return t.detach().double().cpu().numpy()
 
 
+def _scratch(x: Tensor, *, wide: bool) -> Any:
+    return np.empty(min(CHUNK, x.numel()), np.float64 if wide else np.float32)
+
+
 def _kind(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -35,7 +41,9 @@ def _kind(x: Tensor) -> torch.dtype:
 def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     loss = torch.empty(len(x), dtype=torch.float64)
     grad = torch.empty(x.shape, dtype=x.dtype)
-    numba_train.pseudo_huber(_rows(x), _rows(y), c, per_sample, loss.numpy(), _rows(grad))
+    # Beyond this range of c its square would leave float32.
+    terms = _scratch(x, wide=x.dtype == torch.float64 or not 1e-15 < c < 1e15)
+    numba_train.pseudo_huber(_rows(x), _rows(y), terms.dtype.type(c), per_sample, terms, loss.numpy(), _rows(grad))
     return loss.to(_kind(x)), grad
 
 
@@ -59,14 +67,23 @@ def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros are written for the gradient's own
 
 
-def _backward(ctx: Any, loss: Tensor, grad: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
+def _backward(ctx: Any, loss: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+    by_x = _chained(ctx, loss)
+    return by_x, -by_x if by_x is not None and ctx.needs_input_grad[1] else None, None, None
+
+
+def _chained(ctx: Any, loss: Tensor | None) -> Tensor | None:
+    """The gradient by x, in its dtype, from that of the samples' losses (B,)."""
+    if loss is None:
+        return None
     (kept,) = ctx.saved_tensors
-    by_x = (kept * loss.reshape(-1, *[1] * (kept.ndim - 1))).to(kept.dtype)
-    return by_x, -by_x, None, None
+    return (kept * loss.reshape(-1, *[1] * (kept.ndim - 1))).to(ctx.dtype)
 
 
 _pseudo_huber.register_autograd(_backward, setup_context=_setup)
@@ -89,6 +106,68 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> 
         raise ValueError(f"c = {c}: the pseudo-Huber constant must be positive and finite")
     loss: Tensor = _pseudo_huber(x, y, float(c), per_sample)[0]
     return loss
+
+
+@torch.library.custom_op("fewstep::score_difference", mutates_args=())
+def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    loss, gradient = naive_train.score_difference(_wide(x), _wide(real), _wide(own), floor)
+    return torch.from_numpy(loss).to(real), torch.from_numpy(gradient).to(real)
+
+
+@_score_difference.register_kernel("cpu")
+def _(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    loss = torch.empty(len(x), dtype=torch.float64)
+    gradient = torch.empty(real.shape, dtype=real.dtype)
+    terms = _scratch(x, wide=real.dtype == torch.float64)
+    numba_train.score_difference(_rows(x), _rows(real), _rows(own), floor, terms, loss.numpy(), _rows(gradient))
+    return loss.to(real.dtype), gradient
+
+
+def score_difference_on_gpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """The Triton kernel; the oracle for float64, which it does not do."""
+    from fewstep.kernels import triton_train
+
+    if real.dtype == torch.float64:
+        loss, gradient = naive_train.score_difference(_wide(x), _wide(real), _wide(own), floor)
+        return torch.from_numpy(loss).to(real), torch.from_numpy(gradient).to(real)
+    return triton_train.score_difference(x.contiguous(), real.contiguous(), own.contiguous(), floor)
+
+
+if importlib.util.find_spec("triton"):
+    _score_difference.register_kernel("cuda")(score_difference_on_gpu)
+
+
+@_score_difference.register_fake
+def _(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    return real.new_empty(len(x)), torch.empty(real.shape, dtype=real.dtype, device=real.device)
+
+
+def _backward_difference(ctx: Any, loss: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    return _chained(ctx, loss), None, None, None
+
+
+_score_difference.register_autograd(_backward_difference, setup_context=_setup)
+
+
+def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Distribution matching's loss of each sample, (B,), and its gradient by x, (B, ...), in the dtype of real.
+
+    x          (B, ...) samples of any float dtype, differentiable once
+    real, own  (B, ...) float32, or float64 for a float64 x: predictions of x0, constants
+    floor      > 0, least value of the normaliser. See `naive_train.score_difference`.
+
+    Raises ValueError for tensors that do not agree or a bad floor.
+    """
+    for name, other in (("real", real), ("own", own)):
+        if other.shape != x.shape or other.dtype != _kind(x) or other.device != x.device or x.ndim < 2:
+            raise ValueError(
+                f"{name} is {other.dtype} {tuple(other.shape)} on {other.device}; it must be {_kind(x)} "
+                f"{tuple(x.shape)} on {x.device}, like x, with a batch axis"
+            )
+    if not 0.0 < floor < math.inf:
+        raise ValueError(f"floor = {floor}: it must be positive and finite")
+    loss, gradient = _score_difference(x, real, own, float(floor))
+    return loss, gradient
 
 
 def boundary(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:

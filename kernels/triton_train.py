@@ -1,7 +1,8 @@
-"""Training kernels on the GPU: the pseudo-Huber loss with its gradient, and averages of weights.
+"""Training kernels on the GPU: losses with their gradients, and averages of weights.
 
-Bytes an element: the loss reads x and y and writes the gradient, s (2 + 1) at s bytes; the norm of a sample reads
-twice, the second time out of L2. An average reads 4 + s and writes 4, all tensors of a model in one launch.
+Bytes an element: the pseudo-Huber loss reads x and y and writes the gradient, s (2 + 1) at s bytes; distribution
+matching reads x, real and own and writes g, s + 4 (2 + 1); what hangs on a whole sample reads it twice, the second time
+out of L2. An average reads 4 + s and writes 4, all tensors of a model in one launch.
 """
 
 from __future__ import annotations
@@ -65,6 +66,35 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool) -> tuple[T
             x, y, loss, grad, c, x.numel() // len(x), per_sample, BLOCK, num_warps=WARPS, **OPTIONS
         )  # fmt: skip
     return loss, grad
+
+
+@triton.jit
+def difference_kernel(x, real, own, loss, gradient, floor, n, BLOCK: tl.constexpr):
+    """See `naive_train.score_difference`. x (B, n); real, own, gradient (B, n) and loss (B,) float32. Grid: (B,)."""
+    b = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        total += tl.abs(_difference(x, real, b * n + start, lane, lane < n - start))
+    norm = tl.maximum(tl.sum(total) / n, floor)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        at = b * n + start
+        g = _difference(own, real, at, lane, lane < n - start) / norm
+        total += g * g  # 0 beyond the end
+        tl.store(gradient + at + lane, g, mask=lane < n - start)
+    tl.store(loss + b, 0.5 * tl.sum(total))
+
+
+def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """Losses (B,) and g like real, both float32. x (B, ...) of 16 or 32 bits; real, own float32; all contiguous."""
+    loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    gradient = torch.empty_like(real)
+    with guard(x):
+        difference_kernel[(len(x),)](
+            x, real, own, loss, gradient, floor, x.numel() // len(x), BLOCK, num_warps=WARPS, **OPTIONS
+        )  # fmt: skip
+    return loss, gradient
 
 
 @triton.jit

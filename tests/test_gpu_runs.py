@@ -164,6 +164,10 @@ def test_training_kernels() -> None:
         want, slope = naive_train.pseudo_huber(x.numpy(), y.numpy(), 0.03, per_sample=per_sample)
         np.testing.assert_allclose(loss.cpu().numpy(), want, rtol=1e-5)
         np.testing.assert_allclose(grad.cpu().numpy(), slope, rtol=1e-5, atol=1e-8)
+    loss, grad = triton_train.score_difference(x.half().to(GPU), y.to(GPU), (x * y).to(GPU), 0.25)
+    want, slope = naive_train.score_difference(x.half().numpy(), y.numpy(), (x * y).numpy(), 0.25)
+    np.testing.assert_allclose(loss.cpu().numpy(), want, rtol=1e-5)
+    np.testing.assert_allclose(grad.cpu().numpy(), slope, rtol=1e-5, atol=1e-8)
     values = [torch.randn(s, device=GPU).bfloat16() for s in (1, 1024, 5003)]
     averages = [torch.randn(s, device=GPU) for s in (1, 1024, 5003)]
     kept = [

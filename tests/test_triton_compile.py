@@ -224,6 +224,9 @@ TRAINING = {
     "pseudo-Huber, of the norm": (triton_train.huber_kernel, {
         "x": "*bf16", "y": "*bf16", "loss": "*fp32", "grad": "*bf16", "c": "fp32", "n": "i32", "PER_SAMPLE": True},
         4, 1),
+    "distribution matching of bf16 samples": (triton_train.difference_kernel, {
+        "x": "*bf16", "real": "*fp32", "own": "*fp32", "loss": "*fp32", "gradient": "*fp32", "floor": "fp32",
+        "n": "i32"}, 1 + 2 * 3, 2),
     "EMA of bf16 parameters": (triton_train.ema_kernel, {
         "averages": "*i64", "values": "*i64", "owners": "*i32", "offsets": "*i64", "sizes": "*i64", "decay": "*fp32",
         "like": "*bf16", "ALIGNED": True}, 2 + 1, 2),
@@ -305,6 +308,8 @@ CORNERS = {
         "r3": "*bf16", "n": 1, "BLOCK": 2048}),
     "a loss of one element": (triton_train.huber_kernel, TRAINING["pseudo-Huber, of the norm"][1], {
         "n": 1, "BLOCK": 1024}),
+    "a score difference of one element": (
+        triton_train.difference_kernel, TRAINING["distribution matching of bf16 samples"][1], {"n": 1, "BLOCK": 1024}),
     "an average at odd addresses": (triton_train.ema_kernel, TRAINING["EMA of bf16 parameters"][1], {
         "ALIGNED": False, "BLOCK": 1024}),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from fewstep.kernels import torch_train
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.grid import Grid
@@ -49,7 +50,7 @@ def generator_loss(
 
     The mean is over a sample's elements. The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over
     elements, mean over the batch: its gradient is g / B. Computed in float32 at least; the difference of two
-    predictions overflows or dies in float16.
+    predictions overflows or dies in float16. One kernel makes loss and gradient, see `fewstep.kernels.torch_train`.
     """
     with torch.no_grad():
         x = fake.detach()
@@ -57,11 +58,8 @@ def generator_loss(
         x_t = noised(x, noise.to(x.dtype), at)
         real = predict(teacher, x_t, at, cond)
         own = predict(critic, x_t, at, cond if critic_cond is None else critic_cond)
-        norm = (x - real).abs().flatten(1).mean(dim=1).clamp_min(floor)
-        gradient = (own - real) / norm.reshape(-1, *[1] * (x.ndim - 1))
-        moved = x - gradient
-    loss = 0.5 * (fake.to(x.dtype) - moved).square().flatten(1).sum(dim=1).mean()
-    return Matching(loss, gradient)
+    loss, gradient = torch_train.score_difference(fake, real, own, floor)
+    return Matching(loss.mean(), gradient)
 
 
 def critic_loss(

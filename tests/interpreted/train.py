@@ -30,6 +30,19 @@ def test_pseudo_huber(n: int, per_sample: bool, dtype: torch.dtype) -> None:
     assert not grad[0].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 32, 75])
+def test_score_difference(n: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(n)
+    x, real, own = (torch.randn(3, n, generator=g) for _ in range(3))
+    x = x.to(dtype)
+    real[0] = x[0]  # the floor
+    loss, gradient = torch_train.score_difference_on_gpu(x, real, own, 0.25)
+    want, slope = naive_train.score_difference(x.double().numpy(), real.numpy(), own.numpy(), 0.25)
+    np.testing.assert_allclose(loss.numpy(), want, rtol=2e-6)
+    np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_ema_of_many_tensors(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
