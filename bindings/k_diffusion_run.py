@@ -267,15 +267,6 @@ class _Tracked:
         self.levels = run.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]
         self.stage = 0
 
-    def _levels(self, k: int) -> tuple[float, float]:
-        """From where to where the draw of stage k is, in sigma."""
-        stages, edges = self.plan.stages, [*self.step, self.plan.nfe]
-        first = max(edge for edge in edges if edge <= k)
-        last = min(edge for edge in edges if edge > k) - 1
-        # What is drawn into x is in the next call; what is drawn beside it is for the end of the step.
-        to = stages[k].to if stages[k].rows["x"].get("z") else stages[last].to
-        return stages[first].at.sigma, to.sigma
-
     def model(self, x: Any) -> Any:
         run, k = self.run, self.stage
         at = self.plan.stages[k].at
@@ -297,7 +288,7 @@ class _Tracked:
             if source is None:
                 return torch.randn_like(self.run.x)
             # Draw 0 is the init row's churn; stage k has draw k + 1.
-            return source(*map(self.run.level, self._levels(number - 1)))
+            return source(*(self.run.level(end.sigma) for end in self.plan.stages[number - 1].drawn_over))
 
         return draw
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -163,13 +164,17 @@ def step(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta:
 def ancestral_step(
     grid: Grid, s: Point, t: Point, tableau: Tableau, split: tuple[float, float], form: Form = X0
 ) -> Iterator[Stage]:
-    """The ODE's step down to keep sigma_t, at alpha_t, then fresh sigma_t z; split = (keep, fresh)."""
+    """The ODE's step down to keep sigma_t, at alpha_t, then fresh sigma_t z; split = (keep, fresh).
+
+    The draw is the whole step's, whatever lower level the calls lead to.
+    """
     keep, fresh = split
     down = Point(t.t, t.alpha, keep * t.sigma)
     if math.isfinite(step_size(s, down)):
         *inner, last = targets(grid, s, down, tableau, form)
         # The first call draws: at eta = 1 the second one is at t already, with no path left to draw from.
         last = last._replace(to=t, z=(fresh * t.sigma, *[0.0] * len(inner)))
-        yield from stages(s, [*inner, last], form)
+        for stage in stages(s, [*inner, last], form):
+            yield replace(stage, span=(s, t))
     else:
         yield Stage(s, {"x": renoised(s, t, keep, fresh)}, t)

@@ -51,6 +51,7 @@ class Stage:
            which a constant x0 prediction is no straight line, or a call elsewhere than at the marginal of "x"
     variance  how a network that also predicts its variance scales "z" (`bindings.denoiser.VARIANCES`): the name
            of its parametrisation and the number that goes with it; None leaves "z" as it is
+    span   the stretch of a noise path that "z" belongs to, as an outside source is told; None is from `at` to `to`
     """
 
     at: Point
@@ -60,6 +61,11 @@ class Stage:
     noise: float = 1.0
     exact: bool = True
     variance: tuple[str, float] | None = None
+    span: tuple[Point, Point] | None = None
+
+    @property
+    def drawn_over(self) -> tuple[Point, Point]:
+        return self.span or (self.at, self.to)
 
 
 @dataclass(frozen=True)

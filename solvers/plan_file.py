@@ -6,7 +6,8 @@
      "grid": {"t": [...], "alpha": [...], "sigma": [...]},
      "init": null | {"row": {source: number}, "to": [t, alpha, sigma], "at": null | [t, alpha, sigma]},
      "stages": [{"at": [t, alpha, sigma], "to": [t, alpha, sigma], "rows": {slot: {source: number}},
-                 "done": bool, "noise": number, "exact": bool, "variance": null | [name, number]}]}
+                 "done": bool, "noise": number, "exact": bool, "variance": null | [name, number],
+                 "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`)}]}
 
 Numbers are written with all their digits, so that a plan comes back as it was, to the bit. Nothing in a file is
 run: it holds numbers and names. A tuned plan (`fewstep.tune`) carries what it belongs to in options["tuning"].
@@ -82,6 +83,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "noise": float(stage.noise),
                 "exact": stage.exact,
                 "variance": None if stage.variance is None else list(stage.variance),
+                **({} if stage.span is None else {"span": [_point(end) for end in stage.span]}),
             }
             for stage in plan.stages
         ],
@@ -236,13 +238,19 @@ def process_from_json(data: Any, where: str) -> Process:
 
 
 def _stage(data: Any, where: str) -> Stage:
-    own = _Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"))
+    own = _Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
     rows = own.get("rows", dict)
     variance = own.get("variance", (list, type(None)))
     if variance is not None:
         if len(variance) != 2 or not isinstance(variance[0], str):
             raise ValueError(f"{where}: variance = {variance!r} must be a name and a number")
         variance = (variance[0], _number(variance[1], f"{where}: variance[1]"))
+    span = None
+    if "span" in own.data:
+        ends = own.get("span", list)
+        if len(ends) != 2:
+            raise ValueError(f"{where}: span must be two points, got {len(ends)}")
+        span = (_point_from(ends[0], f"{where}: span[0]"), _point_from(ends[1], f"{where}: span[1]"))
     return Stage(
         own.point("at"),
         {slot: _row_from(row, f"{where}: rows[{slot!r}]") for slot, row in rows.items()},
@@ -251,6 +259,7 @@ def _stage(data: Any, where: str) -> Stage:
         own.number("noise"),
         own.get("exact", bool),
         variance,
+        span,
     )
 
 
@@ -279,18 +288,24 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-class _Fields:
-    """The fields of one JSON object, all of those named and no others."""
+def _point_from(data: Any, where: str) -> Point:
+    if not isinstance(data, list) or len(data) != 3:
+        raise ValueError(f"{where} must be [t, alpha, sigma], got {data!r:.80}")
+    return Point(*(_number(value, f"{where}[{i}]") for i, value in enumerate(data)))
 
-    def __init__(self, data: Any, where: str, names: Sequence[str]) -> None:
+
+class _Fields:
+    """The fields of one JSON object: all of those named, some of the optional ones and no others."""
+
+    def __init__(self, data: Any, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object, got {type(data).__name__}")
         for name in names:
             if name not in data:
                 raise ValueError(f"{where}: the field {name!r} is missing")
         for name in data:
-            if name not in names:
-                raise ValueError(f"{where}: unknown field {name!r}; it takes {', '.join(names)}")
+            if name not in (*names, *optional):
+                raise ValueError(f"{where}: unknown field {name!r}; it takes {', '.join((*names, *optional))}")
         self.data, self.where = data, where
 
     def get(self, name: str, kind: Any) -> Any:
@@ -308,7 +323,4 @@ class _Fields:
         return [_number(v, f"{self.where}: {name}[{i}]") for i, v in enumerate(self.get(name, list))]
 
     def point(self, name: str) -> Point:
-        values = self.numbers(name)
-        if len(values) != 3:
-            raise ValueError(f"{self.where}: {name} must be [t, alpha, sigma], got {len(values)} numbers")
-        return Point(*values)
+        return _point_from(self.get(name, list), f"{self.where}: {name}")

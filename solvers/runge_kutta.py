@@ -219,7 +219,7 @@ def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> It
         tableau, mid = _midpoint(grid, on, s, down)
         *before, last = rk_step(grid, tableau, on, s, down, inner=mid)
         yield from before
-        yield replace(last, rows={**last.rows, "x": {**last.rows["x"], "z": fresh * t.sigma}}, to=t)
+        yield replace(last, rows={**last.rows, "x": {**last.rows["x"], "z": fresh * t.sigma}}, to=t, span=(s, t))
 
 
 @solver("heunpp2")

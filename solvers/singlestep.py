@@ -178,7 +178,10 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5, path: str | None = "
         shared = _inner_share(grid, s, p, t, path)
         inner = _sde_target(s, p, eta, (1.0,), (1.0,))
         last = _sde_target(s, t, eta, (1.0 - half, half), (math.sqrt(shared), math.sqrt(1.0 - shared)))
-        yield from stages(s, [inner, last], X0)
+        *before, end = stages(s, [inner, last], X0)
+        yield from before
+        # Draws that follow no path are each over all that they noise.
+        yield end if path else replace(end, span=(s, t))
 
 
 def _sde_target(s: Point, t: Point, eta: float, f: Sequence[float], z: Sequence[float]) -> Target:

@@ -25,7 +25,7 @@ class StageTable:
     branches  the branches of guidance that are called, `weights` their share in the guided output
     t         what the network is told; c_in: the factor on x for this stage's model input
     w         (1, rows, COLUMNS); p (1, 4) or None if it is folded into w
-    draw      the number of this stage's noise, None if it draws none
+    draw      the number of this stage's noise, None if it draws none; span: what an outside source is told of it
     variance  the number by which the network's own variance scales that noise, None if it does not
     """
 
@@ -41,6 +41,7 @@ class StageTable:
     w: np.ndarray
     p: np.ndarray | None
     draw: int | None
+    span: tuple[Point, Point]
     variance: float | None = None
 
 
@@ -87,6 +88,7 @@ def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable
                 w=w[None].astype(dtype),
                 p=None if padded is None else padded.astype(dtype),
                 draw=k + 1 if op.noisy else None,
+                span=stage.drawn_over,
                 variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
             )
         )
