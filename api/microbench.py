@@ -205,7 +205,7 @@ class Case:
         raws = len(table.branches)
         state = [np.zeros((1, 4), self.state) for _ in range(2)]
         model = np.zeros((1, 4), {"bfloat16": "uint16", "float16": "int16"}.get(self.dtype, self.dtype))
-        arguments = numba_step.arguments(
+        launch = numba_step.Launch(
             [None if slot is None else state[0] for slot in table.slots],
             [model] * raws,
             table.w,
@@ -215,7 +215,7 @@ class Case:
             streams=None if table.draw is None else np.zeros((1, 3), np.uint32),
             draw=table.draw or 0,
         )
-        return Side("empty launch", lambda: numba_step.launch(arguments, 0, 0))
+        return Side("empty launch", lambda: launch.run(launch.memory, 0, 0))
 
     # --- the gate ---
 

@@ -1,7 +1,8 @@
 """Clocks for code that takes microseconds: sides of a comparison in turn, in one process, on one clock.
 
-Every side runs twice in its turn, once to warm the caches and once on the clock. One thread is timed by its
-own CPU time, which other processes do not lengthen; several by the wall clock.
+Every side runs once in its turn to warm the caches, which the other sides left full of their own, and then on the
+clock until a window is filled, as long for a fast side as for a slow one. One thread is timed by its own CPU time,
+which other processes do not lengthen; several by the wall clock.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Side:
     prepare: Callable[[], Any] = lambda: None
 
     def repeated(self) -> Side:
-        """`run` as often as fills a window. For a side without `prepare`."""
+        """`run` as often as fills a window: so short that the clock would weigh. For a side without `prepare`."""
         self.run()
         started = time.perf_counter()
         self.run()
@@ -47,24 +48,29 @@ class Side:
 
         return Side(self.name, run, self.steps * times)
 
-    def warm(self) -> None:
-        self.prepare()
-        self.run()
-        self.prepare()
-
 
 def interleaved(sides: Sequence[Side], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
     """Seconds a step of each side, `repeats` windows each, the sides in turn."""
+
+    def window(side: Side) -> float:
+        runs, spent = 0, 0.0
+        while not runs or spent < WINDOW:
+            side.prepare()
+            started = clock()
+            side.run()
+            spent += clock() - started
+            runs += 1
+        return spent / (runs * side.steps)
+
     samples: list[list[float]] = [[] for _ in sides]
     collecting = gc.isenabled()
     gc.disable()
     try:
         for _ in range(repeats):
             for side, found in zip(sides, samples, strict=True):
-                side.warm()
-                started = clock()
+                side.prepare()
                 side.run()
-                found.append((clock() - started) / side.steps)
+                found.append(window(side))
     finally:
         if collecting:
             gc.enable()

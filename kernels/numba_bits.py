@@ -46,6 +46,17 @@ f32_from_bits: Callable[[Any], Any] = _bitcast(types.uint32, types.float32)
 bits_from_f32: Callable[[Any], Any] = _bitcast(types.float32, types.uint32)
 
 
+@intrinsic
+def pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
+    """An address (int64) as a pointer to numbers of a NumPy scalar type, for `numba.carray`."""
+    signature = types.CPointer(dtype.dtype)(address, dtype)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return signature, codegen
+
+
 @jit(forceinline=True)
 def f32_from_bf16(code: Any) -> Any:
     """bfloat16 code (uint16) -> float32, exact."""

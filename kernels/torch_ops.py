@@ -106,9 +106,8 @@ def _(
 ) -> list[Tensor]:
     outputs = _empty(slots, raws, w, copies, model_dtype)
     states = outputs[:-1] if copies else outputs
-    rows = _rows(outputs[0])
     inputs = np.split(_rows(outputs[-1]), copies) if copies else []
-    args = numba_step.arguments(
+    numba_step.Launch(
         [None if s is None else _rows(s) for s in _ordered(slots, columns)],
         [_rows(raw) for raw in raws],
         w.detach().contiguous().numpy(),
@@ -118,8 +117,7 @@ def _(
         z=None if z is None else _rows(z),
         p=None if p is None else p.detach().contiguous().numpy(),
         limit=None if limit is None else limit.detach().contiguous().numpy(),
-    )
-    numba_step.launch(args, numba_step.units(*rows.shape), rows.size)
+    )()
     return outputs
 
 

@@ -10,15 +10,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.kernels import layout, naive, philox
-from fewstep.solvers.arrays import FLOATS, Array, Frame
+from fewstep.solvers.arrays import FLOATS, Array, Frame, aligned
 from fewstep.solvers.process import Point
 from fewstep.solvers.program import Program
 from fewstep.solvers.tables import StageTable, init_table
+
+if TYPE_CHECKING:
+    from fewstep.kernels.numba_step import Launch
 
 NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Any]
 
@@ -96,7 +99,7 @@ class FusedRun:
         self.rows = (batch, elements)
         self.units = numba_step.units(batch, elements)
         self.serial = self.size <= numba_step.SERIAL_ELEMENTS
-        self.buffers = [np.empty((batch, elements), state) for _ in range(job.program.buffers)]
+        self.buffers = [aligned((batch, elements), state) for _ in range(job.program.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
         copies = max(job.copies(k) for k in range(len(job.tables)))
@@ -113,13 +116,12 @@ class FusedRun:
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
-        self.raw_dtype: Any = ...  # of the last output that was checked
-        self.args = [self._arguments(k) for k in range(len(job.tables))]
-        self.kernels = [numba_step.kernel(table.w) for table in job.tables]
-        self.init = self._init_arguments()
+        self.raw_dtypes: list[Any] = [...] * layout.RAWS  # of the network's outputs that were checked last
+        self.launches = [self._launch(k) for k in range(len(job.tables))]
+        self.init = self._init_launch()
         self._warm()
 
-    def _arguments(self, k: int) -> list[Any]:
+    def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]
         after = k + 1 < len(job.tables)
         c_in = np.array([job.tables[k + 1].c_in if after else 1.0], job.dtype)
@@ -130,9 +132,9 @@ class FusedRun:
         elif clip is not None:
             limit = self.limit
         rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
-        return self._step.arguments(
+        return self._step.Launch(
             [None if b is None else self.buffers[b] for b in table.slots],
-            [],
+            [self.input_rows[0][0]] * len(table.branches),  # stands for the network's outputs
             table.w,
             [self.buffers[b] for b in table.writes],
             list(self.input_rows[(k + 1) % 2][: job.copies(k + 1)]) if after else [],
@@ -141,11 +143,12 @@ class FusedRun:
             draw=table.draw or 0,
             p=self.p if rescaled else table.p,
             limit=limit,
+            fixed=True,
         )
 
-    def _init_arguments(self) -> list[Any]:
+    def _init_launch(self) -> Launch:
         op = self.job.program.init
-        return self._step.arguments(
+        return self._step.Launch(
             [self.buffers[0]],
             [],
             init_table(op, self.job.dtype),
@@ -157,12 +160,8 @@ class FusedRun:
 
     def _warm(self) -> None:
         """Compile every structure now: a launch of no units costs nothing but that."""
-        self._step.launch(self.init, 0, 0)
-        raw = self.input_rows[0][0]
-        for table, args, kernel in zip(self.job.tables, self.args, self.kernels, strict=True):
-            filled = list(args)
-            filled[layout.RAW : layout.RAW + len(table.branches)] = [raw] * len(table.branches)
-            self._step.launch(filled, 0, 0, kernel)
+        for launch in (self.init, *self.launches):
+            launch.run(launch.memory, 0, 0)
 
     def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
         """Take the latent (or draw it), and write the first model input."""
@@ -177,39 +176,50 @@ class FusedRun:
         else:
             np.copyto(buffer, x)
         noisy = noise is not None and self.job.program.init.noisy
-        args = self._with_noise(self.init, 0, first, first, noise) if noisy else self.init
-        self._step.launch(args, self.units, self.size)
+        (self._with_noise(self.init, 0, first, first, noise) if noisy else self.init)()
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         return self.views[k], self.t[k]
 
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         """One fused stage."""
-        job, table, args = self.job, self.job.tables[k], self.args[k]
-        bits, rows = job.frame.bits, self.rows
+        job, table, launch = self.job, self.job.tables[k], self.launches[k]
+        address = job.frame.address
         variance = None
         if self.variance:
             raws, variance = job.predictions(raws)
-        for j, raw in enumerate(raws, layout.RAW):
-            if getattr(raw, "dtype", None) is not self.raw_dtype or raw.shape != job.shape:
+        held = []  # until the launch is over
+        for j, raw in enumerate(raws):
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != job.shape:
                 job.check_raw(raw)
-                self.raw_dtype = raw.dtype
-            args[j] = bits(raw).reshape(rows)
+                self._expect(j, raw)
+                launch = self.launches[k]
+            launch.memory[self._step.RAW + j], kept = address(raw)
+            held.append(kept)
         if table.p is not None:
-            self._reduce_stage(table, args)
+            self._reduce_stage(table, raws)
         factor = None
         if table.variance is not None:
             factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
         if table.draw is not None:
-            args = self._with_noise(args, table.draw, table.at, table.to, noise, factor)
+            launch = self._with_noise(launch, table.draw, table.at, table.to, noise, factor)
         if self.serial:  # the compiled function itself: at small sizes every Python call shows
-            self.kernels[k](*args, 0, self.units)
+            launch.run(launch.memory, 0, self.units)
         else:
-            self._step.launch(args, self.units, self.size, self.kernels[k])
+            launch()
 
-    def _reduce_stage(self, table: StageTable, args: list[Any]) -> None:
+    def _expect(self, j: int, raw: Array) -> None:
+        """From now on output j of the network has the dtype of `raw`."""
+        self.raw_dtypes[j] = raw.dtype
+        stand_in = np.empty(0, self.job.frame.bits(raw).dtype)
+        for k, table in enumerate(self.job.tables):
+            if j < len(table.branches):
+                self.launches[k] = self.launches[k].replaced({self._step.RAW + j: stand_in})
+
+    def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
         denoiser = self.job.denoiser
-        r1, r2, r3 = args[layout.RAW : layout.RAW + layout.RAWS]
+        bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
+        r1, r2, r3 = [*bits, None, None][: layout.RAWS]
         p = table.p
         if denoiser.rescale and len(table.branches) > 1:
             weights = np.zeros(3)
@@ -218,35 +228,31 @@ class FusedRun:
             p = self.p
         if denoiser.clip is not None and not isinstance(denoiser.clip, (int, float)):
             clip = denoiser.clip
-            self._reduce.threshold(args[0], r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
+            x = None if table.slots[0] is None else self.buffers[table.slots[0]]
+            self._reduce.threshold(x, r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
 
     def _with_noise(
         self,
-        args: list[Any],
+        launch: Launch,
         draw: int,
         at: Point,
         to: Point,
         noise: NoiseSource | None,
         factor: np.ndarray | None = None,
-    ) -> list[Any]:
+    ) -> Launch:
         if noise is not None:
             z = outside_noise(noise, draw, at, to, self.job.shape)
         elif factor is None:
-            return args  # the kernel draws it
+            return launch  # the kernel draws it
         else:
             self._noise.normal_batch(self.latent, self.streams, draw, philox.STEP)
             z = self.latent.reshape(self.job.shape)
         z = z if factor is None else z * factor
-        replaced = list(args)
-        z_at = layout.RAW + layout.RAWS
-        replaced[z_at] = z.astype(self.job.dtype, copy=False).reshape(self.job.batch, self.job.elements)
-        replaced[z_at + 1] = None
-        return replaced
+        z = np.ascontiguousarray(z, self.job.dtype).reshape(self.rows)
+        return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
 
     def release(self) -> None:
-        """Let go of the network's outputs; the memory of the run itself stays."""
-        for args in self.args:
-            args[layout.RAW : layout.RAW + layout.RAWS] = [None] * layout.RAWS
+        """Nothing to let go of: of the network's outputs it keeps addresses alone."""
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""

@@ -173,8 +173,7 @@ class NumbaMaps(Maps):
         new = [np.empty((n, self.elements), self.dtype) for _ in range(w.shape[1])]
         one = np.ones(1, self.dtype)
         bits = [self._bits(raw) for raw in raws]
-        args = self._step.arguments(slots, bits, w, new, c_in=one, z=z, p=p, limit=limit)
-        self._step.launch(args, self._step.units(n, self.elements), n * self.elements)
+        self._step.Launch(slots, bits, w, new, c_in=one, z=z, p=p, limit=limit)()
         return new
 
 

@@ -28,18 +28,13 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     """Coefficients a ten-thousandth off: the gate is red, and every time is None."""
     from fewstep.kernels import numba_step
 
-    true = numba_step.arguments
+    true = numba_step.Launch
 
-    def wrong(*args, **options):
-        made = true(*args, **options)
-        made = [v.copy() if isinstance(v, np.ndarray) and v.ndim == 3 and v.dtype == np.float32 else v for v in made]
-        for v in made:
-            if isinstance(v, np.ndarray) and v.ndim == 3 and v.dtype == np.float32:
-                v *= np.float32(1.0 + 1e-4)
-        return made
+    def wrong(slots, raws, w, *args, **options):
+        return true(slots, raws, w * np.float32(1.0 + 1e-4), *args, **options)
 
     assert measure(Case("dpmpp_2m", SMALL), 1)["failed"] is None
-    monkeypatch.setattr(numba_step, "arguments", wrong)
+    monkeypatch.setattr(numba_step, "Launch", wrong)
     record = measure(Case("dpmpp_2m", SMALL), 1)
     assert "and the naive backend end" in record["failed"]
     assert [record[name] for name in microbench.MEASURED] == [None] * len(microbench.MEASURED)

@@ -1,4 +1,4 @@
-"""`numba_step.kernel`: compiled for the zeros of a table, it gives the numbers of the naive twin, and reads no more."""
+"""A launch with a fixed table, compiled for its zeros, gives the numbers of the naive twin, and reads no more."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def test_the_numbers_are_the_oracles(name: str, dtype: str) -> None:
     """To the bit, with a NaN in every source: it reaches the rows that read it, and no other."""
     rng = np.random.default_rng(3)
     w = table(PATTERNS[name], rng, dtype)
-    run = numba_step.kernel(w)
-    assert run is not numba_step.fused
+    assert any(numba_step.zeros_of(w))
     n = 5000  # three chunks, the last one short
     sources = rng.standard_normal((6, 2, n)).astype(dtype)
     for j, source in enumerate(sources):
@@ -44,8 +43,7 @@ def test_the_numbers_are_the_oracles(name: str, dtype: str) -> None:
     predicts, noisy = bool(w[..., layout.PREDICTION].any()), bool(w[..., layout.NOISE].any())
     options = {"p": p if predicts else None, "limit": limit if predicts else None, "z": z if noisy else None}
     outputs = [np.full((2, n), np.inf, dtype) for _ in w[0]]
-    args = numba_step.arguments(slots, [raw], w, outputs, [], c_in=np.ones(1, dtype), **options)
-    numba_step.launch(args, numba_step.units(2, n), 2 * n, run)
+    numba_step.Launch(slots, [raw], w, outputs, [], c_in=np.ones(1, dtype), fixed=True, **options)()
     for out, want in zip(outputs, naive.step(slots, [raw], w, **options), strict=True):
         np.testing.assert_array_equal(out, want)
         assert not np.isinf(out).any()
@@ -55,6 +53,7 @@ def test_few_zeros_and_tables_of_a_batch_share_a_kernel() -> None:
     rng = np.random.default_rng(0)
     few = table(["1100100", "1000100"], rng, "float32")
     many = table(PATTERNS["unipc"], rng, "float32")
-    assert numba_step.kernel(few) is numba_step.fused
-    assert numba_step.kernel(np.concatenate([many, many])) is numba_step.fused
-    assert numba_step.kernel(many) is numba_step.kernel(2.0 * many)
+    nothing = (None,) * layout.OUTPUTS
+    assert numba_step.zeros_of(few) == nothing
+    assert numba_step.zeros_of(np.concatenate([many, many])) == nothing
+    assert numba_step.zeros_of(many) == numba_step.zeros_of(2.0 * many) != nothing

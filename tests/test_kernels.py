@@ -159,9 +159,7 @@ def make(s: Structure, seed: int, batch: int, n: int, own: dict[str, bool], dens
 
 
 def launch(kernel: dict[str, Any]) -> None:
-    args = numba_step.arguments(**kernel)
-    batch, n = kernel["outputs"][0].shape
-    numba_step.launch(args, numba_step.units(batch, n), batch * n)
+    numba_step.Launch(**kernel)()
 
 
 def definition(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -356,4 +354,4 @@ def test_too_many_arrays(name: str, count: int, room: int) -> None:
     given_ = {"slots": [a], "raws": [a], "outputs": [a], "inputs": [a]} | {name: [a] * count}
     w = np.zeros((1, 1, layout.COLUMNS), np.float32)
     with pytest.raises(ValueError, match=f"at most {room} {name}, got {count}"):
-        numba_step.arguments(**given_, w=w, c_in=np.ones(1, np.float32))
+        numba_step.Launch(**given_, w=w, c_in=np.ones(1, np.float32))

@@ -62,10 +62,10 @@ def without_ours(values: Mapping[str, Any]) -> dict[str, Any]:
 class Cursor:
     """Where a scheduler stands in its machine, until somebody writes one of its attributes.
 
-    memory  the tensors that it remembers, of one shape; arrays: as NumPy arrays, where they are at hand
+    memory  the tensors that it remembers, of one shape
     """
 
-    __slots__ = ("arrays", "digests", "memory", "schedule", "shape", "standing", "times")
+    __slots__ = ("digests", "memory", "schedule", "shape", "standing", "times")
 
     def __init__(self) -> None:
         self.digests = Digests()
@@ -77,7 +77,6 @@ class Cursor:
         values = {name: value for name, value in attributes.items() if name != CURSOR}
         standing = STANDINGS.settle(parent, values, places(values), self.digests)
         self.memory = [get(values, place) for place in standing.memory]
-        self.arrays: list[Any] = [None] * len(self.memory)
         names = _SCHEDULE["sigmas" not in values]
         self.schedule = [(t, t._version) for n in names if isinstance(t := values.get(n), Tensor)]
         self.shape = self.memory[0].shape if self.memory else None
@@ -92,15 +91,12 @@ class Cursor:
         self.standing = standing
         return standing
 
-    def advance(
-        self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any], arrays: Sequence[Any]
-    ) -> None:
-        """Over a transition. pool: its sources and its new rows, as tensors; arrays: the same in NumPy."""
+    def advance(self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any]) -> None:
+        """Over a transition. pool: its sources and its new rows."""
         transition.leave(attributes, pool)
         self.standing = transition.standing
         if transition.sources or self.memory:
             self.memory = [pool[i] for i in transition.sources]
-            self.arrays = [arrays[i] for i in transition.sources]
             self.shape = pool[0].shape if transition.sources else None
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
@@ -308,8 +304,8 @@ def _step(
         return None
     if transition.draw is not None:
         z = _draw(self, parent, transition.draw, raw, x, generator)
-    rows, arrays = transition.update(x, raw, z, memory, cursor.arrays)
-    cursor.advance(attributes, transition, (x, raw, z, None, *memory, *rows), arrays)
+    rows = transition.update(x, raw, z, memory)
+    cursor.advance(attributes, transition, (x, raw, z, None, *memory, *rows))
     return transition.wrap(rows)
 
 

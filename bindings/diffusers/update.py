@@ -1,8 +1,9 @@
 """The rows of one call, run on real tensors.
 
-One fused pass: every live tensor is read once, every new one written once. On the CPU it is the Numba kernel, called
-without a detour; on a GPU that Triton knows the operator `fewstep::stage`, with the coefficients in tables that stay
-on the device. On any other device, and for float64 on a GPU, the oracle's expressions. None of them waits for the GPU.
+One fused pass: every live tensor is read once, every new one written once. On the CPU it is the Numba kernel, which
+takes the tensors by their addresses; on a GPU that Triton knows the operator `fewstep::stage`, with the coefficients in
+tables that stay on the device. On any other device, and for float64 on a GPU, the oracle's expressions. None of them
+waits for the GPU.
 """
 
 from __future__ import annotations
@@ -74,53 +75,41 @@ class Update:
         self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
         # The kernel writes a few rows at a time; one launch does for all but the longest memories.
         self.launches = [
-            _Launch(self, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
+            _Launch(self, call, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
         self.tables: dict[torch.device, Tables] = {}
 
-    def __call__(
-        self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
-    ) -> tuple[list[Tensor], list[np.ndarray | None]]:
-        """The rows as new tensors: what the call returns in its own dtypes, what it remembers in the state's.
-
-        arrays  the memory as NumPy arrays where they are at hand: each view of a tensor costs a microsecond
-        Returns [x, raw, z, m, *memory, *new rows] as such arrays too.
-        """
+    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        """The rows as new tensors: what the call returns in its own dtypes, what it remembers in the state's."""
         if x.is_cpu:
-            results, known = self._fused(x, raw, z, memory, arrays)
+            run = self._fused
         else:
-            by_operator = _TRITON and x.is_cuda and self.dtype is torch.float32
-            results = (self._operator if by_operator else self._naive)(x, raw, z, memory)
-            known = [None] * (MEMORY + len(memory) + len(results))
+            run = self._operator if _TRITON and x.is_cuda and self.dtype is torch.float32 else self._naive
+        results = run(x, raw, z, memory)
         for i, dtype in self.casts:
             results[i] = results[i].to(dtype)
-        return results, known
+        return results
 
-    def _fused(
-        self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor], arrays: Sequence[np.ndarray | None]
-    ) -> tuple[list[Tensor], list[np.ndarray | None]]:
-        shape, size = x.shape, x.numel()
-        rows = (shape[0], size // shape[0])
-        known: list[np.ndarray | None] = [_array(x, rows), _array(raw, rows), None, None, *arrays]
-        sources = known[:2]
+    def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        dtype, size = self.dtype, x.numel()
+        x, raw = _settled(x, x.dtype), _settled(raw, raw.dtype)
+        sources = [x, raw]  # kept until the last launch is over
         if self.noisy:
             assert z is not None
-            known[NOISE] = _array(z, rows)
-            sources.append(known[NOISE])
+            sources.append(_settled(z, dtype))
+        sources += [_settled(memory[j], dtype) for j in self.memory]
+        addresses = [source.data_ptr() for source in sources]
+        rows = len(x), size // len(x)
+        limit = None
         if not self.anywhere:
             limit = np.zeros((rows[0], 4), self.state)
-            numba_reduce.threshold(sources[0], sources[1], None, None, self.p, *self.quantile, limit)
-            sources.append(limit)
-        for j in self.memory:
-            array = arrays[j]
-            if array is None:
-                array = known[MEMORY + j] = _array(memory[j], rows)
-            sources.append(array)
+            m = [_bits(source).reshape(rows) for source in (x, raw)]
+            numba_reduce.threshold(*m, None, None, self.p, *self.quantile, limit)
         results: list[Tensor] = []
         for launch in self.launches:
-            launch(sources, shape, rows, size, results, known)
-        return results, known
+            launch(addresses, limit, x, rows, size, results)
+        return results
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The twin of `_fused` on a GPU: one operator a launch, and nothing else. For `anywhere` alone."""
@@ -165,68 +154,69 @@ class Update:
 
 
 class _Launch:
-    """One launch of the kernel: its arguments, but for the arrays, and which positions these take.
+    """One launch of the kernel, and which words of its memory each call writes.
 
     table  its rows, (1, rows, COLUMNS); live: which of [x, *memory] they read
     """
 
-    def __init__(self, update: Update, table: np.ndarray, first: int) -> None:
-        self.table, self.run = table, numba_step.kernel(table)
+    def __init__(self, update: Update, call: Call, table: np.ndarray, first: int) -> None:
+        self.table = table
         self.live = [
             j
             for j in range(1 + len(update.memory))
             if table[:, :, j].any() or (j == 0 and update.p is not None and update.p[0, 0])
         ]
-        sources = 2 + update.noisy + (not update.anywhere) + len(update.memory)
-        # Stand-ins for [x, raw, z, limit, *memory], the outputs and the model's dtype copy of the first one.
-        marks = [np.empty(0) for _ in range(sources + table.shape[1] + 1)]
-        slots = marks[sources - len(update.memory) : sources]
-        outputs = marks[sources:-1]
-        narrow = marks[-1:] if update.narrow is not None and first == 0 else []
-        self.template = numba_step.arguments(
-            [marks[0], *slots],
-            [marks[1]],
+        # Stand-ins of one element for what each call brings.
+        one = np.zeros((1, 1), update.state)
+        x, raw = (_bits(torch.zeros((1, 1), dtype=dtype)) for dtype in (call.x_dtype, call.raw_dtype))
+        self.narrow = update.narrow if first == 0 else None
+        self.launch = numba_step.Launch(
+            [x, *[one] * len(update.memory)],
+            [raw],
             table,
-            outputs,
-            narrow,
+            [one] * table.shape[1],
+            [] if self.narrow is None else [_bits(torch.zeros((1, 1), dtype=self.narrow))],
             c_in=np.ones(1, update.state),
-            z=marks[2] if update.noisy else None,
+            z=one if update.noisy else None,
             p=update.p,
-            limit=update.limit if update.anywhere else marks[2 + update.noisy],
+            limit=update.limit if update.anywhere else np.zeros((1, 4), update.state),
+            fixed=True,
         )
-        place = {id(argument): i for i, argument in enumerate(self.template)}
-        self.sources = [place[id(mark)] for mark in marks[:sources]]
-        self.outputs = [place[id(mark)] for mark in outputs]
-        self.narrow = place[id(marks[-1])] if narrow else None
-        self.narrow_dtype, self.state = update.narrow, update.state
+        slots = range(1, 1 + len(update.memory))
+        self.sources = [0, numba_step.RAW, *([numba_step.NOISE] if update.noisy else []), *slots]
+        self.outputs = range(numba_step.OUTPUT, numba_step.OUTPUT + table.shape[1])
+        self.dtype = update.dtype
 
     def __call__(
         self,
-        sources: Sequence[np.ndarray | None],
-        shape: Sequence[int],
+        addresses: Sequence[int],
+        limit: np.ndarray | None,
+        x: Tensor,
         rows: tuple[int, int],
         size: int,
         results: list[Tensor],
-        known: list[np.ndarray | None],
     ) -> None:
-        """Append the rows of this launch to `results`, and to `known` as arrays."""
-        arguments = self.template.copy()
-        for i, array in zip(self.sources, sources, strict=True):
-            arguments[i] = array
-        state = self.state
-        for i in self.outputs:
-            array = np.empty(rows, state)
-            arguments[i] = array
-            known.append(array)
-            results.append(torch.from_numpy(array.reshape(shape)))
+        """Append the rows of this launch to `results`."""
+        memory = self.launch.memory.copy()  # other threads fill theirs
+        memory[numba_step.SAMPLES], memory[numba_step.ELEMENTS] = rows
+        for j, address in zip(self.sources, addresses, strict=True):
+            memory[j] = address
+        if limit is not None:
+            memory[numba_step.LIMIT], memory[numba_step.OWN_LIMIT] = limit.ctypes.data, len(limit)
+        like, dtype = x, self.dtype
+        plain = x.dtype is dtype
+        for j in self.outputs:
+            out = torch.empty_like(like) if plain else torch.empty_like(like, dtype=dtype)
+            memory[j] = out.data_ptr()
+            results.append(out)
+        first = results[0]
         if self.narrow is not None:
-            results[0] = torch.empty(shape, dtype=self.narrow_dtype)
-            arguments[self.narrow] = _bits(results[0]).reshape(rows)
-        numba_step.launch(arguments, numba_step.units(*rows), size, self.run)
+            results[0] = torch.empty_like(x, dtype=self.narrow)
+            memory[numba_step.INPUT] = results[0].data_ptr()
+        numba_step.launch(self.launch.run, memory, numba_step.units(*rows), size)
+        del first  # until here: the kernel has written it
 
 
-def _array(tensor: Tensor, rows: tuple[int, int]) -> np.ndarray:
-    """A tensor as the kernel reads it, (B, elements); 16-bit ones as their bits."""
-    if tensor.dtype is torch.float32 and not tensor.requires_grad:  # the usual case, without a detour
-        return tensor.numpy().reshape(rows)
-    return _bits(tensor).reshape(rows)
+def _settled(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as the kernel reads it: contiguous, of the dtype that it was compiled for."""
+    return tensor if tensor.is_contiguous() and tensor.dtype is dtype else tensor.to(dtype).contiguous()
