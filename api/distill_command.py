@@ -58,7 +58,6 @@ def distill(
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, parse_options(option))
         if rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
-        begin = time.perf_counter()
         with progress(recipe.settings.steps, quiet=as_json or rank() > 0) as watch:
             done = train(recipe, out, resume=resume, every=every, watch=watch)
         if rank() > 0:
@@ -66,7 +65,7 @@ def distill(
         if done < recipe.settings.steps:
             ERR.print(f"stopped after {done} of {recipe.settings.steps} steps; go on with --resume")
             raise typer.Exit(EXIT_STOPPED)
-        outcome = finish(recipe, out, time.perf_counter() - begin)
+        outcome = finish(recipe, out)
     if as_json:
         typer.echo(json.dumps(outcome.as_json()))
         return
@@ -99,8 +98,11 @@ class progress:  # noqa: N801  # a context manager that reads as a function
         self.bar.stop()
 
 
-def finish(recipe: Any, out: Path, seconds: float) -> Outcome:
-    """Judge a trained recipe; write the student's weights, results.json and pictures of the samples."""
+def finish(recipe: Any, out: Path) -> Outcome:
+    """Judge a trained recipe; write the student's weights, results.json and pictures of the samples.
+
+    The results' seconds are of training, over all resumptions, and of judging.
+    """
     import safetensors.torch
 
     from fewstep.distill_evaluate import evaluate
@@ -108,7 +110,9 @@ def finish(recipe: Any, out: Path, seconds: float) -> Outcome:
     from fewstep.output import write_samples
     from fewstep.solvers.files import write_whole
 
+    begin = time.perf_counter()
     outcome = evaluate(recipe)
+    seconds = recipe.seconds + time.perf_counter() - begin
     name = "average" if "average" in recipe.modules else "student"
     data = safetensors.torch.save({k: v.contiguous() for k, v in recipe.modules[name].state_dict().items()})
     write_whole(out / STUDENT, lambda to: to.write_bytes(data))

@@ -11,7 +11,6 @@ import json
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from fewstep.distill_training import CHECKPOINT, train
 from fewstep.solvers.files import write_whole
 
 SEEDS = (0, 1, 2)
+RESULTS = "results.json"
 
 
 class Run(NamedTuple):
@@ -60,22 +60,27 @@ def execute(runs: Iterable[Run], work: Path) -> None:
     """Train and judge what has no results yet, one line each."""
     for run in runs:
         out = work / run.name
-        if (out / "results.json").exists():
+        if (out / RESULTS).exists():
             continue
         out.mkdir(parents=True, exist_ok=True)
         recipe = make_recipe(run.method, run.problem, seed=run.seed, options=dict(run.options))
-        begin = time.perf_counter()
         done = train(recipe, out, resume=(out / CHECKPOINT).exists())
         if done < recipe.settings.steps:
             sys.exit(f"stopped in {run.name} after {done} steps; run the same command to go on")
-        outcome = finish(recipe, out, time.perf_counter() - begin)
+        outcome = finish(recipe, out)
         met = sum(check.met for check in outcome.checks)
-        print(f"{run.name}: {met} of {len(outcome.checks)} checks met, {time.perf_counter() - begin:.0f} s", flush=True)
+        seconds = json.loads((out / RESULTS).read_text())["seconds"]
+        print(f"{run.name}: {met} of {len(outcome.checks)} checks met, {seconds:.0f} s", flush=True)
 
 
 def collect(runs: Iterable[Run], work: Path) -> dict[Run, dict[str, Any]]:
     """The results of the finished runs."""
-    return {r: json.loads(path.read_text()) for r in runs if (path := work / r.name / "results.json").exists()}
+    return {r: json.loads(path.read_text()) for r in runs if (path := work / r.name / RESULTS).exists()}
+
+
+def minutes(results: Mapping[Run, Mapping[str, Any]]) -> float:
+    """What the runs took in all, over all resumptions."""
+    return sum(float(r["seconds"]) for r in results.values()) / 60.0
 
 
 def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
@@ -86,6 +91,8 @@ def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
         "Written by `make distill-report` from the runs' own results; every number is of the last weights (or their",
         "average) at the end of the training. SWD is the sliced Wasserstein-2 distance of 4096 samples to 4096 draws",
         "of the data over 128 directions.",
+        "",
+        f"{len(results)} runs, {minutes(results):.0f} minutes of training and judging, one after another.",
         "",
         "## Points: a ring of eight Gaussians, exact teacher, 3 x 128 perceptron",
         "",
@@ -241,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     if not results:
         parser.error(f"no finished run in {args.work}")
     write(results, args.work, args.docs)
-    print(f"{len(results)} of {len(runs)} runs -> {args.docs / 'results.md'}")
+    print(f"{len(results)} of {len(runs)} runs, {minutes(results):.0f} minutes in all -> {args.docs / 'results.md'}")
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class DistributionMatching(RingRecipe):
         self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(options["calls"])], 0.0])
         self.new_network("critic", strength=self.grid.steps > 1)
         self.new_network("student")
+        self.simulate = distribution_matching.BackwardSimulation(self.denoiser("student"), self.grid)
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
@@ -128,15 +129,11 @@ class DistributionMatching(RingRecipe):
 
     def entry(self, g: torch.Generator, noise: Tensor) -> Tensor:
         """Where the student is called: x of the joint batch, each sample at its own step of the student's sampling."""
-        student, latent = self.denoiser("student"), PROCESS.sigma_max * noise
+        latent = PROCESS.sigma_max * noise
         if self.grid.steps == 1:
             return latent
         seed, stops = int(torch.randint(2**31, (1,), generator=g)), torch.from_numpy(self.stops())
-        x = [
-            distribution_matching.backward_simulation(student, latent[stops == k], self.grid, k, seed=seed + k)
-            for k in range(self.grid.steps)
-        ]
-        return torch.cat(x)
+        return torch.cat([self.simulate(latent[stops == k], k, seed=seed + k) for k in range(self.grid.steps)])
 
     def of_step(self, part: slice) -> dict[str, Tensor]:
         """What the critic is told beside the noise level: the step that made a sample, if there are several."""

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import signal
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -89,9 +90,10 @@ def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
 class Recipe(ABC):
     """A method on a problem: its networks, its optimisers and one step of it.
 
-    `modules` and `optimisers` by name are all of its state: a checkpoint holds them and nothing else.
+    `modules` and `optimisers` by name are all of its state: a checkpoint holds them, and the time they took.
     """
 
+    seconds = 0.0  # of training so far, over all resumptions
     settings: Settings
     modules: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
@@ -169,7 +171,7 @@ def save(recipe: Recipe, step: int, path: Path) -> None:
     for name, optimiser in recipe.optimisers.items():
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{name}.{i}.{key}": value for key, value in state.items()}
-    metadata = {"settings": json.dumps(asdict(recipe.settings)), "step": str(step)}
+    metadata = {"settings": json.dumps(asdict(recipe.settings)), "step": str(step), "seconds": repr(recipe.seconds)}
     data = safetensors.torch.save({key: t.detach().clone().contiguous() for key, t in tensors.items()}, metadata)
     write_whole(path, lambda to: to.write_bytes(data))
 
@@ -185,7 +187,7 @@ def load(recipe: Recipe, path: Path) -> int:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        theirs, step = json.loads(metadata["settings"]), int(metadata["step"])
+        theirs, step, seconds = json.loads(metadata["settings"]), int(metadata["step"]), float(metadata["seconds"])
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a checkpoint of a distillation run ({error})") from error
     ours = json.loads(json.dumps(asdict(recipe.settings)))
@@ -203,6 +205,7 @@ def load(recipe: Recipe, path: Path) -> int:
                 index, _, what = key.removeprefix(prefix).partition(".")
                 state.setdefault(int(index), {})[what] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    recipe.seconds = seconds
     return step
 
 
@@ -268,8 +271,10 @@ def train(
     """
     first = load(recipe, out / CHECKPOINT) if resume and out is not None else 0
     log = Log(out / LOG, first) if out is not None and rank() == 0 else None
+    begin = time.perf_counter() - recipe.seconds
 
     def keep(step: int) -> None:
+        recipe.seconds = time.perf_counter() - begin
         if log is not None and out is not None:
             save(recipe, step, out / CHECKPOINT)
             log.write()

@@ -242,20 +242,29 @@ def test_gan_losses_are_the_non_saturating_ones() -> None:
     )
 
 
-def test_backward_simulation_is_the_students_own_sampling() -> None:
-    student = fs.Denoiser(lambda x, t: torch.tanh(x), EDM, "sample")
+def test_backward_simulation_is_the_students_own_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On samplers that are made once and follow the weights."""
+    made: list[int] = []
+    kind = distribution_matching.Sampler
+    monkeypatch.setattr(distribution_matching, "Sampler", lambda *a, **o: (made.append(1), kind(*a, **o))[1])
+    gain = torch.nn.Linear(1, 1, bias=False).double()
     grid = fs.Grid.from_sigmas(EDM, [80.0, 10.0, 2.0, 0.5, 0.0])
+    simulate = distribution_matching.BackwardSimulation(
+        fs.Denoiser(lambda x, t: torch.tanh(gain.weight * x), EDM, "sample"), grid
+    )
     latent = 80.0 * normals(3, 2)
     draws = {k: normals(3, 2, seed=k) for k in range(1, 4)}
-    x = latent
-    for stop in range(4):
-        got = distribution_matching.backward_simulation(
-            student, latent, grid, stop, noise=lambda draw, at, to, shape: draws[draw]
-        )
-        torch.testing.assert_close(got, x, rtol=1e-6, atol=1e-6)
-        x = torch.tanh(x) + grid.sigma[stop + 1] * draws.get(stop + 1, 0.0)
+    for weight in (1.0, -0.6):
+        with torch.no_grad():
+            gain.weight.fill_(weight)
+        x = latent
+        for stop in range(4):
+            got = simulate(latent, stop, noise=lambda draw, at, to, shape: draws[draw])
+            torch.testing.assert_close(got, x, rtol=1e-12, atol=1e-12)
+            x = torch.tanh(weight * x) + grid.sigma[stop + 1] * draws.get(stop + 1, 0.0)
+    assert len(made) == 3
     with pytest.raises(ValueError, match=r"stop = 4: the grid's steps are 0 \.\. 3"):
-        distribution_matching.backward_simulation(student, latent, grid, 4)
+        simulate(latent, 4)
 
 
 # --- averages ---

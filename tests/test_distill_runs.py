@@ -143,6 +143,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int
         train(killed, tmp_path, every=cut, watch=stop)
     again = make_recipe(method, "ring", 30, 32, options=options)
     assert train(again, tmp_path, resume=True) == 30
+    assert again.seconds > killed.seconds > 0.0
     assert_same(whole, again)
 
 

@@ -87,21 +87,37 @@ def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
-@torch.no_grad()
-def backward_simulation(student: Any, latent: Tensor, grid: Grid, stop: int, **run: Any) -> Tensor:
-    """What a multi-step student sees at step `stop` of its own sampling (Yin et al. 2024, section 4.4).
+class BackwardSimulation:
+    """simulate(latent, stop): what a multi-step student sees at step `stop` of its own sampling (Yin et al. 2024,
+    section 4.4).
 
-    latent  (B, ...) at the grid's first point
-    stop    0 .. grid.steps - 1: this many steps of re-noised sampling (solver "lcm") are made first
-    run     seed=, noise=, cond= ... as for a `fewstep.Sampler`'s call
+    student  a denoiser; grid: its own steps, re-noised between (solver "lcm")
 
-    Returns x at grid point `stop`, from which the student is then called with gradients.
+    Samplers are made at the first call for a stop and a shape, and kept: later calls see the weights as they then are.
     """
-    if not 0 <= stop < grid.steps:
-        raise ValueError(f"stop = {stop}: the grid's steps are 0 .. {grid.steps - 1}")
-    if stop == 0:
-        return latent
-    head = Grid(grid.process, grid.t[: stop + 1], grid.alpha[: stop + 1], grid.sigma[: stop + 1])
-    sampler = Sampler(student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype)
-    x: Tensor = sampler(latent, **run)
-    return x
+
+    def __init__(self, student: Any, grid: Grid) -> None:
+        self.student, self.grid = student, grid
+        self._samplers: dict[tuple[Any, ...], Sampler] = {}
+
+    @torch.no_grad()
+    def __call__(self, latent: Tensor, stop: int, **run: Any) -> Tensor:
+        """x at grid point `stop`, (B, ...) like latent, from which the student is then called with gradients.
+
+        latent  (B, ...) float32 or float64, at the grid's first point
+        stop    0 .. grid.steps - 1: how many steps are made first
+        run     seed=, noise=, cond= ... as for a `fewstep.Sampler`'s call
+        """
+        if not 0 <= stop < self.grid.steps:
+            raise ValueError(f"stop = {stop}: the grid's steps are 0 .. {self.grid.steps - 1}")
+        if stop == 0:
+            return latent
+        key = stop, latent.shape, latent.device, latent.dtype
+        if key not in self._samplers:
+            g = self.grid
+            head = Grid(g.process, g.t[: stop + 1], g.alpha[: stop + 1], g.sigma[: stop + 1])
+            self._samplers[key] = Sampler(
+                self.student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
+            )
+        x: Tensor = self._samplers[key](latent, **run)
+        return x
