@@ -17,12 +17,12 @@ import numpy as np
 
 from fewstep.kernels import naive, philox
 from fewstep.solvers.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.checks import BACKENDS, check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.dlpack import any_library
 from fewstep.solvers.embedded import PAIRS, Attempt, Controller, Pair
 from fewstep.solvers.engine import NoiseSource, outside_noise
 from fewstep.solvers.frames import FRAMES
 from fewstep.solvers.grid import Grid
-from fewstep.solvers.loop import BACKENDS, check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.per_sample import SEEN, Batch, Outputs
 from fewstep.solvers.plan import Row, first_order

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from fewstep.kernels import philox
 from fewstep.solvers.arrays import Frame, TorchFrame
-from fewstep.solvers.loop import Sampler, model_frame
+from fewstep.solvers.checks import model_frame
+from fewstep.solvers.loop import Sampler
 from fewstep.solvers.per_sample import SEEN, Batch
 from fewstep.solvers.plan import NOISE, PREDICTION, UNGUIDED, Plan, Stage
 from fewstep.solvers.process import Array, Point

@@ -15,8 +15,8 @@ import numpy as np
 
 from fewstep.solvers.arrays import Frame, TorchFrame
 from fewstep.solvers.batched import latents, spread_conditions
+from fewstep.solvers.checks import model_frame
 from fewstep.solvers.frames import FRAMES
-from fewstep.solvers.loop import model_frame
 from fewstep.solvers.per_sample import SEEN, Batch
 from fewstep.solvers.plan import PREDICTION
 from fewstep.solvers.process import Point

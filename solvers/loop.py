@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import secrets
 import warnings
 from collections import deque
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fewstep.kernels import philox
-from fewstep.solvers.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.arrays import Array, Frame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.checks import BACKENDS, check_latent, check_out, check_shape, model_frame, pick_backend
 from fewstep.solvers.dlpack import any_library
 from fewstep.solvers.engine import FusedRun, Job, NaiveRun, NoiseSource
 from fewstep.solvers.graph import CaptureError, capture_api
@@ -27,10 +27,9 @@ from fewstep.solvers.program import compile_plan
 from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
 from fewstep.solvers.tables import stage_tables
-from fewstep.solvers.triton_run import TritonRun, trouble
+from fewstep.solvers.triton_run import TritonRun
 from fewstep.solvers.triton_run import check as check_triton
 
-BACKENDS = ("auto", "naive", "numba", "triton")
 GRAPHS = ("auto", "off", "step", "loop")
 
 Run = FusedRun | NaiveRun | TritonRun
@@ -458,70 +457,8 @@ def sample(
     )
 
 
-# --- checks: every one names the argument, its value and what would work ---
-
-
-def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    try:
-        sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        raise TypeError(f"shape must be a sequence of ints (B, ...), got {shape!r}") from None
-    if len(sizes) < 2 or any(n < 1 for n in sizes):
-        raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
-    return sizes
-
-
-def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:
-    if frame is None:
-        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
-    if tuple(x.shape) != shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}, the sampler was made for {shape}")
-    if frame.dtype_of(x) not in FLOATS:
-        raise ValueError(f"x has dtype {frame.dtype_of(x)}; it must be one of {', '.join(FLOATS)}")
-    if frame.dtype_of(x) == "float64" and dtype != "float64":
-        raise ValueError("x is float64 and the sampler's state float32: pass dtype='float64', or x as float32")
-    if frame.device != model.device:
-        raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
-
-
 def _wants_grad(x: Array, frame: Frame | None) -> bool:
     return isinstance(frame, TorchFrame) and x.requires_grad and frame.torch.is_grad_enabled()
-
-
-def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
-    if frame is None or not frame.is_array(out) or tuple(out.shape) != shape:
-        raise ValueError(
-            f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}"
-        )
-    if frame.dtype_of(out) not in FLOATS:
-        raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
-    if frame.device_of(out) != model.device:
-        raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}: move one of them")
-
-
-def model_frame(denoiser: Any, device: Any) -> Frame:
-    """The library and device of the model's arrays: its own, else the one asked for, else NumPy."""
-    own: Frame | None = denoiser.frame
-    if own is None:
-        return NumpyFrame() if device is None else TorchFrame(device)
-    if device is not None and TorchFrame(device).device != own.device:
-        raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
-    return own
-
-
-def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
-    """The backend behind a name on a device; `triton`: whether the GPU kernels can do what is asked."""
-    if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
-        reason = trouble(frame)
-        if reason is None:
-            return "triton"
-        if backend == "triton":
-            raise ValueError(f"backend='triton' is not available here: {reason}")
-    if backend == "numba" and frame.device != "cpu":
-        raise ValueError(f"backend='numba' runs on the CPU, the model is on {frame.device}: use backend='naive'")
-    if backend == "auto":
-        return "numba" if frame.device == "cpu" else "naive"
-    return backend
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.arrays import Array, TorchFrame
+from fewstep.solvers.checks import check_shape, model_frame
 from fewstep.solvers.engine import Job
 from fewstep.solvers.plan import Plan
 from fewstep.solvers.program import compile_plan
@@ -40,7 +41,6 @@ class MixedRun:
 
     def __init__(self, denoiser: Any, plans: Sequence[Plan], shape: Sequence[int], *, device: Any = None) -> None:
         from fewstep.kernels import triton_noise, triton_step
-        from fewstep.solvers.loop import check_shape, model_frame
 
         self.shape = check_shape(shape)
         frame = model_frame(denoiser, device)

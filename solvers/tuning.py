@@ -25,12 +25,12 @@ import numpy as np
 
 from fewstep.solvers.arrays import FLOATS
 from fewstep.solvers.batched import Ensemble, Indices, Unrolled, latents, unroll, unroll_stages
+from fewstep.solvers.checks import check_shape
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.grid import grid as make_grid
 from fewstep.solvers.hand_made import Ranked, candidates, errors, rank, usable
-from fewstep.solvers.loop import check_shape
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plan import Plan
 from fewstep.solvers.process import Array
