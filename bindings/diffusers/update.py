@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
+from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
 from fewstep.kernels.torch_ops import stage
 from fewstep.solvers.arrays import TorchFrame
 
@@ -92,23 +93,44 @@ class Update:
         return results
 
     def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        dtype, size = self.dtype, x.numel()
-        x, raw = _settled(x, x.dtype), _settled(raw, raw.dtype)
-        sources = [x, raw]  # kept until the last launch is over
+        shape, size, dtype = x.shape, x.numel(), self.dtype
+        samples = shape[0]
+        sources = [x, raw]
         if self.noisy:
             assert z is not None
-            sources.append(_settled(z, dtype))
-        sources += [_settled(memory[j], dtype) for j in self.memory]
-        addresses = [source.data_ptr() for source in sources]
-        rows = len(x), size // len(x)
+            sources.append(z if z.dtype is dtype else z.to(dtype))
+        for j in self.memory:
+            tensor = memory[j]
+            sources.append(tensor if tensor.dtype is dtype else tensor.to(dtype))
+        addresses = []
+        for i, tensor in enumerate(sources):
+            if not tensor.is_contiguous():
+                sources[i] = tensor = tensor.contiguous()  # kept until the last launch is over
+            addresses.append(tensor.data_ptr())
+        x, plain = sources[0], x.dtype is dtype
         limit = None
         if not self.anywhere:
-            limit = np.zeros((rows[0], 4), self.state)
-            m = [_bits(source).reshape(rows) for source in (x, raw)]
+            limit = np.zeros((samples, 4), self.state)
+            m = [_bits(source).reshape(samples, -1) for source in sources[:2]]
             numba_reduce.threshold(*m, None, None, self.p, *self.quantile, limit)
         results: list[Tensor] = []
         for launch in self.launches:
-            launch(addresses, limit, x, rows, size, results)
+            words = launch.words.copy()  # other threads fill theirs
+            words[SAMPLES], words[ELEMENTS] = samples, size // samples
+            for j, address in zip(launch.sources, addresses, strict=True):
+                words[j] = address
+            if limit is not None:
+                words[numba_step.LIMIT], words[numba_step.OWN_LIMIT] = limit.ctypes.data, samples
+            for j in launch.outputs:
+                out = torch.empty_like(x) if plain else torch.empty_like(x, dtype=dtype)
+                words[j] = out.data_ptr()
+                results.append(out)
+            wide = results[0]  # written by the kernel too
+            if launch.narrow is not None:
+                results[0] = torch.empty_like(x, dtype=launch.narrow)
+                words[numba_step.INPUT] = results[0].data_ptr()
+            numba_step.launch(launch.run, words, numba_step.units(samples, size // samples), size)
+            del wide
         return results
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
@@ -170,7 +192,7 @@ class _Launch:
         one = np.zeros((1, 1), update.state)
         x, raw = (_bits(torch.zeros((1, 1), dtype=dtype)) for dtype in (call.x_dtype, call.raw_dtype))
         self.narrow = update.narrow if first == 0 else None
-        self.launch = numba_step.Launch(
+        launch = numba_step.Launch(
             [x, *[one] * len(update.memory)],
             [raw],
             table,
@@ -182,41 +204,8 @@ class _Launch:
             limit=update.limit if update.anywhere else np.zeros((1, 4), update.state),
             fixed=True,
         )
+        self.run, self.words = launch.run, launch.memory
+        self._held = launch  # its tables lie where the words say
         slots = range(1, 1 + len(update.memory))
         self.sources = [0, numba_step.RAW, *([numba_step.NOISE] if update.noisy else []), *slots]
         self.outputs = range(numba_step.OUTPUT, numba_step.OUTPUT + table.shape[1])
-        self.dtype = update.dtype
-
-    def __call__(
-        self,
-        addresses: Sequence[int],
-        limit: np.ndarray | None,
-        x: Tensor,
-        rows: tuple[int, int],
-        size: int,
-        results: list[Tensor],
-    ) -> None:
-        """Append the rows of this launch to `results`."""
-        memory = self.launch.memory.copy()  # other threads fill theirs
-        memory[numba_step.SAMPLES], memory[numba_step.ELEMENTS] = rows
-        for j, address in zip(self.sources, addresses, strict=True):
-            memory[j] = address
-        if limit is not None:
-            memory[numba_step.LIMIT], memory[numba_step.OWN_LIMIT] = limit.ctypes.data, len(limit)
-        like, dtype = x, self.dtype
-        plain = x.dtype is dtype
-        for j in self.outputs:
-            out = torch.empty_like(like) if plain else torch.empty_like(like, dtype=dtype)
-            memory[j] = out.data_ptr()
-            results.append(out)
-        first = results[0]
-        if self.narrow is not None:
-            results[0] = torch.empty_like(x, dtype=self.narrow)
-            memory[numba_step.INPUT] = results[0].data_ptr()
-        numba_step.launch(self.launch.run, memory, numba_step.units(*rows), size)
-        del first  # until here: the kernel has written it
-
-
-def _settled(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as the kernel reads it: contiguous, of the dtype that it was compiled for."""
-    return tensor if tensor.is_contiguous() and tensor.dtype is dtype else tensor.to(dtype).contiguous()
