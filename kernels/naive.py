@@ -19,17 +19,18 @@ Array = Any  # a NumPy array or a torch tensor
 def step(
     slots: Sequence[Array | None],
     raws: Sequence[Array],
-    w: np.ndarray,
+    w: Array,
     *,
     z: Array | None = None,
-    p: np.ndarray | None = None,
-    limit: np.ndarray | None = None,
+    p: Array | None = None,
+    limit: Array | None = None,
 ) -> list[Array]:
     """One stage: m = gain clip(p · [x, raws], +-bound), outputs = w · [slots, raws, m, z].
 
     slots   arrays (B, ...) of the state's dtype, x first; None where a column is unused
     raws    0 to 3 arrays (B, ...), computed with in the state's dtype
-    w       (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
+    w       (1 or B, rows, COLUMNS) of the state's dtype, see `layout`. The tables are NumPy's, or tensors beside the
+            others: those are not read on the host
     z       (B, ...) standard normal, or None
     p       (1 or B, 4) over [x, raw_1, raw_2, raw_3], or None if the prediction is folded into `w`
     limit   (1 or B, 2): bound and gain of the clip, or None
@@ -54,20 +55,21 @@ def step(
     return [combine(sources, w[:, row], state) for row in range(w.shape[1])]
 
 
-def model_input(x: Array, c_in: np.ndarray, like: Array) -> Array:
+def model_input(x: Array, c_in: Array, like: Array) -> Array:
     """c_in x, rounded once to the dtype of `like`. c_in has shape (1,) or (B,)."""
     return cast(x * column(c_in, x), like)
 
 
-def combine(sources: Sequence[Array | None], c: np.ndarray, like: Array) -> Array:
+def combine(sources: Sequence[Array | None], c: Array, like: Array) -> Array:
     """sum_j c[:, j] sources[j], left to right; c is (1 or B, J)."""
     total = zero = like.new_zeros(like.shape) if is_torch(like) else np.zeros_like(like)
+    unread = is_torch(c)  # a look at numbers on the device would wait for it
     for source, weights in zip(sources, c.T, strict=False):
-        if source is None or not np.any(weights):
+        if source is None or not (unread or np.any(weights)):
             continue
         weight = column(weights, source)
         term = source * weight
-        total = total + (term if len(weights) == 1 else where(weight != 0, term, zero))
+        total = total + (term if len(weights) == 1 and not unread else where(weight != 0, term, zero))
     return total
 
 
@@ -129,20 +131,24 @@ def cast(a: Array, like: Array) -> Array:
     return a.to(like) if is_torch(a) else a.astype(like.dtype, copy=False)
 
 
-def as_dtype(a: Array, dtype: np.dtype[Any]) -> Array:
-    if is_torch(a):
+def as_dtype(a: Array, dtype: Any) -> Array:
+    if not is_torch(a):
+        return a.astype(dtype)
+    if isinstance(dtype, np.dtype):
         return a.double() if dtype == np.float64 else a.float()
-    return a.astype(dtype)
+    return a.to(dtype)
 
 
 def where(condition: Array, a: Array, b: Array) -> Array:
     if is_torch(condition):
-        return b.where(~condition, a)
+        return b.where(condition.logical_not(), a)
     return np.asarray(np.where(condition, a, b), dtype=b.dtype)
 
 
-def column(c: np.ndarray, like: Array) -> Any:
+def column(c: Array, like: Array) -> Any:
     """Coefficients as a number, or as an array that broadcasts over the samples of `like`, rounded to its dtype."""
+    if is_torch(c):
+        return c.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
     if len(c) == 1:
         return float(c[0]) if is_torch(like) else like.dtype.type(c[0])
     shape = (len(c),) + (1,) * (like.ndim - 1)

@@ -6,24 +6,38 @@
 Both are functional: they return new tensors and never write to their arguments. The adjoint of a stage is the
 same stage with its table transposed, so the backward pass is the same kernel, and can itself be differentiated.
 
-torch.compile keeps each as one node and captures it into its CUDA graphs. It is not asked to inline the Triton code
-(`triton_op`): Inductor compiles what it inlines with its own options, fused multiply-adds among them, and the bits
-would then depend on whether a loop was compiled.
+With triton each is a `torch.library.triton_op`: on a GPU torch.compile inlines the Triton kernel into its own code.
+Inductor compiles what it inlines with its own options, and drops `enable_fp_fusion`; `triton_noise.times` sees to it
+that the bits do not depend on that. What Triton does not do (a CPU, float64) is an operator within the operator,
+`fewstep::stage_elsewhere` and `fewstep::normals_elsewhere`, which torch.compile keeps as one node.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive, numba_noise, numba_step
 
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    from fewstep.kernels import triton_noise, triton_step
+    from fewstep.kernels.triton_noise import normals_kernel
+    from fewstep.kernels.triton_step import stage_kernel
+
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+
+
+def operator(name: str) -> Callable[[Any], Any]:
+    """Declares a function as an operator of that name; what it says for a GPU is seen through by the compiler."""
+    kind = torch.library.triton_op if TRITON else torch.library.custom_op
+    return kind(name, mutates_args=())
 
 
 def _rows(t: Tensor) -> np.ndarray:
@@ -34,7 +48,75 @@ def _rows(t: Tensor) -> np.ndarray:
     return rows
 
 
-@torch.library.custom_op("fewstep::stage", mutates_args=())
+def stage_on_gpu(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    """`stage` by the Triton kernel, which does not do float64. Tensors of other strides are copied once."""
+    outputs = _empty(slots, raws, w, copies, model_dtype)
+    triton_step.stage(
+        [None if s is None else s.contiguous() for s in _ordered(slots, columns)],
+        [raw.contiguous() for raw in raws],
+        w.contiguous(),
+        outputs[:-1] if copies else outputs,
+        outputs[-1] if copies else None,
+        c_in=c_in.contiguous(),
+        z=None if z is None else z.contiguous(),
+        p=None if p is None else p.contiguous(),
+        limit=None if limit is None else limit.contiguous(),
+        kernel=stage_kernel if triton_noise.INTERPRETED else wrap_triton(stage_kernel),
+    )
+    return outputs
+
+
+def _by_definition(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    outputs = naive.step(_ordered(slots, columns), list(raws), w, z=z, p=p, limit=limit)
+    if copies:
+        target = torch.empty((), dtype=model_dtype, device=w.device)
+        outputs.append(torch.cat([naive.model_input(outputs[0], c_in, target)] * copies))
+    return outputs
+
+
+def _ordered(slots: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor | None]:
+    """Slots in the order of the table's columns, None where one has no slot."""
+    by_column = dict(zip(columns, slots, strict=True))
+    return [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
+
+
+def _empty(
+    slots: Sequence[Tensor], raws: Sequence[Tensor], w: Tensor, copies: int, model_dtype: torch.dtype
+) -> list[Tensor]:
+    like = slots[0] if slots else raws[0]
+    shape = like.shape
+    outputs = [torch.empty(shape, dtype=w.dtype, device=like.device) for _ in range(w.shape[1])]
+    if copies:
+        outputs.append(torch.empty((copies * shape[0], *shape[1:]), dtype=model_dtype, device=like.device))
+    return outputs
+
+
+_elsewhere = torch.library.custom_op("fewstep::stage_elsewhere", _by_definition, mutates_args=())
+
+
+@operator("fewstep::stage")
 def stage(
     slots: Sequence[Tensor],
     columns: Sequence[int],
@@ -59,40 +141,13 @@ def stage(
     Returns rows outputs in the state's dtype, the new x first, then the copies of the model input, stacked along
     the batch, if there are any.
     """
-    return _by_definition(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
+    if TRITON and w.is_cuda and torch.float64 not in (w.dtype, model_dtype, *(raw.dtype for raw in raws)):
+        return stage_on_gpu(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
+    outputs: list[Tensor] = _elsewhere(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
+    return outputs
 
 
-def _by_definition(
-    slots: Sequence[Tensor],
-    columns: Sequence[int],
-    raws: Sequence[Tensor],
-    w: Tensor,
-    c_in: Tensor,
-    copies: int,
-    model_dtype: torch.dtype,
-    p: Tensor | None,
-    limit: Tensor | None,
-    z: Tensor | None,
-) -> list[Tensor]:
-    like = slots[0] if slots else raws[0]
-    ordered = _ordered(slots, columns)
-    tables = [None if t is None else t.detach().cpu().numpy() for t in (w, p, limit, c_in)]
-    outputs = naive.step(ordered, list(raws), tables[0], z=z, p=tables[1], limit=tables[2])  # type: ignore[arg-type]
-    if copies:
-        target = torch.empty((), dtype=model_dtype, device=like.device)
-        outputs.append(torch.cat([naive.model_input(outputs[0], tables[3], target)] * copies))  # type: ignore[arg-type]
-    # An operator may not hand back its argument: a row that copies a slot would.
-    return [out.clone() if any(out is s for s in slots) else out for out in outputs]
-
-
-def _ordered(slots: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor | None]:
-    """Slots in the order of the table's columns, None where one has no slot."""
-    by_column = dict(zip(columns, slots, strict=True))
-    return [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
-
-
-@stage.register_kernel("cpu")
-def _(
+def _on_cpu(
     slots: Sequence[Tensor],
     columns: Sequence[int],
     raws: Sequence[Tensor],
@@ -121,54 +176,8 @@ def _(
     return outputs
 
 
-def stage_on_gpu(
-    slots: Sequence[Tensor],
-    columns: Sequence[int],
-    raws: Sequence[Tensor],
-    w: Tensor,
-    c_in: Tensor,
-    copies: int,
-    model_dtype: torch.dtype,
-    p: Tensor | None,
-    limit: Tensor | None,
-    z: Tensor | None,
-) -> list[Tensor]:
-    """`stage` by the Triton kernel; by the oracle for float64, which it does not do. Other strides are copied once."""
-    from fewstep.kernels import triton_step
-
-    if torch.float64 in (w.dtype, model_dtype, *(raw.dtype for raw in raws)):
-        return _by_definition(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
-    outputs = _empty(slots, raws, w, copies, model_dtype)
-    triton_step.stage(
-        [None if s is None else s.contiguous() for s in _ordered(slots, columns)],
-        [raw.contiguous() for raw in raws],
-        w.contiguous(),
-        outputs[:-1] if copies else outputs,
-        outputs[-1].chunk(copies) if copies else [],
-        c_in=c_in.contiguous(),
-        z=None if z is None else z.contiguous(),
-        p=None if p is None else p.contiguous(),
-        limit=None if limit is None else limit.contiguous(),
-    )
-    return outputs
-
-
-def _empty(
-    slots: Sequence[Tensor], raws: Sequence[Tensor], w: Tensor, copies: int, model_dtype: torch.dtype
-) -> list[Tensor]:
-    like = slots[0] if slots else raws[0]
-    shape = like.shape
-    outputs = [torch.empty(shape, dtype=w.dtype, device=like.device) for _ in range(w.shape[1])]
-    if copies:
-        outputs.append(torch.empty((copies * shape[0], *shape[1:]), dtype=model_dtype, device=like.device))
-    return outputs
-
-
-if importlib.util.find_spec("triton"):
-    stage.register_kernel("cuda")(stage_on_gpu)
-
-
 @stage.register_fake
+@_elsewhere.register_fake
 def _(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z):  # type: ignore[no-untyped-def]
     return _empty(slots, raws, w, copies, model_dtype)
 
@@ -233,24 +242,31 @@ def transpose(rows: Sequence[Tensor], w: Tensor, columns: Sequence[int]) -> list
 stage.register_autograd(_backward, setup_context=_setup)
 
 
-@torch.library.custom_op("fewstep::normals", mutates_args=())
-def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
-    """Standard normals (B, ...) float32 at an address (see `philox`); streams int64 (B, 3), on the result's device."""
-    if streams.is_cuda and importlib.util.find_spec("triton"):
-        return normals_on_gpu(streams, shape, draw, domain)
+def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
+    """`normals` by the Triton kernel."""
+    out = torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)
+    kernel = normals_kernel if triton_noise.INTERPRETED else wrap_triton(normals_kernel)
+    triton_noise.fill(out, streams.contiguous(), draw, domain, kernel=kernel)
+    return out
+
+
+@torch.library.custom_op("fewstep::normals_elsewhere", mutates_args=())
+def _normals_elsewhere(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
     out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
     numba_noise.normal_batch(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
     return torch.from_numpy(out).reshape(tuple(shape)).to(streams.device)
 
 
-def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
-    from fewstep.kernels import triton_noise
-
-    out = torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)
-    triton_noise.fill(out, streams.contiguous(), draw, domain)
-    return out
+@operator("fewstep::normals")
+def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
+    """Standard normals (B, ...) float32 at an address (see `philox`); streams int64 (B, 3), on the result's device."""
+    if TRITON and streams.is_cuda:
+        return normals_on_gpu(streams, shape, draw, domain)
+    drawn: Tensor = _normals_elsewhere(streams, shape, draw, domain)
+    return drawn
 
 
 @normals.register_fake
+@_normals_elsewhere.register_fake
 def _(streams, shape, draw, domain):  # type: ignore[no-untyped-def]
     return torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)

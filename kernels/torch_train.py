@@ -1,4 +1,4 @@
-"""The training kernels as torch operators: differentiable, seen by torch.compile as one node.
+"""The training kernels as torch operators, differentiable, and seen through by torch.compile as `torch_ops` are.
 
 fewstep::pseudo_huber, fewstep::score_difference   losses, with the gradient already at hand from the forward pass
 boundary    consistency scalings, a stage of one row: its adjoint is the stage's own
@@ -6,21 +6,31 @@ boundary    consistency scalings, a stage of one row: its adjoint is the stage's
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive_train, numba_train
 from fewstep.kernels.numba_step import CHUNK
-from fewstep.kernels.torch_ops import _rows, stage
+from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage
+
+if TRITON:
+    from fewstep.kernels import triton_noise, triton_train
+    from fewstep.kernels.triton_train import difference_kernel, huber_kernel
 
 
-@torch.library.custom_op("fewstep::pseudo_huber", mutates_args=())
-def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, which does not do float64."""
+    kernel = huber_kernel if triton_noise.INTERPRETED else wrap_triton(huber_kernel)
+    return triton_train.pseudo_huber(x.contiguous(), y.contiguous(), c, per_sample=per_sample, kernel=kernel)
+
+
+@torch.library.custom_op("fewstep::pseudo_huber_elsewhere", mutates_args=())
+def _pseudo_huber_elsewhere(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
     return torch.from_numpy(loss).to(x.device, _kind(x)), torch.from_numpy(grad).to(x)
 
@@ -37,8 +47,15 @@ def _kind(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@_pseudo_huber.register_kernel("cpu")
-def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+@operator("fewstep::pseudo_huber")
+def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    if TRITON and x.is_cuda and x.dtype != torch.float64:
+        return pseudo_huber_on_gpu(x, y, c, per_sample)
+    loss, grad = _pseudo_huber_elsewhere(x, y, c, per_sample)
+    return loss, grad
+
+
+def _pseudo_huber_on_cpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     loss = torch.empty(len(x), dtype=torch.float64)
     grad = torch.empty(x.shape, dtype=x.dtype)
     # Beyond this range of c its square would leave float32.
@@ -47,23 +64,13 @@ def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]
     return loss.to(_kind(x)), grad
 
 
-def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """The Triton kernel; the oracle for float64, which it does not do."""
-    from fewstep.kernels import triton_train
-
-    if x.dtype == torch.float64:
-        loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
-        return torch.from_numpy(loss).to(x.device), torch.from_numpy(grad).to(x.device)
-    return triton_train.pseudo_huber(x.contiguous(), y.contiguous(), c, per_sample=per_sample)
+def _fake_pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:1], dtype=_kind(x)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-if importlib.util.find_spec("triton"):
-    _pseudo_huber.register_kernel("cuda")(pseudo_huber_on_gpu)
-
-
-@_pseudo_huber.register_fake
-def _(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty(len(x), dtype=_kind(x), device=x.device), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+for _op in (_pseudo_huber, _pseudo_huber_elsewhere):
+    _op.register_kernel("cpu")(_pseudo_huber_on_cpu)
+    _op.register_fake(_fake_pseudo_huber)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -83,7 +90,8 @@ def _chained(ctx: Any, loss: Tensor | None) -> Tensor | None:
     if loss is None:
         return None
     (kept,) = ctx.saved_tensors
-    return (kept * loss.reshape(-1, *[1] * (kept.ndim - 1))).to(ctx.dtype)
+    by_x: Tensor = (kept * loss.reshape(-1, *[1] * (kept.ndim - 1))).to(ctx.dtype)
+    return by_x
 
 
 _pseudo_huber.register_autograd(_backward, setup_context=_setup)
@@ -108,14 +116,27 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> 
     return loss
 
 
-@torch.library.custom_op("fewstep::score_difference", mutates_args=())
-def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def score_difference_on_gpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """The Triton kernel, which does not do float64."""
+    kernel = difference_kernel if triton_noise.INTERPRETED else wrap_triton(difference_kernel)
+    return triton_train.score_difference(x.contiguous(), real.contiguous(), own.contiguous(), floor, kernel=kernel)
+
+
+@torch.library.custom_op("fewstep::score_difference_elsewhere", mutates_args=())
+def _score_difference_elsewhere(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     loss, gradient = naive_train.score_difference(_wide(x), _wide(real), _wide(own), floor)
     return torch.from_numpy(loss).to(real), torch.from_numpy(gradient).to(real)
 
 
-@_score_difference.register_kernel("cpu")
-def _(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+@operator("fewstep::score_difference")
+def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    if TRITON and x.is_cuda and real.dtype != torch.float64:
+        return score_difference_on_gpu(x, real, own, floor)
+    loss, gradient = _score_difference_elsewhere(x, real, own, floor)
+    return loss, gradient
+
+
+def _score_difference_on_cpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     loss = torch.empty(len(x), dtype=torch.float64)
     gradient = torch.empty(real.shape, dtype=real.dtype)
     terms = _scratch(x, wide=real.dtype == torch.float64)
@@ -123,23 +144,13 @@ def _(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tenso
     return loss.to(real.dtype), gradient
 
 
-def score_difference_on_gpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The Triton kernel; the oracle for float64, which it does not do."""
-    from fewstep.kernels import triton_train
-
-    if real.dtype == torch.float64:
-        loss, gradient = naive_train.score_difference(_wide(x), _wide(real), _wide(own), floor)
-        return torch.from_numpy(loss).to(real), torch.from_numpy(gradient).to(real)
-    return triton_train.score_difference(x.contiguous(), real.contiguous(), own.contiguous(), floor)
+def _fake_score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    return real.new_empty(x.shape[:1]), torch.empty(real.shape, dtype=real.dtype, device=real.device)
 
 
-if importlib.util.find_spec("triton"):
-    _score_difference.register_kernel("cuda")(score_difference_on_gpu)
-
-
-@_score_difference.register_fake
-def _(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    return real.new_empty(len(x)), torch.empty(real.shape, dtype=real.dtype, device=real.device)
+for _op in (_score_difference, _score_difference_elsewhere):
+    _op.register_kernel("cpu")(_score_difference_on_cpu)
+    _op.register_fake(_fake_score_difference)
 
 
 def _backward_difference(ctx: Any, loss: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:

@@ -1,7 +1,7 @@
 """Three updates of the field by their own names, for loops that are not fewstep's: each one launch of the fused stage.
 
 Functional operators on tensors of any device (the GPU's by Triton, the CPU's by Numba), differentiable, seen by
-torch.compile as one node. All three share `torch_ops.stage` and its kernel; a name says what the rows are.
+torch.compile as one operator. All three share `torch_ops.stage` and its kernel; a name says what the rows are.
 
 Common arguments:
 

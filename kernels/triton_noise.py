@@ -4,8 +4,8 @@
 writes 4 bytes an element and reads none. One Philox block gives four neighbouring elements their normals, and
 an element's address does not know the grid, so no block size or launch shape can change a bit.
 
-Correctly rounded +, -, * and sqrt alone: launch with `enable_fp_fusion=False` (see `triton_step.OPTIONS`), or the
-compiler contracts a * b + c into one rounding and the bits differ from the CPU's.
+Correctly rounded +, -, * and sqrt alone, each product by `times`, so that no compiler contracts a * b + c into one
+rounding and the bits are the CPU's.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ SQRT_HALF_BITS = tl.constexpr(ref.SQRT_HALF_BITS)
 U_SCALE, U_HALF, TURN = tl.constexpr(ref.U_SCALE), tl.constexpr(ref.U_HALF), tl.constexpr(ref.TURN)
 ROUNDS = tl.constexpr(ref.ROUNDS)
 
+# Whether `triton.jit` below makes functions of Triton's interpreter, which are no kernels to torch's compiler.
+INTERPRETED = triton.knobs.runtime.interpret
+
 
 @triton.jit
 def philox_words(c0, c1, c2, c3, k0, k1):
@@ -43,22 +46,39 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def times(a, b):
+    """a b in float32, rounded, for a sum to come: a fused multiply-add of 0 already, which nothing contracts further.
+
+    `enable_fp_fusion=False` would do the same, but Inductor drops that option when it compiles a kernel into its own
+    code. A product of -0 comes out as +0, which a sum that starts from +0 does not tell.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def normal_pair(word_a, word_b):
     """Box-Muller on two uint32 tensors, operation for operation as `philox.words_to_normals`. Two float32 tensors."""
-    u = word_a.to(tl.float32) * U_SCALE + U_HALF
+    u = times(word_a.to(tl.float32), U_SCALE) + U_HALF
     shifted = u.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
     exponent = (shifted >> 23).to(tl.float32)
     f = ((shifted & 0x7FFFFF) + SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
     z = f * f
-    p = (((((((L0 * f + L1) * f + L2) * f + L3) * f + L4) * f + L5) * f + L6) * f + L7) * f + L8
-    y = (f * (z * p) + exponent * LN2_LOW) - 0.5 * z
-    radius = tl.sqrt_rn(-2.0 * ((f + y) + exponent * LN2_HIGH))
+    p = times(L0, f) + L1
+    p = times(p, f) + L2
+    p = times(p, f) + L3
+    p = times(p, f) + L4
+    p = times(p, f) + L5
+    p = times(p, f) + L6
+    p = times(p, f) + L7
+    p = times(p, f) + L8
+    y = (times(f, z * p) + times(exponent, LN2_LOW)) - times(0.5, z)
+    radius = tl.sqrt_rn(-2.0 * ((f + y) + times(exponent, LN2_HIGH)))
 
     nearest = word_b + (1 << 29)
-    a = ((nearest & 0x3FFFFFFF).to(tl.int32, bitcast=True) - (1 << 29)).to(tl.float32) * TURN
+    a = times(((nearest & 0x3FFFFFFF).to(tl.int32, bitcast=True) - (1 << 29)).to(tl.float32), TURN)
     z = a * a
-    s = (((S0 * z + S1) * z + S2) * z) * a + a
-    c = (((C0 * z + C1) * z + C2) * z) * z + (1.0 - 0.5 * z)
+    s = times((times(times(S0, z) + S1, z) + S2) * z, a) + a
+    c = times((times(times(C0, z) + C1, z) + C2) * z, z) + (1.0 - times(0.5, z))
     quarter = nearest >> 30
     odd = (quarter & 1) != 0
     cos, sin = tl.where(odd, s, c), tl.where(odd, c, s)
@@ -101,9 +121,13 @@ def guard(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def fill(out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024) -> None:
-    """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device."""
-    n = out.numel() // len(out)
-    grid = (len(out) * triton.cdiv(n, block),)
+def fill(
+    out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024, kernel: Any = normals_kernel
+) -> None:
+    """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device.
+
+    kernel: `normals_kernel`, or what stands in for it.
+    """
+    samples, n = out.shape[0], out.shape[1:].numel()
     with guard(out):
-        normals_kernel[grid](out, streams, draw, n, domain, block, enable_fp_fusion=False)
+        kernel[(samples * triton.cdiv(n, block),)](out, streams, draw, n, domain, block)

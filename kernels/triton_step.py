@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
-from fewstep.kernels.triton_noise import guard, normals
+from fewstep.kernels.triton_noise import guard, normals, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
@@ -46,8 +46,7 @@ INDICES = 16
 _P_AT, _LIMIT_AT, _C_IN_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, LIMIT_AT, C_IN_AT, NUMBERS))
 _WRITES_AT, _DRAW_AT, _INDICES = (tl.constexpr(i) for i in (WRITES_AT, DRAW_AT, INDICES))
 
-# Without contraction to fused multiply-adds the numbers are those of the CPU to the bit; the kernel waits for
-# memory, so they cost nothing.
+# For sums that are not made of `triton_noise.times`: no contraction to fused multiply-adds, as on the CPU.
 OPTIONS = {"enable_fp_fusion": False}
 
 
@@ -67,7 +66,7 @@ def _term(total, c, column: tl.constexpr, v):
     """total + c[column] v. A coefficient of exactly 0 stops a NaN."""
     if v is not None:
         weight = tl.load(c + column)
-        total = total + tl.where(weight != 0.0, weight * v, 0.0)
+        total = total + tl.where(weight != 0.0, times(weight, v), 0.0)
     return total
 
 
@@ -116,8 +115,12 @@ def _write(ptr, at, lane, v, mask):
 
 @triton.jit
 def stage_kernel(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, w, p, limit, c_in, o0, o1, o2, o3, o4,
-                 i1, i2, i3, n, w_step, p_step, limit_step, c_step, BLOCK: tl.constexpr):  # fmt: skip
-    """One stage over (B, n) arrays. A table's step is its length for one sample, 0 where the batch shares it."""
+                 x_in, n, copy, w_step, p_step, limit_step, c_step, COPIES: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    """One stage over (B, n) arrays. A table's step is from one sample's part to the next, 0 where the batch shares it.
+
+    x_in  COPIES times (B, n), the next model input, of the model's dtype; copy = B n
+    """
     chunks = tl.cdiv(n, BLOCK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
@@ -156,11 +159,10 @@ def stage_kernel(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, w, p, limit, c_i
         _write(o3, at, lane, _row(c + 3 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
     if o4 is not None:
         _write(o4, at, lane, _row(c + 4 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
-    if i1 is not None:
+    if x_in is not None:
         v = tl.load(c_in + b * c_step) * x
-        _write(i1, at, lane, v, inside)
-        _write(i2, at, lane, v, inside)
-        _write(i3, at, lane, v, inside)
+        for j in tl.static_range(COPIES):
+            _write(x_in, j * copy + at, lane, v, inside)
 
 
 # --- a run: buffers by number, tables by a counter ---
@@ -287,8 +289,8 @@ def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
 
 
 def _step(table: Tensor | None) -> int:
-    """How far apart the samples' rows are in a table (1 or B, ...)."""
-    return 0 if table is None or len(table) == 1 else table[0].numel()
+    """How far apart the samples' parts are in a table (1 or B, ...), each contiguous in itself."""
+    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
 def stage_arguments(
@@ -296,7 +298,7 @@ def stage_arguments(
     raws: Sequence[Tensor],
     w: Tensor,
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor] = (),
+    x_in: Tensor | None = None,
     *,
     c_in: Tensor,
     z: Tensor | None = None,
@@ -307,25 +309,28 @@ def stage_arguments(
 
     slots    float32, x first; None where the table's column is all zero
     raws     float16, bfloat16 or float32
-    w        (1 or B, rows, COLUMNS) float32, see `layout`; p (1 or B, 4), limit (1 or B, 4), c_in (1 or B,)
-    outputs  float32, one a row, the new x first; inputs: copies of c_in x' in the model's dtype
+    w        (1 or B, rows, COLUMNS) float32, see `layout`; p (1 or B, 4), limit (1 or B, 4), c_in (1 or B,). Only
+             the axis of the samples may have another stride than a contiguous tensor's
+    outputs  float32, one a row, the new x first
+    x_in     (copies B, ...) for copies of c_in x' in the model's dtype, or None
     z        float32 noise, or None
     """
-    n = outputs[0].numel() // len(outputs[0])
+    samples, n = outputs[0].shape[0], outputs[0].shape[1:].numel()
+    copies = 0 if x_in is None else x_in.shape[0] // samples
     return [
         *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
-        *_padded(outputs, layout.OUTPUTS), *_padded(inputs, layout.INPUTS),
-        n, _step(w), _step(p), _step(limit), _step(c_in),
+        *_padded(outputs, layout.OUTPUTS), x_in, n, samples * n,
+        _step(w), _step(p), _step(limit), _step(c_in), copies,
     ]  # fmt: skip
 
 
-def stage(*arrays: Any, **options: Any) -> None:
-    """One stage over separate tensors: see `stage_arguments`."""
+def stage(*arrays: Any, kernel: Any = stage_kernel, **options: Any) -> None:
+    """One stage over separate tensors: see `stage_arguments`. kernel: `stage_kernel`, or what stands in for it."""
     args = stage_arguments(*arrays, **options)
     first = args[_OUTPUT]
     elements, warps = block()
     with guard(first):
-        stage_kernel[grid(len(first), args[_N], elements)](*args, elements, num_warps=warps, **OPTIONS)
+        kernel[grid(first.shape[0], args[_N], elements)](*args, elements, num_warps=warps)
 
 
 class Structure(NamedTuple):
@@ -366,7 +371,7 @@ def run(
             state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z,
             own_p, own_limit, x_in, n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
             structure.slots, structure.outputs, copies, structure.predict, structure.clip, elements,
-            num_warps=warps, **OPTIONS,
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -381,4 +386,4 @@ def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
 
 
 _OUTPUT = layout.SLOTS + layout.RAWS + 5
-_N = _OUTPUT + layout.OUTPUTS + layout.INPUTS
+_N = _OUTPUT + layout.OUTPUTS + 1

@@ -8,6 +8,7 @@ out of L2. An average reads 4 + s and writes 4, all tensors of a model in one la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -57,14 +58,18 @@ def huber_kernel(x, y, loss, grad, c, n, PER_SAMPLE: tl.constexpr, BLOCK: tl.con
         tl.store(loss + b, whole / n)
 
 
-def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """Losses (B,) float32, and the gradient by x, like x. x, y (B, ...), contiguous, of one 16- or 32-bit dtype."""
-    loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
+def pseudo_huber(
+    x: Tensor, y: Tensor, c: float, *, per_sample: bool, kernel: Any = huber_kernel
+) -> tuple[Tensor, Tensor]:
+    """Losses (B,) float32, and the gradient by x, like x. x, y (B, ...), contiguous, of one 16- or 32-bit dtype.
+
+    kernel: `huber_kernel`, or what stands in for it.
+    """
+    samples, n = x.shape[0], x.shape[1:].numel()
+    loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x)
     with guard(x):
-        huber_kernel[(len(x),)](
-            x, y, loss, grad, c, x.numel() // len(x), per_sample, BLOCK, num_warps=WARPS, **OPTIONS
-        )  # fmt: skip
+        kernel[(samples,)](x, y, loss, grad, c, n, per_sample, BLOCK, num_warps=WARPS)
     return loss, grad
 
 
@@ -86,14 +91,18 @@ def difference_kernel(x, real, own, loss, gradient, floor, n, BLOCK: tl.constexp
     tl.store(loss + b, 0.5 * tl.sum(total))
 
 
-def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Losses (B,) and g like real, both float32. x (B, ...) of 16 or 32 bits; real, own float32; all contiguous."""
-    loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
+def score_difference(
+    x: Tensor, real: Tensor, own: Tensor, floor: float, *, kernel: Any = difference_kernel
+) -> tuple[Tensor, Tensor]:
+    """Losses (B,) and g like real, both float32. x (B, ...) of 16 or 32 bits; real, own float32; all contiguous.
+
+    kernel: `difference_kernel`, or what stands in for it.
+    """
+    samples, n = x.shape[0], x.shape[1:].numel()
+    loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(real)
     with guard(x):
-        difference_kernel[(len(x),)](
-            x, real, own, loss, gradient, floor, x.numel() // len(x), BLOCK, num_warps=WARPS, **OPTIONS
-        )  # fmt: skip
+        kernel[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, num_warps=WARPS)
     return loss, gradient
 
 

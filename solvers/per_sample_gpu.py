@@ -93,7 +93,7 @@ class TritonMaps(Maps):
                 table, indices, self.counter, u[None], plain, reduced, self.settings, self.scratch,
                 rescaled=rescaled,
             )  # fmt: skip
-            limit = reduced[:, 4:].contiguous()
+            limit = reduced[:, 4:]
         return reduced if rescaled else p, limit
 
     def _plain(self, raw: Array) -> Array:

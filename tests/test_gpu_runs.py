@@ -90,15 +90,15 @@ def test_a_stage_is_the_oracles_bits(own: bool, n: int, model: torch.dtype) -> N
     slots: list[torch.Tensor | None] = [draw(batch, n), None, draw(batch, n)]
     raws, z, c_in = [draw(batch, n).to(model) for _ in range(2)], draw(batch, n), draw(batch)
     outputs = [torch.full((batch, n), float("nan"), device=GPU) for _ in range(3)]
-    inputs = [torch.full((batch, n), float("nan"), device=GPU, dtype=model) for _ in range(2)]
+    x_in = torch.full((2 * batch, n), float("nan"), device=GPU, dtype=model)
     triton_step.stage(
-        [None if s is None else s.to(GPU) for s in slots], [r.to(GPU) for r in raws], w.to(GPU), outputs, inputs,
+        [None if s is None else s.to(GPU) for s in slots], [r.to(GPU) for r in raws], w.to(GPU), outputs, x_in,
         c_in=c_in.to(GPU), z=z.to(GPU), p=p.to(GPU), limit=limit.to(GPU),
     )  # fmt: skip
     want = naive.step(slots, raws, w.numpy(), z=z, p=p.numpy(), limit=limit.numpy()[:, :2])
     for out, true in zip(outputs, want, strict=True):
         assert torch.equal(out.cpu(), true)
-    for copy in inputs:
+    for copy in x_in.split(batch):
         assert torch.equal(copy.cpu(), (want[0] * c_in[:, None]).to(model))
 
 
@@ -113,7 +113,7 @@ def test_beyond_two_to_the_31_elements() -> None:
     w = torch.zeros(samples, 1, layout.COLUMNS, device=GPU)
     w[:, 0, 0] = torch.arange(1.0, 4.0, device=GPU)
     w[:, 0, layout.RAW] = 0.5
-    triton_step.stage([x], [raw], w, [x], [raw], c_in=torch.full((1,), 0.25, device=GPU))
+    triton_step.stage([x], [raw], w, [x], raw, c_in=torch.full((1,), 0.25, device=GPU))
     for i in range(samples):
         assert (x[i, [0, 1, n // 2, n - 1]] == i + 2.0).all()
         assert (raw[i, [0, n - 1]] == (i + 2.0) / 4.0).all()

@@ -1,12 +1,16 @@
 """The torch operators and the sampling loop as a module: the same numbers, gradients, and no graph break."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fewstep as fs
 from fewstep.bindings.sampler_module import SamplerModule
-from fewstep.kernels import layout, naive, philox, torch_ops
+from fewstep.kernels import layout, naive, philox, torch_ops, torch_train
 
 VP = fs.VP.linear()
 
@@ -112,6 +116,143 @@ def test_operators_pass_opcheck():
         torch_ops.stage, ([x, x + 1], [0, 1], [x.clone()], w, torch.ones(1), 2, torch.float16, None, None, None)
     )
     torch.library.opcheck(torch_ops.normals, (streams(1, 3), [3, 1, 4, 4], 1, philox.STEP))
+
+
+@pytest.fixture
+def compiler_for_a_gpu(monkeypatch):
+    """What torch asks of the machine while it traces for a GPU."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from fewstep.kernels import triton_noise, triton_step, triton_train
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    for module in (triton_noise, triton_step, triton_train):
+        monkeypatch.setattr(module, "guard", lambda tensor: contextlib.nullcontext())
+
+
+class Update(torch.nn.Module):
+    """Two rows with noise, from x and two guided outputs, and the model's next input for both halves."""
+
+    def forward(self, x, raw, w, c_in, streams):
+        z = torch_ops.normals(streams, list(x.shape), 3, philox.STEP)
+        return tuple(torch_ops.stage([x], [0], [raw, raw + 1], w, c_in, 2, torch.float16, None, None, z))
+
+
+def fake_update():
+    """Arguments of `Update`, on a GPU; to be made in a `FakeTensorMode`."""
+    x, raw = torch.empty(2, 3, 40, 40, device="cuda"), torch.empty(2, 3, 40, 40, dtype=torch.float16, device="cuda")
+    w, c_in = torch.empty(1, 2, layout.COLUMNS, device="cuda"), torch.empty(1, device="cuda")
+    return [x, raw, w, c_in, torch.empty(2, 3, dtype=torch.int64, device="cuda")]
+
+
+@pytest.mark.usefixtures("compiler_for_a_gpu")
+def test_a_compiler_sees_the_kernels_of_a_gpu():
+    """What AOTAutograd hands on for CUDA tensors: the kernels themselves, that write to fresh memory alone."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    from fewstep.kernels import triton_noise, triton_step
+
+    with FakeTensorMode():
+        graph, _ = aot_export_module(Update(), fake_update(), trace_joint=False)
+    assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
+    noise, stage = (node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target))
+    elements, warps = triton_step.block()
+    assert kernel_side_table.get_kernel(noise["kernel_idx"]) is triton_noise.normals_kernel
+    assert noise["grid"] == [(2 * -(-4800 // 1024), 1, 1)]
+    assert noise["tensors_to_clone"] == ["out"]
+    assert {k: noise["kwargs"][k] for k in ("draw", "n", "domain")} == {"draw": 3, "n": 4800, "domain": philox.STEP}
+
+    launched = kernel_side_table.get_kernel(stage["kernel_idx"])
+    assert launched.fn is triton_step.stage_kernel
+    assert [(config.kwargs, config.num_warps) for config in launched.configs] == [({}, warps)]
+    assert stage["grid"] == [(2 * -(-4800 // elements), 1, 1)]
+    assert stage["tensors_to_clone"] == ["o0", "o1", "x_in"]
+    given = {**stage["kwargs"], **kernel_side_table.get_constant_args(stage["constant_args_idx"])}
+    assert given.keys() == set(triton_step.stage_kernel.arg_names)
+    tensors = {k: v.meta["val"] for k, v in given.items() if isinstance(v, torch.fx.Node)}
+    assert tensors.keys() == {"s0", "r1", "r2", "z", "w", "c_in", "o0", "o1", "x_in"}
+    assert (tensors["x_in"].shape, tensors["x_in"].dtype) == ((4, 3, 40, 40), torch.float16)
+    numbers = {k: v for k, v in given.items() if isinstance(v, int)}
+    steps = dict.fromkeys(["w_step", "p_step", "limit_step", "c_step"], 0)
+    assert numbers == {"n": 4800, "copy": 9600, "COPIES": 2, "BLOCK": elements, **steps}
+
+
+class Losses(torch.nn.Module):
+    def forward(self, x, y):
+        return (
+            torch_train.pseudo_huber(x, y, 0.25, per_sample=False),
+            torch_train.score_difference(x, y.float(), y.float() + 1.0, 0.5)[0],
+        )
+
+
+@pytest.mark.usefixtures("compiler_for_a_gpu")
+def test_a_compiler_sees_the_losses_of_a_gpu():
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    from fewstep.kernels import triton_train
+
+    with FakeTensorMode():
+        pair = [torch.empty(3, 5, 7, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+        graph, _ = aot_export_module(Losses(), pair, trace_joint=False)
+    assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
+    huber, difference = (node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target))
+    for launch, kernel, writes, numbers in (
+        (huber, triton_train.huber_kernel, ["loss", "grad"], {"c": 0.25, "n": 35, "PER_SAMPLE": False}),
+        (difference, triton_train.difference_kernel, ["loss", "gradient"], {"floor": 0.5, "n": 35}),
+    ):
+        launched = kernel_side_table.get_kernel(launch["kernel_idx"])
+        assert launched.fn is kernel
+        assert [(config.kwargs, config.num_warps) for config in launched.configs] == [({}, triton_train.WARPS)]
+        assert launch["grid"] == [(3, 1, 1)]
+        assert launch["tensors_to_clone"] == writes
+        given = {k: v for k, v in launch["kwargs"].items() if not isinstance(v, torch.fx.Node)}
+        assert given == numbers | {"BLOCK": triton_train.BLOCK}
+
+
+def test_kernels_belong_to_their_operators():
+    """By this torch's caches of compiled code tell one version of an operator's kernels from the next."""
+    pytest.importorskip("triton")
+    from torch._library.triton import get_triton_kernels_for_op
+
+    from fewstep.kernels import triton_noise, triton_step, triton_train
+
+    for name, kernel in (
+        ("stage", triton_step.stage_kernel),
+        ("normals", triton_noise.normals_kernel),
+        ("pseudo_huber", triton_train.huber_kernel),
+        ("score_difference", triton_train.difference_kernel),
+    ):
+        assert get_triton_kernels_for_op(f"fewstep::{name}") == [kernel]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_the_definition_reads_no_table_on_the_host(batched):
+    """What a GPU does in float64: the oracle's bits, and nothing comes back from the device (meta has no numbers)."""
+    g = torch.Generator().manual_seed(5)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+    w, p, c_in = draw(2 if batched else 1, 2, layout.COLUMNS), draw(1, 4), draw(2 if batched else 1)
+    w[:, 0, 2] = 0.0
+    limit = torch.tensor([[0.8, 1.3, 0.0, 0.0]], dtype=torch.float64)
+    x, h, raw, z = (draw(2, 3, 4) for _ in range(4))
+    h[0, 0, 0] = float("nan")
+    args = ([x, h], [0, 2], [raw], w, c_in, 2, torch.float32, p, limit, z)
+    *rows, x_in = torch_ops._by_definition(*args)
+    want = naive.step([x, None, h], [raw], w.numpy(), z=z, p=p.numpy(), limit=limit.numpy())
+    for a, b in zip(rows, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert not rows[0].isnan().any()
+    copies = torch.cat([(want[0] * c_in.reshape(-1, 1, 1)).float()] * 2)
+    assert torch.equal(x_in, copies)
+    nowhere = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), args)
+    assert [t.shape for t in torch_ops._by_definition(*nowhere)] == [t.shape for t in (*want, copies)]
 
 
 def test_normals_are_the_addressed_ones():

@@ -71,7 +71,9 @@ VARIANTS = {
 }
 
 
-def compiled(kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None) -> Any:
+def compiled(
+    kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None, *, fusion: bool = False
+) -> Any:
     """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
     kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
     constants = {a: v for a, v in signature.items() if not isinstance(v, str)}
@@ -79,11 +81,11 @@ def compiled(kernel: Any, signature: dict[str, Any], target: str, warps: int | N
     aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in even]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     warps = warps or triton_step.BLOCKS[TARGETS[target].backend][1]
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, **triton_step.OPTIONS})
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": fusion})
 
 
 @cache
-def run_kernel(v: Variant, target: str) -> Any:
+def run_kernel(v: Variant, target: str, *, fusion: bool = True) -> Any:
     s = v.structure
     raws = {f"r{j}": f"*{v.model}" if j <= v.raws else None for j in (1, 2, 3)}
     return compiled(triton_step.run_kernel, {
@@ -92,7 +94,7 @@ def run_kernel(v: Variant, target: str) -> Any:
         "x_in": f"*{v.model}", "n": "i32", "size": "i32", "copy": "i32", "counter_step": "i32", "rows": 1,
         "row_step": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict,
         "CLIP": s.clip, "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
-    }, target)  # fmt: skip
+    }, target, fusion=fusion)  # fmt: skip
 
 
 def traffic(v: Variant, per_thread: int = 8) -> tuple[int, int]:
@@ -124,21 +126,34 @@ def test_every_live_tensor_moves_once_by_128_bits(name: str, target: str) -> Non
         loads, stores = (len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", asm)) for kind in ("ld", "st"))
         assert not re.search(r"\b(ld|st)\.local", asm)
         assert len(re.findall(r"\bst\.global", asm)) == stores  # no store is narrower
-        assert not re.search(r"\bfma\.", asm)  # the CPU's roundings
+        assert no_contraction(asm)  # the CPU's roundings
         if v.model == "bf16":
             assert "cvt.rn.bf16" in asm  # to nearest even, where Triton's interpreter truncates
     assert (loads, stores) == traffic(v)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, LOCAL ... of the one kernel in a cubin."""
+def no_contraction(ptx: str) -> bool:
+    """Whether every fused multiply-add is a product: it adds 0 (see `triton_noise.times`)."""
+    # Two at once, on sm_100, add a register; `test_whoever_compiles_a_kernel_gets_the_same_bits` sees those.
+    return all(line.endswith(", 0f00000000;") for line in re.findall(r"\bfma\.rn\.f32 .*", ptx))
+
+
+def dumped(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text.stdout)}
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, LOCAL ... of the one kernel in a cubin."""
+    return {n: int(value) for n, value in re.findall(r"\b([A-Z]+):(\d+)", dumped(cubin, "--dump-resource-usage"))}
+
+
+def instructions(found: Any) -> list[str]:
+    if "amdgcn" in found.asm:
+        return re.findall(r"^\t([a-z]+_.*)$", found.asm["amdgcn"], re.MULTILINE)
+    return re.findall(r"^\s+/\*[0-9a-f]{4}\*/\s+(.*?);", dumped(found.asm["cubin"], "--dump-sass"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])
@@ -153,20 +168,22 @@ def test_registers_hold_it_all(name: str, target: str) -> None:
     assert 0 < found["REG"] <= 8 * inputs + 4 * v.structure.outputs + 48
 
 
+def noise_kernel(target: str, *, fusion: bool = True) -> Any:
+    block = triton_step.BLOCKS[TARGETS[target].backend][0]
+    signature = {"out": "*fp32", "streams": "*i64", "draw": "i32", "n": "i32", "domain": 0, "BLOCK": block}
+    return compiled(triton_noise.normals_kernel, signature, target, fusion=fusion)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_noise_kernel_rounds_as_the_cpu_does(target: str) -> None:
-    block = triton_step.BLOCKS[TARGETS[target].backend][0]
-    found = compiled(
-        triton_noise.normals_kernel,
-        {"out": "*fp32", "streams": "*i64", "draw": "i32", "n": "i32", "domain": 0, "BLOCK": block},
-        target,
-    )
+    found = noise_kernel(target)
     if target == "gfx942":
         assert "v_sqrt_f32" in found.asm["amdgcn"]
         return
     ptx = found.asm["ptx"]
     assert "sqrt.rn.f32" in ptx
-    assert not re.search(r"\bfma\.|sqrt\.approx|\.ftz", ptx)
+    assert no_contraction(ptx)
+    assert not re.search(r"sqrt\.approx|\.ftz", ptx)
     assert len(re.findall(r"\bst\.global\S*\.v4\.b32", ptx)) == 2
     assert resources(found.asm["cubin"])["LOCAL"] == 0
 
@@ -240,7 +257,7 @@ def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: 
     kernel, signature, loads, stores = TRAINING[name]
     block = triton_train.BLOCK * TARGETS[target].warp_size // 32
     order = {a: (signature | {"BLOCK": block})[a] for a in kernel.arg_names}
-    found = compiled(kernel, order, target, warps=triton_train.WARPS)
+    found = compiled(kernel, order, target, warps=triton_train.WARPS, fusion=kernel is not triton_train.ema_kernel)
     if target == "gfx942":
         spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
         assert spills
@@ -253,15 +270,13 @@ def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: 
     assert usage["LOCAL"] == usage["STACK"] == 0
 
 
-def stage_kernel(target: str, **changes: Any) -> Any:
-    absent = dict.fromkeys(["s3", "s4", "s5", "s6", "s7", "r3", "o3", "o4", "i3"])
-    given = {"w": "*fp32", "p": "*fp32", "limit": "*fp32", "c_in": "*fp32", "z": "*fp32", "n": "i32"}
-    given |= dict.fromkeys(["s0", "s1", "s2", "o0", "o1", "o2"], "*fp32") | dict.fromkeys(
-        ["r1", "r2", "i1", "i2"], "*bf16"
-    )
-    given |= dict.fromkeys(["w_step", "p_step", "limit_step", "c_step"], "i32")
-    given |= absent | {"BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0]} | changes
-    return compiled(triton_step.stage_kernel, {a: given[a] for a in triton_step.stage_kernel.arg_names}, target)
+def stage_kernel(target: str, *, fusion: bool = True) -> Any:
+    given = dict.fromkeys(triton_step.stage_kernel.arg_names)
+    given |= dict.fromkeys(["s0", "s1", "s2", "o0", "o1", "o2", "w", "p", "limit", "c_in", "z"], "*fp32")
+    given |= dict.fromkeys(["r1", "r2", "x_in"], "*bf16")
+    given |= dict.fromkeys(["n", "copy", "w_step", "p_step", "limit_step", "c_step"], "i32")
+    given |= {"COPIES": 2, "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0]}
+    return compiled(triton_step.stage_kernel, given, target, fusion=fusion)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -271,6 +286,23 @@ def test_the_operators_kernel(target: str) -> None:
         ptx = found.asm["ptx"]
         assert len(re.findall(r"\bld\.global\S*\.v4\.b32", ptx)) == (3 + 1) * 2 + 2
         assert len(re.findall(r"\bst\.global\S*\.v4\.b32", ptx)) == 3 * 2 + 2
+        assert no_contraction(ptx)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_whoever_compiles_a_kernel_gets_the_same_bits(target: str) -> None:
+    """The machine code is one and the same, may the compiler contract to fused multiply-adds or not.
+
+    Inductor does not pass on what a caller says of that, when it compiles a kernel into its own code.
+    """
+    for name in ("UniPC 3, guided, bf16", "EDM churn, guided, fp16", "the widest"):
+        with_fusion, without = (run_kernel(VARIANTS[name], target, fusion=fusion) for fusion in (True, False))
+        assert len(instructions(without)) > 100
+        assert instructions(with_fusion) == instructions(without), name
+    for kernel in (stage_kernel, noise_kernel):
+        with_fusion, without = (instructions(kernel(target, fusion=fusion)) for fusion in (True, False))
+        assert len(without) > 100
+        assert with_fusion == without, kernel
 
 
 RUN = {

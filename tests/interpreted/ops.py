@@ -14,16 +14,16 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (64, 4))
 
 
-@pytest.mark.parametrize(("dtype", "clip"), [(torch.float32, True), (torch.float64, False)], ids=str)
-def test_stage_on_gpu(clip: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_stage_on_gpu(clip: bool) -> None:
     g = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, dtype=dtype, generator=g)
+        return torch.randn(*shape, generator=g)
 
     w = draw(2, 3, layout.COLUMNS)
     p = draw(1, 4) if clip else None
-    limit = torch.tensor([[0.8, 1.3, 0.0, 0.0]], dtype=dtype) if clip else None
+    limit = torch.tensor([[0.8, 1.3, 0.0, 0.0]]) if clip else None
     channels_last = draw(2, 5, 3, 4).permute(0, 3, 1, 2)
     x, h, z = (draw(2, 4, 5, 3) for _ in range(3))
     args = ([x, h], [0, 2], [channels_last, draw(2, 4, 5, 3)], w, draw(2), 2, torch.float16, p, limit, z)

@@ -38,13 +38,12 @@ def test_a_stage(structure: Structure, batch: int, n: int, own: bool) -> None:
     names = ("w", "p", "limit", "c_in")
     case = make(structure, 7 * n + own, batch, n, dict.fromkeys(names, own), 0.7)
     kernel, z = case.kernel, case.z  # drawn noise is `run_kernel`'s; here it comes as a tensor
-    memory = [torch.full((batch * n + 2 * GUARD,), float("nan"), dtype=TORCH[k])
-              for k in [structure.state] * structure.outputs + [structure.model] * structure.inputs]  # fmt: skip
-    new = [m[GUARD : GUARD + batch * n].reshape(batch, n) for m in memory]
-    outputs, inputs = new[: structure.outputs], new[structure.outputs :]
+    sizes = [(structure.state, batch * n)] * structure.outputs + [(structure.model, structure.inputs * batch * n)]
+    memory = [torch.full((size + 2 * GUARD,), float("nan"), dtype=TORCH[kind]) for kind, size in sizes]
+    *outputs, x_in = [m[GUARD:-GUARD].reshape(-1, n) for m in memory]
     tables = {name: tensor(kernel[name]) for name in ("w", "p", "limit", "c_in")}
     w = tables.pop("w")
-    triton_step.stage(case.slots, case.raws, w, outputs, inputs, z=z, **tables)
+    triton_step.stage(case.slots, case.raws, w, outputs, x_in if structure.inputs else None, z=z, **tables)
 
     limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
     twin = naive.step(case.slots, case.raws, kernel["w"], z=z, p=kernel["p"], limit=limit)
@@ -53,7 +52,7 @@ def test_a_stage(structure: Structure, batch: int, n: int, own: bool) -> None:
     scaled = twin[0] * torch.from_numpy(kernel["c_in"])[:, None]
     if structure.model == "bf16":
         scaled = (scaled.view(torch.int32) & -65536).view(torch.float32)
-    for copy in inputs:
+    for copy in x_in.split(batch) if structure.inputs else ():
         np.testing.assert_array_equal(copy.float().numpy(), scaled.to(TORCH[structure.model]).float().numpy())
     for m in memory:
         assert m[:GUARD].isnan().all()
@@ -68,7 +67,7 @@ def test_an_output_may_overwrite_an_input() -> None:
     w[:, :, 2 : layout.RAW] = w[:, :, layout.RAW + 1 :] = 0.0
     want = naive.step([x, h], [raw], w.numpy())
     wanted_input = want[0] * 0.5
-    triton_step.stage([x, h], [raw], w, [h, x], [raw], c_in=torch.full((1,), 0.5))
+    triton_step.stage([x, h], [raw], w, [h, x], raw, c_in=torch.full((1,), 0.5))
     assert torch.equal(h, want[0])
     assert torch.equal(x, want[1])
     assert torch.equal(raw, wanted_input)
@@ -84,3 +83,21 @@ def test_a_nan_that_is_read_reaches_the_output() -> None:
         limit=torch.tensor([[2.0, 0.5, 0.0, 0.0]]),
     )  # fmt: skip
     np.testing.assert_array_equal(out.numpy(), [[1.0, np.nan, 2.0]])
+
+
+def test_a_table_may_be_a_part_of_a_wider_one() -> None:
+    """Only the samples' axis has another stride, as in a reduction's row: (p, limit) of each sample side by side."""
+    g = torch.Generator().manual_seed(0)
+    x, raw = torch.randn(3, 20, generator=g), torch.randn(3, 20, generator=g)
+    wide = {"w": torch.randn(3, 4, layout.COLUMNS, generator=g), "c_in": torch.randn(3, 5, generator=g)}
+    reduced = torch.randn(3, 8, generator=g).abs()
+    tables = {"w": wide["w"][:, :2], "c_in": wide["c_in"][:, 0], "p": reduced[:, :4], "limit": reduced[:, 4:]}
+    found = []
+    for kept in (tables, {name: table.contiguous() for name, table in tables.items()}):
+        outputs, x_in = [torch.zeros(3, 20) for _ in range(2)], torch.zeros(6, 20)
+        rest = {name: table for name, table in kept.items() if name != "w"}
+        triton_step.stage([x], [raw], kept["w"], outputs, x_in, **rest)
+        found.append(torch.cat([*outputs, x_in]))
+    assert torch.equal(*found)
+    want = naive.step([x], [raw], tables["w"].numpy(), p=reduced[:, :4].numpy(), limit=reduced[:, 4:6].numpy())
+    assert torch.equal(found[0][:3], want[0])
