@@ -241,12 +241,13 @@ def recommend(
         return
     options = "".join(f" --option {k}={v:g}" for k, v in r.options.items())
     OUT.print(
-        f"[bold]{r.solver}[/], {r.steps} steps on the [bold]{r.spacing}[/] spacing"
+        f"[bold]{r.solver}[/], {r.steps} step{'s' * (r.steps > 1)} on the [bold]{r.spacing}[/] spacing"
         + (f",{options.replace(' --option', '')}" if options else "")
     )
     OUT.print(r.why, soft_wrap=True)
+    guided = "" if guidance is None else f" --guidance {guidance:g}"
     OUT.print(
-        f"try it: [bold]fewstep sample --solver {r.solver} --steps {r.steps} --spacing {r.spacing}{options}[/]",
+        f"try it: [bold]fewstep sample --solver {r.solver} --steps {r.steps} --spacing {r.spacing}{options}{guided}[/]",
         soft_wrap=True,
     )
 

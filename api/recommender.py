@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.solvers.grid import grid as make_grid
 from fewstep.solvers.hand_made import Ranked
 from fewstep.solvers.hand_made import fit_steps as fit_steps
 from fewstep.solvers.plan import Plan
 from fewstep.solvers.process import EDM, VE, VP, Flow
+from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
 
 KNOWN = ("process", "guidance", "guidance_distilled", "distilled")
@@ -209,8 +211,10 @@ def recommend(
     solver, options = (choice.flow, {}) if family == "flow" else (choice.solver, choice.options)
     spacing = SPACINGS[family]
     steps = fit_steps(solver, process, spacing, min(calls, choice.used), options)
+    made = make_plan(solver, make_grid(process, steps, spacing), **options).nfe
+    more = f"{steps} steps make {made} calls. " if made != steps else ""
     own = " A flow model is laid out on its own grid, with its shift." if family == "flow" else ""
-    return Recommendation(solver, spacing, steps, budget + choice.why + own, dict(options))
+    return Recommendation(solver, spacing, steps, budget + more + choice.why + own, dict(options))
 
 
 def _measure(

@@ -352,6 +352,8 @@ def test_recommend_prints_a_command_that_runs(cli, tmp_path):
     assert words[0] == "sample"
     code, _, errors = cli(*words, "--model", "ring", "--n", 4, "--out", tmp_path / "x.npz")
     assert (code, errors) == (0, "")
+    _, printed, _ = cli("recommend", "--nfe", 16, "--guidance", 2.5)
+    assert printed.rstrip().endswith("--guidance 2.5")
 
 
 def test_recommend_as_json_is_fs_recommend(cli):

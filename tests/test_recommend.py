@@ -27,6 +27,8 @@ def test_the_recommended_plan_fits_the_budget(name, guidance, distilled):
         plan = fs.plan(r.solver, fs.grid(process, r.steps, r.spacing), **r.options)
         assert plan.steps == r.steps
         assert plan.nfe * each <= nfe
+        if distilled is None:  # a solver of several calls a step says how many they are
+            assert (f"{r.steps} steps make {plan.nfe} calls" in r.why) == (plan.nfe != r.steps)
 
 
 @pytest.mark.parametrize("nfe", [5, 7, 8, 15, 20, 30])
