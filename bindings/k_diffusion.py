@@ -71,22 +71,31 @@ __all__ = [
     "sample_dpm_adaptive",
     "sample_dpm_fast",
     "sample_dpmpp_2m",
+    "sample_dpmpp_2m_cfg_pp",
     "sample_dpmpp_2m_sde",
     "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_2s_ancestral_cfg_pp",
     "sample_dpmpp_3m_sde",
     "sample_dpmpp_sde",
     "sample_er_sde",
     "sample_euler",
     "sample_euler_ancestral",
+    "sample_euler_ancestral_cfg_pp",
+    "sample_euler_cfg_pp",
+    "sample_exp_heun_2_x0",
     "sample_gradient_estimation",
     "sample_heun",
     "sample_heunpp2",
     "sample_ipndm",
+    "sample_ipndm_v",
     "sample_lcm",
     "sample_lms",
     "sample_res_multistep",
     "sample_res_multistep_ancestral",
     "sample_sa_solver",
+    "sample_sa_solver_pece",
+    "sample_seeds_2",
+    "sample_seeds_3",
     "sample_uni_pc",
     "sample_uni_pc_bh2",
     "torchsde_noise",
@@ -175,6 +184,12 @@ def sample_ipndm(run: Run, max_order: int = 4) -> Any:
     return run("ipndm", order=max_order)
 
 
+@sampler()
+def sample_ipndm_v(run: Run, max_order: int = 4, *, released: bool = True) -> Any:
+    """iPNDM with variable steps (ComfyUI). released=False puts the bracket right that the code in use misplaces."""
+    return run("ipndm_v", order=max_order, released=released)
+
+
 # sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) through sigma(0.001) = 0.002 and sigma(1) = 80 (released code).
 _LOW, _HIGH = math.log1p(0.002**2), math.log1p(80.0**2)
 _BETA_D = 2.0 * (_HIGH - _LOW / 1e-3) / (1.0 - 1e-3)
@@ -196,7 +211,7 @@ _DEIS_MODES = {"tab": "t", "rhoab": "rho"}
 
 @sampler()
 def sample_deis(run: Run, max_order: int = 3, deis_mode: str = "tab") -> Any:
-    """DEIS (Zhang & Chen 2023; ComfyUI). deis_mode: "tab" or "rhoab"; orders 1 to 3.
+    """DEIS (Zhang & Chen 2023; ComfyUI). deis_mode: "tab" or "rhoab"; orders 1 to 4.
 
     The integrals are exact; the released code's are sums over 10,000 points.
     """
@@ -366,7 +381,7 @@ def sample_dpmpp_3m_sde(
     return run("dpmpp_3m_sde", run.brownian(noise_sampler), eta=eta, halve_d2=halve_d2, s_noise=s_noise)
 
 
-# --- UniPC, RES, ER-SDE, SA-Solver, gradient estimation ---
+# --- UniPC, RES, ER-SDE, SA-Solver ---
 
 
 def _uni_pc(run: Run, variant: str) -> Any:
@@ -441,7 +456,21 @@ def sample_sa_solver(
     does not tell (`model_sampling.percent_to_sigma`). Towards a last sigma of 0 the corrector's order falls as in the
     authors' code, one call later than in ComfyUI.
     """
-    tau = tau_func
+    return _sa_solver(
+        run, tau_func, s_noise, run.gaussian(noise_sampler), predictor_order, corrector_order, use_pece, simple_order_2
+    )
+
+
+def _sa_solver(
+    run: Run,
+    tau: Callable[[Any], float] | None,
+    s_noise: float,
+    noise: Any,
+    predictor_order: int,
+    corrector_order: int,
+    use_pece: bool,
+    simple_order_2: bool,
+) -> Any:
     inner = model_sampling(run.model)
     if tau is None and inner is not None:
         high, low = (float(inner.percent_to_sigma(share)) for share in (0.2, 0.8))
@@ -451,7 +480,7 @@ def sample_sa_solver(
 
     return run(
         "sa_solver",
-        run.gaussian(noise_sampler),
+        noise,
         tau=1.0 if tau is None else lambda p: float(tau(run.level(p.sigma))),
         predictor_order=predictor_order,
         corrector_order=corrector_order,
@@ -461,6 +490,93 @@ def sample_sa_solver(
         final_order="sa_solver" if run.levels[-1:].sum() == 0.0 else None,
         s_noise=s_noise,
     )
+
+
+@sampler(flow=None, below_one=True)
+def sample_sa_solver_pece(
+    run: Run,
+    tau_func: Callable[[Any], float] | None = None,
+    s_noise: float = 1.0,
+    noise_sampler: Noise = None,
+    predictor_order: int = 3,
+    corrector_order: int = 4,
+    simple_order_2: bool = False,
+) -> Any:
+    """`sample_sa_solver` with a second call in each step, on the corrected sample (ComfyUI)."""
+    return _sa_solver(
+        run, tau_func, s_noise, run.gaussian(noise_sampler), predictor_order, corrector_order, True, simple_order_2
+    )
+
+
+# --- SEEDS (Gonzalez et al. 2023) ---
+
+
+@sampler(flow=None, below_one=True)
+def sample_seeds_2(
+    run: Run,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: Noise = None,
+    r: float = 0.5,
+    solver_type: str = "phi_1",
+) -> Any:
+    """SEEDS-2 (ComfyUI). solver_type: "phi_1" or "phi_2"."""
+    return run("seeds_2", run.gaussian(noise_sampler), eta=eta, r1=r, variant=solver_type, s_noise=s_noise)
+
+
+@sampler(flow=None, below_one=True)
+def sample_seeds_3(
+    run: Run,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: Noise = None,
+    r_1: float = 1 / 3,
+    r_2: float = 2 / 3,
+) -> Any:
+    """SEEDS-3 (ComfyUI)."""
+    return run("seeds_3", run.gaussian(noise_sampler), eta=eta, r1=r_1, r2=r_2, s_noise=s_noise)
+
+
+@sampler(flow=None, below_one=True)
+def sample_exp_heun_2_x0(run: Run, solver_type: str = "phi_2") -> Any:
+    """Exponential Heun in log-SNR on the x0 prediction (ComfyUI): SEEDS-2 with r = 1 and without noise."""
+    return run("seeds_2", eta=0.0, r1=1.0, variant=solver_type)
+
+
+# --- CFG++ (Chung et al. 2024): ComfyUI's models alone tell the unconditional prediction ---
+
+
+@sampler(flow=None)
+def sample_euler_cfg_pp(run: Run) -> Any:
+    """CFG++ (Chung et al. 2024, Algorithm 1; ComfyUI): DDIM whose noise is the unconditional prediction's."""
+    return run("euler_cfg_pp")
+
+
+@sampler(flow=None)
+def sample_euler_ancestral_cfg_pp(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
+    """`sample_euler_cfg_pp` with DDIM's noise (ComfyUI)."""
+    return run("euler_ancestral_cfg_pp", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+
+
+@sampler(flow=None)
+def sample_dpmpp_2s_ancestral_cfg_pp(
+    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Any:
+    """CFG++ of `sample_dpmpp_2s_ancestral` (ComfyUI, and its own rule for flow models)."""
+    return run("dpmpp_2s_ancestral_cfg_pp", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+
+
+@sampler()
+def sample_dpmpp_2m_cfg_pp(run: Run, *, difference: str = "guided") -> Any:
+    """CFG++ of DPM-Solver++(2M) (ComfyUI).
+
+    difference  of the second-order term: "guided", the guided prediction minus the last unconditional one, is
+                ComfyUI's; "unguided", of unconditional predictions, is the authors'
+    """
+    return run("dpmpp_2m_cfg_pp", difference=difference)
+
+
+# --- gradient estimation ---
 
 
 @sampler()

@@ -19,7 +19,7 @@ from fewstep.solvers.arrays import FLOATS, dtype_name
 from fewstep.solvers.brownian import BrownianTree
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.loop import Sampler
-from fewstep.solvers.plan import Plan
+from fewstep.solvers.plan import UNGUIDED, Plan
 from fewstep.solvers.process import VE, Flow, Point, Process
 from fewstep.solvers.registry import plan as make_plan
 
@@ -233,9 +233,8 @@ def _sampler(
     """
     plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), **options)
     # The caller's model and callback are Python, which a CUDA graph would leave out.
-    return Sampler(
-        Denoiser(_told, process, "sample", dtype=dtype), plan, shape, device=device, dtype=state, graph="off"
-    )
+    denoiser = (_WithNull if _unguided(plan) else Denoiser)(_told, process, "sample", dtype=dtype, batched=False)
+    return Sampler(denoiser, plan, shape, device=device, dtype=state, graph="off")
 
 
 def _told(x: Any, t: Any, run: _Tracked) -> Any:
@@ -243,10 +242,40 @@ def _told(x: Any, t: Any, run: _Tracked) -> Any:
     return run.model(x)
 
 
+def _unguided(plan: Plan) -> bool:
+    """Whether a plan reads the null branch's prediction."""
+    return any(row.get(UNGUIDED) for stage in plan.stages for row in stage.rows.values())
+
+
+class _WithNull(Denoiser):
+    """A model that guides by itself and tells the null branch's prediction beside: both are had of one call."""
+
+    def weights(self, progress: float) -> tuple[float, ...]:
+        return 0.0, 1.0  # what it returns is guided already
+
+    def bind(self, frame: Any, batch: int, cond: Any) -> Callable[[tuple[int, ...], Any, Any], tuple[Any, ...]]:
+        run: _Tracked = cond["run"]
+
+        def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
+            both = run.null_and_guided(x_in)
+            return tuple(both[j] for j in branches)
+
+        return call
+
+
 def grid_of(process: Process, levels: np.ndarray) -> Grid:
     """The grid through sigmas, falling or rising."""
     make = Grid.from_times if isinstance(process, Flow) else Grid.from_sigmas
     return make(process, levels[::-1]).flip() if levels[0] < levels[-1] else make(process, levels)
+
+
+def _takes(model: Model, name: str) -> bool:
+    """Whether a model takes an argument of that name; yes where nothing says so."""
+    try:
+        parameters = inspect.signature(model).parameters
+    except (TypeError, ValueError):
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def shows(disable: bool | None) -> bool:
@@ -266,11 +295,43 @@ class _Tracked:
         # A solver with steps of its own starts them at its own levels, others at the sigmas, and then churn.
         self.levels = run.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]
         self.stage = 0
+        self.null: Any = None
+        self.extra_args = self._hooked() if _unguided(plan) else dict(run.extra_args or {})
+
+    def _hooked(self) -> dict[str, Any]:
+        """The model's arguments with a hook behind ComfyUI's guidance, which is told the null branch's prediction."""
+        if not _takes(self.run.model, "model_options"):
+            raise TypeError(
+                "a CFG++ sampler needs the unconditional prediction, which ComfyUI's models hand to a hook in "
+                f"model_options; {type(self.run.model).__name__} takes no model_options: use fewstep.sample with "
+                f"solver={self.plan.solver!r} and a Denoiser with guidance"
+            )
+        given = dict(self.run.extra_args or {})
+        options = dict(given.get("model_options") or {})
+
+        def hook(told: Mapping[str, Any]) -> Any:
+            self.null = told["uncond_denoised"]
+            return told["denoised"]
+
+        options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), hook]
+        options["disable_cfg1_optimization"] = True  # which leaves the null branch out at a scale of 1
+        return {**given, "model_options": options}
+
+    def null_and_guided(self, x: Any) -> tuple[Any, Any]:
+        self.null = None
+        guided = self.model(x)
+        if self.null is None:
+            raise ValueError(
+                "a CFG++ sampler needs the unconditional prediction, and the model did not call the hook for it in "
+                "model_options['sampler_post_cfg_function'], as ComfyUI's do: use fewstep.sample with "
+                f"solver={self.plan.solver!r} and a Denoiser with guidance"
+            )
+        return self.null, guided
 
     def model(self, x: Any) -> Any:
         run, k = self.run, self.stage
         at = self.plan.stages[k].at
-        denoised = run.model(x, x.new_full((len(x),), at.sigma), **(run.extra_args or {}))
+        denoised = run.model(x, x.new_full((len(x),), at.sigma), **self.extra_args)
         self.stage = k + 1
         if run.callback is not None and k in self.step:
             i = self.step[k]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -51,6 +52,33 @@ def exact_weights(us: Sequence[float], end: float) -> list[float]:
     return weights
 
 
+def released_weights(us: Sequence[float], end: float) -> list[float]:
+    """The weights of the code that the field runs (diff-sampler's, which ComfyUI has), with its slips.
+
+    Newton's form, h and h_1, h_2, h_3 the steps, newest first. In the second difference a bracket is misplaced:
+    (1 - a b) / 2 stands for (1 - a) b / 2, a = h / 3 (h + h_1), b = h (h + h_1) / h_1 (h_1 + h_2). In the third a
+    sign is wrong (5/12 and 1 for 1/4 and 2/3 below), and so is the last ratio (h_1/h_2 for h_2/h_3).
+    """
+    c = exact_weights(us[:2], end) + [0.0] * (len(us) - 2)
+    h, *steps = (late - early for late, early in pairwise((end, *us)))
+
+    def add(factor: float, difference: Sequence[float]) -> None:
+        for j, value in enumerate(difference):
+            c[j] += h * factor * value
+
+    if len(us) > 2:
+        h1, h2 = steps[:2]
+        q = h1 / h2
+        add((1.0 - h**2 / (3.0 * h1 * (h1 + h2))) / 2.0, (1.0, -1.0 - q, q))
+    if len(us) > 3:
+        h3 = steps[2]
+        r = h1 * (h1 + h2) / (h2 * (h2 + h3))
+        cubic = 5 / 12 * h**2 + h * h1 + h * h2 / 3.0 + h1 * (h1 + h2) / 2.0
+        third = (1.0, -1.0 - q - r, q + r * (1.0 + h2 / h3), -r * q)
+        add(h * cubic / (h1 * (h1 + h2) * (h1 + h2 + h3)), third)
+    return c
+
+
 def fixed_weights(us: Sequence[float], end: float) -> list[float]:
     """The weights of a uniform grid, whatever the grid."""
     return [(end - us[0]) * c for c in ADAMS_BASHFORTH[len(us) - 1]]
@@ -79,7 +107,7 @@ def _multistep(
     flag("to_zero", to_zero)
     on = FRAMES[pick_frame(grid, frame)]
     us = [on.time(p) for p in grid.points]
-    known = 0
+    known, exact = 0, True
     for k, (s, t) in enumerate(grid.pairs):
         p = min(order, known + 1)
         if k == grid.steps - 1 and final_order is not None:
@@ -88,9 +116,12 @@ def _multistep(
         if p == 1 or not finite or (t.sigma == 0.0 and not to_zero):
             row = first_order(s, t)
         else:
-            row = adams_row(on, s, t, weights([us[k - j] for j in range(p)], us[k + 1]))
+            c = weights([us[k - j] for j in range(p)], us[k + 1])
+            row = adams_row(on, s, t, c)
+            # What released_weights lose of a step, later ones do not find again.
+            exact = exact and math.isclose(sum(c), us[k + 1] - us[k], rel_tol=1e-9)
         # The sigma frame has no slope at alpha = 0 that a polynomial in u could pass through.
-        yield Stage(s, {"x": row, **(history(on, s, known, order - 1) if finite else {})}, t)
+        yield Stage(s, {"x": row, **(history(on, s, known, order - 1) if finite else {})}, t, exact=exact)
         known += finite
 
 
@@ -121,14 +152,22 @@ def ipndm(
 
 @solver("ipndm_v")
 def ipndm_v(
-    grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = False
+    grid: Grid,
+    order: int = 4,
+    frame: str | None = None,
+    final_order: int | None = None,
+    to_zero: bool = False,
+    released: bool = False,
 ) -> Iterator[Stage]:
     """iPNDM with variable steps (ComfyUI's sample_ipndm_v, 2024): Adams-Bashforth weights of the grid itself.
 
-    These are the exact integrals of lms, whose options it has; the code in use misplaces a bracket in orders three
-    and four and is right on a uniform grid only.
+    These are the exact integrals of lms, whose options it has.
+
+    released  True has the weights of the code in use (`released_weights`). Of order three they make a method of
+              second order; of order four they sum to the step only where the steps are in geometric progression
     """
-    yield from _multistep(grid, order, exact_weights, frame, final_order, to_zero)
+    flag("released", released)
+    yield from _multistep(grid, order, released_weights if released else exact_weights, frame, final_order, to_zero)
 
 
 # --- PNDM ---

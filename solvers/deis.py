@@ -35,11 +35,11 @@ VARIABLES: Mapping[str, Callable[[Process, Array], Array]] = {
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 
-    order     1 to 3, how many predictions the polynomial goes through (the paper's r is order - 1)
+    order     1 to 4, how many predictions the polynomial goes through (the paper's r is order - 1)
     variable  "t": tAB, in the process's own time; "rho": rhoAB, in rho = sigma / alpha; "log_rho": what
               diffusers implements, which is dpm_solver_2m and dpm_solver_3m with the exact weights
     """
-    one_of("order", order, (1, 2, 3))
+    one_of("order", order, (1, 2, 3, 4))
     one_of("variable", variable, tuple(VARIABLES))
     check_final_order(final_order, order)
     for k, (s, t) in enumerate(grid.pairs):

@@ -60,7 +60,10 @@ class Guider:
     def __call__(self, x, sigma, model_options, seed):
         self.seen.append((float(sigma[0]), seed, dict(model_options)))
         level = sigma.reshape(-1, 1, 1, 1)
-        return 0.6 * torch.tanh(x / (0.2 + level))
+        x0 = 0.6 * torch.tanh(x / (0.2 + level))
+        for hook in model_options.get("sampler_post_cfg_function", []):  # after guidance
+            x0 = hook({"denoised": x0, "uncond_denoised": 0.4 * torch.sin(x / (1.0 + level))})
+        return x0
 
 
 class Masked:
@@ -162,7 +165,7 @@ def test_each_node_is_its_sampler(name, sampling):
     (sampler,) = getattr(node(), node.FUNCTION)(**given)
     torch.manual_seed(0)
     out, guider, steps = run(sampler, sampling(), sigmas)
-    assert all(seed == 11 and options == {"a": 1} for _, seed, options in guider.seen)
+    assert all(seed == 11 and options["a"] == 1 for _, seed, options in guider.seen)
     assert guider.seen[0][0] == pytest.approx(float(sigmas[0]), rel=2e-4)
     assert [i for i, *_ in steps] == list(range(len(steps)))
     given.pop("noise", None)

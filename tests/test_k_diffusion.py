@@ -122,7 +122,10 @@ CASES = [
     ("lms", {"order": 3, "to_zero": False}, adams.lms, {"order": 3, "to_zero": False}, False),
     ("ipndm", {}, adams.ipndm, {}, False),
     ("ipndm", {"max_order": 2}, adams.ipndm, {"order": 2}, False),
+    ("ipndm_v", {}, adams.ipndm_v, {"released": True}, False),
+    ("ipndm_v", {"max_order": 3, "released": False}, adams.ipndm_v, {"order": 3}, False),
     ("deis", {}, deis_oracle, {"order": 3, "clock": vp_time}, False),
+    ("deis", {"max_order": 4}, deis_oracle, {"order": 4, "clock": vp_time}, False),
     ("deis", {"max_order": 2, "deis_mode": "rhoab"}, deis_oracle, {"order": 2, "clock": float}, False),
     ("dpmpp_sde", {}, singlestep.dpmpp_sde, {"path": None}, True),
     ("dpmpp_sde", {"eta": 0.5, "r": 0.4}, singlestep.dpmpp_sde, {"path": None, "eta": 0.5, "r": 0.4}, True),
@@ -140,6 +143,13 @@ CASES = [
     ("sa_solver", {}, sa_oracle, {}, True),
     ("sa_solver", {"tau_func": lambda s: 0.4, "use_pece": True, "predictor_order": 2}, sa_oracle,
      {"tau": 0.4, "pc_mode": "PECE", "predictor_order": 2}, True),
+    ("sa_solver_pece", {"tau_func": lambda s: 0.4, "predictor_order": 2}, sa_oracle,
+     {"tau": 0.4, "pc_mode": "PECE", "predictor_order": 2}, True),
+    ("seeds_2", {}, singlestep.seeds_2, {}, True),
+    ("seeds_2", {"eta": 0.6, "s_noise": 0.9, "r": 0.4, "solver_type": "phi_2"}, singlestep.seeds_2,
+     {"eta": 0.6, "s_noise": 0.9, "r1": 0.4, "variant": "phi_2"}, True),
+    ("seeds_3", {"r_1": 0.25, "r_2": 0.6}, singlestep.seeds_3, {"r1": 0.25, "r2": 0.6}, True),
+    ("exp_heun_2_x0", {}, singlestep.seeds_2, {"eta": 0.0, "r1": 1.0, "variant": "phi_2"}, True),
     ("gradient_estimation", {"ge_gamma": 1.7}, multistep.gradient_estimation, {"gamma": 1.7}, False),
 ]  # fmt: skip
 
@@ -175,15 +185,18 @@ def test_numbers_and_noise_calls(name, options, oracle, oracle_options, flow, ow
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
     # What the noise sampler is asked for: each step that ends above sigma 0, from its start to its end.
     asked = [(s, t) for s, t in pairwise(sigmas) if t > 0]
-    if name == "dpmpp_sde":
-        r = options.get("r", 0.5)
+    inner = {"dpmpp_sde": [options.get("r", 0.5)], "seeds_2": [options.get("r", 0.5)],
+             "seeds_3": [options.get("r_1"), options.get("r_2")]}.get(name, [])  # fmt: skip
+    if inner:
 
-        def inner(s, t):
+        def at(s, t, r):
             odds = [(v / (1 - v) if flow else v) for v in (s, t)]
             mid = odds[0] ** (1 - r) * odds[1] ** r
             return mid / (1 + mid) if flow else mid
 
-        asked = [(s, end) for s, t in asked for end in (inner(s, t), t)]
+        # dpmpp_sde asks for every draw from the start of the step, SEEDS for one piece of a path after another.
+        stops = [[s, *(at(s, t, r) for r in inner), t] for s, t in asked]
+        asked = [(a[0] if name == "dpmpp_sde" else u, v) for a in stops for u, v in pairwise(a)]
     assert len(noise.asked) == (len(asked) if noise.asked else 0)
     assert bool(noise.asked) == (takes_noise(name) and name != "res_multistep")
     if noise.asked:
@@ -477,13 +490,19 @@ SIGNATURES = {
     "euler_ancestral": ANCESTRAL, "dpm_2_ancestral": ANCESTRAL, "dpmpp_2s_ancestral": ANCESTRAL,
     "dpmpp_sde": {**ANCESTRAL, "r": 0.5}, "dpmpp_2m": {}, "dpmpp_2m_sde": {**ANCESTRAL, "solver_type": "midpoint"},
     "dpmpp_3m_sde": ANCESTRAL, "ddpm": {"noise_sampler": None}, "lms": {"order": 4}, "ipndm": {"max_order": 4},
+    "ipndm_v": {"max_order": 4},
     "lcm": {"noise_sampler": None, "s_noise": 1.0}, "deis": {"max_order": 3, "deis_mode": "tab"},
     "uni_pc": {"variant": "bh1"}, "uni_pc_bh2": {}, "res_multistep": {"s_noise": 1.0, "noise_sampler": None},
     "res_multistep_ancestral": ANCESTRAL,
     "er_sde": {"s_noise": 1.0, "noise_sampler": None, "noise_scaler": None, "max_stage": 3},
     "sa_solver": {"tau_func": None, "s_noise": 1.0, "noise_sampler": None, "predictor_order": 3, "corrector_order": 4,
                   "use_pece": False, "simple_order_2": False},
-    "gradient_estimation": {"ge_gamma": 2.0},
+    "sa_solver_pece": {"tau_func": None, "s_noise": 1.0, "noise_sampler": None, "predictor_order": 3,
+                       "corrector_order": 4, "simple_order_2": False},
+    "seeds_2": {**ANCESTRAL, "r": 0.5, "solver_type": "phi_1"}, "seeds_3": {**ANCESTRAL, "r_1": 1 / 3, "r_2": 2 / 3},
+    "exp_heun_2_x0": {"solver_type": "phi_2"}, "gradient_estimation": {"ge_gamma": 2.0},
+    "euler_cfg_pp": {}, "euler_ancestral_cfg_pp": ANCESTRAL, "dpmpp_2s_ancestral_cfg_pp": ANCESTRAL,
+    "dpmpp_2m_cfg_pp": {},
 }  # fmt: skip
 FAST = ["model", "x", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "eta", "s_noise"]
 
@@ -499,7 +518,8 @@ def test_signatures_are_the_fields(name):
 def test_every_sampler_is_in_the_tables():
     found = {name[7:] for name in vars(kd) if name.startswith("sample_") and name != "sample_adaptive"}
     assert found == set(SIGNATURES) | {"dpm_fast", "dpm_adaptive"}
-    assert found - {name for name, *_ in CASES} == {"dpm_fast", "dpm_adaptive"}
+    guided = {name for name in found if name.endswith("_cfg_pp")}  # in test_k_diffusion_cfg_pp.py
+    assert found - {name for name, *_ in CASES} - guided == {"dpm_fast", "dpm_adaptive"}
     assert list(inspect.signature(kd.sample_dpm_fast).parameters)[:10] == FAST
 
 
@@ -587,7 +607,7 @@ def test_progress_bar_only_where_asked(capsys):
         (lambda m, x: kd.sample_dpm_fast(m, x, 0.0, 14.0, 5), ValueError, "0 < sigma_min < sigma_max"),
         (lambda m, x: kd.sample_dpm_fast(m, x, 0.1, 14.0, 0), ValueError, "n must be an int >= 1"),
         (lambda m, x: kd.sample_dpm_adaptive(m, x, 0.1, 14.0, order=4), ValueError, "order must be one of 2, 3"),
-        (lambda m, x: kd.sample_deis(m, x, SIGMAS, max_order=4), ValueError, "order must be one of 1, 2, 3"),
+        (lambda m, x: kd.sample_deis(m, x, SIGMAS, max_order=5), ValueError, "order must be one of 1, 2, 3, 4"),
         (
             lambda m, x: kd.sample_deis(m, x, SIGMAS, deis_mode="x"),
             ValueError,

