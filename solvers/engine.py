@@ -202,7 +202,7 @@ class FusedRun:
         if table.variance is not None:
             factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
         if table.draw is not None:
-            launch = self._with_noise(launch, table.draw, table.at, table.to, noise, factor)
+            launch = self._with_noise(launch, table.draw, *table.span, noise, factor)
         if self.serial:  # the compiled function itself: at small sizes every Python call shows
             launch.run(launch.memory, 0, self.units)
         else:
@@ -309,7 +309,7 @@ class NaiveRun:
         raws, variance = job.predictions(raws)
         for raw in raws:
             job.check_raw(raw)
-        z = None if table.draw is None else self._noise(table.draw, table.at, table.to, noise)
+        z = None if table.draw is None else self._noise(table.draw, *table.span, noise)
         if table.variance is not None:
             z = z * job.denoiser.noise_factor(naive.cast(variance, z), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]

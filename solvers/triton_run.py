@@ -230,7 +230,7 @@ class TritonRun:
             job.check_raw(raw)
         z = None
         if table.draw is not None and noise is not None:
-            z = self._outside(noise, table.draw, table.at, table.to)
+            z = self._outside(noise, table.draw, *table.span)
         if table.variance is not None and variance is not None and table.draw is not None:
             if z is None:
                 z = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)

@@ -573,6 +573,52 @@ def test_outside_noise_is_asked_for_once_a_draw_with_its_levels() -> None:
     assert len(draws) == 4
 
 
+@pytest.mark.parametrize("backend", ["naive", "numba"])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("euler_ancestral", {"eta": 0.6}),
+        ("dpm2_ancestral", {"eta": 0.6}),
+        ("dpm2_ancestral", {"eta": 1.0}),
+        ("dpmpp_2s_ancestral", {"eta": 0.6}),
+        ("dpmpp_2s_ancestral", {"eta": 1.0}),
+        ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.6}),
+        ("res_multistep", {"eta": 0.6}),
+        ("lcm", {}),
+    ],
+)
+def test_an_ancestral_draw_is_asked_for_over_the_whole_step(solver: str, options: dict[str, Any], backend: str) -> None:
+    """As the published samplers ask, noise_sampler(sigmas[i], sigmas[i + 1]), wherever their calls lead in between."""
+    asked = []
+
+    def noise(draw: int, at: fs.Point, to: fs.Point, shape: tuple[int, ...]) -> np.ndarray:
+        asked.append((at.sigma, to.sigma))
+        return np.zeros(shape)
+
+    process = fs.EDM()
+    grid = fs.Grid.from_sigmas(process, [14.6, 4.2, 0.9, 0.1, 0.0])
+    denoiser = fs.Denoiser(lambda x, t: 0.3 * x, process, "sample")
+    sampler = fs.Sampler(denoiser, fs.plan(solver, grid, **options), (2, 3), backend=backend)
+    sampler(np.ones((2, 3), np.float32), noise=noise)
+    assert asked == [(14.6, 4.2), (4.2, 0.9), (0.9, 0.1)]
+
+
+@pytest.mark.parametrize("path", ["snr", None])
+def test_draws_of_one_path_are_asked_for_piece_by_piece(path: str | None) -> None:
+    """SDE-DPM-Solver++(2S) draws twice a step: over one piece after another, or each over all that it noises."""
+    asked = []
+
+    def noise(draw: int, at: fs.Point, to: fs.Point, shape: tuple[int, ...]) -> np.ndarray:
+        asked.append((at.sigma, to.sigma))
+        return np.zeros(shape)
+
+    process = fs.EDM()
+    plan = fs.plan("dpmpp_sde", fs.Grid.from_sigmas(process, [9.0, 1.0]), path=path)
+    sampler = fs.Sampler(fs.Denoiser(lambda x, t: 0.3 * x, process, "sample"), plan, (2, 3))
+    sampler(np.ones((2, 3), np.float32), noise=noise)
+    np.testing.assert_allclose(asked, [(9.0, 3.0), (3.0 if path else 9.0, 1.0)], rtol=1e-12)
+
+
 def test_a_brownian_path_converges_strongly() -> None:
     """The same path on finer and finer grids leads each sample to one end point; fresh noise does not."""
     process = fs.EDM()
