@@ -72,7 +72,7 @@ def stage_on_gpu(
         z=None if z is None else z.contiguous(),
         p=None if p is None else p.contiguous(),
         limit=None if limit is None else limit.contiguous(),
-        kernel=stage_kernel if triton_noise.INTERPRETED else wrap_triton(stage_kernel),
+        kernel=None if triton_noise.INTERPRETED else wrap_triton(stage_kernel),
     )
     return outputs
 
@@ -245,7 +245,7 @@ stage.register_autograd(_backward, setup_context=_setup)
 def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
     """`normals` by the Triton kernel."""
     out = torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)
-    kernel = normals_kernel if triton_noise.INTERPRETED else wrap_triton(normals_kernel)
+    kernel = None if triton_noise.INTERPRETED else wrap_triton(normals_kernel)
     triton_noise.fill(out, streams.contiguous(), draw, domain, kernel=kernel)
     return out
 

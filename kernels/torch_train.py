@@ -25,7 +25,7 @@ if TRITON:
 
 def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     """The Triton kernel, which does not do float64."""
-    kernel = huber_kernel if triton_noise.INTERPRETED else wrap_triton(huber_kernel)
+    kernel = None if triton_noise.INTERPRETED else wrap_triton(huber_kernel)
     return triton_train.pseudo_huber(x.contiguous(), y.contiguous(), c, per_sample=per_sample, kernel=kernel)
 
 
@@ -118,7 +118,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> 
 
 def score_difference_on_gpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """The Triton kernel, which does not do float64."""
-    kernel = difference_kernel if triton_noise.INTERPRETED else wrap_triton(difference_kernel)
+    kernel = None if triton_noise.INTERPRETED else wrap_triton(difference_kernel)
     return triton_train.score_difference(x.contiguous(), real.contiguous(), own.contiguous(), floor, kernel=kernel)
 
 

@@ -121,13 +121,11 @@ def guard(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def fill(
-    out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024, kernel: Any = normals_kernel
-) -> None:
+def fill(out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024, kernel: Any = None) -> None:
     """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device.
 
-    kernel: `normals_kernel`, or what stands in for it.
+    kernel: what stands in for `normals_kernel`.
     """
     samples, n = out.shape[0], out.shape[1:].numel()
     with guard(out):
-        kernel[(samples * triton.cdiv(n, block),)](out, streams, draw, n, domain, block)
+        (kernel or normals_kernel)[(samples * triton.cdiv(n, block),)](out, streams, draw, n, domain, block)

@@ -324,13 +324,13 @@ def stage_arguments(
     ]  # fmt: skip
 
 
-def stage(*arrays: Any, kernel: Any = stage_kernel, **options: Any) -> None:
-    """One stage over separate tensors: see `stage_arguments`. kernel: `stage_kernel`, or what stands in for it."""
+def stage(*arrays: Any, kernel: Any = None, **options: Any) -> None:
+    """One stage over separate tensors: see `stage_arguments`. kernel: what stands in for `stage_kernel`."""
     args = stage_arguments(*arrays, **options)
     first = args[_OUTPUT]
     elements, warps = block()
     with guard(first):
-        kernel[grid(first.shape[0], args[_N], elements)](*args, elements, num_warps=warps)
+        (kernel or stage_kernel)[grid(first.shape[0], args[_N], elements)](*args, elements, num_warps=warps)
 
 
 class Structure(NamedTuple):

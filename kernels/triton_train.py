@@ -58,18 +58,16 @@ def huber_kernel(x, y, loss, grad, c, n, PER_SAMPLE: tl.constexpr, BLOCK: tl.con
         tl.store(loss + b, whole / n)
 
 
-def pseudo_huber(
-    x: Tensor, y: Tensor, c: float, *, per_sample: bool, kernel: Any = huber_kernel
-) -> tuple[Tensor, Tensor]:
+def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool, kernel: Any = None) -> tuple[Tensor, Tensor]:
     """Losses (B,) float32, and the gradient by x, like x. x, y (B, ...), contiguous, of one 16- or 32-bit dtype.
 
-    kernel: `huber_kernel`, or what stands in for it.
+    kernel: what stands in for `huber_kernel`.
     """
     samples, n = x.shape[0], x.shape[1:].numel()
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x)
     with guard(x):
-        kernel[(samples,)](x, y, loss, grad, c, n, per_sample, BLOCK, num_warps=WARPS)
+        (kernel or huber_kernel)[(samples,)](x, y, loss, grad, c, n, per_sample, BLOCK, num_warps=WARPS)
     return loss, grad
 
 
@@ -92,17 +90,17 @@ def difference_kernel(x, real, own, loss, gradient, floor, n, BLOCK: tl.constexp
 
 
 def score_difference(
-    x: Tensor, real: Tensor, own: Tensor, floor: float, *, kernel: Any = difference_kernel
+    x: Tensor, real: Tensor, own: Tensor, floor: float, *, kernel: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Losses (B,) and g like real, both float32. x (B, ...) of 16 or 32 bits; real, own float32; all contiguous.
 
-    kernel: `difference_kernel`, or what stands in for it.
+    kernel: what stands in for `difference_kernel`.
     """
     samples, n = x.shape[0], x.shape[1:].numel()
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(real)
     with guard(x):
-        kernel[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, num_warps=WARPS)
+        (kernel or difference_kernel)[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, num_warps=WARPS)
     return loss, gradient
 
 
