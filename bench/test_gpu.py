@@ -279,10 +279,16 @@ def test_new_numbers_on_the_host(rows: Rows) -> None:
     seeds = iter(range(10**6))
     (seed,) = turns([lambda: host(lambda: made(seed=next(seeds), out=out))])
     rows.add("a call with a new seed, the host's side", statistics.median(seed), 50.0, ("<=", 1.0), "us", inverse=True)
-    plans = [fs.plan("dpmpp_2m", fs.grid(VP, 20, "karras", rho=rho)) for rho in (3.0, 7.0)]
+    plans = [made.prepare(fs.plan("dpmpp_2m", fs.grid(VP, 20, "karras", rho=rho))) for rho in (3.0, 7.0)]
     turn = iter(range(10**6))
     (update,) = turns([lambda: host(lambda: made.update(plans[next(turn) % 2]))])
-    rows.add("update(plan), the host's side", statistics.median(update), 50.0, ("<=", 1.0), "us", inverse=True)
+    rows.add("update(prepared plan), the host's side", statistics.median(update), 50.0, ("<=", 1.0), "us", inverse=True)
+    guided = fs.Denoiser(lambda x, t: 0.5 * x, VP, "v", guidance=2.0, dtype="float16")
+    scaled = sampler("dpmpp_2m", SMALL, guided, 20, "loop")
+    scales = [scaled.prepare(guidance=scale) for scale in (3.0, 7.0)]
+    (update,) = turns([lambda: host(lambda: scaled.update(scales[next(turn) % 2]))])
+    rows.add("update(prepared guidance), the host's side", statistics.median(update), 50.0, ("<=", 1.0), "us",
+             inverse=True)  # fmt: skip
 
 
 def test_noise_beside_torch_randn(rows: Rows) -> None:

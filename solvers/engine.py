@@ -37,7 +37,7 @@ class Job:
     shape: tuple[int, ...]
     dtype: str  # of the state
     model_dtype: str
-    times: Sequence[Array]  # t of each stage, one entry for each sample of each batched branch; models get copies
+    time_dtype: str  # of what the model is told
     capacity: int = 0  # denoiser calls that a recorded loop makes at least
 
     @property
@@ -55,6 +55,14 @@ class Job:
     @cached_property
     def start(self) -> Point:
         return self.program.plan.start
+
+    @cached_property
+    def times(self) -> Sequence[Array]:
+        """t of each stage, one entry for each sample of each batched branch; models get copies."""
+        counts = [self.batch * self.copies(k) for k in range(len(self.tables))]
+        return [
+            self.frame.array(np.full(n, table.t), self.time_dtype) for n, table in zip(counts, self.tables, strict=True)
+        ]
 
     def predictions(self, raws: Sequence[Array]) -> tuple[Sequence[Array], Array | None]:
         """The predictions, and the variance output of the last branch of a network that returns both, (B, 2 C, ...)."""

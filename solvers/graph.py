@@ -141,7 +141,7 @@ class Graphs:
         given = self.run.job.denoiser.conditions(cond)
         frame = self.run.frame
         self._structure = tuple(
-            (j, path, (tuple(leaf.shape), frame.dtype_of(leaf)) if frame.is_array(leaf) else (type(leaf), leaf))
+            (j, path, tensor_key(leaf, frame) if frame.is_array(leaf) else (type(leaf), leaf))
             for j, branch in enumerate(given)
             for path, leaf in leaves(branch)
         )
@@ -164,6 +164,10 @@ class Graphs:
             old_structure, _ = self._conditions.popitem(last=False)
             for key in [k for k in self._graphs if k[0] == old_structure]:  # type: ignore[index]
                 self._graphs.pop(key).reset()
+
+
+def tensor_key(tensor: Array, frame: Frame) -> Hashable:
+    return tuple(tensor.shape), frame.dtype_of(tensor), frame.device_of(tensor)
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

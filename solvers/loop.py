@@ -27,13 +27,12 @@ from fewstep.solvers.program import compile_plan
 from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
 from fewstep.solvers.tables import stage_tables
-from fewstep.solvers.triton_run import TritonRun
-from fewstep.solvers.triton_run import check as check_triton
+from fewstep.solvers.triton_run import TritonJob, TritonRun
 
 GRAPHS = ("auto", "off", "step", "loop")
 
 Run = FusedRun | NaiveRun | TritonRun
-RUNS: dict[str, type[Run]] = {"numba": FusedRun, "naive": NaiveRun, "triton": TritonRun}
+RUNS: dict[str, Callable[[Any], Run]] = {"numba": FusedRun, "naive": NaiveRun, "triton": TritonRun}
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,26 @@ class StepInfo:
     x0: Array
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """What a sampler holds at one time: replaced whole by `update`, never edited."""
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A plan under a guidance laid out for one sampler (`Sampler.prepare`), with the workspaces that wait for it.
 
+    A sampler holds one at a time, which `update` replaces whole: nothing in it is edited.
+    """
+
+    sampler: Sampler
     denoiser: Any
     plan: Plan
-    make: Callable[[bool], Job]
     idle: tuple[deque[Run], deque[Run]] = field(default_factory=lambda: (deque(), deque()))
 
     @cached_property
     def plain(self) -> Job:
-        return self.make(False)
+        return self.sampler._job(self.denoiser, self.plan, keep_x0=False)
 
     @cached_property
     def watched(self) -> Job:
         """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
-        return self.make(True)
+        return self.sampler._job(self.denoiser, self.plan, keep_x0=True)
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
@@ -120,8 +122,6 @@ class Sampler:
                     f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
                     "wrap the model, Denoiser(model, process, predicts=...)"
                 )
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
         self.shape = check_shape(shape)
         self.dtype = dtype_name(dtype or "float32")
         if self.dtype not in ("float32", "float64"):
@@ -144,23 +144,34 @@ class Sampler:
         self.graph, self.capacity = graph, capacity
         self._uncaptured: dict[str, CaptureError] = {}  # graph modes that "auto" has given up, and why
         self._warned = False
-        self._compiled: _Compiled | None = None
-        self._configure(denoiser, plan)
+        self._seed: int | Sequence[int] | None = None
+        self._cond: Any = None
+        self._compiled: Prepared | None = None
+        self._change_to(self._prepared(denoiser, plan))
 
-    def _configure(self, denoiser: Any, plan: Plan) -> None:
+    def _prepared(self, denoiser: Any, plan: Plan) -> Prepared:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
         if plan.grid.process != denoiser.process:
             raise ValueError(
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        compiled = _Compiled(denoiser, plan, lambda watched: self._job(denoiser, plan, keep_x0=watched))
-        if self._compiled is not None:
-            self._adopt(self._compiled, compiled)
-        if not compiled.idle[False]:
-            compiled.idle[False].append(self._new_run(compiled.job(False)))
-        self._compiled = compiled  # one assignment: a call in another thread sees all of it or none
+        made = Prepared(self, denoiser, plan)
+        made.job(False)
+        if self._compiled is not None and "watched" in vars(self._compiled):
+            made.job(True)
+        return made
 
-    def _adopt(self, old: _Compiled, new: _Compiled) -> None:
+    def _change_to(self, new: Prepared) -> None:
+        old = self._compiled
+        if old is not None and old is not new and self.backend == "triton":
+            self._adopt(old, new)
+        if not new.idle[False]:
+            new.idle[False].append(self._new_run(new.job(False)))
+        self._compiled = new  # one assignment: a call in another thread sees all of it or none
+
+    def _adopt(self, old: Prepared, new: Prepared) -> None:
         """Runs on a GPU that wait for work go over to new numbers with their memory and graphs, where those fit."""
         for watched in (False, True):
             while old.idle[watched]:
@@ -168,8 +179,13 @@ class Sampler:
                     run = old.idle[watched].popleft()
                 except IndexError:  # another thread took it: it finishes with what it began with
                     break
-                if isinstance(run, TritonRun) and run.adopt(new.job(watched)):
-                    new.idle[watched].append(run)
+                job = new.job(watched)
+                assert isinstance(run, TritonRun)
+                assert isinstance(job, TritonJob)
+                if not run.adopt(job):
+                    old.idle[watched].append(run)  # as no other will: all have the same structure
+                    break
+                new.idle[watched].append(run)
 
     @property
     def denoiser(self) -> Any:
@@ -180,7 +196,7 @@ class Sampler:
         return self._now.plan
 
     @property
-    def _now(self) -> _Compiled:
+    def _now(self) -> Prepared:
         assert self._compiled is not None
         return self._compiled
 
@@ -188,21 +204,50 @@ class Sampler:
         program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
         tables = stage_tables(program, denoiser, self.dtype)
         model_dtype = denoiser.model_dtype(self.dtype)
-        time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
-        batches = [self.shape[0] * (len(t.branches) if denoiser.batched else 1) for t in tables]
-        times = [self.frame.array(np.full(n, t.t), time_dtype) for n, t in zip(batches, tables, strict=True)]
-        job = Job(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
-        if self.backend == "triton":
-            check_triton(job)
-        return job
+        times = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
+        kind = TritonJob if self.backend == "triton" else Job
+        return kind(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
 
-    def _new_run(self, job: Job) -> Run:
+    def _new_run(self, job: Any) -> Run:
         return RUNS[self.backend](job)
 
-    def update(self, plan: Plan | None = None, *, guidance: Any = ...) -> None:
-        """Change the plan or the guidance for later calls. Calls under way finish with what they began with."""
+    def prepare(self, plan: Plan | None = None, *, guidance: Any = ...) -> Prepared:
+        """Lay out another plan or another guidance now, for an `update` that only has to copy it.
+
+            fast, good = sampler.prepare(fs.plan("unipc", fs.grid(process, 6))), sampler.prepare(guidance=4.0)
+            sampler.update(fast)
+
+        What is not given is the sampler's own at the moment. Raises ValueError or TypeError as making a sampler does.
+        """
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
-        self._configure(denoiser, self.plan if plan is None else plan)
+        return self._prepared(denoiser, self.plan if plan is None else plan)
+
+    def update(
+        self, plan: Plan | Prepared | None = None, *, guidance: Any = ..., seed: Any = ..., cond: Any = ...
+    ) -> None:
+        """Change the plan or the guidance for later calls. Calls under way finish with what they began with.
+
+        plan        a plan, laid out first, or what `prepare` has laid out
+        seed, cond  for later calls that give none, as in a call; None goes back to giving none
+
+        Raises ValueError or TypeError that names the argument, and then changes nothing.
+        """
+        new = self._now
+        if isinstance(plan, Prepared):
+            if plan.sampler is not self or guidance is not ...:
+                why = "has its guidance in it" if plan.sampler is self else "belongs to the sampler that made it"
+                raise ValueError(f"plan is prepared, and {why}: prepare(plan, guidance=...) lays out another")
+            new = plan
+        elif plan is not None or guidance is not ...:
+            new = self.prepare(plan, guidance=guidance)
+        if seed is not ... and seed is not None:
+            philox.streams(seed, self.shape[0], 0)
+        if cond is not ... and cond is not None:
+            new.denoiser.bind(self.frame, self.shape[0], cond)
+        self._seed = self._seed if seed is ... else seed
+        self._cond = self._cond if cond is ... else cond
+        if new is not self._now:
+            self._change_to(new)
 
     @any_library
     def __call__(
@@ -230,6 +275,8 @@ class Sampler:
         out       where to write the result instead of a new array (x's or the model's library)
         """
         compiled = self._now
+        seed = self._seed if seed is None else seed
+        cond = self._cond if cond is None else cond
         outer = frame_of(x) if x is not None else self.frame
         if x is not None:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
@@ -256,7 +303,6 @@ class Sampler:
             philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
         keep = callback is not None
         job, idle = compiled.job(keep), compiled.idle[keep]
-        call = job.denoiser.bind(self.frame, self.shape[0], cond)
         try:
             run = idle.popleft()
         except IndexError:
@@ -264,7 +310,7 @@ class Sampler:
         try:
             with self._no_grad(), self._on_device():
                 mode = self._graph_mode(run, cond, x is None, noise, callback is not None or progress)
-                self._loop(run, call, self._latent(x, outer), streams, noise, callback, progress, outer, mode)
+                self._loop(run, cond, self._latent(x, outer), streams, noise, callback, progress, outer, mode)
                 return self._result(run.x(len(job.tables) - 1), x, outer, out)
         finally:
             # Also after an interruption: every run rewrites its memory from the start.
@@ -274,7 +320,7 @@ class Sampler:
     def _loop(
         self,
         run: Run,
-        call: Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]],
+        cond: Any,
         x: Any,
         streams: np.ndarray | None,
         noise: NoiseSource | None,
@@ -289,14 +335,16 @@ class Sampler:
             graphs.run.load(x, streams)
             graphs.loop(x is None)
             return
+        # A graph has its conditions bound into it.
+        call = job.denoiser.bind(self.frame, self.shape[0], cond) if graphs is None else None
         run.begin(x, streams, noise)
         step = 0
         with _bar(len(job.tables), progress) as bar:
             for k, table in enumerate(job.tables):
-                if graphs is not None:
-                    graphs.step(k)
-                else:
+                if call is not None:
                     run.advance(k, call(table.branches, *run.model_input(k)), noise)
+                elif graphs is not None:
+                    graphs.step(k)
                 if bar is not None:
                     bar.update(1)
                 if callback is not None and table.done:

@@ -14,11 +14,10 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.arrays import Array, TorchFrame
 from fewstep.solvers.checks import check_shape, model_frame
-from fewstep.solvers.engine import Job
 from fewstep.solvers.plan import Plan
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.tables import stage_tables
-from fewstep.solvers.triton_run import Mirror, device_tables, dynamic, structure, trouble
+from fewstep.solvers.triton_run import Mirror, TritonJob, device_tables, dynamic, trouble
 
 
 class MixedRun:
@@ -57,7 +56,7 @@ class MixedRun:
         self.branches = jobs[0].tables[0].branches
         if any(table.branches != self.branches for job in jobs for table in job.tables):
             raise ValueError("guidance for a part of the way calls other branches at other steps: it cannot be mixed")
-        shapes = [structure(job) for job in jobs]
+        shapes = [job.structure for job in jobs]
         self.structure = triton_step.Structure(
             slots=max(s.slots for s in shapes),
             outputs=max(s.outputs for s in shapes),
@@ -71,8 +70,7 @@ class MixedRun:
         self.numbers = Mirror(np.zeros((rows, batch, triton_step.NUMBERS), np.float32), frame)
         self.indices = Mirror(np.full((rows, batch, triton_step.INDICES), -1, np.int32), frame)
         job = jobs[0]
-        time_dtype = denoiser.time_dtype or "float32"
-        self.times = Mirror(np.zeros((rows, batch)), frame, time_dtype)
+        self.times = Mirror(np.zeros((rows, batch)), frame, job.time_dtype)
         self.counter = Mirror(np.full(batch, self.idle, np.int32), frame)
         self.streams = Mirror(np.zeros((batch, 3), np.int64), frame)
         buffers = max(job.program.buffers for job in jobs)
@@ -80,10 +78,10 @@ class MixedRun:
         copies = len(self.branches) if denoiser.batched else 1
         self.copies = copies
         self.x_in = frame.empty((copies * batch, *self.shape[1:]), job.model_dtype).zero_()
-        self.t = frame.empty((copies * batch,), time_dtype)
-        self._at: list[tuple[Job, int] | None] = [None] * batch  # each place's job, and the calls it has had
+        self.t = frame.empty((copies * batch,), job.time_dtype)
+        self._at: list[tuple[TritonJob, int] | None] = [None] * batch  # each place's job, and the calls it has had
 
-    def _job(self, plan: Plan) -> Job:
+    def _job(self, plan: Plan) -> TritonJob:
         denoiser = self.denoiser
         if denoiser.rescale or dynamic(denoiser.clip) or denoiser.variance is not None:
             raise ValueError(
@@ -91,7 +89,10 @@ class MixedRun:
             )
         program = compile_plan(plan, in_place=True)
         tables = stage_tables(program, denoiser, "float32")
-        return Job(program, tables, denoiser, self.frame, self.shape, "float32", denoiser.model_dtype("float32"), [])
+        times = denoiser.time_dtype or "float32"
+        return TritonJob(
+            program, tables, denoiser, self.frame, self.shape, "float32", denoiser.model_dtype("float32"), times
+        )
 
     def admit(self, place: int, plan: Plan, *, seed: int, sample: int = 0, x: Array | None = None) -> None:
         """Begin a request in a free place.

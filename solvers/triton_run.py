@@ -7,6 +7,7 @@ same launches serve every schedule, seed and guidance scale of one structure, an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +80,63 @@ def _fill(
     indices[kernel.DRAW_AT] = draw
 
 
+ALIGN = 16  # bytes, so that kernels read every table as they read a tensor of its own
+
+
+def packed(tensors: Sequence[Array]) -> Array:
+    """Tensors side by side in one block of bytes, each at a multiple of ALIGN."""
+    import torch
+
+    parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
+
+
+def unpacked(block: Array, like: Sequence[Array]) -> list[Array]:
+    """The tensors of a block that `packed` laid out for tensors like these, in its memory."""
+    found, at = [], 0
+    for tensor in like:
+        size = tensor.numel() * tensor.element_size()
+        found.append(block[at : at + size].view(tensor.dtype).reshape(tensor.shape))
+        at += size + -size % ALIGN
+    return found
+
+
+@dataclass(frozen=True)
+class TritonJob(Job):
+    """A job laid out for a GPU when it is made: a run changes to it by one copy.
+
+    structure  the kernel's, that serves every stage
+    signature  everything that a recorded graph depends on; its numbers are not part of it
+    tables_on_host, block  all that the device reads of a plan, and the same side by side in pinned memory
+    """
+
+    structure: Any = field(init=False, repr=False)
+    signature: tuple[Any, ...] = field(init=False, repr=False)
+    tables_on_host: Sequence[Array] = field(init=False, repr=False)
+    block: Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+        torch = self.frame.torch  # type: ignore[attr-defined]
+        tables, clip = device_tables(self), self.denoiser.clip
+        own = (
+            torch.from_numpy(tables.numbers),
+            torch.from_numpy(tables.indices),
+            torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
+            torch.from_numpy(order_statistic(clip, self.elements)),
+            torch.tensor([self.start.sigma], dtype=torch.float32),
+        )
+        block = packed(own)
+        laid_out = {
+            "structure": structure(self),
+            "signature": signature(self),
+            "tables_on_host": own,
+            "block": block if self.frame.device == "cpu" else block.pin_memory(),
+        }
+        for name, value in laid_out.items():
+            object.__setattr__(self, name, value)
+
+
 class Mirror:
     """A tensor on the device that the host rewrites without waiting for the device."""
 
@@ -114,31 +172,28 @@ class TritonRun:
     after the call: a model may write to it and may return it, but must copy it to keep it.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TritonJob) -> None:
         from fewstep.kernels import triton_noise, triton_reduce, triton_step
 
         assert isinstance(job.frame, TorchFrame)
         self._step, self._noise, self._reduce = triton_step, triton_noise, triton_reduce
-        self.job, self.frame, torch = job, job.frame, job.frame.torch
+        self.job: TritonJob = job
+        self.frame, torch = job.frame, job.frame.torch
         self.torch = torch
         device = self.frame.device
         batch, elements = job.batch, job.elements
-        self.structure, self.calls = structure(job), calls(job)
+        self.structure, self.calls = job.structure, calls(job)
         self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
         copies = max(job.copies(k) for k in range(len(job.tables)))
         self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype).zero_()  # `_warm` reads it
-        tables = device_tables(job)
-        self.numbers = Mirror(tables.numbers, self.frame)
-        self.indices = Mirror(tables.indices, self.frame)
-        time_dtype = self.frame.dtype_of(job.times[0])
-        self.times = Mirror(tables.times, self.frame, time_dtype)
-        self.t = self.frame.empty((copies * batch,), time_dtype)
+        self.block = torch.empty_like(job.block, device=device)
+        self.numbers, self.indices, self.times, self.settings, self.sigma = unpacked(self.block, job.tables_on_host)
+        self.block.copy_(job.block, non_blocking=True)
+        self.t = self.frame.empty((copies * batch,), job.time_dtype)
         self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
-        self.settings = Mirror(order_statistic(job.denoiser.clip, job.elements), self.frame)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
         reduces = job.denoiser.rescale or dynamic(job.denoiser.clip)
         self.scratch = self._reduce.Scratch.of(batch, elements, device) if reduces else None
-        self.sigma = Mirror(np.full(1, job.start.sigma, np.float32), self.frame)
         self.counter = torch.zeros(1, dtype=torch.int32, device=device)
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()
@@ -169,23 +224,19 @@ class TritonRun:
         if self.free is not None:
             self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
 
-    def adopt(self, job: Job) -> bool:
+    def adopt(self, job: TritonJob) -> bool:
         """Take over another job whose structure fits: new numbers in the same tables, the same graphs. Or False."""
-        if signature(job) != signature(self.job) or not self._holds(job):
+        if job.signature != self.job.signature or not self._holds(job):
             return False
         self.claim()
-        tables = device_tables(job)
-        for mirror, values in zip((self.numbers, self.indices, self.times), tables, strict=True):
-            mirror.set(values)
-        self.settings.set(order_statistic(job.denoiser.clip, job.elements))
-        self.sigma.set(np.full(1, job.start.sigma, np.float32))
+        self.block.copy_(job.block, non_blocking=True)  # which nobody writes to: there is nothing to wait for
         self.job = job
         self.release()
         return True
 
-    def _holds(self, job: Job) -> bool:
+    def _holds(self, job: TritonJob) -> bool:
         """Whether the kernel's structure and the buffers suffice for a job; it names what it does not use -1."""
-        new, own = structure(job), self.structure
+        new, own = job.structure, self.structure
         return (
             new.slots <= own.slots
             and new.outputs <= own.outputs
@@ -242,11 +293,11 @@ class TritonRun:
 
     def _draw_latent(self) -> None:
         self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
-        self.state[0].mul_(self.sigma.device)
+        self.state[0].mul_(self.sigma)
 
     def _tick(self, copies: int) -> None:
         batch = self.job.batch
-        self._step.tick(self.counter, self.times.device, self.t[: copies * batch], batch)
+        self._step.tick(self.counter, self.times, self.t[: copies * batch], batch)
 
     def _init_stage(self, z: Array | None = None) -> None:
         self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
@@ -257,7 +308,7 @@ class TritonRun:
 
     def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
         """p and the limit of each sample, where the stage must look at whole samples first."""
-        clip, numbers = self.job.denoiser.clip, self.numbers.device
+        clip, numbers = self.job.denoiser.clip, self.numbers
         p = limit = None
         if self.scratch is None:
             return p, limit
@@ -267,7 +318,7 @@ class TritonRun:
         if dynamic(clip):
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
-                numbers, self.indices.device, self.counter, self.state, raws, self.reduced, self.settings.device,
+                numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
                 self.scratch, rescaled=p is not None,
             )  # fmt: skip
         return p, limit
@@ -282,7 +333,7 @@ class TritonRun:
         own_limit: Array | None = None,
     ) -> None:
         self._step.run(
-            structure, self.state, self.numbers.device, self.indices.device, self.counter, self.x_in, copies, raws,
+            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
             streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
         )  # fmt: skip
 
@@ -314,7 +365,7 @@ def calls(job: Job) -> int:
 
 
 def structure(job: Job) -> Any:
-    """The kernel's structure that serves every stage of a job."""
+    """See `TritonJob`."""
     from fewstep.kernels import triton_step
 
     tables: Sequence[StageTable] = job.tables
@@ -341,14 +392,14 @@ def order_statistic(clip: Any, elements: int) -> np.ndarray:
 
 
 def signature(job: Job) -> tuple[Any, ...]:
-    """Everything that a recorded graph of a job depends on; its numbers are not part of it."""
+    """See `TritonJob`."""
     program, denoiser = job.program, job.denoiser
     stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
     stages += [stages[-1]] * (calls(job) - len(stages))
     return (
         tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
         denoiser.variance, denoiser.clip is None, dynamic(denoiser.clip), bool(denoiser.rescale), job.shape,
-        job.model_dtype, job.frame.dtype_of(job.times[0]),
+        job.model_dtype, job.time_dtype,
     )  # fmt: skip
 
 

@@ -212,6 +212,34 @@ def test_replays_are_the_eager_numbers(mode: str, cuda: FakeCuda) -> None:
     assert cuda.log.count("record") == (2 if mode == "loop" else 1)
 
 
+def test_a_prepared_plan_is_one_copy_away(cuda: FakeCuda) -> None:
+    """Schedules and scales laid out before: no capture, no table on the host, one copy to the device."""
+    net, cond = Net(), conditions(0.1, 0.5)
+    made = sampler(net, plan(), "loop", guidance=2.0)
+    made(seed=1, cond=cond)
+    later = plan(rho=3.0)
+    for ready, scale in ((made.prepare(later), 2.0), (made.prepare(guidance=4.5), 4.5)):
+        with Tape() as tape:
+            made.update(ready)
+        ((func, (to, source, _), _, _),) = tape.operations
+        assert func is torch.ops.aten.copy_.default
+        assert source is ready.job(False).block
+        assert to is ready.idle[False][0].block
+        assert torch.equal(made(seed=2, cond=cond), oracle(ready.plan, scale)(seed=2, cond=cond))
+    assert cuda.log.count("record") == 1
+
+
+def test_a_condition_of_another_kind_is_checked_again(cuda: FakeCuda) -> None:
+    made = sampler(Net(), plan(), "loop", guidance=2.0)
+    cond = conditions(0.1, 0.5)
+    want = made(seed=1, cond=cond)
+    with pytest.raises(ValueError, match=r"cond\['c'\] of branch 1 has shape \(3,\)"):
+        made(seed=1, cond=(cond[0], {"c": torch.zeros(3)}))
+    with pytest.raises(ValueError, match="guidance over 2 branches needs cond"):
+        made(seed=1)
+    assert torch.equal(made(seed=1, cond=cond), want)
+
+
 def test_launches_and_their_order(cuda: FakeCuda) -> None:
     looped = sampler(Net(), plan(), "loop")
     looped(seed=0)
