@@ -147,6 +147,7 @@ def stage(
     return outputs
 
 
+@_elsewhere.register_kernel("cpu")
 def _on_cpu(
     slots: Sequence[Tensor],
     columns: Sequence[int],
