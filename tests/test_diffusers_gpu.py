@@ -115,7 +115,7 @@ def test_a_step_on_cuda_is_one_operator(
     monkeypatch.setattr(scheduler, "STANDINGS", standings)
 
     twin = make(twins, name, **config)
-    for known in (False, False, True):  # UniPC starts its second run with an attribute that its first one left
+    for known in (False, True):
         twin.set_timesteps(5)
         before = len(uploads)
         sample = x

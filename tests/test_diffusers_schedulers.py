@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fewstep.bindings import diffusers as twins
+from fewstep.bindings.diffusers.transition import Standing
 
 # diffusers hands tensors to NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -442,6 +443,26 @@ def test_what_a_step_returns_is_the_callers() -> None:
     for a, b in zip(kept, spoiled, strict=True):
         torch.testing.assert_close(b, a, rtol=0.0, atol=0.0)
     assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+def test_a_second_run_knows_every_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after an interrupted one, whose leftovers a new schedule must not confuse with its own."""
+    parent, twin = pair(name)
+    with without_compiler():
+        for scheduler in (parent, twin):
+            scheduler.set_timesteps(6)
+            x = torch.ones(SHAPE)
+            for t in scheduler.timesteps[:3]:
+                if hasattr(scheduler, "scale_model_input"):
+                    scheduler.scale_model_input(x, t)
+                x = scheduler.step(0.5 * x, t, x, return_dict=False)[0]
+        compare(name, parent, twin, 6)
+        probed: list[Any] = []
+        monkeypatch.setattr(Standing, "find", lambda self, key, call: probed.append(key))
+        compare(name, parent, twin, 6)
+    assert not probed
 
 
 def test_memory_does_not_grow() -> None:

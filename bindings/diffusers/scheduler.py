@@ -30,6 +30,24 @@ _NOISE = ("variance_noise", "noise")
 _SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # where there are sigmas, and where not
 
 
+# What a run leaves behind, and the next one writes before it reads: no part of where a schedule begins.
+_CALLED = ("is_scale_input_called",)  # read for a warning alone
+_LEFTOVERS: Mapping[str, Sequence[str]] = {
+    "CMStochasticIterativeScheduler": _CALLED,
+    "EDMDPMSolverMultistepScheduler": _CALLED,
+    "EDMEulerScheduler": _CALLED,
+    "EulerAncestralDiscreteScheduler": _CALLED,
+    "EulerDiscreteScheduler": _CALLED,
+    "FlowMatchHeunDiscreteScheduler": ("sample",),
+    "HeunDiscreteScheduler": ("sample",),
+    "KDPM2AncestralDiscreteScheduler": ("dt",),
+    "LCMScheduler": ("sigma_data",),
+    "LMSDiscreteScheduler": _CALLED,
+    "PNDMScheduler": ("cur_sample",),
+    "SASolverScheduler": ("last_noise", "this_corrector_order", "this_predictor_order", "timestep_list"),
+    "UniPCMultistepScheduler": ("this_order", "timestep_list"),
+}
+
 # The attribute of our own bookkeeping.
 CURSOR = "_cursor"
 
@@ -63,18 +81,26 @@ class Cursor:
     """Where a scheduler stands in its machine, until somebody writes one of its attributes.
 
     memory  the tensors that it remembers, of one shape
+    fresh   whether nothing has happened since the schedule was set
+    new     what a new scheduler holds in place of leftovers
     """
 
-    __slots__ = ("digests", "memory", "schedule", "shape", "standing", "times")
+    __slots__ = ("digests", "fresh", "memory", "new", "schedule", "shape", "standing", "times")
 
-    def __init__(self) -> None:
+    def __init__(self, parent: type[Any], attributes: Mapping[str, Any]) -> None:
         self.digests = Digests()
         self.standing: Standing | None = None
+        self.fresh = False
+        self.new = copied({name: attributes[name] for name in _left_by(parent) if name in attributes})
 
     def settle(self, parent: type[Any], attributes: Mapping[str, Any]) -> Standing:
         """Raises NotAffineError if the attributes hold something whose content says nothing."""
         self.standing = None
         values = {name: value for name, value in attributes.items() if name != CURSOR}
+        if self.fresh:
+            for name in _left_by(parent):
+                values.pop(name, None)
+            values |= copied(self.new)
         standing = STANDINGS.settle(parent, values, places(values), self.digests)
         self.memory = [get(values, place) for place in standing.memory]
         names = _SCHEDULE["sigmas" not in values]
@@ -94,7 +120,7 @@ class Cursor:
     def advance(self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any]) -> None:
         """Over a transition. pool: its sources and its new rows."""
         transition.leave(attributes, pool)
-        self.standing = transition.standing
+        self.standing, self.fresh = transition.standing, False
         if transition.sources or self.memory:
             self.memory = [pool[i] for i in transition.sources]
             self.shape = pool[0].shape if transition.sources else None
@@ -123,6 +149,10 @@ class Cursor:
             return timestep
         known = self.times.get(timestep.data_ptr()) if self.times else None
         return timestep.item() if known is None else known
+
+
+def _left_by(parent: type[Any]) -> Sequence[str]:
+    return _LEFTOVERS.get(parent.__name__, ())
 
 
 def fused(parent: type[Any]) -> type[Any]:
@@ -172,10 +202,12 @@ def fused(parent: type[Any]) -> type[Any]:
 
     @functools.wraps(parent.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = parent.set_timesteps(self, *args, **kwargs)
         attributes = self.__dict__
+        cursor = attributes.get(CURSOR) or Cursor(parent, attributes)
+        result = parent.set_timesteps(self, *args, **kwargs)
+        attributes[CURSOR], cursor.fresh = cursor, True
         with contextlib.suppress(NotAffineError):  # here rather than in the first step
-            attributes.setdefault(CURSOR, Cursor()).settle(parent, attributes)
+            cursor.settle(parent, attributes)
         return result
 
     members: dict[str, Any] = {
@@ -203,7 +235,7 @@ def fused(parent: type[Any]) -> type[Any]:
                 return parent.scale_model_input(self, sample, *args, **kwargs)
             cursor, transition = found
             attributes.update(transition.changed)
-            cursor.standing = transition.standing
+            cursor.standing, cursor.fresh = transition.standing, False
             return sample if transition.scale == 1.0 else sample * transition.scale
 
         members["scale_model_input"] = scale_model_input
@@ -216,6 +248,7 @@ def _set(self: Any, name: str, value: Any) -> None:
     cursor = self.__dict__.get(CURSOR)
     if cursor is not None:
         cursor.standing = None
+        cursor.fresh = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
 
 
 def _rebuild(cls: type[Any], attributes: dict[str, Any]) -> Any:
@@ -244,7 +277,7 @@ def _find(
         return None
     cursor = attributes.get(CURSOR)
     if cursor is None:
-        cursor = attributes[CURSOR] = Cursor()
+        cursor = attributes[CURSOR] = Cursor(parent, attributes)
     try:
         standing = cursor.standing
         if standing is None or not cursor.holds(attributes):
