@@ -51,6 +51,7 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._conditions: OrderedDict[Hashable, list[Mapping[str, Any]]] = OrderedDict()
         self._structure: Hashable = None
+        self._side: Any = None
         self._pool: Any = None
 
     def prepare(self, mode: str, cond: Any, drawn: bool) -> None:
@@ -117,7 +118,8 @@ class Graphs:
     def _record(self, body: Callable[[], None]) -> Any:
         cuda, run = self.cuda, self.run
         here = cuda.current_stream(run.frame.device)
-        side = cuda.Stream(run.frame.device)
+        # One stream for all graphs of a run: a pool shares its memory out by stream.
+        side = self._side = self._side or cuda.Stream(run.frame.device)
         side.wait_stream(here)
         with cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -127,8 +129,12 @@ class Graphs:
         self._pool = self._pool or cuda.graph_pool_handle()
         graph = cuda.CUDAGraph()
         try:
-            # thread_local: what other threads do on the device meanwhile is no business of this graph.
-            with cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            # thread_local: what other threads do on the device meanwhile is no business of this graph. And `here` is
+            # put back by hand, because a capture that fails leaves its own stream the current one.
+            with (
+                cuda.stream(here),
+                cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"),
+            ):
                 body()
         except Exception as error:
             raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error

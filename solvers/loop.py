@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -61,19 +62,24 @@ class Prepared:
     A sampler holds one at a time, which `update` replaces whole: nothing in it is edited.
     """
 
-    sampler: Sampler
+    sampler: weakref.ref[Sampler]  # which holds this one: what a sampler occupies goes with its last name
     denoiser: Any
     plan: Plan
     idle: tuple[deque[Run], deque[Run]] = field(default_factory=lambda: (deque(), deque()))
 
     @cached_property
     def plain(self) -> Job:
-        return self.sampler._job(self.denoiser, self.plan, keep_x0=False)
+        return self._laid_out(keep_x0=False)
 
     @cached_property
     def watched(self) -> Job:
         """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
-        return self.sampler._job(self.denoiser, self.plan, keep_x0=True)
+        return self._laid_out(keep_x0=True)
+
+    def _laid_out(self, *, keep_x0: bool) -> Job:
+        sampler = self.sampler()
+        assert sampler is not None  # who else would ask
+        return sampler._job(self.denoiser, self.plan, keep_x0=keep_x0)
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
@@ -157,7 +163,7 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        made = Prepared(self, denoiser, plan)
+        made = Prepared(weakref.ref(self), denoiser, plan)
         made.job(False)
         if self._compiled is not None and "watched" in vars(self._compiled):
             made.job(True)
@@ -234,8 +240,8 @@ class Sampler:
         """
         new = self._now
         if isinstance(plan, Prepared):
-            if plan.sampler is not self or guidance is not ...:
-                why = "has its guidance in it" if plan.sampler is self else "belongs to the sampler that made it"
+            if plan.sampler() is not self or guidance is not ...:
+                why = "has its guidance in it" if plan.sampler() is self else "belongs to the sampler that made it"
                 raise ValueError(f"plan is prepared, and {why}: prepare(plan, guidance=...) lays out another")
             new = plan
         elif plan is not None or guidance is not ...:

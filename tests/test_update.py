@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,23 @@ def test_a_prepared_plan_keeps_its_workspaces() -> None:
         assert other.job is job
     made(seed=0)
     assert list(second.idle[False]) == [other]
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_memory_goes_with_the_sampler(backend: str) -> None:
+    """At once, not at the next garbage collection, whatever plans were prepared."""
+    made = sampler(plan(), backend)
+    prepared = made.prepare(plan(3))
+    made.update(prepared)
+    made(seed=0)
+    run = weakref.ref(prepared.idle[False][0])
+    del prepared
+    gc.disable()
+    try:
+        del made
+        assert run() is None
+    finally:
+        gc.enable()
 
 
 def test_seeds_and_conditions_of_later_calls() -> None:

@@ -77,18 +77,24 @@ class FakeCuda:
     def __init__(self) -> None:
         self.log: list[str] = []
         self.recording: Tape | None = None
+        self.current = FakeStream(self, "current")
 
     def Stream(self, device: Any) -> FakeStream:  # noqa: N802
+        self.log.append("new stream")
         return FakeStream(self, "side")
 
     def current_stream(self, device: Any) -> FakeStream:
-        return FakeStream(self, "current")
+        return self.current
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
         self.log.append(f"on {stream.name}")
-        yield
-        self.log.append(f"off {stream.name}")
+        try:
+            yield
+        finally:
+            self.log.append(f"off {stream.name}")
+            self.current = before
 
     def CUDAGraph(self) -> FakeGraph:  # noqa: N802
         return FakeGraph(self)
@@ -102,11 +108,13 @@ class FakeCuda:
         assert (pool, stream.name, capture_error_mode) == ("pool", "side", "thread_local")
         self.log.append("record")
         self.recording = graph.tape
+        before, self.current = self.current, stream
         try:
             with graph.tape:
                 yield
         finally:
             self.recording = None
+        self.current = before  # not after an error: `torch.cuda.graph` leaves its stream the current one
 
 
 class Launcher:
@@ -243,14 +251,18 @@ def test_a_condition_of_another_kind_is_checked_again(cuda: FakeCuda) -> None:
 def test_launches_and_their_order(cuda: FakeCuda) -> None:
     looped = sampler(Net(), plan(), "loop")
     looped(seed=0)
-    warm = ["side waits for current", "on side", "off side", "current waits for side"]
-    assert cuda.log == [*warm, "pool", "record", "replay"]
+    warm = ["new stream", "side waits for current", "on side", "off side", "current waits for side"]
+    record = ["on current", "record", "off current"]
+    assert cuda.log == [*warm, "pool", *record, "replay"]
     cuda.log.clear()
     looped(seed=1)
     assert cuda.log == ["replay"]  # one launch a sample
     cuda.log.clear()
     sampler(Net(), plan(), "step")(seed=0)
-    assert cuda.log == [*warm, "pool", "record", *["replay"] * 3]
+    assert cuda.log == [*warm, "pool", *record, *["replay"] * 3]
+    cuda.log.clear()
+    looped(3.0 * torch.ones(SHAPE), seed=0)  # one more graph, on the same stream, in the same pool
+    assert cuda.log == [*warm[1:], *record, "replay"]
 
 
 def test_callbacks_see_every_step(cuda: FakeCuda) -> None:
@@ -292,6 +304,7 @@ def test_a_model_that_cannot_be_recorded(cuda: FakeCuda) -> None:
     for mode in ("loop", "step"):
         with pytest.raises(graph_module.CaptureError, match=r"captured: CUDA error.*not permitted.*use graph='off'"):
             sampler(Syncing(), plan(), mode)(seed=0)
+        assert cuda.current.name == "current"
     auto = sampler(Syncing(), plan(), "auto")
     with pytest.warns(RuntimeWarning, match=r"falls back to 'off'.*not permitted") as caught:
         found = auto(seed=0)
