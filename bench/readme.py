@@ -1,7 +1,8 @@
-"""Write the measured tables of the README from bench/results: `python bench/readme.py`.
+"""Write the measured tables of the README and the docs from bench/results: `python bench/readme.py`.
 
-Between <!-- cpu --> and <!-- /cpu --> goes the table of `make bench SAVE=1`, between <!-- gpu --> and <!-- /gpu -->
-that of `make gpu`, or "not measured" while no results belong to the kernels as they are.
+Between <!-- cpu --> and <!-- /cpu --> of README.md goes the table of `make bench SAVE=1`, between <!-- gpu --> and
+<!-- /gpu --> that of `make gpu`, or "not measured" while no results belong to the kernels as they are; between
+<!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md the first one's rows of the drop-in schedulers.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from fewstep.output import write_whole
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+DIFFUSERS = ROOT / "docs" / "diffusers.md"
 
 CPU = {
     "euler": "Euler",
@@ -63,6 +65,23 @@ def cpu_table(results=RESULTS):
     return lines
 
 
+def dropin_table(results=RESULTS):
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    found = {}
+    for row in told["rows"]:
+        if row["case"].startswith("drop-in "):
+            name, _, shape = row["case"].removeprefix("drop-in ").rpartition(" ")
+            found.setdefault(name, {})[shape] = f"{row['ours']:.1f} / {row['peer']:.0f} ({row['ratio']:.1f}x)"
+    return [
+        f"Microseconds a step, the twin / diffusers {told['versions']['diffusers']} (ratio), fp32, one thread, "
+        f"{told['date']}:",
+        "",
+        "| | " + " | ".join(SHAPES) + " |",
+        "|---|" + "---:|" * len(SHAPES),
+        *(f"| {name} | " + " | ".join(cells[shape] for shape in SHAPES) + " |" for name, cells in found.items()),
+    ]
+
+
 def gpu_table(results=RESULTS):
     current = kernels_sha256()
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json")) if p.name != "cpu.json"]
@@ -93,15 +112,17 @@ def filled(text, name, lines):
     """The text with these lines between the name's two marks. Raises ValueError where a mark is missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+        raise ValueError(f"the text has no <!-- {name} --> ... <!-- /{name} -->")
     return pattern.sub(lambda m: m[1] + "\n" + "\n".join(lines) + "\n\n" + m[2], text)
 
 
+TABLES = ((README, "cpu", cpu_table), (README, "gpu", gpu_table), (DIFFUSERS, "drop-ins", dropin_table))
+
+
 def main():
-    text = README.read_text(encoding="utf-8")
-    for name, table in (("cpu", cpu_table), ("gpu", gpu_table)):
-        text = filled(text, name, table())
-    write_whole(README, lambda to: to.write_text(text, encoding="utf-8"))
+    for path, name, table in TABLES:
+        text = filled(path.read_text(encoding="utf-8"), name, table())
+        write_whole(path, lambda to, text=text: to.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":
