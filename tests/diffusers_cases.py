@@ -90,6 +90,21 @@ def without_compiler() -> contextlib.AbstractContextManager[None]:
     return updated_by(Update._naive)
 
 
+def same_bits(name: str, config: dict[str, Any], steps: int, dtype: torch.dtype) -> None:
+    """The update by the operator, as on a GPU, is its naive twin's to the bit: the same terms in the same order."""
+    ends = []
+    for update in (Update._naive, Update._operator):
+        with updated_by(update):
+            ends.append(run(make(twins, name, **config), steps, dtype=dtype))
+    (naive, drawn), (found, drawn_too) = ends
+    assert torch.equal(drawn, drawn_too)
+    for a, b in zip(naive, found, strict=True):
+        assert list(a) == list(b)
+        for field, value in a.items():
+            assert b[field].dtype == value.dtype
+            assert torch.equal(b[field], value), field
+
+
 def run(
     scheduler: Any,
     steps: int = 7,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_cases import SHAPE, compare, make, only_fused, pair, run, updated_by
+from diffusers_cases import SHAPE, compare, make, only_fused, pair, run, same_bits, updated_by
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,17 +42,7 @@ def test_the_operator_is_the_parents_step(name: str, config: dict[str, Any]) -> 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=str)
 def test_the_operator_is_its_naive_twin(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
     """To the bit: the same terms in the same order."""
-    ends = []
-    for update in (Update._naive, Update._operator):
-        with updated_by(update):
-            ends.append(run(make(twins, name, **config), 6, dtype=dtype))
-    (naive, drawn), (found, drawn_too) = ends
-    assert torch.equal(drawn, drawn_too)
-    for a, b in zip(naive, found, strict=True):
-        assert list(a) == list(b)
-        for field, value in a.items():
-            assert b[field].dtype == value.dtype
-            assert torch.equal(b[field], value), field
+    same_bits(name, config, 6, dtype)
 
 
 def test_a_source_that_no_row_reads_is_not_loaded() -> None:

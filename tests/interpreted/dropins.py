@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_cases import compare, make, pair, run, updated_by
+from diffusers_cases import compare, pair, same_bits, updated_by
 
-from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers import update
 from fewstep.bindings.diffusers.update import Update
 from fewstep.kernels import torch_ops, triton_step
@@ -38,14 +37,4 @@ def test_the_kernel_is_the_parents_step(name: str, config: dict[str, Any]) -> No
 @pytest.mark.parametrize(("name", "config"), CASES, ids=str)
 def test_the_kernel_is_its_naive_twin(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
     """To the bit. Not in bfloat16, which the interpreter truncates (see `step.py`)."""
-    ends = []
-    for other in (Update._naive, Update._operator):
-        with updated_by(other):
-            ends.append(run(make(twins, name, **config), 5, dtype=dtype))
-    (naive, drawn), (found, drawn_too) = ends
-    assert torch.equal(drawn, drawn_too)
-    for a, b in zip(naive, found, strict=True):
-        assert list(a) == list(b)
-        for field, value in a.items():
-            assert b[field].dtype == value.dtype
-            assert torch.equal(b[field], value), field
+    same_bits(name, config, 5, dtype)
