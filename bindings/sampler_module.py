@@ -5,6 +5,7 @@ The loop is the plan's stages unrolled, each one `fewstep::stage`, with its tabl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from fewstep.solvers.tables import init_table, stage_tables
 
 
 class SamplerModule(nn.Module):
-    """forward(x, streams=None, cond=None) -> the sample, like x.
+    """forward(x, streams=None, cond=None, noise=None) -> the sample, like x.
 
         loop = torch.compile(SamplerModule(denoiser, plan), fullgraph=True)
 
     x           (B, ...) float32 or float64 at the grid's first point; gradients flow back to it, to the network's
                 parameters and to the conditions
     streams     (B, 3) int64 from `fewstep.kernels.philox.streams(seed, B)`, for plans that draw noise
+    noise       (`len(self.draws)`, B, ...) normals in their place, one for each draw in order (`self.noise`)
     checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
 
     Dynamic thresholding and guidance rescale look at whole samples between the call and the update and are not
@@ -44,6 +46,7 @@ class SamplerModule(nn.Module):
         self.tables = stage_tables(program, denoiser, dtype)
         self.program, self.denoiser, self.checkpoint = program, denoiser, checkpoint
         self.noisy_start = program.init.noisy
+        self.draws = [0] * self.noisy_start + [table.draw for table in self.tables if table.draw is not None]
         self.model = denoiser.model if isinstance(denoiser.model, nn.Module) else None
         self.state = getattr(torch, dtype)
         self.model_dtype = getattr(torch, denoiser.model_dtype(dtype))
@@ -63,22 +66,42 @@ class SamplerModule(nn.Module):
         else:
             self.register_buffer(name, torch.as_tensor(values, dtype=self.state), persistent=False)
 
-    def forward(self, x: Tensor, streams: Tensor | None = None, cond: Any = None) -> Tensor:
+    def noise(self, streams: Tensor, shape: Sequence[int]) -> Tensor:
+        """The draws that `streams` stand for, (`len(self.draws)`, *shape): what forward takes as `noise`."""
+        return torch.stack([self._drawn(streams, shape, draw) for draw in self.draws])
+
+    def _drawn(self, streams: Tensor, shape: Sequence[int], draw: int) -> Tensor:
+        drawn: Tensor = ops.normals(streams, list(shape), draw, philox.STEP)
+        return drawn.to(self.state)
+
+    def forward(
+        self, x: Tensor, streams: Tensor | None = None, cond: Any = None, noise: Tensor | None = None
+    ) -> Tensor:
         from fewstep.solvers.arrays import TorchFrame
 
         plan, batch = self.program.plan, x.shape[0]
+        if noise is not None:
+            wanted = (len(self.draws), *x.shape)
+            if streams is not None:
+                raise ValueError("streams and noise both say what to draw: pass one of them")
+            if tuple(noise.shape) != wanted:
+                raise ValueError(
+                    f"noise must have shape {wanted}, one tensor like x for each of {plan.solver}'s {len(self.draws)} "
+                    f"draws; got {tuple(noise.shape)}"
+                )
         call = self.denoiser.bind(TorchFrame(x.device), batch, cond)
         buffers: list[Tensor | None] = [None] * self.program.buffers
         buffers[0] = x.to(self.state)
 
-        def noise(draw: int) -> Tensor:
+        def drawn(draw: int) -> Tensor:
+            if noise is not None:
+                return noise[self.draws.index(draw)].to(self.state)
             if streams is None:
-                raise ValueError(f"{plan.solver} draws noise: pass streams=philox.streams(seed, {batch})")
-            drawn: Tensor = ops.normals(streams, list(x.shape), draw, philox.STEP)
-            return drawn.to(self.state)
+                raise ValueError(f"{plan.solver} draws noise: pass streams=philox.streams(seed, {batch}), or noise")
+            return self._drawn(streams, x.shape, draw)
 
         op = self.program.init
-        z = noise(0) if self.noisy_start else None
+        z = drawn(0) if self.noisy_start else None
         first = self._copies(0)
         x_in: Tensor
         buffers[op.writes[0]], x_in = ops.stage(
@@ -102,7 +125,7 @@ class SamplerModule(nn.Module):
                 self.model_dtype,
                 getattr(self, f"p{k}"),
                 self.limit,
-                None if table.draw is None else noise(table.draw),
+                None if table.draw is None else drawn(table.draw),
             )
             for buffer, tensor in zip(table.writes, outputs, strict=False):
                 buffers[buffer] = tensor

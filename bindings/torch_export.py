@@ -69,17 +69,18 @@ def _column(c: Tensor, like: Tensor) -> Tensor:
 
 
 def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.export.ExportedProgram:
-    """The loop for latents like x (B, ...), in operators of torch alone.
+    """The loop for latents like x (B, ...), in operators of torch alone: program.module()(x, cond=..., noise=...).
 
-    Raises ValueError for a plan that draws noise: its addressed normals are this package's own.
+    cond   as the loop takes it; without it the program takes none
+    noise  an input of a program whose plan draws, (`len(loop.draws)`, *x.shape) of x's dtype, from whatever generator
+           is there. `loop.noise(streams, x.shape)` are those of a seed; they are this package's own operator, which
+           the program does not hold
     """
-    if loop.program.plan.stochastic:
-        raise ValueError(
-            f"{loop.program.plan.solver} draws noise, whose addressed normals are an operator of this package: export "
-            "a deterministic plan, or torch.export the module itself and load it where fewstep is installed"
-        )
+    inputs = {"cond": cond} if cond is not None else {}
+    if loop.draws:
+        inputs["noise"] = x.new_zeros((len(loop.draws), *x.shape))
     with torch.no_grad():
-        program = torch.export.export(loop, (x,), {"cond": cond} if cond is not None else None)
+        program = torch.export.export(loop, (x,), inputs or None)
     decomposed: torch.export.ExportedProgram = program.run_decompositions(
         {torch.ops.fewstep.stage.default: plain_stage}
     )
@@ -95,6 +96,8 @@ def compile_loop(
     options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Compile `export_loop` ahead of time (AOTInductor) into one package; it needs a C++ compiler.
+
+    The package takes what the program takes, x and by name cond and noise.
 
     path     ends in ".pt2"; the file appears whole or not at all
     options  Inductor's own settings, such as {"max_autotune": True}

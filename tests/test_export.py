@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 import fewstep as fs  # noqa: E402
 from fewstep.bindings.sampler_module import SamplerModule  # noqa: E402
 from fewstep.bindings.torch_export import compile_loop, export_loop, plain_stage  # noqa: E402
-from fewstep.kernels import layout, torch_ops  # noqa: E402
+from fewstep.kernels import layout, philox, torch_ops  # noqa: E402
 
 VP = fs.VP.linear()
 
@@ -81,10 +81,38 @@ def test_exported_program_has_torchs_operators_alone(solver, options, guidance, 
         torch.testing.assert_close(got, loop(latent(), cond=cond), rtol=1e-5, atol=1e-5)
 
 
-def test_noise_is_refused():
-    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 2)))
-    with pytest.raises(ValueError, match="ddpm draws noise, whose addressed normals are an operator of this package"):
-        export_loop(loop, latent())
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize(
+    ("solver", "process", "options"),
+    [("ddpm", VP, {}), ("dpmpp_sde", VP, {}), ("dpmpp_2m_sde", VP, {}), ("edm", fs.EDM(), {"s_churn": 4.0})],
+)
+def test_noise_is_an_input_of_the_program(solver, process, options):
+    """A stochastic loop takes its draws as one tensor, and on those of a seed it is the sampler under that seed."""
+    denoiser = fs.Denoiser(Net(), process, "sample")
+    plan = fs.plan(solver, fs.grid(process, 4), **options)
+    loop, x = SamplerModule(denoiser, plan), plan.start.sigma * latent()
+    streams = torch.as_tensor(philox.streams(7, 3).astype(np.int64))
+    noise = loop.noise(streams, x.shape)
+    assert noise.shape == (len(loop.draws), *x.shape)
+    program = export_loop(loop, x)
+    assert not any("fewstep" in str(node.target) for node in program.graph.nodes if node.op == "call_function")
+    with torch.no_grad():
+        want = fs.Sampler(denoiser, plan, (3, 1, 8, 8), backend="numba")(x, seed=7)
+        assert torch.equal(loop(x, noise=noise), loop(x, streams))
+        got = program.module()(x, noise=noise)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        other = program.module()(x, noise=noise.flip(0))
+    assert (other - want).abs().max() > 0.01  # each draw has its place
+
+
+def test_noise_that_does_not_fit_is_named():
+    loop, x = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 3))), latent()
+    with pytest.raises(
+        ValueError, match=r"noise must have shape \(2, 3, 1, 8, 8\), .* ddpm's 2 draws; got \(3, 1, 8, 8\)"
+    ):
+        loop(x, noise=x)
+    with pytest.raises(ValueError, match="streams and noise both say what to draw"):
+        loop(x, torch.zeros(3, 3, dtype=torch.int64), noise=torch.zeros(2, 3, 1, 8, 8))
 
 
 def test_path_is_checked_before_the_work(tmp_path):
@@ -96,23 +124,25 @@ def test_path_is_checked_before_the_work(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler (g++)")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
-def test_compiled_loop_runs_where_fewstep_cannot_be_imported(tmp_path):
-    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("dpmpp_2m", fs.grid(VP, 2)))
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_2m_sde"])
+def test_compiled_loop_runs_where_fewstep_cannot_be_imported(solver, tmp_path):
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan(solver, fs.grid(VP, 2)))
+    noise = {"noise": torch.randn(1, *latent().shape, generator=torch.Generator().manual_seed(4))} if loop.draws else {}
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
     path = compile_loop(loop, latent(), tmp_path / "loop.pt2", options=quick)
     assert [p.name for p in tmp_path.iterdir()] == ["loop.pt2"]
-    torch.save(latent(), tmp_path / "x.pt")
+    torch.save((latent(), noise), tmp_path / "x.pt")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['fewstep', 'numba', 'diffusers']))\n"
         "import torch, torch._inductor\n"
         f"run = torch._inductor.aoti_load_package({str(path)!r})\n"
-        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
-        "with torch.no_grad(): print(run(x).flatten().tolist())"
+        f"x, noise = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        "with torch.no_grad(): print(run(x, **noise).flatten().tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        want = loop(latent()).flatten().numpy()
+        want = loop(latent(), **noise).flatten().numpy()
     got = np.fromstring(done.stdout.strip().strip("[]"), sep=",")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
