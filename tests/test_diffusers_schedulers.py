@@ -338,6 +338,28 @@ def test_sigmas_edited_in_place() -> None:
     edited("EulerDiscreteScheduler", edit)
 
 
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+def test_inference_mode(name: str) -> None:
+    """Inference tensors have no version to notice edits by: also for a scheduler that was made there."""
+    with torch.inference_mode():
+        parent, twin = pair(name)
+        with without_compiler():
+            compare(name, parent, twin, 4)
+            compare(name, parent, twin, 5)
+    with without_compiler():
+        compare(name, parent, twin, 4)
+
+
+def test_sigmas_edited_in_place_in_inference_mode() -> None:
+    def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        scheduler.sigmas[4] *= 1.1
+        return x
+
+    with torch.inference_mode():
+        edited("UniPCMultistepScheduler", edit)
+        edited("EulerDiscreteScheduler", edit)
+
+
 def test_an_edit_stays_with_its_scheduler() -> None:
     """What was probed before an edit in place is not probed again from edited tensors."""
     name = "UniPCMultistepScheduler"

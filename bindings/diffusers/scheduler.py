@@ -104,7 +104,8 @@ class Cursor:
         standing = STANDINGS.settle(parent, values, places(values), self.digests)
         self.memory = [get(values, place) for place in standing.memory]
         names = _SCHEDULE["sigmas" not in values]
-        self.schedule = [(t, t._version) for n in names if isinstance(t := values.get(n), Tensor)]
+        tensors = [t for n in names if isinstance(t := values.get(n), Tensor)]
+        self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
         self.shape = self.memory[0].shape if self.memory else None
         if any(tensor.shape != self.shape for tensor in self.memory):
             raise NotAffineError("it remembers tensors of several shapes")
@@ -204,7 +205,8 @@ def fused(parent: type[Any]) -> type[Any]:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         attributes = self.__dict__
         cursor = attributes.get(CURSOR) or Cursor(parent, attributes)
-        result = parent.set_timesteps(self, *args, **kwargs)
+        with torch.inference_mode(False):  # whose tensors would not count their edits
+            result = parent.set_timesteps(self, *args, **kwargs)
         attributes[CURSOR], cursor.fresh = cursor, True
         with contextlib.suppress(NotAffineError):  # here rather than in the first step
             cursor.settle(parent, attributes)

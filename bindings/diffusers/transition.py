@@ -165,13 +165,18 @@ class Digests:
         return repr(parts)  # unlike equality, it tells 1 from 1.0 and from True
 
     def _kept(self, name: str, value: Any) -> str:
+        if isinstance(value, Tensor) and value.is_inference():  # it does not count its edits
+            return _digest(value)
         # Pipelines write attributes of a configuration, frozen as it is called.
         state = [value._version] if isinstance(value, Tensor) else list(vars(value).values())
         kept = self.kept.get(name)
         if kept is None or kept[0] is not value or not all(map(operator.is_, kept[1], state)):
-            content = hashlib.blake2b(repr(_frozen(value)).encode(), digest_size=16).hexdigest()
-            kept = self.kept[name] = (value, state, content)
+            kept = self.kept[name] = (value, state, _digest(value))
         return kept[2]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(repr(_frozen(value)).encode(), digest_size=16).hexdigest()
 
 
 def _frozen(value: Any) -> Any:
