@@ -446,6 +446,47 @@ def test_channels_last_and_slices() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
 
 
+def test_tensors_that_are_views_in_more_than_memory() -> None:
+    """Expanded, and the imaginary part of a conjugate, of which torch negates each number when it reads it."""
+    generator = torch.Generator().manual_seed(0)
+    views = [torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64).expand(2, 3, 4, 4)]
+    for shape in ((2, 3, 4, 4), (1, 1, 1, 1)):
+        complex_ = torch.randn(*shape, generator=generator, dtype=torch.complex128)
+        views.append(complex_.conj().imag)
+        assert views[-1].is_neg()
+    for x in views:
+        parent, twin = pair("UniPCMultistepScheduler")
+        ends = []
+        for scheduler in (parent, twin):
+            scheduler.set_timesteps(3)
+            y = x
+            for t in scheduler.timesteps:
+                y = scheduler.step(x, t, y).prev_sample
+            ends.append(y)
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_inside_torch_compile(name: str) -> None:
+    """The compiler breaks its graph at a step, and the step runs as ever."""
+    parent, twin = pair(name)
+    raws = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+    def loop(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
+        for t, raw in zip(scheduler.timesteps, raws, strict=True):
+            x_in = scheduler.scale_model_input(x, t)
+            x = scheduler.step(0.1 * x_in + raw, t, x, return_dict=False)[0]
+        return x
+
+    ends = []
+    for scheduler in (parent, twin):
+        scheduler.set_timesteps(4)
+        run = torch.compile(loop, backend="eager") if scheduler is twin else loop
+        with torch.no_grad():
+            ends.append(run(scheduler, torch.ones(SHAPE)))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
 def test_what_a_step_returns_is_the_callers() -> None:
     """Results are new memory: writing to them changes no later step, and a later step does not change them."""
     _, twin = pair("DPMSolverMultistepScheduler")

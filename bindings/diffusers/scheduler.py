@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, copied, get, places
 from fewstep.bindings.diffusers.transition import STANDINGS, Digests, Standing, Transition
@@ -184,6 +185,8 @@ def fused(parent: type[Any]) -> type[Any]:
 
     @functools.wraps(parent.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():  # a kernel that takes addresses cannot be traced
+            return torch.compiler.disable(step)(self, model_output, timestep, sample, *args, **kwargs)
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
         z = None if noise is None else options.pop(noise, None)
@@ -229,6 +232,8 @@ def fused(parent: type[Any]) -> type[Any]:
 
         @functools.wraps(parent.scale_model_input)
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+            if is_dynamo_compiling():
+                return torch.compiler.disable(scale_model_input)(self, sample, *args, **kwargs)
             timestep = args[0] if args else kwargs.get("timestep")
             attributes, found = self.__dict__, None
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
@@ -313,7 +318,9 @@ def _step(
     if type(x) is not Tensor or type(raw) is not Tensor:
         return None
     shape, x_dtype, raw_dtype = x.shape, x.dtype, raw.dtype
-    if raw.shape != shape or len(shape) < 2 or not x.numel() or x_dtype not in _FLOATS or raw_dtype not in _FLOATS:
+    # One element is left to the parent: it alone can be contiguous and still wait to be negated (the imaginary part of
+    # a conjugate), which its address does not tell.
+    if raw.shape != shape or len(shape) < 2 or x.numel() < 2 or x_dtype not in _FLOATS or raw_dtype not in _FLOATS:
         return None
     if not (x.is_cpu and raw.is_cpu) and x.device != raw.device:
         return None
