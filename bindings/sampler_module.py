@@ -31,8 +31,9 @@ class SamplerModule(nn.Module):
     noise       (`len(self.draws)`, B, ...) normals in their place, one for each draw in order (`self.noise`)
     checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
 
-    Dynamic thresholding and guidance rescale look at whole samples between the call and the update and are not
-    in this loop: use `fewstep.Sampler`. Raises ValueError for them.
+    Dynamic thresholding and guidance rescale look at whole samples between the call and the update, a network that
+    predicts its variance scales its own noise: they are not in this loop. Raises ValueError for them: use
+    `fewstep.Sampler`.
     """
 
     def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
@@ -41,6 +42,11 @@ class SamplerModule(nn.Module):
         if denoiser.rescale or not static:
             raise ValueError(
                 "SamplerModule takes no guidance rescale and no DynamicThreshold: use fewstep.Sampler, or a static clip"
+            )
+        if denoiser.variance is not None:
+            raise ValueError(
+                f"SamplerModule takes no network with variance={denoiser.variance!r}: use fewstep.Sampler, or a model "
+                "that returns its prediction alone"
             )
         program = compile_plan(plan)
         self.tables = stage_tables(program, denoiser, dtype)
@@ -113,6 +119,11 @@ class SamplerModule(nn.Module):
                 raws = checkpoint(call, table.branches, x_in, t, use_reentrant=False)
             else:
                 raws = call(table.branches, x_in, t)
+            for raw in raws:
+                if not isinstance(raw, Tensor):
+                    raise ValueError(f"the model returned {type(raw).__name__}, not a tensor like x")
+                if raw.shape != x.shape:
+                    raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}")
             after = k + 1 < len(self.tables)
             live = [(j, buffers[b]) for j, b in enumerate(table.slots) if b is not None]
             outputs = ops.stage(

@@ -105,6 +105,21 @@ def test_noise_is_an_input_of_the_program(solver, process, options):
     assert (other - want).abs().max() > 0.01  # each draw has its place
 
 
+def test_outputs_that_are_no_prediction_are_refused():
+    """A network that also predicts its variance, with and without saying so."""
+
+    def wide(x, t):
+        return torch.cat([x, x], 1)
+
+    plan = fs.plan("ddim", fs.grid(VP, 2))
+    with pytest.raises(ValueError, match="SamplerModule takes no network with variance='learned_range'"):
+        SamplerModule(fs.Denoiser(wide, VP, "epsilon", variance="learned_range"), plan)
+    with pytest.raises(ValueError, match=r"the model returned shape \(3, 2, 8, 8\) for x of shape \(3, 1, 8, 8\)"):
+        SamplerModule(fs.Denoiser(wide, VP, "epsilon"), plan)(latent())
+    with pytest.raises(ValueError, match="the model returned tuple, not a tensor like x"):
+        SamplerModule(fs.Denoiser(lambda x, t: (x,), VP, "epsilon"), plan)(latent())
+
+
 def test_noise_that_does_not_fit_is_named():
     loop, x = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 3))), latent()
     with pytest.raises(
