@@ -103,7 +103,8 @@ def audit(pipe_or_fn: Any, *args: Any, denoiser: Any = None, **kwargs: Any) -> A
         raise TypeError(f"pipe_or_fn must be a pipeline or a function, got {type(pipe_or_fn).__name__}")
     module = _denoiser(pipe_or_fn) if denoiser is None else denoiser
     if not isinstance(module, torch.nn.Module):
-        what = "found none in the pipeline" if denoiser is None else f"got {type(denoiser).__name__}"
+        kind = type(pipe_or_fn).__name__
+        what = f"found none in {kind}: pass denoiser=" if denoiser is None else f"got {type(denoiser).__name__}"
         raise TypeError(f"denoiser must be the torch.nn.Module that is called in every step, {what}")
     first = next(iter([*module.parameters(), *module.buffers()]), None)
     device = torch.device("cpu") if first is None else first.device
@@ -114,19 +115,20 @@ def audit(pipe_or_fn: Any, *args: Any, denoiser: Any = None, **kwargs: Any) -> A
     inside, outside, once = _time(lambda: pipe_or_fn(*args, **kwargs), module, device)
     steps = counts.calls
     share = outside / (outside + inside)
-    launches = sum(counts.outside.values()) / steps
+    between = max(1, steps - 1)  # what is outside is counted from one call of the denoiser to the next
+    launches = sum(counts.outside.values()) / between
     found: dict[str, Any] = {
         "steps": steps,
         "denoiser_s": inside,
         "outside_s": outside,
         "share": share,
         "launches": launches,
-        "syncs": counts.syncs / steps,
-        "allocations": counts.allocations / steps,
+        "syncs": counts.syncs / between,
+        "allocations": counts.allocations / between,
         "denoiser_launches": counts.inside / steps,
         "once_s": once,
         "device": str(device),
-        "top": tuple((n, c / steps) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
+        "top": tuple((n, c / between) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
     }
     return Audit(**found, verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type))
 
