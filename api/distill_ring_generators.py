@@ -165,10 +165,16 @@ class DistributionMatching(RingRecipe):
         return logits
 
     def levels(self, g: torch.Generator) -> Array:
-        """Noise levels of the joint batch, from the middle 96% of the range in the coordinate of the Karras grid."""
-        u = 0.02 + 0.96 * torch.rand((self.settings.batch,), generator=g, dtype=torch.float64).numpy()
-        low, high = PROCESS.sigma_min ** (1 / 7), PROCESS.sigma_max ** (1 / 7)
-        return np.asarray((low + u * (high - low)) ** 7)
+        """Noise levels of the joint batch, drawn as in the training of a denoiser (Karras et al. 2022, Table 1)."""
+        ln = torch.randn((self.settings.batch,), generator=g, dtype=torch.float64) * 1.2 - 1.2
+        return np.asarray(ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy())
+
+    def weights(self, part: slice) -> Array:
+        """1 / c_out^2 at the student's levels, 1 at the noisiest: a step's network moves its samples by c_out alone,
+        which is smaller near the data, and would learn the last step last."""
+        weight = losses.edm_weight(PROCESS.sigma_data)
+        at, first = (points_of(PROCESS, self.grid.t[stops]) for stops in (self.stops()[part], [0]))
+        return weight(at) / weight(first)
 
     def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
         """One update of the critic on samples, and of its head where real data stand beside them."""
@@ -193,7 +199,7 @@ class DistributionMatching(RingRecipe):
                 self.begin()
             return {"critic": loss, "generator": 0.0}
         # A critic that moves faster than the generator's distribution chases its own noise.
-        lr = 0.3 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
+        lr = 0.4 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
         critic_loss = 0.0
         for turn in range(self.critic_steps):
             own = self.generator(k, turn + 2)
@@ -208,7 +214,13 @@ class DistributionMatching(RingRecipe):
         def loss_of(p: slice) -> Tensor:
             fake, at = self.generate(x, p), points_of(PROCESS, sigma[p])
             loss = distribution_matching.generator_loss(
-                fake, self.teacher, self.denoiser("critic"), noise[p], at, critic_cond=self.of_step(p)
+                fake,
+                self.teacher,
+                self.denoiser("critic"),
+                noise[p],
+                at,
+                critic_cond=self.of_step(p),
+                weight=self.weights(p),
             ).loss
             if not self.gan:
                 return loss

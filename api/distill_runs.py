@@ -33,7 +33,7 @@ PROBLEMS = {
             "consistency": Run(distill_ring_teachers.Consistency, 5000),
             "improved_consistency": Run(distill_ring_teachers.ImprovedConsistency, 6000),
             "rectified": Run(distill_ring_generators.Rectified, 4500),
-            "distribution_matching": Run(distill_ring_generators.DistributionMatching, 1200),
+            "distribution_matching": Run(distill_ring_generators.DistributionMatching, 2000),
             "adversarial": Run(distill_ring_generators.Adversarial, 6000),
         },
         256,

@@ -192,6 +192,11 @@ def test_the_generators_gradient_is_its_formula() -> None:
     want = (own - real) / (x - real).abs().mean(1, keepdim=True)
     torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(found, want / 6, rtol=1e-12, atol=1e-14)
+    weight = np.array([1.0, 2.0, 0.5, 3.0, 0.0, 1.0])
+    loss, gradient = distribution_matching.generator_loss(fake, teacher, critic, noise, at, weight=weight)
+    (found,) = torch.autograd.grad(loss, fake)
+    torch.testing.assert_close(found, want * torch.tensor(weight)[:, None] / 6, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
     # A generator that the teacher reproduces to the bit meets the floor, not a division by 0.
     loss, gradient = distribution_matching.generator_loss(
         fake, fs.Denoiser(lambda x, t: fake.detach(), EDM, "sample"), critic, noise, at

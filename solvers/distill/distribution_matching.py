@@ -17,7 +17,7 @@ from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_sn
 from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.loop import Sampler
-from fewstep.solvers.process import Point
+from fewstep.solvers.process import Array, Point
 from fewstep.solvers.registry import plan
 
 NORM_FLOOR = 1e-5
@@ -25,7 +25,7 @@ NORM_FLOOR = 1e-5
 
 
 class Matching(NamedTuple):
-    """loss: a number whose gradient with respect to each generated sample is `gradient` / B, (B, ...)."""
+    """loss: a number whose gradient with respect to each generated sample is its weight `gradient` / B, (B, ...)."""
 
     loss: Tensor
     gradient: Tensor
@@ -41,12 +41,14 @@ def generator_loss(
     cond: Any = None,
     critic_cond: Any = None,
     floor: float = NORM_FLOOR,
+    weight: Array | float = 1.0,
 ) -> Matching:
     """Move x along g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)| (Yin et al. 2024, DMD eq. 7 and 8).
 
     fake         (B, ...) the generator's output, with gradients
     noise, at    x_t = alpha_t x + sigma_t noise; the paper's times are 2 to 98% of the range
     critic_cond  the critic's conditions if they are not the teacher's (an unguided critic beside a guided teacher)
+    weight       a number or (B,) on each sample's loss, not on `gradient`
 
     The mean is over a sample's elements. The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over
     elements, mean over the batch: its gradient is g / B. Computed in float32 at least; the difference of two
@@ -59,7 +61,7 @@ def generator_loss(
         real = predict(teacher, x_t, at, cond)
         own = predict(critic, x_t, at, cond if critic_cond is None else critic_cond)
     loss, gradient = torch_train.score_difference(fake, real, own, floor)
-    return Matching(loss.mean(), gradient)
+    return Matching(weighted(loss, weight), gradient)
 
 
 def critic_loss(
