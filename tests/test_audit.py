@@ -126,7 +126,7 @@ def test_reports() -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="pipe_or_fn must be a pipeline or a function, got int"):
         fs.audit(3)
-    with pytest.raises(TypeError, match=r"denoiser must be the torch.nn.Module.*found none in function: pass denoiser="):
+    with pytest.raises(TypeError, match="found none in function: pass denoiser="):
         fs.audit(loop)
     with pytest.raises(TypeError, match=r"denoiser must be .*, got function"):
         fs.audit(loop, denoiser=loop)
