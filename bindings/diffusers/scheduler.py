@@ -186,7 +186,8 @@ def fused(parent: type[Any]) -> type[Any]:
     @functools.wraps(parent.step)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():  # a kernel that takes addresses cannot be traced
-            return torch.compiler.disable(step)(self, model_output, timestep, sample, *args, **kwargs)
+            apart: Any = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
+            return apart(self, model_output, timestep, sample, *args, **kwargs)
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
         z = None if noise is None else options.pop(noise, None)
@@ -233,7 +234,8 @@ def fused(parent: type[Any]) -> type[Any]:
         @functools.wraps(parent.scale_model_input)
         def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
             if is_dynamo_compiling():
-                return torch.compiler.disable(scale_model_input)(self, sample, *args, **kwargs)
+                apart: Any = torch.compiler.disable(scale_model_input)  # type: ignore[no-untyped-call]
+                return apart(self, sample, *args, **kwargs)
             timestep = args[0] if args else kwargs.get("timestep")
             attributes, found = self.__dict__, None
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
