@@ -118,7 +118,7 @@ GUIDE = (
     ),
 )
 
-# Distilled models: solver, spacing, most useful steps, why.
+# Distilled models: solver, spacing in a VP process, most useful steps, why.
 DISTILLED = {
     "consistency": (
         "consistency",
@@ -126,7 +126,8 @@ DISTILLED = {
         4,
         "A consistency model predicts x0 at any level; each further step refines.",
     ),
-    "lcm": ("lcm", "trailing", 4, "LCMs are trained to predict x0 and be noised again; four steps suffice."),
+    "lcm": ("lcm", "lcm", 4, "LCMs are trained to predict x0 and be noised again; four steps suffice."),
+    "tcd": ("tcd", "lcm", 8, "TCD noises again only in part, so that its students gain from up to eight steps."),
     "add": ("lcm", "trailing", 4, "ADD students predict x0 in one step; up to four refine it."),
     "dmd2": (
         "lcm",
@@ -180,7 +181,7 @@ def recommend(
     process             the model's process, or its family: "vp" (default), "ve", "edm", "flow"
     guidance            the CFG scale, or None: guidance makes two evaluations in each call
     guidance_distilled  True if the model takes the scale as an input, so that one evaluation is enough
-    distilled           None, "consistency", "lcm", "add" or "dmd2"
+    distilled           None, "consistency", "lcm", "tcd", "add", "dmd2", "progressive" or "rectified"
 
     Raises ValueError for a budget below 1 or an unknown value, TypeError for an unknown keyword.
     """
@@ -206,7 +207,7 @@ def recommend(
         if distilled not in DISTILLED:
             raise ValueError(unknown("distilled model class", distilled, tuple(DISTILLED)))
         solver, spacing, most, why = DISTILLED[distilled]
-        return Recommendation(solver, "linspace" if family == "flow" else spacing, min(calls, most), budget + why)
+        return Recommendation(solver, spacing if family == "vp" else SPACINGS[family], min(calls, most), budget + why)
     choice = next(line for line in GUIDE if calls <= line.calls)
     solver, options = (choice.flow, {}) if family == "flow" else (choice.solver, choice.options)
     spacing = SPACINGS[family]

@@ -89,7 +89,9 @@ def test_lcm_sampling_matches_diffusers() -> None:
         ("consistency", ConsistencyDenoiser(net, EDM), fs.Grid.from_sigmas(EDM, [80.0, 0.8, 0.0])),
         ("lcm", ConsistencyDenoiser(net, VP, "epsilon", boundary=LatentBoundary()), fs.grid(VP, 4, "lcm")),
         ("tcd", fs.Denoiser(net, VP, "epsilon"), fs.grid(VP, 4, "lcm")),
+        ("lcm", fs.Denoiser(net, VP, "v"), fs.grid(VP, 4, "trailing")),
         ("ddim", fs.Denoiser(net, VP, "v"), fs.grid(VP, 4, "trailing")),
+        ("ddim", fs.Denoiser(net, VP, "v"), fs.grid(VP, 1, "trailing")),
         ("euler", fs.Denoiser(net, FLOW, "flow"), fs.Grid.from_times(FLOW, [1.0, 0.5, 0.0])),
     ],
 )
@@ -115,6 +117,9 @@ def test_recommend_knows_every_family() -> None:
     flow = fs.recommend(1, process=FLOW, distilled="rectified")
     grid = fs.grid(FLOW, flow.steps, flow.spacing)
     assert grid.t.tolist() == [1.0, 0.0]
+    for kind in ("lcm", "tcd"):  # the times that these students were trained on
+        r = fs.recommend(4, process=VP, distilled=kind)
+        assert (r.solver, fs.grid(VP, r.steps, r.spacing).t[:-1].tolist()) == (kind, [999, 759, 499, 259])
 
 
 # --- the student is the user's own module, wrapped as they like ---

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import fewstep as fs
-from fewstep.recommender import fit_steps
+from fewstep.recommender import DISTILLED, fit_steps
 
 PROCESSES = {
     "vp": fs.VP.linear(),
@@ -17,7 +17,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("distilled", [None, "consistency", "lcm", "add", "dmd2"])
+@pytest.mark.parametrize("distilled", [None, *DISTILLED])
 @pytest.mark.parametrize("guidance", [None, 2.0])
 @pytest.mark.parametrize("name", PROCESSES)
 def test_the_recommended_plan_fits_the_budget(name, guidance, distilled):
