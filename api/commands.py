@@ -229,7 +229,9 @@ def recommend(
     process: Annotated[str, typer.Option(help="vp, ve, edm or flow.")] = "vp",
     guidance: Guidance = None,
     guidance_distilled: Annotated[bool, typer.Option(help="The model takes the scale as an input.")] = False,
-    distilled: Annotated[str | None, typer.Option(help="consistency, lcm, tcd, add, dmd2, progressive or rectified.")] = None,
+    distilled: Annotated[
+        str | None, typer.Option(help="consistency, lcm, tcd, add, dmd2, progressive or rectified.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which sampler suits a budget, and why."""
