@@ -47,14 +47,17 @@ bits_from_f32: Callable[[Any], Any] = _bitcast(types.float32, types.uint32)
 
 
 @intrinsic
-def pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
-    """An address (int64) as a pointer to numbers of a NumPy scalar type, for `numba.carray`."""
-    signature = types.CPointer(dtype.dtype)(address, dtype)
+def _pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
+    signature = types.CPointer(dtype.dtype)(address, dtype)  # type: ignore[no-untyped-call]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return signature, codegen
+
+
+# An address (int64) as a pointer to numbers of a NumPy scalar type, for `numba.carray`.
+pointer: Callable[[Any, Any], Any] = cast(Any, _pointer)
 
 
 @jit(forceinline=True)

@@ -23,8 +23,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numba import carray, types
+from numba import types
 from numba.extending import overload
+from numba.np.numpy_support import carray
 
 from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
