@@ -23,8 +23,8 @@ def distill(
     method: Annotated[
         str,
         typer.Argument(
-            help="progressive, guided, consistency, improved_consistency, latent_consistency, rectified, "
-            "distribution_matching or adversarial."
+            help="progressive, guided, consistency, improved_consistency, continuous_consistency, latent_consistency, "
+            "rectified, distribution_matching or adversarial."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],

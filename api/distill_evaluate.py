@@ -116,7 +116,7 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
                 Check("SWD, 1 call, over the teacher's at 1", swd[1] / ring_baseline(1), 0.25),
                 Check("SWD, 1 call, over the teacher's at 8", swd[1] / ring_baseline(8), 1.2),
             ]
-        case teachers.Consistency():
+        case teachers.Consistency() | teachers.ContinuousConsistency():
             ends = Grid.from_sigmas(ring.PROCESS, [ring.PROCESS.sigma_max, ring.PROCESS.sigma_min])
             exact = ring.RING.solve(ring.PROCESS.sigma_max * latent(1024).double(), ends, rtol=1e-6)
             rmse = float((samples["1"][:1024].double() - exact).square().mean().sqrt())

@@ -16,16 +16,18 @@ class Points(nn.Module):
     t is seen as itself and through sines and cosines of octaves from pi/2 up, which suits ln(sigma)/4 and a flow's
     time alike.
 
-    width, depth  of the hidden layers; strength: whether forward takes w
+    width, depth  of the hidden layers; strength: whether forward takes w; octaves: how many
     """
 
     octaves: Tensor
 
-    def __init__(self, elements: int = 2, width: int = 128, depth: int = 3, *, strength: bool = False) -> None:
+    def __init__(
+        self, elements: int = 2, width: int = 128, depth: int = 3, *, strength: bool = False, octaves: int = OCTAVES
+    ) -> None:
         super().__init__()
-        self.register_buffer("octaves", torch.pi / 2.0 * 2.0 ** torch.arange(OCTAVES), persistent=False)
+        self.register_buffer("octaves", torch.pi / 2.0 * 2.0 ** torch.arange(octaves), persistent=False)
         self.strength = strength
-        sizes = [elements + 1 + 2 * OCTAVES + (2 if strength else 0), *[width] * depth]
+        sizes = [elements + 1 + 2 * octaves + (2 if strength else 0), *[width] * depth]
         layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
         self.hidden = nn.ModuleList(layers)
         self.leave = nn.Linear(width, elements)

@@ -44,6 +44,7 @@ def plan(seeds: Iterable[int] = SEEDS) -> list[Run]:
         ("guided", (("deaf", 1),)),
         ("consistency", ()),
         ("improved_consistency", ()),
+        ("continuous_consistency", ()),
         ("rectified", ()),
         ("progressive", ()),
         ("distribution_matching", ()),

@@ -12,7 +12,7 @@ from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
 from fewstep.distill_training import Settings
-from fewstep.solvers.distill import consistency, curricula, guided, losses, progressive
+from fewstep.solvers.distill import consistency, continuous, curricula, guided, losses, progressive
 from fewstep.solvers.distill.ema import update_ema
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.network import points_of
@@ -106,6 +106,43 @@ class Consistency(RingRecipe):
         update_ema(self.modules["target"], self.modules["student"], 0.95)
         self.follow(k)
         return {"loss": loss}
+
+    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+        return consistency_samplers(self.denoiser("average"))
+
+
+class ContinuousConsistency(RingRecipe):
+    """Continuous-time consistency distillation from scratch: the tangent warms up over the first half of the steps,
+    in which the network learns to denoise as well.
+
+    Its network sees fewer octaves of the time than the others', because its slope in time is part of the target: with
+    six of them training is unstable (Lu & Song 2024, section 4.1, of Fourier features of a large scale).
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.new_network("student", octaves=2)
+        self.averaged()
+        self.new_optimiser("student", betas=(0.9, 0.99))
+
+    def denoiser(self, name: str) -> Denoiser:
+        return Denoiser(self.modules[name], PROCESS, "edm")
+
+    def step(self, k: int) -> dict[str, float]:
+        g = self.generator(k)
+        x0, noise = self.data(g)
+        ln = torch.randn((self.settings.batch,), generator=g, dtype=torch.float64) * 1.6 - 1.0
+        sigma = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
+        warm = min(1.0, 2.0 * k / self.settings.steps)
+        student = self.denoiser("student")
+
+        def loss_of(p: slice) -> Tensor:
+            at = points_of(PROCESS, sigma[p])
+            return continuous.loss(student, x0[p], noise[p], at, teacher=self.teacher, warm=warm)
+
+        loss = self.descend("student", self.lr_at(k), loss_of)
+        self.follow(k)
+        return {"loss": loss, "warm": warm}
 
     def samplers(self) -> dict[int, tuple[Any, Plan]]:
         return consistency_samplers(self.denoiser("average"))

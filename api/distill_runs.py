@@ -32,6 +32,7 @@ PROBLEMS = {
             "guided": Run(distill_ring_teachers.Guided, 1000),
             "consistency": Run(distill_ring_teachers.Consistency, 5000),
             "improved_consistency": Run(distill_ring_teachers.ImprovedConsistency, 6000),
+            "continuous_consistency": Run(distill_ring_teachers.ContinuousConsistency, 4000),
             "rectified": Run(distill_ring_generators.Rectified, 4500),
             "distribution_matching": Run(distill_ring_generators.DistributionMatching, 2000),
             "adversarial": Run(distill_ring_generators.Adversarial, 6000),

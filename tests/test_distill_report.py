@@ -50,7 +50,7 @@ def test_variants_are_compared_at_their_most_calls() -> None:
 
 def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> None:
     runs = plan(range(2))
-    assert len({run.name for run in runs}) == len(runs) == 24
+    assert len({run.name for run in runs}) == len(runs) == 26
     run = next(r for r in runs if r.problem == "digits")
     keys = ("energy_distance", "accuracy", "feature_distance")
     row = {"nfe": 1, **dict.fromkeys(keys, 0.5), "teacher": "ddim, trailing", **{f"teacher {k}": 0.25 for k in keys}}

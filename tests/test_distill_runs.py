@@ -25,6 +25,9 @@ from fewstep.distill_runs import PROBLEMS, make_recipe
 from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
 from fewstep.problems import Mixture
 
+# torch's own set-up, at the first forward-mode derivative.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
