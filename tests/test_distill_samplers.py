@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.sampler_module import SamplerModule
 from fewstep.distill_networks import Points
 from fewstep.kernels import philox
-from fewstep.solvers.distill import consistency, distribution_matching
+from fewstep.solvers.distill import consistency, continuous, distribution_matching
 from fewstep.solvers.distill.boundary import LatentBoundary
 from fewstep.solvers.distill.network import points_of, predict, with_model
 
@@ -125,21 +126,31 @@ def test_recommend_knows_every_family() -> None:
 # --- the student is the user's own module, wrapped as they like ---
 
 
-def _loss(module: torch.nn.Module) -> torch.Tensor:
+def discrete(module: torch.nn.Module) -> torch.Tensor:
     student = ConsistencyDenoiser(module, EDM)
     start, end = points_of(EDM, [2.0, 0.5, 10.0]), points_of(EDM, [1.5, 0.3, 8.0])
     x0, noise = (v.float() for v in list(draws(2).values()))
     return consistency.training_loss(student, student, x0, noise, start, end)
 
 
-def test_parallel_and_compiled_students_have_the_plain_ones_gradient(tmp_path: Path) -> None:
+def continuous_time(module: torch.nn.Module) -> torch.Tensor:
+    x0, noise = (v.float() for v in list(draws(2).values()))
+    return continuous.loss(fs.Denoiser(module, EDM, "edm"), x0, noise, points_of(EDM, [2.0, 0.5, 10.0]))
+
+
+# torch's own set-up, at the first forward-mode derivative
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("loss_of", [discrete, continuous_time])
+def test_parallel_and_compiled_students_have_the_plain_ones_gradient(
+    loss_of: Callable[[torch.nn.Module], torch.Tensor], tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     plain = Points()
-    want = torch.autograd.grad(_loss(plain), list(plain.parameters()))
+    want = torch.autograd.grad(loss_of(plain), list(plain.parameters()))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(plain)
-        torch.autograd.backward(_loss(wrapped))
+        torch.autograd.backward(loss_of(wrapped))
         for p, g in zip(plain.parameters(), want, strict=True):
             torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-7)
     finally:
@@ -147,7 +158,7 @@ def test_parallel_and_compiled_students_have_the_plain_ones_gradient(tmp_path: P
     compiled = torch.compile(plain, backend="aot_eager")
     for p in plain.parameters():
         p.grad = None
-    torch.autograd.backward(_loss(compiled))
+    torch.autograd.backward(loss_of(compiled))
     for p, g in zip(plain.parameters(), want, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-7)
 

@@ -23,6 +23,8 @@ from fewstep.solvers.distill.losses import weighted
 from fewstep.solvers.distill.network import noised, predict, raw_outputs, same_dropout, spread, told
 from fewstep.solvers.process import Array, Point
 
+AD: Any = forward_ad  # which torch leaves without types
+
 
 def loss(
     student: Any,
@@ -43,7 +45,7 @@ def loss(
     floor    c of the tangent normalisation; |g| is over a sample's D elements
     weight   a number or (B,): the paper learns a weight of t besides, which Adam's scale makes up for in small problems
 
-    The network runs once more than in other objectives, on dual numbers: its operators need forward-mode derivatives.
+    The network runs once more than in other objectives, on dual numbers: its operators need forward derivatives.
 
     Raises ValueError for a student that is not under EDM's scalings.
     """
@@ -87,10 +89,10 @@ def tangent(student: Any, x: Tensor, slope: Tensor, at: Point, *, cond: Any = No
     call, dtype = student.bind(frame, len(x), cond), getattr(torch, student.model_dtype(str(x.dtype)[6:]))
     time_dtype = student.time_dtype or ("float64" if dtype == torch.float64 else "float32")
     t = frame.array(numbers.t, time_dtype)
-    with forward_ad.dual_level():
-        u = forward_ad.make_dual((x * spread(numbers.c_in, x)).to(dtype), (slope * spread(cos * sin / sd, x)).to(dtype))
-        (out,) = call((0,), u, forward_ad.make_dual(t, torch.full_like(t, 0.25)))
-        raw, moved = forward_ad.unpack_dual(out)
+    with AD.dual_level():  # and not torch.func.jvp, under which a DistributedDataParallel cannot share its buffers
+        u = AD.make_dual((x * spread(numbers.c_in, x)).to(dtype), (slope * spread(cos * sin / sd, x)).to(dtype))
+        (out,) = call((0,), u, AD.make_dual(t, torch.full_like(t, 0.25)))
+        raw, moved = AD.unpack_dual(out)
     # The network's F is minus the paper's.
     along = spread(cos**2, x) * (sd * raw.to(x.dtype) + slope)
     across = spread(cos * sin * scale, x) * x - sd * moved.to(x.dtype)
