@@ -84,7 +84,9 @@ def rescale_kernel(numbers, counter, r1, r2, r3, out, partial, arrivals, n, span
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
-        y1, y2, y3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+        y1 = _read(r1, at, lane, inside)
+        y2 = _read(r2, at, lane, inside)
+        y3 = _read(r3, at, lane, inside)
         guided, conditional = g1 * y1 + g2 * y2, y2
         if y3 is not None:
             guided, conditional = guided + g3 * y3, y3
@@ -124,7 +126,9 @@ def rescale_kernel(numbers, counter, r1, r2, r3, out, partial, arrivals, n, span
 def _sizes(x, r1, r2, r3, p, at, lane, inside, BLOCK: tl.constexpr):
     """|m| as integers that sort as the numbers do."""
     a0 = _read(x, at, lane, inside)
-    g1, g2, g3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+    g1 = _read(r1, at, lane, inside)
+    g2 = _read(r2, at, lane, inside)
+    g3 = _read(r3, at, lane, inside)
     return tl.abs(_prediction(p, None, a0, g1, g2, g3, BLOCK)).to(tl.int32, bitcast=True)
 
 

@@ -18,6 +18,7 @@ same stage (`compile_plan(in_place=True)`), and a model may return its own input
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ OPTIONS = {"enable_fp_fusion": False}
 # --- one element's arithmetic; absent values are None and compile to nothing ---
 
 
+# What these may return, None, stands alone on its line where they are called: Triton 3.6 builds no tuple with it.
 @triton.jit
 def _read(ptr, at, lane, mask):
     v = None
@@ -127,19 +129,17 @@ def stage_kernel(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, w, p, limit, c_i
     lane = tl.arange(0, BLOCK)
     inside = lane < n - first
     at = b * n + first
-    a0, a1, a2, a3 = (
-        _read(s0, at, lane, inside),
-        _read(s1, at, lane, inside),
-        _read(s2, at, lane, inside),
-        _read(s3, at, lane, inside),
-    )
-    a4, a5, a6, a7 = (
-        _read(s4, at, lane, inside),
-        _read(s5, at, lane, inside),
-        _read(s6, at, lane, inside),
-        _read(s7, at, lane, inside),
-    )
-    g1, g2, g3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+    a0 = _read(s0, at, lane, inside)
+    a1 = _read(s1, at, lane, inside)
+    a2 = _read(s2, at, lane, inside)
+    a3 = _read(s3, at, lane, inside)
+    a4 = _read(s4, at, lane, inside)
+    a5 = _read(s5, at, lane, inside)
+    a6 = _read(s6, at, lane, inside)
+    a7 = _read(s7, at, lane, inside)
+    g1 = _read(r1, at, lane, inside)
+    g2 = _read(r2, at, lane, inside)
+    g3 = _read(r3, at, lane, inside)
     e = _read(z, at, lane, inside)
     p_row = None
     if p is not None:
@@ -206,30 +206,25 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, 
     stage = tl.load(counter + b * counter_step).to(tl.int64)
     own = stage * rows + b * row_step
     w, index = numbers + own * _NUMBERS, indices + own * _INDICES
-    a0, a1 = (
-        _slot(state, index, 0, SLOTS, size, at, lane, inside),
-        _slot(state, index, 1, SLOTS, size, at, lane, inside),
-    )
-    a2, a3 = (
-        _slot(state, index, 2, SLOTS, size, at, lane, inside),
-        _slot(state, index, 3, SLOTS, size, at, lane, inside),
-    )
-    a4, a5 = (
-        _slot(state, index, 4, SLOTS, size, at, lane, inside),
-        _slot(state, index, 5, SLOTS, size, at, lane, inside),
-    )
-    a6, a7 = (
-        _slot(state, index, 6, SLOTS, size, at, lane, inside),
-        _slot(state, index, 7, SLOTS, size, at, lane, inside),
-    )
-    g1, g2, g3 = _read(r1, at, lane, inside), _read(r2, at, lane, inside), _read(r3, at, lane, inside)
+    a0 = _slot(state, index, 0, SLOTS, size, at, lane, inside)
+    a1 = _slot(state, index, 1, SLOTS, size, at, lane, inside)
+    a2 = _slot(state, index, 2, SLOTS, size, at, lane, inside)
+    a3 = _slot(state, index, 3, SLOTS, size, at, lane, inside)
+    a4 = _slot(state, index, 4, SLOTS, size, at, lane, inside)
+    a5 = _slot(state, index, 5, SLOTS, size, at, lane, inside)
+    a6 = _slot(state, index, 6, SLOTS, size, at, lane, inside)
+    a7 = _slot(state, index, 7, SLOTS, size, at, lane, inside)
+    g1 = _read(r1, at, lane, inside)
+    g2 = _read(r2, at, lane, inside)
+    g3 = _read(r3, at, lane, inside)
     e = _read(z, at, lane, inside)
     if streams is not None:
         draw = tl.load(index + _DRAW_AT)
         e = tl.zeros([BLOCK], tl.float32)
         if draw >= 0:
             e = normals(first, streams + b * 3, draw, STEP, BLOCK)
-    p, limit = None, None
+    p = None
+    limit = None
     if PREDICT:
         p = w + _P_AT
         if CLIP:
@@ -315,7 +310,7 @@ def stage_arguments(
     x_in     (copies B, ...) for copies of c_in x' in the model's dtype, or None
     z        float32 noise, or None
     """
-    samples, n = outputs[0].shape[0], outputs[0].shape[1:].numel()
+    samples, n = outputs[0].shape[0], math.prod(outputs[0].shape[1:])
     copies = 0 if x_in is None else x_in.shape[0] // samples
     return [
         *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
