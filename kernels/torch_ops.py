@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fewstep.kernels import layout, naive, numba_noise, numba_step
+from fewstep.kernels import layout, naive
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
@@ -160,6 +160,8 @@ def _on_cpu(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
+    from fewstep.kernels import numba_step  # a GPU needs none of it
+
     outputs = _empty(slots, raws, w, copies, model_dtype)
     states = outputs[:-1] if copies else outputs
     inputs = np.split(_rows(outputs[-1]), copies) if copies else []
@@ -253,6 +255,8 @@ def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int
 
 @torch.library.custom_op("fewstep::normals_elsewhere", mutates_args=())
 def _normals_elsewhere(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
+    from fewstep.kernels import numba_noise
+
     out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
     numba_noise.normal_batch(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
     return torch.from_numpy(out).reshape(tuple(shape)).to(streams.device)

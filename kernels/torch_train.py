@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fewstep.kernels import layout, naive_train, numba_train
-from fewstep.kernels.numba_step import CHUNK
+from fewstep.kernels import layout, naive_train
 from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage
 
 if TRITON:
@@ -40,6 +39,8 @@ def _wide(t: Tensor) -> Any:
 
 
 def _scratch(x: Tensor, *, wide: bool) -> Any:
+    from fewstep.kernels.numba_step import CHUNK
+
     return np.empty(min(CHUNK, x.numel()), np.float64 if wide else np.float32)
 
 
@@ -56,6 +57,8 @@ def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Ten
 
 
 def _pseudo_huber_on_cpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
+    from fewstep.kernels import numba_train  # a GPU needs none of it
+
     loss = torch.empty(len(x), dtype=torch.float64)
     grad = torch.empty(x.shape, dtype=x.dtype)
     # Beyond this range of c its square would leave float32.
@@ -137,6 +140,8 @@ def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tup
 
 
 def _score_difference_on_cpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    from fewstep.kernels import numba_train  # a GPU needs none of it
+
     loss = torch.empty(len(x), dtype=torch.float64)
     gradient = torch.empty(real.shape, dtype=real.dtype)
     terms = _scratch(x, wide=real.dtype == torch.float64)

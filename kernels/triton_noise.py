@@ -10,6 +10,7 @@ rounding and the bits are the CPU's.
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -126,6 +127,6 @@ def fill(out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1
 
     kernel: what stands in for `normals_kernel`.
     """
-    samples, n = out.shape[0], out.shape[1:].numel()
+    samples, n = out.shape[0], math.prod(out.shape[1:])
     with guard(out):
         (kernel or normals_kernel)[(samples * triton.cdiv(n, block),)](out, streams, draw, n, domain, block)

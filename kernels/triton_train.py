@@ -7,6 +7,7 @@ out of L2. An average reads 4 + s and writes 4, all tensors of a model in one la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool, kernel: An
 
     kernel: what stands in for `huber_kernel`.
     """
-    samples, n = x.shape[0], x.shape[1:].numel()
+    samples, n = x.shape[0], math.prod(x.shape[1:])
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x)
     with guard(x):
@@ -96,7 +97,7 @@ def score_difference(
 
     kernel: what stands in for `difference_kernel`.
     """
-    samples, n = x.shape[0], x.shape[1:].numel()
+    samples, n = x.shape[0], math.prod(x.shape[1:])
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(real)
     with guard(x):

@@ -1,12 +1,16 @@
 """The torch operators and the sampling loop as a module: the same numbers, gradients, and no graph break."""
 
 import contextlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fewstep as fs
 from fewstep.bindings.sampler_module import SamplerModule
@@ -182,6 +186,26 @@ def test_a_compiler_sees_the_kernels_of_a_gpu():
     assert numbers == {"n": 4800, "copy": 9600, "COPIES": 2, "BLOCK": elements, **steps}
 
 
+@pytest.mark.usefixtures("compiler_for_a_gpu")
+def test_one_trace_serves_every_size():
+    """A batch and an edge that are symbols stay so: nothing on the way asks for their values."""
+    shapes = ShapeEnv()
+
+    def size(name, hint):
+        source = ConstantSource(name)
+        return shapes.create_symintnode(shapes.create_symbol(hint, source=source), hint=hint, source=source)
+
+    with FakeTensorMode(shape_env=shapes):
+        batch, edge = size("batch", 2), size("edge", 40)
+        x = torch.empty(batch, 3, edge, edge, device="cuda")
+        w, c_in = torch.empty(batch, 2, layout.COLUMNS, device="cuda"), torch.empty(batch, device="cuda")
+        streams = torch.empty(batch, 3, dtype=torch.int64, device="cuda")
+        graph, _ = aot_export_module(Update(), [x, x.half(), w, c_in, streams], trace_joint=False)
+        losses, _ = aot_export_module(Losses(), [x.half(), x.half()], trace_joint=False)
+    assert len([node for made in (graph, losses) for node in made.graph.nodes if "triton_k" in str(node.target)]) == 4
+    assert shapes.guards == []
+
+
 class Losses(torch.nn.Module):
     def forward(self, x, y):
         return (
@@ -228,6 +252,15 @@ def test_kernels_belong_to_their_operators():
         ("score_difference", triton_train.difference_kernel),
     ):
         assert get_triton_kernels_for_op(f"fewstep::{name}") == [kernel]
+
+
+def test_a_gpu_needs_no_numba():
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "from fewstep.kernels import torch_train, triton_entries\n"
+        "from fewstep.bindings import sampler_module\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("batched", [False, True])
