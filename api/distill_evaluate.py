@@ -23,6 +23,7 @@ from fewstep.solvers.process import Flow
 from fewstep.solvers.registry import plan as make_plan
 
 COUNT = 4096
+DIGITS_MEASURES = ("energy_distance", "accuracy", "feature_distance", "taught_accuracy")
 
 
 class Check(NamedTuple):
@@ -194,11 +195,11 @@ def _digits(recipe: digits.DigitsRecipe) -> Outcome:
     rows, checks, samples = [], [], {}
     for nfe, (denoiser, plan) in sorted(recipe.samplers().items()):
         x, label = digits.draw(denoiser, plan)
-        own = digits.assess(x, label)
+        own = {**digits.assess(x, label), "taught_accuracy": digits.taught(x, label)}
         name, best = digits.teacher_best(nfe)
         samples[str(nfe)] = x[:100]
         rows.append({"nfe": nfe, **own, "teacher": name, **{f"teacher {key}": value for key, value in best.items()}})
-        for key, sign in (("energy_distance", 1), ("accuracy", -1), ("feature_distance", 1)):
+        for key, sign in zip(DIGITS_MEASURES, (1, -1, 1, -1), strict=True):
             what = key.replace("_", " ")
             checks.append(Check(f"{what}, {nfe} calls, against the teacher's best", own[key], best[key], sign < 0))
     return Outcome(rows, checks, samples)

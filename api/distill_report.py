@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fewstep.distill_command import finish
+from fewstep.distill_evaluate import DIGITS_MEASURES
 from fewstep.distill_runs import make_recipe
 from fewstep.distill_training import CHECKPOINT, train
 from fewstep.solvers.files import write_whole
@@ -198,9 +199,12 @@ def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
         "## Images: 8x8 digits, the shipped network as teacher",
         "",
         "Each student against the teacher's best of twelve solvers and spacings at as many calls, on the same latents",
-        "and classes. The classifier sees class means as perfect digits: its accuracy alone says nothing of variety,",
-        "which the energy distance to the held-out images and the Frechet distance of its features do. The four times",
-        "of latent consistency were picked among six on these data, as the teacher's grids are among twelve.",
+        "and classes. Accuracy: what share of the samples a classifier of the training images sees as what they should",
+        "be. It takes class means for perfect digits, so that a teacher's blurred samples reach 1, which nothing can",
+        "beat; it says nothing of variety. The energy distance to the held-out images, the Frechet distance of the",
+        "classifier's features and the taught accuracy do: that of classifiers which know the samples alone, on the",
+        "held-out images (the mean of three). The four times of latent consistency were picked among six on these",
+        "data, as the teacher's grids are among twelve.",
         "",
     ]
     for run, r in results.items():
@@ -212,12 +216,11 @@ def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
             f"{s['steps']} steps of {s['batch']}, seed {s['seed']}.",
             "",
         ]
-        head = ["calls", "", "energy distance", "accuracy", "feature distance"]
+        head = ["calls", "", *(key.replace("_", " ") for key in DIGITS_MEASURES)]
         rows = []
         for row in r["rows"]:
-            keys = ("energy_distance", "accuracy", "feature_distance")
-            rows.append([str(row["nfe"]), "student", *(f"{row[k]:.4g}" for k in keys)])
-            rows.append(["", f"teacher, {row['teacher']}", *(f"{row[f'teacher {k}']:.4g}" for k in keys)])
+            rows.append([str(row["nfe"]), "student", *(f"{row[k]:.4g}" for k in DIGITS_MEASURES)])
+            rows.append(["", f"teacher, {row['teacher']}", *(f"{row[f'teacher {k}']:.4g}" for k in DIGITS_MEASURES)])
         lines += _table(head, rows)
         missed = [c["name"] for c in r["checks"] if not c["met"]]
         lines += ["Not better than the teacher's best: " + ("; ".join(missed) if missed else "nothing") + ".", ""]

@@ -52,7 +52,7 @@ def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> Non
     runs = plan(range(2))
     assert len({run.name for run in runs}) == len(runs) == 26
     run = next(r for r in runs if r.problem == "digits")
-    keys = ("energy_distance", "accuracy", "feature_distance")
+    keys = ("energy_distance", "accuracy", "feature_distance", "taught_accuracy")
     row = {"nfe": 1, **dict.fromkeys(keys, 0.5), "teacher": "ddim, trailing", **{f"teacher {k}": 0.25 for k in keys}}
     check = {"name": "accuracy, 1 calls", "value": 0.5, "bound": 0.25, "least": True, "met": True}
     folder = tmp_path / "work" / run.name
@@ -67,8 +67,8 @@ def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> Non
     write(results, tmp_path / "work", tmp_path / "docs")
     assert (tmp_path / "docs" / f"digits-{run.method}-1.png").read_bytes() == b"picture"
     text = (tmp_path / "docs" / "results.md").read_text()
-    assert "| 1 | student | 0.5 | 0.5 | 0.5 |" in text
-    assert "| teacher, ddim, trailing | 0.25 | 0.25 | 0.25 |" in text
+    assert "| 1 | student | 0.5 | 0.5 | 0.5 | 0.5 |" in text
+    assert "| teacher, ddim, trailing | 0.25 | 0.25 | 0.25 | 0.25 |" in text
     assert "Not better than the teacher's best: nothing." in text
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from fewstep import distill_digits
 from fewstep.commands import app
 from fewstep.distill_evaluate import evaluate, ring_data
 from fewstep.distill_evaluate import run as sample
@@ -99,6 +100,16 @@ def test_the_guided_student_learns_and_a_deaf_one_cannot() -> None:
         errors.append(evaluate(recipe).checks[0].value)
     assert errors[0] < 0.5
     assert errors[1] > 2.0 * errors[0], errors
+
+
+def test_what_lacks_variety_teaches_little() -> None:
+    """Class means are recognised without a fault, and teach less than as many real images."""
+    train = distill_digits.judge().train
+    real, label = train.x[:600], train.label[:600]
+    means = torch.stack([train.x[train.label == d].mean(0) for d in range(10)])[label]
+    assert distill_digits.accuracy(distill_digits.judge().net, means, label) == 1.0
+    assert distill_digits.taught(real, label) > 0.95
+    assert distill_digits.taught(means, label) < 0.92
 
 
 def test_the_digits_students_learn() -> None:
