@@ -1,6 +1,9 @@
 """The benchmark itself: that a wrong kernel gets no time, and that its bytes are the plan's."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,3 +116,41 @@ def _failed(case):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_rows_of_the_gpus_benchmark(monkeypatch):
+    """Medians, 99th percentiles, and a ratio that is above 1 where fewstep wins or, inverse, where it loses."""
+    pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import test_gpu as bench
+
+    rows, ours, peer = bench.Rows(), [float(i) for i in range(1, 201)], [402.0, 1.0, 201.0]
+    rows.add("faster", ours, peer, (">=", 2.0), "us")
+    rows.add("slower", peer, ours, ("<=", 1.5), "us", inverse=True)
+    assert rows[0] == {
+        "case": "faster", "ours": 100.5, "peer": 201.0, "ours_p99": 198.0, "peer_p99": 402.0, "ratio": 2.0,
+        "budget": (">=", 2.0), "met": True, "unit": "us",
+    }  # fmt: skip
+    assert (rows[1]["ratio"], rows[1]["met"]) == (2.0, False)
+
+
+def test_make_gpu_starts_what_it_says():
+    """Its commands to the letter, but for what pytest would run."""
+    dry = ["make", "-n", "gpu", f"PYTHON={sys.executable}"]
+    lines = subprocess.run(dry, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
+    commands = [line.partition(" -m pytest ") for line in lines if " -m pytest " in line]
+    assert [rest.split()[-1].strip(";") for _, _, rest in commands if "test_gpu_runs" in rest] == [
+        "tests/test_gpu_runs.py"
+    ]
+    assert len(commands) == 2
+    for start, _, _ in commands:
+        told = subprocess.run(
+            [*start.split(), "-c", "import os; print(os.environ['PYTHONPATH'])"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert told.stdout == "build/gpu\n"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,85 @@ def test_training_kernels() -> None:
         np.testing.assert_allclose(a.cpu().numpy(), w, rtol=1e-5, atol=1e-6)
 
 
+# --- operators ---
+
+
+def update_arguments(dtype: torch.dtype, device: str) -> list[Any]:
+    """Three rows of per-sample numbers with noise and a clip, two raws of 16 bits, two model inputs."""
+    g = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)
+
+    slots, raws = [draw(2, 4, 9, 7) for _ in range(2)], [draw(2, 4, 9, 7).half() for _ in range(2)]
+    limit = torch.tensor([[0.8, 1.3, 0.0, 0.0]]).to(device, dtype)
+    w, c_in, p = draw(2, 3, layout.COLUMNS), draw(2), draw(2, 4)
+    return [slots, [0, 2], raws, w, c_in, 2, torch.float16, p, limit, draw(2, 4, 9, 7)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_operator_and_its_gradients(dtype: torch.dtype) -> None:
+    """Beside the oracle and autograd through it, on the CPU."""
+    from fewstep.kernels import torch_ops
+
+    found = []
+    for device, run in ((GPU, torch_ops.stage), ("cpu", torch_ops._by_definition)):
+        arguments = update_arguments(dtype, device)
+        arguments[6] = dtype  # autograd adds the copies' slopes in the model's dtype, the operator in the state's
+        leaves = [*arguments[0], *arguments[2], arguments[-1]]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outputs = run(*arguments)
+        slopes = [torch.linspace(0.5, 1.0, o.numel()).reshape(o.shape).to(o) for o in outputs]
+        found.append((outputs, torch.autograd.grad(outputs, leaves, slopes)))
+    (outputs, gradients), (want, slopes) = found
+    for ours, theirs in zip(outputs, want, strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    for ours, theirs in zip(gradients, slopes, strict=True):
+        exact = 1e-12 if theirs.dtype == torch.float64 else 1e-2 if theirs.dtype == torch.float16 else 1e-5
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=exact, atol=exact)
+
+
+def test_operators_pass_opcheck() -> None:
+    from fewstep.kernels import torch_ops, torch_train
+
+    torch.library.opcheck(torch_ops.stage, tuple(update_arguments(torch.float32, GPU)))
+    streams = torch.from_numpy(philox.streams(1, 3).astype(np.int64)).to(GPU)
+    torch.library.opcheck(torch_ops.normals, (streams, [3, 1, 4, 4], 1, philox.STEP))
+    x, y = (torch.randn(3, 50, device=GPU) for _ in range(2))
+    torch.library.opcheck(torch_train._pseudo_huber, (x.requires_grad_(), y, 0.1, True))
+    torch.library.opcheck(torch_train._score_difference, (x, y, y + 1.0, 0.1))
+
+
+def test_a_compiled_update_is_the_eager_bits() -> None:
+    """Inductor compiles the kernels into its own code, with its own options."""
+    from fewstep.kernels import torch_ops
+
+    def update(x: torch.Tensor, raw: torch.Tensor, w: torch.Tensor, streams: torch.Tensor) -> list[torch.Tensor]:
+        z = torch_ops.normals(streams, list(x.shape), 3, philox.STEP)
+        return torch_ops.stage([x], [0], [raw], w, w.new_ones(1), 2, torch.float16, None, None, z)  # type: ignore[no-any-return]
+
+    x, raw = (torch.randn(2, 4, 33, 31, device=GPU) for _ in range(2))
+    w = torch.randn(1, 2, layout.COLUMNS, device=GPU)
+    streams = torch.from_numpy(philox.streams(3, 2).astype(np.int64)).to(GPU)
+    want = update(x, raw, w, streams)
+    compiled = torch.compile(update, fullgraph=True)
+    for ours, theirs in zip(compiled(x, raw, w, streams), want, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_float64_never_waits_for_the_gpu() -> None:
+    from fewstep.kernels import torch_ops
+
+    arguments = update_arguments(torch.float64, GPU)
+    torch_ops.stage(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch_ops.stage(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # --- runs ---
 
 
@@ -238,6 +318,22 @@ def test_runs_with_reductions(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found.cpu(), want, rtol=1e-4, atol=1e-4)
 
 
+def test_a_batch_of_different_requests() -> None:
+    from fewstep.solvers.mixed import MixedRun
+
+    plans = {name: fs.plan(name, fs.grid(VP, steps)) for name, steps in (("unipc", 4), ("dpmpp_2m_sde", 2))}
+    denoiser = fs.Denoiser(net, VP)
+    run = MixedRun(denoiser, list(plans.values()), (3, 4, 9, 7), device=GPU)
+    run.admit(0, plans["unipc"], seed=7)
+    run.step()
+    run.admit(2, plans["dpmpp_2m_sde"], seed=8, sample=5)
+    while not (run.done(0) and run.done(2)):
+        run.step()
+    for place, name, seed, sample in ((0, "unipc", 7, 0), (2, "dpmpp_2m_sde", 8, 5)):
+        alone = fs.Sampler(denoiser, plans[name], (1, 4, 9, 7), backend="triton", device=GPU, graph="off")
+        assert torch.equal(run.result(place), alone(seed=seed, first_sample=sample)[0])
+
+
 def test_other_strides() -> None:
     want = sampler()(seed=1)
     model = lambda x, t: net(x, t).contiguous(memory_format=torch.channels_last)  # noqa: E731
@@ -255,6 +351,16 @@ def test_a_stream_of_the_callers_own() -> None:
             streams[(i + 1) % 2].wait_stream(streams[i % 2])
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_cupy_in_and_out() -> None:
+    cupy = pytest.importorskip("cupy")
+    x = cupy.asarray(np.random.default_rng(0).standard_normal((2, 4, 9, 7), dtype=np.float32))
+    for mode in ("off", "loop"):
+        made = sampler(graph=mode)
+        found = made(x, seed=1)
+        assert isinstance(found, cupy.ndarray)
+        assert torch.equal(torch.from_dlpack(found), made(torch.from_dlpack(x), seed=1))
 
 
 def test_threads() -> None:
@@ -307,6 +413,25 @@ def test_new_numbers_need_no_new_capture(mode: str, monkeypatch: pytest.MonkeyPa
         made.update(plan, guidance=4.0)
     other = conditions(-0.2, 0.3)
     assert torch.equal(graphed(seed=2, cond=other), eager(seed=2, cond=other))
+    prepared = [(graphed.prepare(guidance=scale), eager.prepare(guidance=scale)) for scale in (1.5, 6.0)]
+    for ours, theirs in prepared * 2:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            graphed.update(ours)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        eager.update(theirs)
+        assert torch.equal(graphed(seed=2, cond=other), eager(seed=2, cond=other))
+
+
+def test_one_graph_for_plans_of_any_length() -> None:
+    denoiser, plans = fs.Denoiser(net, VP), [fs.plan("unipc", fs.grid(VP, steps)) for steps in (5, 2, 4)]
+    graphed = fs.Sampler(denoiser, plans[0], (2, 4, 9, 7), backend="triton", device=GPU, graph="loop", capacity=5)
+    for plan in plans:
+        graphed.update(plan)
+        eager = fs.Sampler(denoiser, plan, (2, 4, 9, 7), backend="triton", device=GPU, graph="off")
+        assert torch.equal(graphed(seed=3), eager(seed=3))
+    assert len(graphed._now.idle[False][0].graphs._graphs) == 1
 
 
 @pytest.mark.parametrize("mode", ["off", "step", "loop"])
@@ -320,12 +445,14 @@ def test_the_loop_never_waits_for_the_gpu(mode: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_replays_allocate_nothing() -> None:
-    made, out = sampler(graph="loop"), torch.empty(2, 4, 9, 7, device=GPU)
-    made(seed=0, out=out)
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_replays_allocate_nothing(mode: str) -> None:
+    made, out = sampler(graph=mode, guidance=2.0), torch.empty(2, 4, 9, 7, device=GPU)
+    cond = conditions(0.1, 0.4)
+    made(seed=0, cond=cond, out=out)
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
     for seed in range(20):
-        made(seed=seed, out=out)
+        made(seed=seed, cond=cond, out=out)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
 
 
@@ -348,6 +475,7 @@ def test_a_model_that_waits_for_the_gpu() -> None:
 
     with pytest.raises(CaptureError, match=r"t\[0\]\.item\(\).*use graph='off'"):
         sampler(model=syncing, graph="loop")(seed=0)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     auto = sampler(model=syncing, graph="auto")
     with pytest.warns(RuntimeWarning, match="falls back to 'off'"):
         found = auto(seed=0)
@@ -355,7 +483,6 @@ def test_a_model_that_waits_for_the_gpu() -> None:
 
 
 def test_a_compiled_loop_has_no_graph_break() -> None:
-    pytest.importorskip("numba")
     from fewstep.bindings.sampler_module import SamplerModule
 
     class Net(torch.nn.Module):
@@ -375,16 +502,25 @@ def test_a_compiled_loop_has_no_graph_break() -> None:
         torch.testing.assert_close(compiled, loop(x, streams), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="needs compute-sanitizer")
+SANITIZER = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+
+
+@pytest.mark.skipif(SANITIZER is None, reason="needs compute-sanitizer, of the CUDA toolkit")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_the_sanitizer_finds_nothing(tool: str) -> None:
+    """Stages, noise and a threshold on odd sizes; a split threshold and norms."""
     code = (
         "import torch, fewstep as fs; VP = fs.VP.linear()\n"
-        "plan = fs.plan('unipc', fs.grid(VP, 2))\n"
-        "d = fs.Denoiser(lambda x, t: 0.5 * x, VP, 'v', dtype='float16', clip=fs.DynamicThreshold())\n"
-        "fs.Sampler(d, plan, (2, 3, 5, 7), backend='triton', device='cuda', graph='off')(seed=0)\n"
+        "from fewstep.kernels import triton_reduce\n"
+        "plan = fs.plan('dpmpp_2m_sde', fs.grid(VP, 2))\n"
+        "for shape in ((2, 3, 5, 7), (1, 3, 151, 151)):\n"
+        "    d = fs.Denoiser(lambda x, t: 0.5 * x, VP, 'v', dtype='float16', clip=fs.DynamicThreshold())\n"
+        "    x = fs.Sampler(d, plan, shape, backend='triton', device='cuda', graph='off')(seed=0)\n"
+        "    triton_reduce.apg_norms(x, x)\n"
         "torch.cuda.synchronize()\n"
     )
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    # Each tensor its own allocation, or an access past one would fall into the next.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
