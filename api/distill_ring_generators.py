@@ -239,10 +239,13 @@ class DistributionMatching(RingRecipe):
 class Adversarial(RingRecipe):
     """ADD: starts as a consistency student (the first half of the steps), ends against heads on frozen features.
 
-    The features are the hidden layers of the consistency student itself at a low noise level, frozen.
+    The features are the hidden layers of the consistency student itself at a low noise level, frozen. The heads learn
+    at the run's full rate and the student slowly, so that they tell its samples from data; with the paper's lambda of
+    2.5 the distillation term drowns them, and draws samples to the modes' centres.
     """
 
     SHARP = 0.05  # the level at which the frozen network looks at a sample
+    DISTIL = 0.25  # lambda
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -280,7 +283,7 @@ class Adversarial(RingRecipe):
             return {**self.first.step(k), "heads": 0.0}
         if k == self.begin:
             self.reset()
-        lr = 0.03 * self.lr_at(k, self.begin, self.settings.steps - self.begin)
+        lr = self.lr_at(k, self.begin, self.settings.steps - self.begin)
         g, n = self.generator(k), self.settings.batch
         x0, noise = self.data(g)
         level = torch.randint(len(LEVELS), (n,), generator=g).numpy()
@@ -308,11 +311,12 @@ class Adversarial(RingRecipe):
                 self.teacher,
                 again[p],
                 at,
+                distil=self.DISTIL,
                 weight=lambda at: 1.0 / (1.0 + np.asarray(at.sigma) ** 2),
             )
 
         told = self.descend("heads", lr, judge)
-        loss = self.descend("student", lr, generate)
+        loss = self.descend("student", 0.01 * lr, generate)
         self.follow(k)
         return {"loss": loss, "heads": told}
 
