@@ -76,5 +76,35 @@ def threshold(x, r1, r2, r3, p, quantile, maximum, out):
 
 
 @jit()
+def apg_norms(conditional, null, out):
+    """out[b] = (sum (c - u)^2, sum (c - u) c, sum c^2) of each sample. Both (B, n); out (B, 3) float64."""
+    samples, n = conditional.shape
+    for b in range(samples):
+        ours, theirs = _part(conditional, b, 0, n), _part(null, b, 0, n)
+        s0, s1, s2 = 0.0, 0.0, 0.0
+        for i in range(n):
+            c = np.float64(_at(ours, i))
+            d = c - np.float64(_at(theirs, i))
+            s0 += d * d
+            s1 += d * c
+            s2 += c * c
+        out[b, 0], out[b, 1], out[b, 2] = s0, s1, s2
+
+
+@jit()
+def error_norm(error, low, before, rtol, atol, out):
+    """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)). All (B, n); out (B,)."""
+    samples, n = error.shape
+    for b in range(samples):
+        total = 0.0
+        for i in range(n):
+            e = np.float64(error[b, i])
+            if e != 0.0:  # 0 / 0 is no error
+                delta = max(atol, rtol * max(abs(np.float64(low[b, i])), abs(np.float64(before[b, i]))))
+                total += (e / delta) ** 2 if delta != 0.0 else np.inf
+        out[b] = np.sqrt(total / n)
+
+
+@jit()
 def _last(a, b, c):
     return c if c is not None else (b if b is not None else a)

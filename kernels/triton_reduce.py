@@ -9,8 +9,9 @@ each other in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fewstep.kernels import layout
 from fewstep.kernels.triton_noise import guard
-from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, OPTIONS, P_AT, _padded, _prediction, _read
+from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _padded, _prediction, _read
 
 # Where `triton_step`'s float table holds the guidance's numbers: the weights of the raws, then phi of the rescale.
 WEIGHTS_AT = C_IN_AT + 1
@@ -337,14 +338,19 @@ def _span(scratch: Scratch, n: int) -> tuple[int, int]:
     return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
 
 
-def guidance_scale(numbers: Tensor, counter: Tensor, raws: Sequence[Tensor], out: Tensor, scratch: Scratch) -> None:
-    """`naive.guidance_scale` times p, for the stage that `counter` names: see `rescale_kernel`. Two or three raws."""
-    samples, n, rows = len(out), raws[0].numel() // len(out), numbers.shape[1]
+def guidance_scale(
+    numbers: Tensor, counter: Tensor, raws: Sequence[Tensor], out: Tensor, scratch: Scratch, *, kernel: Any = None
+) -> None:
+    """`naive.guidance_scale` times p, for the stage that `counter` names: see `rescale_kernel`. Two or three raws.
+
+    kernel: what stands in for `rescale_kernel`.
+    """
+    samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
     with guard(out):
-        rescale_kernel[(samples, parts)](
+        (kernel or rescale_kernel)[(samples, parts)](
             numbers, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
-            int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS, **OPTIONS,
+            int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -359,42 +365,54 @@ def threshold(
     scratch: Scratch,
     *,
     rescaled: bool,
+    kernel: Any = None,
+    split: Any = None,
 ) -> None:
-    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`, `digit_kernel`."""
-    samples, n, rows = len(out), raws[0].numel() // len(out), numbers.shape[1]
+    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`, `digit_kernel`.
+
+    kernel, split: what stands in for these two.
+    """
+    samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
     sources = numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
     steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled
     with guard(out):
         if parts == 1:
-            threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS, **OPTIONS)
+            (kernel or threshold_kernel)[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
             return
         for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
-            digit_kernel[(samples, parts)](
-                *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK,
-                num_warps=WARPS, **OPTIONS,
-            )  # fmt: skip
+            (split or digit_kernel)[(samples, parts)](
+                *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK, num_warps=WARPS
+            )
 
 
-def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None) -> Tensor:
+def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None, *, kernel: Any = None) -> Tensor:
     """What adaptive projected guidance needs of each sample (Sadat et al. 2024): float64 (B, 3), see `naive.apg_norms`.
 
-    Both (B, ...), contiguous, of any float dtype but float64.
+    Both (B, ...), contiguous, of any float dtype but float64. kernel: what stands in for `sums_kernel`.
     """
-    out = torch.empty((len(null), 3), dtype=torch.float64, device=null.device)
-    _sums(conditional, null, None, out, scratch, None, None)
+    out = torch.empty((null.shape[0], 3), dtype=torch.float64, device=null.device)
+    _sums(conditional, null, None, out, scratch, None, None, kernel)
     return out
 
 
 def error_norm(
-    error: Tensor, low: Tensor, before: Tensor, rtol: Tensor, atol: Tensor, scratch: Scratch | None = None
+    error: Tensor,
+    low: Tensor,
+    before: Tensor,
+    rtol: Tensor,
+    atol: Tensor,
+    scratch: Scratch | None = None,
+    *,
+    kernel: Any = None,
 ) -> Tensor:
     """sqrt(mean((error / delta)^2)) of each sample, float64 (B,): see `naive.error_norm`.
 
     error, low, before  (B, ...) float32, contiguous; rtol, atol  float64 (1,) on the same device
+    kernel              what stands in for `sums_kernel`
     """
-    out = torch.empty(len(error), dtype=torch.float64, device=error.device)
-    _sums(error, low, before, out, scratch, rtol, atol)
+    out = torch.empty(error.shape[0], dtype=torch.float64, device=error.device)
+    _sums(error, low, before, out, scratch, rtol, atol, kernel)
     return out
 
 
@@ -406,12 +424,12 @@ def _sums(
     scratch: Scratch | None,
     rtol: Tensor | None,
     atol: Tensor | None,
+    kernel: Any,
 ) -> None:
-    samples, n = len(a), a[0].numel()
+    samples, n = a.shape[0], math.prod(a.shape[1:])
     scratch = scratch or Scratch.of(samples, n, a.device)
     parts, span = _span(scratch, n)
     with guard(out):
-        sums_kernel[(samples, parts)](
-            a, b, c, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, c is not None, BLOCK,
-            num_warps=WARPS, **OPTIONS,
-        )  # fmt: skip
+        (kernel or sums_kernel)[(samples, parts)](
+            a, b, c, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, c is not None, BLOCK, num_warps=WARPS
+        )

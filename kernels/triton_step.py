@@ -47,9 +47,6 @@ INDICES = 16
 _P_AT, _LIMIT_AT, _C_IN_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, LIMIT_AT, C_IN_AT, NUMBERS))
 _WRITES_AT, _DRAW_AT, _INDICES = (tl.constexpr(i) for i in (WRITES_AT, DRAW_AT, INDICES))
 
-# For sums that are not made of `triton_noise.times`: no contraction to fused multiply-adds, as on the CPU.
-OPTIONS = {"enable_fp_fusion": False}
-
 
 # --- one element's arithmetic; absent values are None and compile to nothing ---
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels.triton_noise import guard
-from fewstep.kernels.triton_step import OPTIONS
 
 BLOCK, WARPS = 1024, 4
 
@@ -180,6 +179,4 @@ class Ema:
     def update(self, decay: Tensor) -> None:
         """decay: float32 (1,) on the same device, 0 .. 1."""
         with guard(decay):
-            ema_kernel[(self.chunks,)](
-                *self.tables, decay, self.values[0], self.aligned, BLOCK, num_warps=WARPS, **OPTIONS
-            )
+            ema_kernel[(self.chunks,)](*self.tables, decay, self.values[0], self.aligned, BLOCK, num_warps=WARPS)

@@ -219,7 +219,7 @@ def test_the_operator_and_its_gradients(dtype: torch.dtype) -> None:
 
 
 def test_operators_pass_opcheck() -> None:
-    from fewstep.kernels import torch_ops, torch_train
+    from fewstep.kernels import torch_ops, torch_reduce, torch_train
 
     torch.library.opcheck(torch_ops.stage, tuple(update_arguments(torch.float32, GPU)))
     streams = torch.from_numpy(philox.streams(1, 3).astype(np.int64)).to(GPU)
@@ -227,6 +227,11 @@ def test_operators_pass_opcheck() -> None:
     x, y = (torch.randn(3, 50, device=GPU) for _ in range(2))
     torch.library.opcheck(torch_train._pseudo_huber, (x.requires_grad_(), y, 0.1, True))
     torch.library.opcheck(torch_train._score_difference, (x, y, y + 1.0, 0.1))
+    a, b = (torch.randn(3, 70_000, device=GPU) for _ in range(2))  # split
+    torch.library.opcheck(torch_reduce._guidance_scale, ([a, b], [-2.0, 3.0], 0.7))
+    torch.library.opcheck(torch_reduce._threshold, (a, 0.9, 2.0))
+    torch.library.opcheck(torch_reduce._apg_norms, (a, b))
+    torch.library.opcheck(torch_reduce._error_norm, (a, b, b, 0.1, 0.1))
 
 
 def test_a_compiled_update_is_the_eager_bits() -> None:

@@ -72,7 +72,7 @@ VARIANTS = {
 
 
 def compiled(
-    kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None, *, fusion: bool = False
+    kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None, *, fusion: bool = True
 ) -> Any:
     """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
     kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
@@ -257,7 +257,7 @@ def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: 
     kernel, signature, loads, stores = TRAINING[name]
     block = triton_train.BLOCK * TARGETS[target].warp_size // 32
     order = {a: (signature | {"BLOCK": block})[a] for a in kernel.arg_names}
-    found = compiled(kernel, order, target, warps=triton_train.WARPS, fusion=kernel is not triton_train.ema_kernel)
+    found = compiled(kernel, order, target, warps=triton_train.WARPS)
     if target == "gfx942":
         spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
         assert spills
@@ -311,6 +311,10 @@ RUN = {
     "copy": "i32", "counter_step": "i32", "rows": "i32", "row_step": "i32", "SLOTS": 2, "OUTPUTS": 2, "COPIES": 1,
     "PREDICT": False, "CLIP": False, "BLOCK": 1024,
 }  # fmt: skip
+STAGE = dict.fromkeys(triton_step.stage_kernel.arg_names) | {
+    "s0": "*fp32", "r1": "*fp16", "w": "*fp32", "c_in": "*fp32", "o0": "*fp32", "x_in": "*fp16", "n": "i32",
+    "copy": "i32", "w_step": "i32", "p_step": "i32", "limit_step": "i32", "c_step": "i32", "COPIES": 1, "BLOCK": 1024,
+}  # fmt: skip
 TICK = {
     "counter": "*i32", "times": "*fp32", "t": "*fp32", "count": "i32", "samples": "i32", "last": "i32",
     "counter_step": "i32", "rows": "i32", "row_step": "i32", "BLOCK": 4,
@@ -327,6 +331,10 @@ CORNERS = {
         "PREDICT": True, "CLIP": True, "own_p": "*fp32", "own_limit": "*fp32", "rows": 1}),
     "own p, a static clip": (
         triton_step.run_kernel, RUN, {"PREDICT": True, "CLIP": True, "own_p": "*fp32", "rows": 1}),
+    "a stage of one element": (triton_step.stage_kernel, STAGE, {"n": 1, "copy": 1, "c_step": 1}),
+    "a stage with no model input": (triton_step.stage_kernel, STAGE, {"x_in": None, "COPIES": 0}),
+    "a stage of noise alone": (triton_step.stage_kernel, STAGE, {"s0": None, "r1": None, "z": "*fp32"}),
+    "a stage of more than 2^31 elements": (triton_step.stage_kernel, STAGE, {"n": "i64", "copy": "i64"}),
     "tick": (triton_step.tick_kernel, TICK, {"rows": 1}),
     "tick of one sample and stage": (
         triton_step.tick_kernel, TICK, {"count": 1, "samples": 1, "last": 1, "rows": 1, "BLOCK": 1}),
