@@ -38,11 +38,12 @@ def _scratch(t: Tensor) -> triton_reduce.Scratch:
 
 
 def _table(like: Tensor, length: int, dtype: torch.dtype, values: Mapping[int, float]) -> Tensor:
-    """Numbers on a device, filled in there: nothing is uploaded."""
-    table = like.new_zeros(length, dtype=dtype)
-    for at, value in values.items():
-        table.select(0, at).fill_(value)
-    return table
+    """Numbers at their places among zeros, made on the device: nothing is uploaded."""
+    parts, end = [], 0
+    for at, value in sorted(values.items()):
+        parts += [like.new_zeros(at - end, dtype=dtype), like.new_full((1,), value, dtype=dtype)]
+        end = at + 1
+    return torch.cat([*parts, like.new_zeros(length - end, dtype=dtype)])
 
 
 def _stage(like: Tensor, values: Mapping[int, float]) -> Tensor:

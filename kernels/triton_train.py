@@ -35,6 +35,7 @@ def huber_kernel(x, y, loss, grad, c, n, PER_SAMPLE: tl.constexpr, BLOCK: tl.con
     """
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    c = tl.full((), c, tl.float32)  # Inductor hands Python's numbers on as float64
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         d = _difference(x, y, b * n + start, lane, lane < n - start)
@@ -76,6 +77,7 @@ def difference_kernel(x, real, own, loss, gradient, floor, n, BLOCK: tl.constexp
     """See `naive_train.score_difference`. x (B, n); real, own, gradient (B, n) and loss (B,) float32. Grid: (B,)."""
     b = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
+    floor = tl.full((), floor, tl.float32)  # as c above
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, n, BLOCK):
         total += tl.abs(_difference(x, real, b * n + start, lane, lane < n - start))

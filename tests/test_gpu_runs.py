@@ -251,6 +251,33 @@ def test_a_compiled_update_is_the_eager_bits() -> None:
         assert torch.equal(ours, theirs)
 
 
+def test_compiled_losses_and_reductions() -> None:
+    from fewstep.kernels import torch_reduce, torch_train
+
+    def numbers(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        losses = [torch_train.pseudo_huber(x, y, 0.1), torch_train.score_difference(x, y, y + 1.0, 0.1)[0]]
+        norms = [torch_reduce.apg_norms(x, y), torch_reduce.error_norm(x, y, y, 0.1, 0.1)]
+        return [
+            *losses,
+            *norms,
+            torch_reduce.guidance_scale([x, y], [-2.0, 3.0], 0.7),
+            torch_reduce.threshold(x, 0.9, 2),
+        ]
+
+    x, y = (torch.randn(3, 70_000, device=GPU) for _ in range(2))
+    compiled = torch.compile(numbers, fullgraph=True)
+    with torch.no_grad():
+        for ours, theirs in zip(compiled(x, y), numbers(x, y), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch_train.pseudo_huber(x, y, 0.1).sum()
+
+    x.requires_grad_()
+    slopes = [torch.autograd.grad(run(x, y), x)[0] for run in (torch.compile(loss, fullgraph=True), loss)]
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=1e-7)
+
+
 def test_float64_never_waits_for_the_gpu() -> None:
     from fewstep.kernels import torch_ops
 

@@ -350,6 +350,11 @@ CORNERS = {
         "n": 1, "BLOCK": 1024}),
     "a score difference of one element": (
         triton_train.difference_kernel, TRAINING["distribution matching of bf16 samples"][1], {"n": 1, "BLOCK": 1024}),
+    "a loss whose number Inductor hands on": (triton_train.huber_kernel, TRAINING["pseudo-Huber, of the norm"][1], {
+        "c": "fp64", "BLOCK": 1024}),
+    "a score difference whose number Inductor hands on": (
+        triton_train.difference_kernel, TRAINING["distribution matching of bf16 samples"][1], {
+            "floor": "fp64", "BLOCK": 1024}),
     "an average at odd addresses": (triton_train.ema_kernel, TRAINING["EMA of bf16 parameters"][1], {
         "ALIGNED": False, "BLOCK": 1024}),
 }  # fmt: skip
@@ -362,3 +367,5 @@ def test_corners_compile(name: str) -> None:
     given = signature | values
     found = compiled(kernel, {a: given[a] for a in kernel.arg_names}, "sm_90")
     assert not re.search(r"\b(ld|st)\.local", found.asm["ptx"])
+    if kernel in (triton_train.huber_kernel, triton_train.difference_kernel):
+        assert not re.search(r"\b(add|mul|fma|div|sqrt)\S*\.f64", found.asm["ptx"])  # an element's are float32
