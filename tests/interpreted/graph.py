@@ -352,18 +352,21 @@ def test_old_graphs_are_freed(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -
     assert cuda.log.count("record") == graph_module.LIMIT + 3
 
 
-def test_one_graph_for_any_number_of_steps(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("mode", ["loop", "step"])
+def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
     """Up to `capacity` calls; the rows beyond a plan's own leave its sample as it is."""
     denoiser = fs.Denoiser(Net(), VP)
-    made = fs.Sampler(denoiser, plan(4, "unipc"), SHAPE, backend="triton", graph="loop", capacity=4)
+    made = fs.Sampler(denoiser, plan(4, "unipc"), SHAPE, backend="triton", graph=mode, capacity=4)
     for steps in (4, 2, 1, 3):
         new = plan(steps, "unipc")
         made.update(new)
+        cuda.log.clear()
         assert torch.equal(made(seed=steps), oracle(new)(seed=steps))
-    assert cuda.log.count("record") == 1
+        assert cuda.log.count("record") == (steps == 4)
+        assert cuda.log.count("replay") == (1 if mode == "loop" else steps)
     made.update(plan(5, "unipc"))
     assert torch.equal(made(seed=0), oracle(plan(5, "unipc"))(seed=0))
-    assert cuda.log.count("record") == 2
+    assert cuda.log.count("record") == 1
     with pytest.raises(ValueError, match=r"capacity must be an int >= 0, .* got -1"):
         fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
 
