@@ -148,9 +148,12 @@ class TorchFrame:
         return (array if stored is None else array.view(stored)).contiguous().numpy()  # type: ignore[no-any-return]
 
     def address(self, array: Array) -> tuple[int, Array]:
-        if not (array.is_cpu and array.is_contiguous()):
-            array = array.detach().cpu().contiguous()
-        return array.data_ptr(), array
+        if not (array.is_cpu and array.is_contiguous()) or array.is_neg():
+            array = array.detach().cpu().resolve_neg().contiguous()
+        address = array.data_ptr()
+        if not address:  # a subclass around other tensors
+            raise TypeError(f"{type(array).__name__} holds no memory of its own: return a plain torch.Tensor")
+        return address, array
 
     def wrap(self, array: np.ndarray) -> Array:
         return self.torch.from_numpy(array)

@@ -393,6 +393,24 @@ def test_what_the_model_returns(answer: Callable[[Any], Any], text: str, backend
     refused(ValueError, text, lambda: sampler(fs.Denoiser(later, VP), backend=backend))
 
 
+def test_a_tensor_without_memory_is_refused_at_any_call() -> None:
+    """Also after plain ones: its address is 0."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner: torch.Tensor) -> Any:
+            return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return args[0]  # of x.detach()
+
+    calls = iter(range(9))
+    model = fs.Denoiser(lambda x, t: Wrapper(x) if next(calls) else 0.1 * x, fs.VP.linear())
+    with pytest.raises(TypeError, match="Wrapper holds no memory of its own"):
+        fs.sample(model, torch.ones(2, 3), steps=3)
+
+
 @pytest.mark.parametrize(
     ("answer", "text"),
     [
