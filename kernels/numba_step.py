@@ -289,7 +289,7 @@ def kernel(kinds: Kinds, zeros: tuple[Marks | None, ...] = (None,) * layout.OUTP
     m0, m1, m2, m3, m4 = zeros
 
     @jit()
-    def fused(memory, first, last):  # fmt: skip
+    def fused(memory, first, last):
         """Units first .. last of one stage; a unit is a chunk of one sample."""
         n = memory[ELEMENTS]
         rows = (memory[SAMPLES], n)
@@ -362,11 +362,6 @@ def zeros_of(w: np.ndarray) -> tuple[Marks | None, ...]:
 SERIAL_ELEMENTS = 1 << 17
 
 
-def address(array: Any) -> int:
-    """Of the first element of a NumPy array, or of a tensor on the CPU."""
-    return int(array.data_ptr() if hasattr(array, "data_ptr") else array.ctypes.data)
-
-
 class Launch:
     """One stage bound to its memory: a call runs it, and addresses may be replaced in between.
 
@@ -382,8 +377,8 @@ class Launch:
     p        (1 or B, 4) and limit (1 or B, 4) = (bound, gain, 0, 0): the prediction, where it is not folded into w
     fixed    whether w is never written to again: its zeros may be compiled away
 
-    memory   the words of the vector that the compiled code gets; `memory[RAW + j] = address(raw)` binds another array
-             of the same shape and dtype, which the caller keeps alive until the call is over
+    memory   the words of the vector that the compiled code gets; an address written to `memory[RAW + j]` binds another
+             array of the same shape and dtype, which the caller keeps alive until the call is over
     run      the compiled code, `run(memory, 0, units)`
     """
 
@@ -429,7 +424,7 @@ class Launch:
 
     def _hold(self, j: int, array: np.ndarray | None) -> None:
         self.held[j] = array  # the address is only as good as the array's life
-        self.memory[j] = 0 if array is None else address(array)
+        self.memory[j] = 0 if array is None else array.ctypes.data
         self.kinds[j] = None if array is None else array.dtype.type
 
     def _compile(self) -> None:

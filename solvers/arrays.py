@@ -148,6 +148,7 @@ class TorchFrame:
         return (array if stored is None else array.view(stored)).contiguous().numpy()  # type: ignore[no-any-return]
 
     def address(self, array: Array) -> tuple[int, Array]:
+        # A tensor of one element can be contiguous and still wait to be negated: the imaginary part of a conjugate.
         if not (array.is_cpu and array.is_contiguous()) or array.is_neg():
             array = array.detach().cpu().resolve_neg().contiguous()
         address = array.data_ptr()

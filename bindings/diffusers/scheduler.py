@@ -320,9 +320,7 @@ def _step(
     if type(x) is not Tensor or type(raw) is not Tensor:
         return None
     shape, x_dtype, raw_dtype = x.shape, x.dtype, raw.dtype
-    # One element is left to the parent: it alone can be contiguous and still wait to be negated (the imaginary part of
-    # a conjugate), which its address does not tell.
-    if raw.shape != shape or len(shape) < 2 or x.numel() < 2 or x_dtype not in _FLOATS or raw_dtype not in _FLOATS:
+    if raw.shape != shape or len(shape) < 2 or not x.numel() or x_dtype not in _FLOATS or raw_dtype not in _FLOATS:
         return None
     if not (x.is_cpu and raw.is_cpu) and x.device != raw.device:
         return None

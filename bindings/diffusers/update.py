@@ -22,7 +22,7 @@ from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
 from fewstep.kernels.torch_ops import stage
 from fewstep.solvers.arrays import TorchFrame
 
-_bits = TorchFrame().bits
+_bits, _address = TorchFrame().bits, TorchFrame().address
 
 # Without it the operator has no kernel on a GPU, and its definition reads the tables back.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -104,9 +104,8 @@ class Update:
             sources.append(tensor if tensor.dtype is dtype else tensor.to(dtype))
         addresses = []
         for i, tensor in enumerate(sources):
-            if not tensor.is_contiguous():
-                sources[i] = tensor = tensor.contiguous()  # kept until the last launch is over
-            addresses.append(tensor.data_ptr())
+            at, sources[i] = _address(tensor)  # kept until the last launch is over
+            addresses.append(at)
         x, plain = sources[0], x.dtype is dtype
         limit = None
         if not self.anywhere:
