@@ -7,15 +7,15 @@ The api folder *is* the package `fewstep`; the other three are its subpackages.
 
 from setuptools import setup
 
+ROOMS = ("schedule", "plans", "families", "run", "tune", "distill")
 FOLDERS = {
     "fewstep": "api",
     "fewstep.weights": "api/weights",
     "fewstep.kernels": "kernels",
     "fewstep.solvers": "solvers",
-    "fewstep.solvers.distill": "solvers/distill",
+    **{f"fewstep.solvers.{room}": f"solvers/{room}" for room in ROOMS},
     "fewstep.bindings": "bindings",
-    "fewstep.bindings.comfyui": "bindings/comfyui",
-    "fewstep.bindings.diffusers": "bindings/diffusers",
+    **{f"fewstep.bindings.{name}": f"bindings/{name}" for name in ("comfyui", "diffusers", "export", "k_diffusion")},
 }
 
 setup(packages=list(FOLDERS), package_dir=FOLDERS)

@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
-    from fewstep.solvers.adaptive import AdaptiveResult as AdaptiveResult
-    from fewstep.solvers.adaptive import sample_adaptive as sample_adaptive
-    from fewstep.solvers.brownian import BrownianTree as BrownianTree
-    from fewstep.solvers.grid import Grid as Grid
-    from fewstep.solvers.grid import grid as grid
-    from fewstep.solvers.grid import list_spacings as list_spacings
-    from fewstep.solvers.latents import slerp as slerp
-    from fewstep.solvers.loop import Sampler as Sampler
-    from fewstep.solvers.loop import StepInfo as StepInfo
-    from fewstep.solvers.loop import sample as sample
-    from fewstep.solvers.plan import Plan as Plan
-    from fewstep.solvers.plan import PlanError as PlanError
-    from fewstep.solvers.plan import Stage as Stage
-    from fewstep.solvers.plan import Start as Start
-    from fewstep.solvers.plan_file import load_plan as load_plan
-    from fewstep.solvers.plan_file import save_plan as save_plan
-    from fewstep.solvers.process import EDM as EDM
-    from fewstep.solvers.process import VE as VE
-    from fewstep.solvers.process import VP as VP
-    from fewstep.solvers.process import Flow as Flow
-    from fewstep.solvers.process import Point as Point
-    from fewstep.solvers.registry import list_solvers as list_solvers
-    from fewstep.solvers.registry import plan as plan
-    from fewstep.solvers.registry import solver as solver
-    from fewstep.solvers.tuned_range import PlanRange as PlanRange
-    from fewstep.solvers.tuned_range import load_range as load_range
-    from fewstep.solvers.tuned_range import tune_range as tune_range
-    from fewstep.solvers.tuning import tune as tune
+    from fewstep.solvers.plans.plan import Plan as Plan
+    from fewstep.solvers.plans.plan import PlanError as PlanError
+    from fewstep.solvers.plans.plan import Stage as Stage
+    from fewstep.solvers.plans.plan import Start as Start
+    from fewstep.solvers.plans.plan_file import save_plan as save_plan
+    from fewstep.solvers.plans.registry import list_solvers as list_solvers
+    from fewstep.solvers.plans.registry import plan as plan
+    from fewstep.solvers.plans.registry import solver as solver
+    from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
+    from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
+    from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.sampler import Sampler as Sampler
+    from fewstep.solvers.run.sampler import StepInfo as StepInfo
+    from fewstep.solvers.run.sampler import sample as sample
+    from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
+    from fewstep.solvers.schedule.grid import Grid as Grid
+    from fewstep.solvers.schedule.grid import grid as grid
+    from fewstep.solvers.schedule.grid import list_spacings as list_spacings
+    from fewstep.solvers.schedule.process import EDM as EDM
+    from fewstep.solvers.schedule.process import VE as VE
+    from fewstep.solvers.schedule.process import VP as VP
+    from fewstep.solvers.schedule.process import Flow as Flow
+    from fewstep.solvers.schedule.process import Point as Point
+    from fewstep.solvers.tune.fingerprint import load_plan as load_plan
+    from fewstep.solvers.tune.tuned_range import PlanRange as PlanRange
+    from fewstep.solvers.tune.tuned_range import load_range as load_range
+    from fewstep.solvers.tune.tuned_range import tune_range as tune_range
+    from fewstep.solvers.tune.tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -65,34 +65,34 @@ _HOME = {
     "Measured": "recommender",
     "Recommendation": "recommender",
     "recommend": "recommender",
-    "AdaptiveResult": "solvers.adaptive",
-    "sample_adaptive": "solvers.adaptive",
-    "BrownianTree": "solvers.brownian",
-    "Grid": "solvers.grid",
-    "grid": "solvers.grid",
-    "list_spacings": "solvers.grid",
-    "slerp": "solvers.latents",
-    "Sampler": "solvers.loop",
-    "StepInfo": "solvers.loop",
-    "sample": "solvers.loop",
-    "Plan": "solvers.plan",
-    "PlanError": "solvers.plan",
-    "Stage": "solvers.plan",
-    "Start": "solvers.plan",
-    "load_plan": "solvers.plan_file",
-    "save_plan": "solvers.plan_file",
-    "EDM": "solvers.process",
-    "VE": "solvers.process",
-    "VP": "solvers.process",
-    "Flow": "solvers.process",
-    "Point": "solvers.process",
-    "list_solvers": "solvers.registry",
-    "plan": "solvers.registry",
-    "solver": "solvers.registry",
-    "PlanRange": "solvers.tuned_range",
-    "load_range": "solvers.tuned_range",
-    "tune_range": "solvers.tuned_range",
-    "tune": "solvers.tuning",
+    "AdaptiveResult": "solvers.run.adaptive",
+    "sample_adaptive": "solvers.run.adaptive",
+    "BrownianTree": "solvers.schedule.brownian",
+    "Grid": "solvers.schedule.grid",
+    "grid": "solvers.schedule.grid",
+    "list_spacings": "solvers.schedule.grid",
+    "slerp": "solvers.run.latents",
+    "Sampler": "solvers.run.sampler",
+    "StepInfo": "solvers.run.sampler",
+    "sample": "solvers.run.sampler",
+    "Plan": "solvers.plans.plan",
+    "PlanError": "solvers.plans.plan",
+    "Stage": "solvers.plans.plan",
+    "Start": "solvers.plans.plan",
+    "load_plan": "solvers.tune.fingerprint",
+    "save_plan": "solvers.plans.plan_file",
+    "EDM": "solvers.schedule.process",
+    "VE": "solvers.schedule.process",
+    "VP": "solvers.schedule.process",
+    "Flow": "solvers.schedule.process",
+    "Point": "solvers.schedule.process",
+    "list_solvers": "solvers.plans.registry",
+    "plan": "solvers.plans.registry",
+    "solver": "solvers.plans.registry",
+    "PlanRange": "solvers.tune.tuned_range",
+    "load_range": "solvers.tune.tuned_range",
+    "tune_range": "solvers.tune.tuned_range",
+    "tune": "solvers.tune.tuning",
 }
 
 __all__ = ["__version__", "problems", *_HOME]

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fewstep.models import load_model
 from fewstep.output import check_out, write_whole
-from fewstep.solvers.registry import get_solver, list_solvers
+from fewstep.solvers.plans.registry import get_solver, list_solvers
 
 EXIT_ERROR = 1
 
@@ -88,9 +88,9 @@ def sample(
 ) -> None:
     """Draw samples from a model and write them to a file."""
     from fewstep.output import write_samples
-    from fewstep.solvers.grid import grid as make_grid
-    from fewstep.solvers.loop import Sampler
-    from fewstep.solvers.registry import plan as make_plan
+    from fewstep.solvers.plans.registry import plan as make_plan
+    from fewstep.solvers.run.sampler import Sampler
+    from fewstep.solvers.schedule.grid import grid as make_grid
 
     check_out(out_path)
     if n < 1:

@@ -14,10 +14,10 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.models import Model
 from fewstep.problems import energy_distance
 from fewstep.recommender import fit_steps
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import grid as make_grid
 
 # Calls of the reference solution and of its check at half as many.
 REFERENCE_CALLS = 100

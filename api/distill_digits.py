@@ -19,12 +19,12 @@ from fewstep.solvers.distill import latent_consistency, lora, progressive
 from fewstep.solvers.distill.boundary import LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.distill.jumps import Jumps
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import VP
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import VP
 
 PROCESS = VP.linear()
 SAMPLES = 600

@@ -15,12 +15,12 @@ from fewstep import distill_ring as ring
 from fewstep import distill_ring_generators as generators
 from fewstep import distill_ring_teachers as teachers
 from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import Flow
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import Flow
 
 COUNT = 4096
 DIGITS_MEASURES = ("energy_distance", "accuracy", "feature_distance", "taught_accuracy")

@@ -15,11 +15,11 @@ from fewstep.distill_networks import Points
 from fewstep.distill_training import Recipe, Settings
 from fewstep.problems import Mixture
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import EDM, Array
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import EDM, Array
 
 PROCESS = EDM(0.002, 80.0, 0.5)
 RING = Mixture.ring()

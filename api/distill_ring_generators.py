@@ -18,11 +18,11 @@ from fewstep.distill_ring_teachers import Consistency
 from fewstep.distill_training import Settings
 from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
 from fewstep.solvers.distill.network import noised, points_of, predict, spread, told
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import Array, Flow, Point
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import Array, Flow, Point
 
 LEVELS = (80.0, 5.0, 1.0, 0.3)
 """Where a four-step student is called, the noisiest first."""

@@ -16,10 +16,10 @@ from fewstep.solvers.distill import consistency, continuous, curricula, guided, 
 from fewstep.solvers.distill.ema import update_ema
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.network import points_of
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import Array
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Array
 
 STDS = (0.3, 0.6)
 """The conditional and the unconditional standard deviation of the guided run's two Gaussians."""

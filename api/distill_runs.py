@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fewstep import distill_digits, distill_ring_generators, distill_ring_teachers
 from fewstep.distill_training import Settings
-from fewstep.solvers.registry import unknown
+from fewstep.solvers.plans.registry import unknown
 
 
 class Run(NamedTuple):

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.solvers.arrays import FLOATS, dtype_name
-from fewstep.solvers.grid import Grid, grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import VP
-from fewstep.solvers.program import compile_plan
-from fewstep.solvers.registry import get_solver, plan, unknown
-from fewstep.solvers.tables import StageTable, stage_tables
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.program import compile_plan
+from fewstep.solvers.plans.registry import get_solver, plan, unknown
+from fewstep.solvers.plans.tables import StageTable, stage_tables
+from fewstep.solvers.run.arrays import FLOATS, dtype_name
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import Grid, grid
+from fewstep.solvers.schedule.process import VP
 from fewstep.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
 
 SHAPES = ("1x4x8x8", "1x4x64x64")

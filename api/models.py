@@ -10,8 +10,8 @@ import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.problems import Digits, Gaussian, Mixture
-from fewstep.solvers.process import VP
-from fewstep.solvers.registry import unknown
+from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.schedule.process import VP
 
 DRAWN = 4096  # real data of an exact problem
 

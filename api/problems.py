@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewstep.solvers.process import Array, Process
+from fewstep.solvers.schedule.process import Array, Process
 
 if TYPE_CHECKING:
     from fewstep.bindings.denoiser import Denoiser
-    from fewstep.solvers.grid import Grid
+    from fewstep.solvers.schedule.grid import Grid
 
 
 class _NumPy:

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.hand_made import Ranked
-from fewstep.solvers.hand_made import fit_steps as fit_steps
-from fewstep.solvers.plan import Plan
-from fewstep.solvers.process import EDM, VE, VP, Flow
-from fewstep.solvers.registry import plan as make_plan
-from fewstep.solvers.registry import unknown
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow
+from fewstep.solvers.tune.candidates import Ranked
+from fewstep.solvers.tune.candidates import fit_steps as fit_steps
 
 KNOWN = ("process", "guidance", "guidance_distilled", "distilled")
 
@@ -228,7 +228,7 @@ def _measure(
     cache: Any,
     known: Mapping[str, Any],
 ) -> Measured:
-    from fewstep.solvers.tuning import fit_plan, starts_of, statistics, study
+    from fewstep.solvers.tune.tuning import fit_plan, starts_of, statistics, study
 
     begin = time.perf_counter()
     if known:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from fewstep.bindings.unet import NO_CLASS, UNet
 from fewstep.output import write_whole
 from fewstep.problems import energy_distance
-from fewstep.solvers.process import VP
+from fewstep.solvers.schedule.process import VP
 
 HELD_OUT = 297
 BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)

@@ -31,8 +31,9 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a model: the same sample in fewer calls. Ctrl-C keeps the best so far."""
-    from fewstep.solvers.plan_file import load_plan, save_plan
-    from fewstep.solvers.tuning import tune as fit
+    from fewstep.solvers.plans.plan_file import save_plan
+    from fewstep.solvers.tune.fingerprint import load_plan
+    from fewstep.solvers.tune.tuning import tune as fit
 
     check_out(out, (".json",))
     chosen = load_model(model)
@@ -87,8 +88,8 @@ def sample_plan(
 ) -> None:
     """Draw samples by a plan from a file. A tuned plan is checked against the model first."""
     from fewstep.output import write_samples
-    from fewstep.solvers.loop import Sampler
-    from fewstep.solvers.plan_file import load_plan
+    from fewstep.solvers.run.sampler import Sampler
+    from fewstep.solvers.tune.fingerprint import load_plan
 
     check_out(out)
     if n < 1:

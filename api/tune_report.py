@@ -23,12 +23,12 @@ import numpy as np
 from fewstep.models import Model, load_model
 from fewstep.output import contact_sheet, plotting
 from fewstep.problems import energy_distance
-from fewstep.solvers.arrays import TorchFrame
-from fewstep.solvers.batched import Ensemble, Unrolled, latents, spread_conditions, unroll
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.hand_made import candidates, errors, rank, usable
-from fewstep.solvers.plan_file import read_plan, save_plan
-from fewstep.solvers.tuning import (
+from fewstep.solvers.plans.plan_file import read_plan, save_plan
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.tune.candidates import candidates, errors, rank, usable
+from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, latents, spread_conditions, unroll
+from fewstep.solvers.tune.tuning import (
     best_hand_made,
     cache_folder,
     fit_plan,

@@ -6,7 +6,7 @@ from typing import Any
 
 from fewstep.bindings.denoiser import CFG, Denoiser
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
-from fewstep.solvers.process import Point, Process
+from fewstep.solvers.schedule.process import Point, Process
 
 
 class ConsistencyDenoiser(Denoiser):

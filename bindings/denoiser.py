@@ -10,10 +10,10 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, Self
 
-from fewstep.solvers.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.options import at_least, between, one_of
-from fewstep.solvers.process import Point, Process
-from fewstep.solvers.registry import unknown
+from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
+from fewstep.solvers.schedule.process import Point, Process
 
 Cond = Mapping[str, Any]
 

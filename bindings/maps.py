@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.bindings.k_diffusion_run import BARE, FLOW, is_flow
-from fewstep.solvers.arrays import Frame, frame_of
-from fewstep.solvers.dlpack import InLibrary
-from fewstep.solvers.process import EDM, VP, Flow, Process
+from fewstep.bindings.k_diffusion.run import BARE, FLOW, is_flow
+from fewstep.solvers.run.arrays import Frame, frame_of
+from fewstep.solvers.run.dlpack import InLibrary
+from fewstep.solvers.schedule.process import EDM, VP, Flow, Process
 
 __all__ = ["InLibrary", "Mapped", "from_diffusers", "from_edm", "from_k_diffusion"]
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.arrays import NumpyFrame
+from fewstep.solvers.run.arrays import NumpyFrame
 
 # ONNX tensor types that the loop can give or take.
 DTYPES = {

@@ -1,34 +1,11 @@
-"""Samplers as data, and the loop that runs them.
+"""Samplers as data, and what runs them. Rooms, lowest first; imports go down only:
 
-Importing the family modules fills the registry; a new family is one more name in the line below.
+schedule   processes, grids and their spacings, the Brownian tree
+plans      stages and plans, their compiler, the registry, plan files
+families   one module a family of solvers
+run        the memory and the loop of a run, on each backend
+tune       plans fitted to one denoiser
+distill    one module a distillation method
 """
 
-from fewstep.solvers import (
-    adams,
-    cfgpp,
-    deis,
-    er_sde,
-    exponential,
-    first_order,
-    gradient_estimation,
-    res,
-    runge_kutta,
-    sa,
-    singlestep,
-    unipc,
-)
-
-__all__ = [
-    "adams",
-    "cfgpp",
-    "deis",
-    "er_sde",
-    "exponential",
-    "first_order",
-    "gradient_estimation",
-    "res",
-    "runge_kutta",
-    "sa",
-    "singlestep",
-    "unipc",
-]
+from fewstep.solvers import families as families

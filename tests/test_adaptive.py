@@ -12,7 +12,7 @@ from oracles import adaptive as oracle
 
 import fewstep as fs
 from fewstep.kernels import philox
-from fewstep.solvers.embedded import PAIRS, Controller
+from fewstep.solvers.run.embedded import PAIRS, Controller
 
 SOLVERS = tuple(PAIRS)
 PROCESSES = {"edm": fs.EDM(), "vp": fs.VP.linear(), "flow": fs.Flow()}

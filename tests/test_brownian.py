@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.brownian import BrownianTree
+from fewstep.solvers.schedule.brownian import BrownianTree
 
 
 class At(NamedTuple):

@@ -180,7 +180,7 @@ def test_ctrl_c_while_sampling_exits_130_and_writes_nothing(cli, tmp_path, monke
     def interrupted(self, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewstep.solvers.loop.Sampler.__call__", interrupted)
+    monkeypatch.setattr("fewstep.solvers.run.sampler.Sampler.__call__", interrupted)
     code, _, _ = cli("sample", "--model", "ring", "--out", tmp_path / "x.npz")
     assert code == 130
     assert os.listdir(tmp_path) == []

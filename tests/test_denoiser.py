@@ -16,7 +16,7 @@ import torch
 from oracles.rows import run_plan
 
 import fewstep as fs
-from fewstep.solvers.plan import Plan, Stage
+from fewstep.solvers.plans.plan import Plan, Stage
 
 SHAPE = (3, 5)
 

@@ -11,7 +11,7 @@ import torch
 
 import fewstep as fs
 from fewstep.bindings.consistency import ConsistencyDenoiser
-from fewstep.bindings.sampler_module import SamplerModule
+from fewstep.bindings.export.sampler_module import SamplerModule
 from fewstep.distill_networks import Points
 from fewstep.kernels import philox
 from fewstep.solvers.distill import consistency, continuous, distribution_matching

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from oracles.rows import run_plan
 
 import fewstep as fs
-from fewstep.solvers.registry import get_solver
+from fewstep.solvers.plans.registry import get_solver
 
 VP = fs.VP.linear()
 

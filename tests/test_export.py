@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import fewstep as fs  # noqa: E402
-from fewstep.bindings.sampler_module import SamplerModule  # noqa: E402
-from fewstep.bindings.torch_export import compile_loop, export_loop, plain_stage  # noqa: E402
+from fewstep.bindings.export.sampler_module import SamplerModule  # noqa: E402
+from fewstep.bindings.export.torch_export import compile_loop, export_loop, plain_stage  # noqa: E402
 from fewstep.kernels import layout, philox, torch_ops  # noqa: E402
 
 VP = fs.VP.linear()

@@ -14,8 +14,8 @@ import pytest
 from pages import blocks
 
 import fewstep as fs
-from fewstep.solvers import dlpack
-from fewstep.solvers.dlpack import InLibrary
+from fewstep.solvers.run import dlpack
+from fewstep.solvers.run.dlpack import InLibrary
 
 VP = fs.VP.linear()
 SHAPE = (4, 6)

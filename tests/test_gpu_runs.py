@@ -351,7 +351,7 @@ def test_runs_with_reductions(options: dict[str, Any]) -> None:
 
 
 def test_a_batch_of_different_requests() -> None:
-    from fewstep.solvers.mixed import MixedRun
+    from fewstep.solvers.run.mixed import MixedRun
 
     plans = {name: fs.plan(name, fs.grid(VP, steps)) for name, steps in (("unipc", 4), ("dpmpp_2m_sde", 2))}
     denoiser = fs.Denoiser(net, VP)
@@ -430,7 +430,7 @@ def test_replays_are_the_eager_bits(solver: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["step", "loop"])
 def test_new_numbers_need_no_new_capture(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.solvers import graph
+    from fewstep.solvers.run import graph
 
     graphed, eager = (sampler(guidance=2.0, graph=m) for m in (mode, "off"))
     cond = conditions(0.1, 0.4)
@@ -503,7 +503,7 @@ def test_a_model_that_waits_for_the_gpu() -> None:
     def syncing(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x * float(t[0].item() * 1e-4 + 0.5)
 
-    from fewstep.solvers.graph import CaptureError
+    from fewstep.solvers.run.graph import CaptureError
 
     with pytest.raises(CaptureError, match=r"t\[0\]\.item\(\).*use graph='off'"):
         sampler(model=syncing, graph="loop")(seed=0)
@@ -515,7 +515,7 @@ def test_a_model_that_waits_for_the_gpu() -> None:
 
 
 def test_a_compiled_loop_has_no_graph_break() -> None:
-    from fewstep.bindings.sampler_module import SamplerModule
+    from fewstep.bindings.export.sampler_module import SamplerModule
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:

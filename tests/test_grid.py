@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.solvers.grid import Grid, grid, list_spacings
-from fewstep.solvers.process import EDM, VE, VP, Flow, Point
+from fewstep.solvers.schedule.grid import Grid, grid, list_spacings
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point
 
 PROCESSES = {
     "linear": VP.linear(),

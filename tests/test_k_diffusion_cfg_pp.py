@@ -13,7 +13,7 @@ from oracles import cfgpp as paper
 
 import fewstep as fs
 from fewstep.bindings import k_diffusion as kd
-from fewstep.bindings import k_diffusion_run as runs
+from fewstep.bindings.k_diffusion import run as runs
 
 SHAPE = (3, 2, 5)
 SIGMAS = [14.6, 8.1, 4.2, 2.0, 0.9, 0.35, 0.1]

@@ -25,6 +25,7 @@ CORE = {"numpy", "numba", "llvmlite"}
 # Files and folders about one library, never imported without it: what they may load beyond the core.
 ABOUT = {
     "bindings/unet.py": {"torch", "safetensors"},
+    "bindings/export/": {"torch"},
     "bindings/sampler_module.py": {"torch"},
     "bindings/torch_export.py": {"torch"},
     "bindings/diffusers/": {"torch", "diffusers"},

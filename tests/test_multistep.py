@@ -10,10 +10,10 @@ from oracles.rows import run_plan
 from test_solvers import GAUSSIAN, GRIDS, MIXTURE, posterior, smooth_grid
 
 import fewstep as fs
-from fewstep.solvers.deis import deis_row
-from fewstep.solvers.exponential import moments, usable_order
-from fewstep.solvers.program import compile_plan
-from fewstep.solvers.unipc import PREDICTORS
+from fewstep.solvers.families.deis import deis_row
+from fewstep.solvers.families.exponential import moments, usable_order
+from fewstep.solvers.families.unipc import PREDICTORS
+from fewstep.solvers.plans.program import compile_plan
 
 VP = fs.VP.linear()
 

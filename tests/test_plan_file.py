@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep.solvers.plan_file import plan_as_json, plan_from_json, process_as_json, process_from_json
-from fewstep.solvers.registry import get_solver
+from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, process_as_json, process_from_json
+from fewstep.solvers.plans.registry import get_solver
 
 PROCESSES = {
     "linear": fs.VP.linear(),

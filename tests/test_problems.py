@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewstep.problems import Digits, Gaussian, Mixture, energy_distance
-from fewstep.solvers.grid import Grid, grid
-from fewstep.solvers.process import EDM, VP, Flow
+from fewstep.solvers.schedule.grid import Grid, grid
+from fewstep.solvers.schedule.process import EDM, VP, Flow
 
 torch = pytest.importorskip("torch")
 

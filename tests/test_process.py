@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep.solvers.process import EDM, VE, VP, Flow, Point
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point
 
 DISCRETE = {
     "linear": VP.linear(),

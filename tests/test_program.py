@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from oracles.rows import run_plan
 
 import fewstep as fs
-from fewstep.solvers.program import Program, compile_plan, live_rows
+from fewstep.solvers.plans.program import Program, compile_plan, live_rows
 
 GRIDS = {
     "vp": fs.grid(fs.VP.linear(), 6, "karras"),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fewstep.solvers.grid import grid
-from fewstep.solvers.process import EDM, VE, VP, Flow
+from fewstep.solvers.schedule.grid import grid
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow
 
 STEPS = [1, 2, 3, 7, 10, 20, 31]
 SD = VP.scaled_linear()

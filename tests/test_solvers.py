@@ -322,7 +322,7 @@ def test_every_solver_on_every_process_spacing_and_small_n(row, process):
 
 
 def test_registered_solvers_explain_themselves():
-    from fewstep.solvers.registry import get_solver
+    from fewstep.solvers.plans.registry import get_solver
 
     for name in fs.list_solvers():
         assert re.search(r"\((.*)(18|19|20)\d\d", get_solver(name).summary), name  # names its dated source
@@ -330,8 +330,8 @@ def test_registered_solvers_explain_themselves():
 
 def test_a_new_solver_is_one_builder():
     """What CONTRIBUTING promises: a generator of stages, registered, and everything else follows."""
-    from fewstep.solvers import registry
-    from fewstep.solvers.plan import first_order
+    from fewstep.solvers.plans import registry
+    from fewstep.solvers.plans.plan import first_order
 
     @fs.solver("test_ddim_twin")
     def twin(grid):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fewstep as fs
-from fewstep.bindings.sampler_module import SamplerModule
+from fewstep.bindings.export.sampler_module import SamplerModule
 from fewstep.kernels import layout, naive, philox, torch_ops, torch_reduce, torch_train
 
 VP = fs.VP.linear()

@@ -21,8 +21,8 @@ from triton.compiler import ASTSource
 
 import fewstep as fs
 from fewstep.kernels import triton_noise, triton_reduce, triton_step, triton_train
-from fewstep.solvers.program import compile_plan
-from fewstep.solvers.tables import stage_tables
+from fewstep.solvers.plans.program import compile_plan
+from fewstep.solvers.plans.tables import stage_tables
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TARGETS = {

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep.solvers import hand_made, tuned
-from fewstep.solvers.batched import Ensemble, latents, spread_conditions, unroll
-from fewstep.solvers.fingerprint import TOLERANCE, check_plan, difference, fingerprint, keep_conditions
-from fewstep.solvers.hand_made import candidates, fit_steps, rank
-from fewstep.solvers.tuned import BASES, Rule, rule_of
-from fewstep.solvers.tuning import Fit, reference_ends, reference_grid, statistics, study
+from fewstep.solvers.tune import candidates as hand_made
+from fewstep.solvers.tune import tuned
+from fewstep.solvers.tune.candidates import candidates, fit_steps, rank
+from fewstep.solvers.tune.ensemble import Ensemble, latents, spread_conditions, unroll
+from fewstep.solvers.tune.fingerprint import TOLERANCE, check_plan, difference, fingerprint, keep_conditions
+from fewstep.solvers.tune.tuned import BASES, Rule, rule_of
+from fewstep.solvers.tune.tuning import Fit, reference_ends, reference_grid, statistics, study
 
 PROCESSES = {"vp": fs.VP.linear(), "edm": fs.EDM(), "ve": fs.VE(0.02, 50.0), "flow": fs.Flow(2.0)}
 MIXTURE = fs.problems.Mixture([[0.6, 0.0], [-0.5, 0.4], [-0.1, -0.6]], [0.1, 0.2, 0.15])
@@ -298,7 +299,7 @@ def test_the_record_says_what_was_measured(tuned_vp):
 
 def test_it_costs_what_a_hand_made_plan_costs(tuned_vp):
     """One call a stage, and the fused kernel's eight slots."""
-    from fewstep.solvers.program import compile_plan
+    from fewstep.solvers.plans.program import compile_plan
 
     _, plan, _ = tuned_vp
     assert plan.nfe == plan.steps == 5

@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fewstep.bindings import k_diffusion
 from fewstep.bindings.k_diffusion import KernelNoise
+from fewstep.bindings.k_diffusion import samplers as k_diffusion
 
 CATEGORY = "sampling/custom_sampling/samplers/fewstep"
 

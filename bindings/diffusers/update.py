@@ -20,7 +20,7 @@ from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, 
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
 from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
 from fewstep.kernels.torch_ops import stage
-from fewstep.solvers.arrays import TorchFrame
+from fewstep.solvers.run.arrays import TorchFrame
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.solvers.distill.losses import hinge_discriminator, squared_sum, weighted
 from fewstep.solvers.distill.network import noised, predict
-from fewstep.solvers.process import Array, Point
+from fewstep.solvers.schedule.process import Array, Point
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fewstep.solvers.process import Point
+from fewstep.solvers.schedule.process import Point
 
 Prologue = Callable[[Point], tuple[float, float]]
 

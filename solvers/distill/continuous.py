@@ -18,10 +18,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fewstep.solvers.arrays import TorchFrame
 from fewstep.solvers.distill.losses import weighted
 from fewstep.solvers.distill.network import noised, predict, raw_outputs, same_dropout, spread, told
-from fewstep.solvers.process import Array, Point
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.schedule.process import Array, Point
 
 AD: Any = forward_ad  # which torch leaves without types
 

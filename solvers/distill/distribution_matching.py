@@ -15,10 +15,10 @@ from torch.nn.functional import softplus
 from fewstep.kernels import torch_train
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.process import Array, Point
-from fewstep.solvers.registry import plan
+from fewstep.solvers.plans.registry import plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Array, Point
 
 NORM_FLOOR = 1e-5
 """Least value of the normaliser, so that a sample which the teacher reproduces does not divide by 0."""

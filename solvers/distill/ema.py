@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.solvers.arrays import TorchFrame
+from fewstep.solvers.run.arrays import TorchFrame
 
 # From this many elements on, reading 16-bit parameters in place is faster than converting them (bench/test_training).
 FUSED_ELEMENTS = 1 << 16

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict, spread
-from fewstep.solvers.process import Point
+from fewstep.solvers.schedule.process import Point
 
 
 def loss(

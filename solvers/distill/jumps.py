@@ -18,11 +18,11 @@ from torch import Tensor
 from fewstep.kernels import layout
 from fewstep.kernels import torch_ops as ops
 from fewstep.solvers.distill.network import Told, branch_weights, raw_outputs, told
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
-from fewstep.solvers.process import Array, Point
-from fewstep.solvers.program import live_rows
-from fewstep.solvers.registry import plan as make_plan
+from fewstep.solvers.plans.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
+from fewstep.solvers.plans.program import live_rows
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Array, Point
 
 
 def intervals(grid: Grid, stride: int = 1) -> list[Grid]:

@@ -20,7 +20,7 @@ from fewstep.solvers.distill.guided import with_strength
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.losses import Metric, pseudo_huber_elementwise
 from fewstep.solvers.distill.network import noised
-from fewstep.solvers.grid import Grid
+from fewstep.solvers.schedule.grid import Grid
 
 HUBER = pseudo_huber_elementwise(1e-3)
 

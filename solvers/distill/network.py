@@ -16,8 +16,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fewstep.solvers.arrays import TorchFrame
-from fewstep.solvers.process import Array, Point
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.schedule.process import Array, Point
 
 
 class Told(NamedTuple):

@@ -16,9 +16,9 @@ from torch import Tensor
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.plan import Plan, Stage, first_order, make_plan
-from fewstep.solvers.process import Point
+from fewstep.solvers.plans.plan import Plan, Stage, first_order, make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
 
 
 def target_plan(part: Grid) -> Plan:

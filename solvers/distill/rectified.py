@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fewstep.solvers.distill.losses import Metric, squared, weighted
 from fewstep.solvers.distill.network import branch_weights, noised, points_of, raw_outputs, told
-from fewstep.solvers.grid import Grid
-from fewstep.solvers.loop import Sampler
-from fewstep.solvers.process import Array, Point
-from fewstep.solvers.registry import plan
+from fewstep.solvers.plans.registry import plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Array, Point
 
 
 def matching_loss(

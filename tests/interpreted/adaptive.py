@@ -10,8 +10,8 @@ import torch
 
 import fewstep as fs
 from fewstep.kernels import philox, triton_reduce, triton_step
-from fewstep.solvers.arrays import TorchFrame
-from fewstep.solvers.per_sample import maps_of
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.per_sample import maps_of
 
 VP = fs.VP.linear()
 SHAPE = (3, 1, 5, 7)  # 35 elements: two blocks, and split in the reductions

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep as fs
 from fewstep.kernels import triton_noise, triton_step
-from fewstep.solvers import graph as graph_module
-from fewstep.solvers import triton_run
+from fewstep.solvers.run import gpu as triton_run
+from fewstep.solvers.run import graph as graph_module
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
@@ -143,7 +143,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(graph_module, "WARM_UPS", 1)
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Launcher(getattr(module, name), fake))
-    for module in (graph_module, triton_run, __import__("fewstep.solvers.loop", fromlist=["loop"])):
+    for module in (graph_module, triton_run, __import__("fewstep.solvers.run.sampler", fromlist=["loop"])):
         monkeypatch.setattr(module, "capture_api", lambda frame: fake)
     return fake
 

@@ -9,7 +9,7 @@ import torch
 
 import fewstep as fs
 from fewstep.kernels import triton_step
-from fewstep.solvers.mixed import MixedRun
+from fewstep.solvers.run.mixed import MixedRun
 
 VP = fs.VP.linear()
 SHAPE = (3, 1, 3, 5)

@@ -1,0 +1,150 @@
+"""A sampling loop as a torch module: compiled, exported, differentiated like any other.
+
+The loop is the plan's stages unrolled, each one `fewstep::stage`, with its tables as buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.kernels import philox
+from fewstep.kernels import torch_ops as ops
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.program import compile_plan
+from fewstep.solvers.plans.tables import init_table, stage_tables
+
+
+class SamplerModule(nn.Module):
+    """forward(x, streams=None, cond=None, noise=None) -> the sample, like x.
+
+        loop = torch.compile(SamplerModule(denoiser, plan), fullgraph=True)
+
+    x           (B, ...) float32 or float64 at the grid's first point; gradients flow back to it, to the network's
+                parameters and to the conditions
+    streams     (B, 3) int64 from `fewstep.kernels.philox.streams(seed, B)`, for plans that draw noise
+    noise       (`len(self.draws)`, B, ...) normals in their place, one for each draw in order (`self.noise`)
+    checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
+
+    Dynamic thresholding and guidance rescale look at whole samples between the call and the update, a network that
+    predicts its variance scales its own noise: they are not in this loop. Raises ValueError for them: use
+    `fewstep.Sampler`.
+    """
+
+    def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
+        super().__init__()
+        static = denoiser.clip is None or isinstance(denoiser.clip, (int, float))
+        if denoiser.rescale or not static:
+            raise ValueError(
+                "SamplerModule takes no guidance rescale and no DynamicThreshold: use fewstep.Sampler, or a static clip"
+            )
+        if denoiser.variance is not None:
+            raise ValueError(
+                f"SamplerModule takes no network with variance={denoiser.variance!r}: use fewstep.Sampler, or a model "
+                "that returns its prediction alone"
+            )
+        program = compile_plan(plan)
+        self.tables = stage_tables(program, denoiser, dtype)
+        self.program, self.denoiser, self.checkpoint = program, denoiser, checkpoint
+        self.noisy_start = program.init.noisy
+        self.draws = [0] * self.noisy_start + [table.draw for table in self.tables if table.draw is not None]
+        self.model = denoiser.model if isinstance(denoiser.model, nn.Module) else None
+        self.state = getattr(torch, dtype)
+        self.model_dtype = getattr(torch, denoiser.model_dtype(dtype))
+        time_dtype = denoiser.time_dtype or ("float64" if self.model_dtype == torch.float64 else "float32")
+        self.time_dtype = getattr(torch, time_dtype)
+        clip = denoiser.clip if isinstance(denoiser.clip, (int, float)) else None
+        self._keep("init", init_table(program.init, dtype))
+        self._keep("limit", None if clip is None else [[clip, 1.0, 0.0, 0.0]])
+        for k, table in enumerate(self.tables):
+            self._keep(f"w{k}", table.w)
+            self._keep(f"p{k}", table.p)
+            self._keep(f"c_in{k}", [table.c_in])
+
+    def _keep(self, name: str, values: Any) -> None:
+        if values is None:  # a plain attribute: torch.export miscounts buffers that are None
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, torch.as_tensor(values, dtype=self.state), persistent=False)
+
+    def noise(self, streams: Tensor, shape: Sequence[int]) -> Tensor:
+        """The draws that `streams` stand for, (`len(self.draws)`, *shape): what forward takes as `noise`."""
+        return torch.stack([self._drawn(streams, shape, draw) for draw in self.draws])
+
+    def _drawn(self, streams: Tensor, shape: Sequence[int], draw: int) -> Tensor:
+        drawn: Tensor = ops.normals(streams, list(shape), draw, philox.STEP)
+        return drawn.to(self.state)
+
+    def forward(
+        self, x: Tensor, streams: Tensor | None = None, cond: Any = None, noise: Tensor | None = None
+    ) -> Tensor:
+        from fewstep.solvers.run.arrays import TorchFrame
+
+        plan, batch = self.program.plan, x.shape[0]
+        if noise is not None:
+            wanted = (len(self.draws), *x.shape)
+            if streams is not None:
+                raise ValueError("streams and noise both say what to draw: pass one of them")
+            if tuple(noise.shape) != wanted:
+                raise ValueError(
+                    f"noise must have shape {wanted}, one tensor like x for each of {plan.solver}'s {len(self.draws)} "
+                    f"draws; got {tuple(noise.shape)}"
+                )
+        call = self.denoiser.bind(TorchFrame(x.device), batch, cond)
+        buffers: list[Tensor | None] = [None] * self.program.buffers
+        buffers[0] = x.to(self.state)
+
+        def drawn(draw: int) -> Tensor:
+            if noise is not None:
+                return noise[self.draws.index(draw)].to(self.state)
+            if streams is None:
+                raise ValueError(f"{plan.solver} draws noise: pass streams=philox.streams(seed, {batch}), or noise")
+            return self._drawn(streams, x.shape, draw)
+
+        op = self.program.init
+        z = drawn(0) if self.noisy_start else None
+        first = self._copies(0)
+        x_in: Tensor
+        buffers[op.writes[0]], x_in = ops.stage(
+            [buffers[0]], [0], [], self.init, self.c_in0, first, self.model_dtype, None, None, z
+        )
+        for k, table in enumerate(self.tables):
+            t = torch.full((x_in.shape[0],), table.t, dtype=self.time_dtype, device=x.device)
+            if self.checkpoint and torch.is_grad_enabled():
+                raws = checkpoint(call, table.branches, x_in, t, use_reentrant=False)
+            else:
+                raws = call(table.branches, x_in, t)
+            for raw in raws:
+                if not isinstance(raw, Tensor):
+                    raise ValueError(f"the model returned {type(raw).__name__}, not a tensor like x")
+                if raw.shape != x.shape:
+                    raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}")
+            after = k + 1 < len(self.tables)
+            live = [(j, buffers[b]) for j, b in enumerate(table.slots) if b is not None]
+            outputs = ops.stage(
+                [tensor for _, tensor in live],
+                [j for j, _ in live],
+                list(raws),
+                getattr(self, f"w{k}"),
+                getattr(self, f"c_in{k + 1}") if after else self.c_in0,
+                self._copies(k + 1) if after else 0,
+                self.model_dtype,
+                getattr(self, f"p{k}"),
+                self.limit,
+                None if table.draw is None else drawn(table.draw),
+            )
+            for buffer, tensor in zip(table.writes, outputs, strict=False):
+                buffers[buffer] = tensor
+            if after:
+                x_in = outputs[-1]
+        result = buffers[self.program.result]
+        assert result is not None
+        return result.to(x.dtype)
+
+    def _copies(self, k: int) -> int:
+        return len(self.tables[k].branches) if self.denoiser.batched else 1

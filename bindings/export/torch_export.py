@@ -1,0 +1,118 @@
+"""A sampling loop as a program of plain tensor operations, and as a library that needs no Python of this package.
+
+    loop = SamplerModule(denoiser, plan)
+    compile_loop(loop, x, "loop.pt2")  # network, solver and tables in one file
+    sample = torch._inductor.aoti_load_package("loop.pt2")  # or from C++
+
+torch.export keeps a stage as the operator `fewstep::stage`, whose kernel lives in this package. Here each stage is
+written out instead, so that the compiler may fuse it with what is around it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.bindings.export.sampler_module import SamplerModule
+from fewstep.kernels import layout
+
+
+def plain_stage(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    p: Tensor | None,
+    limit: Tensor | None,
+    z: Tensor | None,
+) -> list[Tensor]:
+    """`fewstep::stage` (see `kernels.torch_ops.stage`, whose arguments and results these are) in tensor operations."""
+    like = slots[0] if slots else raws[0]
+    sources = dict(zip(columns, slots, strict=True))
+    sources |= {layout.RAW + j: raw.to(w.dtype) for j, raw in enumerate(raws)}
+    if p is not None:
+        # p's columns are x and the raws.
+        seen = {j: sources.get(column) for j, column in enumerate([0, *range(layout.RAW, layout.PREDICTION)])}
+        m = _combine({j: s for j, s in seen.items() if s is not None}, p, like)
+        if limit is not None:
+            bound, gain = _column(limit[:, 0], like), _column(limit[:, 1], like)
+            m = torch.minimum(torch.maximum(m, -bound), bound) * gain
+        sources[layout.PREDICTION] = m
+    if z is not None:
+        sources[layout.NOISE] = z.to(w.dtype)
+    outputs = [_combine(sources, w[:, row], like) for row in range(w.shape[1])]
+    if copies:
+        outputs.append(torch.cat([(outputs[0] * _column(c_in, like)).to(model_dtype)] * copies))
+    return outputs
+
+
+def _combine(sources: Mapping[int, Tensor], c: Tensor, like: Tensor) -> Tensor:
+    """sum_j c[:, j] sources[j]; where a coefficient is 0 its source may be NaN."""
+    total = torch.zeros_like(like, dtype=c.dtype)
+    for j in sorted(sources):
+        weight = _column(c[:, j], like)
+        total = total + torch.where(weight != 0, weight * sources[j], torch.zeros_like(total))
+    return total
+
+
+def _column(c: Tensor, like: Tensor) -> Tensor:
+    return c.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.export.ExportedProgram:
+    """The loop for latents like x (B, ...), in operators of torch alone: program.module()(x, cond=..., noise=...).
+
+    cond   as the loop takes it; without it the program takes none
+    noise  an input of a program whose plan draws, (`len(loop.draws)`, *x.shape) of x's dtype, from whatever generator
+           is there. `loop.noise(streams, x.shape)` are those of a seed; they are this package's own operator, which
+           the program does not hold
+    """
+    inputs = {"cond": cond} if cond is not None else {}
+    if loop.draws:
+        inputs["noise"] = x.new_zeros((len(loop.draws), *x.shape))
+    with torch.no_grad():
+        program = torch.export.export(loop, (x,), inputs or None)
+    decomposed: torch.export.ExportedProgram = program.run_decompositions(
+        {torch.ops.fewstep.stage.default: plain_stage}
+    )
+    return decomposed
+
+
+def compile_loop(
+    loop: SamplerModule,
+    x: Tensor,
+    path: str | os.PathLike[str],
+    cond: Any = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Path:
+    """Compile `export_loop` ahead of time (AOTInductor) into one package; it needs a C++ compiler.
+
+    The package takes what the program takes, x and by name cond and noise.
+
+    path     ends in ".pt2"; the file appears whole or not at all
+    options  Inductor's own settings, such as {"max_autotune": True}
+
+    Returns the path.
+    """
+    target = Path(path)
+    if target.suffix != ".pt2":
+        raise ValueError(f"path must end in '.pt2', which AOTInductor asks for; got {target.name!r}")
+    program = export_loop(loop, x, cond)
+    from torch._inductor import aoti_compile_and_package
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = aoti_compile_and_package(
+            program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs=dict(options or {})
+        )
+        Path(made).replace(target)
+    return target

@@ -1,0 +1,215 @@
+"""Adams-Bashforth samplers: linear multistep methods on the slope of the probability-flow ODE.
+
+In a frame (see `frames`; in "sigma" the slope is the noise prediction) with clock u, d_0 the newest slope and
+d_1, d_2, d_3 older ones (slots d1, d2, d3):
+
+    y' = y + sum_j c_j d_j
+
+Only slopes that this run has computed are used, so that a start part-way begins at first order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from fewstep.solvers.families.coordinates import FRAMES, Frame, pick_frame
+from fewstep.solvers.families.runge_kutta import rk_step
+from fewstep.solvers.families.tableaux import HEUN, Tableau
+from fewstep.solvers.options import flag, one_of
+from fewstep.solvers.plans.plan import Row, Stage, first_order
+from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
+
+# (the u of the step's start, then of the older slopes; the u of its end) -> c_0, c_1, ...
+Weights = Callable[[Sequence[float], float], list[float]]
+
+# Bashforth & Adams (1883): weights on a uniform grid, in units of the step.
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(2)  # exact for the cubics of order 4
+
+
+def exact_weights(us: Sequence[float], end: float) -> list[float]:
+    """c_j = integral from u_0 to `end` of the Lagrange polynomial that is 1 at u_j and 0 at the others."""
+    h = end - us[0]
+    r = [(u - us[0]) / h for u in us]
+    at = (_NODES + 1.0) / 2.0
+    weights = []
+    for j, own in enumerate(r):
+        basis = np.prod([(at - other) / (own - other) for k, other in enumerate(r) if k != j], axis=0)
+        weights.append(h * float(np.sum(_WEIGHTS / 2.0 * basis)))
+    return weights
+
+
+def released_weights(us: Sequence[float], end: float) -> list[float]:
+    """The weights of the code that the field runs (diff-sampler's, which ComfyUI has), with its slips.
+
+    Newton's form, h and h_1, h_2, h_3 the steps, newest first. In the second difference a bracket is misplaced:
+    (1 - a b) / 2 stands for (1 - a) b / 2, a = h / 3 (h + h_1), b = h (h + h_1) / h_1 (h_1 + h_2). In the third a
+    sign is wrong (5/12 and 1 for 1/4 and 2/3 below), and so is the last ratio (h_1/h_2 for h_2/h_3).
+    """
+    c = exact_weights(us[:2], end) + [0.0] * (len(us) - 2)
+    h, *steps = (late - early for late, early in pairwise((end, *us)))
+
+    def add(factor: float, difference: Sequence[float]) -> None:
+        for j, value in enumerate(difference):
+            c[j] += h * factor * value
+
+    if len(us) > 2:
+        h1, h2 = steps[:2]
+        q = h1 / h2
+        add((1.0 - h**2 / (3.0 * h1 * (h1 + h2))) / 2.0, (1.0, -1.0 - q, q))
+    if len(us) > 3:
+        h3 = steps[2]
+        r = h1 * (h1 + h2) / (h2 * (h2 + h3))
+        cubic = 5 / 12 * h**2 + h * h1 + h * h2 / 3.0 + h1 * (h1 + h2) / 2.0
+        third = (1.0, -1.0 - q - r, q + r * (1.0 + h2 / h3), -r * q)
+        add(h * cubic / (h1 * (h1 + h2) * (h1 + h2 + h3)), third)
+    return c
+
+
+def fixed_weights(us: Sequence[float], end: float) -> list[float]:
+    """The weights of a uniform grid, whatever the grid."""
+    return [(end - us[0]) * c for c in ADAMS_BASHFORTH[len(us) - 1]]
+
+
+def history(frame: Frame, s: Point, known: int, depth: int = 3) -> dict[str, Row]:
+    """d1 <- the slope at s, d2 <- d1, ...: `known` of them were there before."""
+    rows: dict[str, Row] = {f"d{j}": {f"d{j - 1}": 1.0} for j in range(2, min(depth, known + 1) + 1)}
+    return {"d1": frame.slope(s), **rows} if depth else rows
+
+
+def adams_row(frame: Frame, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
+    """x at t from x and the slopes with weights c."""
+    scale = frame.scale(t)
+    row = {"x": scale / frame.scale(s)}
+    for source, value in frame.slope(s).items():
+        row[source] = row.get(source, 0.0) + scale * c[0] * value
+    return row | {f"d{j}": scale * weight for j, weight in enumerate(c) if j}
+
+
+def _multistep(
+    grid: Grid, order: int, weights: Weights, frame: str | None, final_order: int | None, to_zero: bool
+) -> Iterator[Stage]:
+    one_of("order", order, (1, 2, 3, 4))
+    one_of("final_order", final_order, (None, 1, 2, 3, 4))
+    flag("to_zero", to_zero)
+    on = FRAMES[pick_frame(grid, frame)]
+    us = [on.time(p) for p in grid.points]
+    known, exact = 0, True
+    for k, (s, t) in enumerate(grid.pairs):
+        p = min(order, known + 1)
+        if k == grid.steps - 1 and final_order is not None:
+            p = min(p, final_order)
+        finite = math.isfinite(us[k])
+        if p == 1 or not finite or (t.sigma == 0.0 and not to_zero):
+            row = first_order(s, t)
+        else:
+            c = weights([us[k - j] for j in range(p)], us[k + 1])
+            row = adams_row(on, s, t, c)
+            # What released_weights lose of a step, later ones do not find again.
+            exact = exact and math.isclose(sum(c), us[k + 1] - us[k], rel_tol=1e-9)
+        # The sigma frame has no slope at alpha = 0 that a polynomial in u could pass through.
+        yield Stage(s, {"x": row, **(history(on, s, known, order - 1) if finite else {})}, t, exact=exact)
+        known += finite
+
+
+@solver("lms")
+def lms(
+    grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = True
+) -> Iterator[Stage]:
+    """Linear multistep (Crowson 2022, k-diffusion): the slopes' Lagrange polynomial in u, integrated exactly.
+
+    order        1 to 4
+    frame        "sigma" or "flow"; by default flow time for flow models, sigma for others
+    final_order  at most this order in the last step
+    to_zero      whether a step to sigma 0 uses older slopes too (k-diffusion) or is Euler's (ComfyUI)
+    """
+    yield from _multistep(grid, order, exact_weights, frame, final_order, to_zero)
+
+
+@solver("ipndm")
+def ipndm(
+    grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = False
+) -> Iterator[Stage]:
+    """iPNDM (Zhang & Chen 2022, section 3; ComfyUI's sample_ipndm): Adams-Bashforth weights of a uniform grid.
+
+    The options are those of lms. On a grid that is not uniform in u it is of second order at most.
+    """
+    yield from _multistep(grid, order, fixed_weights, frame, final_order, to_zero)
+
+
+@solver("ipndm_v")
+def ipndm_v(
+    grid: Grid,
+    order: int = 4,
+    frame: str | None = None,
+    final_order: int | None = None,
+    to_zero: bool = False,
+    released: bool = False,
+) -> Iterator[Stage]:
+    """iPNDM with variable steps (ComfyUI's sample_ipndm_v, 2024): Adams-Bashforth weights of the grid itself.
+
+    These are the exact integrals of lms, whose options it has.
+
+    released  True has the weights of the code in use (`released_weights`). Of order three they make a method of
+              second order; of order four they sum to the step only where the steps are in geometric progression
+    """
+    flag("released", released)
+    yield from _multistep(grid, order, released_weights if released else exact_weights, frame, final_order, to_zero)
+
+
+# --- PNDM ---
+
+
+def _pseudo_rk4(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
+    """RK4 whose middle is the middle of the process's time (Liu et al. 2022, eq. 13)."""
+    half = (s.t - t.t) / 2.0
+    if grid.process.timesteps and s.t.is_integer() and t.t.is_integer():
+        half = math.floor(half)  # a network of discrete times knows no others
+    mid = grid.process.point(s.t - half)
+    c = (frame.time(mid) - frame.time(s)) / (frame.time(t) - frame.time(s))
+    return Tableau(((), (c,), (0.0, c), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), [mid, mid, t]
+
+
+@solver("pndm")
+def pndm(grid: Grid, skip_prk: bool = False, frame: str | None = None) -> Iterator[Stage]:
+    """PNDM (Liu et al. 2022, Algorithm 2): three pseudo Runge-Kutta steps, then pseudo linear multistep of order four.
+
+    skip_prk  True is PLMS of latent diffusion (diffusers' "plms"): Heun's step first, then orders two, three, four
+    frame     as in lms; "sigma" is the paper's transfer part
+
+    Weights are those of a uniform grid, the middle of a step is that of the process's time: of second order (the
+    paper's theorem 3.4), of fourth where the frame's clock is the process's time and its grid uniform.
+    """
+    flag("skip_prk", skip_prk)
+    on = FRAMES[pick_frame(grid, frame)]
+    us = [on.time(p) for p in grid.points]
+    warm, known = (1 if skip_prk else 3), 0
+    for k, (s, t) in enumerate(grid.pairs):
+        if not math.isfinite(us[k]):
+            yield Stage(s, {"x": first_order(s, t)}, t)
+            continue
+        rows = history(on, s, known)
+        if known < warm and t.sigma > 0.0:
+            tableau, inner = (HEUN, [t]) if skip_prk else _pseudo_rk4(grid, on, s, t)
+            first, *rest = rk_step(grid, tableau, on, s, t, inner=inner)
+            yield replace(first, rows={**first.rows, **rows})
+            yield from rest
+        elif known == 0:
+            yield Stage(s, {"x": first_order(s, t), **rows}, t)
+        else:
+            c = fixed_weights([us[k - j] for j in range(min(3, known) + 1)], us[k + 1])
+            yield Stage(s, {"x": adams_row(on, s, t, c), **rows}, t)
+        known += 1

@@ -1,0 +1,154 @@
+"""First-order samplers: DDPM, DDIM and its inverse, Euler and its ancestral form, LCM, TCD, consistency sampling.
+
+s is the point a step leaves, t the one it reaches; rho = sigma / alpha is the noise level of x / alpha.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from fewstep.solvers.families.coordinates import pick_frame
+from fewstep.solvers.families.renoise import ancestral_split, churn_points, enter, leave, renoised, scaled
+from fewstep.solvers.options import at_least, between, one_of
+from fewstep.solvers.plans.plan import Stage, Start, first_order
+from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
+
+
+def ancestral_row(s: Point, t: Point, eta: float, frame: str = "sigma") -> dict[str, float]:
+    """x' = alpha' m + d eps + up z with up^2 + d^2 = sigma'^2 (Song et al. 2021, eq. 12 and 16)."""
+    return renoised(s, t, *ancestral_split(s, t, eta, frame))
+
+
+@solver("ddim")
+def ddim(grid: Grid, eta: float = 0.0) -> Iterator[Stage]:
+    """DDIM (Song, Meng & Ermon 2021, eq. 12). eta = 0 is the probability-flow ODE, eta = 1 is DDPM."""
+    at_least("eta", eta, 0.0)
+    for s, t in grid.pairs:
+        yield Stage(s, {"x": ancestral_row(s, t, eta)}, t)
+
+
+@solver("ddim_inverse")
+def ddim_inverse(grid: Grid, at: str = "next") -> Iterator[Start | Stage]:
+    """DDIM run backwards, from data to its latent (Song, Meng & Ermon 2021, section 4.3; diffusers' DDIMInverse).
+
+    The grid is the ordinary one, from noise to data; the plan starts at its last point and ends at its first, so
+    that `ddim` on the same grid takes the result back.
+
+    at  where the network is called: "next" is the level that the step goes to (diffusers), at which ddim will call
+        it on the way back; "current" the level of the sample (the paper), which has no noise prediction at sigma 0,
+        so that a step from clean data is "next" all the same
+
+    For a call at another level than its own, x is scaled to the size of samples there: nothing in a VP process.
+    """
+    one_of("at", at, ("next", "current"))
+    points = grid.points[::-1]
+    # A perfect denoiser cannot tell which noise clean data is given, nor does a call at another level fit x.
+    exact = at == "current" and points[0].sigma > 0.0
+    told = [s if at == "current" and s.sigma > 0.0 else t for s, t in pairwise(points)]
+    # The size of the slot over that of the sample that it stands for, before each call and after the last.
+    sizes = [math.hypot(p.alpha, p.sigma) / math.hypot(s.alpha, s.sigma) for s, p in zip(points, told, strict=False)]
+    first = Point(points[0].t, sizes[0] * points[0].alpha, sizes[0] * points[0].sigma)
+    yield Start({"x": sizes[0]}, first, at=points[0])
+    for (s, t), p, size, after in zip(pairwise(points), told, sizes, [*sizes[1:], 1.0], strict=True):
+        # x' = alpha'/alpha (x - sigma eps) + sigma' eps with eps = (size x - alpha_p m) / sigma_p
+        r = t.alpha / s.alpha
+        e = (t.sigma - r * s.sigma) / p.sigma
+        row = {"x": r / size + e, "m": -p.alpha * e}
+        yield Stage(p, {"x": scaled(row, after)}, t, exact=exact)
+
+
+@solver("ddpm")
+def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
+    """DDPM's ancestral step (Ho et al. 2020, eq. 7): a draw around the mean of the posterior q(x_t | x_s, x0 = m).
+
+    variance  "fixed_small" is the posterior's own, "fixed_large" beta, the forward step's (section 3.2). "learned"
+              and "learned_range" are the network's, a `Denoiser(variance=...)`: the variance itself, or a fraction
+              that interpolates between the logarithms of both (Nichol & Dhariwal 2021, eq. 15)
+
+    The step to sigma 0 draws nothing.
+    """
+    one_of("variance", variance, ("fixed_small", "fixed_large", "learned", "learned_range"))
+    for s, t in grid.pairs:
+        # Posterior of x_t given x_s and x0, from its precision: 1/var = 1/sigma_t^2 + a^2/b^2,
+        # where x_s = a x_t + b eps is the forward step from t to s.
+        a = s.alpha / t.alpha
+        b2 = (s.sigma - a * t.sigma) * (s.sigma + a * t.sigma)
+        small = t.sigma * math.sqrt(b2) / s.sigma
+        row = {"x": a * t.sigma**2 / s.sigma**2, "m": t.alpha * b2 / s.sigma**2, "z": small}
+        if small == 0.0 or variance == "fixed_small":
+            yield Stage(s, {"x": row}, t)
+            continue
+        # The papers' beta and variances are those of x scaled to alpha^2 + sigma^2 = 1.
+        scale_s, scale_t = math.hypot(s.alpha, s.sigma), math.hypot(t.alpha, t.sigma)
+        widen = s.sigma / t.sigma * scale_t / scale_s  # sqrt(beta) over the posterior's deviation
+        if variance == "fixed_large":
+            yield Stage(s, {"x": row}, t, noise=widen)
+        else:
+            number = widen if variance == "learned_range" else scale_t / small
+            yield Stage(s, {"x": row}, t, variance=(variance, number))
+
+
+@solver("euler")
+def euler(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> Iterator[Start | Stage]:
+    """Euler in sigma (Karras et al. 2022, Algorithm 1 and 2 without the correction), with optional churn."""
+    hats = churn_points(grid, s_churn, s_tmin, s_tmax)
+    yield from enter(grid.points[0], hats[0])
+    for k, (hat, t) in enumerate(zip(hats, grid.points[1:], strict=True)):
+        row, to = leave(first_order(hat, t), t, hats[k + 1 : k + 2])
+        yield Stage(hat, {"x": row}, to)
+
+
+@solver("euler_ancestral")
+def euler_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
+    """Ancestral Euler (k-diffusion, 2022): Euler down to a lower noise level, then noise up to sigma'.
+
+    frame  "sigma" is k-diffusion's step down, "flow" ComfyUI's for rectified flow; by default the process's own
+    """
+    at_least("eta", eta, 0.0)
+    frame = pick_frame(grid, frame)
+    for s, t in grid.pairs:
+        yield Stage(s, {"x": ancestral_row(s, t, eta, frame)}, t)
+
+
+@solver("lcm")
+def lcm(grid: Grid) -> Iterator[Stage]:
+    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict x0, noise it again to the next level."""
+    for s, t in grid.pairs:
+        yield Stage(s, {"x": {"m": t.alpha, "z": t.sigma}}, t)
+
+
+@solver("tcd")
+def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
+    """Strategic stochastic sampling of TCD (Zheng et al. 2024, Algorithm 4): DDIM to (1 - gamma) t', then noise up.
+
+    gamma  0 is DDIM, 1 goes down to data (LCM); the released code's and diffusers' `eta`, 0.3 there
+
+    A process of discrete times has no noise level between them: there (1 - gamma) t' is rounded down.
+    """
+    between("gamma", gamma, 0.0, 1.0)
+    for s, t in grid.pairs:
+        keep = 1.0
+        if t.t > 0.0 and gamma > 0.0:
+            time = (1.0 - gamma) * t.t
+            # 0.1 * 10 is 1, whichever way it rounded.
+            down = grid.process.point(math.floor(time + 1e-6) if grid.process.timesteps else time)
+            keep = down.ratio / t.ratio
+        yield Stage(s, {"x": renoised(s, t, keep, math.sqrt((1.0 - keep) * (1.0 + keep)))}, t)
+
+
+@solver("consistency")
+def consistency(grid: Grid, sigma_min: float | None = None) -> Iterator[Stage]:
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1): x = f(x) + sqrt(rho'^2 - rho_min^2) z.
+
+    sigma_min  the level (sigma/alpha) at which the network is the identity; by default the process's own
+               smallest. Its output still carries that noise, so less is added.
+    """
+    floor = grid.process.sigma_min if sigma_min is None else sigma_min
+    between("sigma_min", floor, 0.0, grid.process.sigma_max)
+    for s, t in grid.pairs:
+        noise = t.alpha * math.sqrt(max(0.0, (t.sigma / t.alpha) ** 2 - floor**2))
+        yield Stage(s, {"x": {"m": t.alpha, "z": noise}}, Point(t.t, t.alpha, noise))

@@ -1,0 +1,115 @@
+"""SA-Solver: stochastic Adams methods, a predictor and a corrector on the same noise (Xue et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from fewstep.solvers.families.exponential import (
+    FinalOrder,
+    add_polynomial,
+    check_final_order,
+    corrector_nodes,
+    data_row,
+    exponential_row,
+    moments,
+    shift_history,
+    step_moments,
+    substitute,
+    usable_order,
+)
+from fewstep.solvers.options import at_least, flag, one_of
+from fewstep.solvers.plans.plan import Row, Stage
+from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
+
+Tau = float | tuple[float, float, float] | Callable[[Point], float]
+
+
+@solver("sa_solver")
+def sa_solver(
+    grid: Grid,
+    tau: Tau = 1.0,
+    predictor_order: int = 3,
+    corrector_order: int = 4,
+    pc_mode: str = "PEC",
+    simple_order_2: bool = False,
+    final_order: FinalOrder = None,
+) -> Iterator[Stage]:
+    """SA-Solver (Xue et al. 2023, Algorithm 1) on the x0 prediction.
+
+    tau              how stochastic a step is, 0 the ODE and 1 the reverse SDE: a number, (tau, low, high) for
+                     tau while low <= sigma/alpha <= high and 0 elsewhere, or a function of the Point reached
+    predictor_order  1 to 4, predictions at and before the start of the step (eq. 15)
+    corrector_order  0 to 4, predictions at and before its end (eq. 18), the released code's count: one more
+                     than the paper's s; 0 is none
+    pc_mode          "PEC", or "PECE": a second call, at the corrected sample
+    simple_order_2   the released code's weights for two predictions: h/2 for the exact moment (appendix D)
+    final_order      None, the last step's order, or a rule of the field; the released code's is "sa_solver"
+
+    Slot "c" is the part of the corrected sample that is known before its call: exp(-tau^2 h) sigma'/sigma x
+    and the noise of the predictor, which the corrector uses again.
+    """
+    one_of("predictor_order", predictor_order, (1, 2, 3, 4))
+    one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
+    one_of("pc_mode", pc_mode, ("PEC", "PECE"))
+    flag("simple_order_2", simple_order_2)
+    check_final_order(final_order, predictor_order)
+    strength = tau_function(tau)
+    rule = "flat" if simple_order_2 else "heun"
+    depth = max(predictor_order, corrector_order) - 1
+    corrected: Row = {"x": 1.0}
+    for k, (s, t) in enumerate(grid.pairs):
+        if pc_mode == "PECE" and corrected != {"x": 1.0}:
+            yield Stage(s, {"x": corrected}, s, done=False)
+            corrected = {"x": 1.0}
+        eta = strength(t) ** 2
+        order = usable_order(grid, k, predictor_order, final_order)
+        x = substitute(data_row(grid, k, order, rule, eta=eta), "x", corrected)
+        rows: dict[str, Row] = {"x": x, **shift_history(k, depth)}
+        last = k + 1 == grid.steps
+        # After a step of infinite h there is nothing to correct: only its first-order row has a limit.
+        if corrector_order > 0 and not last and math.isfinite(grid.lam[k]):
+            linear, _ = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
+            rows["c"] = substitute({**linear, "m": 0.0}, "x", corrected)
+            older = usable_order(grid, k, corrector_order - 1, final_order)
+            corrected = corrector_row(grid, k, older, eta, rule)
+        else:
+            corrected = {"x": 1.0}
+        yield Stage(s, rows, t)
+
+
+def corrector_row(grid: Grid, k: int, older: int, eta: float, rule: str) -> dict[str, float]:
+    """The corrected end of step k (eq. 18), from the prediction at it and the `older` ones before."""
+    z = (1.0 + eta) * (grid.lam[k + 1] - grid.lam[k])
+    (m0,) = moments(z, 0)
+    alpha = grid.points[k + 1].alpha
+    if older == 0:
+        return {"c": 1.0, "m": alpha * m0}
+    nodes, integrals = corrector_nodes(grid, k, older), step_moments(z, older + 1, rule)
+    return add_polynomial({"c": 1.0, "h1": alpha * m0}, "h1", nodes, integrals, alpha)
+
+
+def tau_function(tau: Tau) -> Callable[[Point], float]:
+    """tau(t) from the option. Raises ValueError for a negative strength or an interval that is not one."""
+    if callable(tau):
+        given = tau
+
+        def checked(t: Point) -> float:
+            value = given(t)
+            at_least(f"tau at {t}", value, 0.0)
+            return value
+
+        return checked
+    if isinstance(tau, tuple | list):
+        if len(tau) != 3:
+            raise ValueError(f"tau must be a number, (tau, low, high) or a function of a Point, got {tau!r}")
+        value, low, high = tau
+        for name, number in (("tau", value), ("the lower end of tau's interval", low)):
+            at_least(name, number, 0.0)
+        at_least("the upper end of tau's interval", high, low)
+        return lambda t: value if low <= t.ratio <= high else 0.0
+    at_least("tau", tau, 0.0)
+    constant = tau
+    return lambda t: constant

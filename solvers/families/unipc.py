@@ -1,0 +1,125 @@
+"""UniPC: one system of equations for a predictor and a corrector that reuses its call (Zhao et al. 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from fewstep.solvers.families.deis import deis_row
+from fewstep.solvers.families.exponential import (
+    FinalOrder,
+    add_polynomial,
+    check_final_order,
+    corrector_nodes,
+    data_row,
+    noise_prediction,
+    noise_row,
+    shift_history,
+    shift_noise_history,
+    step_moments,
+    substitute,
+    usable_order,
+)
+from fewstep.solvers.options import one_of
+from fewstep.solvers.plans.plan import Row, Stage, first_order
+from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
+
+# B(h) matters where it does not cancel: with one difference the released code does not solve the 1 x 1 system
+# but sets rho = 1/2. bh1: B(h) = h, bh2: B(h) = e^h - 1 (section 3.1); vary_coeff solves it.
+VARIANTS = {"bh1": "flat", "bh2": "midpoint", "vary_coeff": "heun"}
+
+
+class Predictor(NamedTuple):
+    """A row over x, m, h1 ... and e, e1 ... for step k. order: its own, or None for that of UniPC."""
+
+    row: Callable[[Grid, int, int, str], Row]
+    order: int | None = None
+    noise: bool = False
+
+
+PREDICTORS: Mapping[str, Predictor] = {
+    "unip": Predictor(lambda grid, k, order, variant: data_row(grid, k, order, VARIANTS[variant])),
+    "ddim": Predictor(lambda grid, k, order, _: first_order(*grid.pairs[k]), order=1),
+    "dpmpp_2m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "midpoint"), order=2),
+    "dpmpp_3m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "heun"), order=3),
+    "dpm_solver_2m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "midpoint"), 2, noise=True),
+    "dpm_solver_3m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "heun"), 3, noise=True),
+    "deis": Predictor(lambda grid, k, order, _: deis_row(grid, k, order, "t"), 3, noise=True),
+}
+
+
+@solver("unipc")
+def unipc(
+    grid: Grid,
+    order: int = 2,
+    variant: str = "bh2",
+    corrector: bool | Collection[int] = True,
+    predictor: str = "unip",
+    final_order: FinalOrder = None,
+) -> Iterator[Stage]:
+    """UniPC (Zhao et al. 2023, Algorithms 5 and 6): UniP-p predicts, UniC-p corrects with the same call.
+
+    order        p, 1 to 4
+    variant      "bh1", "bh2" or "vary_coeff"
+    corrector    False is the predictor alone; a set of steps, from 0, corrects the results of those. The last
+                 step's is never corrected: that would take another call
+    predictor    "unip", or another solver to put UniC after (section 3.2): a name of PREDICTORS
+    final_order  None, the last step's order, or a rule of the field; the released code's is "unipc"
+
+    The corrected sample lives in slot "c" and "x" is the predictor applied to it: the two rows are
+    multiplied out here, so that corrector and predictor cost one pass.
+    """
+    one_of("order", order, (1, 2, 3, 4))
+    one_of("variant", variant, tuple(VARIANTS))
+    one_of("predictor", predictor, tuple(PREDICTORS))
+    check_final_order(final_order, order)
+    steps = corrected_steps(grid, corrector)
+    uni_p = PREDICTORS[predictor]
+    own = uni_p.order or order
+    for k, (s, t) in enumerate(grid.pairs):
+        # The accurate sample at the current point, in terms of the slots.
+        corrected: Row = {"x": 1.0}
+        if k - 1 in steps:
+            corrected = unic_row(grid, k, usable_order(grid, k - 1, order, final_order), variant)
+        row = uni_p.row(grid, k, usable_order(grid, k, own, final_order), variant)
+        rows: dict[str, Row] = {"x": from_corrected(row, s, corrected, uni_p.noise)}
+        rows |= shift_history(k, max(order, own - 1))
+        if uni_p.noise:
+            rows |= shift_noise_history(s, k, own - 1)
+        if k in steps:
+            rows["c"] = corrected
+        yield Stage(s, rows, t)
+
+
+def from_corrected(row: Row, s: Point, corrected: Row, noise: bool) -> Row:
+    """A predictor's row applied to the corrected sample. The predictions stay those made at "x"."""
+    row = substitute(row, "x", {"corrected": 1.0})
+    if noise and s.alpha > 0.0:
+        # The x0 prediction that goes with a noise prediction e made elsewhere: (corrected - sigma e) / alpha.
+        row = substitute(row, "m", {"m": 1.0, "corrected": 1.0 / s.alpha, "x": -1.0 / s.alpha})
+    return substitute(substitute(row, "e", noise_prediction(s)), "corrected", corrected)
+
+
+def corrected_steps(grid: Grid, corrector: bool | Collection[int]) -> Collection[int]:
+    """The steps whose results are corrected. Raises ValueError for neither a bool nor steps of the grid."""
+    if isinstance(corrector, bool):
+        return range(grid.steps) if corrector else ()
+    whole = range(grid.steps)
+    if not isinstance(corrector, Collection) or any(step not in whole for step in corrector):
+        raise ValueError(
+            f"corrector must be True, False or a collection of steps from 0 to {grid.steps - 1}, got {corrector!r}"
+        )
+    return corrector
+
+
+def unic_row(grid: Grid, k: int, order: int, variant: str) -> Row:
+    """UniC-p (eq. 9) for point k: from the corrected sample "c" at k - 1, with the prediction "m" at k."""
+    first = first_order(grid.points[k - 1], grid.points[k])
+    if not math.isfinite(grid.lam[k - 1]):
+        return {"x": 1.0}  # from alpha = 0 only the first-order row has a limit, and that made x
+    nodes = corrector_nodes(grid, k - 1, order)
+    weights = step_moments(grid.lam[k] - grid.lam[k - 1], order + 1, VARIANTS[variant])
+    return add_polynomial({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)

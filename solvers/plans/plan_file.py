@@ -1,0 +1,305 @@
+"""Plans as JSON: every coefficient in full, checked against the schema and by the plan itself when read.
+
+    {"format": "fewstep plan", "version": 1,
+     "solver": name, "options": {...}, "noise_scale": number,
+     "process": {"kind": "VP" | "VE" | "EDM" | "Flow", ...},
+     "grid": {"t": [...], "alpha": [...], "sigma": [...]},
+     "init": null | {"row": {source: number}, "to": [t, alpha, sigma], "at": null | [t, alpha, sigma]},
+     "stages": [{"at": [t, alpha, sigma], "to": [t, alpha, sigma], "rows": {slot: {source: number}},
+                 "done": bool, "noise": number, "exact": bool, "variance": null | [name, number],
+                 "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`)}]}
+
+Numbers are written with all their digits, so that a plan comes back as it was, to the bit. Nothing in a file is
+run: it holds numbers and names. A tuned plan (`fewstep.tune`) carries what it belongs to in options["tuning"].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point, Process
+
+FORMAT, VERSION = "fewstep plan", 1
+
+_PLAIN: Mapping[str, type[VE] | type[Flow]] = {"VE": VE, "EDM": EDM, "Flow": Flow}
+_NAMED: Mapping[str, Callable[..., VP]] = {"linear": VP.linear, "scaled_linear": VP.scaled_linear}
+
+
+# --- writing ---
+
+
+def save_plan(plan: Plan, path: str | Path) -> None:
+    """Write a plan to a JSON file, whole or not at all.
+
+    Raises ValueError for a suffix other than .json, a process that is not one of fewstep's own, or an option
+    that JSON cannot hold; FileNotFoundError if the folder is not there.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"path {str(path)!r}: a plan is written as .json")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
+    text = dumps(plan_as_json(plan))
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def dumps(data: Mapping[str, Any]) -> str:
+    """JSON with one line for each field and each stage: small, and fit for a diff."""
+    head = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items()]
+    return "{\n" + ",\n".join(head) + "\n}\n"
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The fields of the file, as JSON's own types."""
+    init = plan.init
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "solver": plan.solver,
+        "options": {name: _option(name, value) for name, value in plan.options.items()},
+        "noise_scale": float(plan.noise_scale),
+        "process": process_as_json(plan.grid.process),
+        "grid": {name: getattr(plan.grid, name).tolist() for name in ("t", "alpha", "sigma")},
+        "init": None
+        if init is None
+        else {"row": _row(init.row), "to": _point(init.to), "at": None if init.at is None else _point(init.at)},
+        "stages": [
+            {
+                "at": _point(stage.at),
+                "to": _point(stage.to),
+                "rows": {slot: _row(row) for slot, row in stage.rows.items()},
+                "done": stage.done,
+                "noise": float(stage.noise),
+                "exact": stage.exact,
+                "variance": None if stage.variance is None else list(stage.variance),
+                **({} if stage.span is None else {"span": [_point(end) for end in stage.span]}),
+            }
+            for stage in plan.stages
+        ],
+    }
+
+
+def _row(row: Mapping[str, float]) -> dict[str, float]:
+    return {source: float(value) for source, value in row.items()}
+
+
+def _point(point: Point) -> list[float]:
+    return [float(value) for value in point]
+
+
+def _option(name: str, value: Any) -> Any:
+    if isinstance(value, (set, frozenset, range)):
+        value = sorted(value)
+    if isinstance(value, float) and math.isinf(value):
+        return {"infinite": math.copysign(1.0, value)}
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"option {name!r} = {value!r} cannot be written to a plan file: {error}") from None
+    return value
+
+
+def process_as_json(process: Process) -> dict[str, Any]:
+    """A process by its kind and numbers. VP's table is named where one of its constructors makes it, to the bit."""
+    if isinstance(process, VP):
+        acp = process.alphas_cumprod
+        # The betas of the ends, without the rounding of 1 - (1 - beta).
+        ends = [float(f"{beta:.10g}") for beta in (1.0 - acp[0], 1.0 - acp[-1] / acp[-2])]
+        for name, make in _NAMED.items():
+            try:
+                same = make(*ends, acp.size) == process
+            except ValueError:  # betas that this constructor cannot have made
+                continue
+            if same:
+                return {"kind": "VP", "betas": name, "beta_start": ends[0], "beta_end": ends[1], "timesteps": acp.size}
+        return {"kind": "VP", "alphas_cumprod": acp.tolist()}
+    for kind, cls in _PLAIN.items():
+        if type(process) is cls:
+            return {"kind": kind} | {f.name: float(getattr(process, f.name)) for f in fields(process)}
+    raise ValueError(f"process {process!r} cannot be written to a plan file: it must be VP, VE, EDM or Flow")
+
+
+# --- reading ---
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan in a file that `save_plan` wrote. `fewstep.load_plan` also checks what a tuned plan belongs to.
+
+    Raises FileNotFoundError, or ValueError that names the field: not JSON, another format, a newer version, a
+    field that is missing or unknown or has another type; PlanError (a ValueError) if the stages are no sampler.
+    """
+    return plan_from_json(read_json(path), str(path))
+
+
+def read_json(path: str | Path) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no plan file {str(path)!r}; write one with fewstep.save_plan(plan, path)")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a plan file: {error}") from None
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def plan_from_json(data: Any, where: str = "plan") -> Plan:
+    """The inverse of `plan_as_json`; `where` names the source in errors."""
+    check_format(data, where, FORMAT, VERSION)
+    names = ("format", "version", "solver", "options", "noise_scale", "process", "grid", "init", "stages")
+    top = _Fields(data, where, names)
+    process = process_from_json(top.get("process", dict), f"{where}: process")
+    arrays = _Fields(top.get("grid", dict), f"{where}: grid", ("t", "alpha", "sigma"))
+    try:
+        grid = Grid(process, *(np.array(arrays.numbers(name)) for name in ("t", "alpha", "sigma")))
+    except ValueError as error:
+        raise ValueError(f"{where}: grid: {error}") from None
+    init = top.get("init", (dict, type(None)))
+    stages = [_stage(value, f"{where}: stages[{k}]") for k, value in enumerate(top.get("stages", list))]
+    start = None if init is None else _start(init, f"{where}: init")
+    try:
+        return Plan(
+            top.get("solver", str),
+            grid,
+            tuple(stages),
+            start,
+            {name: _option_from(value) for name, value in top.get("options", dict).items()},
+            top.number("noise_scale"),
+        )
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from None
+
+
+def check_format(data: Any, where: str, kind: str, version: int) -> None:
+    """Raises ValueError unless `data` says that it is of that format, in a version that can be read."""
+    if not isinstance(data, dict) or data.get("format") != kind:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{where} is not a {kind} file: its format is {found!r}")
+    if data.get("version") != version:
+        raise ValueError(
+            f"{where} has version {data.get('version')!r} of the format, this fewstep reads {version}: upgrade fewstep"
+        )
+
+
+def process_from_json(data: Any, where: str) -> Process:
+    """The inverse of `process_as_json`. Raises ValueError that names the field."""
+    kind = data.get("kind") if isinstance(data, dict) else None
+    try:
+        if kind == "VP" and "betas" in data:
+            own = _Fields(data, where, ("kind", "betas", "beta_start", "beta_end", "timesteps"))
+            name = own.get("betas", str)
+            if name not in _NAMED:
+                raise ValueError(f"betas {name!r} is not one of {', '.join(_NAMED)}")
+            count = own.get("timesteps", int)
+            return _NAMED[name](own.number("beta_start"), own.number("beta_end"), count)
+        if kind == "VP":
+            return VP(np.array(_Fields(data, where, ("kind", "alphas_cumprod")).numbers("alphas_cumprod")))
+        if isinstance(kind, str) and kind in _PLAIN:
+            names = [f.name for f in fields(_PLAIN[kind])]
+            own = _Fields(data, where, ("kind", *names))
+            return _PLAIN[kind](*(own.number(name) for name in names))
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
+    raise ValueError(f"{where}: kind {kind!r} is not one of VP, {', '.join(_PLAIN)}")
+
+
+def _stage(data: Any, where: str) -> Stage:
+    own = _Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
+    rows = own.get("rows", dict)
+    variance = own.get("variance", (list, type(None)))
+    if variance is not None:
+        if len(variance) != 2 or not isinstance(variance[0], str):
+            raise ValueError(f"{where}: variance = {variance!r} must be a name and a number")
+        variance = (variance[0], _number(variance[1], f"{where}: variance[1]"))
+    span = None
+    if "span" in own.data:
+        ends = own.get("span", list)
+        if len(ends) != 2:
+            raise ValueError(f"{where}: span must be two points, got {len(ends)}")
+        span = (_point_from(ends[0], f"{where}: span[0]"), _point_from(ends[1], f"{where}: span[1]"))
+    return Stage(
+        own.point("at"),
+        {slot: _row_from(row, f"{where}: rows[{slot!r}]") for slot, row in rows.items()},
+        own.point("to"),
+        own.get("done", bool),
+        own.number("noise"),
+        own.get("exact", bool),
+        variance,
+        span,
+    )
+
+
+def _start(data: Any, where: str) -> Start:
+    own = _Fields(data, where, ("row", "to", "at"))
+    at = own.get("at", (list, type(None)))
+    return Start(
+        _row_from(own.get("row", dict), f"{where}: row"), own.point("to"), None if at is None else own.point("at")
+    )
+
+
+def _option_from(value: Any) -> Any:
+    """JSON has no infinity, which is the default of some options."""
+    return math.copysign(math.inf, value["infinite"]) if isinstance(value, dict) and [*value] == ["infinite"] else value
+
+
+def _row_from(data: Any, where: str) -> dict[str, float]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be an object of numbers, got {type(data).__name__}")
+    return {source: _number(value, f"{where}[{source!r}]") for source, value in data.items()}
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _point_from(data: Any, where: str) -> Point:
+    if not isinstance(data, list) or len(data) != 3:
+        raise ValueError(f"{where} must be [t, alpha, sigma], got {data!r:.80}")
+    return Point(*(_number(value, f"{where}[{i}]") for i, value in enumerate(data)))
+
+
+class _Fields:
+    """The fields of one JSON object: all of those named, some of the optional ones and no others."""
+
+    def __init__(self, data: Any, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
+        if not isinstance(data, dict):
+            raise ValueError(f"{where} must be an object, got {type(data).__name__}")
+        for name in names:
+            if name not in data:
+                raise ValueError(f"{where}: the field {name!r} is missing")
+        for name in data:
+            if name not in (*names, *optional):
+                raise ValueError(f"{where}: unknown field {name!r}; it takes {', '.join((*names, *optional))}")
+        self.data, self.where = data, where
+
+    def get(self, name: str, kind: Any) -> Any:
+        value = self.data[name]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+            raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r:.80}")
+        return value
+
+    def number(self, name: str) -> float:
+        return _number(self.data[name], f"{self.where}: {name}")
+
+    def numbers(self, name: str) -> list[float]:
+        return [_number(v, f"{self.where}: {name}[{i}]") for i, v in enumerate(self.get(name, list))]
+
+    def point(self, name: str) -> Point:
+        return _point_from(self.get(name, list), f"{self.where}: {name}")

@@ -1,0 +1,139 @@
+"""Compile a plan: dead rows vanish, renames cost nothing, every live slot gets a buffer.
+
+The result is what a backend runs: for each stage the buffers read, the buffers written and one dense
+float64 matrix over them. Names are gone; so is every tensor that no later stage needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fewstep.solvers.plans.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, Row
+
+
+@dataclass(frozen=True)
+class Op:
+    """One fused update. Columns of `w`: the buffers of `reads`, then m, u and z; rows: `writes`.
+
+    reads   buffers; reads[0] always holds x, which the prediction m needs
+    writes  buffers; writes[0] receives the new x
+    """
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    w: np.ndarray
+
+    @cached_property
+    def noisy(self) -> bool:
+        return bool(np.any(self.w[:, -1]))
+
+    @cached_property
+    def unguided(self) -> bool:
+        """Whether a row reads the null branch's own prediction."""
+        return bool(np.any(self.w[:, -2]))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A plan with buffers assigned. `result` is the buffer of the sample, `x0[k]` of the k-th prediction if kept."""
+
+    plan: Plan
+    init: Op
+    ops: tuple[Op, ...]
+    buffers: int
+    result: int
+    x0: tuple[int, ...] = ()
+
+
+X0_SLOT = "x0 prediction"
+
+
+def live_rows(plan: Plan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
+    """The rows of each stage that something later reads, without zero coefficients and identity rows."""
+    live = {"x"}
+    kept: list[dict[str, Row]] = []
+    for stage in reversed(plan.stages):
+        rows = dict(stage.rows)
+        if keep_x0:
+            rows[X0_SLOT] = {PREDICTION: 1.0}
+            live = live | {X0_SLOT}
+        rows = {slot: {s: c for s, c in row.items() if c} for slot, row in rows.items() if slot in live}
+        rows = {slot: row for slot, row in rows.items() if slot == "x" or row != {slot: 1.0}}
+        sources = {source for row in rows.values() for source in row}
+        live = ((live - set(rows)) | sources | {"x"}) - {*SOURCES, X0_SLOT}
+        kept.append(rows)
+    return kept[::-1]
+
+
+def _live_before(stages: list[dict[str, Row]]) -> list[set[str]]:
+    """Slots that hold a value somebody still reads, before each stage and after the last."""
+    live = [{"x"}]
+    for rows in reversed(stages):
+        sources = {source for row in rows.values() for source in row} - set(SOURCES)
+        live.append((live[-1] - set(rows)) | sources | {"x"})
+    return live[::-1]
+
+
+def is_rename(slot: str, row: Row) -> bool:
+    """A copy of a slot: the buffer gets a second name instead. x itself is always computed."""
+    if slot == "x" or len(row) != 1:
+        return False
+    ((source, coefficient),) = row.items()
+    return coefficient == 1.0 and source not in SOURCES
+
+
+def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -> Program:
+    """Assign buffers to slots.
+
+    keep_x0   also write each stage's x0 prediction, for callbacks
+    in_place  let an output overwrite an input that dies in the same stage. The CPU kernels keep outputs
+              apart from inputs, so that the compiler may reorder loads and stores when it vectorises.
+    """
+    stages = live_rows(plan, keep_x0=keep_x0)
+    live = _live_before(stages)
+    where = {"x": 0}
+    buffers = 1
+    init = Op((0,), (0,), _matrix([{"x": 1.0}], {"x": 0}, (0,), plan.noise_scale))
+    if plan.init is not None:
+        where, buffers = {"x": 1}, 2
+        init = Op((0,), (1,), _matrix([plan.init.row], {"x": 0}, (0,), plan.noise_scale))
+    ops, x0 = [], []
+    for k, rows in enumerate(stages):
+        after = live[k + 1] | ({X0_SLOT} if keep_x0 else set())
+        renamed = {slot: where[next(iter(row))] for slot, row in rows.items() if is_rename(slot, row)}
+        carried = {slot: where[slot] for slot in after if slot not in rows and slot in where}
+        written = ["x", *(slot for slot in rows if slot != "x" and slot not in renamed)]
+        used = {source for slot in written for source in rows[slot]} - set(SOURCES)
+        reads = tuple(dict.fromkeys([where["x"], *(where[slot] for slot in where if slot in used)]))
+        taken = set(renamed.values()) | set(carried.values()) | (set() if in_place else set(reads))
+        target: dict[str, int] = {}
+        for slot in written:
+            free = (b for b in ([where[slot]] if slot in where else []) + list(range(buffers)) if b not in taken)
+            target[slot] = next(free, buffers)
+            buffers = max(buffers, target[slot] + 1)
+            taken.add(target[slot])
+        scale = plan.noise_scale * plan.stages[k].noise
+        w = _matrix([rows[slot] for slot in written], where, reads, scale)
+        ops.append(Op(reads, tuple(target[slot] for slot in written), w))
+        where = {**renamed, **carried, **target}
+        x0 += [where.pop(X0_SLOT)] if keep_x0 else []
+    return Program(plan, init, tuple(ops), buffers, where["x"], tuple(x0))
+
+
+def _matrix(rows: list[Row], where: Mapping[str, int], reads: tuple[int, ...], noise_scale: float) -> np.ndarray:
+    w = np.zeros((len(rows), len(reads) + 3))
+    for i, row in enumerate(rows):
+        for source, coefficient in row.items():
+            if source == PREDICTION:
+                w[i, -3] += coefficient
+            elif source == UNGUIDED:
+                w[i, -2] += coefficient
+            elif source == NOISE:
+                w[i, -1] += coefficient * noise_scale
+            else:  # two names of one buffer add up
+                w[i, reads.index(where[source])] += coefficient
+    return w

@@ -1,0 +1,135 @@
+"""From a plan and a denoiser to the numbers and the structure of every fused stage.
+
+Everything here is float64 NumPy and runs once; the last act rounds to the state's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout
+from fewstep.solvers.plans.program import Op, Program
+from fewstep.solvers.schedule.process import Point
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """One stage as the kernels take it (see `kernels.layout`).
+
+    slots     buffers behind columns 0 .. 7, None where nothing is read
+    writes    buffers of the outputs, the new x first
+    branches  the branches of guidance that are called, `weights` their share in the guided output
+    t         what the network is told; c_in: the factor on x for this stage's model input
+    w         (1, rows, COLUMNS); p (1, 4) or None if it is folded into w
+    draw      the number of this stage's noise, None if it draws none; span: what an outside source is told of it
+    variance  the number by which the network's own variance scales that noise, None if it does not
+    """
+
+    at: Point
+    to: Point
+    done: bool
+    slots: tuple[int | None, ...]
+    writes: tuple[int, ...]
+    branches: tuple[int, ...]
+    weights: np.ndarray
+    t: float
+    c_in: float
+    w: np.ndarray
+    p: np.ndarray | None
+    draw: int | None
+    span: tuple[Point, Point]
+    variance: float | None = None
+
+
+# Of the terms' sizes: what float64 may leave of a sum that is zero.
+CANCELLED = 1e-15
+
+
+def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
+    """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
+    # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
+    fold = denoiser.clip is None and denoiser.rescale == 0.0
+    tables = []
+    steps = 0
+    for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
+        weights = denoiser.weights(steps / program.plan.steps)
+        if stage.variance is not None and stage.variance[0] != denoiser.variance:
+            raise ValueError(
+                f"solver {program.plan.solver!r} with variance={stage.variance[0]!r} needs a network that predicts it, "
+                f"Denoiser(variance={stage.variance[0]!r}); this one has variance={denoiser.variance!r}"
+            )
+        wanted = {j for j, g in enumerate(weights) if g} | ({0} if op.unguided else set())
+        branches = tuple(sorted(wanted))
+        a, b = denoiser.prologue(stage.at)
+        p = np.array([a, *(b * weights[j] for j in branches)])
+        null = np.array([a, b, *[0.0] * (len(branches) - 1)])
+        w = _columns(op, p if fold else None, null)
+        slots = tuple(buffer if np.any(w[:, j]) else None for j, buffer in enumerate(op.reads))
+        if not fold and a and slots[0] is None:
+            slots = (op.reads[0], *slots[1:])  # m needs x even where no row does
+        padded = None if fold else np.zeros((1, 4))
+        if padded is not None:
+            padded[0, : len(p)] = p
+        tables.append(
+            StageTable(
+                at=stage.at,
+                to=stage.to,
+                done=stage.done,
+                slots=slots,
+                writes=op.writes,
+                branches=branches,
+                weights=np.array([weights[j] for j in branches]),
+                t=denoiser.time(stage.at),
+                c_in=denoiser.c_in(stage.at),
+                w=w[None].astype(dtype),
+                p=None if padded is None else padded.astype(dtype),
+                draw=k + 1 if op.noisy else None,
+                span=stage.drawn_over,
+                variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
+            )
+        )
+        steps += stage.done
+    return tables
+
+
+def init_table(op: Op, dtype: str) -> np.ndarray:
+    """The table of the row that runs before the first stage."""
+    return _columns(op, None, np.zeros(2))[None].astype(dtype)
+
+
+def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
+    """The rows of `op` over the kernels' columns.
+
+    m is multiplied out over x and the raws where p is given. u always is, by `null`: a clip acts on the guided
+    prediction alone.
+    """
+    reads = len(op.reads)
+    if reads > layout.SLOTS or len(op.writes) > layout.OUTPUTS:
+        raise ValueError(
+            f"a stage that reads {reads} slots and writes {len(op.writes)} is wider than the fused kernel "
+            f"({layout.SLOTS} and {layout.OUTPUTS}): lower the solver's order"
+        )
+    w = np.zeros((len(op.writes), layout.COLUMNS))
+    w[:, :reads] = op.w[:, :reads]
+    w[:, layout.NOISE] = op.w[:, -1]
+    m, u = op.w[:, -3], op.w[:, -2]
+    raws = slice(layout.RAW, layout.RAW + len(null) - 1)
+    parts = [w[:, 0], u * null[0]]
+    w[:, raws] += u[:, None] * null[1:]
+    if p is None:
+        w[:, layout.PREDICTION] = m
+    else:
+        parts.append(m * p[0])
+        w[:, raws] += m[:, None] * p[1:]
+    # Terms in x that cancel, as all of Heun's second call do for an epsilon prediction, save the read of x.
+    total = sum(parts)
+    w[:, 0] = np.where(np.abs(total) <= CANCELLED * sum(map(np.abs, parts)), 0.0, total)
+    return w
+
+
+def times(tables: Sequence[StageTable]) -> np.ndarray:
+    return np.array([table.t for table in tables])

@@ -1,0 +1,446 @@
+"""Adaptive sampling: every sample of a batch chooses its own steps, by its own estimate of the error.
+
+A step is an attempt of an embedded pair (`fewstep.solvers.run.embedded`), measured in log-SNR. A sample that is
+done leaves the batch, so that the network is called for the others alone; a rejected one keeps its call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fewstep.kernels import naive, philox
+from fewstep.solvers.families.coordinates import FRAMES
+from fewstep.solvers.families.renoise import ancestral_split
+from fewstep.solvers.options import at_least, one_of
+from fewstep.solvers.plans.plan import Row, first_order
+from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.run.checks import BACKENDS, check_latent, check_shape, model_frame, pick_backend
+from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.embedded import PAIRS, Attempt, Controller, Pair
+from fewstep.solvers.run.engine import NoiseSource, outside_noise
+from fewstep.solvers.run.per_sample import SEEN, Batch, Outputs
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
+
+# --- the samples ---
+
+
+class AdaptiveResult(NamedTuple):
+    """What `sample_adaptive` returns.
+
+    x         (B, ...) the samples
+    nfe       (B,) int64, denoiser calls of each sample; a guided one makes two network evaluations in each
+    accepted, rejected  (B,) int64, steps of each sample
+    """
+
+    x: Array
+    nfe: np.ndarray
+    accepted: np.ndarray
+    rejected: np.ndarray
+
+
+class AttemptInfo(NamedTuple):
+    """What a callback of `sample_adaptive` sees after each attempt, of the n samples that were under way.
+
+    samples   (n,) int64, which samples of the batch
+    at        where each is now: at the end of its step if that was accepted, else where it was
+    x         (n, ...) there; valid until the callback returns
+    error     (n,) the step's error in units of the tolerance
+    accepted  (n,) bool
+    h         (n,) the size of the next step, in log-SNR
+    nfe       (n,) int64, denoiser calls so far
+    """
+
+    samples: np.ndarray
+    at: tuple[Point, ...]
+    x: Array
+    error: np.ndarray
+    accepted: np.ndarray
+    h: np.ndarray
+    nfe: np.ndarray
+
+
+# A call at the very end is guided if those before it are: progress 1 is after the last step.
+_BEFORE_END = math.nextafter(1.0, 0.0)
+
+
+@dataclass
+class _Sample:
+    """Where one sample is. `known`: whether F_1 is at hand."""
+
+    index: int
+    at: Point
+    control: Controller
+    known: bool = False
+    nfe: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+
+class _Step(NamedTuple):
+    """A step to t: the ODE leads to `down`, and fresh noise of that standard deviation brings it up to t."""
+
+    t: Point
+    down: Point
+    fresh: float
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is the same for all samples."""
+
+    pair: Pair
+    frame: str
+    ends: Grid
+    rtol: float
+    atol: float
+    eta: float
+    s_noise: float
+    max_attempts: int
+    noise: NoiseSource | None = None
+    callback: Callable[[AttemptInfo], Any] | None = None
+
+
+def next_step(ends: Grid, s: Point, h: float, eta: float) -> _Step:
+    """From s by h in log-SNR, no further than the end."""
+    end = ends.points[-1]
+    # What is left below 1e-5 is no step of its own (k-diffusion).
+    last = s.lam + h > end.lam - 1e-5
+    t = end if last else ends.process.point_at_sigma(s.ratio * math.exp(-h))
+    if eta == 0.0 or last:
+        return _Step(t, t, 0.0)
+    keep, fresh = ancestral_split(s, t, eta, "sigma")
+    floor = end.ratio / t.ratio
+    if keep < floor:  # the ODE goes no lower than the end either
+        keep, fresh = floor, math.sqrt((1.0 - floor) * (1.0 + floor))
+    return _Step(t, Point(t.t, t.alpha, keep * t.sigma), fresh * t.sigma)
+
+
+class _Run:
+    """The loop over attempts. Slots hold the samples that are not done, in the order of `samples`."""
+
+    def __init__(self, batch: Batch, options: _Options, samples: list[_Sample], streams: np.ndarray) -> None:
+        self.batch, self.options, self.samples, self.streams = batch, options, samples, streams
+
+    def __call__(self, x: Array) -> Array:
+        """Every sample from the first point of `ends` to the last. x is not written to."""
+        o, maps, result = self.options, self.batch.maps, x * 1.0
+        before, f1 = x, x * 0.0
+        while self.samples:
+            starts = [sample.at for sample in self.samples]
+            steps = [next_step(o.ends, sample.at, sample.control.h, o.eta) for sample in self.samples]
+            attempts = [
+                o.pair.attempt(o.ends, sample.at, step.down, o.frame)
+                for sample, step in zip(self.samples, steps, strict=True)
+            ]
+            f1 = self._first_calls(x, f1, attempts[0].row)
+            high, error, last = self._attempt(x, f1, attempts)
+            low = high + error
+            norms = maps.error_norms(error, low, before, o.rtol, o.atol)
+            taken = [i for i, norm in enumerate(norms) if self._judge(self.samples[i], steps[i].t, norm)]
+            if taken:
+                old, new = {"x": x, "before": before, "F1": f1}, {"x": high, "before": low, "F1": last}
+                x, before, f1 = self._moved(old, new, taken, starts, steps)
+            if o.callback is not None:
+                o.callback(self._info(x, norms, taken))
+            done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
+            if done:
+                result = maps.put(result, [self.samples[i].index for i in done], maps.take(x, done))
+                left = [i for i in range(len(self.samples)) if i not in done]
+                self.samples = [self.samples[i] for i in left]
+                if left:
+                    x, before, f1 = (maps.take(v, left) for v in (x, before, f1))
+        return result
+
+    def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
+        """The denoiser on some of the samples still here."""
+        chosen = [self.samples[i] for i in rows]
+        for sample in chosen:
+            sample.nfe += 1
+        low, high = self.options.ends.lam.tolist()
+        progress = [min((p.lam - low) / (high - low), _BEFORE_END) for p in points]
+        return self.batch.call([sample.index for sample in chosen], u, points, progress)
+
+    def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> Array:
+        """F_1 of all samples: that of those that have none is found now."""
+        todo = [i for i, sample in enumerate(self.samples) if not sample.known]
+        if todo:
+            u, points = self.batch.maps.take(x, todo), [self.samples[i].at for i in todo]
+            outputs = self._call(todo, u, points)
+            found = self.batch.map([{"F1": _seen(row(p))} for p in points], {SEEN: u}, outputs)["F1"]
+            f1 = self.batch.maps.put(f1, todo, found)
+        for i in todo:
+            self.samples[i].known = True
+        return f1
+
+    def _attempt(self, x: Array, f1: Array, attempts: Sequence[Attempt]) -> tuple[Array, Array, Array]:
+        """The steps' results, their errors, and F of the last call."""
+        slots = {"x": x, "F1": f1}
+        slots |= self.batch.map([{SEEN: _sum(a.targets[0].x, a.targets[0].f)} for a in attempts], slots)
+        calls, leads = len(attempts[0].error), len(attempts[0].targets)
+        for j in range(1, calls):
+            points = [a.targets[j - 1].to for a in attempts]
+            outputs = self._call(range(len(points)), slots[SEEN], points)
+            rows: list[dict[str, Row]] = []
+            for a, p in zip(attempts, points, strict=True):
+                here = _seen(a.row(p))
+                own: dict[str, Row] = {f"F{j + 1}": here}
+                if j < leads:
+                    own[SEEN] = _sum(a.targets[j].x, a.targets[j].f, here)
+                if j + 1 == calls:
+                    own["error"] = _sum(0.0, a.error, here)
+                rows.append(own)
+            slots |= self.batch.map(rows, slots, outputs)
+        return slots[SEEN], slots["error"], slots[f"F{calls}"]
+
+    def _judge(self, sample: _Sample, t: Point, error: float) -> bool:
+        """Accept or reject; the sample moves, and so does its next step's size."""
+        if not math.isfinite(error):
+            raise ValueError(
+                f"the error estimate of sample {sample.index} at t = {sample.at.t:.6g} is {error}: "
+                "the network returned NaN or inf"
+            )
+        accepted = sample.control.propose(error, t.lam - sample.at.lam)
+        sample.accepted += accepted
+        sample.rejected += not accepted
+        if accepted:
+            sample.at, sample.known = t, self.options.pair.kept
+        elif sample.accepted + sample.rejected >= self.options.max_attempts:
+            raise RuntimeError(
+                f"sample {sample.index} has come to t = {sample.at.t:.6g} in max_attempts = "
+                f"{self.options.max_attempts} steps, {sample.rejected} rejected: raise rtol, atol or it"
+            )
+        return accepted
+
+    def _info(self, x: Array, norms: Sequence[float], taken: Sequence[int]) -> AttemptInfo:
+        accepted = np.zeros(len(norms), bool)
+        accepted[list(taken)] = True
+        index, nfe = (np.array([getattr(s, name) for s in self.samples]) for name in ("index", "nfe"))
+        h = np.array([sample.control.h for sample in self.samples])
+        at = tuple(sample.at for sample in self.samples)
+        return AttemptInfo(index, at, self.batch.outside(x), np.array(norms), accepted, h, nfe)
+
+    def _moved(
+        self,
+        old: dict[str, Array],
+        new: dict[str, Array],
+        taken: Sequence[int],
+        starts: Sequence[Point],
+        steps: Sequence[_Step],
+    ) -> list[Array]:
+        """Every slot of `old`, with the samples that took their step at their `new` values and ancestral noise on x."""
+        scales = [self.options.s_noise * step.fresh if i in taken else 0.0 for i, step in enumerate(steps)]
+        noisy = [i for i in taken if steps[i].fresh > 0.0]
+        if not noisy and len(taken) == len(steps):
+            return [*new.values()]
+        rows: list[dict[str, Row]] = []
+        for i, scale in enumerate(scales):
+            source = "new " if i in taken else "old "
+            own: dict[str, Row] = {name: {source + name: 1.0} for name in old}
+            if scale:
+                own["x"] = {**own["x"], "z": scale}
+            rows.append(own)
+        slots = {"old " + name: v for name, v in old.items()} | {"new " + name: v for name, v in new.items()}
+        z = self._noise(noisy, starts, steps) if noisy else None
+        return [*self.batch.map(rows, slots, z=z).values()]
+
+    def _noise(self, noisy: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> Array:
+        """Normals for the samples that need them; draw k of a sample belongs to its k-th accepted step."""
+        noise, one = self.options.noise, (1, *self.batch.sample)
+        if noise is None:
+            streams = self.streams[[sample.index for sample in self.samples]]
+            return self.batch.maps.normals(streams, [sample.accepted for sample in self.samples])
+        draws = np.zeros((len(steps), *self.batch.sample))
+        for i in noisy:
+            draws[i] = outside_noise(noise, self.samples[i].accepted, starts[i], steps[i].t, one)[0]
+        return self.batch.array(draws)
+
+
+def _seen(row: Row) -> dict[str, float]:
+    """A row over the sample that a call was made on, as a row of slots."""
+    return {SEEN if source == "x" else source: value for source, value in row.items()}
+
+
+def _sum(x: float, f: Sequence[float], here: Row | None = None) -> dict[str, float]:
+    """x times the step's start plus f · F. The last F may be a row, `here`, that has no slot yet."""
+    row = {"x": x} if x else {}
+    row |= {f"F{j}": value for j, value in enumerate(f if here is None else f[:-1], 1) if value}
+    return row | {source: f[-1] * value for source, value in (here or {}).items()}
+
+
+@any_library
+def sample_adaptive(
+    denoiser: Any,
+    x: Array | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    solver: str = "dpm_solver_23",
+    rtol: float = 0.05,
+    atol: float = 0.0078,
+    h_init: float = 0.05,
+    pcoeff: float = 0.0,
+    icoeff: float = 1.0,
+    dcoeff: float = 0.0,
+    accept_safety: float = 0.81,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    frame: str | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    final_zero: bool = True,
+    max_attempts: int = 10_000,
+    seed: int | Sequence[int] | None = None,
+    first_sample: int = 0,
+    noise: NoiseSource | None = None,
+    cond: Any = None,
+    backend: str = "auto",
+    device: Any = None,
+    dtype: Any = None,
+    callback: Callable[[AttemptInfo], Any] | None = None,
+) -> AdaptiveResult:
+    """Draw samples with steps that each sample chooses to a tolerance.
+
+        x, nfe, accepted, rejected = fewstep.sample_adaptive(denoiser, shape=(16, 1, 8, 8), rtol=0.01, seed=0)
+
+    x, shape  exactly one: a latent (B, ...) at sigma_max, or the shape to draw one from `seed`
+    solver    "dpm_solver_12", "dpm_solver_23" (DPM-Solver-12 and -23, Lu et al. 2022a, appendix C;
+              k-diffusion's sample_dpm_adaptive), or "dormand_prince", the 5(4) pair
+    rtol, atol  of a step: the root mean square over a sample of error / max(atol, rtol |x|) is about 1 at
+              most. The defaults are the paper's, for data in -1 .. 1
+    h_init    the first step, in log-SNR lambda = log(alpha / sigma)
+    pcoeff, icoeff, dcoeff, accept_safety  of the PID controller, as in k-diffusion
+    eta, s_noise  ancestral noise (DPM-Solver only) and a factor on it, as in k-diffusion; from `seed`
+    frame     of dormand_prince (see `frames`): "flow" (default, the fewest calls), "sigma" or "logsnr"
+    sigma_min, sigma_max  sigma / alpha at the ends; by default the process's smallest and largest finite one
+    final_zero  one more call at sigma_min, to the clean end: x = m. False stays at sigma_min
+    max_attempts  steps of one sample, rejected ones too, after which it is an error
+    seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" an attempt waits
+              for the device once, to read the errors
+    noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, asked for one sample after another
+    callback  called with an `AttemptInfo` after each attempt; may raise to stop
+
+    Errors are controlled step by step. On Gaussian mixtures the end is within 5 tolerances of the exact one
+    for DPM-Solver, within 100 for dormand_prince, whose long steps pay at tolerances of 1e-5 and below.
+
+    A sample's result and counts depend on itself alone, to the bit if the network maps samples one by one (on
+    a GPU it may not). Samples that are done are not passed to the network: the batch shrinks. Guidance that
+    is on for a part of the way counts the way in log-SNR. No gradient is kept.
+
+    Raises ValueError or TypeError that names the argument, before the model is called; ValueError if the
+    network returns NaN, RuntimeError after max_attempts.
+    """
+    outer = _check_source(denoiser, x, shape)
+    pair = _checked_pair(solver, frame, eta)
+    for name, value in (("rtol", rtol), ("atol", atol), ("eta", eta), ("s_noise", s_noise)):
+        at_least(name, value, 0.0)
+    for name, value in (("pcoeff", pcoeff), ("icoeff", icoeff), ("dcoeff", dcoeff)):
+        at_least(name, value, -math.inf)
+    for name, value in (("h_init", h_init), ("rtol + atol", rtol + atol), ("accept_safety", accept_safety)):
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    for name, given in (("noise", noise), ("callback", callback)):
+        if not (given is None or callable(given)):
+            raise TypeError(f"{name} must be callable, got {type(given).__name__}")
+    if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
+        raise ValueError(f"max_attempts must be an int >= 1, got {max_attempts!r}")
+
+    process = denoiser.process
+    high = process.sigma_max if sigma_max is None else sigma_max
+    low = process.sigma_min if sigma_min is None else sigma_min
+    ends = Grid.from_sigmas(process, [high, low])
+    if not (math.isfinite(high) and low > 0.0):
+        raise ValueError(f"sigma_min = {low}, sigma_max = {high}: log-SNR must be finite at both ends")
+    if device is None and isinstance(outer, TorchFrame):
+        device = outer.device
+    model = model_frame(denoiser, device)
+    wide = outer is not None and outer.dtype_of(x) == "float64"
+    state = dtype_name(dtype or ("float64" if wide else "float32"))
+    one_of("dtype", state, ("float32", "float64"))
+    sizes = check_shape(x.shape if x is not None else shape or ())
+    if x is not None:
+        check_latent(x, outer, sizes, model, state)
+    if backend not in BACKENDS:
+        raise ValueError(unknown("backend", backend, BACKENDS))
+    wide = "float64" in (state, denoiser.model_dtype(state))
+    if wide and backend == "triton":
+        raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
+    batch = Batch(denoiser, model, pick_backend(backend, model, triton=not wide), state, sizes, cond)
+    streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
+
+    order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)
+    samples = [
+        _Sample(i, ends.points[0], Controller.of(h_init, pcoeff, icoeff, dcoeff, order, accept_safety))
+        for i in range(sizes[0])
+    ]
+    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, noise, callback)
+    run = _Run(batch, options, list(samples), streams)
+    with model.torch.no_grad() if isinstance(model, TorchFrame) else contextlib.nullcontext():
+        if x is None or outer is None:
+            start = batch.maps.latents(streams) * ends.points[0].sigma
+        else:
+            start = batch.maps.latent(x, outer)
+        result = run(start)
+        if final_zero:
+            result = _to_clean(batch, ends.points[-1], result, samples)
+    values = batch.outside(result)
+    counts = (np.array([getattr(s, name) for s in samples]) for name in ("nfe", "accepted", "rejected"))
+    return AdaptiveResult(_returned(values, outer, state if outer is None else outer.dtype_of(x)), *counts)
+
+
+def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) -> Array:
+    """The last step of all samples at once: to sigma 0, where x = alpha m."""
+    n = len(samples)
+    outputs = batch.call(range(n), x, [end] * n, [_BEFORE_END] * n)
+    for sample in samples:
+        sample.nfe += 1
+    row = {k: c for k, c in _seen(first_order(end, batch.denoiser.process.clean)).items() if c}
+    return batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
+
+
+def _returned(values: Array, outer: Frame | None, dtype: str) -> Array:
+    """The result in the library of the caller's latent, else in the model's."""
+    if isinstance(outer, NumpyFrame) and naive.is_torch(values):
+        values = values.cpu().numpy()
+    if isinstance(outer, TorchFrame) and isinstance(values, np.ndarray):
+        values = outer.wrap(values)
+    if not naive.is_torch(values):
+        return values.astype(dtype)
+    import torch
+
+    return values.to(getattr(torch, dtype))
+
+
+def _check_source(denoiser: Any, x: Array | None, shape: Sequence[int] | None) -> Frame | None:
+    """The library of the latent, if there is one."""
+    if (x is None) == (shape is None):
+        found = "neither" if x is None else "both"
+        raise ValueError(f"give exactly one of x (a latent) and shape (to draw one), got {found}")
+    if not hasattr(denoiser, "prologue"):
+        raise TypeError(
+            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
+            "wrap the model, Denoiser(model, process, predicts=...)"
+        )
+    outer = None if x is None else frame_of(x)
+    if x is not None and outer is None:
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    return outer
+
+
+def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
+    if solver not in PAIRS:
+        raise ValueError(unknown("adaptive solver", solver, tuple(PAIRS)))
+    pair = PAIRS[solver]
+    if frame is not None and not pair.kept:
+        raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} steps in log-SNR alone")
+    one_of("frame", frame, (None, *FRAMES))
+    if eta and pair.kept:
+        raise ValueError(f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do")
+    return pair

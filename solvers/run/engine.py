@@ -1,0 +1,359 @@
+"""The memory of one sampling run, and how a stage's update is executed on it.
+
+`FusedRun` holds preallocated buffers and calls the Numba kernel; `NaiveRun` computes with the oracle on fresh
+arrays of any library and device, and lets gradients through. Both run the same tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fewstep.kernels import layout, naive, philox
+from fewstep.solvers.plans.program import Program
+from fewstep.solvers.plans.tables import StageTable, init_table
+from fewstep.solvers.run.arrays import FLOATS, Array, Frame, aligned
+from fewstep.solvers.schedule.process import Point
+
+if TYPE_CHECKING:
+    from fewstep.kernels.numba_step import Launch
+
+NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all runs of a sampler: the tables, and the shapes and dtypes of its memory."""
+
+    program: Program
+    tables: Sequence[StageTable]
+    denoiser: Any
+    frame: Frame  # of the model
+    shape: tuple[int, ...]
+    dtype: str  # of the state
+    model_dtype: str
+    time_dtype: str  # of what the model is told
+    capacity: int = 0  # denoiser calls that a recorded loop makes at least
+
+    @property
+    def batch(self) -> int:
+        return self.shape[0]
+
+    @cached_property
+    def elements(self) -> int:
+        return math.prod(self.shape[1:])
+
+    def copies(self, k: int) -> int:
+        """How many copies of the batch the model input of stage k holds."""
+        return len(self.tables[k].branches) if self.denoiser.batched else 1
+
+    @cached_property
+    def start(self) -> Point:
+        return self.program.plan.start
+
+    @cached_property
+    def times(self) -> Sequence[Array]:
+        """t of each stage, one entry for each sample of each batched branch; models get copies."""
+        counts = [self.batch * self.copies(k) for k in range(len(self.tables))]
+        return [
+            self.frame.array(np.full(n, table.t), self.time_dtype) for n, table in zip(counts, self.tables, strict=True)
+        ]
+
+    def predictions(self, raws: Sequence[Array]) -> tuple[Sequence[Array], Array | None]:
+        """The predictions, and the variance output of the last branch of a network that returns both, (B, 2 C, ...)."""
+        if self.denoiser.variance is None:
+            return raws, None
+        channels = self.shape[1]
+        both = (self.batch, 2 * channels, *self.shape[2:])
+        for raw in raws:
+            if not self.frame.is_array(raw) or tuple(raw.shape) != both:
+                found = tuple(raw.shape) if self.frame.is_array(raw) else type(raw).__name__
+                raise ValueError(
+                    f"a network with variance={self.denoiser.variance!r} must return shape {both}, got {found}"
+                )
+        return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
+
+    def check_raw(self, raw: Any) -> None:
+        """Raises ValueError unless the model returned an array like x."""
+        if not self.frame.is_array(raw):
+            raise ValueError(
+                f"the model returned {type(raw).__name__}, not an array of {self.frame.name}: wrap it so that "
+                "model(x, t) returns the raw prediction alone"
+            )
+        if tuple(raw.shape) != self.shape:
+            raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {self.shape}")
+        if self.frame.dtype_of(raw) not in FLOATS:
+            raise ValueError(
+                f"the model returned dtype {self.frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}"
+            )
+
+
+class FusedRun:
+    """Preallocated memory for one run at a time; nothing is allocated after it is made."""
+
+    def __init__(self, job: Job) -> None:
+        from fewstep.kernels import numba_noise, numba_reduce, numba_step
+
+        self.job = job
+        self._step, self._noise, self._reduce = numba_step, numba_noise, numba_reduce
+        batch, elements = job.batch, job.elements
+        state = np.dtype(job.dtype)
+        self.size = batch * elements
+        self.rows = (batch, elements)
+        self.units = numba_step.units(batch, elements)
+        self.serial = self.size <= numba_step.SERIAL_ELEMENTS
+        self.buffers = [aligned((batch, elements), state) for _ in range(job.program.buffers)]
+        self.streams = np.zeros((batch, 3), np.uint32)
+        self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
+        copies = max(job.copies(k) for k in range(len(job.tables)))
+        # Two model inputs in turn: a model may return its input, or keep it until the next call.
+        self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
+        self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
+        self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
+        # What the model gets of t, each stage its own part of one block: a model may write to t as well, so the block
+        # is written anew for each run.
+        block = job.frame.concatenate(job.times)
+        self.times = job.frame.bits(block)
+        self.true_times = self.times.copy()
+        ends = np.cumsum([len(t) for t in job.times]).tolist()
+        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        self.variance = job.denoiser.variance is not None
+        self.latent = np.empty((batch, elements), np.float32)
+        self.raw_dtypes: list[Any] = [...] * layout.RAWS  # of the network's outputs that were checked last
+        self.launches = [self._launch(k) for k in range(len(job.tables))]
+        self.init = self._init_launch()
+        self._warm()
+
+    def _launch(self, k: int) -> Launch:
+        job, table = self.job, self.job.tables[k]
+        after = k + 1 < len(job.tables)
+        c_in = np.array([job.tables[k + 1].c_in if after else 1.0], job.dtype)
+        clip = job.denoiser.clip
+        limit = None
+        if isinstance(clip, (int, float)):
+            limit = np.array([[clip, 1.0, 0.0, 0.0]], job.dtype)
+        elif clip is not None:
+            limit = self.limit
+        rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
+        return self._step.Launch(
+            [None if b is None else self.buffers[b] for b in table.slots],
+            [self.input_rows[0][0]] * len(table.branches),  # stands for the network's outputs
+            table.w,
+            [self.buffers[b] for b in table.writes],
+            list(self.input_rows[(k + 1) % 2][: job.copies(k + 1)]) if after else [],
+            c_in=c_in,
+            streams=None if table.draw is None else self.streams,
+            draw=table.draw or 0,
+            p=self.p if rescaled else table.p,
+            limit=limit,
+            fixed=True,
+        )
+
+    def _init_launch(self) -> Launch:
+        op = self.job.program.init
+        return self._step.Launch(
+            [self.buffers[0]],
+            [],
+            init_table(op, self.job.dtype),
+            [self.buffers[op.writes[0]]] if op.writes != op.reads else [np.empty_like(self.buffers[0])],
+            list(self.input_rows[0][: self.job.copies(0)]),
+            c_in=np.array([self.job.tables[0].c_in], self.job.dtype),
+            streams=self.streams if op.noisy else None,
+        )
+
+    def _warm(self) -> None:
+        """Compile every structure now: a launch of no units costs nothing but that."""
+        for launch in (self.init, *self.launches):
+            launch.run(launch.memory, 0, 0)
+
+    def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        """Take the latent (or draw it), and write the first model input."""
+        self.times[...] = self.true_times
+        first = self.job.start
+        buffer = self.buffers[0]
+        if streams is not None:
+            self.streams[...] = streams
+        if x is None:
+            self._noise.normal_batch(self.latent, self.streams, 0, philox.LATENT)
+            np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
+        else:
+            np.copyto(buffer, x)
+        noisy = noise is not None and self.job.program.init.noisy
+        (self._with_noise(self.init, 0, first, first, noise) if noisy else self.init)()
+
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        return self.views[k], self.t[k]
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        """One fused stage."""
+        job, table, launch = self.job, self.job.tables[k], self.launches[k]
+        address = job.frame.address
+        variance = None
+        if self.variance:
+            raws, variance = job.predictions(raws)
+        held = []  # until the launch is over
+        for j, raw in enumerate(raws):
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != job.shape:
+                job.check_raw(raw)
+                self._expect(j, raw)
+                launch = self.launches[k]
+            launch.memory[self._step.RAW + j], kept = address(raw)
+            held.append(kept)
+        if table.p is not None:
+            self._reduce_stage(table, raws)
+        factor = None
+        if table.variance is not None:
+            factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
+        if table.draw is not None:
+            launch = self._with_noise(launch, table.draw, *table.span, noise, factor)
+        if self.serial:  # the compiled function itself: at small sizes every Python call shows
+            launch.run(launch.memory, 0, self.units)
+        else:
+            launch()
+
+    def _expect(self, j: int, raw: Array) -> None:
+        """From now on output j of the network has the dtype of `raw`."""
+        self.raw_dtypes[j] = raw.dtype
+        stand_in = np.empty(0, self.job.frame.bits(raw).dtype)
+        for k, table in enumerate(self.job.tables):
+            if j < len(table.branches):
+                self.launches[k] = self.launches[k].replaced({self._step.RAW + j: stand_in})
+
+    def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
+        denoiser = self.job.denoiser
+        bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
+        r1, r2, r3 = [*bits, None, None][: layout.RAWS]
+        p = table.p
+        if denoiser.rescale and len(table.branches) > 1:
+            weights = np.zeros(3)
+            weights[: len(table.weights)] = table.weights
+            self._reduce.guidance_scale(r1, r2, r3, weights, denoiser.rescale, p, self.p)
+            p = self.p
+        if denoiser.clip is not None and not isinstance(denoiser.clip, (int, float)):
+            clip = denoiser.clip
+            x = None if table.slots[0] is None else self.buffers[table.slots[0]]
+            self._reduce.threshold(x, r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
+
+    def _with_noise(
+        self,
+        launch: Launch,
+        draw: int,
+        at: Point,
+        to: Point,
+        noise: NoiseSource | None,
+        factor: np.ndarray | None = None,
+    ) -> Launch:
+        if noise is not None:
+            z = outside_noise(noise, draw, at, to, self.job.shape)
+        elif factor is None:
+            return launch  # the kernel draws it
+        else:
+            self._noise.normal_batch(self.latent, self.streams, draw, philox.STEP)
+            z = self.latent.reshape(self.job.shape)
+        z = z if factor is None else z * factor
+        z = np.ascontiguousarray(z, self.job.dtype).reshape(self.rows)
+        return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
+
+    def release(self) -> None:
+        """Nothing to let go of: of the network's outputs it keeps addresses alone."""
+
+    def x(self, k: int) -> np.ndarray:
+        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
+        return self.buffers[self.job.tables[k].writes[0]].reshape(self.job.shape)
+
+    def x0(self, k: int) -> np.ndarray:
+        return self.buffers[self.job.program.x0[k]].reshape(self.job.shape)
+
+
+class NaiveRun:
+    """The oracle as a backend: fresh arrays in every stage, on the model's own library and device."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.latest: Array = None
+        self.buffers: list[Array] = [None] * job.program.buffers
+        self.like = job.frame.empty((1,), job.model_dtype)
+
+    def begin(self, x: Any, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        job, op = self.job, self.job.program.init
+        self.streams = streams
+        first = job.start
+        if x is None:
+            z = self._draw(0, philox.LATENT)
+            self.buffers[0] = z * first.sigma
+        else:
+            self.buffers[0] = x if job.frame.is_array(x) else job.frame.array(x, job.dtype)
+        z = self._noise(0, first, first, noise) if op.noisy else None
+        (self.buffers[op.writes[0]],) = naive.step([self.buffers[0]], [], init_table(op, job.dtype), z=z)
+        self.latest = self.buffers[op.writes[0]]
+
+    def _draw(self, draw: int, domain: int) -> Array:
+        job = self.job
+        assert self.streams is not None
+        rows = [
+            philox.normals(job.elements, int(lo) | int(hi) << 32, int(sample), draw, domain)
+            for lo, hi, sample in self.streams
+        ]
+        return job.frame.array(np.stack(rows).reshape(job.shape), job.dtype)
+
+    def _noise(self, draw: int, at: Point, to: Point, noise: NoiseSource | None) -> Array:
+        if noise is None:
+            return self._draw(draw, philox.STEP)
+        return self.job.frame.array(outside_noise(noise, draw, at, to, self.job.shape), self.job.dtype)
+
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        job = self.job
+        c_in = np.array([job.tables[k].c_in])
+        x_in = naive.model_input(self.latest, c_in, self.like)
+        return job.frame.concatenate([x_in] * job.copies(k)), job.frame.concatenate([job.times[k]])
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        job, table = self.job, self.job.tables[k]
+        raws, variance = job.predictions(raws)
+        for raw in raws:
+            job.check_raw(raw)
+        z = None if table.draw is None else self._noise(table.draw, *table.span, noise)
+        if table.variance is not None:
+            z = z * job.denoiser.noise_factor(naive.cast(variance, z), table.variance)
+        slots = [None if b is None else self.buffers[b] for b in table.slots]
+        p, limit = table.p, None
+        clip = job.denoiser.clip
+        if p is not None and job.denoiser.rescale and len(raws) > 1:
+            p = np.repeat(p, job.batch, axis=0)
+            p[:, 1:] *= naive.guidance_scale(raws, table.weights, job.denoiser.rescale)[:, None]
+        if isinstance(clip, (int, float)):
+            limit = np.array([[clip, 1.0]])
+        elif clip is not None:
+            assert p is not None
+            like = next(s for s in self.buffers if s is not None)
+            m = naive.combine([slots[0], *(naive.cast(r, like) for r in raws)], p, like)
+            limit = naive.threshold(m, clip.quantile, clip.maximum)
+        outputs = naive.step(slots, raws, table.w, z=z, p=p, limit=limit)
+        for buffer, output in zip(table.writes, outputs, strict=True):
+            self.buffers[buffer] = output
+        self.latest = outputs[0]
+
+    def release(self) -> None:
+        """Let go of every array, and so of the graph that autograd hung on them."""
+        self.latest = None
+        self.buffers = [None] * len(self.buffers)
+
+    def x(self, k: int) -> Array:
+        return self.latest
+
+    def x0(self, k: int) -> Array:
+        return self.buffers[self.job.program.x0[k]]
+
+
+def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> np.ndarray:
+    """The caller's own draw as a NumPy array. Raises ValueError unless it has the sample's shape."""
+    z = noise(draw, at, to, shape)
+    z = z.detach().cpu().double().numpy() if hasattr(z, "detach") else np.asarray(z)
+    if z.shape != shape:
+        raise ValueError(f"noise returned shape {z.shape} for draw {draw}; the sample has shape {shape}")
+    return np.ascontiguousarray(z)

@@ -1,0 +1,424 @@
+"""The memory of one sampling run on a GPU: every number of a plan in device tables, every stage one launch.
+
+A stage's table row is found by a counter on the device, so that what runs a stage never holds its numbers: the
+same launches serve every schedule, seed and guidance scale of one structure, and a graph can replay them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fewstep.kernels import philox
+from fewstep.solvers.plans.program import Op
+from fewstep.solvers.plans.tables import StageTable, init_table
+from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
+from fewstep.solvers.run.engine import Job, NoiseSource, outside_noise
+from fewstep.solvers.run.graph import Graphs, capture_api
+
+
+class DeviceTables(NamedTuple):
+    """What `triton_step.run` reads, on the host. Row 0 is the init row, row k + 1 stage k; further rows write nothing.
+
+    numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
+    times    float64 (stages + 1, rows), t of each stage
+    """
+
+    numbers: np.ndarray
+    indices: np.ndarray
+    times: np.ndarray
+
+
+def device_tables(job: Job) -> DeviceTables:
+    """A job's tables as the GPU takes them, one row for all samples."""
+    from fewstep.kernels import triton_reduce as reduce
+    from fewstep.kernels import triton_step as kernel
+
+    tables, count, rows = job.tables, len(job.tables), calls(job) + 1
+    numbers = np.zeros((rows, 1, kernel.NUMBERS), np.float32)
+    indices = np.full((rows, 1, kernel.INDICES), -1, np.int32)
+    times = np.full((rows, 1), tables[-1].t)
+    clip = job.denoiser.clip
+    _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
+    for k, table in enumerate(tables, 1):
+        c_in = tables[k].c_in if k < count else 1.0
+        draw = -1 if table.draw is None else table.draw
+        _fill(numbers[k, 0], indices[k, 0], table.w[0], table.slots, table.writes, draw, c_in)
+        if table.p is not None:
+            numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
+            numbers[k, 0, reduce.WEIGHTS_AT : reduce.WEIGHTS_AT + len(table.weights)] = table.weights
+            numbers[k, 0, reduce.PHI_AT] = job.denoiser.rescale
+        if isinstance(clip, (int, float)):
+            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = clip, 1.0
+        times[k, 0] = table.t
+    return DeviceTables(numbers, indices, times)
+
+
+def _start(op: Op) -> tuple[np.ndarray, tuple[int | None, ...], tuple[int, ...], int]:
+    return init_table(op, "float32")[0], op.reads, op.writes, 0 if op.noisy else -1
+
+
+def _fill(
+    numbers: np.ndarray,
+    indices: np.ndarray,
+    w: np.ndarray,
+    slots: Sequence[int | None],
+    writes: Sequence[int],
+    draw: int,
+    c_in: float,
+) -> None:
+    from fewstep.kernels import triton_step as kernel
+
+    numbers[: w.size] = w.ravel()
+    numbers[kernel.C_IN_AT] = c_in
+    for j, buffer in enumerate(slots):
+        indices[j] = -1 if buffer is None else buffer
+    indices[kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
+    indices[kernel.DRAW_AT] = draw
+
+
+ALIGN = 16  # bytes, so that kernels read every table as they read a tensor of its own
+
+
+def packed(tensors: Sequence[Array]) -> Array:
+    """Tensors side by side in one block of bytes, each at a multiple of ALIGN."""
+    import torch
+
+    parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return torch.cat([torch.nn.functional.pad(part, (0, -len(part) % ALIGN)) for part in parts])
+
+
+def unpacked(block: Array, like: Sequence[Array]) -> list[Array]:
+    """The tensors of a block that `packed` laid out for tensors like these, in its memory."""
+    found, at = [], 0
+    for tensor in like:
+        size = tensor.numel() * tensor.element_size()
+        found.append(block[at : at + size].view(tensor.dtype).reshape(tensor.shape))
+        at += size + -size % ALIGN
+    return found
+
+
+@dataclass(frozen=True)
+class TritonJob(Job):
+    """A job laid out for a GPU when it is made: a run changes to it by one copy.
+
+    structure  the kernel's, that serves every stage
+    signature  everything that a recorded graph depends on; its numbers are not part of it
+    tables_on_host, block  all that the device reads of a plan, and the same side by side in pinned memory
+    """
+
+    structure: Any = field(init=False, repr=False)
+    signature: tuple[Any, ...] = field(init=False, repr=False)
+    tables_on_host: Sequence[Array] = field(init=False, repr=False)
+    block: Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self)
+        torch = self.frame.torch  # type: ignore[attr-defined]
+        tables, clip = device_tables(self), self.denoiser.clip
+        own = (
+            torch.from_numpy(tables.numbers),
+            torch.from_numpy(tables.indices),
+            torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
+            torch.from_numpy(order_statistic(clip, self.elements)),
+            torch.tensor([self.start.sigma], dtype=torch.float32),
+        )
+        block = packed(own)
+        laid_out = {
+            "structure": structure(self),
+            "signature": signature(self),
+            "tables_on_host": own,
+            "block": block if self.frame.device == "cpu" else block.pin_memory(),
+        }
+        for name, value in laid_out.items():
+            object.__setattr__(self, name, value)
+
+
+class Mirror:
+    """A tensor on the device that the host rewrites without waiting for the device."""
+
+    def __init__(self, values: np.ndarray, frame: TorchFrame, dtype: str | None = None) -> None:
+        self.torch = torch = frame.torch
+        self.on_gpu = frame.device != "cpu"
+        host = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype or str(values.dtype)))
+        self.host = host.pin_memory() if self.on_gpu else host.clone()
+        self.device = torch.empty_like(host, device=frame.device)
+        self.sent = torch.cuda.Event() if self.on_gpu else None
+        self.send()
+
+    def set(self, values: np.ndarray) -> None:
+        self.wait()
+        self.host.copy_(self.torch.from_numpy(np.ascontiguousarray(values)))
+        self.send()
+
+    def wait(self) -> None:
+        """Before the host's side is written to: the copy before has left it."""
+        if self.sent is not None:
+            self.sent.synchronize()
+
+    def send(self) -> None:
+        self.device.copy_(self.host, non_blocking=True)
+        if self.sent is not None:
+            self.sent.record(self.torch.cuda.current_stream(self.device.device))
+
+
+class TritonRun:
+    """Device memory for one run at a time; the engine of backend "triton".
+
+    Samples live in one block of float32 buffers, in place where a slot dies. A model input is rewritten by the stage
+    after the call: a model may write to it and may return it, but must copy it to keep it.
+    """
+
+    def __init__(self, job: TritonJob) -> None:
+        from fewstep.kernels import triton_noise, triton_reduce, triton_step
+
+        assert isinstance(job.frame, TorchFrame)
+        self._step, self._noise, self._reduce = triton_step, triton_noise, triton_reduce
+        self.job: TritonJob = job
+        self.frame, torch = job.frame, job.frame.torch
+        self.torch = torch
+        device = self.frame.device
+        batch, elements = job.batch, job.elements
+        self.structure, self.calls = job.structure, calls(job)
+        self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
+        copies = max(job.copies(k) for k in range(len(job.tables)))
+        self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype).zero_()  # `_warm` reads it
+        self.block = torch.empty_like(job.block, device=device)
+        self.numbers, self.indices, self.times, self.settings, self.sigma = unpacked(self.block, job.tables_on_host)
+        self.block.copy_(job.block, non_blocking=True)
+        self.t = self.frame.empty((copies * batch,), job.time_dtype)
+        self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
+        self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
+        reduces = job.denoiser.rescale or dynamic(job.denoiser.clip)
+        self.scratch = self._reduce.Scratch.of(batch, elements, device) if reduces else None
+        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        self.free = torch.cuda.Event() if device != "cpu" else None
+        self._warm()
+        cuda = capture_api(self.frame)
+        self.graphs = Graphs(self, cuda) if cuda is not None else None
+
+    def _warm(self) -> None:
+        """Compile every variant now, by launching each once on memory that no run has claimed yet."""
+        self._init_stage()
+        for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
+            batch = self.job.batch
+            raws = [self.x_in[i * batch : (i + 1) * batch] for i in range(len(branches))]
+            self._tick(copies)
+            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies)
+            self.counter.zero_()
+        self._draw_latent()
+        self.release()
+
+    def variant(self, k: int) -> tuple[tuple[int, ...], int]:
+        """The branches that stage k calls, and the copies of the model input that it writes for the next."""
+        job = self.job
+        return job.tables[k].branches, job.copies(min(k + 1, len(job.tables) - 1))
+
+    # --- a run ---
+
+    def claim(self) -> None:
+        """What this stream does next waits for the run before, on whichever stream that was."""
+        if self.free is not None:
+            self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
+
+    def adopt(self, job: TritonJob) -> bool:
+        """Take over another job whose structure fits: new numbers in the same tables, the same graphs. Or False."""
+        if job.signature != self.job.signature or not self._holds(job):
+            return False
+        self.claim()
+        self.block.copy_(job.block, non_blocking=True)  # which nobody writes to: there is nothing to wait for
+        self.job = job
+        self.release()
+        return True
+
+    def _holds(self, job: TritonJob) -> bool:
+        """Whether the kernel's structure and the buffers suffice for a job; it names what it does not use -1."""
+        new, own = job.structure, self.structure
+        return (
+            new.slots <= own.slots
+            and new.outputs <= own.outputs
+            and (own.noise or not new.noise)
+            and (new.predict, new.clip) == (own.predict, own.clip)
+            and job.program.buffers <= len(self.state)
+        )
+
+    def load(self, x: Array | None, streams: np.ndarray | None) -> None:
+        """What the host gives a run, into the device's memory."""
+        self.claim()
+        if streams is not None:
+            self.streams.set(streams.astype(np.int64))
+        if x is not None:
+            self.state[0].copy_(x.reshape(self.state.shape[1:]))
+
+    def start(self, drawn: bool, noise: NoiseSource | None = None) -> None:
+        """The latent, if it is drawn, and the first model input."""
+        self.counter.zero_()
+        if drawn:
+            self._draw_latent()
+        job = self.job
+        z = None
+        if noise is not None and job.program.init.noisy:
+            z = self._outside(noise, 0, job.start, job.start)
+        self._init_stage(z)
+
+    def begin(self, x: Array | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+        self.load(x, streams)
+        self.start(x is None, noise)
+
+    def model_input(self, k: int) -> tuple[Array, Array]:
+        copies = self.job.copies(k)
+        self._tick(copies)
+        return self.x_in[: copies * self.job.batch], self.t[: copies * self.job.batch]
+
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+        """One fused stage."""
+        job, table = self.job, self.job.tables[k]
+        raws, variance = job.predictions(raws)
+        for raw in raws:
+            job.check_raw(raw)
+        z = None
+        if table.draw is not None and noise is not None:
+            z = self._outside(noise, table.draw, *table.span)
+        if table.variance is not None and variance is not None and table.draw is not None:
+            if z is None:
+                z = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
+                self._noise.fill(z, self.streams.device, table.draw, philox.STEP)
+            z = z * job.denoiser.noise_factor(variance.float(), table.variance)
+        self._stage(raws, self.variant(k)[1], z)
+
+    # --- launches ---
+
+    def _draw_latent(self) -> None:
+        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
+        self.state[0].mul_(self.sigma)
+
+    def _tick(self, copies: int) -> None:
+        batch = self.job.batch
+        self._step.tick(self.counter, self.times, self.t[: copies * batch], batch)
+
+    def _init_stage(self, z: Array | None = None) -> None:
+        self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
+
+    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
+        raws = [self._plain(raw) for raw in raws]
+        self._launch(self.structure, copies, raws, z, *self._reductions(raws))
+
+    def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
+        """p and the limit of each sample, where the stage must look at whole samples first."""
+        clip, numbers = self.job.denoiser.clip, self.numbers
+        p = limit = None
+        if self.scratch is None:
+            return p, limit
+        if self.job.denoiser.rescale and len(raws) > 1:
+            p = self.reduced
+            self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
+        if dynamic(clip):
+            limit = self.reduced[:, 4:]
+            self._reduce.threshold(
+                numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
+                self.scratch, rescaled=p is not None,
+            )  # fmt: skip
+        return p, limit
+
+    def _launch(
+        self,
+        structure: Any,
+        copies: int,
+        raws: Sequence[Array],
+        z: Array | None,
+        own_p: Array | None = None,
+        own_limit: Array | None = None,
+    ) -> None:
+        self._step.run(
+            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
+            streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
+        )  # fmt: skip
+
+    def _plain(self, raw: Array) -> Array:
+        """A raw as the kernel reads it. Other strides (channels-last) are copied, once; float64 is rounded first."""
+        raw = raw.detach()
+        return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
+
+    def _outside(self, noise: NoiseSource, draw: int, at: Any, to: Any) -> Array:
+        return self.frame.array(outside_noise(noise, draw, at, to, self.job.shape), "float32")
+
+    # --- results ---
+
+    def release(self) -> None:
+        if self.free is not None:
+            self.free.record(self.torch.cuda.current_stream(self.frame.device))
+
+    def x(self, k: int) -> Array:
+        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
+        return self.state[self.job.tables[k].writes[0]].reshape(self.job.shape)
+
+    def x0(self, k: int) -> Array:
+        return self.state[self.job.program.x0[k]].reshape(self.job.shape)
+
+
+def calls(job: Job) -> int:
+    """How many denoiser calls a recorded loop of a job makes."""
+    return max(len(job.tables), job.capacity)
+
+
+def structure(job: Job) -> Any:
+    """See `TritonJob`."""
+    from fewstep.kernels import triton_step
+
+    tables: Sequence[StageTable] = job.tables
+    return triton_step.Structure(
+        slots=max(len(table.slots) for table in tables),
+        outputs=max(len(table.writes) for table in tables),
+        predict=any(table.p is not None for table in tables),
+        clip=job.denoiser.clip is not None,
+        noise=any(table.draw is not None for table in tables),
+    )
+
+
+def dynamic(clip: Any) -> bool:
+    """Whether a clip's bound comes from the sample itself."""
+    return clip is not None and not isinstance(clip, (int, float))
+
+
+def order_statistic(clip: Any, elements: int) -> np.ndarray:
+    """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, else zeros."""
+    if not dynamic(clip):
+        return np.zeros(3)
+    position = clip.quantile * (elements - 1)
+    return np.array([int(position), position - int(position), clip.maximum])
+
+
+def signature(job: Job) -> tuple[Any, ...]:
+    """See `TritonJob`."""
+    program, denoiser = job.program, job.denoiser
+    stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
+    stages += [stages[-1]] * (calls(job) - len(stages))
+    return (
+        tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
+        denoiser.variance, denoiser.clip is None, dynamic(denoiser.clip), bool(denoiser.rescale), job.shape,
+        job.model_dtype, job.time_dtype,
+    )  # fmt: skip
+
+
+def check(job: Job) -> None:
+    """Raises ValueError for what the GPU kernels do not do, naming what would work."""
+    if job.dtype != "float32":
+        raise ValueError(f"dtype={job.dtype!r}: backend='triton' keeps its state in float32; use backend='naive'")
+    if job.model_dtype == "float64":
+        raise ValueError("backend='triton' takes models of 16 or 32 bits, this one is float64: use backend='naive'")
+
+
+def trouble(frame: Frame) -> str | None:
+    """Why the GPU kernels cannot run on a frame's device, and what would; None if they can."""
+    if not isinstance(frame, TorchFrame):
+        return "it runs on torch tensors, and this denoiser is a NumPy one: pass device='cuda', or use backend='numba'"
+    try:
+        import triton
+    except ImportError:
+        return "it needs triton: pip install 'fewstep[gpu]', or use backend='naive'"
+    if frame.device.startswith("cuda") or triton.knobs.runtime.interpret:
+        return None
+    return f"it needs a CUDA device, and the model is on {frame.device}: move it, or use backend='numba' on a CPU"

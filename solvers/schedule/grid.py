@@ -1,0 +1,409 @@
+"""Grids: the points a sampler visits, from noise to data.
+
+:func:`grid` gives a spacing (`fewstep.solvers.schedule.spacings`) the ends, appends the clean point and checks the
+outcome; a :class:`Grid` can be cut, joined, refined and turned round.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fewstep.solvers.options import between, one_of
+from fewstep.solvers.schedule.process import Array, Flow, Point, Process
+from fewstep.solvers.schedule.spacings import SPACINGS
+
+# Options that every spacing takes, with their defaults.
+_COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
+
+# How `Grid.extend` divides a step: shares of it from shares of its parts.
+_DIVISIONS: dict[str, Callable[[Array], Array]] = {
+    "linear": lambda x: x,
+    "cosine": lambda x: np.sin(x * math.pi / 2.0),
+    "sine": lambda x: 1.0 - np.cos(x * math.pi / 2.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """steps + 1 points of a process with strictly decreasing noise (or rising, see :meth:`flip`).
+
+    Attributes:
+        process: the process the points belong to.
+        t, alpha, sigma: float64 (steps + 1,), read-only; the marginal at point i is
+            x = alpha[i] * x0 + sigma[i] * eps, and t[i] is what the denoiser is told.
+
+    Raises:
+        ValueError: for arrays that disagree in shape, have fewer than 2 entries, hold NaN, inf or a negative
+            scale, or whose sigma / alpha does not strictly decrease (or strictly increase).
+    """
+
+    process: Process
+    t: Array
+    alpha: Array
+    sigma: Array
+
+    def __post_init__(self) -> None:
+        for name in ("t", "alpha", "sigma"):
+            array = _vector(name, getattr(self, name))
+            _reject(name, array, ~np.isfinite(array), "is not finite")
+            if name != "t":
+                _reject(name, array, array < 0.0, "is negative")
+            object.__setattr__(self, name, _fixed(array))
+        if not self.t.shape == self.alpha.shape == self.sigma.shape:
+            shapes = f"{self.t.shape}, {self.alpha.shape}, {self.sigma.shape}"
+            raise ValueError(f"t, alpha and sigma have shapes {shapes}: they must be the same")
+        _reject("sigma", self.sigma, (self.sigma == 0.0) & (self.alpha == 0.0), "has alpha = 0 as well")
+        if not self.rising:
+            _decreasing("sigma / alpha", self.ratio)
+        elif np.any(np.diff(self.ratio) <= 0.0):
+            raise ValueError("sigma / alpha rises from first to last: it must then strictly increase")
+
+    @classmethod
+    def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:
+        """The grid through given noise-to-signal ratios.
+
+        Args:
+            process: any process.
+            ratios: (steps + 1,) values of sigma / alpha, strictly decreasing; the last may be 0, the first
+                may be inf where the process reaches alpha = 0.
+
+        Raises:
+            ValueError: naming the first entry that is NaN, out of range or not below the one before it.
+        """
+        array = _vector("ratios", ratios)
+        _reject("ratios", array, np.isnan(array), "is NaN")
+        _decreasing("ratios", array)
+        return cls(process, *process.point_at_sigma(array))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_times(cls, process: Process, t: ArrayLike) -> Grid:
+        """The grid through given times of the process.
+
+        Args:
+            process: any process.
+            t: (steps + 1,) times, strictly decreasing; the last may be the clean time ``process.clean.t``.
+
+        Raises:
+            ValueError: naming the first entry that is NaN, out of range or not below the one before it.
+        """
+        array = _vector("t", t)
+        _reject("t", array, ~np.isfinite(array), "is not finite")
+        _decreasing("t", array)
+        return cls(process, *process.point(array))  # type: ignore[arg-type]
+
+    @property
+    def steps(self) -> int:
+        return self.t.size - 1
+
+    @property
+    def rising(self) -> bool:
+        """Whether noise grows from the first point to the last, as on the way from data to its latent."""
+        return bool(self.ratio[-1] > self.ratio[0])
+
+    # Builders ask for these at every step.
+
+    @cached_property
+    def ratio(self) -> Array:
+        """sigma / alpha, float64 (steps + 1,), read-only; inf where alpha is 0."""
+        with np.errstate(divide="ignore", over="ignore"):
+            return _fixed(np.divide(self.sigma, self.alpha))
+
+    @cached_property
+    def lam(self) -> Array:
+        """log(alpha / sigma), half the log-SNR, float64 (steps + 1,), read-only; inf at sigma 0, -inf at alpha 0."""
+        with np.errstate(divide="ignore"):
+            return _fixed(-np.log(self.ratio))
+
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
+        """The points as Python floats, noisiest first."""
+        values = zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
+        return tuple(Point(*each) for each in values)
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[Point, Point], ...]:
+        """(s, t) of each step: the point it leaves and the one it reaches."""
+        return tuple(pairwise(self.points))
+
+    def tail(self, start: float) -> Grid:
+        """The grid that skips the first int(start * steps) steps (img2img with strength 1 - start).
+
+        Raises:
+            ValueError: unless 0 <= start < 1 and at least one step is left.
+        """
+        if not (isinstance(start, (int, float)) and 0.0 <= start < 1.0):
+            raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
+        skip = int(start * self.steps)
+        if skip >= self.steps:
+            raise ValueError(f"start = {start} leaves none of the {self.steps} steps")
+        return self._cut(slice(skip, None))
+
+    def split(self, step: int) -> tuple[Grid, Grid]:
+        """The first `step` steps, and the others; they share the point between them (ComfyUI's SplitSigmas).
+
+        Raises:
+            ValueError: unless 1 <= step <= steps - 1, so that both have a step.
+        """
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 1 <= step < self.steps:
+            raise ValueError(f"step = {step!r}: split takes an int with 1 <= step < steps = {self.steps}")
+        return self._cut(slice(None, step + 1)), self._cut(slice(step, None))
+
+    def concatenate(self, *others: Grid) -> Grid:
+        """This grid and then others of the same process; the inverse of :meth:`split`.
+
+        Where one begins at the point at which the one before it ends, that point is there once.
+
+        Raises:
+            ValueError: for another process, or if noise does not go on decreasing (after a clean point it
+                cannot).
+        """
+        points = list(self.points)
+        for other in others:
+            if other.process != self.process:
+                raise ValueError(f"concatenate: a grid of {other.process!r} cannot follow {self.process!r}")
+            points += other.points[1:] if other.points[0] == points[-1] else other.points
+        t, alpha, sigma = map(np.array, zip(*points, strict=True))
+        return Grid(self.process, t, alpha, sigma)
+
+    def extend(
+        self,
+        steps: int,
+        start_at_sigma: float = math.inf,
+        end_at_sigma: float = 0.0,
+        spacing: str = "linear",
+    ) -> Grid:
+        """Each step that starts between two levels, in `steps` parts (ComfyUI's ExtendIntermediateSigmas).
+
+        Args:
+            steps: >= 1.
+            start_at_sigma, end_at_sigma: the largest and the smallest level at which a step to divide starts.
+                Levels are sigma / alpha; on Flow t = sigma.
+            spacing: "linear", "cosine" or "sine" in the level.
+
+        Raises:
+            ValueError: an argument out of range, or a step from alpha = 0 whose level is infinite (VP).
+        """
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+            raise ValueError(f"steps = {steps!r}: extend takes an int >= 1")
+        one_of("spacing", spacing, tuple(_DIVISIONS))
+        shares = _DIVISIONS[spacing](np.linspace(0.0, 1.0, steps + 1)[1:-1]).tolist()
+        levels = [self.process.level(ratio) for ratio in self.ratio.tolist()]
+        points: list[Point] = []
+        for (s, _), (a, b) in zip(self.pairs, pairwise(levels), strict=True):
+            points.append(s)
+            if shares and end_at_sigma <= a <= start_at_sigma:
+                if not math.isfinite(a):
+                    raise ValueError("extend cannot divide a step from alpha = 0: set a finite start_at_sigma")
+                points += [self.process.at_level(a + share * (b - a)) for share in shares]
+        t, alpha, sigma = map(np.array, zip(*points, self.points[-1], strict=True))
+        return Grid(self.process, t, alpha, sigma)
+
+    def flip(self, sigma_min: float = 1e-4) -> Grid:
+        """The same points from the last to the first: from data to its latent (ComfyUI's FlipSigmas).
+
+        Args:
+            sigma_min: the ratio sigma / alpha that stands for a clean end, from which no ODE step can start.
+
+        Only the deterministic solvers can follow rising noise: a draw cannot be taken back.
+
+        Raises:
+            ValueError: sigma_min is not between 0 and the next point's ratio.
+        """
+        t, alpha, sigma = (array[::-1].copy() for array in (self.t, self.alpha, self.sigma))
+        if sigma[0] == 0.0:
+            if not 0.0 < sigma_min < self.ratio[-2]:
+                raise ValueError(
+                    f"sigma_min = {sigma_min}: it must be above 0 and below the next point's sigma / alpha, "
+                    f"{self.ratio[-2]:.6g}"
+                )
+            t[0], alpha[0], sigma[0] = self.process.point_at_sigma(sigma_min)
+        return Grid(self.process, t, alpha, sigma)
+
+    def _cut(self, part: slice) -> Grid:
+        return Grid(self.process, self.t[part], self.alpha[part], self.sigma[part])
+
+    def __len__(self) -> int:
+        """The number of points, steps + 1."""
+        return self.t.size
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Grid)
+            and self.process == other.process
+            and np.array_equal(self.t, other.t)
+            and np.array_equal(self.alpha, other.alpha)
+            and np.array_equal(self.sigma, other.sigma)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.process, self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes()))
+
+
+def _fixed(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
+
+
+def _vector(name: str, value: ArrayLike) -> Array:
+    """A float64 copy of a 1-D array with at least two entries."""
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} = {value!r} is not an array of numbers") from error
+    if array.ndim != 1 or array.size < 2:
+        raise ValueError(f"{name} has shape {array.shape}: a grid takes (steps + 1,) with steps >= 1")
+    return array
+
+
+def _reject(name: str, array: Array, bad: NDArray[np.bool_], why: str) -> None:
+    index = np.flatnonzero(bad)
+    if index.size:
+        raise ValueError(f"{name}[{index[0]}] = {array[index[0]]} {why}")
+
+
+def _decreasing(name: str, array: Array) -> None:
+    index = np.flatnonzero(~(array[1:] < array[:-1]))
+    if index.size:
+        i = int(index[0])
+        raise ValueError(
+            f"{name}[{i + 1}] = {array[i + 1]} is not below {name}[{i}] = {array[i]}: it must strictly decrease"
+        )
+
+
+def list_spacings() -> list[str]:
+    """The names that :func:`grid` takes, sorted."""
+    return sorted(SPACINGS)
+
+
+def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) -> Grid:
+    """A grid of N = ``steps`` steps from the noisiest point to clean data.
+
+    Time-type spacings act on the process's uniform time: VP's index, VE's and EDM's sigma, Flow's u before
+    ``shift``. With times t_first (noisiest), t_last and t_clean, k = 0 .. N-1:
+
+    - ``linspace``: N points from t_first to t_last (arXiv 2305.08891, Table 2); as ``trailing`` on Flow.
+    - ``leading``: t_last + k (t_first - t_clean) / N + ``steps_offset`` (= 0). N = 1 is t_last alone.
+    - ``trailing``: N equal steps from t_first to t_clean.
+    - ``quadratic``: N points linear in sqrt(t) (DDIM, arXiv 2010.02502, appendix D.2).
+    - ``beta``: quantiles 1 - k/N of Beta(``alpha`` = 0.6, ``beta`` = 0.6) (arXiv 2407.12173). Needs SciPy.
+    - ``sgm_uniform``: N + 1 points from t_first to t_last, without the last (ComfyUI).
+    - ``normal``: N points from t_first to t_last, on Flow too (ComfyUI).
+    - ``simple``: every (T/N)-th of the T discrete times, from the top (ComfyUI). T = 1000 if continuous.
+    - ``ddim_uniform``: the second of the T times and every floor(T/N)-th above it (ComfyUI).
+    - ``lcm``: N of the ``original_steps`` = 50 times of the distillation (LCM, arXiv 2310.04378; diffusers).
+
+    Sigma-type spacings act on sigma / alpha; on Flow, where that has no finite top, on t = sigma:
+
+    - ``karras``: linear in sigma^(1/``rho``), ``rho`` = 7 (EDM, arXiv 2206.00364, equation 5).
+    - ``exponential``: linear in log sigma.
+    - ``polyexponential``: log sigma linear in ramp^``rho``, ``rho`` = 1 (k-diffusion).
+    - ``kl_optimal``: linear in arctan sigma (Align Your Steps, arXiv 2404.14507, for Gaussian data).
+    - ``linear_quadratic``: ``linear_steps`` (= N / 2) equal small steps that take ``threshold_noise`` = 0.025
+      of sigma, then a parabola (Mochi; Movie Gen, arXiv 2410.13720).
+    - ``logsnr``: linear in log(alpha / sigma), on Flow too (DPM-Solver, arXiv 2206.00927, section 3.4).
+    - ``laplace``: quantiles of a Laplace distribution of log sigma, ``mu`` = 0, ``beta`` = 0.5, cut at the
+      ends (arXiv 2407.03297; ComfyUI). On sigma / alpha, on Flow too, as the next one.
+    - ``vp``: linear in the time of the VP SDE, sigma^2 + 1 = exp(``beta_d`` t^2 / 2 + ``beta_min`` t), 19.9
+      and 0.1 (arXiv 2011.13456; k-diffusion, whose own ends are t = 1 and 0.001: sigma 152.2 and 0.0105).
+
+    A table that was searched for on one network keeps its own ends, unless ``sigma_min`` or ``sigma_max``
+    stretch it, and is log-linear in sigma for other N (any other such table enters by ``Grid.from_sigmas``):
+
+    - ``ays``: Align Your Steps, ``variant`` sd15, sdxl or svd (arXiv 2404.14507), as sigma / alpha.
+
+    Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr``,
+    ``laplace``, ``vp`` and, at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete
+    ratio (on Flow, u = 0.999).
+
+    Args:
+        process: any process.
+        steps: N >= 1.
+        spacing: a name of :func:`list_spacings`.
+        options: those in the table, and for every spacing
+
+            - ``final_zero=True``: N noisy points, then the clean one. False: N + 1 noisy points, from first
+              to last.
+            - ``sigma_min``, ``sigma_max``: ratios sigma / alpha that replace the process's own ends.
+              ``trailing`` goes towards the clean end, and uses ``sigma_min`` only if ``final_zero`` is False.
+            - ``shift`` (Flow): takes the place of the process's own for this grid, whose points stay the
+              process's; see :meth:`Flow.dynamic` for one that depends on the resolution.
+            - ``shift_terminal`` (Flow): 1 - t is stretched so that the last noisy time is this (LTX-Video;
+              diffusers).
+            - ``round_times=False`` (linspace, leading, trailing, quadratic, beta, normal): whole times, as
+              diffusers' schedulers (and ComfyUI's beta) have them; only on processes with discrete times.
+
+    Returns:
+        A grid with float64 arrays of shape (N + 1,).
+
+    Raises:
+        ValueError: unknown spacing (with the closest names), steps not an int >= 1, an option out of range,
+            points that coincide.
+        TypeError: an option that the spacing does not take (with those it takes).
+    """
+    if not isinstance(spacing, str) or spacing not in SPACINGS:
+        close = difflib.get_close_matches(str(spacing), list_spacings(), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"one of {list_spacings()}"
+        raise ValueError(f"spacing = {spacing!r} is unknown: {hint}")
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
+    axis, rule = SPACINGS[spacing]
+    own = list(inspect.signature(rule).parameters)[1:]
+    unknown = sorted(set(options) - set(own) - set(_COMMON))
+    if unknown:
+        raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {own + list(_COMMON)}")
+
+    final_zero, sigma_min, sigma_max, shift, terminal = (options.pop(k, d) for k, d in _COMMON.items())
+    owner = process
+    for name, value in (("shift", shift), ("shift_terminal", terminal)):
+        if value is not None and not isinstance(process, Flow):
+            raise ValueError(f"{name} = {value!r} moves the times of a Flow, not those of {process!r}")
+    if shift is not None:
+        process = replace(process, shift=shift)  # type: ignore[type-var]
+    if options.get("round_times") and process.timesteps is None:
+        raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
+    _check_ends(process, sigma_min, sigma_max)
+    layout = axis.layout(process, int(steps), bool(final_zero), sigma_min, sigma_max)
+    coordinates = rule(layout, **options)
+    _decreasing(f"spacing {spacing!r} with steps = {steps}: coordinates", coordinates)
+    points = axis.points(process, coordinates)
+    if terminal is not None:
+        points = _stretch(process, points, terminal)
+    if final_zero:
+        points = Point(*map(np.append, points, process.clean))  # type: ignore[arg-type]
+    return Grid(owner, *points)  # type: ignore[arg-type]
+
+
+def _stretch(process: Process, points: Point, terminal: float) -> Point:
+    """1 - t times a constant, so that the last time is `terminal` (LTX-Video)."""
+    between("shift_terminal", terminal, 0.0, 1.0)
+    t = np.asarray(points.t)
+    if t.size < 2 or t[-1] == 1.0:
+        raise ValueError(f"shift_terminal = {terminal} needs two noisy points at least, one below t = 1")
+    return process.point(1.0 - (1.0 - t) * ((1.0 - terminal) / (1.0 - t[-1])))
+
+
+def _check_ends(process: Process, sigma_min: float | None, sigma_max: float | None) -> None:
+    low = process.sigma_min if sigma_min is None else sigma_min
+    high = math.inf if sigma_max is None else sigma_max
+    if not 0.0 < low < high or sigma_max == math.inf:
+        raise ValueError(
+            f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: grid takes 0 < sigma_min < sigma_max < inf "
+            f"(by default {process.sigma_min:.6g} and {process.sigma_max:.6g} on {process!r})"
+        )
+    # The layout would only find out after a division or a root: name the option instead.
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if value is not None:
+            try:
+                process.point_at_sigma(value)
+            except ValueError as error:
+                raise ValueError(f"{name} = {value} is not a ratio of the process: {error}") from error

@@ -1,0 +1,173 @@
+"""What a denoiser is, in a few numbers: its predictions on fixed inputs.
+
+A tuned plan belongs to one denoiser. Its weights, its guidance and its process all show in its x0 predictions; dtype
+and device move them by rounding only. So the predictions themselves are kept and compared with a tolerance: a hash of
+rounded ones would change whenever one of them lies near a rounding edge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.families.coordinates import FRAMES
+from fewstep.solvers.plans.plan import PREDICTION, Plan
+from fewstep.solvers.plans.plan_file import read_plan
+from fewstep.solvers.run.arrays import Frame, TorchFrame
+from fewstep.solvers.run.checks import model_frame
+from fewstep.solvers.run.per_sample import SEEN, Batch
+from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.tune.ensemble import latents, spread_conditions
+
+# Flow times sigma / (alpha + sigma) of the probes: where a denoiser decides, from layout to detail.
+_LEVELS = (0.9, 0.7, 0.5, 0.3)
+_SAMPLES = 2
+_ELEMENTS = 16
+_SEED = 0x66657773  # "fews"
+
+# RMS over the predictions, relative to their own. The digits network in bfloat16 makes 0.003, a change of each of its
+# weights by a fiftieth 0.013, guidance 2 instead of none 0.4.
+TOLERANCE = 0.01
+
+# A condition with more numbers than this is not kept in a plan file.
+_KEPT = 4096
+
+
+def fingerprint(denoiser: Any, shape: Sequence[int], cond: Any = None, device: Any = None) -> list[float]:
+    """The x0 predictions, guided as the denoiser is, at fixed inputs: four levels, two samples, 16 elements of each.
+
+    shape  of a sample, without the batch axis
+    cond   as for `Sampler`; the first two entries of its arrays are used
+    """
+    frame = model_frame(denoiser, device)
+    conds = spread_conditions(denoiser, frame, cond, range(_SAMPLES))
+    batch = Batch(denoiser, frame, "naive", "float64", (_SAMPLES, *shape), conds)
+    signal, noise = (latents(_SAMPLES, shape, _SEED, first).reshape(_SAMPLES, -1) for first in (0, _SAMPLES))
+    chosen = np.unique(np.linspace(0, noise.shape[1] - 1, _ELEMENTS).astype(int))
+    values: list[float] = []
+    for point in _points(denoiser.process):
+        u = batch.array(point.alpha * 0.5 * signal + point.sigma * noise)
+        with frame.torch.no_grad() if isinstance(frame, TorchFrame) else np.errstate():
+            outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
+            found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
+        values += frame.to_numpy(found)[:, chosen].ravel().tolist()
+    return [float(f"{value:.7g}") for value in values]
+
+
+def _points(process: Any) -> list[Point]:
+    points = [Point(*process.point_at_sigma(FRAMES["flow"].ratio(u))) for u in _LEVELS]
+    # A network of discrete times may know no others.
+    return points if process.timesteps is None else [Point(*process.point(float(round(p.t)))) for p in points]
+
+
+def difference(found: Sequence[float], kept: Sequence[float]) -> float:
+    """RMS difference over the RMS of the kept values; infinite where the two are not of one length."""
+    if len(found) != len(kept) or not np.all(np.isfinite(found)):
+        return float("inf")
+    a, b = np.asarray(found), np.asarray(kept)
+    return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-12))
+
+
+def digest(*parts: Any) -> str:
+    """A name for a file that depends on all parts: arrays by their bytes, the rest by their repr."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        hashed.update(b"|")
+    return hashed.hexdigest()[:32]
+
+
+# --- conditions of the probes in a plan file ---
+
+
+def keep_conditions(denoiser: Any, frame: Frame, cond: Any) -> list[dict[str, Any]] | None:
+    """The condition of the probes as JSON's own types; None if it is too large, or no numbers and text."""
+    kept, count = [], 0
+    for one in spread_conditions(denoiser, frame, cond, range(_SAMPLES)):
+        own: dict[str, Any] = {}
+        for name, value in one.items():
+            if frame.is_array(value):
+                dtype = frame.dtype_of(value)
+                if dtype.removeprefix("u").rstrip("0123456789") not in ("int", "float", "bool"):
+                    return None
+                values = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+                count += values.size
+                own[name] = {"dtype": dtype, "values": values.tolist()}
+            elif value is None or isinstance(value, (str, int, float, bool)):
+                own[name] = value
+            else:
+                return None
+        kept.append(own)
+    return kept if count <= _KEPT else None
+
+
+def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dict[str, Any]]:
+    """The inverse of `keep_conditions`, in arrays of the model's library."""
+
+    def array(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        values = np.array(value["values"], dtype=value["dtype"])
+        if isinstance(frame, TorchFrame):
+            return frame.torch.from_numpy(values).to(frame.device)
+        return values
+
+    return [{name: array(value) for name, value in one.items()} for one in kept]
+
+
+def check_plan(plan: Any, denoiser: Any, cond: Any = None, device: Any = None, where: str = "plan") -> None:
+    """Raises ValueError unless a tuned plan was fitted to this denoiser under this guidance. Other plans fit all.
+
+    cond  as for `tune`, where the plan does not hold the probes' own
+    """
+    if plan.grid.process != denoiser.process:
+        raise ValueError(f"{where} was laid out on {plan.grid.process!r}, the denoiser has {denoiser.process!r}")
+    record = plan.options.get("tuning")
+    if record is None:
+        return
+    force = "tune one for it, or load with force=True (on another denoiser a tuned plan can be far worse than none)"
+    guidance = guidance_as_json(denoiser.guidance)
+    if guidance != record["guidance"]:
+        raise ValueError(f"{where} was tuned under guidance {record['guidance']}, the denoiser has {guidance}: {force}")
+    if cond is None:
+        if record["cond"] is None:
+            raise ValueError(f"{where} does not hold the condition it was tuned under: give cond= as for fewstep.tune")
+        cond = kept_conditions(record["cond"], model_frame(denoiser, device))
+    away = difference(fingerprint(denoiser, record["shape"], cond, device), record["fingerprint"])
+    if not away <= TOLERANCE:
+        raise ValueError(
+            f"{where} was tuned on another denoiser: predictions on the probes differ by {away:.2g} of their size, "
+            f"and {TOLERANCE:g} is the most that dtype and device make: {force}"
+        )
+
+
+def load_plan(
+    path: str | Path, denoiser: Any = None, *, cond: Any = None, device: Any = None, force: bool = False
+) -> Plan:
+    """The plan in a file that `save_plan` wrote, checked against the denoiser that it is for.
+
+    denoiser  needed for a tuned plan, which belongs to one denoiser and one guidance: it is called on a few fixed
+              inputs, and its predictions are compared with those kept in the file
+    cond      what `tune` was given, where the file does not hold the condition of those inputs (a large one)
+    force     skip that check
+
+    Raises FileNotFoundError, or ValueError that names the field or says what the plan was tuned for.
+    """
+    plan = read_plan(path)
+    if denoiser is not None and not force:
+        check_plan(plan, denoiser, cond, device, str(path))
+    elif "tuning" in plan.options and not force:
+        raise ValueError(f"{path} holds a tuned plan, which belongs to one denoiser: give denoiser=, or force=True")
+    return plan
+
+
+def guidance_as_json(guidance: Any) -> dict[str, Any] | None:
+    """A `CFG` as JSON's own types."""
+    if guidance is None:
+        return None
+    plain = {name: float(getattr(guidance, name)) for name in ("rescale", "start", "stop")}
+    return {"scale": list(guidance.scales), **plain}

@@ -1,0 +1,234 @@
+"""Plans with free times and free increments over a hand-made multistep rule: what `fewstep.tune` fits.
+
+With u = sigma / (alpha + sigma), flow time, which is finite wherever a process starts:
+
+    u_k = u_{k-1} exp(-exp(theta_k)),  u_N = 0                     monotone times, k = 1 .. N - 1
+    x'  = base rule at these times + sum_j c_kj (d_k - d_j) w_k    increments over older features d_j
+    the network is told log u_k + shift_k                          decoupled, where asked for
+
+d is what the base rule keeps of old calls: x0 predictions (DPM-Solver++, UniPC), noise predictions (DEIS) or slopes
+(iPNDM); w_k is the weight of a change of d_k in the first-order step, so that every c is of the order of one. The
+increments sum to zero: a constant prediction stays exact, and the marginals with it. The free numbers are those of
+Bespoke Non-Stationary solvers (Shaul et al. 2024); starting from a recomputed rule keeps them well conditioned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout
+from fewstep.solvers.families.adams import history as slope_history
+from fewstep.solvers.families.coordinates import FRAMES, pick_frame
+from fewstep.solvers.families.exponential import noise_prediction, shift_history, shift_noise_history
+from fewstep.solvers.options import one_of
+from fewstep.solvers.plans.plan import Plan, Row, Stage, first_order, make_plan
+from fewstep.solvers.plans.registry import get_solver
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Array, Point
+
+SOLVER = "tuned"
+WHAT = ("all", "times")
+
+# Beyond these a step would be of no length, or the rest of the way (in theta), or another network (in shifts).
+_LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0)}
+
+_FLOW = FRAMES["flow"]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """What a rule keeps of each call. Slots `prefix`1, `prefix`2 ... hold the older ones.
+
+    newest   the row of the feature of the call at point k over x and m
+    history  (grid, k, known, depth) -> the rows that shift the history after call k
+    weight   d m / d feature at point k
+    other    slots beside x and the history
+    """
+
+    prefix: str
+    newest: Callable[[Grid, int], Row]
+    history: Callable[[Grid, int, int, int], Mapping[str, Row]]
+    weight: Callable[[Grid, int], float]
+    other: int = 0
+
+
+def _clock(grid: Grid, k: int) -> float:
+    return FRAMES[pick_frame(grid, None)].time(grid.points[k])
+
+
+_PREDICTION = Feature(
+    "h", lambda grid, k: {"m": 1.0}, lambda grid, k, known, depth: shift_history(k, depth), lambda grid, k: 1.0
+)
+_NOISE = Feature(
+    "e",
+    lambda grid, k: noise_prediction(grid.points[k]),
+    lambda grid, k, known, depth: shift_noise_history(grid.points[k], k, depth),
+    lambda grid, k: -grid.points[k].sigma / grid.points[k].alpha,
+)
+_SLOPE = Feature(
+    "d",
+    lambda grid, k: FRAMES[pick_frame(grid, None)].slope(grid.points[k]),
+    lambda grid, k, known, depth: slope_history(FRAMES[pick_frame(grid, None)], grid.points[k], known, depth),
+    lambda grid, k: -_clock(grid, k),
+)
+
+# The rules that can be tuned: one call a step, deterministic.
+BASES: Mapping[str, Feature] = {
+    "ddim": _PREDICTION,
+    "dpmpp_2m": _PREDICTION,
+    "dpmpp_3m": _PREDICTION,
+    "unipc": replace(_PREDICTION, other=1),
+    "deis": _NOISE,
+    "ipndm": _SLOPE,
+    "ipndm_v": _SLOPE,
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is fitted: the base rule, where its grid starts and ends, and which numbers are free.
+
+    base, options  a name of BASES and that solver's own options
+    first, last    the ends of the grid, which stay
+    steps          N, which is also the number of calls
+    what           "all", or "times" alone
+    decouple       whether the level that the network is told is free too
+    """
+
+    base: str
+    options: Mapping[str, Any]
+    first: Point
+    last: Point
+    steps: int
+    process: Any
+    what: str = "all"
+    decouple: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("base", self.base, tuple(BASES))
+        one_of("what", self.what, WHAT)
+        if self.last.sigma != 0.0:
+            raise ValueError(f"a tuned plan ends at sigma 0; this grid ends at sigma = {self.last.sigma:g}")
+
+    @classmethod
+    def of(cls, base: str, options: Mapping[str, Any], grid: Grid, what: str, decouple: bool) -> Rule:
+        points = grid.points
+        return cls(base, dict(options), points[0], points[-1], grid.steps, grid.process, what, decouple)
+
+    # --- the free numbers ---
+
+    @property
+    def depth(self) -> int:
+        """Older features that fit into the fused kernel beside x."""
+        return layout.SLOTS - 1 - BASES[self.base].other
+
+    def known(self, grid: Grid, k: int) -> int:
+        """Features older than call k. Where the slope's clock is infinite (alpha = 0) there is none."""
+        if BASES[self.base] is not _SLOPE:
+            return k
+        return sum(math.isfinite(_clock(grid, j)) for j in range(k))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers of each kind: theta, then c, then shift."""
+        n = self.steps
+        increments = sum(min(k, self.depth) for k in range(1, n)) if self.what == "all" else 0
+        return {"theta": n - 1, "c": increments, "shift": n - 1 if self.decouple else 0}
+
+    @property
+    def size(self) -> int:
+        return sum(self.sizes.values())
+
+    def start(self, grid: Grid) -> Array:
+        """The numbers that give the base rule on `grid`: its times, no increments, no shifts."""
+        u = np.array([_FLOW.time(p) for p in grid.points[:-1]])
+        theta = np.log(np.log(u[:-1] / u[1:]))
+        return np.concatenate([theta, np.zeros(self.size - theta.size)])
+
+    def widen(self, numbers: Array) -> tuple[Rule, Array]:
+        """The same plan with shifts, all zero, among the free numbers."""
+        wider = replace(self, decouple=True)
+        return wider, np.concatenate([numbers, np.zeros(wider.size - self.size)])
+
+    def _split(self, numbers: Array) -> dict[str, Array]:
+        if numbers.shape != (self.size,):
+            raise ValueError(f"a tuned plan of {self.steps} steps has {self.size} numbers, got {numbers.size}")
+        ends = np.cumsum([0, *self.sizes.values()])
+        parts = {name: numbers[a:b] for name, a, b in zip(self.sizes, ends[:-1], ends[1:], strict=True)}
+        for name, values in parts.items():
+            low, high = _LIMITS[name]
+            if values.size and not (values.min() >= low and values.max() <= high):
+                raise ValueError(f"{name} must stay within {low:g} and {high:g}, got {values.tolist()}")
+        return parts
+
+    # --- the plan ---
+
+    def grid(self, numbers: Array) -> Grid:
+        u = _FLOW.time(self.first) * np.exp(-np.cumsum(np.exp(self._split(numbers)["theta"])))
+        inner = [self.process.point_at_sigma(_FLOW.ratio(value)) for value in u.tolist()]
+        t, alpha, sigma = map(np.array, zip(self.first, *inner, self.last, strict=True))
+        return Grid(self.process, t, alpha, sigma)
+
+    def stages(self, numbers: Array) -> list[Stage]:
+        """The plan's stages. Raises ValueError for numbers out of range."""
+        parts = self._split(numbers)
+        grid = self.grid(numbers)
+        made = [s for s in get_solver(self.base).build(grid, **self.options) if isinstance(s, Stage)]
+        if parts["c"].size:
+            made = self._with_increments(grid, made, parts["c"])
+        return self._told(made, parts["shift"]) if self.decouple else made
+
+    def _with_increments(self, grid: Grid, stages: list[Stage], c: Array) -> list[Stage]:
+        feature, out, used = BASES[self.base], [], 0
+        for k, (stage, (s, t)) in enumerate(zip(stages, grid.pairs, strict=True)):
+            count, known = min(k, self.depth), self.known(grid, k)
+            own = c[used : used + count][:known]
+            used += count
+            weight = first_order(s, t)["m"] * (feature.weight(grid, k) if own.size else 0.0)
+            x = dict(stage.rows["x"])
+            for j, value in enumerate((own * weight).tolist(), 1):
+                x[f"{feature.prefix}{j}"] = x.get(f"{feature.prefix}{j}", 0.0) - value
+            total = float(np.sum(own)) * weight
+            for source, coefficient in feature.newest(grid, k).items() if own.size else ():
+                x[source] = x.get(source, 0.0) + total * coefficient
+            # The base rule's own history, only deeper.
+            finite = feature is not _SLOPE or math.isfinite(_clock(grid, k))
+            deeper = feature.history(grid, k, known, self.depth) if finite else {}
+            out.append(replace(stage, rows={**stage.rows, **deeper, "x": x}))
+        return out
+
+    def _told(self, stages: list[Stage], shift: Array) -> list[Stage]:
+        """The first call stays: a process may have no noisier level to tell."""
+        top = _FLOW.time(self.first)
+        out = stages[:1]
+        for stage, value in zip(stages[1:], shift.tolist(), strict=True):
+            u = min(_FLOW.time(stage.at) * math.exp(value), top)
+            out.append(replace(stage, at=Point(*self.process.point_at_sigma(_FLOW.ratio(u)))))
+        return out
+
+    def plan(self, numbers: Array, record: Mapping[str, Any] | None = None) -> Plan:
+        """The checked plan; its options hold all that `rule_of` needs to make it again."""
+        options: dict[str, Any] = {
+            "base": self.base,
+            "base_options": dict(self.options),
+            "what": self.what,
+            "decouple": self.decouple,
+            "numbers": np.asarray(numbers).tolist(),
+        }
+        if record is not None:
+            options["tuning"] = dict(record)
+        return make_plan(SOLVER, self.grid(numbers), self.stages(numbers), options, 1.0)
+
+
+def rule_of(plan: Plan) -> tuple[Rule, Array]:
+    """The rule and the numbers of a tuned plan. Raises ValueError for any other plan."""
+    if plan.solver != SOLVER or "numbers" not in plan.options:
+        raise ValueError(f"a plan of solver {plan.solver!r} was not tuned: start from one that fewstep.tune returned")
+    o = plan.options
+    rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"])
+    return rule, np.array(o["numbers"], dtype=np.float64)

@@ -1,0 +1,187 @@
+"""Tuned plans for a range of guidance scales: one table of numbers a scale, interpolated between them where that pays.
+
+A plan belongs to its guidance, because guidance is part of the field that it follows. Fits at neighbouring scales that
+start from each other stay near each other, so that the numbers between two scales are those of a good plan, too: it
+is measured at the middle of each pair against the best hand-made plan there, and refused where it is not better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.plan_file import check_format, dumps, plan_as_json, plan_from_json, read_json
+from fewstep.solvers.tune.ensemble import unroll
+from fewstep.solvers.tune.fingerprint import check_plan
+from fewstep.solvers.tune.tuned import rule_of
+from fewstep.solvers.tune.tuning import best_hand_made, study, tune
+
+FORMAT, VERSION = "fewstep plan range", 1
+
+
+@dataclass(frozen=True)
+class PlanRange:
+    """Plans of increasing guidance scales. Made by `tune_range`.
+
+    scales  increasing
+    plans   one a scale, each a `Plan` with its record in options["tuning"]
+    gains   for each pair of neighbours, the best hand-made plan's RMSE at the middle over the interpolated one's;
+            None where one of the two was not fitted, so that there is nothing to interpolate
+    """
+
+    scales: tuple[float, ...]
+    plans: tuple[Plan, ...]
+    gains: tuple[float | None, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.plans) != len(self.scales) or len(self.gains) != len(self.scales) - 1:
+            raise ValueError(
+                f"a range of {len(self.scales)} scales takes as many plans and one gain less, "
+                f"got {len(self.plans)} and {len(self.gains)}"
+            )
+        if not all(a < b for a, b in pairwise(self.scales)):
+            raise ValueError(f"scales must increase, got {self.scales}")
+
+    def plan(self, scale: float) -> Plan:
+        """The plan for a scale: its own, or the one between its neighbours.
+
+        Raises ValueError outside the range, and between two scales where the interpolated plan was no better than the
+        best hand-made one.
+        """
+        for own, plan in zip(self.scales, self.plans, strict=True):
+            if scale == own:
+                return plan
+        if not self.scales[0] < scale < self.scales[-1]:
+            raise ValueError(
+                f"guidance {scale!r} is outside the tuned range, {self.scales[0]:g} to {self.scales[-1]:g}: tune for it"
+            )
+        i = int(np.searchsorted(self.scales, scale)) - 1
+        gain = self.gains[i]
+        if gain is None or gain <= 1.0:
+            raise ValueError(
+                f"guidance {scale!r}: between {self.scales[i]:g} and {self.scales[i + 1]:g} no interpolated plan is "
+                "better than the best hand-made one: tune for it"
+            )
+        return between(self.plans[i], self.plans[i + 1], self.scales[i], self.scales[i + 1], scale)
+
+    def save(self, path: str | Path) -> None:
+        """Write the range to a JSON file, whole or not at all. Raises as `save_plan` does."""
+        path = Path(path)
+        if path.suffix != ".json":
+            raise ValueError(f"path {str(path)!r}: a range of plans is written as .json")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
+        text = dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "scales": list(self.scales),
+                "gains": list(self.gains),
+                "plans": [plan_as_json(plan) for plan in self.plans],
+            }
+        )
+        write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def load_range(
+    path: str | Path, denoiser: Any = None, *, cond: Any = None, device: Any = None, force: bool = False
+) -> PlanRange:
+    """What `PlanRange.save` wrote, its first plan checked against the denoiser as in `load_plan`."""
+    data = read_json(path)
+    check_format(data, str(path), FORMAT, VERSION)
+    for name in ("scales", "gains", "plans"):
+        if not isinstance(data.get(name), list):
+            raise ValueError(f"{path}: {name} must be a list")
+    for name, empty in (("scales", ()), ("gains", (None,))):
+        for value in data[name]:
+            if value not in empty and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{path}: {name} must be numbers, got {value!r}")
+    plans = tuple(plan_from_json(plan, f"{path}: plans[{i}]") for i, plan in enumerate(data["plans"]))
+    found = PlanRange(tuple(data["scales"]), plans, tuple(data["gains"]))
+    if not force:
+        if denoiser is None:
+            raise ValueError(f"{path} holds tuned plans, which belong to one denoiser: give denoiser=, or force=True")
+        check_plan(found.plans[0], denoiser.with_guidance(found.scales[0]), cond, device, str(path))
+    return found
+
+
+def between(low: Plan, high: Plan, a: float, b: float, scale: float) -> Plan:
+    """The plan whose numbers lie between those of two plans of one rule, tuned at scales a and b.
+
+    The guided prediction is linear in the scale, and so is the fingerprint that the plan is bound by.
+    """
+    (rule, first), (_, last) = rule_of(low), rule_of(high)
+    share = (scale - a) / (b - a)
+
+    def mixed(x: Any, y: Any) -> Any:
+        return (1.0 - share) * np.asarray(x) + share * np.asarray(y)
+
+    own = low.options["tuning"]
+    record = {
+        **{name: own[name] for name in ("cond", "shape", "seed", "seeds")},
+        "guidance": {**own["guidance"], "scale": [float(scale)]},
+        "fingerprint": mixed(own["fingerprint"], high.options["tuning"]["fingerprint"]).tolist(),
+        "between": [float(a), float(b)],
+    }
+    return rule.plan(mixed(first, last), record)
+
+
+def tune_range(
+    denoiser: Any,
+    nfe: int,
+    scales: Sequence[float],
+    *,
+    shape: Sequence[int],
+    cond: Any,
+    seeds: int = 64,
+    device: Any = None,
+    batch: int = 512,
+    cache: str | Path | None = "auto",
+    progress: bool | Callable[[str], None] = True,
+) -> PlanRange:
+    """Tuned plans of nfe calls for several scales of classifier-free guidance.
+
+    denoiser  its own guidance, if any, is replaced
+    scales    at least two, increasing
+    The rest as for `fewstep.tune`.
+
+    The first scale is fitted from the best hand-made plans, each later one from the one before it.
+    """
+    if len(scales) < 2 or not all(a < b for a, b in pairwise(scales)):
+        raise ValueError(f"scales must be at least two and increase, got {tuple(scales)}")
+    options: dict[str, Any] = {"shape": shape, "cond": cond, "device": device, "batch": batch, "cache": cache}
+    plans: list[Plan] = []
+    for scale in scales:
+        fitted = bool(plans) and plans[-1].options["tuning"]["fitted"]
+        base: str | Plan = plans[-1] if fitted else "auto"
+        plans.append(tune(denoiser.with_guidance(scale), nfe, seeds=seeds, base=base, progress=progress, **options))
+    gains: list[float | None] = []
+    for (a, b), (low, high) in zip(pairwise(scales), pairwise(plans), strict=True):
+        if not (_rule(low) and _rule(low) == _rule(high)):
+            gains.append(None)
+            continue
+        middle = (a + b) / 2.0
+        made = study(
+            denoiser.with_guidance(middle),
+            nfe,
+            splits={"train": seeds, "validation": max(16, seeds // 2)},
+            seed=0,
+            reference=None,
+            say=lambda text: None,
+            **options,
+        )
+        found = made.rmse(unroll(between(low, high, a, b, middle)))
+        gains.append(made.rmse(best_hand_made(made).candidate.unrolled) / found)
+    return PlanRange(tuple(map(float, scales)), tuple(plans), tuple(gains))
+
+
+def _rule(plan: Plan) -> Any:
+    """What two plans must share for their numbers to be mixed; None for a plan that was not fitted."""
+    return rule_of(plan)[0] if plan.options["tuning"]["fitted"] else None
