@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.loop import StepInfo as StepInfo
+    from fewstep.solvers.run.mixed import MixedRun as MixedRun
     from fewstep.solvers.run.sampler import Sampler as Sampler
-    from fewstep.solvers.run.sampler import StepInfo as StepInfo
     from fewstep.solvers.run.sampler import sample as sample
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
@@ -73,7 +74,8 @@ _HOME = {
     "list_spacings": "solvers.schedule.grid",
     "slerp": "solvers.run.latents",
     "Sampler": "solvers.run.sampler",
-    "StepInfo": "solvers.run.sampler",
+    "StepInfo": "solvers.run.loop",
+    "MixedRun": "solvers.run.mixed",
     "sample": "solvers.run.sampler",
     "Plan": "solvers.plans.plan",
     "PlanError": "solvers.plans.plan",

@@ -228,6 +228,7 @@ def _measure(
     cache: Any,
     known: Mapping[str, Any],
 ) -> Measured:
+    from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.tuning import fit_plan, starts_of, statistics, study
 
     begin = time.perf_counter()
@@ -235,8 +236,7 @@ def _measure(
         raise TypeError(
             f"{', '.join(known)}: a denoiser has its own process and guidance, so that nothing else is asked"
         )
-    if not hasattr(denoiser, "prologue"):
-        raise TypeError(f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}")
+    check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: that of one sample, without the batch axis")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:

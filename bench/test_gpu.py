@@ -143,7 +143,7 @@ def test_a_large_stage_beside_a_copy(name: str, dtype: str, guided: bool, rows: 
     solver, options, share = SOLVERS[name]
     gate(solver, dtype, guided, options)
     made = sampler(solver, LARGE, denoiser(dtype, guided), 8, "off", **options)
-    run = made._compiled.idle[False][0]
+    run = made._now.idle[False][0].run
     k = 4  # a stage in the middle: all of its history is live
     table = run.job.tables[k]
     branches, copies = run.variant(k)
@@ -181,7 +181,7 @@ def test_a_small_stage_beside_an_empty_node(name: str, rows: Rows) -> None:
     solver, options, _ = SOLVERS[name]
     gate(solver, "float16", True, options)
     made = sampler(solver, SMALL, denoiser("float16", True), 8, "off", **options)
-    run = made._compiled.idle[False][0]
+    run = made._now.idle[False][0].run
     branches, copies = run.variant(4)
     raws = [torch.randn(SMALL, device="cuda", dtype=torch.float16) for _ in branches]
     run.counter.fill_(5)
@@ -295,8 +295,7 @@ def test_a_loop_beside_an_eager_and_a_compiled_step(rows: Rows) -> None:
 def test_replays_are_steady(rows: Rows) -> None:
     made = sampler("dpmpp_2m", SMALL, free(), 20, "loop")
     made(seed=0)
-    run = made._compiled.idle[False][0]
-    replay = lambda: run.graphs.loop(True)  # noqa: E731
+    replay = lambda: made._now.idle[False][0].graphs.loop(True)  # noqa: E731
     (times,) = turns([lambda: microseconds(replay)], 1000)
     rows.add("p99 beside p50 of 1000 replays", [percentile(times, 0.99)], times, ("<=", 1.1), "us", inverse=True)
 

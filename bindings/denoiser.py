@@ -222,6 +222,15 @@ class Denoiser:
     # --- what the loop asks ---
 
     @property
+    def bound(self) -> float | None:
+        """Of a static clip."""
+        return None if isinstance(self.clip, DynamicThreshold) else self.clip
+
+    @property
+    def threshold(self) -> DynamicThreshold | None:
+        return self.clip if isinstance(self.clip, DynamicThreshold) else None
+
+    @property
     def rescale(self) -> float:
         return self.guidance.rescale if self.guidance else 0.0
 

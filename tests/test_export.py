@@ -116,7 +116,7 @@ def test_outputs_that_are_no_prediction_are_refused():
         SamplerModule(fs.Denoiser(wide, VP, "epsilon", variance="learned_range"), plan)
     with pytest.raises(ValueError, match=r"the model returned shape \(3, 2, 8, 8\) for x of shape \(3, 1, 8, 8\)"):
         SamplerModule(fs.Denoiser(wide, VP, "epsilon"), plan)(latent())
-    with pytest.raises(ValueError, match="the model returned tuple, not a tensor like x"):
+    with pytest.raises(ValueError, match="the model returned tuple, not an array of torch"):
         SamplerModule(fs.Denoiser(lambda x, t: (x,), VP, "epsilon"), plan)(latent())
 
 

@@ -61,7 +61,7 @@ def test_a_prepared_plan_keeps_its_workspaces() -> None:
         assert list(first.idle[False]) == [run]
         made.update(second)
         assert list(second.idle[False]) == [other]
-        assert other.job is job
+        assert other.run.job is job
     made(seed=0)
     assert list(second.idle[False]) == [other]
 
@@ -73,7 +73,7 @@ def test_memory_goes_with_the_sampler(backend: str) -> None:
     prepared = made.prepare(plan(3))
     made.update(prepared)
     made(seed=0)
-    run = weakref.ref(prepared.idle[False][0])
+    run = weakref.ref(prepared.idle[False][0].run)
     del prepared
     gc.disable()
     try:

@@ -19,8 +19,8 @@ from torch import Tensor
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
 from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
-from fewstep.kernels.torch_ops import stage
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 
@@ -142,8 +142,11 @@ class Update:
         results: list[Tensor] = []
         for launch, w in zip(self.launches, tables.w, strict=True):
             narrow = launch.narrow is not None
-            live, dtype = [slots[j] for j in launch.live], self.narrow or self.dtype
-            rows = stage(live, launch.live, [raw], w, tables.c_in, int(narrow), dtype, tables.p, tables.limit, noise)
+            live = [slot if j in launch.live else None for j, slot in enumerate(slots)]
+            rows = stage(
+                live, [raw], w, z=noise, p=tables.p, limit=tables.limit, c_in=tables.c_in, copies=int(narrow),
+                model_dtype=self.narrow or self.dtype,
+            )  # fmt: skip
             if narrow:  # the copy for the model is the first result in its own dtype
                 rows[0] = rows.pop()
             results += rows
@@ -171,7 +174,7 @@ class Update:
             assert self.p is not None
             m = naive.combine([slots[0], raw.to(self.dtype)], self.p, slots[0])
             limit = naive.threshold(m, *self.quantile)
-        return naive.step(slots, [raw], self.w, z=z, p=self.p, limit=limit)
+        return stage(slots, [raw], self.w, z=z, p=self.p, limit=limit, backend="naive")
 
 
 class _Launch:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.kernels import philox
-from fewstep.kernels import torch_ops as ops
+from fewstep.kernels import philox, torch_ops
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import init_table, stage_tables
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.denoising import check_output, copies, time_dtype
+from fewstep.solvers.run.functional import stage
 
 
 class SamplerModule(nn.Module):
@@ -38,8 +40,7 @@ class SamplerModule(nn.Module):
 
     def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
         super().__init__()
-        static = denoiser.clip is None or isinstance(denoiser.clip, (int, float))
-        if denoiser.rescale or not static:
+        if denoiser.rescale or denoiser.threshold is not None:
             raise ValueError(
                 "SamplerModule takes no guidance rescale and no DynamicThreshold: use fewstep.Sampler, or a static clip"
             )
@@ -56,11 +57,9 @@ class SamplerModule(nn.Module):
         self.model = denoiser.model if isinstance(denoiser.model, nn.Module) else None
         self.state = getattr(torch, dtype)
         self.model_dtype = getattr(torch, denoiser.model_dtype(dtype))
-        time_dtype = denoiser.time_dtype or ("float64" if self.model_dtype == torch.float64 else "float32")
-        self.time_dtype = getattr(torch, time_dtype)
-        clip = denoiser.clip if isinstance(denoiser.clip, (int, float)) else None
+        self.time_dtype = getattr(torch, time_dtype(denoiser, denoiser.model_dtype(dtype)))
         self._keep("init", init_table(program.init, dtype))
-        self._keep("limit", None if clip is None else [[clip, 1.0, 0.0, 0.0]])
+        self._keep("limit", None if denoiser.bound is None else [[denoiser.bound, 1.0, 0.0, 0.0]])
         for k, table in enumerate(self.tables):
             self._keep(f"w{k}", table.w)
             self._keep(f"p{k}", table.p)
@@ -77,15 +76,13 @@ class SamplerModule(nn.Module):
         return torch.stack([self._drawn(streams, shape, draw) for draw in self.draws])
 
     def _drawn(self, streams: Tensor, shape: Sequence[int], draw: int) -> Tensor:
-        drawn: Tensor = ops.normals(streams, list(shape), draw, philox.STEP)
+        drawn: Tensor = torch_ops.normals(streams, list(shape), draw, philox.STEP)
         return drawn.to(self.state)
 
     def forward(
         self, x: Tensor, streams: Tensor | None = None, cond: Any = None, noise: Tensor | None = None
     ) -> Tensor:
-        from fewstep.solvers.run.arrays import TorchFrame
-
-        plan, batch = self.program.plan, x.shape[0]
+        plan, batch, frame = self.program.plan, x.shape[0], TorchFrame(x.device)
         if noise is not None:
             wanted = (len(self.draws), *x.shape)
             if streams is not None:
@@ -95,7 +92,7 @@ class SamplerModule(nn.Module):
                     f"noise must have shape {wanted}, one tensor like x for each of {plan.solver}'s {len(self.draws)} "
                     f"draws; got {tuple(noise.shape)}"
                 )
-        call = self.denoiser.bind(TorchFrame(x.device), batch, cond)
+        call = self.denoiser.bind(frame, batch, cond)
         buffers: list[Tensor | None] = [None] * self.program.buffers
         buffers[0] = x.to(self.state)
 
@@ -108,10 +105,9 @@ class SamplerModule(nn.Module):
 
         op = self.program.init
         z = drawn(0) if self.noisy_start else None
-        first = self._copies(0)
         x_in: Tensor
-        buffers[op.writes[0]], x_in = ops.stage(
-            [buffers[0]], [0], [], self.init, self.c_in0, first, self.model_dtype, None, None, z
+        buffers[op.writes[0]], x_in = stage(
+            [buffers[0]], [], self.init, z=z, c_in=self.c_in0, copies=self._copies(0), model_dtype=self.model_dtype
         )
         for k, table in enumerate(self.tables):
             t = torch.full((x_in.shape[0],), table.t, dtype=self.time_dtype, device=x.device)
@@ -120,23 +116,18 @@ class SamplerModule(nn.Module):
             else:
                 raws = call(table.branches, x_in, t)
             for raw in raws:
-                if not isinstance(raw, Tensor):
-                    raise ValueError(f"the model returned {type(raw).__name__}, not a tensor like x")
-                if raw.shape != x.shape:
-                    raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}")
+                check_output(raw, x.shape, frame)
             after = k + 1 < len(self.tables)
-            live = [(j, buffers[b]) for j, b in enumerate(table.slots) if b is not None]
-            outputs = ops.stage(
-                [tensor for _, tensor in live],
-                [j for j, _ in live],
-                list(raws),
+            outputs = stage(
+                [None if b is None else buffers[b] for b in table.slots],
+                raws,
                 getattr(self, f"w{k}"),
-                getattr(self, f"c_in{k + 1}") if after else self.c_in0,
-                self._copies(k + 1) if after else 0,
-                self.model_dtype,
-                getattr(self, f"p{k}"),
-                self.limit,
-                None if table.draw is None else drawn(table.draw),
+                z=None if table.draw is None else drawn(table.draw),
+                p=getattr(self, f"p{k}"),
+                limit=self.limit,
+                c_in=getattr(self, f"c_in{k + 1}") if after else None,
+                copies=self._copies(k + 1) if after else 0,
+                model_dtype=self.model_dtype,
             )
             for buffer, tensor in zip(table.writes, outputs, strict=False):
                 buffers[buffer] = tensor
@@ -147,4 +138,4 @@ class SamplerModule(nn.Module):
         return result.to(x.dtype)
 
     def _copies(self, k: int) -> int:
-        return len(self.tables[k].branches) if self.denoiser.batched else 1
+        return copies(self.denoiser, self.tables[k].branches)

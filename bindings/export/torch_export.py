@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.export.sampler_module import SamplerModule
-from fewstep.kernels import layout
+from fewstep.solvers.run.functional import stage
 
 
 def plain_stage(
@@ -36,36 +36,11 @@ def plain_stage(
     z: Tensor | None,
 ) -> list[Tensor]:
     """`fewstep::stage` (see `kernels.torch_ops.stage`, whose arguments and results these are) in tensor operations."""
-    like = slots[0] if slots else raws[0]
-    sources = dict(zip(columns, slots, strict=True))
-    sources |= {layout.RAW + j: raw.to(w.dtype) for j, raw in enumerate(raws)}
-    if p is not None:
-        # p's columns are x and the raws.
-        seen = {j: sources.get(column) for j, column in enumerate([0, *range(layout.RAW, layout.PREDICTION)])}
-        m = _combine({j: s for j, s in seen.items() if s is not None}, p, like)
-        if limit is not None:
-            bound, gain = _column(limit[:, 0], like), _column(limit[:, 1], like)
-            m = torch.minimum(torch.maximum(m, -bound), bound) * gain
-        sources[layout.PREDICTION] = m
-    if z is not None:
-        sources[layout.NOISE] = z.to(w.dtype)
-    outputs = [_combine(sources, w[:, row], like) for row in range(w.shape[1])]
-    if copies:
-        outputs.append(torch.cat([(outputs[0] * _column(c_in, like)).to(model_dtype)] * copies))
-    return outputs
-
-
-def _combine(sources: Mapping[int, Tensor], c: Tensor, like: Tensor) -> Tensor:
-    """sum_j c[:, j] sources[j]; where a coefficient is 0 its source may be NaN."""
-    total = torch.zeros_like(like, dtype=c.dtype)
-    for j in sorted(sources):
-        weight = _column(c[:, j], like)
-        total = total + torch.where(weight != 0, weight * sources[j], torch.zeros_like(total))
-    return total
-
-
-def _column(c: Tensor, like: Tensor) -> Tensor:
-    return c.reshape(-1, *[1] * (like.ndim - 1))
+    placed = dict(zip(columns, slots, strict=True))
+    return stage(
+        [placed.get(j) for j in range(max(columns, default=-1) + 1)], raws, w, z=z, p=p, limit=limit, c_in=c_in,
+        copies=copies, model_dtype=model_dtype, backend="naive",
+    )  # fmt: skip
 
 
 def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.export.ExportedProgram:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fewstep.solvers.distill.losses import weighted
-from fewstep.solvers.distill.network import noised, predict, raw_outputs, same_dropout, spread, told
+from fewstep.solvers.distill.network import inputs_at, noised, predict, raw_outputs, same_dropout, spread
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.denoising import time_dtype
 from fewstep.solvers.schedule.process import Array, Point
 
 AD: Any = forward_ad  # which torch leaves without types
@@ -56,7 +57,7 @@ def loss(
     else:
         slope = velocity(student, x, predict(teacher, x, at, cond).detach(), at)
     with same_dropout(x.device) as again:
-        (raw,) = raw_outputs(student, x, told(student, at), (0,), cond)
+        (raw,) = raw_outputs(student, x, inputs_at(student, at), (0,), cond)
         with again():
             g = tangent(student, x, slope, at, cond=cond, warm=warm)
     size = g.flatten(1).norm(dim=1).reshape(-1, *[1] * (g.ndim - 1))
@@ -78,19 +79,18 @@ def tangent(student: Any, x: Tensor, slope: Tensor, at: Point, *, cond: Any = No
 
     with cos(t) sin(t) dF/dt by one derivative of the network, whose time ln(sigma)/4 moves by 1/4 at every level.
     """
-    numbers, sd = told(student, at), student.sigma_data
+    inputs, sd = inputs_at(student, at), student.sigma_data
     cos, sin, scale = _angles(student, at)
-    if student.predicts != "edm" or not np.allclose(numbers.b, sin * sd, rtol=1e-9):
+    if student.predicts != "edm" or not np.allclose(inputs.b, sin * sd, rtol=1e-9):
         raise ValueError(
             f"the student predicts {student.predicts!r} as a {type(student).__name__}: a continuous-time consistency "
             "model is a Denoiser(model, process, 'edm'), whose own scalings are its boundary"
         )
     frame = TorchFrame(x.device)
-    call, dtype = student.bind(frame, len(x), cond), getattr(torch, student.model_dtype(str(x.dtype)[6:]))
-    time_dtype = student.time_dtype or ("float64" if dtype == torch.float64 else "float32")
-    t = frame.array(numbers.t, time_dtype)
+    call, model_dtype = student.bind(frame, len(x), cond), student.model_dtype(frame.dtype_of(x))
+    t, dtype = frame.array(inputs.t, time_dtype(student, model_dtype)), getattr(torch, model_dtype)
     with AD.dual_level():  # and not torch.func.jvp, under which a DistributedDataParallel cannot share its buffers
-        u = AD.make_dual((x * spread(numbers.c_in, x)).to(dtype), (slope * spread(cos * sin / sd, x)).to(dtype))
+        u = AD.make_dual((x * spread(inputs.c_in, x)).to(dtype), (slope * spread(cos * sin / sd, x)).to(dtype))
         (out,) = call((0,), u, AD.make_dual(t, torch.full_like(t, 0.25)))
         raw, moved = AD.unpack_dual(out)
     # The network's F is minus the paper's.

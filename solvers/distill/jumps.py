@@ -16,11 +16,13 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels import torch_ops as ops
-from fewstep.solvers.distill.network import Told, branch_weights, raw_outputs, told
+from fewstep.solvers.distill.network import branch_weights, inputs_at, raw_outputs
 from fewstep.solvers.plans.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
 from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.plans.tables import fold
+from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs
+from fewstep.solvers.run.functional import stage as run_stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Array, Point
 
@@ -47,7 +49,7 @@ class Jumps:
     Raises ValueError for plans that draw noise or differ in their number of calls.
     """
 
-    def __init__(self, teacher: Any, plans: Sequence[Plan]) -> None:
+    def __init__(self, teacher: DenoiserLike, plans: Sequence[Plan]) -> None:
         if not plans:
             raise ValueError("plans is empty: a jump needs one plan for each interval")
         if any(plan.stochastic or plan.init is not None for plan in plans):
@@ -110,62 +112,43 @@ class Jumps:
         weights = branch_weights(self.teacher, len(x), guidance)
         branches = tuple(int(j) for j in np.flatnonzero(weights.any(axis=0)))
         slots = {"x": x}
-        one = torch.ones(1, dtype=x.dtype, device=x.device)
         for stage in self._stages:
-            numbers = stage.told.of(index)
-            raws = raw_outputs(self.teacher, slots["x"], numbers, branches, cond)
-            w = _folded(stage.rows[index], numbers.a, numbers.b, weights[:, list(branches)])
-            outputs = ops.stage(
-                [slots[name] for name in stage.reads],
-                list(range(len(stage.reads))),
-                raws,
-                torch.as_tensor(w, dtype=x.dtype, device=x.device),
-                one,
-                0,
-                x.dtype,
-                None,
-                None,
-                None,
-            )
+            inputs = stage.inputs.at(index)
+            raws = raw_outputs(self.teacher, slots["x"], inputs, branches, cond)
+            w = stage.rows[index].copy()
+            m, w[:, :, layout.PREDICTION] = w[:, :, layout.PREDICTION].copy(), 0.0
+            p = np.concatenate([inputs.a[:, None], inputs.b[:, None] * weights[:, list(branches)]], axis=1)
+            fold(w, m, p[:, None])
+            table = torch.as_tensor(w, dtype=x.dtype, device=x.device)
+            outputs = run_stage([slots[name] for name in stage.reads], raws, table)
             slots.update(zip(stage.writes, outputs, strict=True))
         return slots["x"]
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """The k-th stage of all plans: the union of what they read and write, and rows (N, writes, reads + 1), m last."""
+    """The k-th stage of all plans: the union of what they read and write, and rows (N, writes, COLUMNS) of `layout`."""
 
-    told: Told
+    inputs: NetworkInputs
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     rows: Array
 
     @classmethod
-    def of(cls, teacher: Any, at: Sequence[Point], rows: Sequence[Mapping[str, Row]]) -> _Stage:
+    def of(cls, teacher: DenoiserLike, at: Sequence[Point], rows: Sequence[Mapping[str, Row]]) -> _Stage:
         writes = tuple(dict.fromkeys(["x", *(slot for own in rows for slot in own)]))
         sources = dict.fromkeys(source for own in rows for row in own.values() for source in row)
         reads = tuple(dict.fromkeys(["x", *(source for source in sources if source not in SOURCES)]))
         if UNGUIDED in sources:
             raise ValueError("a solver that reads the unguided prediction (CFG++) makes no targets")
-        w = np.zeros((len(rows), len(writes), len(reads) + 1))
+        w = np.zeros((len(rows), len(writes), layout.COLUMNS))
         for n, own in enumerate(rows):
             for i, slot in enumerate(writes):
                 # A slot that this plan leaves alone while another writes it keeps its value.
                 for source, value in own.get(slot, {slot: 1.0} if slot in reads else {}).items():
-                    w[n, i, -1 if source == PREDICTION else reads.index(source)] += value
-        return cls(told(teacher, _stacked(at)), reads, writes, w)
+                    w[n, i, layout.PREDICTION if source == PREDICTION else reads.index(source)] += value
+        return cls(inputs_at(teacher, _stacked(at)), reads, writes, w)
 
 
 def _stacked(points: Sequence[Point]) -> Point:
     return Point(*np.array(points, dtype=np.float64).T)
-
-
-def _folded(rows: Array, a: Array, b: Array, weights: Array) -> Array:
-    """Rows (B, rows, reads + 1) over the kernels' columns, with m = a x + b sum_j weights_j raw_j multiplied out."""
-    w = np.zeros((*rows.shape[:2], layout.COLUMNS))
-    w[:, :, : rows.shape[2] - 1] = rows[:, :, :-1]
-    m = rows[:, :, -1]
-    w[:, :, 0] += m * a[:, None]
-    raws = slice(layout.RAW, layout.RAW + weights.shape[1])
-    w[:, :, raws] += m[:, :, None] * (b[:, None] * weights)[:, None, :]
-    return w

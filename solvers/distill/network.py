@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,31 +17,17 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, network_inputs
 from fewstep.solvers.schedule.process import Array, Point
 
 
-class Told(NamedTuple):
-    """What a network is told at a batch of points, and (a, b) of its x0 prediction a x + b raw; float64, one shape."""
-
-    t: Array
-    c_in: Array
-    a: Array
-    b: Array
-
-    def of(self, index: Any) -> Told:
-        return Told(*(values[index] for values in self))
-
-
-def told(denoiser: Any, at: Point) -> Told:
+def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:
     """(B,) of each for a point of arrays (B,).
 
     Raises ValueError where the denoiser's prediction type says nothing about x0.
     """
-    # Batches draw their times from a grid more often than not: each time is worked out once.
-    _, first, back = np.unique(at.t, return_index=True, return_inverse=True)
-    points = [Point(*values) for values in zip(*(np.atleast_1d(v)[first].tolist() for v in at), strict=True)]
-    rows = [(denoiser.time(p), denoiser.c_in(p), *denoiser.prologue(p)) for p in points]
-    return Told(*np.array(rows, dtype=np.float64)[back].reshape(-1, 4).T)
+    points = [Point(*values) for values in zip(*(np.atleast_1d(v).tolist() for v in at), strict=True)]
+    return network_inputs(denoiser, points)
 
 
 def points_of(process: Any, times: ArrayLike) -> Point:
@@ -63,7 +49,7 @@ def noised(x0: Tensor, noise: Tensor, at: Point) -> Tensor:
     return spread(at.alpha, x0) * x0 + spread(at.sigma, x0) * noise
 
 
-def branch_weights(denoiser: Any, batch: int, guidance: ArrayLike | None) -> Array:
+def branch_weights(denoiser: DenoiserLike, batch: int, guidance: ArrayLike | None) -> Array:
     """The weight of each branch's output for each sample, (B, branches), null branch first.
 
     guidance  (B,) or one scale of classifier-free guidance instead of the denoiser's own
@@ -85,23 +71,19 @@ def branch_weights(denoiser: Any, batch: int, guidance: ArrayLike | None) -> Arr
     return np.stack([1.0 - scale, scale], axis=1)
 
 
-def raw_outputs(denoiser: Any, x: Tensor, at: Told, branches: tuple[int, ...], cond: Any) -> list[Tensor]:
+def raw_outputs(
+    denoiser: DenoiserLike, x: Tensor, at: NetworkInputs, branches: tuple[int, ...], cond: Any
+) -> list[Tensor]:
     """The network's output for each of `branches`, (B, ...) each, in x's dtype."""
     frame = TorchFrame(x.device)
     call = denoiser.bind(frame, len(x), cond)
-    model_dtype = denoiser.model_dtype(str(x.dtype).rpartition(".")[2])
-    time_dtype = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
-    copies = len(branches) if denoiser.batched else 1
-    x_in = (x * spread(at.c_in, x)).to(getattr(torch, model_dtype))
-    t = frame.array(np.tile(at.t, copies), time_dtype)
-    raws = call(branches, torch.cat([x_in] * copies) if copies > 1 else x_in, t)
-    for raw in raws:
-        if tuple(raw.shape) != tuple(x.shape):
-            raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {tuple(x.shape)}")
+    raws, _ = call_at(denoiser, frame, call, x, at, branches, denoiser.model_dtype(frame.dtype_of(x)))
     return [raw.to(x.dtype) for raw in raws]
 
 
-def predict(denoiser: Any, x: Tensor, at: Point, cond: Any = None, guidance: ArrayLike | None = None) -> Tensor:
+def predict(
+    denoiser: DenoiserLike, x: Tensor, at: Point, cond: Any = None, guidance: ArrayLike | None = None
+) -> Tensor:
     """The denoiser's x0 prediction, (B, ...) like x; gradients flow to x, to the network and to the conditions.
 
     x         (B, ...) float32 or float64, sample i at point i
@@ -109,7 +91,7 @@ def predict(denoiser: Any, x: Tensor, at: Point, cond: Any = None, guidance: Arr
     cond      as for `fewstep.sample`
     guidance  (B,) scales in place of the denoiser's own, see `branch_weights`
     """
-    numbers = told(denoiser, at)
+    numbers = inputs_at(denoiser, at)
     if len(numbers.t) != len(x):
         raise ValueError(f"at holds {len(numbers.t)} points for a batch of {len(x)}: give one for each sample")
     weights = branch_weights(denoiser, len(x), guidance)

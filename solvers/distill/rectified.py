@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.solvers.distill.losses import Metric, squared, weighted
-from fewstep.solvers.distill.network import branch_weights, noised, points_of, raw_outputs, told
+from fewstep.solvers.distill.network import branch_weights, inputs_at, noised, points_of, raw_outputs
 from fewstep.solvers.plans.registry import plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
@@ -53,7 +53,7 @@ def velocity(denoiser: Any, x: Tensor, at: Point, cond: Any = None) -> Tensor:
     if denoiser.predicts != "flow":
         raise ValueError(f"predicts={denoiser.predicts!r}: a rectified flow is a Denoiser(model, Flow(), 'flow')")
     last = branch_weights(denoiser, 1, None).shape[1] - 1  # the conditional branch
-    return raw_outputs(denoiser, x, told(denoiser, at), (last,), cond)[0]
+    return raw_outputs(denoiser, x, inputs_at(denoiser, at), (last,), cond)[0]
 
 
 @torch.no_grad()

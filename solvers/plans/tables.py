@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -45,11 +45,38 @@ class StageTable:
     variance: float | None = None
 
 
+class Parametrisation(Protocol):
+    """How a network's outputs make the x0 prediction: what the numbers of a stage depend on beside the plan.
+
+    clip      of the x0 prediction, None where there is none; rescale: phi of guidance rescale
+    variance  the name of the parametrisation of the network's own variance, or None
+    """
+
+    @property
+    def clip(self) -> object: ...
+    @property
+    def rescale(self) -> float: ...
+    @property
+    def variance(self) -> str | None: ...
+
+    def weights(self, progress: float) -> Sequence[float]:
+        """The weight of each branch's output at that fraction of the steps; a weight of 0 is not called."""
+
+    def prologue(self, at: Point) -> tuple[float, float]:
+        """(a, b) of the x0 prediction a x + b raw."""
+
+    def c_in(self, at: Point) -> float:
+        """The factor on x before the network."""
+
+    def time(self, at: Point) -> float:
+        """The network's time input."""
+
+
 # Of the terms' sizes: what float64 may leave of a sum that is zero.
 CANCELLED = 1e-15
 
 
-def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
+def stage_tables(program: Program, denoiser: Parametrisation, dtype: str) -> list[StageTable]:
     """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
     # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
     fold = denoiser.clip is None and denoiser.rescale == 0.0
@@ -117,19 +144,23 @@ def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
     w[:, :reads] = op.w[:, :reads]
     w[:, layout.NOISE] = op.w[:, -1]
     m, u = op.w[:, -3], op.w[:, -2]
-    raws = slice(layout.RAW, layout.RAW + len(null) - 1)
-    parts = [w[:, 0], u * null[0]]
-    w[:, raws] += u[:, None] * null[1:]
+    parts = [w[:, 0].copy(), u * null[0]]
+    fold(w, u, null)
     if p is None:
         w[:, layout.PREDICTION] = m
     else:
         parts.append(m * p[0])
-        w[:, raws] += m[:, None] * p[1:]
+        fold(w, m, p)
     # Terms in x that cancel, as all of Heun's second call do for an epsilon prediction, save the read of x.
-    total = sum(parts)
-    w[:, 0] = np.where(np.abs(total) <= CANCELLED * sum(map(np.abs, parts)), 0.0, total)
+    w[np.abs(w[:, 0]) <= CANCELLED * sum(map(np.abs, parts)), 0] = 0.0
     return w
 
 
-def times(tables: Sequence[StageTable]) -> np.ndarray:
-    return np.array([table.t for table in tables])
+def fold(w: np.ndarray, m: np.ndarray, p: np.ndarray) -> None:
+    """Multiply the prediction out in a table: its coefficients m over x and the raws, m = p · [x, raws]; in place.
+
+    w  (..., rows, COLUMNS), m (..., rows), p (..., 1 + raws)
+    """
+    raws = layout.RAW + p.shape[-1] - 1
+    w[..., 0] += m * p[..., 0]
+    w[..., layout.RAW : raws] += m[..., None] * p[..., 1:]

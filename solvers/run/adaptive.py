@@ -15,18 +15,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewstep.kernels import naive, philox
+from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import FRAMES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.plans.plan import Row, first_order
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
-from fewstep.solvers.run.checks import BACKENDS, check_latent, check_shape, model_frame, pick_backend
+from fewstep.solvers.run.arrays import Array, TorchFrame, dtype_name
+from fewstep.solvers.run.batch import SEEN, Batch, Outputs
+from fewstep.solvers.run.checks import (
+    BACKENDS,
+    check_callable,
+    check_latent,
+    check_shape,
+    check_source,
+    model_frame,
+    pick_backend,
+)
+from fewstep.solvers.run.convert import Converter
+from fewstep.solvers.run.denoising import DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.embedded import PAIRS, Attempt, Controller, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
-from fewstep.solvers.run.per_sample import SEEN, Batch, Outputs
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
@@ -132,7 +142,7 @@ class _Run:
 
     def __call__(self, x: Array) -> Array:
         """Every sample from the first point of `ends` to the last. x is not written to."""
-        o, maps, result = self.options, self.batch.maps, x * 1.0
+        o, batch, result = self.options, self.batch, x * 1.0
         before, f1 = x, x * 0.0
         while self.samples:
             starts = [sample.at for sample in self.samples]
@@ -144,7 +154,7 @@ class _Run:
             f1 = self._first_calls(x, f1, attempts[0].row)
             high, error, last = self._attempt(x, f1, attempts)
             low = high + error
-            norms = maps.error_norms(error, low, before, o.rtol, o.atol)
+            norms = batch.functions.error_norms(error, low, before, o.rtol, o.atol)
             taken = [i for i, norm in enumerate(norms) if self._judge(self.samples[i], steps[i].t, norm)]
             if taken:
                 old, new = {"x": x, "before": before, "F1": f1}, {"x": high, "before": low, "F1": last}
@@ -153,11 +163,11 @@ class _Run:
                 o.callback(self._info(x, norms, taken))
             done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
             if done:
-                result = maps.put(result, [self.samples[i].index for i in done], maps.take(x, done))
+                result = batch.put(result, [self.samples[i].index for i in done], batch.take(x, done))
                 left = [i for i in range(len(self.samples)) if i not in done]
                 self.samples = [self.samples[i] for i in left]
                 if left:
-                    x, before, f1 = (maps.take(v, left) for v in (x, before, f1))
+                    x, before, f1 = (batch.take(v, left) for v in (x, before, f1))
         return result
 
     def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
@@ -173,10 +183,10 @@ class _Run:
         """F_1 of all samples: that of those that have none is found now."""
         todo = [i for i, sample in enumerate(self.samples) if not sample.known]
         if todo:
-            u, points = self.batch.maps.take(x, todo), [self.samples[i].at for i in todo]
+            u, points = self.batch.take(x, todo), [self.samples[i].at for i in todo]
             outputs = self._call(todo, u, points)
             found = self.batch.map([{"F1": _seen(row(p))} for p in points], {SEEN: u}, outputs)["F1"]
-            f1 = self.batch.maps.put(f1, todo, found)
+            f1 = self.batch.put(f1, todo, found)
         for i in todo:
             self.samples[i].known = True
         return f1
@@ -257,7 +267,7 @@ class _Run:
         noise, one = self.options.noise, (1, *self.batch.sample)
         if noise is None:
             streams = self.streams[[sample.index for sample in self.samples]]
-            return self.batch.maps.normals(streams, [sample.accepted for sample in self.samples])
+            return self.batch.normals(streams, [sample.accepted for sample in self.samples])
         draws = np.zeros((len(steps), *self.batch.sample))
         for i in noisy:
             draws[i] = outside_noise(noise, self.samples[i].accepted, starts[i], steps[i].t, one)[0]
@@ -278,7 +288,7 @@ def _sum(x: float, f: Sequence[float], here: Row | None = None) -> dict[str, flo
 
 @any_library
 def sample_adaptive(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     x: Array | None = None,
     *,
     shape: Sequence[int] | None = None,
@@ -337,7 +347,7 @@ def sample_adaptive(
     Raises ValueError or TypeError that names the argument, before the model is called; ValueError if the
     network returns NaN, RuntimeError after max_attempts.
     """
-    outer = _check_source(denoiser, x, shape)
+    outer = check_source(denoiser, x, shape)
     pair = _checked_pair(solver, frame, eta)
     for name, value in (("rtol", rtol), ("atol", atol), ("eta", eta), ("s_noise", s_noise)):
         at_least(name, value, 0.0)
@@ -346,9 +356,8 @@ def sample_adaptive(
     for name, value in (("h_init", h_init), ("rtol + atol", rtol + atol), ("accept_safety", accept_safety)):
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be a positive number, got {value!r}")
-    for name, given in (("noise", noise), ("callback", callback)):
-        if not (given is None or callable(given)):
-            raise TypeError(f"{name} must be callable, got {type(given).__name__}")
+    check_callable("noise", noise)
+    check_callable("callback", callback)
     if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
         raise ValueError(f"max_attempts must be an int >= 1, got {max_attempts!r}")
 
@@ -384,15 +393,16 @@ def sample_adaptive(
     run = _Run(batch, options, list(samples), streams)
     with model.torch.no_grad() if isinstance(model, TorchFrame) else contextlib.nullcontext():
         if x is None or outer is None:
-            start = batch.maps.latents(streams) * ends.points[0].sigma
+            start = batch.latents(streams) * ends.points[0].sigma
         else:
-            start = batch.maps.latent(x, outer)
+            start = batch.latent(x, outer)
         result = run(start)
         if final_zero:
             result = _to_clean(batch, ends.points[-1], result, samples)
     values = batch.outside(result)
     counts = (np.array([getattr(s, name) for s in samples]) for name in ("nfe", "accepted", "rejected"))
-    return AdaptiveResult(_returned(values, outer, state if outer is None else outer.dtype_of(x)), *counts)
+    dtype = None if outer is None else outer.dtype_of(x)
+    return AdaptiveResult(Converter(model, "naive", state).result(values, outer, dtype), *counts)
 
 
 def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) -> Array:
@@ -403,35 +413,6 @@ def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) ->
         sample.nfe += 1
     row = {k: c for k, c in _seen(first_order(end, batch.denoiser.process.clean)).items() if c}
     return batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
-
-
-def _returned(values: Array, outer: Frame | None, dtype: str) -> Array:
-    """The result in the library of the caller's latent, else in the model's."""
-    if isinstance(outer, NumpyFrame) and naive.is_torch(values):
-        values = values.cpu().numpy()
-    if isinstance(outer, TorchFrame) and isinstance(values, np.ndarray):
-        values = outer.wrap(values)
-    if not naive.is_torch(values):
-        return values.astype(dtype)
-    import torch
-
-    return values.to(getattr(torch, dtype))
-
-
-def _check_source(denoiser: Any, x: Array | None, shape: Sequence[int] | None) -> Frame | None:
-    """The library of the latent, if there is one."""
-    if (x is None) == (shape is None):
-        found = "neither" if x is None else "both"
-        raise ValueError(f"give exactly one of x (a latent) and shape (to draw one), got {found}")
-    if not hasattr(denoiser, "prologue"):
-        raise TypeError(
-            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
-            "wrap the model, Denoiser(model, process, predicts=...)"
-        )
-    outer = None if x is None else frame_of(x)
-    if x is not None and outer is None:
-        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
-    return outer
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:

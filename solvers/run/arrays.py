@@ -66,6 +66,9 @@ class Frame(Protocol):
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
+    def detached(self, array: Array) -> Array:
+        """The same memory outside of autograd's graph."""
+
     def dtype_of(self, array: Array) -> str: ...
 
     def concatenate(self, arrays: Sequence[Array]) -> Array: ...
@@ -98,6 +101,9 @@ class NumpyFrame:
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array, dtype=np.float64)
+
+    def detached(self, array: Array) -> Array:
+        return array
 
     def dtype_of(self, array: Array) -> str:
         return str(array.dtype)
@@ -136,7 +142,11 @@ class TorchFrame:
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
     def array(self, values: Any, dtype: str) -> Array:
-        return self.torch.tensor(values, dtype=getattr(self.torch, dtype), device=self.device)
+        host = self.torch.tensor(values, dtype=getattr(self.torch, dtype))
+        if not self.device.startswith("cuda"):
+            return host.to(self.device)
+        # From pinned memory the copy waits for nothing; the allocator keeps the memory until it has left.
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
         return self.torch.empty(tuple(shape), dtype=getattr(self.torch, dtype), device=self.device)
@@ -161,6 +171,9 @@ class TorchFrame:
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array.detach().double().cpu().numpy())
+
+    def detached(self, array: Array) -> Array:
+        return array.detach()
 
     def dtype_of(self, array: Array) -> str:
         return str(array.dtype).rpartition(".")[2]

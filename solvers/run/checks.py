@@ -6,8 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from fewstep.solvers.run.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame
-from fewstep.solvers.run.gpu import trouble
+from fewstep.solvers.run.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
+from fewstep.solvers.run.gpu import why_unavailable
 
 BACKENDS = ("auto", "naive", "numba", "triton")
 
@@ -20,6 +21,23 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(sizes) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
     return sizes
+
+
+def check_callable(name: str, given: object) -> None:
+    if not (given is None or callable(given)):
+        raise TypeError(f"{name} must be callable, got {type(given).__name__}")
+
+
+def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] | None) -> Frame | None:
+    """The library of the latent, None where one is to be drawn."""
+    if (x is None) == (shape is None):
+        found = "neither" if x is None else "both"
+        raise ValueError(f"give exactly one of x (a latent) and shape (to draw one), got {found}")
+    check_denoiser(denoiser)
+    outer = None if x is None else frame_of(x)
+    if x is not None and outer is None:
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    return outer
 
 
 def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:
@@ -46,9 +64,9 @@ def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Fr
         raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}: move one of them")
 
 
-def model_frame(denoiser: Any, device: Any) -> Frame:
+def model_frame(denoiser: DenoiserLike, device: Any) -> Frame:
     """The library and device of the model's arrays: its own, else the one asked for, else NumPy."""
-    own: Frame | None = denoiser.frame
+    own = denoiser.frame
     if own is None:
         return NumpyFrame() if device is None else TorchFrame(device)
     if device is not None and TorchFrame(device).device != own.device:
@@ -59,7 +77,7 @@ def model_frame(denoiser: Any, device: Any) -> Frame:
 def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
     """The backend behind a name on a device; `triton`: whether the GPU kernels can do what is asked."""
     if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
-        reason = trouble(frame)
+        reason = why_unavailable(frame)
         if reason is None:
             return "triton"
         if backend == "triton":

@@ -1,7 +1,7 @@
 """The memory of one sampling run, and how a stage's update is executed on it.
 
-`FusedRun` holds preallocated buffers and calls the Numba kernel; `NaiveRun` computes with the oracle on fresh
-arrays of any library and device, and lets gradients through. Both run the same tables.
+`FusedRun` holds preallocated buffers and calls the CPU kernel; `NaiveRun` computes with the oracle on fresh arrays of
+any library and device, and lets gradients through; `gpu.TritonRun` does the same on a GPU. All run the same tables.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fewstep.kernels import layout, naive, philox
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
-from fewstep.solvers.run.arrays import FLOATS, Array, Frame, aligned
+from fewstep.solvers.run.arrays import Array, Frame, aligned
+from fewstep.solvers.run.denoising import DenoiserLike, check_output, copies, predictions
+from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
 if TYPE_CHECKING:
@@ -28,17 +30,22 @@ NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all runs of a sampler: the tables, and the shapes and dtypes of its memory."""
+    """What is the same for all runs of a plan: the tables, and the shapes and dtypes of its memory.
+
+    frame       of the model
+    dtype       of the state; model_dtype of x_in, time_dtype of t
+    capacity    denoiser calls that a recorded loop makes at least
+    """
 
     program: Program
     tables: Sequence[StageTable]
-    denoiser: Any
-    frame: Frame  # of the model
+    denoiser: DenoiserLike
+    frame: Frame
     shape: tuple[int, ...]
-    dtype: str  # of the state
+    dtype: str
     model_dtype: str
-    time_dtype: str  # of what the model is told
-    capacity: int = 0  # denoiser calls that a recorded loop makes at least
+    time_dtype: str
+    capacity: int = 0
 
     @property
     def batch(self) -> int:
@@ -50,7 +57,7 @@ class Job:
 
     def copies(self, k: int) -> int:
         """How many copies of the batch the model input of stage k holds."""
-        return len(self.tables[k].branches) if self.denoiser.batched else 1
+        return copies(self.denoiser, self.tables[k].branches)
 
     @cached_property
     def start(self) -> Point:
@@ -65,32 +72,27 @@ class Job:
         ]
 
     def predictions(self, raws: Sequence[Array]) -> tuple[Sequence[Array], Array | None]:
-        """The predictions, and the variance output of the last branch of a network that returns both, (B, 2 C, ...)."""
-        if self.denoiser.variance is None:
-            return raws, None
-        channels = self.shape[1]
-        both = (self.batch, 2 * channels, *self.shape[2:])
-        for raw in raws:
-            if not self.frame.is_array(raw) or tuple(raw.shape) != both:
-                found = tuple(raw.shape) if self.frame.is_array(raw) else type(raw).__name__
-                raise ValueError(
-                    f"a network with variance={self.denoiser.variance!r} must return shape {both}, got {found}"
-                )
-        return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
+        return predictions(self.denoiser, raws, self.shape, self.frame)
 
-    def check_raw(self, raw: Any) -> None:
-        """Raises ValueError unless the model returned an array like x."""
-        if not self.frame.is_array(raw):
-            raise ValueError(
-                f"the model returned {type(raw).__name__}, not an array of {self.frame.name}: wrap it so that "
-                "model(x, t) returns the raw prediction alone"
-            )
-        if tuple(raw.shape) != self.shape:
-            raise ValueError(f"the model returned shape {tuple(raw.shape)} for x of shape {self.shape}")
-        if self.frame.dtype_of(raw) not in FLOATS:
-            raise ValueError(
-                f"the model returned dtype {self.frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}"
-            )
+
+class Run(Protocol):
+    """The memory of one run of a job's plan on one backend, used again by later runs.
+
+    begin        take the latent x at the plan's first point (or draw it: None), and apply the init row
+    model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,)
+    advance      stage k's update, from the network's outputs
+    x, x0        the sample and the x0 prediction after stage k, (B, ...): memory of the run, valid until the next stage
+    release      drop what later runs do not need
+    """
+
+    @property
+    def job(self) -> Job: ...
+    def begin(self, x: Array | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None: ...
+    def model_input(self, k: int) -> tuple[Array, Array]: ...
+    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None: ...
+    def x(self, k: int) -> Array: ...
+    def x0(self, k: int) -> Array: ...
+    def release(self) -> None: ...
 
 
 class FusedRun:
@@ -133,11 +135,11 @@ class FusedRun:
         job, table = self.job, self.job.tables[k]
         after = k + 1 < len(job.tables)
         c_in = np.array([job.tables[k + 1].c_in if after else 1.0], job.dtype)
-        clip = job.denoiser.clip
+        bound = job.denoiser.bound
         limit = None
-        if isinstance(clip, (int, float)):
-            limit = np.array([[clip, 1.0, 0.0, 0.0]], job.dtype)
-        elif clip is not None:
+        if bound is not None:
+            limit = np.array([[bound, 1.0, 0.0, 0.0]], job.dtype)
+        elif job.denoiser.threshold is not None:
             limit = self.limit
         rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
         return self._step.Launch(
@@ -199,7 +201,7 @@ class FusedRun:
         held = []  # until the launch is over
         for j, raw in enumerate(raws):
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != job.shape:
-                job.check_raw(raw)
+                check_output(raw, job.shape, job.frame)
                 self._expect(j, raw)
                 launch = self.launches[k]
             launch.memory[self._step.RAW + j], kept = address(raw)
@@ -234,8 +236,8 @@ class FusedRun:
             weights[: len(table.weights)] = table.weights
             self._reduce.guidance_scale(r1, r2, r3, weights, denoiser.rescale, p, self.p)
             p = self.p
-        if denoiser.clip is not None and not isinstance(denoiser.clip, (int, float)):
-            clip = denoiser.clip
+        clip = denoiser.threshold
+        if clip is not None:
             x = None if table.slots[0] is None else self.buffers[table.slots[0]]
             self._reduce.threshold(x, r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
 
@@ -260,7 +262,7 @@ class FusedRun:
         return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
 
     def release(self) -> None:
-        """Nothing to let go of: of the network's outputs it keeps addresses alone."""
+        """Nothing to drop: it keeps no array of the network's."""
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
@@ -315,31 +317,28 @@ class NaiveRun:
     def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
         job, table = self.job, self.job.tables[k]
         raws, variance = job.predictions(raws)
-        for raw in raws:
-            job.check_raw(raw)
         z = None if table.draw is None else self._noise(table.draw, *table.span, noise)
         if table.variance is not None:
             z = z * job.denoiser.noise_factor(naive.cast(variance, z), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]
-        p, limit = table.p, None
-        clip = job.denoiser.clip
+        p, limit, clip = table.p, None, job.denoiser.threshold
         if p is not None and job.denoiser.rescale and len(raws) > 1:
             p = np.repeat(p, job.batch, axis=0)
             p[:, 1:] *= naive.guidance_scale(raws, table.weights, job.denoiser.rescale)[:, None]
-        if isinstance(clip, (int, float)):
-            limit = np.array([[clip, 1.0]])
+        if job.denoiser.bound is not None:
+            limit = np.array([[job.denoiser.bound, 1.0]])
         elif clip is not None:
             assert p is not None
             like = next(s for s in self.buffers if s is not None)
             m = naive.combine([slots[0], *(naive.cast(r, like) for r in raws)], p, like)
             limit = naive.threshold(m, clip.quantile, clip.maximum)
-        outputs = naive.step(slots, raws, table.w, z=z, p=p, limit=limit)
+        outputs = stage(slots, raws, table.w, z=z, p=p, limit=limit, backend="naive")
         for buffer, output in zip(table.writes, outputs, strict=True):
             self.buffers[buffer] = output
         self.latest = outputs[0]
 
     def release(self) -> None:
-        """Let go of every array, and so of the graph that autograd hung on them."""
+        """Drop every array, and with them autograd's graph."""
         self.latest = None
         self.buffers = [None] * len(self.buffers)
 

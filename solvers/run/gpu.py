@@ -1,7 +1,8 @@
-"""The memory of one sampling run on a GPU: every number of a plan in device tables, every stage one launch.
+"""Runs on a GPU: every number of a plan in device tables, every stage one launch.
 
-A stage's table row is found by a counter on the device, so that what runs a stage never holds its numbers: the
-same launches serve every schedule, seed and guidance scale of one structure, and a graph can replay them.
+A counter on the device names the row of the tables that a stage reads, so a launch holds no numbers: the same launches
+serve every schedule, seed and guidance scale of one structure, and a graph can replay them. The tables have one column
+for all samples (`TritonRun`), or one for each (`TritonColumns`).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from fewstep.kernels import philox
 from fewstep.solvers.plans.program import Op
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
+from fewstep.solvers.run.denoising import order_statistic
 from fewstep.solvers.run.engine import Job, NoiseSource, outside_noise
-from fewstep.solvers.run.graph import Graphs, capture_api
 
 
 class DeviceTables(NamedTuple):
@@ -41,7 +42,7 @@ def device_tables(job: Job) -> DeviceTables:
     numbers = np.zeros((rows, 1, kernel.NUMBERS), np.float32)
     indices = np.full((rows, 1, kernel.INDICES), -1, np.int32)
     times = np.full((rows, 1), tables[-1].t)
-    clip = job.denoiser.clip
+    bound = job.denoiser.bound
     _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
     for k, table in enumerate(tables, 1):
         c_in = tables[k].c_in if k < count else 1.0
@@ -51,8 +52,8 @@ def device_tables(job: Job) -> DeviceTables:
             numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
             numbers[k, 0, reduce.WEIGHTS_AT : reduce.WEIGHTS_AT + len(table.weights)] = table.weights
             numbers[k, 0, reduce.PHI_AT] = job.denoiser.rescale
-        if isinstance(clip, (int, float)):
-            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = clip, 1.0
+        if bound is not None:
+            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = bound, 1.0
         times[k, 0] = table.t
     return DeviceTables(numbers, indices, times)
 
@@ -117,13 +118,13 @@ class TritonJob(Job):
 
     def __post_init__(self) -> None:
         check(self)
-        torch = self.frame.torch  # type: ignore[attr-defined]
-        tables, clip = device_tables(self), self.denoiser.clip
+        assert isinstance(self.frame, TorchFrame)
+        torch, tables = self.frame.torch, device_tables(self)
         own = (
             torch.from_numpy(tables.numbers),
             torch.from_numpy(tables.indices),
             torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
-            torch.from_numpy(order_statistic(clip, self.elements)),
+            torch.from_numpy(order_statistic(self.denoiser.threshold, self.elements)),
             torch.tensor([self.start.sigma], dtype=torch.float32),
         )
         block = packed(own)
@@ -165,40 +166,74 @@ class Mirror:
             self.sent.record(self.torch.cuda.current_stream(self.device.device))
 
 
-class TritonRun:
-    """Device memory for one run at a time; the engine of backend "triton".
+class DeviceMemory:
+    """The state, model inputs, noise streams and counters of a batch, and the launches on them.
 
     Samples live in one block of float32 buffers, in place where a slot dies. A model input is rewritten by the stage
     after the call: a model may write to it and may return it, but must copy it to keep it.
+
+    columns  of the tables and counters: 1 for all samples, or one for each
     """
 
-    def __init__(self, job: TritonJob) -> None:
+    structure: Any
+    numbers: Array
+    indices: Array
+    times: Array
+
+    def __init__(self, job: TritonJob, shape: Sequence[int], *, buffers: int, copies: int, columns: int) -> None:
         from fewstep.kernels import triton_noise, triton_reduce, triton_step
 
         assert isinstance(job.frame, TorchFrame)
         self._step, self._noise, self._reduce = triton_step, triton_noise, triton_reduce
-        self.job: TritonJob = job
-        self.frame, torch = job.frame, job.frame.torch
-        self.torch = torch
-        device = self.frame.device
-        batch, elements = job.batch, job.elements
-        self.structure, self.calls = job.structure, calls(job)
-        self.state = torch.zeros((job.program.buffers, batch, elements), dtype=torch.float32, device=device)
+        self.frame = job.frame
+        self.torch = torch = job.frame.torch
+        self.batch, device = shape[0], self.frame.device
+        self.state = torch.zeros((buffers, self.batch, job.elements), dtype=torch.float32, device=device)
+        self.x_in = self.frame.empty((copies * self.batch, *shape[1:]), job.model_dtype).zero_()
+        self.t = self.frame.empty((copies * self.batch,), job.time_dtype)
+        self.streams = Mirror(np.zeros((self.batch, 3), np.int64), self.frame)
+        self.counter = torch.zeros(columns, dtype=torch.int32, device=device)
+
+    def _tick(self, copies: int) -> None:
+        self._step.tick(self.counter, self.times, self.t[: copies * self.batch], self.batch)
+
+    def _launch(
+        self,
+        structure: Any,
+        copies: int,
+        raws: Sequence[Array],
+        z: Array | None = None,
+        own_p: Array | None = None,
+        own_limit: Array | None = None,
+    ) -> None:
+        self._step.run(
+            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
+            streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
+        )  # fmt: skip
+
+    def _plain(self, raw: Array) -> Array:
+        """A raw as the kernel reads it. Other strides (channels-last) are copied, once; float64 is rounded first."""
+        raw = raw.detach()
+        return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
+
+
+class TritonRun(DeviceMemory):
+    """Device memory for one run at a time; the engine of backend "triton"."""
+
+    def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))
-        self.x_in = self.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype).zero_()  # `_warm` reads it
+        super().__init__(job, job.shape, buffers=job.program.buffers, copies=copies, columns=1)
+        self.job = job
+        torch, device, batch = self.torch, self.frame.device, job.batch
+        self.structure, self.calls = job.structure, calls(job)
         self.block = torch.empty_like(job.block, device=device)
         self.numbers, self.indices, self.times, self.settings, self.sigma = unpacked(self.block, job.tables_on_host)
         self.block.copy_(job.block, non_blocking=True)
-        self.t = self.frame.empty((copies * batch,), job.time_dtype)
-        self.streams = Mirror(np.zeros((batch, 3), np.int64), self.frame)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
-        reduces = job.denoiser.rescale or dynamic(job.denoiser.clip)
-        self.scratch = self._reduce.Scratch.of(batch, elements, device) if reduces else None
-        self.counter = torch.zeros(1, dtype=torch.int32, device=device)
+        reduces = job.denoiser.rescale or job.denoiser.threshold is not None
+        self.scratch = self._reduce.Scratch.of(batch, job.elements, device) if reduces else None
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()
-        cuda = capture_api(self.frame)
-        self.graphs = Graphs(self, cuda) if cuda is not None else None
 
     def _warm(self) -> None:
         """Compile every variant now, by launching each once on memory that no run has claimed yet."""
@@ -229,7 +264,7 @@ class TritonRun:
         if job.signature != self.job.signature or not self._holds(job):
             return False
         self.claim()
-        self.block.copy_(job.block, non_blocking=True)  # which nobody writes to: there is nothing to wait for
+        self.block.copy_(job.block, non_blocking=True)  # the source is never written to: nothing to wait for
         self.job = job
         self.release()
         return True
@@ -277,8 +312,6 @@ class TritonRun:
         """One fused stage."""
         job, table = self.job, self.job.tables[k]
         raws, variance = job.predictions(raws)
-        for raw in raws:
-            job.check_raw(raw)
         z = None
         if table.draw is not None and noise is not None:
             z = self._outside(noise, table.draw, *table.span)
@@ -295,10 +328,6 @@ class TritonRun:
         self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
         self.state[0].mul_(self.sigma)
 
-    def _tick(self, copies: int) -> None:
-        batch = self.job.batch
-        self._step.tick(self.counter, self.times, self.t[: copies * batch], batch)
-
     def _init_stage(self, z: Array | None = None) -> None:
         self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
 
@@ -308,39 +337,20 @@ class TritonRun:
 
     def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
         """p and the limit of each sample, where the stage must look at whole samples first."""
-        clip, numbers = self.job.denoiser.clip, self.numbers
+        numbers = self.numbers
         p = limit = None
         if self.scratch is None:
             return p, limit
         if self.job.denoiser.rescale and len(raws) > 1:
             p = self.reduced
             self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
-        if dynamic(clip):
+        if self.job.denoiser.threshold is not None:
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
                 numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
                 self.scratch, rescaled=p is not None,
             )  # fmt: skip
         return p, limit
-
-    def _launch(
-        self,
-        structure: Any,
-        copies: int,
-        raws: Sequence[Array],
-        z: Array | None,
-        own_p: Array | None = None,
-        own_limit: Array | None = None,
-    ) -> None:
-        self._step.run(
-            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
-            streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
-        )  # fmt: skip
-
-    def _plain(self, raw: Array) -> Array:
-        """A raw as the kernel reads it. Other strides (channels-last) are copied, once; float64 is rounded first."""
-        raw = raw.detach()
-        return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
 
     def _outside(self, noise: NoiseSource, draw: int, at: Any, to: Any) -> Array:
         return self.frame.array(outside_noise(noise, draw, at, to, self.job.shape), "float32")
@@ -357,6 +367,90 @@ class TritonRun:
 
     def x0(self, k: int) -> Array:
         return self.state[self.job.program.x0[k]].reshape(self.job.shape)
+
+
+class TritonColumns(DeviceMemory):
+    """A batch whose samples follow plans of their own: each has its column in the tables, and its own counter.
+
+    One launch moves every sample by one stage of its plan. A row that writes nothing keeps a sample that waits or is
+    done as it is, and costs no memory traffic.
+
+    jobs   every plan that a sample may follow, laid out for batches of `shape`
+    Raises ValueError if they do not call the same branches, or need a look at whole samples between call and update.
+    """
+
+    def __init__(self, jobs: Sequence[TritonJob], shape: Sequence[int]) -> None:
+        job = jobs[0]
+        for denoiser in (job.denoiser for job in jobs):
+            if denoiser.rescale or denoiser.threshold is not None or denoiser.variance is not None:
+                raise ValueError(
+                    "backend='triton' cannot mix plans under guidance rescale, dynamic thresholding or a learned "
+                    "variance: use fewstep.Sampler, or backend='naive'"
+                )
+        self._branches = job.tables[0].branches
+        if any(table.branches != self._branches for job in jobs for table in job.tables):
+            raise ValueError(
+                "guidance for a part of the way, or in some of the plans, calls other branches at other steps: "
+                "backend='triton' cannot mix it"
+            )
+        self.copies = job.copies(0)
+        super().__init__(job, shape, buffers=max(j.program.buffers for j in jobs), copies=self.copies, columns=shape[0])
+        shapes = [job.structure for job in jobs]
+        self.structure = self._step.Structure(
+            slots=max(s.slots for s in shapes),
+            outputs=max(s.outputs for s in shapes),
+            predict=shapes[0].predict,
+            clip=shapes[0].clip,
+            noise=any(s.noise for s in shapes) or any(job.program.init.noisy for job in jobs),
+        )
+        self.shape = tuple(shape[1:])
+        rows = max(len(job.tables) for job in jobs) + 2  # the init row, the stages, one row of nothing
+        self.idle = rows - 1
+        self._mirrors = (
+            Mirror(np.zeros((rows, self.batch, self._step.NUMBERS), np.float32), self.frame),
+            Mirror(np.full((rows, self.batch, self._step.INDICES), -1, np.int32), self.frame),
+            Mirror(np.zeros((rows, self.batch)), self.frame, job.time_dtype),
+        )
+        self.numbers, self.indices, self.times = (mirror.device for mirror in self._mirrors)
+        self.counter.fill_(self.idle)
+
+    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
+        own, from_numpy = device_tables(job), self.torch.from_numpy
+        for mirror, values, empty in zip(self._mirrors, own, (0.0, -1, 0.0), strict=True):
+            mirror.wait()
+            column = mirror.host[:, place]
+            column.fill_(empty)
+            column[: len(values)].copy_(from_numpy(values[:, 0]))
+            mirror.send()
+        self.streams.wait()
+        self.streams.host[place].copy_(from_numpy(streams[0].astype(np.int64)))
+        self.streams.send()
+        here = self.state[0, place]
+        if x is None:
+            self._noise.fill(here[None], self.streams.device[place : place + 1], 0, philox.LATENT)
+            here.mul_(float(np.float32(job.start.sigma)))
+        else:
+            here.copy_(x.reshape(-1))
+        # The init row of this sample; all others stand at the row of nothing meanwhile.
+        kept = self.counter.clone()
+        self.counter.fill_(self.idle)
+        self.counter[place] = 0
+        self._launch(self.structure, self.copies, [])
+        kept[place] = 0
+        self.counter.copy_(kept)
+
+    def branches(self) -> tuple[int, ...]:
+        return self._branches
+
+    def model_input(self) -> tuple[Array, Array]:
+        self._tick(self.copies)
+        return self.x_in, self.t
+
+    def advance(self, raws: Sequence[Array]) -> None:
+        self._launch(self.structure, self.copies, [self._plain(raw) for raw in raws])
+
+    def result(self, place: int, job: Job) -> Array:
+        return self.state[job.program.result, place].reshape(self.shape).clone()
 
 
 def calls(job: Job) -> int:
@@ -378,19 +472,6 @@ def structure(job: Job) -> Any:
     )
 
 
-def dynamic(clip: Any) -> bool:
-    """Whether a clip's bound comes from the sample itself."""
-    return clip is not None and not isinstance(clip, (int, float))
-
-
-def order_statistic(clip: Any, elements: int) -> np.ndarray:
-    """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, else zeros."""
-    if not dynamic(clip):
-        return np.zeros(3)
-    position = clip.quantile * (elements - 1)
-    return np.array([int(position), position - int(position), clip.maximum])
-
-
 def signature(job: Job) -> tuple[Any, ...]:
     """See `TritonJob`."""
     program, denoiser = job.program, job.denoiser
@@ -398,7 +479,7 @@ def signature(job: Job) -> tuple[Any, ...]:
     stages += [stages[-1]] * (calls(job) - len(stages))
     return (
         tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
-        denoiser.variance, denoiser.clip is None, dynamic(denoiser.clip), bool(denoiser.rescale), job.shape,
+        denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, bool(denoiser.rescale), job.shape,
         job.model_dtype, job.time_dtype,
     )  # fmt: skip
 
@@ -411,7 +492,7 @@ def check(job: Job) -> None:
         raise ValueError("backend='triton' takes models of 16 or 32 bits, this one is float64: use backend='naive'")
 
 
-def trouble(frame: Frame) -> str | None:
+def why_unavailable(frame: Frame) -> str | None:
     """Why the GPU kernels cannot run on a frame's device, and what would; None if they can."""
     if not isinstance(frame, TorchFrame):
         return "it runs on torch tensors, and this denoiser is a NumPy one: pass device='cuda', or use backend='numba'"

@@ -5,23 +5,22 @@
 
 What a graph depends on is structure: which branches are called, the shapes and dtypes of conditions, and the values of
 those that are not tensors. Numbers are not: schedules, seeds, guidance scales and the contents of conditions live in
-device memory that later calls overwrite. A run keeps its `LIMIT` latest graphs; an older one is freed and, if it is
-wanted again, recorded again. All graphs of a run share one memory pool, because no two of them are ever under way
-together. It is freed with the run.
+device memory that later calls overwrite. A run has its `LIMIT` latest graphs; an older one is freed and, if it is
+wanted again, recorded again. All graphs of a run share one memory pool, because no two of them ever run at once.
 """
 
 from __future__ import annotations
 
 import traceback
-import weakref
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.gpu import TritonRun
 
-if TYPE_CHECKING:
-    from fewstep.solvers.run.gpu import TritonRun
+MODES = ("auto", "off", "step", "loop")
 
 LIMIT = 8
 WARM_UPS = 3  # libraries choose their algorithms, allocators grow, compilers compile: none of it may be recorded
@@ -45,9 +44,7 @@ class Graphs:
     """The recorded graphs of one run, and the static copies of the conditions that they read."""
 
     def __init__(self, run: TritonRun, cuda: Any) -> None:
-        # The run owns its graphs: a reference back would keep both until a garbage collection.
-        self.run: TritonRun = weakref.proxy(run)
-        self.cuda = cuda
+        self.run, self.cuda = run, cuda
         self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
         self._conditions: OrderedDict[Hashable, list[Mapping[str, Any]]] = OrderedDict()
         self._structure: Hashable = None
@@ -205,3 +202,51 @@ def culprit(error: BaseException) -> str:
     own = [f for f in stack if not any(part in f.filename for part in ("/torch/", "/triton/", "/solvers/run/graph.py"))]
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return f"{reason} ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else reason
+
+
+class GraphMode:
+    """Which mode the calls of a sampler run in: the one asked for, or for "auto" the first that the model allows."""
+
+    def __init__(self, asked: str) -> None:
+        self.asked = asked
+        self._failed: dict[str, CaptureError] = {}  # the modes that "auto" has given up, and why
+        self._warned = False
+
+    def choose(self, graphs: Graphs | None, cond: Any, *, drawn: bool, noise: bool, watched: bool) -> str:
+        """ "off", "step" or "loop", with what the call will replay recorded.
+
+        drawn  whether the latent is drawn; noise: whether the caller draws it; watched: whether the host looks in
+        """
+        if graphs is None or self.asked == "off":
+            return "off"
+        if self.asked == "loop" and watched:
+            raise ValueError(
+                "graph='loop' runs a whole sample in one launch, where no callback or progress bar can look in: use "
+                "graph='step'"
+            )
+        if noise:
+            if self.asked == "auto":
+                return "off"
+            raise ValueError(
+                f"noise= is called on the host for every draw, which graph={self.asked!r} cannot: use 'off'"
+            )
+        for mode in [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]:
+            if mode in self._failed:
+                continue
+            try:
+                graphs.prepare(mode, cond, drawn)
+            except CaptureError as error:
+                if self.asked != "auto":
+                    raise
+                self._failed[mode] = error
+            else:
+                self._warn_once(mode)
+                return mode
+        self._warn_once("off")
+        return "off"
+
+    def _warn_once(self, mode: str) -> None:
+        if self._failed and not self._warned:
+            self._warned = True
+            reason = next(iter(self._failed.values()))
+            warnings.warn(f"graph='auto' falls back to {mode!r}: {reason}", RuntimeWarning, stacklevel=5)

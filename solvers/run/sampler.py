@@ -1,88 +1,36 @@
-"""The one sampling loop: any plan, any denoiser, any backend."""
+"""`Sampler`, a denoiser and a plan compiled for one shape, and `sample`, which makes one and calls it."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import warnings
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
-
-import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.plans.tables import stage_tables
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame, dtype_name, frame_of
-from fewstep.solvers.run.checks import BACKENDS, check_latent, check_out, check_shape, model_frame, pick_backend
+from fewstep.solvers.run.checks import (
+    BACKENDS,
+    check_callable,
+    check_latent,
+    check_out,
+    check_shape,
+    check_source,
+    model_frame,
+    pick_backend,
+)
+from fewstep.solvers.run.compiled import Prepared, Target
+from fewstep.solvers.run.convert import Converter
+from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
-from fewstep.solvers.run.engine import FusedRun, Job, NaiveRun, NoiseSource
-from fewstep.solvers.run.gpu import TritonJob, TritonRun
-from fewstep.solvers.run.graph import CaptureError, capture_api
+from fewstep.solvers.run.engine import NoiseSource
+from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
+from fewstep.solvers.run.loop import Request, StepInfo, run_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import Point
-
-GRAPHS = ("auto", "off", "step", "loop")
-
-Run = FusedRun | NaiveRun | TritonRun
-RUNS: dict[str, Callable[[Any], Run]] = {"numba": FusedRun, "naive": NaiveRun, "triton": TritonRun}
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """What a callback sees after each completed step. x and x0 are valid until it returns; copy to keep them.
-
-    step, steps  this step's number from 0, and how many there are
-    calls        denoiser calls so far
-    at, to       where the step's last call was made, and the marginal of x now
-    x, x0        the sample and the latest x0 prediction, (B, ...)
-    """
-
-    step: int
-    steps: int
-    calls: int
-    at: Point
-    to: Point
-    x: Array
-    x0: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A plan under a guidance laid out for one sampler (`Sampler.prepare`), with the workspaces that wait for it.
-
-    A sampler holds one at a time, which `update` replaces whole: nothing in it is edited.
-    """
-
-    sampler: weakref.ref[Sampler]  # which holds this one: what a sampler occupies goes with its last name
-    denoiser: Any
-    plan: Plan
-    idle: tuple[deque[Run], deque[Run]] = field(default_factory=lambda: (deque(), deque()))
-
-    @cached_property
-    def plain(self) -> Job:
-        return self._laid_out(keep_x0=False)
-
-    @cached_property
-    def watched(self) -> Job:
-        """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
-        return self._laid_out(keep_x0=True)
-
-    def _laid_out(self, *, keep_x0: bool) -> Job:
-        sampler = self.sampler()
-        assert sampler is not None  # who else would ask
-        return sampler._job(self.denoiser, self.plan, keep_x0=keep_x0)
-
-    def job(self, watched: bool) -> Job:
-        return self.watched if watched else self.plain
 
 
 class Sampler:
@@ -112,7 +60,7 @@ class Sampler:
 
     def __init__(
         self,
-        denoiser: Any,
+        denoiser: DenoiserLike,
         plan: Plan,
         shape: Sequence[int],
         *,
@@ -122,20 +70,15 @@ class Sampler:
         graph: str = "auto",
         capacity: int = 0,
     ) -> None:
-        for needed in ("prologue", "bind", "process"):
-            if not hasattr(denoiser, needed):
-                raise TypeError(
-                    f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
-                    "wrap the model, Denoiser(model, process, predicts=...)"
-                )
+        check_denoiser(denoiser)
         self.shape = check_shape(shape)
         self.dtype = dtype_name(dtype or "float32")
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is the state's, float32 or float64, got {self.dtype}; 16-bit belongs to the model")
         if backend not in BACKENDS:
             raise ValueError(unknown("backend", backend, BACKENDS))
-        if graph not in GRAPHS:
-            raise ValueError(unknown("graph mode", graph, GRAPHS))
+        if graph not in MODES:
+            raise ValueError(unknown("graph mode", graph, MODES))
         self.frame = model_frame(denoiser, device)
         # What the GPU kernels do not do is an error where they are asked for, and another backend's where not.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
@@ -148,14 +91,15 @@ class Sampler:
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
             raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
         self.graph, self.capacity = graph, capacity
-        self._uncaptured: dict[str, CaptureError] = {}  # graph modes that "auto" has given up, and why
-        self._warned = False
+        self._mode = GraphMode(graph)
+        self._target = Target(self.backend, self.frame, self.shape, self.dtype, capacity)
+        self._convert = Converter(self.frame, self.backend, self.dtype)
         self._seed: int | Sequence[int] | None = None
         self._cond: Any = None
-        self._compiled: Prepared | None = None
-        self._change_to(self._prepared(denoiser, plan))
+        self._now = self._prepared(denoiser, plan)
+        self._now.fill()
 
-    def _prepared(self, denoiser: Any, plan: Plan) -> Prepared:
+    def _prepared(self, denoiser: DenoiserLike, plan: Plan, watched: bool = False) -> Prepared:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
         if plan.grid.process != denoiser.process:
@@ -163,59 +107,24 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        made = Prepared(weakref.ref(self), denoiser, plan)
-        made.job(False)
-        if self._compiled is not None and "watched" in vars(self._compiled):
-            made.job(True)
+        made = Prepared(self._target, denoiser, plan)
+        for kept in {False, watched}:
+            made.job(kept)
         return made
 
     def _change_to(self, new: Prepared) -> None:
-        old = self._compiled
-        if old is not None and old is not new and self.backend == "triton":
-            self._adopt(old, new)
-        if not new.idle[False]:
-            new.idle[False].append(self._new_run(new.job(False)))
-        self._compiled = new  # one assignment: a call in another thread sees all of it or none
-
-    def _adopt(self, old: Prepared, new: Prepared) -> None:
-        """Runs on a GPU that wait for work go over to new numbers with their memory and graphs, where those fit."""
-        for watched in (False, True):
-            while old.idle[watched]:
-                try:
-                    run = old.idle[watched].popleft()
-                except IndexError:  # another thread took it: it finishes with what it began with
-                    break
-                job = new.job(watched)
-                assert isinstance(run, TritonRun)
-                assert isinstance(job, TritonJob)
-                if not run.adopt(job):
-                    old.idle[watched].append(run)  # as no other will: all have the same structure
-                    break
-                new.idle[watched].append(run)
+        if self.backend == "triton":
+            new.take_over(self._now)
+        new.fill()
+        self._now = new  # one assignment: a call in another thread sees all of it or none
 
     @property
-    def denoiser(self) -> Any:
+    def denoiser(self) -> DenoiserLike:
         return self._now.denoiser
 
     @property
     def plan(self) -> Plan:
         return self._now.plan
-
-    @property
-    def _now(self) -> Prepared:
-        assert self._compiled is not None
-        return self._compiled
-
-    def _job(self, denoiser: Any, plan: Plan, *, keep_x0: bool) -> Job:
-        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
-        tables = stage_tables(program, denoiser, self.dtype)
-        model_dtype = denoiser.model_dtype(self.dtype)
-        times = denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
-        kind = TritonJob if self.backend == "triton" else Job
-        return kind(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
-
-    def _new_run(self, job: Any) -> Run:
-        return RUNS[self.backend](job)
 
     def prepare(self, plan: Plan | None = None, *, guidance: Any = ...) -> Prepared:
         """Lay out another plan or another guidance now, for an `update` that only has to copy it.
@@ -226,7 +135,7 @@ class Sampler:
         What is not given is the sampler's own at the moment. Raises ValueError or TypeError as making a sampler does.
         """
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
-        return self._prepared(denoiser, self.plan if plan is None else plan)
+        return self._prepared(denoiser, self.plan if plan is None else plan, "watched" in vars(self._now))
 
     def update(
         self, plan: Plan | Prepared | None = None, *, guidance: Any = ..., seed: Any = ..., cond: Any = ...
@@ -240,8 +149,9 @@ class Sampler:
         """
         new = self._now
         if isinstance(plan, Prepared):
-            if plan.sampler() is not self or guidance is not ...:
-                why = "has its guidance in it" if plan.sampler() is self else "belongs to the sampler that made it"
+            own = plan.target is self._target
+            if not own or guidance is not ...:
+                why = "has its guidance in it" if own else "belongs to the sampler that made it"
                 raise ValueError(f"plan is prepared, and {why}: prepare(plan, guidance=...) lays out another")
             new = plan
         elif plan is not None or guidance is not ...:
@@ -280,7 +190,8 @@ class Sampler:
         progress  show a bar
         out       where to write the result instead of a new array (x's or the model's library)
         """
-        compiled = self._now
+        now = self._now
+        plan = now.plan
         seed = self._seed if seed is None else seed
         cond = self._cond if cond is None else cond
         outer = frame_of(x) if x is not None else self.frame
@@ -293,158 +204,40 @@ class Sampler:
                 )
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
-        for name, given in (("callback", callback), ("noise", noise)):
-            if not (given is None or callable(given)):
-                raise TypeError(f"{name} must be callable, got {type(given).__name__}")
-        plan = compiled.plan
+        check_callable("callback", callback)
+        check_callable("noise", noise)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
                 "give x, the data to encode"
             )
         streams = None
-        if x is None or (compiled.plan.stochastic and noise is None):
+        if x is None or (plan.stochastic and noise is None):
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
-        keep = callback is not None
-        job, idle = compiled.job(keep), compiled.idle[keep]
-        try:
-            run = idle.popleft()
-        except IndexError:
-            run = self._new_run(job)
-        try:
-            with self._no_grad(), self._on_device():
-                mode = self._graph_mode(run, cond, x is None, noise, callback is not None or progress)
-                self._loop(run, cond, self._latent(x, outer), streams, noise, callback, progress, outer, mode)
-                return self._result(run.x(len(job.tables) - 1), x, outer, out)
-        finally:
-            # Also after an interruption: every run rewrites its memory from the start.
-            run.release()
-            idle.append(run)
-
-    def _loop(
-        self,
-        run: Run,
-        cond: Any,
-        x: Any,
-        streams: np.ndarray | None,
-        noise: NoiseSource | None,
-        callback: Callable[[StepInfo], None] | None,
-        progress: bool,
-        outer: Frame | None,
-        mode: str,
-    ) -> None:
-        job = run.job
-        graphs = run.graphs if isinstance(run, TritonRun) and mode != "off" else None
-        if graphs is not None and mode == "loop":
-            graphs.run.load(x, streams)
-            graphs.loop(x is None)
-            return
-        # A graph has its conditions bound into it.
-        call = job.denoiser.bind(self.frame, self.shape[0], cond) if graphs is None else None
-        run.begin(x, streams, noise)
-        step = 0
-        with _bar(len(job.tables), progress) as bar:
-            for k, table in enumerate(job.tables):
-                if call is not None:
-                    run.advance(k, call(table.branches, *run.model_input(k)), noise)
-                elif graphs is not None:
-                    graphs.step(k)
-                if bar is not None:
-                    bar.update(1)
-                if callback is not None and table.done:
-                    steps = job.program.plan.steps
-                    x_now, x0_now = self._outside(run.x(k), outer), self._outside(run.x0(k), outer)
-                    callback(StepInfo(step, steps, k + 1, table.at, table.to, x_now, x0_now))
-                step += table.done
-
-    def _graph_mode(self, run: Run, cond: Any, drawn: bool, noise: NoiseSource | None, watched: bool) -> str:
-        """How this call runs, "off", "step" or "loop", with what it will replay recorded."""
-        if not isinstance(run, TritonRun) or run.graphs is None or self.graph == "off":
-            return "off"
-        if self.graph == "loop" and watched:
-            raise ValueError(
-                "graph='loop' runs a whole sample in one launch, where no callback or progress bar can look in: use "
-                "graph='step'"
-            )
-        if noise is not None:
-            if self.graph == "auto":
-                return "off"
-            raise ValueError(
-                f"noise= is called on the host for every draw, which graph={self.graph!r} cannot: use 'off'"
-            )
-        wanted = [self.graph] if self.graph != "auto" else ["step"] if watched else ["loop", "step"]
-        for mode in wanted:
-            if mode in self._uncaptured:
-                continue
-            try:
-                run.graphs.prepare(mode, cond, drawn)
-            except CaptureError as error:
-                if self.graph != "auto":
-                    raise
-                self._uncaptured[mode] = error
-            else:
-                self._warn_once(mode)
-                return mode
-        self._warn_once("off")
-        return "off"
-
-    def _warn_once(self, mode: str) -> None:
-        """graph="auto" says once that it has fallen back, to what and why."""
-        if self._uncaptured and not self._warned:
-            self._warned = True
-            reason = next(iter(self._uncaptured.values()))
-            warnings.warn(f"graph='auto' falls back to {mode!r}: {reason}", RuntimeWarning, stacklevel=4)
+        with now.workspace(callback is not None) as space, self._no_grad(), self._on_device():
+            watched = callback is not None or progress
+            mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
+            latent = None if x is None or outer is None else self._convert.latent(x, outer)
+            request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
+            dtype = None if x is None or outer is None else outer.dtype_of(x)
+            return self._convert.result(run_plan(space, request, self._convert), outer, dtype, out)
 
     def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
         if self.backend != "naive" and isinstance(self.frame, TorchFrame):
-            return self.frame.torch.no_grad()  # type: ignore[no-any-return]
+            return self.frame.torch.no_grad()
         return contextlib.nullcontext()
 
     def _on_device(self) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.frame, TorchFrame) and self.frame.device.startswith("cuda"):
-            return self.frame.torch.cuda.device(self.frame.device)  # type: ignore[no-any-return]
+            return self.frame.torch.cuda.device(self.frame.device)
         return contextlib.nullcontext()
-
-    def _latent(self, x: Array | None, outer: Frame | None) -> Any:
-        """x as the run takes it: NumPy for the fused kernels, the model's own library for the oracle."""
-        if x is None or outer is None:
-            return None
-        if self.backend == "numba":
-            values = x.detach().to(getattr(outer.torch, self.dtype)).numpy() if isinstance(outer, TorchFrame) else x
-            return np.asarray(values).reshape(self.shape[0], -1)
-        if isinstance(outer, TorchFrame) and isinstance(self.frame, TorchFrame):
-            return x.to(getattr(outer.torch, self.dtype))
-        return self.frame.array(outer.to_numpy(x), self.dtype)
-
-    def _outside(self, values: Any, outer: Frame | None) -> Array:
-        """An array of a run as the caller's type, sharing memory where it can."""
-        outer = outer or self.frame
-        if isinstance(values, np.ndarray):
-            return outer.wrap(values)
-        return values if isinstance(outer, TorchFrame) else values.detach().cpu().numpy()
-
-    def _result(self, values: Any, x: Array | None, outer: Frame | None, out: Array | None) -> Array:
-        values = self._outside(values, outer)
-        if out is not None:
-            if isinstance(out, np.ndarray):
-                np.copyto(out, values)
-            else:
-                out.copy_(values)
-            return out
-        dtype = self.dtype if x is None or outer is None else outer.dtype_of(x)
-        if isinstance(values, np.ndarray):
-            return values.astype(dtype)  # a copy: the run's memory is used again
-        import torch
-
-        copied = values if self.backend == "naive" else values.clone()
-        return copied.to(getattr(torch, dtype))
 
 
 @any_library
 def sample(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     x: Array | None = None,
     *,
     shape: Sequence[int] | None = None,
@@ -476,22 +269,11 @@ def sample(
 
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
-    if (x is None) == (shape is None):
-        raise ValueError(
-            "give exactly one of x (a latent) and shape (to draw one), got " + ("neither" if x is None else "both")
-        )
-    if not hasattr(denoiser, "prologue"):
-        raise TypeError(
-            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
-            "wrap the model, Denoiser(model, process, predicts=...)"
-        )
+    outer = check_source(denoiser, x, shape)
     if grid is None:
         grid = make_grid(denoiser.process, steps, spacing)
     if start:
         grid = grid.tail(start)
-    outer = None if x is None else frame_of(x)
-    if x is not None and outer is None:
-        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"
     if device is None and isinstance(outer, TorchFrame):
@@ -513,16 +295,3 @@ def sample(
 
 def _wants_grad(x: Array, frame: Frame | None) -> bool:
     return isinstance(frame, TorchFrame) and x.requires_grad and frame.torch.is_grad_enabled()
-
-
-@contextlib.contextmanager
-def _bar(total: int, wanted: bool) -> Any:
-    if not wanted:
-        yield None
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress=True needs tqdm: pip install 'fewstep[cli]'") from None
-    with tqdm(total=total, unit="call", leave=False) as bar:
-        yield bar

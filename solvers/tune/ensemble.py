@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import NOISE, PREDICTION, UNGUIDED, Plan, Stage
 from fewstep.solvers.run.arrays import Frame, TorchFrame
+from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
-from fewstep.solvers.run.per_sample import SEEN, Batch
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.process import Array, Point
 

@@ -18,8 +18,8 @@ from fewstep.solvers.families.coordinates import FRAMES
 from fewstep.solvers.plans.plan import PREDICTION, Plan
 from fewstep.solvers.plans.plan_file import read_plan
 from fewstep.solvers.run.arrays import Frame, TorchFrame
+from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
-from fewstep.solvers.run.per_sample import SEEN, Batch
 from fewstep.solvers.schedule.process import Point
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
 

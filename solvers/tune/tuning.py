@@ -30,6 +30,7 @@ from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS
 from fewstep.solvers.run.checks import check_shape
+from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Array
@@ -374,11 +375,7 @@ def tune(
     Raises ValueError or TypeError that names the argument, before the model is called; ImportError without SciPy.
     """
     begin = time.perf_counter()
-    if not hasattr(denoiser, "prologue"):
-        raise TypeError(
-            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
-            "wrap the model, Denoiser(model, process, predicts=...)"
-        )
+    check_denoiser(denoiser)
     for name, value, low in (("nfe", nfe, 2), ("seeds", seeds, 12), ("batch", batch, 1)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
             raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")

@@ -11,7 +11,7 @@ import torch
 import fewstep as fs
 from fewstep.kernels import philox, triton_reduce, triton_step
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.per_sample import maps_of
+from fewstep.solvers.run.batch import functions_of
 
 VP = fs.VP.linear()
 SHAPE = (3, 1, 5, 7)  # 35 elements: two blocks, and split in the reductions
@@ -87,8 +87,8 @@ def test_a_sample_is_the_same_alone() -> None:
 
 
 def test_each_sample_draws_at_its_own_number() -> None:
-    maps = maps_of("triton")(fs.Denoiser(net, VP), TorchFrame("cpu"), "float32", SHAPE)
-    found = maps.normals(philox.streams(5, 3, 2), [7, 1, 4]).numpy()
+    functions = functions_of("triton")(fs.Denoiser(net, VP), TorchFrame("cpu"), "float32", SHAPE)
+    found = functions.normals(philox.streams(5, 3, 2), [7, 1, 4], philox.STEP).numpy()
     for i, draw in enumerate((7, 1, 4)):
         np.testing.assert_array_equal(found[i], philox.normals(35, 5, 2 + i, draw, philox.STEP))
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers_cases import compare, pair, same_bits, updated_by
 
-from fewstep.bindings.diffusers import update
 from fewstep.bindings.diffusers.update import Update
 from fewstep.kernels import torch_ops, triton_step
 
@@ -24,7 +23,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def _on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (32, 4))  # several programs a sample
-    monkeypatch.setattr(update, "stage", torch_ops.stage_on_gpu)
+    monkeypatch.setattr(torch_ops, "stage", torch_ops.stage_on_gpu)
 
 
 @pytest.mark.parametrize(("name", "config"), CASES, ids=str)

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep as fs
 from fewstep.kernels import triton_noise, triton_step
-from fewstep.solvers.run import gpu as triton_run
+from fewstep.solvers.run import compiled
 from fewstep.solvers.run import graph as graph_module
+from fewstep.solvers.run import sampler as sampler_module
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
@@ -143,7 +144,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     monkeypatch.setattr(graph_module, "WARM_UPS", 1)
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Launcher(getattr(module, name), fake))
-    for module in (graph_module, triton_run, __import__("fewstep.solvers.run.sampler", fromlist=["loop"])):
+    for module in (graph_module, compiled, sampler_module):
         monkeypatch.setattr(module, "capture_api", lambda frame: fake)
     return fake
 
@@ -232,7 +233,7 @@ def test_a_prepared_plan_is_one_copy_away(cuda: FakeCuda) -> None:
         ((func, (to, source, _), _, _),) = tape.operations
         assert func is torch.ops.aten.copy_.default
         assert source is ready.job(False).block
-        assert to is ready.idle[False][0].block
+        assert to is ready.idle[False][0].run.block
         assert torch.equal(made(seed=2, cond=cond), oracle(ready.plan, scale)(seed=2, cond=cond))
     assert cuda.log.count("record") == 1
 

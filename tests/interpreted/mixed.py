@@ -37,8 +37,8 @@ def alone(denoiser: fs.Denoiser, plan: fs.Plan, **call: Any) -> torch.Tensor:
 
 
 def poisoned(denoiser: fs.Denoiser) -> MixedRun:
-    run = MixedRun(denoiser, list(PLANS.values()), SHAPE, device="cpu")
-    run.state.fill_(float("nan"))
+    run = MixedRun(denoiser, list(PLANS.values()), SHAPE, backend="triton", device="cpu")
+    run.columns.state.fill_(float("nan"))
     return run
 
 
@@ -80,11 +80,11 @@ def test_guided_in_half_precision() -> None:
 def test_what_cannot_be_mixed_is_said_at_once() -> None:
     plans = list(PLANS.values())
     for options in ({"guidance": fs.CFG(2.0, rescale=0.5)}, {"clip": fs.DynamicThreshold()}):
-        with pytest.raises(ValueError, match=r"cannot be mixed: use fewstep\.Sampler"):
-            MixedRun(fs.Denoiser(net, VP, **options), plans, SHAPE, device="cpu")
+        with pytest.raises(ValueError, match=r"cannot mix plans under guidance rescale"):
+            MixedRun(fs.Denoiser(net, VP, **options), plans, SHAPE, backend="triton", device="cpu")
     with pytest.raises(ValueError, match="calls other branches at other steps"):
-        MixedRun(fs.Denoiser(net, VP, guidance=fs.CFG(2.0, start=0.5)), plans, SHAPE, device="cpu")
-    run = MixedRun(fs.Denoiser(net, VP), plans, SHAPE, device="cpu")
+        MixedRun(fs.Denoiser(net, VP, guidance=fs.CFG(2.0, start=0.5)), plans, SHAPE, backend="triton", device="cpu")
+    run = MixedRun(fs.Denoiser(net, VP), plans, SHAPE, backend="triton", device="cpu")
     with pytest.raises(ValueError, match="'heun' was not among the plans"):
         run.admit(0, fs.plan("heun", fs.grid(VP, 2)), seed=0)
     run.admit(0, plans[0], seed=0)

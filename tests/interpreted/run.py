@@ -29,7 +29,7 @@ def net(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | float = 0.0) -> torc
 def pair(denoiser: fs.Denoiser, plan: fs.Plan, **options: Any) -> tuple[fs.Sampler, fs.Sampler]:
     """The same sampler on both backends; the fast one's memory is poisoned."""
     ours = fs.Sampler(denoiser, plan, SHAPE, backend="triton", device="cpu", **options)
-    for run in ours._compiled.idle[False]:
+    for run in (space.run for space in ours._now.idle[False]):
         for memory in (run.state, run.x_in, run.t):
             memory.fill_(float("nan"))
     return ours, fs.Sampler(denoiser, plan, SHAPE, backend="naive", device="cpu", **options)

@@ -1,0 +1,115 @@
+"""Plans laid out for a sampler, and the workspaces that wait for them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.program import compile_plan
+from fewstep.solvers.plans.tables import stage_tables
+from fewstep.solvers.run.arrays import Frame
+from fewstep.solvers.run.denoising import DenoiserLike, time_dtype
+from fewstep.solvers.run.engine import FusedRun, Job, NaiveRun, Run
+from fewstep.solvers.run.gpu import TritonJob, TritonRun
+from fewstep.solvers.run.graph import Graphs, capture_api
+
+
+@dataclass(frozen=True)
+class Target:
+    """What plans are laid out for: a backend, the model's frame, the batch's shape and the state's dtype."""
+
+    backend: str
+    frame: Frame
+    shape: tuple[int, ...]
+    dtype: str
+    capacity: int = 0
+
+    def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False) -> Job:
+        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
+        tables = stage_tables(program, denoiser, self.dtype)
+        model_dtype = denoiser.model_dtype(self.dtype)
+        times = time_dtype(denoiser, model_dtype)
+        kind = TritonJob if self.backend == "triton" else Job
+        return kind(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
+
+    def run(self, job: Job) -> Run:
+        """New memory for a job of this target."""
+        if isinstance(job, TritonJob):
+            return TritonRun(job)
+        return FusedRun(job) if self.backend == "numba" else NaiveRun(job)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The memory of one run, and its CUDA graphs where there are any."""
+
+    run: Run
+    graphs: Graphs | None
+
+    @classmethod
+    def of(cls, run: Run) -> Workspace:
+        cuda = capture_api(run.job.frame) if isinstance(run, TritonRun) else None
+        return cls(run, Graphs(run, cuda) if cuda is not None and isinstance(run, TritonRun) else None)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A plan under a guidance laid out for one sampler (`Sampler.prepare`), with the workspaces that wait for it.
+
+    A sampler has one at a time, which `update` replaces whole: nothing in it is edited.
+    """
+
+    target: Target
+    denoiser: DenoiserLike
+    plan: Plan
+    idle: tuple[deque[Workspace], deque[Workspace]] = field(default_factory=lambda: (deque(), deque()))
+
+    @cached_property
+    def plain(self) -> Job:
+        return self.target.job(self.denoiser, self.plan)
+
+    @cached_property
+    def watched(self) -> Job:
+        """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
+        return self.target.job(self.denoiser, self.plan, keep_x0=True)
+
+    def job(self, watched: bool) -> Job:
+        return self.watched if watched else self.plain
+
+    def fill(self, watched: bool = False) -> None:
+        """Have a workspace ready."""
+        if not self.idle[watched]:
+            self.idle[watched].append(Workspace.of(self.target.run(self.job(watched))))
+
+    @contextlib.contextmanager
+    def workspace(self, watched: bool) -> Iterator[Workspace]:
+        """One that no other call uses meanwhile."""
+        idle = self.idle[watched]
+        try:
+            taken = idle.popleft()
+        except IndexError:
+            taken = Workspace.of(self.target.run(self.job(watched)))
+        try:
+            yield taken
+        finally:
+            # Also after an interruption: every run rewrites its memory from the start.
+            taken.run.release()
+            idle.append(taken)
+
+    def take_over(self, old: Prepared) -> None:
+        """Idle runs on a GPU go over to these numbers with their memory and graphs, where those fit."""
+        for watched in (False, True):
+            while old.idle[watched]:
+                try:
+                    space = old.idle[watched].popleft()
+                except IndexError:  # another thread took it: it finishes with what it began with
+                    break
+                job = self.job(watched)
+                if not (isinstance(space.run, TritonRun) and isinstance(job, TritonJob) and space.run.adopt(job)):
+                    old.idle[watched].append(space)  # none of the others fits either: all have one structure
+                    break
+                self.idle[watched].append(space)

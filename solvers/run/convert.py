@@ -1,0 +1,50 @@
+"""A caller's arrays into the form that a run takes, and a run's arrays back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
+
+
+@dataclass(frozen=True)
+class Converter:
+    """model: the frame of the model's arrays; dtype: of the state."""
+
+    model: Frame
+    backend: str
+    dtype: str
+
+    def latent(self, x: Array, outer: Frame) -> Array:
+        """(B, ...) as `Run.begin` takes it: NumPy (B, elements) for the CPU kernels, else the model's own library."""
+        if self.backend == "numba":
+            values = x.detach().to(getattr(outer.torch, self.dtype)).numpy() if isinstance(outer, TorchFrame) else x
+            return np.asarray(values).reshape(len(x), -1)
+        if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
+            return x.to(getattr(outer.torch, self.dtype))
+        return self.model.array(outer.to_numpy(x), self.dtype)
+
+    def outside(self, values: Array, outer: Frame | None) -> Array:
+        """An array of a run in the caller's library, sharing memory where it can."""
+        outer = outer or self.model
+        if isinstance(values, np.ndarray):
+            return outer.wrap(values)
+        return values if isinstance(outer, TorchFrame) else values.detach().cpu().numpy()
+
+    def result(self, values: Array, outer: Frame | None, dtype: str | None, out: Array | None = None) -> Array:
+        """A run's sample as a new array of the caller's library, or in `out`. dtype: by default the state's."""
+        values = self.outside(values, outer)
+        if isinstance(out, np.ndarray):
+            np.copyto(out, values)
+            return out
+        if out is not None:
+            return out.copy_(values)
+        dtype = dtype or self.dtype
+        if isinstance(values, np.ndarray):
+            return values.astype(dtype)  # a copy: the run uses its memory again
+        import torch
+
+        copied = values if self.backend == "naive" else values.clone()
+        return copied.to(getattr(torch, dtype))

@@ -1,0 +1,176 @@
+"""What a run needs of a denoiser, how it is called, and the one check of what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fewstep.kernels import naive
+from fewstep.solvers.plans.tables import Parametrisation
+from fewstep.solvers.run.arrays import FLOATS, Array, Frame
+from fewstep.solvers.schedule.process import Point, Process
+
+Cond = Mapping[str, Any]
+Condition = Cond | Sequence[Cond] | None
+Call = Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]]
+
+
+class Threshold(Protocol):
+    """Dynamic thresholding: each sample is clipped to a quantile of |x0|, held between 1 and `maximum`."""
+
+    @property
+    def quantile(self) -> float: ...
+    @property
+    def maximum(self) -> float: ...
+
+
+class Guidance(Protocol):
+    """Classifier-free guidance, see `bindings.denoiser.CFG`."""
+
+    @property
+    def scales(self) -> tuple[float, ...]: ...
+    @property
+    def rescale(self) -> float: ...
+    @property
+    def start(self) -> float: ...
+    @property
+    def stop(self) -> float: ...
+
+
+class DenoiserLike(Parametrisation, Protocol):
+    """A network and what its output means: what samplers, tuning and objectives use of `fewstep.Denoiser`.
+
+    bound      of a static clip of the x0 prediction, or None
+    threshold  of a dynamic one, or None
+    batched    whether the branches of guidance are one call on copies of the batch
+    frame      the array library and device of the network, None for a plain callable
+    """
+
+    model: Callable[..., Any]
+    batched: bool
+    null: Cond | None
+    time_dtype: str | None
+
+    @property
+    def process(self) -> Process: ...
+    @property
+    def guidance(self) -> Guidance | None: ...
+    @property
+    def bound(self) -> float | None: ...
+    @property
+    def threshold(self) -> Threshold | None: ...
+    @property
+    def frame(self) -> Frame | None: ...
+
+    def with_guidance(self, guidance: Any) -> Self: ...
+    def model_dtype(self, state: str) -> str: ...
+    def noise_factor(self, output: Array, number: float) -> Array: ...
+    def conditions(self, cond: Condition) -> list[Cond]: ...
+    def bind(self, frame: Frame, batch: int, cond: Condition) -> Call: ...
+
+
+def check_denoiser(denoiser: object) -> None:
+    """Raises TypeError for what is no denoiser, such as a network that is not wrapped."""
+    if not all(hasattr(denoiser, name) for name in ("prologue", "bind", "process")):
+        raise TypeError(
+            f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
+            "wrap the model, Denoiser(model, process, predicts=...)"
+        )
+
+
+def order_statistic(threshold: Threshold | None, elements: int) -> NDArray[np.float64]:
+    """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, zeros without one."""
+    if threshold is None:
+        return np.zeros(3)
+    position = threshold.quantile * (elements - 1)
+    return np.array([int(position), position - int(position), threshold.maximum])
+
+
+def time_dtype(denoiser: DenoiserLike, model_dtype: str) -> str:
+    """The dtype of the network's time input: float64 for a float64 network, else float32, unless the denoiser says."""
+    return denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
+
+
+def copies(denoiser: DenoiserLike, branches: Sequence[int]) -> int:
+    """How many copies of the batch one call of the network takes."""
+    return len(branches) if denoiser.batched else 1
+
+
+# --- what a network returns ---
+
+
+def check_output(raw: object, shape: Sequence[int], frame: Frame) -> None:
+    """Raises ValueError unless the network returned a floating array of that shape, of the library of its input."""
+    if not frame.is_array(raw):
+        raise ValueError(
+            f"the model returned {type(raw).__name__}, not an array of {frame.name}: wrap it so that "
+            "model(x, t) returns the raw prediction alone"
+        )
+    found = tuple(raw.shape)  # type: ignore[attr-defined]  # it is an array
+    if found != tuple(shape):
+        raise ValueError(f"the model returned shape {found} for x of shape {tuple(shape)}")
+    if frame.dtype_of(raw) not in FLOATS:
+        raise ValueError(f"the model returned dtype {frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}")
+
+
+def predictions(
+    denoiser: DenoiserLike, raws: Sequence[Array], shape: Sequence[int], frame: Frame
+) -> tuple[Sequence[Array], Array | None]:
+    """The checked predictions (B, C, ...), and the last branch's variance output if the network returns both.
+
+    shape  of x, (B, C, ...); a network that predicts its variance returns (B, 2 C, ...)
+    """
+    if denoiser.variance is None:
+        for raw in raws:
+            check_output(raw, shape, frame)
+        return raws, None
+    channels = shape[1]
+    both = (shape[0], 2 * channels, *shape[2:])
+    for raw in raws:
+        try:
+            check_output(raw, both, frame)
+        except ValueError as error:
+            raise ValueError(f"{error}: variance={denoiser.variance!r} needs shape {both}") from None
+    return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
+
+
+# --- a batch whose samples stand at points of their own ---
+
+
+class NetworkInputs(NamedTuple):
+    """The network's time input and c_in, and (a, b) of its x0 prediction a x + b raw, at n points; float64 (n,)."""
+
+    t: NDArray[np.float64]
+    c_in: NDArray[np.float64]
+    a: NDArray[np.float64]
+    b: NDArray[np.float64]
+
+    def at(self, index: Any) -> NetworkInputs:
+        return NetworkInputs(*(values[index] for values in self))
+
+
+def network_inputs(denoiser: DenoiserLike, points: Sequence[Point]) -> NetworkInputs:
+    """Raises ValueError where the denoiser's prediction type says nothing about x0."""
+    # Samples share points more often than not: each point is worked out once.
+    known = {p: (denoiser.time(p), denoiser.c_in(p), *denoiser.prologue(p)) for p in dict.fromkeys(points)}
+    return NetworkInputs(*np.array([known[p] for p in points], dtype=np.float64).reshape(-1, 4).T)
+
+
+def call_at(
+    denoiser: DenoiserLike,
+    frame: Frame,
+    call: Call,
+    x: Array,
+    inputs: NetworkInputs,
+    branches: tuple[int, ...],
+    model_dtype: str,
+) -> tuple[Sequence[Array], Array | None]:
+    """The network on x (n, ...), sample i with inputs[i]: `predictions` of each of `branches`."""
+    width = copies(denoiser, branches)
+    x_in = naive.model_input(x, frame.array(inputs.c_in, frame.dtype_of(x)), frame.empty((1,), model_dtype))
+    t = frame.array(np.tile(inputs.t, width), time_dtype(denoiser, model_dtype))
+    raws = call(branches, frame.concatenate([x_in] * width) if width > 1 else x_in, t)
+    return predictions(denoiser, raws, tuple(x.shape), frame)

@@ -1,0 +1,176 @@
+"""A stage as a function: new arrays from old ones, on any backend.
+
+Everything that does not own its memory runs plans through here: adaptive attempts and ensembles (by `batch.Batch`),
+distillation jumps, exported loops, the drop-ins on a GPU. Runs that reuse their memory are in `engine` and `gpu`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout, naive, philox
+from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.denoising import DenoiserLike
+
+
+def stage(
+    slots: Sequence[Array | None],
+    raws: Sequence[Array],
+    w: Array,
+    *,
+    z: Array | None = None,
+    p: Array | None = None,
+    limit: Array | None = None,
+    c_in: Array | None = None,
+    copies: int = 0,
+    model_dtype: Any = None,
+    backend: str = "operator",
+) -> list[Array]:
+    """One stage, as `kernels.naive.step`: outputs = w · [slots, raws, m, z], then `copies` of c_in x' in `model_dtype`.
+
+    slots        (n, ...) of the state's dtype, x first; None where the table's column is zero
+    raws         (n, ...) of the model's dtype; for "numba" 16-bit floats as their bits
+    w            (1 or n, rows, COLUMNS), see `kernels.layout`; p (1 or n, 4), limit (1 or n, 4)
+    c_in         (1 or n,); without it there is no model input
+    backend      "operator": torch tensors of any device, differentiable, traced and compiled by torch;
+                 "naive": the oracle, on NumPy or torch, differentiable in torch;
+                 "numba": NumPy arrays (n, elements); "triton": float32 tensors on a GPU
+
+    Returns new arrays: a list of rows, and the stacked copies (copies n, ...) last if there are any.
+    """
+    if backend == "numba":
+        return _numba_stage(slots, raws, w, z, p, limit)
+    if backend == "naive":
+        outputs = naive.step(slots, raws, w, z=z, p=p, limit=None if limit is None else limit[:, :2])
+        if copies:
+            x_in = naive.model_input(outputs[0], c_in, outputs[0].new_empty(0, dtype=model_dtype))
+            outputs.append(x_in.repeat(copies, *[1] * (x_in.ndim - 1)))
+        return outputs
+    from fewstep.kernels import torch_ops
+
+    live = {j: slot for j, slot in enumerate(slots) if slot is not None}
+    run = torch_ops.stage_on_gpu if backend == "triton" else torch_ops.stage
+    scale = w.new_ones(1) if c_in is None else c_in
+    kind = w.dtype if model_dtype is None else model_dtype
+    return run([*live.values()], [*live], list(raws), w, scale, copies, kind, p, limit, z)  # type: ignore[no-any-return]
+
+
+def _numba_stage(
+    slots: Sequence[Array | None],
+    raws: Sequence[Array],
+    w: np.ndarray,
+    z: Array | None,
+    p: Array | None,
+    limit: Array | None,
+) -> list[Array]:
+    from fewstep.kernels import numba_step
+
+    like = next(a for a in (*slots, *raws) if a is not None)
+    new = [np.empty(like.shape, w.dtype) for _ in range(w.shape[1])]
+    numba_step.Launch(slots, raws, w, new, c_in=np.ones(1, w.dtype), z=z, p=p, limit=limit)()
+    return new
+
+
+class Functions:
+    """The arithmetic of a batch of samples, each with numbers of its own, by the oracle.
+
+    Slots are arrays (n, elements) of `frame`, of the state's dtype. A backend of its own overrides what it does faster.
+    """
+
+    backend = "naive"
+
+    def __init__(self, denoiser: DenoiserLike, frame: Frame, dtype: str, shape: Sequence[int]) -> None:
+        self.rescale, self.bound, self.dynamic = denoiser.rescale, denoiser.bound, denoiser.threshold
+        self.frame, self.dtype, self.size = frame, dtype, shape[0]
+        self.elements = int(np.prod(shape[1:]))
+
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
+        """Standard normals (n, elements): sample i of its own stream, at draw number draws[i]."""
+        drawn = []
+        for stream, draw in zip(streams, draws, strict=True):
+            low, high, sample = (int(v) for v in stream)
+            drawn.append(philox.normals(self.elements, low | high << 32, sample, draw, domain))
+        return self.frame.array(np.stack(drawn), self.dtype)
+
+    def raw(self, raw: Array) -> Array:
+        """A network output (n, elements) as `stage` takes it."""
+        return raw
+
+    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Any, Any]:
+        """p and the limit, once guidance rescale and the clip have seen the raws.
+
+        u        (n, elements), what the network was called on
+        weights  (n, branches) of the raws in the guided output; p (n, 4) before the rescale
+
+        Returns p (n, 4), and the limit (n, 4) or None; arrays of `frame` where they were found on its device.
+        """
+        if self.rescale:
+            for i, share in enumerate(weights):
+                if np.count_nonzero(share) > 1:
+                    p[i, 1 : len(raws) + 1] *= self._guidance_scale([raw[i : i + 1] for raw in raws], share)
+        if self.dynamic is not None:
+            return p, self._threshold(u, raws, p.astype(self.dtype), self.dynamic.quantile, self.dynamic.maximum)
+        return p, self.static_limit(len(p))
+
+    def static_limit(self, n: int) -> np.ndarray | None:
+        return None if self.bound is None else np.tile(np.array([[self.bound, 1.0, 0.0, 0.0]], self.dtype), (n, 1))
+
+    def _guidance_scale(self, raws: Sequence[Array], weights: np.ndarray) -> float:
+        return float(naive.guidance_scale(raws, weights, self.rescale)[0])
+
+    def _threshold(self, u: Array, raws: Sequence[Array], p: np.ndarray, quantile: float, maximum: float) -> np.ndarray:
+        m = naive.combine([u, *(naive.cast(raw, u) for raw in raws)], p, u)
+        limit = np.zeros((len(p), 4), self.dtype)
+        limit[:, :2] = naive.threshold(m, quantile, maximum)
+        return limit
+
+    def stage(
+        self, slots: Sequence[Array], raws: Sequence[Array], w: np.ndarray, z: Array | None, p: Any, limit: Any
+    ) -> list[Array]:
+        """One stage, sample i by its own rows w[i]."""
+        return stage(slots, raws, w, z=z, p=p, limit=limit, backend=self.backend)
+
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
+        """`naive.error_norm` of each sample."""
+        return naive.error_norm(error, low, before, rtol, atol).tolist()  # type: ignore[no-any-return]
+
+
+class NumbaFunctions(Functions):
+    """The same by the CPU kernels. Slots are NumPy's, raws the bits of the network's outputs."""
+
+    backend = "numba"
+
+    def __init__(self, denoiser: DenoiserLike, frame: Frame, dtype: str, shape: Sequence[int]) -> None:
+        from fewstep.kernels import numba_noise, numba_reduce
+
+        super().__init__(denoiser, frame, dtype, shape)
+        self._noise, self._reduce = numba_noise, numba_reduce
+
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
+        out = np.empty((len(draws), self.elements), np.float32)
+        for row, stream, draw in zip(out, streams, draws, strict=True):
+            self._noise.normal_batch(row[None], stream[None], draw, domain)
+        return out.astype(self.dtype)
+
+    def _guidance_scale(self, raws: Sequence[Array], weights: np.ndarray) -> float:
+        shares, p, out = np.zeros(layout.RAWS), np.array([[0.0, 1.0, 0.0, 0.0]]), np.empty((1, 4))
+        shares[: len(weights)] = weights
+        self._reduce.guidance_scale(*_three(raws), shares, self.rescale, p, out)
+        return float(out[0, 1])
+
+    def _threshold(self, u: Array, raws: Sequence[Array], p: np.ndarray, quantile: float, maximum: float) -> np.ndarray:
+        limit = np.zeros((len(p), 4), self.dtype)
+        self._reduce.threshold(u, *_three(raws), p, quantile, float(maximum), limit)
+        return limit
+
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
+        out = np.empty(len(error))
+        self._reduce.error_norm(error, low, before, rtol, atol, out)
+        return out.tolist()  # type: ignore[no-any-return]
+
+
+def _three(raws: Sequence[Array]) -> list[Array | None]:
+    return [*raws, *[None] * (layout.RAWS - len(raws))]

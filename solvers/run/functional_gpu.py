@@ -1,0 +1,86 @@
+"""The arithmetic of a batch of samples on a GPU: every map one fused launch, with a row of numbers for each sample.
+
+Only `error_norms` waits for the device: what the host decides goes there from pinned memory, in the stream's order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import layout, philox, triton_noise, triton_reduce, triton_step
+from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.denoising import DenoiserLike, order_statistic
+from fewstep.solvers.run.functional import Functions
+
+
+class TritonFunctions(Functions):
+    """Slots are float32 tensors (n, elements) on the model's device."""
+
+    backend = "triton"
+
+    def __init__(self, denoiser: DenoiserLike, frame: Frame, dtype: str, shape: Sequence[int]) -> None:
+        super().__init__(denoiser, frame, dtype, shape)
+        self.scratch = triton_reduce.Scratch.of(self.size, self.elements, frame.device)
+        self.settings = frame.array(order_statistic(self.dynamic, self.elements), "float64")
+        self.counter = frame.array(np.zeros(1), "int32")  # the tables below have one stage
+
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
+        send, n = self.frame.array, len(draws)
+        out = self.frame.empty((1, n, self.elements), "float32")
+        if domain == philox.LATENT:
+            triton_noise.fill(out[0], send(streams, "int64"), draws[0], domain)
+            return out[0]
+        numbers = np.zeros((1, n, triton_step.NUMBERS))
+        numbers[..., layout.NOISE] = 1.0
+        indices = np.full((1, n, triton_step.INDICES), -1)
+        indices[..., triton_step.WRITES_AT] = 0
+        indices[0, :, triton_step.DRAW_AT] = draws
+        structure = triton_step.Structure(slots=0, outputs=1, noise=True)
+        triton_step.run(
+            structure, out, send(numbers, "float32"), send(indices, "int32"), self.counter, out, 0,
+            streams=send(streams, "int64"),
+        )  # fmt: skip
+        return out[0]
+
+    def raw(self, raw: Array) -> Array:
+        """Contiguous; float64 is rounded first."""
+        return (raw.float() if self.frame.dtype_of(raw) == "float64" else raw).contiguous()
+
+    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Any, Any]:
+        n, branches = weights.shape
+        rescaled = bool(self.rescale) and branches > 1
+        if not rescaled and self.dynamic is None:
+            return p, self.static_limit(n)
+        numbers = np.zeros((1, n, triton_step.NUMBERS))
+        numbers[0, :, triton_step.P_AT : triton_step.P_AT + 4] = p
+        numbers[0, :, triton_reduce.WEIGHTS_AT : triton_reduce.WEIGHTS_AT + branches] = weights
+        # A sample that is not guided here is not rescaled: phi = 0.
+        numbers[0, :, triton_reduce.PHI_AT] = self.rescale * (np.count_nonzero(weights, axis=1) > 1)
+        table, reduced = self.frame.array(numbers, "float32"), self.frame.empty((n, 8), "float32")
+        if rescaled:
+            triton_reduce.guidance_scale(table, self.counter, raws, reduced, self.scratch)
+        if self.dynamic is None:
+            return reduced, self.static_limit(n)
+        indices = self.frame.array(np.zeros((1, n, triton_step.INDICES)), "int32")
+        triton_reduce.threshold(
+            table, indices, self.counter, u[None], raws, reduced, self.settings, self.scratch, rescaled=rescaled
+        )
+        return reduced if rescaled else p, reduced[:, 4:]
+
+    def stage(
+        self, slots: Sequence[Array], raws: Sequence[Array], w: np.ndarray, z: Array | None, p: Any, limit: Any
+    ) -> list[Array]:
+        # A column that no sample uses is not read.
+        read = [s if w[:, :, j].any() or (j == 0 and p is not None) else None for j, s in enumerate(slots)]
+        send = self.frame.array
+        table, own_p, own_limit = (send(v, "float32") if isinstance(v, np.ndarray) else v for v in (w, p, limit))
+        return super().stage(read, raws, table, z, own_p, own_limit)
+
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
+        """One launch, and the one wait for the device in an attempt: the host decides from these numbers."""
+        relative, absolute = (self.frame.array(np.array([v]), "float64") for v in (rtol, atol))
+        norms: list[float] = triton_reduce.error_norm(error, low, before, relative, absolute, self.scratch).tolist()
+        return norms

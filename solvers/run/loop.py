@@ -1,0 +1,100 @@
+"""The one sampling loop: any plan, any denoiser, any backend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.compiled import Workspace
+from fewstep.solvers.run.convert import Converter
+from fewstep.solvers.run.engine import NoiseSource
+from fewstep.solvers.schedule.process import Point
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback sees after each completed step. x and x0 are valid until it returns; copy to keep them.
+
+    step, steps  this step's number from 0, and how many there are
+    calls        denoiser calls so far
+    at, to       where the step's last call was made, and the marginal of x now
+    x, x0        the sample and the latest x0 prediction, (B, ...)
+    """
+
+    step: int
+    steps: int
+    calls: int
+    at: Point
+    to: Point
+    x: Array
+    x0: Array
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a sampler, checked.
+
+    x        as `Run.begin` takes it, None to draw it; outer: the frame of the caller's latent, if there is one
+    streams  (B, 3) of the noise, None where nothing is drawn
+    mode     "off", or the graphs that the workspace replays
+    """
+
+    x: Array | None
+    outer: Frame | None
+    streams: np.ndarray | None
+    noise: NoiseSource | None
+    cond: Any
+    callback: Callable[[StepInfo], None] | None
+    progress: bool
+    mode: str
+
+
+def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
+    """Every stage of the workspace's plan. Returns the sample in the run's own memory, (B, ...)."""
+    run, job = space.run, space.run.job
+    last = len(job.tables) - 1
+    graphs = space.graphs if request.mode != "off" else None
+    if graphs is not None and request.mode == "loop":
+        graphs.run.load(request.x, request.streams)
+        graphs.loop(request.x is None)
+        return run.x(last)
+    # A graph has its conditions bound into it.
+    call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
+    noise, callback = request.noise, request.callback
+    run.begin(request.x, request.streams, noise)
+    step = 0
+    with _bar(len(job.tables), request.progress) as bar:
+        for k, table in enumerate(job.tables):
+            if call is not None:
+                run.advance(k, call(table.branches, *run.model_input(k)), noise)
+            elif graphs is not None:
+                graphs.step(k)
+            if bar is not None:
+                bar.update(1)
+            if callback is not None and table.done:
+                x, x0 = (convert.outside(values, request.outer) for values in (run.x(k), run.x0(k)))
+                callback(StepInfo(step, job.program.plan.steps, k + 1, table.at, table.to, x, x0))
+            step += table.done
+    return run.x(last)
+
+
+class _Bar(Protocol):
+    def update(self, n: int) -> object: ...
+
+
+@contextlib.contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[_Bar | None]:
+    if not wanted:
+        yield None
+        return
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        raise ImportError("progress=True needs tqdm: pip install 'fewstep[cli]'") from None
+    with tqdm(total=total, unit="call", leave=False) as bar:
+        yield bar
