@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.bindings.k_diffusion.run import BARE, FLOW, is_flow
+from fewstep.bindings.k_diffusion.noise import BARE, FLOW
+from fewstep.bindings.k_diffusion.run import is_flow
 from fewstep.solvers.run.arrays import Frame, frame_of
 from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.schedule.process import EDM, VP, Flow, Process

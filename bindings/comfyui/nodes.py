@@ -13,8 +13,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fewstep.bindings import k_diffusion
 from fewstep.bindings.k_diffusion import KernelNoise
-from fewstep.bindings.k_diffusion import samplers as k_diffusion
 
 CATEGORY = "sampling/custom_sampling/samplers/fewstep"
 
@@ -73,9 +73,8 @@ CHOICES: Mapping[tuple[str, str], list[str]] = {
 
 def samplers() -> dict[str, Callable[..., Any]]:
     """name -> sampler, all with sigmas as their third argument."""
-    own = (f for n, f in vars(k_diffusion).items() if n.startswith("sample_") and f.__module__ == k_diffusion.__name__)
-    found = {function.__name__.removeprefix("sample_"): function for function in own}
-    return {name: _on_sigmas(function) for name, function in sorted(found.items())}
+    names = sorted(name for name in k_diffusion.__all__ if name.startswith("sample_"))
+    return {name.removeprefix("sample_"): _on_sigmas(getattr(k_diffusion, name)) for name in names}
 
 
 def _on_sigmas(function: Callable[..., Any]) -> Callable[..., Any]:
