@@ -4,27 +4,29 @@
 
     x = sample_dpmpp_2m(model, x, sigmas, extra_args={"cond": cond})
 
-Every function takes the convention of the field (Crowson 2022):
+Every function follows the field's convention (Crowson 2022):
 
     model       model(x, sigma, **extra_args) -> the x0 prediction; x (B, ...), sigma (B,) of x's dtype
     x           (B, ...) torch tensor at noise level sigmas[0], any floating dtype and device
-    sigmas      (steps + 1,) tensor or sequence, strictly decreasing (or rising, to go from data to noise)
-    callback    called in each step after its first call with {x, i, sigma, sigma_hat, denoised}; may raise to stop
+    sigmas      (steps + 1,) tensor or sequence, strictly decreasing (or increasing, from data to noise)
+    callback    called once per step, after the first model call, with {x, i, sigma, sigma_hat, denoised}; may raise
+                to stop
     disable     True hides the progress bar, None shows it on a terminal
-    flow        True: x = (1 - sigma) x0 + sigma noise, as ComfyUI's CONST models have it; False: x = x0 + sigma noise
+    flow        True: x = (1 - sigma) x0 + sigma noise (ComfyUI's CONST models); False: x = x0 + sigma noise;
+                None: as the model declares
 
-`flow` is None (ask the model) where ComfyUI's sampler of that name has a rule of its own for flow models, and False
-where that works on the bare sigma: there True is the solver in a flow model's true log-SNR.
+`flow` defaults to None where ComfyUI's sampler of that name has a special rule for flow models. Elsewhere ComfyUI works
+on the bare sigma and the default is False; there True runs the solver in the true log-SNR of the flow.
 
 All return x at sigmas[-1], like x in shape, dtype and device, without gradients.
 
-Noise comes from `noise_sampler(sigma, sigma_next)`, by default the field's own: torch.randn (seeded by
-extra_args["seed"] if that is there), or a Brownian tree of torchsde for the DPM-Solver++ SDEs. `KernelNoise(seed)`
-draws inside the fused kernel instead, by sample, and `brownian_noise(x, seed)` needs no torchsde.
+Noise comes from `noise_sampler(sigma, sigma_next)`. The default is the field's: torch.randn, seeded by
+extra_args["seed"] if present, or a Brownian tree of torchsde for the DPM-Solver++ SDEs. `KernelNoise(seed)` draws
+per sample inside the fused kernel instead; `brownian_noise(x, seed)` needs no torchsde.
 
-What differs from the field: coefficients are float64 until they meet the state, which is float32 (float64 for a
-float64 x) also where x is 16-bit; draws that the field would multiply by zero are not made; sigmas that repeat are
-an error. Other differences are told by the function they concern.
+Differences from the field: coefficients stay float64 until they multiply the state, which is float32 even for a 16-bit
+x (float64 for a float64 x); noise that would be multiplied by zero is not drawn; repeated sigmas are an error. The
+functions' docstrings name their own differences.
 """
 
 from __future__ import annotations

@@ -1,11 +1,14 @@
-"""CFG++ (Chung et al. 2024): ComfyUI's models alone tell the unconditional prediction."""
+"""CFG++ (Chung et al. 2024), for ComfyUI's models, which give access to the unconditional prediction."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.bindings.k_diffusion.noise import Noise
-from fewstep.bindings.k_diffusion.run import Run, sampler
+from fewstep.bindings.k_diffusion.run import SamplerCall, sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "sample_dpmpp_2m_cfg_pp",
@@ -16,30 +19,32 @@ __all__ = [
 
 
 @sampler(flow=None)
-def sample_euler_cfg_pp(run: Run) -> Any:
-    """CFG++ (Chung et al. 2024, Algorithm 1; ComfyUI): DDIM whose noise is the unconditional prediction's."""
-    return run("euler_cfg_pp")
+def sample_euler_cfg_pp(call: SamplerCall) -> Tensor:
+    """CFG++ (Chung et al. 2024, Algorithm 1; ComfyUI): DDIM with the noise of the unconditional prediction."""
+    return call("euler_cfg_pp")
 
 
 @sampler(flow=None)
-def sample_euler_ancestral_cfg_pp(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
-    """`sample_euler_cfg_pp` with DDIM's noise (ComfyUI)."""
-    return run("euler_ancestral_cfg_pp", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+def sample_euler_ancestral_cfg_pp(
+    call: SamplerCall, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Tensor:
+    """`sample_euler_cfg_pp` with ancestral noise (ComfyUI)."""
+    return call("euler_ancestral_cfg_pp", call.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
 @sampler(flow=None)
 def sample_dpmpp_2s_ancestral_cfg_pp(
-    run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
-) -> Any:
-    """CFG++ of `sample_dpmpp_2s_ancestral` (ComfyUI, and its own rule for flow models)."""
-    return run("dpmpp_2s_ancestral_cfg_pp", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+    call: SamplerCall, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Tensor:
+    """CFG++ with `sample_dpmpp_2s_ancestral` (ComfyUI, with its rule for flow models)."""
+    return call("dpmpp_2s_ancestral_cfg_pp", call.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
 @sampler()
-def sample_dpmpp_2m_cfg_pp(run: Run, *, difference: str = "guided") -> Any:
-    """CFG++ of DPM-Solver++(2M) (ComfyUI).
+def sample_dpmpp_2m_cfg_pp(call: SamplerCall, *, difference: str = "guided") -> Tensor:
+    """CFG++ with DPM-Solver++(2M) (ComfyUI).
 
-    difference  of the second-order term: "guided", the guided prediction minus the last unconditional one, is
-                ComfyUI's; "unguided", of unconditional predictions, is the authors'
+    difference  of the second-order term: "guided" (ComfyUI), the guided prediction minus the last unconditional one;
+                "unguided" (the authors' code), between unconditional predictions
     """
-    return run("dpmpp_2m_cfg_pp", difference=difference)
+    return call("dpmpp_2m_cfg_pp", difference=difference)

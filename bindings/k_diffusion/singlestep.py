@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fewstep.bindings.k_diffusion.noise import Noise
-from fewstep.bindings.k_diffusion.run import Run, sampler
+from fewstep.bindings.k_diffusion.run import SamplerCall, sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "sample_ddpm",
@@ -25,64 +28,70 @@ __all__ = [
 
 @sampler()
 def sample_euler(
-    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> Any:
-    """Euler with churn (Karras et al. 2022, Algorithm 2). As ComfyUI's, it draws noise only in steps that churn."""
-    return run("euler", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> Tensor:
+    """Euler with churn (Karras et al. 2022, Algorithm 2). As in ComfyUI, only steps with churn draw noise."""
+    return call("euler", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()
 def sample_heun(
-    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> Any:
-    """Heun with churn (Karras et al. 2022, Algorithm 2). Draws as `sample_euler`."""
-    return run("heun", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> Tensor:
+    """Heun with churn (Karras et al. 2022, Algorithm 2). Draws noise as `sample_euler` does."""
+    return call("heun", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()
 def sample_dpm_2(
-    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> Any:
-    """DPM-Solver-2 in sigma with churn (k-diffusion). Draws as `sample_euler`."""
-    return run("dpm2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> Tensor:
+    """DPM-Solver-2 in sigma with churn (k-diffusion). Draws noise as `sample_euler` does."""
+    return call("dpm2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()
 def sample_heunpp2(
-    run: Run, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
-) -> Any:
-    """Heun++ (ComfyUI). Draws as `sample_euler`."""
-    return run("heunpp2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+) -> Tensor:
+    """Heun++ (ComfyUI). Draws noise as `sample_euler` does."""
+    return call("heunpp2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 # --- ancestral ---
 
 
 @sampler(flow=None)
-def sample_euler_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
-    """Euler down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    return run("euler_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+def sample_euler_ancestral(
+    call: SamplerCall, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Tensor:
+    """Euler down to a lower level, then noise up (k-diffusion; ComfyUI's rule for flow models)."""
+    return call("euler_ancestral", call.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
 @sampler(flow=None)
-def sample_dpm_2_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
-    """DPM-Solver-2 down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    return run("dpm2_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+def sample_dpm_2_ancestral(
+    call: SamplerCall, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Tensor:
+    """DPM-Solver-2 down to a lower level, then noise up (k-diffusion; ComfyUI's rule for flow models)."""
+    return call("dpm2_ancestral", call.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
 @sampler(flow=None)
-def sample_dpmpp_2s_ancestral(run: Run, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None) -> Any:
-    """DPM-Solver++(2S) down to a lower level, then noise up (k-diffusion; ComfyUI's own rule for flow models)."""
-    return run("dpmpp_2s_ancestral", run.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
+def sample_dpmpp_2s_ancestral(
+    call: SamplerCall, eta: float = 1.0, s_noise: float = 1.0, noise_sampler: Noise = None
+) -> Tensor:
+    """DPM-Solver++(2S) down to a lower level, then noise up (k-diffusion; ComfyUI's rule for flow models)."""
+    return call("dpmpp_2s_ancestral", call.gaussian(noise_sampler), eta=eta, s_noise=s_noise)
 
 
 @sampler()
-def sample_ddpm(run: Run, noise_sampler: Noise = None) -> Any:
+def sample_ddpm(call: SamplerCall, noise_sampler: Noise = None) -> Tensor:
     """DDPM's posterior step on the sigmas (Ho et al. 2020, eq. 7; ComfyUI)."""
-    return run("ddpm", run.gaussian(noise_sampler))
+    return call("ddpm", call.gaussian(noise_sampler))
 
 
 @sampler(flow=None)
-def sample_lcm(run: Run, noise_sampler: Noise = None, s_noise: float = 1.0) -> Any:
+def sample_lcm(call: SamplerCall, noise_sampler: Noise = None, s_noise: float = 1.0) -> Tensor:
     """Latent consistency sampling: predict x0, noise it to the next level (Luo et al. 2023, Algorithm 3; ComfyUI)."""
-    return run("lcm", run.gaussian(noise_sampler), s_noise=s_noise)
+    return call("lcm", call.gaussian(noise_sampler), s_noise=s_noise)
