@@ -160,7 +160,7 @@ def put(attributes: dict[str, Any], place: Place, value: Tensor | None) -> None:
         attributes[name][i] = value
 
 
-def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def unshared(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the attributes in which lists, a scheduler's memory, are not shared."""
     return {name: list(v) if isinstance(v, list) else v for name, v in attributes.items()}
 
@@ -181,7 +181,7 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
     typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
     values, wrap = _unwrap(run.result)
     kept = places(run.after)
-    rows = {place: _coefficients(get(run.after, place), width) for place in kept}
+    rows = {place: _row_of(get(run.after, place), width) for place in kept}
     sources = {tensor.data_ptr(): i for i, tensor in enumerate(typed.inputs) if i != CLIPPED}
     aliases = {}
     for place in kept:
@@ -189,7 +189,7 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
         if source is not None and np.array_equal(rows[place], np.eye(width)[source]):  # and was not overwritten
             aliases[place] = source
     return Probe(
-        outputs=[_coefficients(v, width) for v in values],
+        outputs=[_row_of(v, width) for v in values],
         dtypes=[v.dtype for v in _unwrap(typed.result)[0]],
         wrap=wrap,
         memory=rows,
@@ -217,7 +217,7 @@ class _Trial:
         self.watch = watch = _Watch(noise, clipped)
         scheduler = object.__new__(cls)
         self.after = scheduler.__dict__
-        self.after.update(copied(attributes))
+        self.after.update(unshared(attributes))
         for i, place in enumerate(memory, MEMORY):
             put(self.after, place, self.inputs[i])
         if "noise_sampler" in attributes:
@@ -247,7 +247,7 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], obj
     return values, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
 
 
-def _coefficients(value: Tensor, width: int) -> np.ndarray:
+def _row_of(value: Tensor, width: int) -> np.ndarray:
     if value.numel() != width:
         raise NotAffineError("it returns or keeps a tensor that is not of the sample's shape")
     row = value.double().reshape(-1).numpy().copy()

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep
-from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, copied, get, places
+from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, unshared
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition
 
 Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
@@ -78,7 +78,7 @@ class PerThread(threading.local):
 
 def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     """A twin's attributes without its own bookkeeping, copied for another owner."""
-    own = {name: value for name, value in copied(values).items() if name != CURSOR}
+    own = {name: value for name, value in unshared(values).items() if name != CURSOR}
     if "_internal_dict" in own:  # some schedulers write into it
         own["_internal_dict"] = copy.copy(own["_internal_dict"])
     return own
@@ -98,7 +98,7 @@ class Cursor:
         self.digests = Digests()
         self.state: State | None = None
         self.fresh = False
-        self.new = copied({name: attributes[name] for name in _leftovers(parent) if name in attributes})
+        self.new = unshared({name: attributes[name] for name in _leftovers(parent) if name in attributes})
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
@@ -107,7 +107,7 @@ class Cursor:
         if self.fresh:
             for name in _leftovers(parent):
                 values.pop(name, None)
-            values |= copied(self.new)
+            values |= unshared(self.new)
         state = STATES.find(parent, values, places(values), self.digests)
         self.memory: list[Tensor] = [get(values, place) for place in state.memory]
         names = _SCHEDULE["sigmas" not in values]
