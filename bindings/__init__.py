@@ -1,4 +1,4 @@
-"""From other people's networks and libraries to the engine."""
+"""Adapters from networks, pipelines and other libraries to the engine."""
 
 from fewstep.bindings.denoiser import CFG, Denoiser, DynamicThreshold
 

@@ -1,4 +1,4 @@
-"""`fewstep.audit`: what a sampling loop spends outside its denoiser, measured on the loop itself."""
+"""`fewstep.audit`: the cost of a sampling loop outside its denoiser, measured on the loop itself."""
 
 from __future__ import annotations
 
@@ -7,38 +7,43 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Operators that make the host wait for the device (on a CPU tensor they are only a read).
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Table
+
+# Operators that make the host wait for the device (on a CPU tensor, only a read).
 SYNCS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 
-# Views and other bookkeeping: no kernel is launched for them.
+# Views and other bookkeeping, which launch no kernel.
 FREE = (
     "view", "_unsafe_view", "reshape", "expand", "permute", "transpose", "t", "slice", "select", "squeeze",
     "unsqueeze", "split", "chunk", "unbind", "alias", "detach", "as_strided", "split_with_sizes", "lift_fresh",
 )  # fmt: skip
 
-# Below this share of a step, what is outside the denoiser is not worth anybody's time.
+# Below this share of a step, the cost outside the denoiser is not worth optimising.
 SMALL = 0.05
-# A denoiser whose kernels take less time than their launches gains from a graph: microseconds an operator.
+# Microseconds per kernel launch: a denoiser whose kernels are shorter gains from a CUDA graph.
 LAUNCH_BOUND_US = 12.0
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Means a step, of one call of the pipeline or function; times are medians over its steps, in seconds.
+    """Costs of one call of a pipeline or function: counts are means per step, times medians over the steps in seconds.
 
-    steps         calls of the denoiser
-    denoiser_s    one call of the denoiser
-    outside_s     the rest of a step: scheduler, guidance, copies, Python
-    share         outside_s / (outside_s + denoiser_s)
-    launches, syncs, allocations  torch operators that run a kernel, that wait for the device, and that make new
-                  memory, outside the denoiser; fewstep's own kernel on the CPU is no torch operator
-    denoiser_launches  kernels that one call of the denoiser runs
-    once_s        what comes before the first and after the last step (prompt encoding, decoding)
-    top           the most frequent operators outside the denoiser: (name, number a step)
-    device        where the denoiser runs
-    verdict       whether fewstep, or a graph, would help here
+    steps              calls of the denoiser
+    denoiser_s         one call of the denoiser
+    outside_s          the rest of a step: scheduler, guidance, copies, Python
+    share              outside_s / (outside_s + denoiser_s)
+    launches           torch operators outside the denoiser that launch a kernel; fewstep's CPU kernel is none
+    syncs              those that wait for the device
+    allocations        those that allocate memory
+    denoiser_launches  kernels launched by one call of the denoiser
+    once_s             before the first and after the last step (prompt encoding, decoding)
+    top                the most frequent operators outside the denoiser, as (name, number per step)
+    device             of the denoiser
+    verdict            whether fewstep, or a CUDA graph, would help
     """
 
     steps: int
@@ -55,16 +60,17 @@ class Audit:
     top: tuple[tuple[str, float], ...] = field(default=())
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines: plain numbers, strings and lists."""
+        """The report as numbers, strings and lists, for JSON."""
         return {**asdict(self), "top": [list(pair) for pair in self.top]}
 
-    def __rich__(self) -> Any:
+    def __rich__(self) -> Table:
         from rich.table import Table
 
         table = Table(title=f"{self.steps} steps on {self.device}", title_justify="left", caption=self.verdict)
         table.caption_justify = "left"
-        for name, justify in (("a step", "left"), ("denoiser", "right"), ("outside", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("per step", justify="left")
+        table.add_column("denoiser", justify="right")
+        table.add_column("outside", justify="right")
         table.add_row("time, ms", f"{1e3 * self.denoiser_s:.3f}", f"{1e3 * self.outside_s:.3f}")
         table.add_row("share", f"{1 - self.share:.1%}", f"{self.share:.1%}")
         table.add_row("kernel launches", f"{self.denoiser_launches:.1f}", f"{self.launches:.1f}")
@@ -83,19 +89,20 @@ class Audit:
         return text.get()
 
 
-def audit(pipe_or_fn: Any, *args: Any, denoiser: Any = None, **kwargs: Any) -> Audit:
-    """Call a pipeline or sampling function twice and say what its loop costs outside the denoiser.
+def audit(
+    pipe_or_fn: Callable[..., object], *args: Any, denoiser: torch.nn.Module | None = None, **kwargs: Any
+) -> Audit:
+    """Measure what the loop of a pipeline or sampling function costs outside the denoiser.
 
         print(fewstep.audit(pipe, "a cat", num_inference_steps=20))
 
     pipe_or_fn  called as pipe_or_fn(*args, **kwargs): a diffusers pipeline, or a function that samples
-    denoiser    the torch module that it calls once a step; for a pipeline its unet, transformer, prior or decoder
+    denoiser    the torch module called once per step; by default a pipeline's unet, transformer, prior or decoder
 
-    One call counts operators, another one measures time, after one to warm up. On CUDA the clock waits for the device
-    around each call of the denoiser, which also uncovers what normally overlaps: shares are upper bounds there.
+    The pipeline runs three times: to warm up, to count operators and to measure time. On CUDA the clock waits for the
+    device around each denoiser call, which prevents overlap, so `share` is an upper bound there.
 
-    Raises TypeError or ValueError that names the argument before anything is called, and ValueError if the denoiser
-    was never called.
+    Raises TypeError before any call for a wrong argument, ValueError if the denoiser was never called.
     """
     import torch
 
@@ -105,36 +112,35 @@ def audit(pipe_or_fn: Any, *args: Any, denoiser: Any = None, **kwargs: Any) -> A
     if not isinstance(module, torch.nn.Module):
         kind = type(pipe_or_fn).__name__
         what = f"found none in {kind}: pass denoiser=" if denoiser is None else f"got {type(denoiser).__name__}"
-        raise TypeError(f"denoiser must be the torch.nn.Module that is called in every step, {what}")
+        raise TypeError(f"denoiser must be the torch.nn.Module called in every step, {what}")
     first = next(iter([*module.parameters(), *module.buffers()]), None)
     device = torch.device("cpu") if first is None else first.device
     pipe_or_fn(*args, **kwargs)  # warm up
-    counts = _count(lambda: pipe_or_fn(*args, **kwargs), module)
+    counts = _count_operators(lambda: pipe_or_fn(*args, **kwargs), module)
     if not counts.calls:
         raise ValueError(f"denoiser was never called: {type(module).__name__} is not what the loop samples with")
     inside, outside, once = _time(lambda: pipe_or_fn(*args, **kwargs), module, device)
     steps = counts.calls
     share = outside / (outside + inside)
-    between = max(1, steps - 1)  # what is outside is counted from one call of the denoiser to the next
-    launches = sum(counts.outside.values()) / between
-    found: dict[str, Any] = {
-        "steps": steps,
-        "denoiser_s": inside,
-        "outside_s": outside,
-        "share": share,
-        "launches": launches,
-        "syncs": counts.syncs / between,
-        "allocations": counts.allocations / between,
-        "denoiser_launches": counts.inside / steps,
-        "once_s": once,
-        "device": str(device),
-        "top": tuple((n, c / between) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
-    }
-    return Audit(**found, verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type))
+    between = max(1, steps - 1)  # counts cover what lies between two calls of the denoiser
+    return Audit(
+        steps=steps,
+        denoiser_s=inside,
+        outside_s=outside,
+        share=share,
+        launches=sum(counts.outside.values()) / between,
+        syncs=counts.syncs / between,
+        allocations=counts.allocations / between,
+        denoiser_launches=counts.inside / steps,
+        once_s=once,
+        device=str(device),
+        verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type),
+        top=tuple((n, c / between) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
+    )
 
 
-def _verdict(pipe: Any, inside: float, share: float, launches: float, device: str) -> str:
-    """Plain words, and honest: most large models gain nothing."""
+def _verdict(pipe: object, inside: float, share: float, launches: float, device: str) -> str:
+    """Whether fewstep or a CUDA graph would help; most large models gain nothing."""
     said = []
     scheduler = getattr(pipe, "scheduler", None)
     if share < SMALL:
@@ -143,7 +149,7 @@ def _verdict(pipe: Any, inside: float, share: float, launches: float, device: st
             "fewer steps or a faster denoiser would help."
         )
     elif _is_fused(scheduler):
-        said.append(f"{share:.1%} of a step is outside the denoiser, with the scheduler fused already.")
+        said.append(f"{share:.1%} of a step is outside the denoiser; its scheduler is fused already.")
     elif _has_twin(scheduler):
         said.append(
             f"{share:.1%} of a step is outside the denoiser: fewstep.accelerate(pipe) saves the scheduler's part of it."
@@ -163,17 +169,17 @@ def _verdict(pipe: Any, inside: float, share: float, launches: float, device: st
     return " ".join(said)
 
 
-def _is_fused(scheduler: Any) -> bool:
+def _is_fused(scheduler: object) -> bool:
     return type(scheduler).__module__ == "fewstep.bindings.diffusers"
 
 
-def _has_twin(scheduler: Any) -> bool:
+def _has_twin(scheduler: object) -> bool:
     from fewstep.bindings.diffusers import SCHEDULERS
 
     return type(scheduler).__name__ in SCHEDULERS
 
 
-def _denoiser(pipe: Any) -> Any:
+def _denoiser(pipe: object) -> object:
     from fewstep.bindings.diffusers.pipeline import DENOISERS
 
     return next((m for name in DENOISERS if (m := getattr(pipe, name, None)) is not None), None)
@@ -181,6 +187,8 @@ def _denoiser(pipe: Any) -> Any:
 
 @dataclass
 class _Counts:
+    """Calls of the denoiser, and operators inside and outside it."""
+
     calls: int = 0
     inside: int = 0
     syncs: int = 0
@@ -189,8 +197,8 @@ class _Counts:
 
 
 @contextlib.contextmanager
-def _hooked(module: Any, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
-    """Around every call of the module; of its own `forward` too, which a graph may have replaced."""
+def _hooked(module: torch.nn.Module, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
+    """Run `before` and `after` around every call of the module, also where a CUDA graph has replaced its `forward`."""
     first = module.register_forward_pre_hook(lambda *_: before())
     last = module.register_forward_hook(lambda *_: after())
     try:
@@ -200,36 +208,41 @@ def _hooked(module: Any, before: Callable[[], None], after: Callable[[], None]) 
         last.remove()
 
 
-def _count(run: Callable[[], Any], module: Any) -> _Counts:
-    """Operators between the first call of the denoiser and the last one, by what they are."""
+def _count_operators(run: Callable[[], object], module: torch.nn.Module) -> _Counts:
+    """Operators by kind, from the first call of the denoiser to the last."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     counts = _Counts()
-    open_: dict[str, Any] = {"inside": False, "pending": []}
+    inside = False
+    pending: list[tuple[str, bool]] = []  # name, and whether it allocates, since the last call of the denoiser
 
     class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: torch._ops.OpOverload, types: object, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> object:
             result = func(*args, **(kwargs or {}))
             name = func._schema.name.partition("::")[2]
-            if open_["inside"]:
+            if inside:
                 counts.inside += name not in FREE
             elif counts.calls:
-                open_["pending"].append((name, _new(func, name)))
+                pending.append((name, _allocates(func, name)))
             return result
 
     def before() -> None:
-        # What came since the last call belongs to a step; what comes after the final one is decoding.
-        for name, new in open_["pending"]:
+        # Operators since the last call belong to a step; those after the final call are decoding.
+        nonlocal inside
+        for name, new in pending:
             if name in SYNCS:
                 counts.syncs += 1
             if name not in FREE and name not in SYNCS:
                 counts.outside[name] = counts.outside.get(name, 0) + 1
             counts.allocations += new
-        open_["pending"].clear()
-        open_["inside"] = True
+        pending.clear()
+        inside = True
 
     def after() -> None:
-        open_["inside"] = False
+        nonlocal inside
+        inside = False
         counts.calls += 1
 
     with _hooked(module, before, after), Count():  # type: ignore[no-untyped-call]
@@ -237,14 +250,14 @@ def _count(run: Callable[[], Any], module: Any) -> _Counts:
     return counts
 
 
-def _new(func: Any, name: str) -> bool:
-    """Whether an operator returns memory of its own: its schema says what it aliases."""
+def _allocates(func: torch._ops.OpOverload, name: str) -> bool:
+    """Whether an operator returns new memory: by its schema, no result is an alias."""
     returns = func._schema.returns
     return bool(returns) and name not in FREE and all(r.alias_info is None and str(r.type) == "Tensor" for r in returns)
 
 
-def _time(run: Callable[[], Any], module: Any, device: Any) -> tuple[float, float, float]:
-    """Median seconds of a call of the denoiser and of what lies between two, and seconds before and after them all."""
+def _time(run: Callable[[], object], module: torch.nn.Module, device: torch.device) -> tuple[float, float, float]:
+    """Median seconds of a denoiser call and between two calls, and the seconds before the first and after the last."""
     import torch
 
     starts: list[float] = []

@@ -1,29 +1,32 @@
-"""A consistency model as a denoiser, so that every sampler and every objective takes it."""
+"""A consistency model as a denoiser, accepted by every sampler and objective."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fewstep.bindings.denoiser import CFG, Denoiser
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
+from fewstep.solvers.run.arrays import Array
 from fewstep.solvers.schedule.process import Point, Process
 
 
 class ConsistencyDenoiser(Denoiser):
-    """A network under a boundary scaling: its "x0 prediction" is the consistency function f.
+    """A network with a boundary scaling: its "x0 prediction" is the consistency function f.
 
         ConsistencyDenoiser(model, EDM())                                       a consistency model
         ConsistencyDenoiser(unet, VP.scaled_linear(), "epsilon",
                             boundary=LatentBoundary())                          a latent consistency model
 
-    boundary  a `ConsistencyBoundary` (by default with the process's sigma_min and sigma_data; predicts="edm") or a
-              `LatentBoundary`, under which `predicts` says what the network is
-    The rest as for `Denoiser`. Sample with solver="consistency", "lcm" or "tcd".
+    boundary  a `ConsistencyBoundary` (the default, with the process's sigma_min and sigma_data), which needs
+              predicts="edm", or a `LatentBoundary`, which takes any prediction type
+
+    Other arguments as for `Denoiser`. Sample with solver="consistency", "lcm" or "tcd".
     """
 
     def __init__(
         self,
-        model: Any,
+        model: Callable[..., Array],
         process: Process,
         predicts: str = "edm",
         guidance: float | CFG | None = None,
@@ -40,8 +43,8 @@ class ConsistencyDenoiser(Denoiser):
             )
         if isinstance(boundary, ConsistencyBoundary) and predicts != "edm":
             raise ValueError(
-                f"predicts={predicts!r} under a ConsistencyBoundary, which takes predicts='edm'; a network that "
-                "predicts something goes under a LatentBoundary"
+                f"predicts={predicts!r} does not fit a ConsistencyBoundary, which needs predicts='edm': use a "
+                "LatentBoundary for a network of another prediction type"
             )
         self.boundary = boundary
 

@@ -1,4 +1,4 @@
-"""Any network as a denoiser: what it predicts, how it is told the noise level, how it is guided."""
+"""Any network as a denoiser: its prediction type, its time input and its guidance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import unknown
@@ -22,11 +22,11 @@ Cond = Mapping[str, Any]
 class CFG:
     """Classifier-free guidance (Ho & Salimans 2022): raw = raw_null + scale (raw_cond - raw_null).
 
-    scale        1 is unguided; a pair (s1, s2) guides over three outputs, raw_0 + s1 (raw_1 - raw_0)
+    scale        1 is unguided; a pair (s1, s2) combines three outputs as raw_0 + s1 (raw_1 - raw_0)
                  + s2 (raw_2 - raw_1) (Brooks et al. 2023, eq. 3)
-    rescale      phi of Lin et al. (2023, section 3.4): pulls the guided output's standard deviation per sample
-                 back to the conditional one's
-    start, stop  fractions of the steps between which guidance is on (Kynkäänniemi et al. 2024); outside, only
+    rescale      phi of Lin et al. (2023, section 3.4): moves each sample's standard deviation of the guided output
+                 towards that of the conditional output
+    start, stop  fractions of the steps between which guidance is on (Kynkäänniemi et al. 2024); outside them only
                  the conditional branch is called
     """
 
@@ -50,15 +50,17 @@ class CFG:
         return tuple(map(float, self.scale if isinstance(self.scale, (tuple, list)) else (self.scale,)))
 
     def weights(self, progress: float) -> tuple[float, ...]:
-        """The weight of each raw output, null first; they sum to 1. progress: finished steps / steps."""
+        """The weights of the raw outputs, null branch first; they sum to 1. progress: finished steps / steps."""
         scales = (*self.scales, 0.0) if self.start <= progress < self.stop else (1.0,) * len(self.scales) + (0.0,)
         return (1.0 - scales[0], *(a - b for a, b in pairwise(scales)))
 
 
 @dataclass(frozen=True)
 class DynamicThreshold:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3): clip each sample's x0 prediction to a quantile s
-    of its absolute values, held between 1 and `maximum`, and divide by s."""
+    """Dynamic thresholding of the x0 prediction, per sample (Saharia et al. 2022, section 2.3).
+
+    Clips to [-s, s] and divides by s, the given quantile of the absolute values, itself clipped to [1, maximum].
+    """
 
     quantile: float = 0.995
     maximum: float = 1.0
@@ -68,7 +70,7 @@ class DynamicThreshold:
         at_least("maximum", self.maximum, 1.0)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -78,17 +80,17 @@ def _as_guidance(value: object) -> CFG | None:
         return value
     if not _is_number(value):
         raise TypeError(f"guidance must be a number (the scale), a CFG or None, got {value!r}")
-    return CFG(float(value))  # type: ignore[arg-type]  # _is_number
+    return CFG(float(value))
 
 
 def _positive(name: str, value: object) -> float:
-    if not (_is_number(value) and 0.0 < value < math.inf):  # type: ignore[operator]  # _is_number
+    if not (_is_number(value) and 0.0 < value < math.inf):
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _same(values: Sequence[Any]) -> bool:
-    """Whether plain values are equal. Two arrays of another library, which compare by element, never are."""
+    """Whether the values are one object, or equal and no arrays (which compare element by element)."""
     first = values[0]
     if all(v is first for v in values):
         return True
@@ -98,7 +100,7 @@ def _same(values: Sequence[Any]) -> bool:
 def _epsilon(at: Point, sigma_data: float) -> tuple[float, float]:
     if at.alpha == 0.0:
         raise ValueError(
-            f"predicts='epsilon' says nothing about x0 at alpha = 0 (t = {at.t:g}): use a model with predicts='v' or "
+            f"predicts='epsilon' does not determine x0 at alpha = 0 (t = {at.t:g}): use a model with predicts='v' or "
             "'sample', or a grid that starts below it (spacing='leading', or Grid.tail)"
         )
     return 1.0 / at.alpha, -at.sigma / at.alpha
@@ -120,7 +122,7 @@ def _flow(at: Point, sigma_data: float) -> tuple[float, float]:
 def _edm(at: Point, sigma_data: float) -> tuple[float, float]:
     if at.alpha == 0.0:
         raise ValueError(
-            f"predicts='edm' is told ln(sigma/alpha), which is infinite at alpha = 0 (t = {at.t:g}): use a grid "
+            f"predicts='edm' takes ln(sigma/alpha) as time input, infinite at alpha = 0 (t = {at.t:g}): use a grid "
             "that starts below it (spacing='logsnr', or Grid.tail)"
         )
     rho = at.sigma / at.alpha
@@ -138,7 +140,7 @@ PREDICTIONS: dict[str, Callable[[Point, float], tuple[float, float]]] = {
 }
 
 
-# What a network that predicts its variance does to the noise of a step: (its output, the stage's number) -> factor
+# Noise factor of a network that predicts its variance: (its variance output, the stage's noise number) -> factor
 VARIANCES: dict[str, Callable[[Any, float], Any]] = {
     "learned": lambda v, number: number * v**0.5,  # v is the variance of x scaled to VP
     "learned_range": lambda v, number: number ** ((v + 1.0) / 2.0),  # -1: posterior, 1: beta (Nichol & Dhariwal 2021)
@@ -146,26 +148,26 @@ VARIANCES: dict[str, Callable[[Any, float], Any]] = {
 
 
 class Denoiser:
-    """A network, and what its output means.
+    """A network with its noising process and prediction type.
 
         model(x_in, t, **cond) -> raw
 
     model       a torch module, or any callable on NumPy arrays or torch tensors; x_in (B, ...), t (B,),
                 raw like x_in
     process     the noising process that the network was trained on
-    predicts    "epsilon", "sample" (x0), "v", "flow" (eps - x0) or "edm" (the preconditioned F)
-    guidance    a number (CFG scale) or a `CFG`; None or 1 calls the network once
+    predicts    "epsilon", "sample" (x0), "v", "flow" (eps - x0) or "edm" (F inside the preconditioning)
+    guidance    a CFG scale or a `CFG`; None or 1 calls the network once
     clip        a bound for a static clip of the x0 prediction, or a `DynamicThreshold`
-    null        the condition of the unguided branch, so that `cond` needs to hold the other one only
+    null        the condition of the null branch, so that `cond` holds only the other one
     batched     True runs the branches of guidance as one batch of 2 B, False as separate calls
-    time_scale  multiplies the t that the network is told (1000 for flow networks trained on 0 .. 1000)
-    dtype       of x_in; by default the module's own parameters', else the state's
+    time_scale  multiplies the network's time input (1000 for flow networks trained on 0 .. 1000)
+    dtype       of x_in; by default that of the module's parameters, else the state's
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
-    variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction and its
-                variance side by side; solvers other than ddpm with that option do not use the latter
+    variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
+                variance; only the solver ddpm with that option uses the variance
 
-    The network is told t = the process's time, except "edm", which is told ln(sigma) / 4 and c_in x.
+    The network's inputs are x and the process's time t; with "edm" they are c_in x and ln(sigma) / 4.
     """
 
     def __init__(
@@ -219,7 +221,7 @@ class Denoiser:
         other.guidance = _as_guidance(guidance)
         return other
 
-    # --- what the loop asks ---
+    # --- used by the loop ---
 
     @property
     def bound(self) -> float | None:
@@ -235,11 +237,11 @@ class Denoiser:
         return self.guidance.rescale if self.guidance else 0.0
 
     def weights(self, progress: float) -> tuple[float, ...]:
-        """The weight of each branch's raw output at that fraction of the steps; a weight of 0 is not called."""
+        """The weights of the branches at that fraction of the steps; a branch of weight 0 is not called."""
         return self.guidance.weights(progress) if self.guidance else (1.0,)
 
     def prologue(self, at: Point) -> tuple[float, float]:
-        """(a, b) of the x0 prediction a x + b raw. Raises ValueError where the prediction type has none."""
+        """(a, b) of the x0 prediction a x + b raw. Raises ValueError where raw does not determine x0."""
         return PREDICTIONS[self.predicts](at, self.sigma_data)
 
     def c_in(self, at: Point) -> float:
@@ -249,24 +251,24 @@ class Denoiser:
         return 1.0 / math.hypot(at.sigma, self.sigma_data * at.alpha)
 
     def noise_factor(self, output: Any, number: float) -> Any:
-        """What the network's variance output multiplies the noise of a stage by, element by element."""
+        """The elementwise factor on a stage's noise from the network's variance output."""
         return VARIANCES[self.variance or ""](output, number)
 
     def time(self, at: Point) -> float:
-        """What the network is told. Raises ValueError for a fraction where it takes whole numbers."""
+        """The network's time input. Raises ValueError for a fractional time under an integer `time_dtype`."""
         t = math.log(at.sigma / at.alpha) / 4.0 if self.predicts == "edm" else at.t * self.time_scale
         if self.time_dtype in FLOATS or self.time_dtype is None:
             return t
         if abs(t - round(t)) > 1e-6:
             raise ValueError(
-                f"time_dtype={self.time_dtype!r}, but the plan calls the model at t = {t:.9g}: lay the grid on "
-                "whole times (round_times=True), or use a float time_dtype"
+                f"time_dtype={self.time_dtype!r}, but the plan calls the model at t = {t:.9g}: make the grid with "
+                "round_times=True, or use a float time_dtype"
             )
         return float(round(t))
 
     @property
     def frame(self) -> Frame | None:
-        """The array library and device that the model itself tells, None for a plain callable."""
+        """The model's array library and device; None for a plain callable."""
         return frame_of(self.model)
 
     def model_dtype(self, state: str) -> str:
@@ -278,7 +280,7 @@ class Denoiser:
         return dtype_name(floating[0].dtype) if floating else state
 
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
-        """One mapping of keyword arguments for each branch, the null branch first."""
+        """One mapping of keyword arguments per branch, the null branch first."""
         branches = len(self.weights(0.0))
         listed: Sequence[Any] = cond if isinstance(cond, (tuple, list)) else [{} if cond is None else cond]
         if not all(isinstance(c, Mapping) for c in listed):
@@ -302,9 +304,10 @@ class Denoiser:
     def bind(
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None
     ) -> Callable[[tuple[int, ...], Any, Any], tuple[Any, ...]]:
-        """The network with its conditions laid out once: call(branches, x_in, t) -> a raw for each branch.
+        """The network with its conditions prepared: call(branches, x_in, t) -> one raw per branch.
 
-        branches  which ones to call; x_in and t hold as many copies of the batch as branches are batched
+        branches  the branches to call; if they are batched, x_in and t hold one copy of the batch per branch
+
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
         conds = self.conditions(cond)
@@ -327,7 +330,7 @@ class Denoiser:
             if len(branches) == 1:
                 return (model(x_in, t, **conds[branches[0]]),)
             if not self.batched:
-                # A model may write to its arguments, or return one: all calls but the last get copies.
+                # A model may modify or return its arguments: all calls but the last get copies.
                 copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
                 return tuple(model(*own, **conds[j]) for own, j in zip([*copies, (x_in, t)], branches, strict=True))
             if branches not in stacked:

@@ -1,11 +1,11 @@
-"""Any ONNX network as a model, on ONNX Runtime: bound inputs and outputs, no allocation and no torch per call.
+"""Any ONNX network as a model on ONNX Runtime, with bound inputs and outputs: no allocation per call, no torch.
 
     network = OnnxModel("unet.onnx")
     denoiser = fewstep.Denoiser(network, fewstep.VP.linear(), predicts="v")
     images = fewstep.sample(denoiser, shape=(4, 1, 8, 8), seed=0, cond={"label": labels})
 
-A call reads the loop's own memory (where the graph's dtype is the loop's) and writes to one of a few buffers that are
-kept, which the step kernel reads. `export_onnx` makes the file from a torch module.
+A call reads the loop's own memory where dtypes agree, and writes into one of a few persistent buffers, which the step
+kernel reads. `export_onnx` makes the file from a torch module.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fewstep.solvers.run.arrays import NumpyFrame
 
-# ONNX tensor types that the loop can give or take.
+if TYPE_CHECKING:
+    import torch
+
+# The ONNX tensor types that the loop supports.
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -33,8 +37,16 @@ DTYPES = {
     "tensor(int32)": np.int32,
 }
 
-# Outputs in use at once: one for each branch of guidance, and one in reserve.
+# Output buffers: one per branch of guidance, and one in reserve.
 _KEPT = 4
+
+
+class _NodeArg(Protocol):
+    """ONNX Runtime's description of an input or output."""
+
+    name: str
+    type: str
+    shape: list[int | str | None]
 
 
 @dataclass(frozen=True)
@@ -43,31 +55,30 @@ class _Port:
 
     name: str
     dtype: np.dtype[Any]
-    shape: tuple[Any, ...]
+    shape: tuple[int | str | None, ...]
 
     @classmethod
-    def of(cls, found: Any) -> _Port:
+    def of(cls, found: _NodeArg) -> _Port:
         if found.type not in DTYPES:
-            raise ValueError(f"{found.name!r} of the graph is a {found.type}; the loop has {', '.join(DTYPES)}")
+            raise ValueError(f"{found.name!r} of the graph is a {found.type}; the loop supports {', '.join(DTYPES)}")
         return cls(found.name, np.dtype(DTYPES[found.type]), tuple(found.shape))
 
 
 class OnnxModel:
-    """model(x, t, **cond) -> raw on NumPy arrays, by ONNX Runtime.
+    """model(x, t, **cond) -> raw on NumPy arrays, run by ONNX Runtime.
 
-    graph      a path or the bytes of an ONNX file
-    x, t       names of the graph's inputs for the sample and the time; by default its first and second
-    output     name of the output that is the raw prediction; by default the first
+    graph      path or bytes of an ONNX file
+    x, t       names of the graph's inputs for sample and time; by default the first and second
+    output     name of the raw prediction; by default the first output
     providers  ONNX Runtime's execution providers, in order of preference; arrays stay on the host
-    threads    for one operator; None is ONNX Runtime's default
+    threads    per operator; None is ONNX Runtime's default
 
-    All other inputs are conditions under their own names. x (B, ...), t (B,), or one number if the graph's t has no
-    axis. Arrays are cast to the graph's dtypes; a time that is no whole number is an error for an integer t.
+    All other inputs are conditions under their own names. x is (B, ...), t is (B,), or a scalar if the graph's t has
+    no axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
 
-    What a call returns is memory that the fourth call after it writes again. Each thread has its own.
+    A returned array is overwritten by the fourth call after it in the same thread.
 
-    Raises FileNotFoundError, ValueError for a graph that has not these inputs and outputs, ImportError without
-    ONNX Runtime.
+    Raises FileNotFoundError, ValueError for a graph without these inputs and outputs, ImportError without ONNX Runtime.
     """
 
     def __init__(
@@ -92,13 +103,13 @@ class OnnxModel:
         source = graph if isinstance(graph, bytes) else os.fspath(graph)
         try:
             self.session = onnxruntime.InferenceSession(source, options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime has a class of its own for each way to fail, all under Exception
+        except Exception as error:  # ONNX Runtime's error classes share no narrower base
             raise ValueError(f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}") from error
         inputs = {port.name: port for port in map(_Port.of, self.session.get_inputs())}
         outputs = {port.name: port for port in map(_Port.of, self.session.get_outputs())}
         names = list(inputs)
         if len(names) < 2:
-            raise ValueError(f"the graph has the inputs {names}: a denoiser needs two, x and t")
+            raise ValueError(f"the graph has the inputs {names}: a denoiser needs at least x and t")
         self.x = inputs[_named("x", x, names, 0)]
         self.t = inputs[_named("t", t, [n for n in names if n != self.x.name], 0)]
         self.output = outputs[_named("output", output, list(outputs), 0)]
@@ -107,17 +118,17 @@ class OnnxModel:
         self._local = threading.local()
 
     def __call__(self, x: np.ndarray, t: np.ndarray, **cond: Any) -> np.ndarray:
-        """raw like x (or of the shape that the graph states) from x (B, ...), t (B,) and the conditions."""
+        """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
         if cond.keys() != self.cond.keys():
             raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(cond)}")
         work = self._work(x.shape)
         time = np.asarray(t)
         if self.t.dtype.kind == "i" and np.any(time != np.rint(time)):
             raise ValueError(
-                f"input {self.t.name!r} of the graph takes whole times, got {time.flat[0]:.9g}: lay the grid on them "
-                "(round_times=True)"
+                f"input {self.t.name!r} of the graph takes whole times, got {time.flat[0]:.9g}: make the grid with "
+                "round_times=True"
             )
-        # A graph may want one time for all: a step of the loop has but one.
+        # A scalar t suffices: all samples of a step share one time.
         work.bind(self.t, time if self.t.shape else time[0])
         work.bind(self.x, x)
         for name, port in self.cond.items():
@@ -125,7 +136,7 @@ class OnnxModel:
         return work.run()
 
     def _work(self, shape: tuple[int, ...]) -> _Work:
-        """This thread's memory for samples of that shape."""
+        """This thread's buffers for samples of that shape."""
         works: dict[tuple[int, ...], _Work] = self._local.__dict__.setdefault("works", {})
         if shape not in works:
             works[shape] = _Work(self, shape)
@@ -133,16 +144,16 @@ class OnnxModel:
 
 
 class _Work:
-    """One binding of a session, and the memory of its outputs and of the inputs that must be cast."""
+    """One binding of a session, with buffers for its outputs and for inputs that need a cast."""
 
     def __init__(self, model: OnnxModel, shape: tuple[int, ...]) -> None:
         self.model, self.binding = model, model.session.io_binding()
         stated = model.output.shape if len(model.output.shape) == len(shape) else shape
-        sizes = [told if isinstance(told, int) else own for told, own in zip(stated, shape, strict=True)]
+        sizes = [size if isinstance(size, int) else own for size, own in zip(stated, shape, strict=True)]
         self.outputs = itertools.cycle([model.frame.empty(sizes, model.output.dtype.name) for _ in range(_KEPT)])
         self.inputs: dict[str, np.ndarray] = {}
 
-    def bind(self, port: _Port, value: Any) -> None:
+    def bind(self, port: _Port, value: ArrayLike) -> None:
         array = np.asarray(value)
         if array.dtype != port.dtype or not array.flags.c_contiguous:
             own = self.inputs.get(port.name)
@@ -170,19 +181,19 @@ def _named(what: str, asked: str | None, names: Sequence[str], default: int) -> 
 
 
 def export_onnx(
-    module: Any,
+    module: torch.nn.Module,
     path: str | os.PathLike[str],
-    x: Any,
+    x: torch.Tensor,
     cond: Mapping[str, Any] | None = None,
     *,
     opset: int = 17,
 ) -> None:
     """Write a torch module, module(x, t, **cond) -> raw, as an ONNX file with a free batch axis.
 
-    x     (B, ...) an example of the sample's shape and dtype
+    x     (B, ...) an example of the sample
     cond  examples of the conditions, in the order of the module's arguments after t
 
-    By torch's TorchScript exporter, which needs no further package. The file appears whole or not at all.
+    Uses torch's TorchScript exporter, which needs no further package. The file is written atomically.
     """
     import torch
 

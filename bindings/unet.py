@@ -1,14 +1,13 @@
-"""A small class-conditional U-Net for 8x8 grey images: the denoiser that ships with trained weights.
+"""A small class-conditional U-Net for 8x8 grey images, shipped with trained weights.
 
-It predicts v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, appendix D) of the VP process with
-linear betas, at any t in 0 .. 999, fractions included. ``fewstep.train_digits`` trains it.
+It predicts v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, appendix D) under the VP process with linear
+betas, at any t in 0 .. 999, fractions included. `fewstep.train_digits` trains it.
 """
 
 from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 NO_CLASS = 10
-"""The label that stands for "no class": the unconditional half of classifier-free guidance."""
+"""The label for "no class", the null condition of classifier-free guidance."""
 
 _OCTAVES = 9  # up to 2**8 / 2 = 128 rad per 1000 in t, a period of 49: the network stays smooth in t
 _EMBED = 128
@@ -48,9 +47,8 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """v prediction for (B, 1, 8, 8) images in about [-1, 1], over the resolutions 8, 4 and 2.
 
-    Args:
-        width: channels at 8x8, a multiple of 8; twice that at 4x4 and 2x2. Shipped weights have the default.
-        dropout: probability inside each block, in training mode only.
+    width    channels at 8x8, a multiple of 8; twice that at 4x4 and 2x2; the shipped weights use the default
+    dropout  probability inside each block, in training mode only
     """
 
     octaves: Tensor
@@ -62,7 +60,7 @@ class UNet(nn.Module):
         self.time = nn.Sequential(nn.Linear(2 * _OCTAVES, _EMBED), nn.SiLU(), nn.Linear(_EMBED, _EMBED))
         self.label = nn.Embedding(NO_CLASS + 1, _EMBED)
         self.enter = nn.Conv2d(1, c, 3, padding=1)
-        self.place = nn.Parameter(torch.zeros(1, c, 8, 8))  # digits are centred: where a pixel is matters
+        self.place = nn.Parameter(torch.zeros(1, c, 8, 8))  # digits are centred, so the position matters
         self.down8 = nn.ModuleList([Block(c, c, dropout), Block(c, c, dropout)])
         self.to4 = nn.Conv2d(c, d, 3, stride=2, padding=1)
         self.down4 = Block(d, d, dropout)
@@ -82,15 +80,13 @@ class UNet(nn.Module):
         return silu(self.time(features) + self.label(label))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        """The v prediction.
+        """The v prediction, from which x0 = alpha x - sigma v and eps = sigma x + alpha v.
 
-        Args:
-            x: (B, 1, 8, 8) noisy images alpha x0 + sigma eps, in the parameters' dtype.
-            t: (B,) times in 0 .. 999, one per sample, any real dtype.
-            label: (B,) int64 classes 0 .. 9, or 10 for no class; None means 10 for all.
+        x      (B, 1, 8, 8) noisy images alpha x0 + sigma eps, in the parameters' dtype
+        t      (B,) times in 0 .. 999, one per sample, any real dtype
+        label  (B,) int64 classes 0 .. 9, or 10 for no class; None means 10 for all
 
-        Returns:
-            (B, 1, 8, 8) v, from which x0 = alpha x - sigma v and eps = sigma x + alpha v.
+        Returns (B, 1, 8, 8).
         """
         if label is None:
             label = torch.full_like(t, NO_CLASS, dtype=torch.int64)
@@ -115,22 +111,22 @@ def _double(h: Tensor) -> Tensor:
 def load_unet(path: str | Path) -> UNet:
     """A UNet of the default width with the weights of a safetensors file, in eval mode, without gradients.
 
-    The file is never unpickled, and nothing of it is used unless every name, shape and dtype agrees.
+    Nothing is unpickled, and nothing is loaded unless every name, shape and dtype agrees.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not a (whole) safetensors file, or not one of these weights.
+    Raises FileNotFoundError, and ValueError for a file that is not a complete safetensors file of these weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}; `make weights` (python -m fewstep.train_digits) makes those of digits"
+            f"no weights at {path}; `make weights` (python -m fewstep.train_digits) makes the digits weights"
         )
     try:
         with safe_open(path, framework="pt") as file:
-            found: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); pickled weights are never read") from error
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); pickled weights are never loaded"
+        ) from error
     net = UNet()
     wanted = net.state_dict()
     names = sorted(wanted.keys() | found.keys())
@@ -143,7 +139,7 @@ def load_unet(path: str | Path) -> UNet:
 
 
 def _mismatch(name: str, wanted: Tensor | None, found: Tensor | None) -> str:
-    """How one tensor of a file differs from the module's, or nothing."""
+    """How one tensor of a file differs from the module's; empty if it does not."""
     if found is None:
         return f"{name} is missing"
     if wanted is None:

@@ -85,7 +85,7 @@ class _Pipe:
     [
         (diffusers.DDIMScheduler(), 0.01, "cpu", 5.0, ["Not worth it here", "A graph needs CUDA"]),
         (diffusers.DDIMScheduler(), 0.30, "cpu", 5.0, ["30.0%", "fewstep.accelerate(pipe) saves the scheduler's part"]),
-        (twins.DDIMScheduler(), 0.30, "cpu", 5.0, ["with the scheduler fused already"]),
+        (twins.DDIMScheduler(), 0.30, "cpu", 5.0, ["its scheduler is fused already"]),
         (None, 0.30, "cuda", 5.0, ["fewstep.sample", "launch-bound: a CUDA graph would help"]),
         (None, 0.30, "cuda", 80.0, ["a CUDA graph would gain little"]),
     ],

@@ -100,9 +100,9 @@ def test_a_step_on_cuda_is_one_operator(
     monkeypatch.setattr(Update, "_upload", uploaded)
     monkeypatch.setattr(scheduler, "randn_tensor", lambda *args, **kwargs: z)
     monkeypatch.setattr(scheduler, "Tensor", FakeTensor)  # a step leaves subclasses of Tensor to the parent
-    standings = transition._Standings()  # what is probed here holds fake tables, and must not be met elsewhere
-    monkeypatch.setattr(transition, "STANDINGS", standings)
-    monkeypatch.setattr(scheduler, "STANDINGS", standings)
+    states = transition._States()  # they hold fake tables, which no other test must find
+    monkeypatch.setattr(transition, "STATES", states)
+    monkeypatch.setattr(scheduler, "STATES", states)
 
     twin = make(twins, name, **config)
     for known in (False, True):

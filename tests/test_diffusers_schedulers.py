@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fewstep.bindings import diffusers as twins
-from fewstep.bindings.diffusers.transition import Standing
+from fewstep.bindings.diffusers.transition import State
 
 # diffusers hands tensors to NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -523,16 +523,16 @@ def test_a_second_run_knows_every_step(name: str, monkeypatch: pytest.MonkeyPatc
                 x = scheduler.step(0.5 * x, t, x, return_dict=False)[0]
         compare(name, parent, twin, 6)
         probed: list[Any] = []
-        monkeypatch.setattr(Standing, "find", lambda self, key, call: probed.append(key))
+        monkeypatch.setattr(State, "probe", lambda self, key, call: probed.append(key))
         compare(name, parent, twin, 6)
     assert not probed
 
 
 def test_memory_does_not_grow() -> None:
     """The table of probed steps is bounded, and a scheduler keeps no more tensors than its parent."""
-    from fewstep.bindings.diffusers.transition import _Standings
+    from fewstep.bindings.diffusers.transition import _States
 
-    room = _Standings(room=3)
+    room = _States(room=3)
     for k in range(10):
-        room.settle(object, {"k": k}, [])
+        room.find(object, {"k": k}, [])
     assert len(room.known) == 3

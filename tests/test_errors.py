@@ -337,7 +337,7 @@ def test_epsilon_at_alpha_zero() -> None:
     for process, spacing in ((fs.Flow(), "linspace"), (VP.zero_terminal_snr(), "linspace")):
         refused(
             ValueError,
-            r"predicts='epsilon' says nothing about x0 at alpha = 0 \(t = .*use a model with predicts='v'",
+            r"predicts='epsilon' does not determine x0 at alpha = 0 \(t = .*use a model with predicts='v'",
             lambda p=process, s=spacing: sample(denoiser=fs.Denoiser(never, p), spacing=s),
         )
 

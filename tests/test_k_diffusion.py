@@ -464,7 +464,7 @@ def test_kernel_noise_belongs_to_the_sample():
     own = fs.Denoiser(lambda x, t: Model()(x, t), runs.BARE, "sample")
     same = fs.sample(own, x, solver="dpmpp_2m_sde", grid=grid_of(sigmas, False), seed=9)
     assert torch.equal(whole, same)
-    with pytest.raises(TypeError, match="noise_sampler: adaptive steps belong to the batch"):
+    with pytest.raises(TypeError, match="noise_sampler: the batch shares its adaptive steps"):
         kd.sample_dpm_adaptive(Model(), x, 0.1, 14.6, noise_sampler=kd.KernelNoise(9))
 
 

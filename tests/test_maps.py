@@ -163,7 +163,7 @@ def test_flow_transformer_in_diffusers_own_loop(diffusers):
 
 def test_a_scheduler_that_tells_no_process():
     scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
-    with pytest.raises(ValueError, match="SimpleNamespace tells no alphas_cumprod"):
+    with pytest.raises(ValueError, match="SimpleNamespace has no alphas_cumprod"):
         from_diffusers(lambda x, timestep: x, scheduler)
 
 

@@ -164,7 +164,7 @@ ONE = graph([helper.make_node("Identity", ["x"], ["raw"])], TWO[:1])
     [
         (lambda: OnnxModel("nowhere.onnx"), FileNotFoundError, "no ONNX file at nowhere.onnx"),
         (lambda: OnnxModel(b"not a graph"), ValueError, "ONNX Runtime cannot load the graph"),
-        (lambda: OnnxModel(ONE), ValueError, r"the graph has the inputs \['x'\]: a denoiser needs two"),
+        (lambda: OnnxModel(ONE), ValueError, r"the graph has the inputs \['x'\]: a denoiser needs at least x and t"),
         (lambda: OnnxModel(shifted(), x="z"), ValueError, "x = 'z' is not in the graph, which has x, t, shift"),
         (lambda: OnnxModel(shifted(), output="z"), ValueError, "output = 'z' is not in the graph, which has raw"),
         (

@@ -186,7 +186,7 @@ def test_only_the_first_few_mismatches_are_listed(tmp_path):
 def test_truncated_file(tmp_path):
     path = tmp_path / "half.safetensors"
     path.write_bytes((WEIGHTS / "digits.safetensors").read_bytes()[:100_000])
-    with pytest.raises(ValueError, match=r"half\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"half\.safetensors is not a complete safetensors file"):
         load_unet(path)
 
 
@@ -202,7 +202,7 @@ class Bomb:
 
 def test_a_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"state": Bomb(tmp_path / "ran")}, tmp_path / "net.pt")
-    with pytest.raises(ValueError, match=r"net\.pt is not a whole safetensors file .* pickled weights"):
+    with pytest.raises(ValueError, match=r"net\.pt is not a complete safetensors file .* pickled weights"):
         load_unet(tmp_path / "net.pt")
     assert not (tmp_path / "ran").exists()
 

@@ -1,7 +1,7 @@
-"""Node classes, made from the signatures of the samplers: an option of a sampler is an input of its node.
+"""Node classes, built from the samplers' signatures: each option of a sampler is an input of its node.
 
-Of ComfyUI's interface this uses: a node is a class with INPUT_TYPES, RETURN_TYPES, FUNCTION and CATEGORY; a SAMPLER is
-`comfy.samplers.KSAMPLER(function, extra_options)`, which scales the noise, masks, and then calls
+ComfyUI's interface, as used here: a node is a class with INPUT_TYPES, RETURN_TYPES, FUNCTION and CATEGORY; a SAMPLER is
+`comfy.samplers.KSAMPLER(function, extra_options)`, which scales the noise, applies masks and then calls
 
     function(model, x, sigmas, extra_args=..., callback=..., disable=..., **extra_options)
 """
@@ -11,23 +11,33 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fewstep.bindings import k_diffusion
 from fewstep.bindings.k_diffusion import KernelNoise
-from fewstep.bindings.k_diffusion import samplers as k_diffusion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fewstep.bindings.k_diffusion.run import ExtraArgs, SigmaModel
+
+Sample: TypeAlias = "Tensor | tuple[Tensor, dict[str, int]]"
+SamplerFunction: TypeAlias = "Callable[..., Sample]"
+Limits = dict[str, Any]
+Widget = tuple[str | list[str], Limits]  # a type and its limits, or a list of choices
 
 CATEGORY = "sampling/custom_sampling/samplers/fewstep"
 
-# Where the noise of a stochastic sampler comes from: as in ComfyUI, or drawn in the step kernel by sample, so that an
-# image does not depend on the batch it is in.
+# Noise of a stochastic sampler: as in ComfyUI, or drawn per sample in the step kernel, so that an image does not depend
+# on its batch.
 NOISES = ("comfyui", "kernel")
 
 _ANY = {"min": 0.0, "max": 1e6, "step": 0.01, "round": False}
 _SMALL = {"min": 0.0, "max": 100.0, "step": 0.001, "round": False}
 _SIGNED = {"min": -100.0, "max": 100.0, "step": 0.01, "round": False}
 
-# An option's widget: a type and its limits, or the choices of a list. The default is the sampler's own.
-WIDGETS: Mapping[str, tuple[Any, dict[str, Any]]] = {
+# The widget of each option. Its default is the sampler's.
+WIDGETS: Mapping[str, Widget] = {
     "eta": ("FLOAT", _SMALL),
     "s_noise": ("FLOAT", _SMALL),
     "s_churn": ("FLOAT", _SMALL),
@@ -59,45 +69,44 @@ WIDGETS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "released": ("BOOLEAN", {}),
     "difference": (["guided", "unguided"], {}),
 }
-# Where a sampler allows less than its option's widget, or ComfyUI has another default.
-LIMITS: Mapping[tuple[str, str], dict[str, Any]] = {
+# For one sampler: narrower limits than its option's widget, or ComfyUI's default.
+LIMITS: Mapping[tuple[str, str], Limits] = {
     ("dpm_adaptive", "order"): {"min": 2, "max": 3},
     ("lms", "to_zero"): {"default": False},
 }
-# Where an option of the same name has other choices.
+# For one sampler: other choices.
 CHOICES: Mapping[tuple[str, str], list[str]] = {
     ("seeds_2", "solver_type"): ["phi_1", "phi_2"],
     ("exp_heun_2_x0", "solver_type"): ["phi_1", "phi_2"],
 }
 
 
-def samplers() -> dict[str, Callable[..., Any]]:
-    """name -> sampler, all with sigmas as their third argument."""
-    own = (f for n, f in vars(k_diffusion).items() if n.startswith("sample_") and f.__module__ == k_diffusion.__name__)
-    found = {function.__name__.removeprefix("sample_"): function for function in own}
-    return {name: _on_sigmas(function) for name, function in sorted(found.items())}
+def samplers() -> dict[str, SamplerFunction]:
+    """name -> sampler, each with sigmas as its third argument."""
+    names = sorted(name for name in k_diffusion.__all__ if name.startswith("sample_"))
+    return {name.removeprefix("sample_"): _on_sigmas(getattr(k_diffusion, name)) for name in names}
 
 
-def _on_sigmas(function: Callable[..., Any]) -> Callable[..., Any]:
-    """dpm_fast and dpm_adaptive take the ends of the sigmas, without a last 0, as ComfyUI calls its own."""
+def _on_sigmas(function: SamplerFunction) -> SamplerFunction:
+    """As in ComfyUI, dpm_fast and dpm_adaptive get the first and last sigma, or the last but one if the last is 0."""
     parameters = inspect.signature(function).parameters
     if "sigmas" in parameters:
         return function
 
-    def on_sigmas(model: Any, x: Any, sigmas: Any, **options: Any) -> Any:
+    def on_sigmas(model: SigmaModel, x: Tensor, sigmas: Tensor, **options: Any) -> Sample:
         if len(sigmas) < 2:
             return x
         if "n" in parameters:
             options["n"] = len(sigmas) - 1
         return function(model, x, float(sigmas[-1] or sigmas[-2]), float(sigmas[0]), **options)
 
-    on_sigmas.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    on_sigmas.__dict__["__signature__"] = inspect.signature(function)
     return on_sigmas
 
 
-def inputs(name: str, function: Callable[..., Any]) -> dict[str, Any]:
+def inputs(name: str, function: SamplerFunction) -> dict[str, Widget]:
     """The node's inputs: the options that have a widget, and `noise` for a stochastic sampler."""
-    found = {}
+    found: dict[str, Widget] = {}
     for option, parameter in inspect.signature(function).parameters.items():
         if option in WIDGETS:
             kind, limits = WIDGETS[option]
@@ -109,15 +118,15 @@ def inputs(name: str, function: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
-def _stochastic(name: str, function: Callable[..., Any]) -> bool:
-    # Adaptive steps belong to the whole batch, whose noise cannot be drawn by sample.
+def _stochastic(name: str, function: SamplerFunction) -> bool:
+    # dpm_adaptive shares its steps among the batch, so its noise cannot be drawn per sample.
     return "noise_sampler" in inspect.signature(function).parameters and name != "dpm_adaptive"
 
 
-def make_sampler(function: Callable[..., Any], options: Mapping[str, Any], noise: str = NOISES[0]) -> Any:
-    """ComfyUI's SAMPLER of a sampler and its options. Raises ImportError outside ComfyUI."""
+def make_sampler(function: SamplerFunction, options: Mapping[str, Any], noise: str = NOISES[0]) -> object:
+    """ComfyUI's SAMPLER for a sampler and its options. Raises ImportError outside ComfyUI."""
 
-    def run(model: Any, x: Any, sigmas: Any, extra_args: Any = None, **rest: Any) -> Any:
+    def run(model: SigmaModel, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None, **rest: Any) -> Sample:
         if noise == "kernel":
             rest["noise_sampler"] = KernelNoise((extra_args or {}).get("seed") or 0)
         return function(model, x, sigmas, extra_args=extra_args, **rest)
@@ -130,10 +139,10 @@ def _title(name: str) -> str:
     return "Fewstep" + "".join(part.capitalize() for part in name.split("_"))
 
 
-def _node(name: str, function: Callable[..., Any]) -> type:
+def _node(name: str, function: SamplerFunction) -> type:
     """The node class of one sampler."""
 
-    def get_sampler(self: Any, noise: str = NOISES[0], **options: Any) -> tuple[Any]:
+    def get_sampler(self: object, noise: str = NOISES[0], **options: Any) -> tuple[object]:
         return (make_sampler(function, options, noise),)
 
     body = {
@@ -151,17 +160,17 @@ SAMPLERS = samplers()
 
 
 class FewstepSampler:
-    """Any of the samplers, with its default options."""
+    """Any sampler, with its default options."""
 
     RETURN_TYPES = ("SAMPLER",)
     FUNCTION = "get_sampler"
     CATEGORY = CATEGORY
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's name
+    def INPUT_TYPES(cls) -> dict[str, dict[str, Widget]]:  # noqa: N802  # ComfyUI's name
         return {"required": {"sampler_name": (list(SAMPLERS), {"default": "dpmpp_2m"})}}
 
-    def get_sampler(self, sampler_name: str) -> tuple[Any]:
+    def get_sampler(self, sampler_name: str) -> tuple[object]:
         function = SAMPLERS[sampler_name]
         own = {option: widget[1]["default"] for option, widget in inputs(sampler_name, function).items()}
         own.pop("noise", None)

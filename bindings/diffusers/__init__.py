@@ -2,8 +2,8 @@
 
     from fewstep.bindings.diffusers import DPMSolverMultistepScheduler
 
-Each is a subclass of the scheduler it is named after: same configuration, same set-up, same saving, same results;
-only `step` and `scale_model_input` are one fused pass. `fewstep.accelerate(pipe)` swaps a whole pipeline's.
+Each is a subclass of the scheduler it is named after, with the same configuration, setup, saving and results; only
+`step` and `scale_model_input` become one fused pass. `fewstep.accelerate(pipe)` replaces those of a whole pipeline.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = list(SCHEDULERS)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "SchedulerMixin":  # a pipeline that is loaded looks its scheduler's base class up beside it
+    if name == "SchedulerMixin":  # loading a pipeline looks for the base class in its scheduler's module
         import diffusers
 
         return diffusers.SchedulerMixin

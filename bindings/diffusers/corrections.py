@@ -1,9 +1,10 @@
-"""What diffusers' schedulers get wrong, put right on request.
+"""Corrections of known bugs in diffusers' schedulers, applied on request.
 
-Every class here is the scheduler that it is named after. Its twin has an attribute `corrected`; without it nothing
-differs from the parent. docs/diffusers.md describes each correction, with the numbers.
+Each class here overrides methods of the schedulers that it is registered for. The result has an attribute `corrected`;
+while that is False nothing differs from diffusers. docs/diffusers.md describes each correction with its numbers.
 
-`correct` runs once after the constructor: it refuses what the parent accepts in silence, and mends attributes.
+`correct` runs once after the constructor: it raises for arguments that the parent accepts silently, and fixes
+attributes.
 """
 
 from __future__ import annotations
@@ -11,22 +12,52 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
-import diffusers as _diffusers
+import diffusers
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
-# To a type checker it consists of placeholders that have none of these methods.
-diffusers: Any = _diffusers
+from fewstep.bindings.diffusers.interface import Scheduler, Timestep
+
+CORRECTED: dict[str, type[Scheduler]] = {}
+"""By name: the diffusers scheduler with its correction."""
+
+_Correction = TypeVar("_Correction", bound=type[Scheduler])
+
+
+def corrects(*names: str) -> Callable[[_Correction], _Correction]:
+    """Register a class as the correction of diffusers' schedulers of these names."""
+
+    def register(correction: _Correction) -> _Correction:
+        for name in names:
+            parent = getattr(diffusers, name)
+            overrides = {
+                method: _with_signature(getattr(parent, method), function)
+                for method, function in vars(correction).items()
+                if callable(function) and hasattr(parent, method)
+            }
+            CORRECTED[name] = type(name, (correction, parent), overrides)
+        return correction
+
+    return register
+
+
+def _with_signature(original: Callable[..., object], function: Callable[..., object]) -> Callable[..., object]:
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> object:
+        return function(*args, **kwargs)
+
+    return method
 
 
 @contextlib.contextmanager
-def _replaced(scheduler: Any, **values: Any) -> Iterator[None]:
-    """Other attributes for one call of the parent's code."""
+def _replaced(scheduler: Scheduler, **values: object) -> Iterator[None]:
+    """Other values of attributes during one call of the parent's code."""
     attributes = scheduler.__dict__
     before = {name: attributes[name] for name in values}
     attributes.update(values)
@@ -36,11 +67,20 @@ def _replaced(scheduler: Any, **values: Any) -> Iterator[None]:
         attributes.update(before)
 
 
-class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
-    """The parent steps to t - T // N, whatever its schedule says; corrected, to the next time of the schedule."""
+def _step_index(scheduler: Scheduler, timestep: Timestep) -> int:
+    """The index of this step in the schedule, which the first step sets."""
+    if scheduler.step_index is None:
+        scheduler._init_step_index(timestep)
+    index = scheduler.step_index
+    assert index is not None
+    return index
 
-    @functools.wraps(diffusers.DDIMScheduler.step)
-    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+
+@corrects("DDIMScheduler")
+class DDIM(Scheduler):
+    """The parent steps to t - T // N whatever its schedule says; corrected, it steps to the schedule's next time."""
+
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
         if not self.corrected:
             return super().step(model_output, timestep, sample, *args, **kwargs)
         here = (self.timesteps == timestep).nonzero()
@@ -48,43 +88,44 @@ class DDIMScheduler(diffusers.DDIMScheduler):  # type: ignore[misc]
             raise ValueError(f"timestep {timestep} is not in the schedule {self.timesteps.tolist()}")
         after = self.timesteps[int(here[0]) + 1 :]
         jump = int(timestep) - (int(after[0]) if len(after) else -1)
-        # The parent has no other place for a step's width than the quotient T // N.
+        # The parent takes the width of a step only from the quotient T // N.
         width = self.config.num_train_timesteps
         with _replaced(self, num_inference_steps=Fraction(width, jump) if jump else width + 1):
             return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
-class DDPMScheduler(diffusers.DDPMScheduler):  # type: ignore[misc]
-    """The parent takes the square root of log(beta) under variance_type="fixed_large_log": NaN. Corrected, beta's."""
+@corrects("DDPMScheduler")
+class DDPM(Scheduler):
+    """variance_type="fixed_large_log": the parent takes the square root of log(beta), a NaN; corrected, of beta."""
 
-    def _get_variance(self, t: Any, predicted_variance: Any = None, variance_type: str | None = None) -> Any:
+    def _get_variance(
+        self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
         kind = variance_type or self.config.variance_type
         if self.corrected and kind == "fixed_large_log":
             kind = "fixed_large"
         return super()._get_variance(t, predicted_variance, kind)
 
 
-class EulerDiscreteScheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[misc]
-    """Under churn the parent turns v into x0 with sigma; corrected, with sigma_hat, where the sample is."""
+@corrects("EulerDiscreteScheduler")
+class EulerDiscrete(Scheduler):
+    """Under churn the parent converts v to x0 at sigma; corrected, at sigma_hat, the sample's actual level."""
 
-    @functools.wraps(diffusers.EulerDiscreteScheduler.step)
     def step(
         self,
-        model_output: Any,
-        timestep: Any,
-        sample: Any,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: Any = None,
+        generator: torch.Generator | None = None,
         return_dict: bool = True,
-    ) -> Any:
+    ) -> object:
         options: dict[str, Any] = {"s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "return_dict": return_dict}
         if self.corrected and s_churn and self.config.prediction_type == "v_prediction":
-            if self.step_index is None:
-                self._init_step_index(timestep)
-            at = self.step_index
+            at = _step_index(self, timestep)
             sigma = self.sigmas[at]
             gamma = min(s_churn / (len(self.sigmas) - 1), math.sqrt(2.0) - 1.0) if s_tmin <= sigma <= s_tmax else 0.0
             if gamma:
@@ -98,64 +139,64 @@ class EulerDiscreteScheduler(diffusers.EulerDiscreteScheduler):  # type: ignore[
         return super().step(model_output, timestep, sample, s_churn=s_churn, generator=generator, **options)
 
 
-class LMSDiscreteScheduler(diffusers.LMSDiscreteScheduler):  # type: ignore[misc]
-    """Begun in the middle of a schedule, the parent uses the weights of order 4 on the one derivative that it has."""
+@corrects("LMSDiscreteScheduler")
+class LMSDiscrete(Scheduler):
+    """A run that starts mid-schedule has one derivative; the parent weights it for order 4, corrected for order 1."""
 
-    @functools.wraps(diffusers.LMSDiscreteScheduler.step)
-    def step(self, model_output: Any, timestep: Any, sample: Any, order: int = 4, return_dict: bool = True) -> Any:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> object:
         if self.corrected:
             order = min(order, len(self.derivatives) + 1)
         return super().step(model_output, timestep, sample, order, return_dict)
 
 
-class IPNDMScheduler(diffusers.IPNDMScheduler):  # type: ignore[misc]
-    """The parent keeps every output of a run; corrected, the three that a later step reads."""
+@corrects("IPNDMScheduler")
+class IPNDM(Scheduler):
+    """The parent keeps every output of a run; corrected, only the three that later steps read."""
 
-    @functools.wraps(diffusers.IPNDMScheduler.step)
-    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> object:
         if self.corrected:
             del self.ets[:-3]
         return super().step(model_output, timestep, sample, return_dict)
 
 
-class LCMScheduler(diffusers.LCMScheduler):  # type: ignore[misc]
-    """The parent tells the last step by num_inference_steps, and so noises its result where the schedule is shorter."""
+@corrects("LCMScheduler")
+class LCM(Scheduler):
+    """The parent finds the last step by num_inference_steps, so it adds noise to the result of a shorter schedule."""
 
-    @functools.wraps(diffusers.LCMScheduler.step)
-    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
         steps = len(self.timesteps) if self.corrected else self.num_inference_steps
         with _replaced(self, num_inference_steps=steps):
             return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
 @contextlib.contextmanager
-def _keeping_configuration(scheduler: Any) -> Iterator[None]:
-    """set_timesteps of some parents writes into the configuration, for good; corrected, it does not."""
+def _keeping_configuration(scheduler: Scheduler) -> Iterator[None]:
+    """Some parents' set_timesteps changes the configuration permanently; corrected, it does not."""
     before = scheduler._internal_dict
     held = dict(vars(before))
     yield
     if scheduler.corrected:
-        vars(before).update(held)  # an attribute written in place
-        scheduler._internal_dict = before  # a new one registered
+        vars(before).update(held)  # entries written in place
+        scheduler._internal_dict = before  # a configuration registered anew
 
 
-class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):  # type: ignore[misc]
-    """With lower_order_final=False and a last sigma of 0 the parent ends in NaN; corrected, in a first-order step."""
+@corrects("UniPCMultistepScheduler")
+class UniPCMultistep(Scheduler):
+    """lower_order_final=False with a last sigma of 0 ends in NaN; corrected, the last step is first-order."""
 
-    @functools.wraps(diffusers.UniPCMultistepScheduler.step)
-    def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True) -> Any:
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> object:
         if self.corrected:
-            if self.step_index is None:
-                self._init_step_index(timestep)
-            if self.sigmas[self.step_index + 1] == 0:
+            if self.sigmas[_step_index(self, timestep) + 1] == 0:
                 self.lower_order_nums = 0
         return super().step(model_output, timestep, sample, return_dict)
 
 
-class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):  # type: ignore[misc]
-    """Corrected, refuses what the parent accepts and then does otherwise, or fails at in the middle of a run."""
+@corrects("DPMSolverMultistepScheduler")
+class DPMSolverMultistep(Scheduler):
+    """Corrected, raises for options that the parent accepts but ignores, or that make it fail mid-run."""
 
-    @functools.wraps(diffusers.DPMSolverMultistepScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         with _keeping_configuration(self):
             super().set_timesteps(*args, **kwargs)
@@ -176,14 +217,14 @@ class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):  # typ
             )
 
 
-class DPMSolverSinglestepScheduler(diffusers.DPMSolverSinglestepScheduler):  # type: ignore[misc]
-    """The parent's set_timesteps may write lower_order_final=True into the configuration, for every later schedule."""
+@corrects("DPMSolverSinglestepScheduler")
+class DPMSolverSinglestep(Scheduler):
+    """The parent's set_timesteps may set lower_order_final=True in the configuration, for every later schedule."""
 
     def correct(self, asked: dict[str, Any]) -> None:
         _solver_order(self.config.solver_order)
         _solver_type(asked)
 
-    @functools.wraps(diffusers.DPMSolverSinglestepScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         with _keeping_configuration(self):
             super().set_timesteps(*args, **kwargs)
@@ -191,86 +232,71 @@ class DPMSolverSinglestepScheduler(diffusers.DPMSolverSinglestepScheduler):  # t
 
 def _solver_order(order: int) -> None:
     if order not in (1, 2, 3):
-        raise ValueError(f"solver_order={order} does not exist (the parent takes it for 3): use 1, 2 or 3")
+        raise ValueError(f"solver_order={order} does not exist (diffusers runs it as 3): use 1, 2 or 3")
 
 
 def _solver_type(asked: dict[str, Any]) -> None:
     kind = asked.get("solver_type", "midpoint")
     if kind not in ("midpoint", "heun"):
         raise ValueError(
-            f"solver_type={kind!r} is not DPM-Solver's (the parent takes it for 'midpoint'): use 'midpoint' or 'heun'"
+            f"solver_type={kind!r} is not DPM-Solver's (diffusers runs it as 'midpoint'): use 'midpoint' or 'heun'"
         )
 
 
-def _ends_clean(parent: type[Any]) -> type[Any]:
-    """Where the parent's schedule ends with the same sigma twice, its last call of the network moves nothing.
+@corrects("DEISMultistepScheduler", "SASolverScheduler")
+class EndsAtZero(Scheduler):
+    """Some of the parent's schedules end with the same sigma twice, so the last network call changes nothing.
 
     Corrected, the last sigma is 0 and the last step goes to the x0 prediction, its exact limit.
     """
 
-    class Clean(parent):  # type: ignore[misc]
-        @functools.wraps(parent.set_timesteps)
-        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-            with _keeping_configuration(self):
-                super().set_timesteps(*args, **kwargs)
-            if self.corrected and len(self.sigmas) > 1 and self.sigmas[-1] == self.sigmas[-2]:
-                self.sigmas[-1] = 0.0
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        with _keeping_configuration(self):
+            super().set_timesteps(*args, **kwargs)
+        if self.corrected and len(self.sigmas) > 1 and self.sigmas[-1] == self.sigmas[-2]:
+            self.sigmas[-1] = 0.0
 
-        @functools.wraps(parent.step)
-        def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.corrected:
-                if self.step_index is None:
-                    self._init_step_index(timestep)
-                if self.sigmas[self.step_index + 1] == 0:
-                    return self._finish(model_output, sample, kwargs.get("return_dict", not args or bool(args[-1])))
-            return super().step(model_output, timestep, sample, *args, **kwargs)
+    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
+        if self.corrected and self.sigmas[_step_index(self, timestep) + 1] == 0:
+            return self._finish(model_output, sample, kwargs.get("return_dict", not args or bool(args[-1])))
+        return super().step(model_output, timestep, sample, *args, **kwargs)
 
-        def _finish(self, model_output: Any, sample: Any, return_dict: bool) -> Any:
-            sigma = self.sigmas[self.step_index]
-            alpha_t, sigma_t = self._sigma_to_alpha_sigma_t(sigma)
-            kind = self.config.prediction_type
-            if kind == "epsilon":
-                x0 = (sample - sigma_t * model_output) / alpha_t
-            elif kind == "sample":
-                x0 = model_output
-            elif kind == "v_prediction":
-                x0 = alpha_t * sample - sigma_t * model_output
-            else:  # "flow_prediction", the last one that the constructor lets pass
-                x0 = sample - sigma_t * model_output
-            if self.config.thresholding:
-                x0 = self._threshold_sample(x0)
-            self._step_index += 1
-            return SchedulerOutput(prev_sample=x0) if return_dict else (x0,)
-
-    Clean.__name__ = Clean.__qualname__ = parent.__name__
-    return Clean
+    def _finish(self, model_output: Tensor, sample: Tensor, return_dict: bool) -> object:
+        alpha_t, sigma_t = self._sigma_to_alpha_sigma_t(self.sigmas[self._step_index])
+        kind = self.config.prediction_type
+        if kind == "epsilon":
+            x0 = (sample - sigma_t * model_output) / alpha_t
+        elif kind == "sample":
+            x0 = model_output
+        elif kind == "v_prediction":
+            x0 = alpha_t * sample - sigma_t * model_output
+        else:  # "flow_prediction", the only other one that the constructor allows
+            x0 = sample - sigma_t * model_output
+        if self.config.thresholding:
+            x0 = self._threshold_sample(x0)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=x0) if return_dict else (x0,)
 
 
-class _ShiftsOnce:
-    """The parent shifts the ends of its schedule, and then all of it again; corrected, a static shift acts once."""
+@corrects("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+class ShiftsOnce(Scheduler):
+    """The parent shifts the ends of its schedule, and then the whole schedule again; corrected, it shifts once."""
 
-    def correct(self: Any, asked: dict[str, Any]) -> None:
+    def correct(self, asked: dict[str, Any]) -> None:
         if not getattr(self.config, "use_dynamic_shifting", False):
             self.sigma_max, self.sigma_min = 1.0, 1.0 / self.config.num_train_timesteps
 
 
-class FlowMatchEulerDiscreteScheduler(_ShiftsOnce, diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
-    pass
+@corrects("EDMEulerScheduler")
+class EDMEuler(Scheduler):
+    """The parent reads `sigmas` as a ramp from 0 to 1; corrected, as sigmas."""
 
-
-class FlowMatchHeunDiscreteScheduler(_ShiftsOnce, diffusers.FlowMatchHeunDiscreteScheduler):  # type: ignore[misc]
-    pass
-
-
-class FlowMatchLCMScheduler(_ShiftsOnce, diffusers.FlowMatchLCMScheduler):  # type: ignore[misc]
-    pass
-
-
-class EDMEulerScheduler(diffusers.EDMEulerScheduler):  # type: ignore[misc]
-    """The parent takes `sigmas` for a ramp from 0 to 1; corrected, they are sigmas."""
-
-    @functools.wraps(diffusers.EDMEulerScheduler.set_timesteps)
-    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, sigmas: Any = None) -> None:
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        sigmas: Tensor | Sequence[float] | None = None,
+    ) -> None:
         if not self.corrected or sigmas is None:
             super().set_timesteps(num_inference_steps, device, sigmas)
             return
@@ -281,25 +307,3 @@ class EDMEulerScheduler(diffusers.EDMEulerScheduler):  # type: ignore[misc]
         last = levels[-1:] if self.config.final_sigmas_type == "sigma_min" else torch.zeros(1)
         self.timesteps = self.precondition_noise(levels.to(device))
         self.sigmas = torch.cat([levels, last])
-
-
-CORRECTED: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (
-        DDIMScheduler,
-        DDPMScheduler,
-        EulerDiscreteScheduler,
-        LMSDiscreteScheduler,
-        IPNDMScheduler,
-        LCMScheduler,
-        UniPCMultistepScheduler,
-        DPMSolverMultistepScheduler,
-        DPMSolverSinglestepScheduler,
-        _ends_clean(diffusers.DEISMultistepScheduler),
-        _ends_clean(diffusers.SASolverScheduler),
-        FlowMatchEulerDiscreteScheduler,
-        FlowMatchHeunDiscreteScheduler,
-        FlowMatchLCMScheduler,
-        EDMEulerScheduler,
-    )
-}

@@ -1,20 +1,26 @@
-"""`fewstep.accelerate(pipe)` and back."""
+"""`fewstep.accelerate(pipe)` and `fewstep.restore(pipe)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.bindings.diffusers import SCHEDULERS
 
-# The component that a pipeline calls in every step.
+if TYPE_CHECKING:
+    import torch
+    from torch.utils._pytree import TreeSpec
+
+    from fewstep.bindings.diffusers.interface import Scheduler
+
+# Components that a pipeline may call in every step.
 DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was done to a pipeline: (component, what happened) pairs. Prints as text."""
+    """What was done to a pipeline, as (component, action) pairs. Prints as text."""
 
     done: tuple[tuple[str, str], ...]
 
@@ -24,36 +30,35 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(pipe: Any, *, corrected: bool = False, graph: bool = False) -> Report:
-    """Swap a diffusers pipeline's schedulers for their fused twins, in place. Same call, same image, less overhead.
+def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False) -> Report:
+    """Replace a diffusers pipeline's schedulers by their fused twins, in place: same call, same image, less overhead.
 
         print(fewstep.accelerate(pipe))   # scheduler: DPMSolverMultistepScheduler runs fused
 
     pipe       any pipeline with a scheduler of `fewstep.bindings.diffusers.SCHEDULERS` among its components
-    corrected  right values where the scheduler has a known bug (docs/diffusers.md lists them); images change there
-    graph      also capture the denoiser's call in a CUDA graph, once for each set of shapes. The network must be on a
-               CUDA device, in eval mode, and without host syncs; capture again (`restore`, `accelerate`) after
-               loading other weights
+    corrected  fix the schedulers' known bugs (docs/diffusers.md lists them); this changes the affected images
+    graph      also capture the denoiser's call in a CUDA graph, once per set of shapes. The network must be on a CUDA
+               device, in eval mode and free of host syncs; after loading other weights, `restore` and `accelerate`
+               again
 
-    A scheduler keeps everything that it holds: configuration, schedule, shifts. Images agree to the rounding of the
-    dtype; noise is drawn from the same generator in the same order.
+    A twin keeps the scheduler's configuration, schedule and shifts. Images agree to the rounding of the dtype; noise
+    is drawn from the same generator in the same order.
 
-    Raises TypeError for what is no pipeline, ValueError for one in which nothing can be swapped, or if `graph` cannot
-    be had; the pipeline is then unchanged.
+    Raises TypeError if `pipe` is not a pipeline, ValueError if nothing in it can be replaced or `graph` is impossible;
+    the pipeline is then unchanged.
     """
     components = _components(pipe)
     done: list[tuple[str, str]] = []
-    twins: dict[str, Any] = {}
+    twins: dict[str, Scheduler] = {}
     for name, scheduler in _schedulers(components).items():
-        reason = _refusal(scheduler)
+        reason = _why_no_twin(scheduler)
         kind = type(scheduler).__name__
         if reason is None:
             twins[name] = _twin(scheduler, corrected)
-            mended = ", corrected" if corrected else ""
-            done.append((name, f"{kind} runs fused{mended}"))
+            done.append((name, f"{kind} runs fused{', corrected' if corrected else ''}"))
         elif _is_twin(scheduler) and bool(scheduler.corrected) == corrected:
             twins[name] = scheduler
-            done.append((name, f"{kind} ran fused already"))
+            done.append((name, f"{kind} was fused already"))
         elif _is_twin(scheduler):
             raise ValueError(f"{name} runs fused with corrected={scheduler.corrected}: fewstep.restore(pipe) first")
         else:
@@ -70,10 +75,10 @@ def accelerate(pipe: Any, *, corrected: bool = False, graph: bool = False) -> Re
     return Report(tuple(done))
 
 
-def restore(pipe: Any) -> Report:
-    """Undo `accelerate`: diffusers' own schedulers with the state of the fused ones, and the networks' own calls.
+def restore(pipe: object) -> Report:
+    """Undo `accelerate`: put back diffusers' schedulers, with the state of the twins, and the networks' own calls.
 
-    Raises TypeError for what is no pipeline, ValueError where nothing was accelerated.
+    Raises TypeError if `pipe` is not a pipeline, ValueError if it was not accelerated.
     """
     import diffusers
 
@@ -93,34 +98,35 @@ def restore(pipe: Any) -> Report:
     return Report(tuple(done))
 
 
-def _components(pipe: Any) -> dict[str, Any]:
+def _components(pipe: object) -> dict[str, Any]:
     try:
         from diffusers import DiffusionPipeline
     except ImportError:
         raise ImportError("accelerate needs diffusers: pip install 'fewstep[diffusers]'") from None
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(
-            f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; a scheduler of your own loop can be made "
-            "by its name from fewstep.bindings.diffusers"
+            f"pipe must be a diffusers pipeline, got {type(pipe).__name__}; for a loop of your own, import the "
+            "scheduler from fewstep.bindings.diffusers"
         )
-    found: Any = pipe
+    found: Any = pipe  # to a type checker diffusers' class is a placeholder
     return dict(found.components)
 
 
-def _schedulers(components: dict[str, Any]) -> dict[str, Any]:
-    from diffusers import SchedulerMixin
+def _schedulers(components: dict[str, Any]) -> dict[str, Scheduler]:
+    import diffusers
 
-    return {name: c for name, c in components.items() if isinstance(c, SchedulerMixin)}
+    kind: type[Any] = diffusers.SchedulerMixin
+    return {name: c for name, c in components.items() if isinstance(c, kind)}
 
 
-def _is_twin(scheduler: Any) -> bool:
+def _is_twin(scheduler: object) -> bool:
     from fewstep.bindings.diffusers.scheduler import PerThread
 
     return isinstance(scheduler, PerThread)
 
 
-def _refusal(scheduler: Any) -> str | None:
-    """Why a scheduler has no twin, None if it has one."""
+def _why_no_twin(scheduler: object) -> str | None:
+    """Why a scheduler has no twin; None if it has one."""
     import diffusers
 
     kind = type(scheduler)
@@ -129,23 +135,23 @@ def _refusal(scheduler: Any) -> str | None:
     if kind.__name__ not in SCHEDULERS:
         return f"there is no fused {kind.__name__}"
     if kind is not getattr(diffusers, kind.__name__):
-        return f"{kind.__module__}.{kind.__name__} is not diffusers' own, its step may be another"
+        return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"
     return None
 
 
-def _twin(scheduler: Any, corrected: bool) -> Any:
+def _twin(scheduler: Scheduler, corrected: bool) -> Scheduler:
     from fewstep.bindings import diffusers as twins
 
     return _moved(scheduler, getattr(twins, type(scheduler).__name__), {"corrected": True} if corrected else {})
 
 
-def _moved(scheduler: Any, cls: type[Any], options: dict[str, Any]) -> Any:
-    """A scheduler of another class with all that this one holds; its configuration alone if corrections are between."""
-    from fewstep.bindings.diffusers.scheduler import without_ours
+def _moved(scheduler: Scheduler, cls: type[Scheduler], options: dict[str, bool]) -> Scheduler:
+    """A scheduler of another class with this one's attributes; to or from a corrected one, only its configuration."""
+    from fewstep.bindings.diffusers.scheduler import parent_attributes
 
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k != "corrected"}, **options)
     if not options and not getattr(scheduler, "corrected", False):
-        made.__dict__.update({k: v for k, v in without_ours(scheduler.__dict__).items() if k != "_internal_dict"})
+        made.__dict__.update({k: v for k, v in parent_attributes(scheduler.__dict__).items() if k != "_internal_dict"})
         vars(made.config).update(vars(scheduler.config))
         if not _is_twin(made):
             made.__dict__.pop("corrected", None)
@@ -155,11 +161,11 @@ def _moved(scheduler: Any, cls: type[Any], options: dict[str, Any]) -> Any:
 # --- CUDA graphs of the denoiser ---
 
 
-def _graphs(components: dict[str, Any]) -> dict[str, tuple[Any, GraphedCall]]:
+def _graphs(components: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, GraphedCall]]:
     import torch
 
     if not torch.cuda.is_available():
-        raise ValueError("graph=True captures the denoiser in a CUDA graph, and there is no CUDA device: leave it out")
+        raise ValueError("graph=True captures the denoiser in a CUDA graph, and there is no CUDA device: omit it")
     found = {}
     for name in DENOISERS:
         module = components.get(name)
@@ -178,17 +184,18 @@ def _graphs(components: dict[str, Any]) -> dict[str, tuple[Any, GraphedCall]]:
 
 
 class GraphedCall:
-    """A function on CUDA tensors, replayed from a graph that is captured once for each set of shapes.
+    """A function on CUDA tensors, replayed from CUDA graphs, one per set of shapes.
 
-    Tensors among the arguments may change from call to call; everything else names the graph. The result is a copy,
-    since the next replay writes over the graph's own memory. Calls that record gradients run the function itself.
+    Tensor arguments may change from call to call; any other change of the arguments captures a new graph. The result
+    is a copy, because the next replay overwrites the graph's memory. Calls that record gradients run the function
+    itself.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.graphs: dict[Any, tuple[Any, list[Any], list[Any], Any]] = {}
+        self.graphs: dict[Hashable, _Captured] = {}
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         import torch
         from torch.utils import _pytree as pytree
 
@@ -196,7 +203,7 @@ class GraphedCall:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch.is_grad_enabled() or not tensors:
             return self.function(*args, **kwargs)
-        key = (spec, *[_name(leaf) for leaf in leaves])
+        key = (spec, *[_leaf_key(leaf) for leaf in leaves])
         if key not in self.graphs:
             self.graphs[key] = self._capture(leaves, spec)
         graph, inputs, outputs, form = self.graphs[key]
@@ -205,7 +212,7 @@ class GraphedCall:
         graph.replay()
         return pytree.tree_unflatten([o.clone() if isinstance(o, torch.Tensor) else o for o in outputs], form)
 
-    def _capture(self, leaves: list[Any], spec: Any) -> tuple[Any, list[Any], list[Any], Any]:
+    def _capture(self, leaves: list[Any], spec: TreeSpec) -> _Captured:
         import torch
         from torch.utils import _pytree as pytree
 
@@ -214,17 +221,27 @@ class GraphedCall:
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(2):  # what is allocated or chosen on first use must not be in the graph
+            for _ in range(2):  # first-use allocations and choices must not be captured
                 self.function(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self.function(*args, **kwargs)
         outputs, form = pytree.tree_flatten(result)
-        return graph, [leaf for leaf in held if isinstance(leaf, torch.Tensor)], outputs, form
+        return _Captured(graph, [leaf for leaf in held if isinstance(leaf, torch.Tensor)], outputs, form)
 
 
-def _name(leaf: Any) -> Any:
+class _Captured(NamedTuple):
+    """A CUDA graph, its input tensors, its flattened outputs and their tree."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    outputs: list[Any]
+    form: TreeSpec
+
+
+def _leaf_key(leaf: object) -> Hashable:
+    """What identifies an argument in a graph's key."""
     import torch
 
     if isinstance(leaf, torch.Tensor):

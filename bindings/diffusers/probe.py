@@ -1,16 +1,16 @@
-"""Read a scheduler's coefficients off its own code.
+"""Read a scheduler's coefficients from its own code.
 
-Between two calls of the network a diffusers scheduler does an affine map on the sample, the network's output, fresh
-noise and the tensors that it remembers. So one call of its `step` on basis vectors in float64 instead of on images
-returns the coefficients themselves, with every convention and every quirk of that scheduler in them.
+Between two network calls a diffusers scheduler applies an affine map to the sample, the network's output, fresh noise
+and the tensors that it remembers. So one call of its `step` on float64 basis vectors instead of images returns the
+coefficients themselves, with every convention and quirk of that scheduler included.
 
-A clip is the one thing that is not affine. The probe meets it as one more basis vector, the clipped prediction "m",
-and remembers the row of what was clipped.
+Only a clip is not affine. The probe replaces its result by one more basis vector, the clipped prediction "m", and
+records the row of what was clipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# The first basis vectors: the sample, the network's output, the noise, the clipped prediction. The memory follows.
+from fewstep.bindings.diffusers.interface import Scheduler, Timestep
+
+# Basis vectors: the sample, the network's output, the noise, the clipped prediction, then the memory.
 X, RAW, NOISE, CLIPPED, MEMORY = range(5)
 
-# Where a remembered tensor sits in a scheduler: an attribute, or a place in an attribute that is a list.
+# The place of a remembered tensor in a scheduler: an attribute, or an index into an attribute that is a list.
 Place = tuple[str, int | None]
 
 
 class NotAffineError(ValueError):
-    """This call is no affine map of the sample, the output, one noise and the memory: the parent must make it."""
+    """The call is not an affine map of sample, output, one noise and memory, so the parent must make it."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Draw:
     """One draw of noise: from a generator, or over `interval` of a Brownian path."""
 
     dtype: torch.dtype
-    interval: tuple[Any, Any] | None = None
+    interval: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Clip:
-    """p over [sample, output] of what is clipped, and to what: a bound, or a per-sample quantile and its ceiling."""
+    """A clip of p over [sample, output], to a bound or to a per-sample quantile with a ceiling."""
 
     p: tuple[float, float]
     bound: float | None
@@ -51,16 +53,16 @@ class Clip:
 class Probe:
     """One call, as rows over [X, RAW, NOISE, CLIPPED, *memory before] (float64).
 
-    outputs     the rows of what it returns, in order; dtypes: of each, as the parent has them
-    wrap        from the outputs to what the caller gets
-    memory      place -> row of every remembered tensor afterwards
-    aliases     place -> the source whose own memory it is, where the scheduler keeps a tensor and not a copy
-    attributes  the scheduler's attributes afterwards
+    outputs     rows of the returned tensors, in order; dtypes: the parent's, one per output
+    wrap        makes the call's return value from the outputs
+    memory      place -> row of each remembered tensor after the call
+    aliases     place -> source, where the scheduler keeps that source itself and not a copy
+    attributes  the scheduler's attributes after the call
     """
 
     outputs: list[np.ndarray]
     dtypes: list[torch.dtype]
-    wrap: Callable[[Sequence[Any]], Any]
+    wrap: Callable[[Sequence[Tensor]], object]
     memory: dict[Place, np.ndarray]
     aliases: dict[Place, int]
     attributes: dict[str, Any]
@@ -70,13 +72,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Call:
-    """What is called and with what: the method's name, a time, its other arguments, and the dtypes of the tensors.
+    """The method called, its time and other arguments, and the dtypes of its tensors.
 
-    noise  name and dtype of the argument in which the caller gives noise, if it does
+    noise  name and dtype of the argument in which the caller passes the noise, if it does
     """
 
     method: str
-    time: Any
+    time: Timestep
     options: Mapping[str, Any] = field(default_factory=dict)
     x_dtype: torch.dtype = torch.float32
     raw_dtype: torch.dtype = torch.float32
@@ -84,7 +86,7 @@ class Call:
 
 
 class _Watch(TorchFunctionMode):
-    """Meets the draws and clips of a call on basis vectors. A mode is local to its thread: others are not touched."""
+    """Replaces the draws and clips of a call on basis vectors. A mode acts in its own thread only."""
 
     def __init__(self, noise: Tensor, clipped: Tensor) -> None:
         super().__init__()
@@ -101,8 +103,12 @@ class _Watch(TorchFunctionMode):
         return self.noise.to(draw.dtype)
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
@@ -114,21 +120,23 @@ class _Watch(TorchFunctionMode):
             return self._clamp(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _clamp(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = args[0]
+    def _clamp(self, func: Callable[..., object], args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        value: Tensor = args[0]
         if value.numel() != self.noise.numel():
             if self.quantile is not None and self.largest is None and "max" in kwargs:
                 self.largest = float(kwargs["max"])
             return func(*args, **kwargs)
         if self.clipped is not None:
             raise NotAffineError("it clips twice in one step")
-        high = kwargs.get("max", args[2] if len(args) > 2 else None)
-        self.clipped = (value.detach().clone(), None if self.quantile is not None else float(high))  # type: ignore[arg-type]
+        bound = None
+        if self.quantile is None:
+            bound = float(kwargs["max"] if "max" in kwargs else args[2])
+        self.clipped = (value.detach().clone(), bound)
         return self.prediction.reshape(value.shape).to(value.dtype)
 
 
 def places(attributes: Mapping[str, Any]) -> list[Place]:
-    """Where the attributes hold memory: tensors of more than one axis. Schedules have one, counters none."""
+    """The places of the memory: tensors of more than one axis. Schedules have one axis, counters none."""
     found: list[Place] = []
     for name, value in attributes.items():
         if type(value) is list:
@@ -138,12 +146,13 @@ def places(attributes: Mapping[str, Any]) -> list[Place]:
     return found
 
 
-def get(attributes: Mapping[str, Any], place: Place) -> Any:
+def get(attributes: Mapping[str, Any], place: Place) -> Tensor:
     name, i = place
-    return attributes[name] if i is None else attributes[name][i]
+    found: Tensor = attributes[name] if i is None else attributes[name][i]
+    return found
 
 
-def put(attributes: dict[str, Any], place: Place, value: Any) -> None:
+def put(attributes: dict[str, Any], place: Place, value: Tensor | None) -> None:
     name, i = place
     if i is None:
         attributes[name] = value
@@ -151,36 +160,36 @@ def put(attributes: dict[str, Any], place: Place, value: Any) -> None:
         attributes[name][i] = value
 
 
-def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes for another owner: lists are a scheduler's memory and must not be shared."""
+def unshared(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the attributes in which lists, a scheduler's memory, are not shared."""
     return {name: list(v) if isinstance(v, list) else v for name, v in attributes.items()}
 
 
-def probe(cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place], call: Call) -> Probe:
-    """What `call` does to a scheduler with these attributes, whose memory sits at `memory`. Changes neither.
+def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place], call: Call) -> Probe:
+    """The effect of `call` on a scheduler with these attributes and its memory at these places. Changes neither.
 
-    Raises NotAffineError if that is no affine map, and whatever the call itself raises.
+    Raises NotAffineError if the effect is not an affine map, and whatever the call itself raises.
     """
     width = MEMORY + len(memory)
-    basis = torch.eye(width, dtype=torch.float64).reshape(width, 1, 1, 1, width)  # images: some unpack four axes
-    run = _Run(cls, attributes, memory, call, [torch.float64] * width, basis)
-    # A second call on the caller's own dtypes says what comes out in which, and what is kept without a copy.
+    basis = torch.eye(width, dtype=torch.float64).reshape(width, 1, 1, 1, width)  # some schedulers unpack four axes
+    run = _Trial(cls, attributes, memory, call, [torch.float64] * width, basis)
+    # A second call, in the caller's dtypes, shows the dtypes of the results and what is kept without a copy.
     dtypes = [call.raw_dtype] * width
     dtypes[X] = call.x_dtype
     if call.noise is not None:
         dtypes[NOISE] = call.noise[1]
-    typed = _Run(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
+    typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
     values, wrap = _unwrap(run.result)
     kept = places(run.after)
-    rows = {place: _row(get(run.after, place), width) for place in kept}
+    rows = {place: _row_of(get(run.after, place), width) for place in kept}
     sources = {tensor.data_ptr(): i for i, tensor in enumerate(typed.inputs) if i != CLIPPED}
     aliases = {}
     for place in kept:
         source = sources.get(get(typed.after, place).data_ptr())
-        if source is not None and np.array_equal(rows[place], np.eye(width)[source]):  # not written over
+        if source is not None and np.array_equal(rows[place], np.eye(width)[source]):  # and was not overwritten
             aliases[place] = source
     return Probe(
-        outputs=[_row(v, width) for v in values],
+        outputs=[_row_of(v, width) for v in values],
         dtypes=[v.dtype for v in _unwrap(typed.result)[0]],
         wrap=wrap,
         memory=rows,
@@ -191,12 +200,12 @@ def probe(cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]
     )
 
 
-class _Run:
-    """One call on a scheduler of its own, on the given vectors in the given dtypes."""
+class _Trial:
+    """One call on a new scheduler, with the given vectors in the given dtypes."""
 
     def __init__(
         self,
-        cls: type[Any],
+        cls: type[Scheduler],
         attributes: Mapping[str, Any],
         memory: Sequence[Place],
         call: Call,
@@ -208,7 +217,7 @@ class _Run:
         self.watch = watch = _Watch(noise, clipped)
         scheduler = object.__new__(cls)
         self.after = scheduler.__dict__
-        self.after.update(copied(attributes))
+        self.after.update(unshared(attributes))
         for i, place in enumerate(memory, MEMORY):
             put(self.after, place, self.inputs[i])
         if "noise_sampler" in attributes:
@@ -221,8 +230,8 @@ class _Run:
             self.result = getattr(scheduler, call.method)(*arguments, **options)
 
 
-def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Any]], Any]]:
-    """The tensors in a result, and the function that makes such a result of the first of others."""
+def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], object]]:
+    """The tensors in a result, and a function that makes such a result from the first of other tensors."""
     if isinstance(result, Tensor):
         return [result], lambda tensors: tensors[0]
     named = not isinstance(result, tuple)
@@ -238,9 +247,9 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Any]], Any]]:
     return values, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
 
 
-def _row(value: Tensor, width: int) -> np.ndarray:
+def _row_of(value: Tensor, width: int) -> np.ndarray:
     if value.numel() != width:
-        raise NotAffineError("a tensor that it returns or keeps does not have the sample's shape")
+        raise NotAffineError("it returns or keeps a tensor that is not of the sample's shape")
     row = value.double().reshape(-1).numpy().copy()
     if not np.isfinite(row).all():
         raise NotAffineError("its coefficients are not finite")

@@ -1,8 +1,8 @@
-"""A diffusers scheduler with its `step` replaced by one fused pass.
+"""A diffusers scheduler whose `step` is one fused pass.
 
-The subclass keeps all of its parent's set-up, configuration, saving and checks, and the parent's own attributes
-(`step_index`, `model_outputs`, ...) hold after each call what the parent would have left there. So whatever the fused
-pass does not cover, the parent's own `step` takes over at any point of a run.
+The subclass keeps its parent's setup, configuration, saving and checks. After each call the parent's attributes
+(`step_index`, `model_outputs`, ...) hold what the parent would have left there, so the parent's own `step` can take
+over at any point of a run for whatever the fused pass does not cover.
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, copied, get, places
-from fewstep.bindings.diffusers.transition import STANDINGS, Digests, Standing, Transition
+from fewstep.bindings.diffusers.interface import Scheduler, Timestep
+from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, unshared
+from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition
 
-# Arguments of step under which the caller gives the noise.
+Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
+
+# Arguments of step in which the caller can pass the noise.
 _NOISE = ("variance_noise", "noise")
 
-# Tensors that a step reads its coefficients from: an edit of their elements is noticed in the middle of a run too.
-_SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # where there are sigmas, and where not
+# Tensors that the coefficients of a step depend on; in-place edits to them are noticed in the middle of a run too.
+_SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # with sigmas, and without
 
 
-# What a run leaves behind, and the next one writes before it reads: no part of where a schedule begins.
-_CALLED = ("is_scale_input_called",)  # read for a warning alone
+# Left over from one run and written by the next before it is read: not part of the state in which a schedule begins.
+_CALLED = ("is_scale_input_called",)  # only read for a warning
 _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "CMStochasticIterativeScheduler": _CALLED,
     "EDMDPMSolverMultistepScheduler": _CALLED,
@@ -49,14 +52,17 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "UniPCMultistepScheduler": ("this_order", "timestep_list"),
 }
 
-# The attribute of our own bookkeeping.
+# The attribute that holds a twin's own bookkeeping.
 CURSOR = "_cursor"
+
+# torch leaves it untyped.
+_disable: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 
 
 class PerThread(threading.local):
-    """Attributes of its own for every thread, begun as a copy of those of the thread that made the object."""
+    """An object with separate attributes in each thread, initially a copy of those of the thread that made it."""
 
-    __slots__ = ("_origin",)  # slots, unlike attributes, are shared by the threads
+    __slots__ = ("_origin",)  # unlike attributes, slots are shared by the threads
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         origin: dict[str, Any] | None = getattr(self, "_origin", None)
@@ -64,88 +70,88 @@ class PerThread(threading.local):
             self._begin(*args, **kwargs)
             self._origin = self.__dict__
         else:
-            self.__dict__.update(without_ours(origin))
+            self.__dict__.update(parent_attributes(origin))
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
 
-def without_ours(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The parent's attributes alone, for another owner."""
-    own = {name: value for name, value in copied(values).items() if name != CURSOR}
-    if "_internal_dict" in own:  # some write into it
+def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A twin's attributes without its own bookkeeping, copied for another owner."""
+    own = {name: value for name, value in unshared(values).items() if name != CURSOR}
+    if "_internal_dict" in own:  # some schedulers write into it
         own["_internal_dict"] = copy.copy(own["_internal_dict"])
     return own
 
 
 class Cursor:
-    """Where a scheduler stands in its machine, until somebody writes one of its attributes.
+    """The current state of a scheduler, valid until one of its attributes is written.
 
-    memory  the tensors that it remembers, of one shape
+    memory  the tensors that the scheduler remembers, all of one shape
     fresh   whether nothing has happened since the schedule was set
-    new     what a new scheduler holds in place of leftovers
+    new     a new scheduler's values of the leftovers
     """
 
-    __slots__ = ("digests", "fresh", "memory", "new", "schedule", "shape", "standing", "times")
+    __slots__ = ("digests", "fresh", "memory", "new", "schedule", "shape", "state", "times")
 
-    def __init__(self, parent: type[Any], attributes: Mapping[str, Any]) -> None:
+    def __init__(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> None:
         self.digests = Digests()
-        self.standing: Standing | None = None
+        self.state: State | None = None
         self.fresh = False
-        self.new = copied({name: attributes[name] for name in _left_by(parent) if name in attributes})
+        self.new = unshared({name: attributes[name] for name in _leftovers(parent) if name in attributes})
 
-    def settle(self, parent: type[Any], attributes: Mapping[str, Any]) -> Standing:
-        """Raises NotAffineError if the attributes hold something whose content says nothing."""
-        self.standing = None
+    def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
+        """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
+        self.state = None
         values = {name: value for name, value in attributes.items() if name != CURSOR}
         if self.fresh:
-            for name in _left_by(parent):
+            for name in _leftovers(parent):
                 values.pop(name, None)
-            values |= copied(self.new)
-        standing = STANDINGS.settle(parent, values, places(values), self.digests)
-        self.memory = [get(values, place) for place in standing.memory]
+            values |= unshared(self.new)
+        state = STATES.find(parent, values, places(values), self.digests)
+        self.memory: list[Tensor] = [get(values, place) for place in state.memory]
         names = _SCHEDULE["sigmas" not in values]
         tensors = [t for n in names if isinstance(t := values.get(n), Tensor)]
         self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
         self.shape = self.memory[0].shape if self.memory else None
         if any(tensor.shape != self.shape for tensor in self.memory):
-            raise NotAffineError("it remembers tensors of several shapes")
+            raise NotAffineError("it remembers tensors of different shapes")
         self.times: dict[int, float] = {}
         times = values["timesteps"]
         if isinstance(times, Tensor) and not times.is_cpu:
-            # A pipeline steps through this very tensor: known by their address, its elements need no host sync.
+            # Pipelines iterate over this very tensor: its elements are recognised by address, without a host sync.
             first, size = times.data_ptr(), times.element_size()
             self.times = {first + i * size: t for i, t in enumerate(times.tolist())}
-        self.standing = standing
-        return standing
+        self.state = state
+        return state
 
     def advance(self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any]) -> None:
-        """Over a transition. pool: its sources and its new rows."""
-        transition.leave(attributes, pool)
-        self.standing, self.fresh = transition.standing, False
+        """Follow a transition. pool: its sources and its new rows."""
+        transition.apply(attributes, pool)
+        self.state, self.fresh = transition.after, False
         if transition.sources or self.memory:
             self.memory = [pool[i] for i in transition.sources]
             self.shape = pool[0].shape if transition.sources else None
 
-    def holds(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether it still says where the scheduler stands: nobody has edited the schedule or the memory."""
-        standing = self.standing
-        if standing is None:
+    def is_current(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether the state is still valid: neither schedule nor memory was edited."""
+        state = self.state
+        if state is None:
             return False
         for tensor, version in self.schedule:
             if tensor._version != version:
                 return False
         if self.memory:
-            for name, length in standing.lists.items():
+            for name, length in state.lists.items():
                 if len(attributes[name]) != length:
                     return False
-            for (name, i), tensor in zip(standing.memory, self.memory, strict=True):
+            for (name, i), tensor in zip(state.memory, self.memory, strict=True):
                 value = attributes[name]
                 if (value if i is None else value[i]) is not tensor:
                     return False
         return True
 
-    def time(self, timestep: Any) -> Any:
+    def time(self, timestep: Timestep) -> int | float:
         """The timestep as a number."""
         if not isinstance(timestep, Tensor):
             return timestep
@@ -153,14 +159,14 @@ class Cursor:
         return timestep.item() if known is None else known
 
 
-def _left_by(parent: type[Any]) -> Sequence[str]:
+def _leftovers(parent: type[Scheduler]) -> Sequence[str]:
     return _LEFTOVERS.get(parent.__name__, ())
 
 
-def fused(parent: type[Any]) -> type[Any]:
+def fused(parent: type[Scheduler]) -> type[Scheduler]:
     """The fused twin of a scheduler class, under the same name.
 
-    `corrected=True` asks for the right value where the parent has a bug that `corrections` knows of.
+    Constructed with `corrected=True` it fixes the bugs of the parent that `corrections` covers.
     """
     names = list(inspect.signature(parent.step).parameters)[4:]  # after self, model_output, timestep, sample
     noise = next((n for n in names if n in _NOISE), None)
@@ -171,8 +177,8 @@ def fused(parent: type[Any]) -> type[Any]:
 
     own = inspect.signature(parent.__init__)
     flag = inspect.Parameter("corrected", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    taken = sorted([*own.parameters.values(), flag], key=lambda p: p.kind)  # **kwargs stay last
-    initialise.__signature__ = own.replace(parameters=taken)  # type: ignore[attr-defined]
+    parameters = sorted([*own.parameters.values(), flag], key=lambda p: p.kind)  # **kwargs stay last
+    initialise.__dict__["__signature__"] = own.replace(parameters=parameters)
 
     def begin(self: Any, *args: Any, corrected: bool, **kwargs: Any) -> None:
         self.corrected = corrected
@@ -184,37 +190,27 @@ def fused(parent: type[Any]) -> type[Any]:
                 parent.correct(self, {**dict(zip(names, args, strict=False)), **kwargs})
 
     @functools.wraps(parent.step)
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():  # a kernel that takes addresses cannot be traced
-            apart: Any = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
-            return apart(self, model_output, timestep, sample, *args, **kwargs)
+    def step(self: Any, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
+        if is_dynamo_compiling():  # torch.compile cannot trace a kernel that takes addresses
+            return _disable(step)(self, model_output, timestep, sample, *args, **kwargs)
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
         z = None if noise is None else options.pop(noise, None)
-        done = _step(
-            self,
-            parent,
-            model_output,
-            timestep,
-            sample,
-            options,
-            generator,
-            None if noise is None or z is None else (noise, z),
-        )
+        given = None if noise is None or z is None else (noise, z)
+        done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
         if done is None:
             done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
         return done
 
     @functools.wraps(parent.set_timesteps)
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         attributes = self.__dict__
         cursor = attributes.get(CURSOR) or Cursor(parent, attributes)
-        with torch.inference_mode(False):  # whose tensors would not count their edits
-            result = parent.set_timesteps(self, *args, **kwargs)
+        with torch.inference_mode(False):  # inference tensors do not count their in-place edits
+            parent.set_timesteps(self, *args, **kwargs)
         attributes[CURSOR], cursor.fresh = cursor, True
         with contextlib.suppress(NotAffineError):  # here rather than in the first step
-            cursor.settle(parent, attributes)
-        return result
+            cursor.locate(parent, attributes)
 
     members: dict[str, Any] = {
         "__init__": initialise,
@@ -222,21 +218,20 @@ def fused(parent: type[Any]) -> type[Any]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(type(self), without_ours(self.__dict__)),
-        "__reduce__": lambda self: (_rebuild, (type(self), without_ours(self.__dict__))),
-        "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`; the same numbers, one pass over memory.",
+        "__deepcopy__": lambda self, memo: _rebuild(type(self), parent_attributes(self.__dict__)),
+        "__reduce__": lambda self: (_rebuild, (type(self), parent_attributes(self.__dict__))),
+        "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
-        "parent": parent,
     }
-    # Where the parent's names nothing, it returns the sample, and can do nothing else.
+    # A parent's method that refers to no names can only return the sample.
     if hasattr(parent, "scale_model_input") and parent.scale_model_input.__code__.co_names:
 
         @functools.wraps(parent.scale_model_input)
-        def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        def scale_model_input(self: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if is_dynamo_compiling():
-                apart: Any = torch.compiler.disable(scale_model_input)  # type: ignore[no-untyped-call]
-                return apart(self, sample, *args, **kwargs)
-            timestep = args[0] if args else kwargs.get("timestep")
+                scaled: Tensor = _disable(scale_model_input)(self, sample, *args, **kwargs)
+                return scaled
+            timestep: Any = args[0] if args else kwargs.get("timestep")
             attributes, found = self.__dict__, None
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
                 found = _find(attributes, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
@@ -244,23 +239,23 @@ def fused(parent: type[Any]) -> type[Any]:
                 return parent.scale_model_input(self, sample, *args, **kwargs)
             cursor, transition = found
             attributes.update(transition.changed)
-            cursor.standing, cursor.fresh = transition.standing, False
+            cursor.state, cursor.fresh = transition.after, False
             return sample if transition.scale == 1.0 else sample * transition.scale
 
         members["scale_model_input"] = scale_model_input
     return type(parent.__name__, (PerThread, parent), members)
 
 
-def _set(self: Any, name: str, value: Any) -> None:
-    """Whoever writes an attribute may have moved the scheduler: where it stands is looked up again."""
+def _set(self: PerThread, name: str, value: object) -> None:
+    """Set an attribute. The write may have changed the state, which is looked up again at the next call."""
     threading.local.__setattr__(self, name, value)
     cursor = self.__dict__.get(CURSOR)
     if cursor is not None:
-        cursor.standing = None
+        cursor.state = None
         cursor.fresh = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
 
 
-def _rebuild(cls: type[Any], attributes: dict[str, Any]) -> Any:
+def _rebuild(cls: type[Scheduler], attributes: dict[str, Any]) -> Scheduler:
     twin = cls()
     twin.__dict__.clear()
     twin.__dict__.update(attributes)
@@ -273,50 +268,50 @@ _NUMBERS = (bool, int, float, str, type(None))
 
 def _find(
     attributes: dict[str, Any],
-    parent: type[Any],
+    parent: type[Scheduler],
     method: str,
-    timestep: Any,
+    timestep: Timestep,
     options: Mapping[str, Any],
     x_dtype: torch.dtype,
     raw_dtype: torch.dtype,
     noise: tuple[str, torch.dtype] | None = None,
 ) -> tuple[Cursor, Transition] | None:
-    """The transition that a call is, from the cursor; None where there is none."""
+    """The cursor, and the transition that the call makes from its state; None if the call is no such transition."""
     if isinstance(timestep, Tensor) and timestep.ndim:
         return None
     cursor = attributes.get(CURSOR)
     if cursor is None:
         cursor = attributes[CURSOR] = Cursor(parent, attributes)
     try:
-        standing = cursor.standing
-        if standing is None or not cursor.holds(attributes):
-            standing = cursor.settle(parent, attributes)
+        state = cursor.state
+        if state is None or not cursor.is_current(attributes):
+            state = cursor.locate(parent, attributes)
     except NotAffineError:
         return None
     key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
     try:
-        transition = standing.calls.get(key)
-    except TypeError:  # an option that is a list or the like
+        transition = state.calls.get(key)
+    except TypeError:  # an unhashable option, such as a list
         return None
     if transition is None:
         if not all(isinstance(value, _NUMBERS) for value in options.values()):
             return None
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
-        transition = standing.find(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
+        transition = state.probe(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
     return None if isinstance(transition, NotAffineError) else (cursor, transition)
 
 
-def _step(
-    self: Any,
-    parent: type[Any],
-    raw: Any,
-    timestep: Any,
-    x: Any,
+def _fused_step(
+    self: Scheduler,
+    parent: type[Scheduler],
+    raw: Tensor,
+    timestep: Timestep,
+    x: Tensor,
     options: Mapping[str, Any],
-    generator: Any,
-    noise: tuple[str, Any] | None,
-) -> Any:
-    """One fused step; None where the parent's own code must make it."""
+    generator: Generator,
+    noise: tuple[str, Tensor] | None,
+) -> object:
+    """The result of one fused step, or None if the parent's own code must make it."""
     if type(x) is not Tensor or type(raw) is not Tensor:
         return None
     shape, x_dtype, raw_dtype = x.shape, x.dtype, raw.dtype
@@ -326,13 +321,13 @@ def _step(
         return None
     z = given = None
     if noise is not None:
-        if generator is not None:  # some refuse both
+        if generator is not None:  # some parents reject both together
             return None
         name, z = noise
         if type(z) is not Tensor or z.shape != shape or z.device != x.device or z.dtype not in _FLOATS:
             return None
         given = (name, z.dtype)
-    attributes = self.__dict__  # looked up once: each time it is a search for this thread's
+    attributes = self.__dict__  # read once: each read looks up this thread's own
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -351,12 +346,17 @@ def _step(
     return transition.wrap(rows)
 
 
-def _draw(self: Any, parent: type[Any], draw: Draw, raw: Tensor, sample: Tensor, generator: Any) -> Tensor:
-    """The noise that the parent would have drawn now."""
+def _draw(
+    self: Scheduler, parent: type[Scheduler], draw: Draw, raw: Tensor, sample: Tensor, generator: Generator
+) -> Tensor:
+    """The noise that the parent would draw in this step."""
     if draw.interval is None:
-        return randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)  # type: ignore[no-any-return]
-    if self.noise_sampler is None:  # made in the first step, which knows the sample
+        z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
+        return z
+    if self.noise_sampler is None:  # made in the first step, when the sample is known
         path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
         levels = self.sigmas[self.sigmas > 0]
         self.__dict__["noise_sampler"] = path(sample, levels.min().item(), levels.max().item(), self.noise_sampler_seed)
-    return self.noise_sampler(*draw.interval)  # type: ignore[no-any-return]
+    sampler = self.noise_sampler
+    assert sampler is not None
+    return sampler(*draw.interval)

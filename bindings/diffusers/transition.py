@@ -1,8 +1,8 @@
-"""A scheduler as a machine: where it stands, and the linear map that each call from there is.
+"""A scheduler as a state machine in which every call is a linear map.
 
-A scheduler's attributes are of two kinds. Tensors like the sample are its memory. All the rest (configuration,
-schedule, counters) says where it stands, and what a call does depends on that alone. So each call is probed once for
-each standing, on first use, and remembered for all schedulers of the process: the machine is built as it is walked.
+A scheduler's attributes are of two kinds. Tensors like the sample are its memory. All others (configuration, schedule,
+counters) are its state, and they alone determine the map of a call. So each call is probed once per state, on first
+use, and kept for all schedulers of the process.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -21,30 +21,30 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Size, Tensor
 
-from fewstep.bindings.diffusers import probe as probing
-from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe
+from fewstep.bindings.diffusers.interface import Scheduler
+from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe, put
 from fewstep.bindings.diffusers.update import Update
 
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
 
-class Standing:
-    """What a scheduler's attributes say beside its memory, and the calls that are known from here.
+class State:
+    """A scheduler's state, and the transitions known from it.
 
-    attributes  on the CPU, None in the places of the memory and of a Brownian path: no image is kept alive here
-    memory      where the tensors of the memory sit
-    lists       attributes that are lists with memory in them -> their lengths
-    calls       by the caller's name for them
+    attributes  on the CPU, with None in place of the memory and of a Brownian path, so that no image is kept alive
+    memory      the places of the memory's tensors
+    lists       attributes that are lists holding memory -> their lengths
+    calls       key of a call -> its transition, or why it has none
     """
 
-    def __init__(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
+    def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
         self.cls, self.memory = cls, tuple(memory)
         self.attributes = dict(attributes)
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
-        self.calls: dict[Any, Transition | NotAffineError] = {}
+        self.calls: dict[Hashable, Transition | NotAffineError] = {}
 
-    def find(self, key: Any, call: Call) -> Transition | NotAffineError:
-        """Probe a call that is new; or why it must be left to the parent. `key` is its name from now on."""
+    def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
+        """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
         try:
             found: Transition | NotAffineError = Transition(self, call)
         except NotAffineError as reason:
@@ -54,16 +54,16 @@ class Standing:
 
 
 class Transition:
-    """One call from one standing: from [x, raw, z, m, *memory] to what it returns and to the memory afterwards.
+    """One call from one state: a map from [x, raw, z, m, *memory] to the call's results and the memory afterwards.
 
-    update    writes the rows that are new: first what the call returns, then what it remembers
-    standing  where the scheduler then stands
-    sources   where each tensor of its memory is found in [x, raw, z, m, *memory before, *new rows]
-    changed   the attributes that differ afterwards, beside the memory
-    scale     the factor that scale_model_input applies, and the dtype of the result
+    update   computes the new rows: first the results, then the new tensors of the memory
+    after    the state after the call
+    sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
+    changed  the attributes, other than memory, that the call changes
+    scale    the factor of scale_model_input; scale_dtype is the dtype of its result
     """
 
-    def __init__(self, before: Standing, call: Call) -> None:
+    def __init__(self, before: State, call: Call) -> None:
         found = probe(before.cls, before.attributes, before.memory, call)
         self.wrap, self.draw = found.wrap, found.draw
         rows = list(found.outputs)
@@ -76,12 +76,12 @@ class Transition:
             self.sources.append(source)
         self.update = Update(rows, found.dtypes, call, found.clip)
         self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
-        self.standing = after = STANDINGS.settle(before.cls, found.attributes, list(found.memory))
+        self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
         self.changed = {
             name: value
             for name, value in after.attributes.items()
-            if not isinstance(value, Size)  # taken from the basis vectors, not from the sample
-            and not (_places(name, before) == _places(name, after) and _same(value, before.attributes.get(name, ...)))
+            if not isinstance(value, Size)  # the shape of the basis vectors, not of the sample
+            and not (_places(name, before) == _places(name, after) and _equal(value, before.attributes.get(name, ...)))
         }
         self._lists = [name for name, value in self.changed.items() if isinstance(value, list)]
         stays = set(zip(before.memory, count(MEMORY), strict=False))
@@ -93,8 +93,8 @@ class Transition:
             if place[1] is not None and ((place, i) in moved or place[0] in self.changed)
         ]
 
-    def leave(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
-        """Put the scheduler where the call leaves it. pool: the sources and the new rows, as tensors."""
+    def apply(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
+        """Set a scheduler's attributes as the call leaves them. pool: the sources and the new rows, as tensors."""
         attributes.update(self.changed)
         for name in self._lists:
             attributes[name] = attributes[name].copy()
@@ -104,21 +104,25 @@ class Transition:
             attributes[name][at] = pool[i]
 
 
-class _Standings:
-    """The most recent standings of all schedulers, by content."""
+class _States:
+    """The most recently used states of all schedulers, by content."""
 
     def __init__(self, room: int = 4096) -> None:
         self.room, self.lock = room, threading.Lock()
-        self.known: OrderedDict[str, Standing] = OrderedDict()
+        self.known: OrderedDict[str, State] = OrderedDict()
 
-    def settle(
-        self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place], digests: Digests | None = None
-    ) -> Standing:
-        """Where a scheduler with these attributes stands, whose memory sits at `memory`.
+    def find(
+        self,
+        cls: type[Scheduler],
+        attributes: Mapping[str, Any],
+        memory: Sequence[Place],
+        digests: Digests | None = None,
+    ) -> State:
+        """The state of a scheduler with these attributes and its memory at the places `memory`.
 
-        digests  of a scheduler in use, whose tensors may be edited in place and so are copied
+        digests  of a scheduler in use; its tensors are copied, because they may be edited in place
 
-        Raises NotAffineError if it holds something whose content says nothing.
+        Raises NotAffineError for an attribute whose content is unreadable.
         """
         plain = dict(attributes)
         if "noise_sampler" in plain:
@@ -126,14 +130,14 @@ class _Standings:
         for name in {name for name, i in memory if i is not None}:
             plain[name] = plain[name].copy()
         for place in memory:
-            probing.put(plain, place, None)
+            put(plain, place, None)
         key = (digests or Digests()).of(cls, plain, memory)
         with self.lock:
             found = self.known.get(key)
             if found is None:
                 if digests is not None:
                     plain = {name: _copy(value) for name, value in plain.items()}
-                found = self.known[key] = Standing(cls, plain, memory)
+                found = self.known[key] = State(cls, plain, memory)
                 if len(self.known) > self.room:
                     self.known.popitem(last=False)
             else:
@@ -141,16 +145,16 @@ class _Standings:
         return found
 
 
-STANDINGS = _Standings()
+STATES = _States()
 
 
 class Digests:
-    """Contents of attributes as text, kept while an attribute is the same object with the same elements."""
+    """Digests of attributes' contents, reused while an attribute is the same object with the same elements."""
 
     def __init__(self) -> None:
         self.kept: dict[str, tuple[Any, list[Any], str]] = {}
 
-    def of(self, cls: type[Any], attributes: Mapping[str, Any], memory: Sequence[Place]) -> str:
+    def of(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> str:
         names = sorted(attributes)
         parts: list[Any] = [id(cls), memory, names]
         for name in names:
@@ -162,12 +166,12 @@ class Digests:
                 parts.append(self._kept(name, value))
             else:
                 parts.append(_frozen(value))
-        return repr(parts)  # unlike equality, it tells 1 from 1.0 and from True
+        return repr(parts)  # unlike ==, repr distinguishes 1, 1.0 and True
 
-    def _kept(self, name: str, value: Any) -> str:
-        if isinstance(value, Tensor) and value.is_inference():  # it does not count its edits
+    def _kept(self, name: str, value: Tensor | FrozenDict) -> str:
+        if isinstance(value, Tensor) and value.is_inference():  # such a tensor does not count its in-place edits
             return _digest(value)
-        # Pipelines write attributes of a configuration, frozen as it is called.
+        # Pipelines set attributes of a configuration in spite of its name, FrozenDict.
         state = [value._version] if isinstance(value, Tensor) else list(vars(value).values())
         kept = self.kept.get(name)
         if kept is None or kept[0] is not value or not all(map(operator.is_, kept[1], state)):
@@ -175,12 +179,12 @@ class Digests:
         return kept[2]
 
 
-def _digest(value: Any) -> str:
+def _digest(value: object) -> str:
     return hashlib.blake2b(repr(_frozen(value)).encode(), digest_size=16).hexdigest()
 
 
-def _frozen(value: Any) -> Any:
-    """A value whose repr tells its content."""
+def _frozen(value: object) -> object:
+    """An equivalent of the value whose repr shows its content."""
     if type(value) in _PLAIN or isinstance(value, np.generic):
         return value
     if isinstance(value, Tensor):
@@ -189,27 +193,27 @@ def _frozen(value: Any) -> Any:
         return "tensor", _frozen(value.numpy())
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
-    if isinstance(value, FrozenDict):  # its users read attributes
+    if isinstance(value, FrozenDict):  # its users read the attributes
         value = vars(value)
     if isinstance(value, Mapping):
         return [(name, _frozen(value[name])) for name in sorted(value)]
     if isinstance(value, (list, tuple)):
         return [_frozen(v) for v in value]
-    if callable(value):  # a function of the user: the standing holds it, so that its id stays its own
+    if callable(value):  # the user's; the state keeps it alive, so that its id stays unique
         return "function", id(value)
     raise NotAffineError(f"it holds a {type(value).__name__}")
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal(a: object, b: object) -> bool:
     return a is b or (b is not ... and repr(_frozen(a)) == repr(_frozen(b)))
 
 
-def _places(name: str, standing: Standing) -> list[int | None]:
-    return [i for n, i in standing.memory if n == name]
+def _places(name: str, state: State) -> list[int | None]:
+    return [i for n, i in state.memory if n == name]
 
 
-def _copy(value: Any) -> Any:
-    """Tensors on the CPU and a configuration that nobody else writes to."""
+def _copy(value: object) -> object:
+    """A copy that later edits do not reach: tensors on the CPU, a configuration of its own."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, FrozenDict):
