@@ -6,7 +6,6 @@ done leaves the batch, so that the network is called for the others alone; a rej
 
 from __future__ import annotations
 
-import contextlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.plans.plan import Row, first_order
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import Array, TorchFrame, dtype_name
+from fewstep.solvers.run.arrays import Array, TorchFrame, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
@@ -391,7 +390,7 @@ def sample_adaptive(
     ]
     options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, noise, callback)
     run = _Run(batch, options, list(samples), streams)
-    with model.torch.no_grad() if isinstance(model, TorchFrame) else contextlib.nullcontext():
+    with no_grad(model):
         if x is None or outer is None:
             start = batch.latents(streams) * ends.points[0].sigma
         else:

@@ -6,6 +6,7 @@ and go out as one of these two: see `dlpack`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -186,6 +187,22 @@ class TorchFrame:
 
     def device_of(self, array: Array) -> str:
         return str(array.device)
+
+
+def no_grad(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractContextManager[object]:
+    """Without autograd's graph, where there is one; `keep_graph` for what callers differentiate."""
+    if keep_graph or not isinstance(frame, TorchFrame):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = frame.torch.no_grad()
+    return context
+
+
+def on_device(frame: Frame) -> contextlib.AbstractContextManager[object]:
+    """The frame's CUDA device as the current one."""
+    if not (isinstance(frame, TorchFrame) and frame.device.startswith("cuda")):
+        return contextlib.nullcontext()
+    context: contextlib.AbstractContextManager[object] = frame.torch.cuda.device(frame.device)
+    return context
 
 
 def frame_of(value: Any) -> Frame | None:

@@ -170,9 +170,9 @@ class Batch:
                         m[i, k] += value
                     else:
                         w[i, k, layout.NOISE if source == NOISE else used.index(source)] += value
-        raws, p, limit = outputs or ([], None, None)
+        raws, p, limit = outputs or Outputs([], None, None)
         if outputs is not None and outputs.folds:
-            fold(w, m, p[:, None])
+            fold(w, m, outputs.p[:, None])
             p = None
         else:
             w[:, :, layout.PREDICTION] = m

@@ -55,7 +55,7 @@ def stage(
     run = torch_ops.stage_on_gpu if backend == "triton" else torch_ops.stage
     scale = w.new_ones(1) if c_in is None else c_in
     kind = w.dtype if model_dtype is None else model_dtype
-    return run([*live.values()], [*live], list(raws), w, scale, copies, kind, p, limit, z)  # type: ignore[no-any-return]
+    return run([*live.values()], [*live], list(raws), w, scale, copies, kind, p, limit, z)
 
 
 def _numba_stage(
@@ -135,7 +135,8 @@ class Functions:
 
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
         """`naive.error_norm` of each sample."""
-        return naive.error_norm(error, low, before, rtol, atol).tolist()  # type: ignore[no-any-return]
+        norms: list[float] = naive.error_norm(error, low, before, rtol, atol).tolist()
+        return norms
 
 
 class NumbaFunctions(Functions):
@@ -169,7 +170,8 @@ class NumbaFunctions(Functions):
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
         out = np.empty(len(error))
         self._reduce.error_norm(error, low, before, rtol, atol, out)
-        return out.tolist()  # type: ignore[no-any-return]
+        norms: list[float] = out.tolist()
+        return norms
 
 
 def _three(raws: Sequence[Array]) -> list[Array | None]:

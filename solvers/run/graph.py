@@ -90,7 +90,7 @@ class Graphs:
     def _call(self) -> Callable[..., tuple[Array, ...]]:
         # Bound while recording, so that laying the branches' conditions side by side is a part of the graph.
         job = self.run.job
-        return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])  # type: ignore[no-any-return]
+        return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])
 
     def _whole(self, drawn: bool) -> None:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1

@@ -7,7 +7,7 @@ from typing import Any
 
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import Array, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import Array, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
 from fewstep.solvers.run.compiled import Target
@@ -113,22 +113,16 @@ class MixedRun:
 
         cond  of the whole batch, (B, ...) by place
         """
-        if self.backend == "naive" or not isinstance(self.frame, TorchFrame):
-            self._step(cond)
-        else:
-            with self.frame.torch.no_grad():
-                self._step(cond)
+        with no_grad(self.frame, keep_graph=self.backend == "naive"):
+            call = self.denoiser.bind(self.frame, self.shape[0], cond)
+            branches = self.columns.branches()
+            self.columns.advance(call(branches, *self.columns.model_input()))
         finished = []
         for place, at in enumerate(self._at):
             if at is not None and not self.done(place):
                 self._at[place] = at[0], at[1] + 1
                 finished += [place] if self.done(place) else []
         return finished
-
-    def _step(self, cond: Condition) -> None:
-        call = self.denoiser.bind(self.frame, self.shape[0], cond)
-        branches = self.columns.branches()
-        self.columns.advance(call(branches, *self.columns.model_input()))
 
     def done(self, place: int) -> bool:
         """Whether a place's request has come to its end. False for one that has had none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import Array, Frame, TorchFrame, dtype_name, frame_of
+from fewstep.solvers.run.arrays import Array, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_callable,
@@ -216,23 +215,14 @@ class Sampler:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
-        with now.workspace(callback is not None) as space, self._no_grad(), self._on_device():
+        grads = no_grad(self.frame, keep_graph=self.backend == "naive")
+        with now.workspace(callback is not None) as space, grads, on_device(self.frame):
             watched = callback is not None or progress
             mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
             latent = None if x is None or outer is None else self._convert.latent(x, outer)
             request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
             dtype = None if x is None or outer is None else outer.dtype_of(x)
             return self._convert.result(run_plan(space, request, self._convert), outer, dtype, out)
-
-    def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
-        if self.backend != "naive" and isinstance(self.frame, TorchFrame):
-            return self.frame.torch.no_grad()
-        return contextlib.nullcontext()
-
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.frame, TorchFrame) and self.frame.device.startswith("cuda"):
-            return self.frame.torch.cuda.device(self.frame.device)
-        return contextlib.nullcontext()
 
 
 @any_library

@@ -12,7 +12,6 @@ has in common with the first one are not made again: of the plans that make a Ja
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import NOISE, PREDICTION, UNGUIDED, Plan, Stage
-from fewstep.solvers.run.arrays import Frame, TorchFrame
+from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.sampler import Sampler
@@ -156,7 +155,7 @@ class Ensemble:
         history = frame.empty((count, nfe + 1, b * self.z.shape[1]), "float64")
         history[:, 0] = frame.array(self.z[samples].reshape(1, -1), "float64")
         steps = 0
-        with self._no_grad():
+        with no_grad(frame):
             for k in range(nfe):
                 own = 1 + sum(s <= k for s in shared[1:])
                 u = self._seen(w[:own], history[:own], k).reshape(own * b, -1)
@@ -184,11 +183,6 @@ class Ensemble:
     def _seen(w: Any, history: Any, k: int) -> Any:
         """w[:, k] over what is known before call k; later columns are zero, and their history is not written yet."""
         return w[:, k : k + 1, : k + 1] @ history[:, : k + 1]
-
-    def _no_grad(self) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.frame, TorchFrame):
-            return self.frame.torch.no_grad()  # type: ignore[no-any-return]
-        return contextlib.nullcontext()
 
     def reference(self, plan: Plan) -> Array:
         """The end points of one long plan by the ordinary sampler, which keeps no history: float64 (n, elements)."""

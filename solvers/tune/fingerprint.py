@@ -17,7 +17,7 @@ import numpy as np
 from fewstep.solvers.families.coordinates import FRAMES
 from fewstep.solvers.plans.plan import PREDICTION, Plan
 from fewstep.solvers.plans.plan_file import read_plan
-from fewstep.solvers.run.arrays import Frame, TorchFrame
+from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.schedule.process import Point
@@ -51,7 +51,7 @@ def fingerprint(denoiser: Any, shape: Sequence[int], cond: Any = None, device: A
     values: list[float] = []
     for point in _points(denoiser.process):
         u = batch.array(point.alpha * 0.5 * signal + point.sigma * noise)
-        with frame.torch.no_grad() if isinstance(frame, TorchFrame) else np.errstate():
+        with no_grad(frame):
             outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
             found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
         values += frame.to_numpy(found)[:, chosen].ravel().tolist()
