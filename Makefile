@@ -58,13 +58,13 @@ gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<
 		PYTHONPATH=build/gpu $(PYTHON) bench/readme.py && exit $$status
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
-	$(BIN)/python -m fewstep.train_digits
+	$(BIN)/python -m reports.train_digits
 
 distill-report: setup ## train every distillation run and write docs/distill/results.md (under an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m fewstep.distill_report
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
 
 tune-report: setup  ## tuned plans against every hand-made one, into docs/tuning (QUICK=--quick for a minute's version)
-	OMP_NUM_THREADS=1 $(BIN)/python -m fewstep.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.digits_data import load_digits
 from fewstep.problems import Digits, Gaussian, Mixture
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.schedule.process import VP
@@ -35,16 +36,6 @@ def load_model(name: str) -> Model:
     return MODELS[name]()
 
 
-def real_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1797 digits as (1797, 1, 8, 8) in [-1, 1], and their classes (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("the digits data need scikit-learn: pip install 'fewstep[cli]'") from None
-    digits = load_digits()
-    return np.asarray(digits.images[:, None] / 8.0 - 1.0), np.asarray(digits.target)
-
-
 def _digits() -> Model:
     try:
         import torch
@@ -60,7 +51,7 @@ def _digits() -> Model:
     def cond(labels: np.ndarray) -> Mapping[str, Any]:
         return {"label": torch.from_numpy(labels)}
 
-    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: real_digits(), 10)
+    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), 10)
 
 
 def _exact(name: str, problem: Any) -> Model:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fewstep.digits_data import load_digits
 from fewstep.solvers.schedule.process import Array, Process
 
 if TYPE_CHECKING:
@@ -346,11 +347,7 @@ class Digits(Mixture):
     """
 
     def __init__(self, blur: float = 0.15) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError("the digits need scikit-learn: pip install 'fewstep[cli]'") from error
-        super().__init__(load_digits().images[:, None] / 8.0 - 1.0, blur)
+        super().__init__(load_digits()[0], blur)
 
 
 def energy_distance(a: ArrayLike, b: ArrayLike, *, unbiased: bool = True, chunk: int = 512) -> float:

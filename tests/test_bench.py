@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep import microbench
-from fewstep.microbench import Case, GateError, cases, close, measure, parse_shape
+from fewstep.cli import microbench
+from fewstep.cli.microbench import Case, GateError, cases, close, measure, parse_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
 

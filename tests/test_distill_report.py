@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewstep.distill_report import Run, collect, page, plan, write
+from reports.distill_report import Run, collect, page, plan, write
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import distill_digits
-from fewstep.commands import app
-from fewstep.distill_evaluate import evaluate, ring_data
-from fewstep.distill_evaluate import run as sample
-from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
-from fewstep.distill_ring import RING
-from fewstep.distill_runs import PROBLEMS, make_recipe
-from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
+from fewstep.cli.commands import app
+from fewstep.distill_runs import digits as distill_digits
+from fewstep.distill_runs.evaluate import evaluate, ring_data
+from fewstep.distill_runs.evaluate import run as sample
+from fewstep.distill_runs.methods import PROBLEMS, make_recipe
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.ring import RING
+from fewstep.distill_runs.training import CHECKPOINT, LOG, Settings, load, save, train
 from fewstep.problems import Mixture
 
 # torch's own set-up, at the first forward-mode derivative.
@@ -267,7 +267,7 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     from safetensors.torch import load_file
 
     from fewstep.bindings.consistency import ConsistencyDenoiser
-    from fewstep.distill_networks import Points
+    from fewstep.distill_runs.networks import Points
 
     out = tmp_path / "student"
     app([*arguments(out, "--steps", "30", "--json")], standalone_mode=False)
@@ -278,7 +278,7 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     assert not any(c["met"] for c in results["checks"])  # 30 steps are not enough: a check can fail
     assert (out / "samples_1.png").read_bytes().startswith(b"\x89PNG")
     # The file is a student: it gives the results' own distance again.
-    from fewstep.distill_ring import PROCESS, consistency_samplers
+    from fewstep.distill_runs.ring import PROCESS, consistency_samplers
 
     net = Points()
     net.load_state_dict(load_file(out / "student.safetensors"))

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 neighbors = pytest.importorskip("sklearn.neighbors")
 
-from fewstep import train_digits  # noqa: E402
 from fewstep.bindings.unet import NO_CLASS, UNet, digits_model, load_unet  # noqa: E402
+from reports import train_digits  # noqa: E402
 
-WEIGHTS = Path(train_digits.__file__).parent / "weights"
+WEIGHTS = Path(train_digits.__file__).parent.parent / "api" / "weights"
 
 
 @pytest.fixture(autouse=True, scope="module")

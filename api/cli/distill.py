@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewstep.commands import ERR, OUT, AsJson, app, parse_options
+from fewstep.cli.commands import ERR, OUT, AsJson, app, parse_options
 
 if TYPE_CHECKING:
-    from fewstep.distill_evaluate import Outcome
+    from fewstep.distill_runs.evaluate import Outcome
 
 EXIT_STOPPED = 130
 
@@ -42,9 +42,9 @@ def distill(
 ) -> None:
     """Distil a few-step student from an exact or trained teacher, and measure it against its thresholds."""
     try:
-        from fewstep.distill_runs import make_recipe
-        from fewstep.distill_training import CHECKPOINT, rank, train
-        from fewstep.distill_training import processes as joined
+        from fewstep.distill_runs.methods import make_recipe
+        from fewstep.distill_runs.training import CHECKPOINT, rank, train
+        from fewstep.distill_runs.training import processes as joined
     except ImportError:
         raise ImportError("distillation needs torch and safetensors: pip install 'fewstep[torch]'") from None
 
@@ -105,9 +105,9 @@ def finish(recipe: Any, out: Path) -> Outcome:
     """
     import safetensors.torch
 
-    from fewstep.distill_evaluate import evaluate
-    from fewstep.distill_training import STUDENT
-    from fewstep.output import write_samples
+    from fewstep.cli.output import write_samples
+    from fewstep.distill_runs.evaluate import evaluate
+    from fewstep.distill_runs.training import STUDENT
     from fewstep.solvers.files import write_whole
 
     begin = time.perf_counter()

@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(EXIT_ERROR) from None
     from rich.markup import escape
 
-    from fewstep.commands import ERR, app
+    from fewstep.cli.commands import ERR, app
 
     try:
         app(argv)  # exits 0, 2 for usage, 130 after Ctrl-C

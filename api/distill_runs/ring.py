@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill_networks import Points
-from fewstep.distill_training import Recipe, Settings
+from fewstep.distill_runs.networks import Points
+from fewstep.distill_runs.training import Recipe, Settings
 from fewstep.problems import Mixture
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.plans.plan import Plan

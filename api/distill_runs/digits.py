@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.unet import digits_model
-from fewstep.distill_training import Recipe, Settings
+from fewstep.digits_data import Split, load_split
+from fewstep.distill_runs.training import Recipe, Settings
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import latent_consistency, lora, progressive
 from fewstep.solvers.distill.boundary import LatentBoundary
@@ -165,8 +166,8 @@ class LatentConsistency(DigitsRecipe):
 class Judge(NamedTuple):
     """A small classifier trained on the training images, and the held-out ones."""
 
-    train: Any
-    held: Any
+    train: Split
+    held: Split
     net: nn.Sequential
     accuracy: float
 
@@ -174,8 +175,6 @@ class Judge(NamedTuple):
 @cache
 def judge() -> Judge:
     """Trained once a process, the same each time."""
-    from fewstep.train_digits import load_split
-
     train, held = load_split()
     net = classifier(train.x, train.label)
     return Judge(train, held, net, accuracy(net, held.x, held.label))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.files import write_whole as write_whole
+from fewstep.solvers.files import write_whole
 
 SUFFIXES = (".png", ".npz")
 ENLARGE = 8  # screen pixels for a pixel of an 8x8 digit

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.cli.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import get_solver, plan, unknown
@@ -31,7 +32,6 @@ from fewstep.solvers.run.arrays import FLOATS, dtype_name
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid, grid
 from fewstep.solvers.schedule.process import VP
-from fewstep.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
 
 SHAPES = ("1x4x8x8", "1x4x64x64")
 DTYPES = ("float32",)

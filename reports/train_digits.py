@@ -1,4 +1,4 @@
-"""Train the digits U-Net that ships in ``fewstep/weights``: ``python -m fewstep.train_digits``.
+"""Train the digits U-Net that ships in ``fewstep/weights``: ``python -m reports.train_digits``.
 
 Data are scikit-learn's 1797 handwritten 8x8 digits, scaled to x / 8 - 1; 297 of them are held out. The
 network (:class:`fewstep.bindings.unet.UNet`) learns v = alpha eps - sigma x0 for ``VP.linear()`` at
@@ -20,24 +20,23 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import sklearn
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.bindings.unet import NO_CLASS, UNet
-from fewstep.output import write_whole
+from fewstep.digits_data import Split, load_split
 from fewstep.problems import energy_distance
+from fewstep.solvers.files import write_whole
 from fewstep.solvers.schedule.process import VP
 
-HELD_OUT = 297
 BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)
 """Edges in t of the noise bands in which the validation loss is given."""
 
@@ -69,23 +68,6 @@ class Settings:
         """Linear warm-up, then half a cosine down to 0."""
         warm = min(1.0, (step + 1) / min(self.warmup, 1 + self.steps // 10))
         return self.lr * warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
-
-
-class Split(NamedTuple):
-    """Images (N, 1, 8, 8) float32 in [-1, 1] and their classes (N,) int64."""
-
-    x: Tensor
-    label: Tensor
-
-
-def load_split() -> tuple[Split, Split]:
-    """The digits as (training, held out); the same 297 are held out whatever the training seed."""
-    digits = load_digits()
-    x = torch.tensor(digits.images / 8.0 - 1.0, dtype=torch.float32)[:, None]
-    label = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
-    held, kept = order[:HELD_OUT], order[HELD_OUT:]
-    return Split(x[kept], label[kept]), Split(x[held], label[held])
 
 
 def noised(x0: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -277,11 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     default = Settings()
     parser = argparse.ArgumentParser(
-        prog="python -m fewstep.train_digits",
+        prog="python -m reports.train_digits",
         description="Train the 8x8 digits U-Net and write digits.safetensors and digits.json.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    weights = Path(__file__).parent / "weights"
+    weights = Path(__file__).parent.parent / "api" / "weights"
     parser.add_argument("--out", type=Path, default=weights, help="folder to write to")
     parser.add_argument("--steps", type=_positive, default=default.steps, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=default.seed, help="of everything but the held-out split")

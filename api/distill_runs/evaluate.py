@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import distill_digits as digits
-from fewstep import distill_ring as ring
-from fewstep import distill_ring_generators as generators
-from fewstep import distill_ring_teachers as teachers
-from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs import digits, ring
+from fewstep.distill_runs import ring_generators as generators
+from fewstep.distill_runs import ring_teachers as teachers
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler

@@ -1,4 +1,4 @@
-"""Every distillation run over again, and the page of what came out: ``python -m fewstep.distill_report``.
+"""Every distillation run over again, and the page of what came out: ``python -m reports.distill_report``.
 
 Runs that are finished are not repeated, and one that was stopped goes on: remove the work folder to begin anew. The
 page, docs/distill/results.md, and the pictures beside it are written from the runs' own results.json files alone.
@@ -15,10 +15,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.distill_command import finish
-from fewstep.distill_evaluate import DIGITS_MEASURES
-from fewstep.distill_runs import make_recipe
-from fewstep.distill_training import CHECKPOINT, train
+from fewstep.cli.distill import finish
+from fewstep.distill_runs.evaluate import DIGITS_MEASURES
+from fewstep.distill_runs.methods import make_recipe
+from fewstep.distill_runs.training import CHECKPOINT, train
 from fewstep.solvers.files import write_whole
 
 SEEDS = (0, 1, 2)
@@ -242,7 +242,7 @@ def write(results: Mapping[Run, Mapping[str, Any]], work: Path, docs: Path) -> N
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.distill_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reports.distill_report", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/distill"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=Path("docs/distill"), help="folder of the page")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds on the ring")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.compare import REFERENCE_CALLS, SHOWN, Comparison, Entry
-from fewstep.output import contact_sheet, plotting, write_whole
+from fewstep.cli.comparison import REFERENCE_CALLS, SHOWN, Comparison, Entry
+from fewstep.cli.output import contact_sheet, plotting
+from fewstep.solvers.files import write_whole
 
 MISSING = "—"
 FEW = 8  # solvers that a figure can tell apart as lines; more are ranked

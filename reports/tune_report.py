@@ -1,6 +1,6 @@
 """The evidence for tuned plans: `make tune-report`.
 
-    python -m fewstep.tune_report [--quick] [--again] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
+    python -m reports.tune_report [--quick] [--again] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
 
 Every plan is fitted on seed 0 and judged on latents of seed 1, against the best of all hand-made (solver, spacing)
 pairs chosen on those very latents, and against diffusers' own schedulers. Results are written after each fit, and a
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.cli.output import contact_sheet, plotting
 from fewstep.models import Model, load_model
-from fewstep.output import contact_sheet, plotting
 from fewstep.problems import energy_distance
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
@@ -282,7 +282,7 @@ def grid_of_samples(name: str, nfe: int, plan_path: Path, row: dict[str, Any], p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, write, and return 1 if a threshold is missed."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.tune_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reports.tune_report", description=__doc__)
     parser.add_argument(
         "--quick", action="store_true", help="a minute: few seeds, few iterations, no worse than by hand"
     )

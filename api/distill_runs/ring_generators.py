@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_networks import Points
-from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers
-from fewstep.distill_ring_teachers import Consistency
-from fewstep.distill_training import Settings
+from fewstep.distill_runs.networks import Points
+from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
+from fewstep.distill_runs.ring_teachers import Consistency
+from fewstep.distill_runs.training import Settings
 from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
 from fewstep.solvers.distill.network import noised, points_of, predict, spread, told
 from fewstep.solvers.plans.plan import Plan

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from fewstep import distill_digits, distill_ring_generators, distill_ring_teachers
-from fewstep.distill_training import Settings
+from fewstep.distill_runs import digits as distill_digits
+from fewstep.distill_runs import ring_generators as distill_ring_generators
+from fewstep.distill_runs import ring_teachers as distill_ring_teachers
+from fewstep.distill_runs.training import Settings
 from fewstep.solvers.plans.registry import unknown
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
-from fewstep.distill_training import Settings
+from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
+from fewstep.distill_runs.training import Settings
 from fewstep.solvers.distill import consistency, continuous, curricula, guided, losses, progressive
 from fewstep.solvers.distill.ema import update_ema
 from fewstep.solvers.distill.jumps import Jumps

@@ -10,9 +10,9 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from fewstep.commands import ERR, OUT, AsJson, Guidance, ModelName, app
+from fewstep.cli.commands import ERR, OUT, AsJson, Guidance, ModelName, app
+from fewstep.cli.output import check_out
 from fewstep.models import load_model
-from fewstep.output import check_out
 
 
 @app.command()
@@ -87,7 +87,7 @@ def sample_plan(
     force: Annotated[bool, typer.Option("--force", help="Also on a denoiser that it was not tuned for.")] = False,
 ) -> None:
     """Draw samples by a plan from a file. A tuned plan is checked against the model first."""
-    from fewstep.output import write_samples
+    from fewstep.cli.output import write_samples
     from fewstep.solvers.run.sampler import Sampler
     from fewstep.solvers.tune.fingerprint import load_plan
 

@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fewstep.cli.output import check_out
 from fewstep.models import load_model
-from fewstep.output import check_out, write_whole
+from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 
 EXIT_ERROR = 1
@@ -87,7 +88,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw samples from a model and write them to a file."""
-    from fewstep.output import write_samples
+    from fewstep.cli.output import write_samples
     from fewstep.solvers.plans.registry import plan as make_plan
     from fewstep.solvers.run.sampler import Sampler
     from fewstep.solvers.schedule.grid import grid as make_grid
@@ -147,9 +148,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare solvers on one model, best first: error, distance to the data, cost of a step."""
-    from fewstep.compare import compare as run
-    from fewstep.compare_view import listings, markdown, rich_table
-    from fewstep.compare_view import plot as draw
+    from fewstep.cli.comparison import compare as run
+    from fewstep.cli.comparison_view import listings, markdown, rich_table
+    from fewstep.cli.comparison_view import plot as draw
 
     for path, suffixes, flag in ((plot, (".png",), "--plot"), (page, (".md",), "--markdown")):
         if path is not None:
@@ -216,7 +217,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure what a sampler step costs beside the network, over the floor of this machine."""
-    from fewstep.microbench import run
+    from fewstep.cli.microbench import run
 
     lists = {"shapes": shapes, "dtypes": dtypes, "solvers": solvers, "backends": backends}
     given = {key: None if text is None else parse_list(text, f"--{key}") for key, text in lists.items()}
@@ -257,8 +258,8 @@ def recommend(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check the installation and name the command for whatever is missing."""
-    from fewstep.doctor import as_json as to_json
-    from fewstep.doctor import examine
+    from fewstep.cli.doctor import as_json as to_json
+    from fewstep.cli.doctor import examine
 
     findings = examine()
     bad = any(f.status == "bad" for f in findings)
@@ -299,5 +300,5 @@ def solvers(as_json: AsJson = False) -> None:
     OUT.print(made)
 
 
-from fewstep import distill_command as distill_command  # noqa: E402  # adds `distill` to `app`
-from fewstep import tune_command as tune_command  # noqa: E402  # adds `tune` and `sample-plan`
+from fewstep.cli import distill as distill  # noqa: E402  # adds `distill` to `app`
+from fewstep.cli import tune as tune  # noqa: E402  # adds `tune` and `sample-plan`
