@@ -4,29 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.digits_data import load_digits
-from fewstep.problems import Digits, Gaussian, Mixture
+from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.schedule.process import VP
 
-DRAWN = 4096  # real data of an exact problem
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Condition: TypeAlias = "Mapping[str, Tensor] | None"
+
+DRAWN = 4096  # samples that stand for the data of an exact problem
 
 
 @dataclass(frozen=True)
 class Model:
-    """denoiser(guidance), cond(labels) -> its condition, data(seed) -> real data (M, *shape) and their classes (M,)."""
+    """A denoiser with its data.
+
+    shape     of one sample, without the batch axis
+    denoiser  guidance scale or None -> the denoiser
+    cond      classes (n,) -> the denoiser's condition
+    data      seed -> real samples (M, *shape) and their classes (M,)
+    classes   how many; 0 for an unconditional model
+    """
 
     name: str
     shape: tuple[int, ...]
     denoiser: Callable[[float | None], Denoiser]
-    cond: Callable[[np.ndarray], Mapping[str, Any] | None]
+    cond: Callable[[np.ndarray], Condition]
     data: Callable[[int], tuple[np.ndarray, np.ndarray]]
     classes: int = 0
+
+    def labels(self, n: int) -> np.ndarray:
+        """Classes of n samples, all in turn; zeros for an unconditional model."""
+        return np.arange(n) % max(self.classes, 1)
+
+    def all_classes(self) -> Condition:
+        """The condition of one sample per class."""
+        return self.cond(np.arange(self.classes))
 
 
 def load_model(name: str) -> Model:
@@ -48,18 +68,17 @@ def _digits() -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         return Denoiser(network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
 
-    def cond(labels: np.ndarray) -> Mapping[str, Any]:
+    def cond(labels: np.ndarray) -> Condition:
         return {"label": torch.from_numpy(labels)}
 
     return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), 10)
 
 
-def _exact(name: str, problem: Any) -> Model:
+def _exact(name: str, problem: Problem) -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         if guidance not in (None, 1.0):
             raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
-        exact: Denoiser = problem.denoiser(VP.linear())
-        return exact
+        return problem.denoiser(VP.linear())
 
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return problem.draw(DRAWN, seed), np.zeros(DRAWN, int)

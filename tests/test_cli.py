@@ -146,7 +146,7 @@ def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
     ("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder"), ("dir.png", "is a folder")]
 )
 def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypatch, name, text):
-    monkeypatch.setattr("fewstep.cli.commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("fewstep.cli.sample.load_model", lambda name: pytest.fail("the model was loaded"))
     (tmp_path / "dir.png").mkdir()
     code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
     assert code == 1
@@ -322,7 +322,7 @@ def test_compare_all_runs_every_solver_that_starts_from_noise(cli, tmp_path):
     exact = [errors[n, 5] for n in names if errors[n, 5] is not None]
     assert exact == sorted(exact)  # best first
     assert all(errors[n, 5] is None for n in names[len(exact) :])
-    assert "As many real samples" in second
+    assert "Equally many real samples" in second
 
 
 def test_a_cell_tells_how_many_calls_were_made(cli):

@@ -1,11 +1,12 @@
-"""What `fewstep compare` shows: tables for a terminal or a page, and a figure."""
+"""The output of `fewstep compare`: tables for a terminal or a page, and a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,13 +14,18 @@ from fewstep.cli.comparison import REFERENCE_CALLS, SHOWN, Comparison, Entry
 from fewstep.cli.output import contact_sheet, plotting
 from fewstep.solvers.files import write_whole
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
 MISSING = "—"
-FEW = 8  # solvers that a figure can tell apart as lines; more are ranked
+FEW = 8  # solvers that can be told apart as lines of a figure; more are shown as a ranking
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A table as text: title, column heads, rows, one caption; best are the (row, column) cells to stress."""
+    """A table as text. best: the (row, column) of the cells to highlight."""
 
     title: str
     heads: tuple[str, ...]
@@ -37,22 +43,22 @@ def listings(result: Comparison) -> tuple[Listing, Listing]:
             result,
             f"{what}: RMSE to the model's own ODE end point",
             lambda e: e.rmse,
-            f"{MISSING}: stochastic, or the budget is too small. (k): it made k calls. The reference is good to "
-            f"{result.reference_error:.1g}. µs a step: all but the network. s: the longest run.",
+            f"{MISSING}: stochastic, or the budget is too small. (k): k calls were made. Error of the reference: "
+            f"{result.reference_error:.1g}. µs per step: without the network. s: the longest run.",
             True,
         ),
         _listing(
             result,
             f"{what}: energy distance to the data",
             lambda e: e.energy,
-            f"As many real samples are at {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
+            f"Equally many real samples are {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
             False,
         ),
     )
 
 
 def ranked(result: Comparison, value: Callable[[Entry], float | None]) -> list[tuple[str, str]]:
-    """(solver, spacing) by their value at the largest budget they have, the ones without a value last."""
+    """(solver, spacing) by their value at their largest budget; those without a value come last."""
     pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
 
     def key(pair: tuple[str, str]) -> tuple[bool, float]:
@@ -86,11 +92,11 @@ def _listing(
         costs = (f"{np.median([e.step_us for e in mine]):.1f}", f"{max(e.seconds for e in mine):.2f}")
         rows.append((name, *cells, *(costs if cost else ())))
     best = {(int(i), j + 1) for j, i in enumerate(numbers.argmin(axis=0)) if np.isfinite(numbers[i, j])}
-    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs a step", "s") if cost else ()))
+    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs per step", "s") if cost else ()))
     return Listing(title, heads, tuple(rows), frozenset(best), caption)
 
 
-def rich_table(listing: Listing) -> Any:
+def rich_table(listing: Listing) -> Table:
     from rich.table import Table
 
     made = Table(title=listing.title, caption=listing.caption, title_justify="left", caption_justify="left")
@@ -102,7 +108,7 @@ def rich_table(listing: Listing) -> Any:
 
 
 def markdown(tables: Sequence[Listing]) -> str:
-    """The tables as GitHub shows them."""
+    """The tables in GitHub's Markdown."""
     lines = []
     for table in tables:
         lines += [f"**{table.title}**", "", "| " + " | ".join(table.heads) + " |"]
@@ -114,13 +120,13 @@ def markdown(tables: Sequence[Listing]) -> str:
     return "\n".join(lines)
 
 
-# One colour a solver (Okabe & Ito's palette, which colour-blind readers can tell apart) and one marker.
+# A colour (Okabe & Ito's palette for colour-blind readers) and a marker per solver.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
 
 
 def plot(result: Comparison, path: Path) -> None:
-    """Error and energy distance against calls, and, for images, what the samples look like; a ranking of many."""
+    """Plot error and energy distance against calls, with image samples, or as a ranking of more than `FEW` solvers."""
     pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
     guidance = f", guidance {result.guidance:g}" if result.guidance else ""
     title = f"{result.model}{guidance}: {result.samples} samples from the same latents"
@@ -137,7 +143,7 @@ def _name(result: Comparison, pair: tuple[str, str]) -> str:
     return f"{pair[0]} ({pair[1]})" if several else pair[0]
 
 
-def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
+def _lines(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Figure:
     images = next(iter(result.shown.values())).ndim == 4
     ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
     figure, axes = pyplot.subplots(
@@ -153,7 +159,7 @@ def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) ->
     axes[0].set_ylabel("RMSE to the model's own ODE end point")
     axes[0].set_yscale("log")
     axes[1].set_ylabel("energy distance to the data")
-    # A solver that diverges would press all others flat: the axis ends above the ones that did not.
+    # A diverged solver would flatten all others: the axis ends above those that converged.
     energies = sorted(e.energy for e in result.entries)
     high, low = result.floor + result.spread, result.floor - result.spread
     top = max([high, *(e for e in energies if e <= 10.0 * max(energies[len(energies) // 2], high))])
@@ -175,8 +181,8 @@ def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) ->
     return figure
 
 
-def _ranking(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
-    """Every solver a row, the best of the largest budget on top, a dot for each budget."""
+def _ranking(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Figure:
+    """One row per solver, the best at the largest budget on top; one dot per budget."""
     budgets = sorted({e.budget for e in result.entries})
     panels: tuple[tuple[str, Callable[[Entry], float | None]], ...] = (
         ("RMSE to the model's own ODE end point", lambda e: e.rmse),
@@ -211,8 +217,8 @@ def _of(result: Comparison, pair: tuple[str, str]) -> list[Entry]:
     return [e for e in result.entries if (e.solver, e.spacing) == pair]
 
 
-def _samples(axis: Any, result: Comparison) -> None:
-    """A row of samples for each solver at the budget nearest to 8, the reference below."""
+def _samples(axis: Axes, result: Comparison) -> None:
+    """One row of samples per solver at the budget nearest to 8, then the reference."""
     strips = [contact_sheet(x, columns=SHOWN, enlarge=4) for x in result.shown.values()]
     height = strips[0].shape[0]
     axis.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)

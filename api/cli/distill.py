@@ -1,24 +1,29 @@
-"""`fewstep distill`: train a few-step student, judge it, write it."""
+"""`fewstep distill`: train a few-step student, evaluate it and write it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from fewstep.cli.commands import ERR, OUT, AsJson, app, parse_options
+from fewstep.cli.app import ERR, OUT, AsJson, parse_options
+from fewstep.cli.output import write_samples
+from fewstep.solvers.files import write_whole
 
 if TYPE_CHECKING:
     from fewstep.distill_runs.evaluate import Outcome
+    from fewstep.distill_runs.training import Recipe
 
 EXIT_STOPPED = 130
 
 
-@app.command()
 def distill(
     method: Annotated[
         str,
@@ -29,22 +34,21 @@ def distill(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],
     problem: Annotated[str, typer.Option(help="ring or digits.")] = "ring",
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default the method's own.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Joint batch of all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, data and noise.")] = 0,
-    parts: Annotated[int, typer.Option(help="Parts of a batch whose gradients are accumulated.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: the method's own.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
+    parts: Annotated[int, typer.Option(help="Parts of a batch to accumulate gradients over.")] = 1,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out, bit for bit.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
-    option: Annotated[list[str] | None, typer.Option(help="A method's option, name=value; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="A method option, name=value; repeatable.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Distil a few-step student from an exact or trained teacher, and measure it against its thresholds."""
+    """Distil a few-step student from an exact or a trained teacher, and check it against the method's thresholds."""
     try:
+        from fewstep.distill_runs import training
         from fewstep.distill_runs.methods import make_recipe
-        from fewstep.distill_runs.training import CHECKPOINT, rank, train
-        from fewstep.distill_runs.training import processes as joined
     except ImportError:
         raise ImportError("distillation needs torch and safetensors: pip install 'fewstep[torch]'") from None
 
@@ -52,18 +56,19 @@ def distill(
         raise ValueError(f"--every must be at least 1, got {every}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: that is a file; name a folder")
-    if not resume and (out / CHECKPOINT).exists():
+    if not resume and (out / training.CHECKPOINT).exists():
         raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")
-    with joined():
+    with training.processes():
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, parse_options(option))
-        if rank() == 0:
+        first = training.rank() == 0
+        if first:
             out.mkdir(parents=True, exist_ok=True)
-        with progress(recipe.settings.steps, quiet=as_json or rank() > 0) as watch:
-            done = train(recipe, out, resume=resume, every=every, watch=watch)
-        if rank() > 0:
+        with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+            done = training.train(recipe, out, resume=resume, every=every, watch=watch)
+        if not first:
             return
         if done < recipe.settings.steps:
-            ERR.print(f"stopped after {done} of {recipe.settings.steps} steps; go on with --resume")
+            ERR.print(f"stopped after {done} of {recipe.settings.steps} steps; continue with --resume")
             raise typer.Exit(EXIT_STOPPED)
         outcome = finish(recipe, out)
     if as_json:
@@ -73,42 +78,30 @@ def distill(
     OUT.print(f"student, log and samples in [bold]{out}[/]")
 
 
-class progress:  # noqa: N801  # a context manager that reads as a function
-    """A bar with the losses, or nothing; yields what `train` calls after each step."""
-
-    def __init__(self, total: int, *, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=ERR, transient=True, disable=quiet)
-        self.total = total
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        task = self.bar.add_task("", total=self.total)
+@contextlib.contextmanager
+def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A progress bar with the losses. Yields the function that `train` calls after each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERR, transient=True, disable=quiet) as bar:
+        task = bar.add_task("", total=total)
 
         def watch(done: int, values: Mapping[str, float]) -> None:
-            if done % 10 == 0 or done == self.total:
+            if done % 10 == 0 or done == total:
                 text = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
-                self.bar.update(task, completed=done, description=text)
+                bar.update(task, completed=done, description=text)
 
-        return watch
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        yield watch
 
 
-def finish(recipe: Any, out: Path) -> Outcome:
-    """Judge a trained recipe; write the student's weights, results.json and pictures of the samples.
+def finish(recipe: Recipe, out: Path) -> Outcome:
+    """Evaluate a trained recipe; write the student's weights, results.json and pictures of the samples.
 
-    The results' seconds are of training, over all resumptions, and of judging.
+    The results' seconds are of training, over all resumptions, and of the evaluation.
     """
     import safetensors.torch
 
-    from fewstep.cli.output import write_samples
     from fewstep.distill_runs.evaluate import evaluate
     from fewstep.distill_runs.training import STUDENT
-    from fewstep.solvers.files import write_whole
 
     begin = time.perf_counter()
     outcome = evaluate(recipe)
@@ -125,13 +118,11 @@ def finish(recipe: Any, out: Path) -> Outcome:
 
 
 def show(outcome: Outcome) -> None:
-    """The outcome as tables."""
-    from rich.table import Table
-
-    made = Table(*outcome.rows[0])
+    """Print the rows and the checks as tables."""
+    rows = Table(*outcome.rows[0])
     for row in outcome.rows:
-        made.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    OUT.print(made)
+        rows.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    OUT.print(rows)
     if outcome.checks:
         checks = Table("check", "value", "bound", "")
         for c in outcome.checks:
