@@ -12,12 +12,12 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.models import Condition, Model
 from fewstep.problems import energy_distance
-from fewstep.recommender import fit_steps
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Process
+from fewstep.solvers.tune.candidates import fit_steps
 
 REFERENCE_CALLS = 100  # of the reference solution; half as many give its own error
 SHOWN = 10  # samples per solver in the plot
