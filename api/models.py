@@ -56,7 +56,7 @@ def load_model(name: str) -> Model:
     return MODELS[name]()
 
 
-def _digits() -> Model:
+def _digits_network() -> Model:
     try:
         import torch
 
@@ -74,7 +74,7 @@ def _digits() -> Model:
     return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), 10)
 
 
-def _exact(name: str, problem: Problem) -> Model:
+def _exact_problem(name: str, problem: Problem) -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         if guidance not in (None, 1.0):
             raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
@@ -87,8 +87,8 @@ def _exact(name: str, problem: Problem) -> Model:
 
 
 MODELS: dict[str, Callable[[], Model]] = {
-    "digits": _digits,
-    "digits-exact": lambda: _exact("digits-exact", Digits()),
-    "ring": lambda: _exact("ring", Mixture.ring()),
-    "gaussian": lambda: _exact("gaussian", Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))),
+    "digits": _digits_network,
+    "digits-exact": lambda: _exact_problem("digits-exact", Digits()),
+    "ring": lambda: _exact_problem("ring", Mixture.ring()),
+    "gaussian": lambda: _exact_problem("gaussian", Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))),
 }

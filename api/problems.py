@@ -190,14 +190,14 @@ def _check_scales(alpha: Array | Tensor, sigma: Array | Tensor) -> None:
         raise ValueError(f"alpha = {alpha}, sigma = {sigma}: they must be >= 0 and not both 0")
 
 
-def _positive(name: str, value: ArrayLike) -> Array:
+def _positive_array(name: str, value: ArrayLike) -> Array:
     array = np.array(value, dtype=np.float64)
     if not (np.all(array > 0.0) and np.all(np.isfinite(array))):
         raise ValueError(f"{name} = {value!r}: every entry must be positive and finite")
     return array
 
 
-def _finite(name: str, value: ArrayLike) -> Array:
+def _finite_array(name: str, value: ArrayLike) -> Array:
     array = np.array(value, dtype=np.float64)
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} holds NaN or inf")
@@ -217,7 +217,7 @@ class Gaussian(Problem):
     """
 
     def __init__(self, mean: ArrayLike, std: ArrayLike) -> None:
-        self.mean, self.std = _finite("mean", mean), _positive("std", std)
+        self.mean, self.std = _finite_array("mean", mean), _positive_array("std", std)
         self.shape = np.broadcast_shapes(self.mean.shape, self.std.shape)
 
     def __repr__(self) -> str:
@@ -257,13 +257,13 @@ class Mixture(Problem):
     """
 
     def __init__(self, means: ArrayLike, stds: ArrayLike, weights: ArrayLike | None = None) -> None:
-        centres = _finite("means", means)
+        centres = _finite_array("means", means)
         if centres.ndim < 2 or centres.size == 0:
             raise ValueError(f"means has shape {centres.shape}: it must be (K, *shape)")
         count = centres.shape[0]
         arrays = {
-            "stds": _positive("stds", stds),
-            "weights": _positive("weights", 1.0 if weights is None else weights),
+            "stds": _positive_array("stds", stds),
+            "weights": _positive_array("weights", 1.0 if weights is None else weights),
         }
         for name, array in arrays.items():
             if array.shape not in ((), (count,)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,6 @@ ERR = Console(stderr=True, highlight=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
-OptionValue = bool | int | float | str | None
 
 app = typer.Typer(
     help="Sample diffusion and flow models in few steps, and measure the error and the cost.",
@@ -24,12 +23,12 @@ app = typer.Typer(
 )
 
 
-def parse_options(pairs: list[str] | None) -> dict[str, OptionValue]:
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """The values of `--option name=value` as numbers, booleans, None or text.
 
     Raises ValueError for a pair without a name or an equals sign.
     """
-    options: dict[str, OptionValue] = {}
+    options: dict[str, bool | int | float | str | None] = {}
     for pair in pairs or []:
         name, equals, text = pair.partition("=")
         if not equals or not name:
@@ -38,7 +37,7 @@ def parse_options(pairs: list[str] | None) -> dict[str, OptionValue]:
     return options
 
 
-def parse_value(text: str) -> OptionValue:
+def parse_value(text: str) -> bool | int | float | str | None:
     """An int, a float, true, false or none (in any case) where the text is one, else the text itself."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:

@@ -101,7 +101,7 @@ def compare(
     cond = model.cond(labels)
     # First of all, so that a bad spacing or budget fails before any work.
     plans = {
-        (solver, spacing, budget): _fit(solver, process, spacing, budget)
+        (solver, spacing, budget): _longest_plan(solver, process, spacing, budget)
         for solver in solvers
         for spacing in spacings
         for budget in budgets
@@ -143,7 +143,7 @@ def _rmse(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
-def _fit(solver: str, process: Process, spacing: str, budget: int) -> Plan | str:
+def _longest_plan(solver: str, process: Process, spacing: str, budget: int) -> Plan | str:
     """The plan of most steps within the budget, or the reason why there is none."""
     try:
         steps = fit_steps(solver, process, spacing, budget, {})

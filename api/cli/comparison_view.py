@@ -146,6 +146,7 @@ def _name(result: Comparison, pair: tuple[str, str]) -> str:
 def _lines(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Figure:
     images = next(iter(result.shown.values())).ndim == 4
     ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
+    figure: Figure
     figure, axes = pyplot.subplots(
         1, len(ratios), figsize=(5.0 * len(ratios), 5.0), layout="constrained", width_ratios=ratios
     )
@@ -188,6 +189,7 @@ def _ranking(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, 
         ("RMSE to the model's own ODE end point", lambda e: e.rmse),
         ("energy distance to the data", lambda e: e.energy),
     )
+    figure: Figure
     figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(pairs)), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
         order = [p for p in ranked(result, value) if any(value(e) is not None for e in _of(result, p))]

@@ -68,7 +68,7 @@ class Peer:
 
     name: str
     config: dict[str, object] = field(default_factory=dict)
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 PEERS = {
@@ -268,9 +268,11 @@ class Case:
             scheduler.set_timesteps(self.steps)
         return scheduler
 
-    def _scheduler_x(self) -> Array:
+    def _scheduler_x(self) -> Tensor:
         """x, or x / alpha for diffusers' Euler."""
-        return self.x / float(self.grid.alpha[0]) if self.solver == "euler" else self.x
+        import torch
+
+        return torch.as_tensor(self.x) / (float(self.grid.alpha[0]) if self.solver == "euler" else 1.0)
 
 
 def close(name: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
