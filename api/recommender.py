@@ -43,7 +43,7 @@ class RankedPlan:
     """One line of a measured ranking.
 
     rmse    error to the denoiser's own ODE end points, over samples and elements
-    median  over the samples, of the same error
+    median  of the samples' errors
     """
 
     solver: str

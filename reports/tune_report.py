@@ -287,7 +287,11 @@ def grid_of_samples(name: str, nfe: int, plan_path: Path, row: dict[str, Any], p
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the report. Returns 1 if a threshold is missed."""
     parser = argparse.ArgumentParser(prog="python -m reports.tune_report", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a minute: few seeds and iterations, no thresholds")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a minute: few seeds and iterations, one check",
+    )
     parser.add_argument("--again", action="store_true", help="also measure what has results")
     parser.add_argument("--out", type=Path, default=Path("docs/tuning"))
     parser.add_argument("--only", default=",".join(PROBLEMS), help="comma-separated problems")

@@ -71,6 +71,21 @@ class Comparison:
         deterministic = [e for e in self.entries if e.rmse is not None]
         return min(deterministic or self.entries, key=lambda e: e.energy if e.rmse is None else e.rmse)
 
+    @property
+    def title(self) -> str:
+        return self.model + (f", guidance {self.guidance:g}" if self.guidance else "")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (solver, spacing) that has an entry."""
+        return list(dict.fromkeys((e.solver, e.spacing) for e in self.entries))
+
+    def of(self, pair: tuple[str, str]) -> list[Entry]:
+        return [e for e in self.entries if (e.solver, e.spacing) == pair]
+
+    def name(self, pair: tuple[str, str]) -> str:
+        """The solver, with its spacing if there are several."""
+        return f"{pair[0]} ({pair[1]})" if len({e.spacing for e in self.entries}) > 1 else pair[0]
+
     def as_json(self) -> dict[str, object]:
         keep = {k: v for k, v in vars(self).items() if k not in ("entries", "shown")}
         return {**keep, "entries": [asdict(e) for e in self.entries]}

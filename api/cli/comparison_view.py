@@ -36,8 +36,7 @@ class Listing:
 
 def listings(result: Comparison) -> tuple[Listing, Listing]:
     """The error and the distance to the data of every solver at every budget, best solver first."""
-    guided = f", guidance {result.guidance:g}" if result.guidance else ""
-    what = f"{result.model}{guided}, {result.samples} samples"
+    what = f"{result.title}, {result.samples} samples"
     return (
         _listing(
             result,
@@ -59,21 +58,18 @@ def listings(result: Comparison) -> tuple[Listing, Listing]:
 
 def ranked(result: Comparison, value: Callable[[Entry], float | None]) -> list[tuple[str, str]]:
     """(solver, spacing) by their value at their largest budget; those without a value come last."""
-    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
 
     def key(pair: tuple[str, str]) -> tuple[bool, float]:
-        largest = max((e for e in result.entries if (e.solver, e.spacing) == pair), key=lambda e: e.budget)
-        found = value(largest)
+        found = value(max(result.of(pair), key=lambda e: e.budget))
         return found is None, found or 0.0
 
-    return sorted(pairs, key=key)
+    return sorted(result.pairs(), key=key)
 
 
 def _listing(
     result: Comparison, title: str, value: Callable[[Entry], float | None], caption: str, cost: bool
 ) -> Listing:
     budgets = sorted({e.budget for e in result.entries})
-    several = len({e.spacing for e in result.entries}) > 1
     found = {(e.solver, e.spacing, e.budget): e for e in result.entries}
     pairs = ranked(result, value)
     rows, numbers = [], np.full((len(pairs), len(budgets)), np.inf)
@@ -87,10 +83,9 @@ def _listing(
                 continue
             numbers[i, j] = number
             cells.append(f"{number:.4f}" + (f" ({entry.nfe})" if entry.nfe != budget else ""))
-        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
-        name = f"{pair[0]} ({pair[1]})" if several else pair[0]
+        mine = result.of(pair)
         costs = (f"{np.median([e.step_us for e in mine]):.1f}", f"{max(e.seconds for e in mine):.2f}")
-        rows.append((name, *cells, *(costs if cost else ())))
+        rows.append((result.name(pair), *cells, *(costs if cost else ())))
     best = {(int(i), j + 1) for j, i in enumerate(numbers.argmin(axis=0)) if np.isfinite(numbers[i, j])}
     heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs per step", "s") if cost else ()))
     return Listing(title, heads, tuple(rows), frozenset(best), caption)
@@ -127,36 +122,28 @@ MARKERS = "osD^vP*X"
 
 def plot(result: Comparison, path: Path) -> None:
     """Plot error and energy distance against calls, with image samples, or as a ranking of more than `FEW` solvers."""
-    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
-    guidance = f", guidance {result.guidance:g}" if result.guidance else ""
-    title = f"{result.model}{guidance}: {result.samples} samples from the same latents"
-    draw = _lines if len(pairs) <= FEW else _ranking
+    draw = _lines if len(result.pairs()) <= FEW else _ranking
     pyplot = plotting()
-    figure = draw(pyplot, result, pairs)
-    figure.suptitle(title)
+    figure = draw(pyplot, result)
+    figure.suptitle(f"{result.title}: {result.samples} samples from the same latents")
     write_whole(path, lambda to: figure.savefig(to, dpi=130))
     pyplot.close(figure)
 
 
-def _name(result: Comparison, pair: tuple[str, str]) -> str:
-    several = len({e.spacing for e in result.entries}) > 1
-    return f"{pair[0]} ({pair[1]})" if several else pair[0]
-
-
-def _lines(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Figure:
+def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
     images = next(iter(result.shown.values())).ndim == 4
     ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
     figure: Figure
     figure, axes = pyplot.subplots(
         1, len(ratios), figsize=(5.0 * len(ratios), 5.0), layout="constrained", width_ratios=ratios
     )
-    for j, pair in enumerate(pairs):
-        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
+    for j, pair in enumerate(result.pairs()):
+        mine = result.of(pair)
         style = {"color": COLOURS[j], "marker": MARKERS[j], "markersize": 5}
         errors = [(e.nfe, e.rmse) for e in mine if e.rmse is not None]
         if errors:
             axes[0].plot(*zip(*errors, strict=True), **style)
-        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=_name(result, pair), **style)
+        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=result.name(pair), **style)
     axes[0].set_ylabel("RMSE to the model's own ODE end point")
     axes[0].set_yscale("log")
     axes[1].set_ylabel("energy distance to the data")
@@ -182,7 +169,7 @@ def _lines(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, st
     return figure
 
 
-def _ranking(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Figure:
+def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
     """One row per solver, the best at the largest budget on top; one dot per budget."""
     budgets = sorted({e.budget for e in result.entries})
     panels: tuple[tuple[str, Callable[[Entry], float | None]], ...] = (
@@ -190,14 +177,14 @@ def _ranking(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, 
         ("energy distance to the data", lambda e: e.energy),
     )
     figure: Figure
-    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(pairs)), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(result.pairs())), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
-        order = [p for p in ranked(result, value) if any(value(e) is not None for e in _of(result, p))]
+        order = [p for p in ranked(result, value) if any(value(e) is not None for e in result.of(p))]
         for j, budget in enumerate(budgets):
-            dots = [(value(e), i) for i, p in enumerate(order) for e in _of(result, p) if e.budget == budget]
+            dots = [(value(e), i) for i, p in enumerate(order) for e in result.of(p) if e.budget == budget]
             dots = [(v, i) for v, i in dots if v is not None]
             axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=f"{budget} calls")
-        axis.set_yticks(range(len(order)), [_name(result, p) for p in order], fontsize="small")
+        axis.set_yticks(range(len(order)), [result.name(p) for p in order], fontsize="small")
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
@@ -213,10 +200,6 @@ def _ranking(pyplot: ModuleType, result: Comparison, pairs: Sequence[tuple[str, 
     axes[1].set_xscale("symlog", linthresh=max(2.0 * result.spread, 1e-6))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=FEW, frameon=False)
     return figure
-
-
-def _of(result: Comparison, pair: tuple[str, str]) -> list[Entry]:
-    return [e for e in result.entries if (e.solver, e.spacing) == pair]
 
 
 def _samples(axis: Axes, result: Comparison) -> None:

@@ -91,12 +91,6 @@ def ring_baseline(nfe: int, solver: str = "ddim") -> float:
     return sliced_wasserstein(sample_ring(ring.RING.denoiser(ring.PROCESS), plan, ring.PROCESS.sigma_max), ring_data())
 
 
-@cache
-def floor() -> float:
-    """Mean SWD of four draws of the data to the data."""
-    return float(np.mean([sliced_wasserstein(ring.RING.draw(COUNT, s), ring_data()) for s in range(2, 6)]))
-
-
 def _evaluate_ring(recipe: ring.RingRecipe) -> Outcome:
     rows: list[dict[str, float | str]] = []
     swd, samples = {}, {}
