@@ -29,7 +29,7 @@ test: setup      ## every test
 lint: setup      ## ruff, ruff format --check, mypy --strict on the installed package and the reports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
+	rm -rf build/typed build/lib && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy --strict -p fewstep -p reports
 
 format: setup    ## apply ruff's fixes and format
@@ -52,7 +52,7 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 GPU := env PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider -W default -o addopts="-ra" -m gpu
 gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and the README's table
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device')"
-	rm -rf build/gpu && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
+	rm -rf build/gpu build/lib && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
 	timeout -s INT -k 10 225 $(GPU) tests/test_gpu_runs.py
 	timeout -s INT -k 10 225 $(GPU) -s bench/test_gpu.py; status=$$?; \
 		PYTHONPATH=build/gpu $(PYTHON) bench/readme.py && exit $$status
