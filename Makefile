@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test lint format bench gpu ranking weights distill-report clean
+.PHONY: help setup demo test lint format bench gpu ranking weights distill-report tune-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -25,12 +25,12 @@ demo: setup      ## sample digits from the trained network with several solvers,
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# mypy does not see through the editable install's import hook, so it reads a real one.
-lint: setup      ## ruff, ruff format --check, mypy --strict on the installed package
+# mypy cannot follow the editable install's import hook, so it reads a real installation.
+lint: setup      ## ruff, ruff format --check, mypy --strict on the installed package and the reports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
-	MYPYPATH=build/typed $(BIN)/mypy --strict -p fewstep
+	rm -rf build/typed build/lib && $(BIN)/python -m pip install -q --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy --strict -p fewstep -p reports
 
 format: setup    ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
@@ -52,19 +52,19 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 GPU := env PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider -W default -o addopts="-ra" -m gpu
 gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and the README's table
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device')"
-	rm -rf build/gpu && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
+	rm -rf build/gpu build/lib && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
 	timeout -s INT -k 10 225 $(GPU) tests/test_gpu_runs.py
 	timeout -s INT -k 10 225 $(GPU) -s bench/test_gpu.py; status=$$?; \
 		PYTHONPATH=build/gpu $(PYTHON) bench/readme.py && exit $$status
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
-	$(BIN)/python -m fewstep.train_digits
+	$(BIN)/python -m reports.train_digits
 
-distill-report: setup ## train every distillation run and write docs/distill/results.md (under an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m fewstep.distill_report
+distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
 
-tune-report: setup  ## tuned plans against every hand-made one, into docs/tuning (QUICK=--quick for a minute's version)
-	OMP_NUM_THREADS=1 $(BIN)/python -m fewstep.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
+tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -1,21 +1,20 @@
-"""The one thing pyproject.toml cannot say: which folder holds which package.
+"""Maps the folders at the root to the package `fewstep`, which pyproject.toml cannot express.
 
-The layers stand side by side at the root (kernels, solvers, bindings, api), so that the
-repository's first listing is its architecture, while users import one package, `fewstep`.
-The api folder *is* the package `fewstep`; the other three are its subpackages.
+The layers stand side by side at the root, so that the repository's first listing shows the architecture, while users
+import one package: the api folder *is* `fewstep`, the other three are its subpackages. Any folder below them with an
+`__init__.py` is a package too.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-ROOMS = ("schedule", "plans", "families", "run", "tune", "distill")
-FOLDERS = {
+ROOTS = {
     "fewstep": "api",
-    "fewstep.weights": "api/weights",
     "fewstep.kernels": "kernels",
     "fewstep.solvers": "solvers",
-    **{f"fewstep.solvers.{room}": f"solvers/{room}" for room in ROOMS},
     "fewstep.bindings": "bindings",
-    **{f"fewstep.bindings.{name}": f"bindings/{name}" for name in ("comfyui", "diffusers", "export", "k_diffusion")},
+    "fewstep.weights": "api/weights",  # data only
 }
 
-setup(packages=list(FOLDERS), package_dir=FOLDERS)
+packages = [*ROOTS, *(f"{name}.{inner}" for name, folder in ROOTS.items() for inner in find_packages(folder))]
+
+setup(packages=packages, package_dir=ROOTS)

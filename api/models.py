@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.problems import Digits, Gaussian, Mixture
+from fewstep.digits_data import load_digits
+from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.schedule.process import VP
 
-DRAWN = 4096  # real data of an exact problem
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Condition: TypeAlias = "Mapping[str, Tensor] | None"
+
+DRAWN = 4096  # samples that stand for the data of an exact problem
 
 
 @dataclass(frozen=True)
 class Model:
-    """denoiser(guidance), cond(labels) -> its condition, data(seed) -> real data (M, *shape) and their classes (M,)."""
+    """A denoiser with its data.
+
+    shape     of one sample, without the batch axis
+    denoiser  guidance scale or None -> the denoiser
+    cond      classes (n,) -> the denoiser's condition
+    data      seed -> real samples (M, *shape) and their classes (M,)
+    classes   how many; 0 for an unconditional model
+    """
 
     name: str
     shape: tuple[int, ...]
     denoiser: Callable[[float | None], Denoiser]
-    cond: Callable[[np.ndarray], Mapping[str, Any] | None]
+    cond: Callable[[np.ndarray], Condition]
     data: Callable[[int], tuple[np.ndarray, np.ndarray]]
     classes: int = 0
+
+    def labels(self, n: int) -> np.ndarray:
+        """Classes of n samples, all in turn; zeros for an unconditional model."""
+        return np.arange(n) % max(self.classes, 1)
+
+    def all_classes(self) -> Condition:
+        """The condition of one sample per class."""
+        return self.cond(np.arange(self.classes))
 
 
 def load_model(name: str) -> Model:
@@ -35,17 +56,7 @@ def load_model(name: str) -> Model:
     return MODELS[name]()
 
 
-def real_digits() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1797 digits as (1797, 1, 8, 8) in [-1, 1], and their classes (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ImportError("the digits data need scikit-learn: pip install 'fewstep[cli]'") from None
-    digits = load_digits()
-    return np.asarray(digits.images[:, None] / 8.0 - 1.0), np.asarray(digits.target)
-
-
-def _digits() -> Model:
+def _digits_network() -> Model:
     try:
         import torch
 
@@ -57,18 +68,17 @@ def _digits() -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         return Denoiser(network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
 
-    def cond(labels: np.ndarray) -> Mapping[str, Any]:
+    def cond(labels: np.ndarray) -> Condition:
         return {"label": torch.from_numpy(labels)}
 
-    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: real_digits(), 10)
+    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), 10)
 
 
-def _exact(name: str, problem: Any) -> Model:
+def _exact_problem(name: str, problem: Problem) -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
         if guidance not in (None, 1.0):
             raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
-        exact: Denoiser = problem.denoiser(VP.linear())
-        return exact
+        return problem.denoiser(VP.linear())
 
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return problem.draw(DRAWN, seed), np.zeros(DRAWN, int)
@@ -77,8 +87,8 @@ def _exact(name: str, problem: Any) -> Model:
 
 
 MODELS: dict[str, Callable[[], Model]] = {
-    "digits": _digits,
-    "digits-exact": lambda: _exact("digits-exact", Digits()),
-    "ring": lambda: _exact("ring", Mixture.ring()),
-    "gaussian": lambda: _exact("gaussian", Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))),
+    "digits": _digits_network,
+    "digits-exact": lambda: _exact_problem("digits-exact", Digits()),
+    "ring": lambda: _exact_problem("ring", Mixture.ring()),
+    "gaussian": lambda: _exact_problem("gaussian", Gaussian(np.array([0.4, -0.2]), np.array([0.5, 0.2]))),
 }

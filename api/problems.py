@@ -1,89 +1,117 @@
-"""Problems whose exact posterior mean is known, with which the error of a sampler is measured.
+"""Problems whose exact posterior mean is known, to measure the error of a sampler.
 
-The data x0 of each is a Gaussian or a mixture of isotropic Gaussians, so that E[x0 | x] at any noise level,
-and through it the probability-flow ODE, is exact: what is left of an error belongs to the solver.
+The data x0 are Gaussian or a mixture of isotropic Gaussians. Then E[x0 | x] is exact at any noise level, and so is the
+probability-flow ODE: all error belongs to the solver.
 """
 
 from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeGuard, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fewstep.digits_data import load_digits
 from fewstep.solvers.schedule.process import Array, Process
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fewstep.bindings.denoiser import Denoiser
     from fewstep.solvers.schedule.grid import Grid
 
+A = TypeVar("A", np.ndarray, "Tensor")
+Numbers: TypeAlias = "ArrayLike | Tensor"
 
-class _NumPy:
-    """The few array functions needed here, in the caller's library; half precision is computed in float32."""
 
-    def __init__(self, x: Any, dtype: Any = None) -> None:
-        self.dtype = dtype or (np.float64 if x.dtype == np.float64 else np.float32)
+class _Library(ABC, Generic[A]):
+    """The array functions needed here, in the caller's library. Half precision is computed in float32."""
 
-    def array(self, value: Any) -> Any:
+    @abstractmethod
+    def array(self, value: Numbers) -> A: ...
+
+    @abstractmethod
+    def softmax(self, logits: A) -> A: ...
+
+    @abstractmethod
+    def log(self, value: A) -> A: ...
+
+    @abstractmethod
+    def like(self, value: A, x: A) -> A:
+        """`value` in the dtype of x."""
+
+
+class _NumPy(_Library[np.ndarray]):
+    def __init__(self, x: np.ndarray) -> None:
+        self.dtype = np.float64 if x.dtype == np.float64 else np.float32
+
+    def array(self, value: Numbers) -> np.ndarray:
         return np.asarray(value, dtype=self.dtype)
 
-    def softmax(self, logits: Any) -> Any:
+    def softmax(self, logits: np.ndarray) -> np.ndarray:
         weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return weights / weights.sum(axis=-1, keepdims=True)
+        return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
-    def log(self, value: Any) -> Any:
-        return np.log(value)
+    def log(self, value: np.ndarray) -> np.ndarray:
+        return np.asarray(np.log(value))
 
-    def cast(self, value: Any, x: Any) -> Any:
+    def like(self, value: np.ndarray, x: np.ndarray) -> np.ndarray:
         return value.astype(x.dtype)
 
 
-class _Torch:
-    def __init__(self, x: Any, dtype: Any = None) -> None:
+class _Torch(_Library["Tensor"]):
+    def __init__(self, x: Tensor) -> None:
         import torch
 
-        self.torch = torch
         self.device = x.device
-        self.dtype = dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def array(self, value: Any) -> Any:
-        return self.torch.as_tensor(value, dtype=self.dtype, device=self.device)
+    def array(self, value: Numbers) -> Tensor:
+        import torch
 
-    def softmax(self, logits: Any) -> Any:
-        return self.torch.softmax(logits, dim=-1)
+        return torch.as_tensor(value, dtype=self.dtype, device=self.device)
 
-    def log(self, value: Any) -> Any:
-        return self.torch.log(value)
+    def softmax(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
 
-    def cast(self, value: Any, x: Any) -> Any:
+    def log(self, value: Tensor) -> Tensor:
+        return value.log()
+
+    def like(self, value: Tensor, x: Tensor) -> Tensor:
         return value.to(x.dtype)
 
 
-def _is_torch(x: Any) -> bool:
+def _is_torch(x: object) -> TypeGuard[Tensor]:
     return "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor)
 
 
-def _library(x: Any) -> Any:
+def _library(x: A) -> _Library[A]:
     if _is_torch(x) and x.is_floating_point():
-        return _Torch(x)
+        return cast("_Library[A]", _Torch(x))
     if isinstance(x, np.ndarray) and np.issubdtype(x.dtype, np.floating):
-        return _NumPy(x)
+        return cast("_Library[A]", _NumPy(x))
     kind = f"{type(x).__name__} of {x.dtype}" if hasattr(x, "dtype") else type(x).__name__
     raise TypeError(f"x is a {kind}: it must be a floating-point NumPy array or torch tensor")
 
 
-def _to_numpy(x: Any) -> Any:
-    return x.detach().cpu().double().numpy() if _is_torch(x) else x
+def _float64(x: Numbers) -> Array:
+    return np.asarray(x.detach().cpu() if _is_torch(x) else x, dtype=np.float64)
+
+
+def _float64_like(x: A, value: Array) -> A:
+    """`value` in the library and on the device of x."""
+    result: Array | Tensor = value
+    if _is_torch(x):
+        import torch
+
+        result = torch.as_tensor(value, dtype=torch.float64, device=x.device)
+    return cast("A", result)
 
 
 class Problem(ABC):
-    """Data whose posterior mean is known exactly.
-
-    Attributes:
-        shape: shape of one sample, without the batch axis.
-    """
+    """Data whose posterior mean is known exactly. `shape` is that of one sample, without the batch axis."""
 
     shape: tuple[int, ...]
 
@@ -92,101 +120,84 @@ class Problem(ABC):
         """n independent samples of x0, float64 (n, *shape), the same for the same seed."""
 
     @abstractmethod
-    def _posterior(self, lib: Any, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def _posterior(self, lib: _Library[A], x: A, alpha: A, sigma: A) -> tuple[A, A]:
         """(E[x0 | x], E[eps | x]) for x (B, ...) and alpha, sigma that broadcast with it.
 
-        The second is -sigma times the score and never divides by sigma, so it is finite at sigma = 0.
+        The second is -sigma times the score. It is computed without a division by sigma, so it is finite at sigma = 0.
         """
 
     @abstractmethod
-    def solve(self, x: Any, grid: Grid, rtol: float = 1e-10) -> Any:
-        """Where the probability-flow ODE takes x from the grid's first point to its last.
+    def solve(self, x: A, grid: Grid, rtol: float = 1e-10) -> A:
+        """Solve the probability-flow ODE from the grid's first point to its last.
 
-        Args:
-            x: (B, *shape) at the marginal of the grid's first point, NumPy or torch.
-            grid: only its two ends matter; the first may have alpha = 0, the last sigma = 0.
-            rtol: tolerance of the ODE solver; not used where there is a closed form.
+        x     (B, *shape) at the marginal of the first point, NumPy or torch
+        grid  only its ends matter; the first may have alpha = 0, the last sigma = 0
+        rtol  tolerance of the ODE solver; unused where there is a closed form
 
-        Returns:
-            (B, *shape) in float64 in x's library.
-
-        Raises:
-            TypeError, ValueError: for an x that is not a floating-point array of that shape.
+        Returns (B, *shape) in float64 in x's library. Raises TypeError or ValueError for an x that is not a
+        floating-point array of that shape.
         """
 
-    def denoise(self, x: Any, alpha: Any, sigma: Any) -> Any:
+    def denoise(self, x: A, alpha: Numbers, sigma: Numbers) -> A:
         """E[x0 | x] for x = alpha x0 + sigma eps, eps ~ N(0, I).
 
-        Args:
-            x: (B, *shape), NumPy or torch, any floating dtype; differentiable in torch.
-            alpha, sigma: >= 0, not both 0; a number, or (B,). sigma = 0 gives x / alpha, alpha = 0 the mean.
+        x      (B, *shape), NumPy or torch, any floating dtype; differentiable in torch
+        alpha, sigma  >= 0 and not both 0; a number, or (B,). sigma = 0 gives x / alpha, alpha = 0 the mean
 
-        Returns:
-            (B, *shape), x's library, dtype and device. Half precision is computed in float32.
-
-        Raises:
-            TypeError: x is not a floating-point NumPy array or torch tensor.
-            ValueError: a shape that does not agree; a negative scale; both scales 0.
+        Returns (B, *shape) in x's library, dtype and device; half precision is computed in float32. Raises TypeError if
+        x is not a floating-point NumPy array or torch tensor, ValueError for shapes that do not agree, a negative scale
+        or two scales of 0.
         """
         lib = self._checked(x)
-        scales = (_scale("alpha", alpha, x), _scale("sigma", sigma, x))
+        scales = (_scale("alpha", alpha, len(x)), _scale("sigma", sigma, len(x)))
         _check_scales(*scales)
         a, s = (lib.array(v).reshape((-1,) + (1,) * (x.ndim - 1)) for v in scales)
-        return lib.cast(self._posterior(lib, lib.array(x), a, s)[0], x)
+        return lib.like(self._posterior(lib, lib.array(x), a, s)[0], x)
 
     def denoiser(self, process: Process) -> Denoiser:
-        """The exact denoiser as a :class:`fewstep.Denoiser` (predicts="sample"), told the process's time.
+        """The exact denoiser as a `fewstep.Denoiser` (predicts="sample") of the process's time.
 
         The time is mapped to alpha and sigma in float64 on the host.
         """
         from fewstep.bindings.denoiser import Denoiser
 
-        def model(x: Any, t: Any, **cond: Any) -> Any:
-            at = process.point(_to_numpy(t))
+        def model(x: A, t: A, **cond: object) -> A:
+            at = process.point(_float64(t))
             return self.denoise(x, at.alpha, at.sigma)
 
-        # A float32 time would cost the exactness that these problems are for.
+        # A float32 time would lose the exactness that these problems are for.
         return Denoiser(model, process, predicts="sample", time_dtype="float64")
 
-    def _checked(self, x: Any) -> Any:
+    def _checked(self, x: A) -> _Library[A]:
         lib = _library(x)
         if x.ndim < 1 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: it must be (B, {', '.join(map(str, self.shape))})")
         return lib
 
 
-def _scale(name: str, value: Any, x: Any) -> Any:
-    if not _is_torch(value):
-        value = np.asarray(value, dtype=np.float64)
-    if tuple(value.shape) not in ((), (x.shape[0],)):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be a number or ({x.shape[0]},)")
-    return value
+def _scale(name: str, value: Numbers, batch: int) -> Array | Tensor:
+    values = value if _is_torch(value) else np.asarray(value, dtype=np.float64)
+    if tuple(values.shape) not in ((), (batch,)):
+        raise ValueError(f"{name} has shape {tuple(values.shape)}: it must be a number or ({batch},)")
+    return values
 
 
-def _check_scales(alpha: Any, sigma: Any) -> None:
-    # Tensors on a device are not read back: the check would cost a synchronisation at each call.
+def _check_scales(alpha: Array | Tensor, sigma: Array | Tensor) -> None:
+    # Tensors are not checked: reading them back from a device would cost a synchronisation in each call.
     if _is_torch(alpha) or _is_torch(sigma):
         return
     if not (np.all(alpha >= 0.0) and np.all(sigma >= 0.0) and np.all(alpha + sigma > 0.0)):
         raise ValueError(f"alpha = {alpha}, sigma = {sigma}: they must be >= 0 and not both 0")
 
 
-def _as_float64_like(x: Any, value: Array) -> Any:
-    if _is_torch(x):
-        import torch
-
-        return torch.as_tensor(value, dtype=torch.float64, device=x.device)
-    return value
-
-
-def _positive(name: str, value: ArrayLike) -> Array:
+def _positive_array(name: str, value: ArrayLike) -> Array:
     array = np.array(value, dtype=np.float64)
     if not (np.all(array > 0.0) and np.all(np.isfinite(array))):
         raise ValueError(f"{name} = {value!r}: every entry must be positive and finite")
     return array
 
 
-def _finite(name: str, value: ArrayLike) -> Array:
+def _finite_array(name: str, value: ArrayLike) -> Array:
     array = np.array(value, dtype=np.float64)
     if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} holds NaN or inf")
@@ -197,40 +208,38 @@ class Gaussian(Problem):
     """x0 ~ N(mean, diag(std^2)).
 
     With v = alpha^2 std^2 + sigma^2, elementwise: E[x0 | x] = mean + alpha std^2 / v (x - alpha mean),
-    and along the probability-flow ODE (x - alpha mean) / sqrt(v) stays as it is.
+    and (x - alpha mean) / sqrt(v) is constant along the probability-flow ODE.
 
-    Args:
-        mean, std: numbers or arrays that broadcast to the shape of a sample; std > 0. If both are numbers,
-            ``shape`` is () and each element of any x (B, ...) is its own one-dimensional problem.
+    mean, std  numbers or arrays that broadcast to the shape of a sample; std > 0. If both are numbers, `shape` is ()
+               and each element of any x (B, ...) is a one-dimensional problem of its own
 
-    Raises:
-        ValueError: NaN, inf, or a std that is not positive.
+    Raises ValueError for NaN, inf, or a std that is not positive.
     """
 
     def __init__(self, mean: ArrayLike, std: ArrayLike) -> None:
-        self.mean, self.std = _finite("mean", mean), _positive("std", std)
+        self.mean, self.std = _finite_array("mean", mean), _positive_array("std", std)
         self.shape = np.broadcast_shapes(self.mean.shape, self.std.shape)
 
     def __repr__(self) -> str:
         return f"Gaussian(shape={self.shape})"
 
-    def _checked(self, x: Any) -> Any:
+    def _checked(self, x: A) -> _Library[A]:
         return super()._checked(x) if self.shape else _library(x)
 
     def draw(self, n: int, seed: int) -> Array:
         return self.mean + self.std * np.random.default_rng(seed).standard_normal((n, *self.shape))
 
-    def _posterior(self, lib: Any, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def _posterior(self, lib: _Library[A], x: A, alpha: A, sigma: A) -> tuple[A, A]:
         mean, variance = lib.array(self.mean), lib.array(self.std**2)
         whitened = (x - alpha * mean) / (alpha**2 * variance + sigma**2)
         return mean + alpha * variance * whitened, sigma * whitened
 
-    def solve(self, x: Any, grid: Grid, rtol: float = 1e-10) -> Any:
+    def solve(self, x: A, grid: Grid, rtol: float = 1e-10) -> A:
         self._checked(x)
         first, last = grid.points[0], grid.points[-1]
         growth = np.hypot(last.alpha * self.std, last.sigma) / np.hypot(first.alpha * self.std, first.sigma)
-        start = _to_numpy(x).astype(np.float64)
-        return _as_float64_like(x, last.alpha * self.mean + (start - first.alpha * self.mean) * growth)
+        start = _float64(x)
+        return _float64_like(x, last.alpha * self.mean + (start - first.alpha * self.mean) * growth)
 
 
 class Mixture(Problem):
@@ -240,23 +249,21 @@ class Mixture(Problem):
     log weights_k - D/2 log v_k - |x - alpha means_k|^2 / (2 v_k),
     E[x0 | x] = sum_k r_k (means_k + alpha stds_k^2 / v_k (x - alpha means_k)).
 
-    Args:
-        means: (K, *shape).
-        stds: (K,) or a number, > 0.
-        weights: (K,), > 0, any scale; equal if None.
+    means    (K, *shape)
+    stds     (K,) or a number, > 0
+    weights  (K,), > 0, of any scale; equal if None
 
-    Raises:
-        ValueError: shapes that do not agree, NaN, inf, or a std or weight that is not positive.
+    Raises ValueError for shapes that do not agree, NaN, inf, or a std or weight that is not positive.
     """
 
     def __init__(self, means: ArrayLike, stds: ArrayLike, weights: ArrayLike | None = None) -> None:
-        centres = _finite("means", means)
+        centres = _finite_array("means", means)
         if centres.ndim < 2 or centres.size == 0:
             raise ValueError(f"means has shape {centres.shape}: it must be (K, *shape)")
         count = centres.shape[0]
         arrays = {
-            "stds": _positive("stds", stds),
-            "weights": _positive("weights", 1.0 if weights is None else weights),
+            "stds": _positive_array("stds", stds),
+            "weights": _positive_array("weights", 1.0 if weights is None else weights),
         }
         for name, array in arrays.items():
             if array.shape not in ((), (count,)):
@@ -271,7 +278,7 @@ class Mixture(Problem):
 
     @classmethod
     def ring(cls, modes: int = 8, radius: float = 0.7, std: float = 0.05) -> Mixture:
-        """``modes`` equal Gaussians on a circle: means_k = radius (cos, sin)(2 pi k / modes)."""
+        """Equal Gaussians on a circle: means_k = radius (cos, sin)(2 pi k / modes)."""
         angle = 2.0 * np.pi * np.arange(modes) / modes
         return cls(radius * np.stack([np.cos(angle), np.sin(angle)], axis=1), std)
 
@@ -284,12 +291,12 @@ class Mixture(Problem):
         noise = rng.standard_normal((n, self.means.shape[1]))
         return (self.means[k] + self.stds[k, None] * noise).reshape(n, *self.shape)
 
-    def _posterior(self, lib: Any, x: Any, alpha: Any, sigma: Any) -> tuple[Any, Any]:
+    def _posterior(self, lib: _Library[A], x: A, alpha: A, sigma: A) -> tuple[A, A]:
         shape = x.shape
         x, alpha, sigma = x.reshape(shape[0], -1), alpha.reshape(-1, 1), sigma.reshape(-1, 1)
         means, variance = lib.array(self.means), lib.array(self._variance)
         v = alpha**2 * variance + sigma**2
-        # |x - alpha m|^2 multiplied out: a matrix product instead of a (B, K, D) array of differences.
+        # |x - alpha m|^2 expanded: a matrix product instead of a (B, K, D) array of differences.
         square = (x * x).sum(-1)[:, None] - 2.0 * alpha * (x @ means.T) + alpha**2 * lib.array(self._square)
         log_volume = 0.5 * means.shape[1] * lib.log(v)
         r = lib.softmax(lib.array(self._log_weights) - log_volume - 0.5 * square / v)
@@ -299,15 +306,13 @@ class Mixture(Problem):
         mean = alpha * gain * x + sigma**2 * centre
         return mean.reshape(shape), (sigma * (inner * x - alpha * centre)).reshape(shape)
 
-    def solve(self, x: Any, grid: Grid, rtol: float = 1e-10) -> Any:
-        """See :meth:`Problem.solve`. DOP853 (SciPy) over all of x as one system.
+    def solve(self, x: A, grid: Grid, rtol: float = 1e-10) -> A:
+        """See `Problem.solve`. SciPy's DOP853 on all of x as one system.
 
-        It runs in the angle phi = atan(sigma / alpha), in which y = x / sqrt(alpha^2 + sigma^2) has
-        y' = cos(phi) E[eps | x] - sin(phi) E[x0 | x]: smooth at both ends, sigma = 0 and alpha = 0.
+        In the angle phi = atan(sigma / alpha), y = x / sqrt(alpha^2 + sigma^2) has
+        y' = cos(phi) E[eps | x] - sin(phi) E[x0 | x], which is smooth at both ends, sigma = 0 and alpha = 0.
 
-        Raises:
-            ImportError: SciPy is missing.
-            RuntimeError: the ODE solver gave up.
+        Raises ImportError if SciPy is missing, RuntimeError if the ODE solver fails.
         """
         self._checked(x)
         try:
@@ -315,7 +320,7 @@ class Mixture(Problem):
         except ImportError as error:
             raise ImportError("the reference solution needs SciPy: pip install 'fewstep[cli]'") from error
         first, last = grid.points[0], grid.points[-1]
-        start = _to_numpy(x).astype(np.float64)
+        start = _float64(x)
         lib = _NumPy(start)
 
         def slope(phi: float, flat: Array) -> Array:
@@ -327,53 +332,44 @@ class Mixture(Problem):
         flat = start.ravel() / np.hypot(first.alpha, first.sigma)
         result = solve_ivp(slope, ends, flat, method="DOP853", rtol=rtol, atol=rtol, t_eval=ends[1:])
         if not result.success:
-            raise RuntimeError(f"the reference ODE solver gave up: {result.message}")
+            raise RuntimeError(f"the reference ODE solver failed: {result.message}")
         end = result.y[:, -1].reshape(start.shape) * np.hypot(last.alpha, last.sigma)
-        return _as_float64_like(x, end)
+        return _float64_like(x, end)
 
 
 class Digits(Mixture):
     """scikit-learn's 1797 handwritten digits, pixels x/8 - 1, each blurred to an isotropic Gaussian.
 
-    A sample has shape (1, 8, 8) and its mean lies in [-1, 1].
+    A sample has shape (1, 8, 8), the means lie in [-1, 1].
 
-    Args:
-        blur: standard deviation of each Gaussian, > 0.
+    blur  standard deviation of each Gaussian, > 0
 
-    Raises:
-        ImportError: scikit-learn is missing.
-        ValueError: blur is not positive.
+    Raises ImportError if scikit-learn is missing, ValueError if blur is not positive.
     """
 
     def __init__(self, blur: float = 0.15) -> None:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise ImportError("the digits need scikit-learn: pip install 'fewstep[cli]'") from error
-        super().__init__(load_digits().images[:, None] / 8.0 - 1.0, blur)
+        super().__init__(load_digits()[0], blur)
 
 
-def energy_distance(a: ArrayLike, b: ArrayLike, *, unbiased: bool = True, chunk: int = 512) -> float:
+def energy_distance(a: Numbers, b: Numbers, *, unbiased: bool = True, chunk: int = 512) -> float:
     """Energy distance 2 E|X - Y| - E|X - X'| - E|Y - Y'| (Szekely & Rizzo, 2013) of two sets of samples.
 
-    Unbiased, it is 0 in expectation, and so negative half of the time, for samples of one distribution. Biased, it
-    is the squared distance of the two empirical distributions: never negative, about E|X - X'| (1/n + 1/m) for
-    samples of one distribution, and so to be read beside that of other sets as large.
+    For samples of one distribution the unbiased estimate is 0 in expectation, and so negative half of the time. The
+    biased one is the squared distance of the two empirical distributions: never negative, and about
+    E|X - X'| (1/n + 1/m) for samples of one distribution, so compare it only between sets of the same size.
 
-    Args:
-        a, b: (n, ...) and (m, ...) samples, n, m >= 2, of one shape; NumPy arrays or CPU tensors.
-        unbiased: leave each sample's distance 0 to itself out of the means (the U-statistic).
-        chunk: rows of the distance matrix held at a time: memory is chunk * max(n, m) float64.
+    a, b      (n, ...) and (m, ...) samples, n, m >= 2, of one shape; NumPy arrays or CPU tensors
+    unbiased  leave the distance of each sample to itself out of the means (the U-statistic)
+    chunk     rows of the distance matrix held at a time: memory is chunk * max(n, m) float64
 
-    Raises:
-        ValueError: fewer than two samples, or shapes that do not agree.
+    Raises ValueError for fewer than two samples, or shapes that do not agree.
     """
-    first, second = (np.asarray(_to_numpy(v), dtype=np.float64) for v in (a, b))
+    first, second = _float64(a), _float64(b)
     if first.ndim < 1 or second.ndim < 1 or first.shape[1:] != second.shape[1:]:
         raise ValueError(f"a has shape {first.shape}, b {second.shape}: they must be (n, ...) and (m, ...)")
     n, m = len(first), len(second)
     if n < 1 + unbiased or m < 1 + unbiased:
-        raise ValueError(f"a has {n} samples, b {m}: it takes at least {1 + unbiased} of each")
+        raise ValueError(f"a has {n} samples, b {m}: each must have at least {1 + unbiased}")
     x, y = first.reshape(n, -1), second.reshape(m, -1)
     cross = _distances(x, y, chunk) / (n * m)
     own = (_distances(v, v, chunk) / (len(v) * (len(v) - unbiased)) for v in (x, y))
@@ -381,8 +377,8 @@ def energy_distance(a: ArrayLike, b: ArrayLike, *, unbiased: bool = True, chunk:
 
 
 def _distances(x: Array, y: Array, chunk: int) -> float:
-    """The sum of |x_i - y_j| over all pairs, without (n, m, D) differences."""
-    # About a common centre, so that multiplying the square out cancels as little as possible.
+    """Sum of |x_i - y_j| over all pairs, without an (n, m, D) array of differences."""
+    # Centred, so that the expanded square loses as few digits as possible to cancellation.
     centre = x.mean(axis=0)
     x, y = x - centre, y - centre
     squares = (y * y).sum(-1)

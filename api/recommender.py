@@ -1,7 +1,7 @@
-"""Which sampler for how many network evaluations: measured on a denoiser, or the field's practical guide as a table.
+"""Recommend a sampler for a budget of network evaluations, from a practical guide or measured on a denoiser.
 
-The guide knows budgets and model classes, not your network; with `denoiser=` every deterministic (solver, spacing)
-is tried on it (`solvers.hand_made`).
+The guide is a table of budgets and model classes; it knows nothing of the network. With `denoiser=` every deterministic
+(solver, spacing) is tried on it (`solvers.tune.candidates`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +18,13 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import EDM, VE, VP, Flow
-from fewstep.solvers.tune.candidates import Ranked
-from fewstep.solvers.tune.candidates import fit_steps as fit_steps
+from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Process
+from fewstep.solvers.tune.candidates import Ranked, fit_steps
 
-KNOWN = ("process", "guidance", "guidance_distilled", "distilled")
+if TYPE_CHECKING:
+    import torch
+
+    from fewstep.bindings.denoiser import Cond, Denoiser
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,12 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """One line of a measured ranking. rmse: to the denoiser's own ODE end points, over samples and elements."""
+class RankedPlan:
+    """One line of a measured ranking.
+
+    rmse    error to the denoiser's own ODE end points, over samples and elements
+    median  of the samples' errors
+    """
 
     solver: str
     spacing: str
@@ -50,18 +57,21 @@ class Standing:
 
 @dataclass(frozen=True)
 class Measured(Recommendation):
-    """A recommendation that was measured. It ranks the error of the ODE's solution, not the quality of images.
+    """A measured recommendation. It ranks the error of the ODE's solution, not the quality of images.
 
-    plan         the plan itself
-    ranking      the best plans, best first; each solver's best is among them
-    confidence   over resampled seeds, how often no plan of the ranking is more than 5% better than this one
-    tuning_gain  this plan's validation RMSE over that of a short fit (`fewstep.tune` does more); None without SciPy
-    seeds, seconds, calls  what it took: latents, wall clock, calls of the denoiser counted by sample
+    plan             the plan itself
+    spacing_options  of its grid
+    ranking          the best plans, best first; each solver's best is among them
+    confidence       fraction of resampled seeds in which no plan of the ranking is more than 5% better than this one
+    tuning_gain      this plan's validation RMSE over that of a short fit (`fewstep.tune` does more); None without SciPy
+    seeds            latents that were ranked on
+    seconds          wall clock
+    calls            denoiser calls, counted per sample
     """
 
     plan: Plan | None = None
     spacing_options: Mapping[str, Any] = field(default_factory=dict)
-    ranking: tuple[Standing, ...] = ()
+    ranking: tuple[RankedPlan, ...] = ()
     confidence: float = 0.0
     tuning_gain: float | None = None
     seeds: int = 0
@@ -71,14 +81,14 @@ class Measured(Recommendation):
 
 @dataclass(frozen=True)
 class Choice:
-    """One line of the guide: up to `calls` denoiser calls, `solver` with `options`, on flow models `flow` instead."""
+    """One line of the guide: for up to `calls` denoiser calls, `solver` with `options`, or `flow` for flow models."""
 
     calls: int
     solver: str
     options: Mapping[str, Any]
     flow: str
     why: str
-    used: int = 10**9  # more calls than these buy nothing
+    used: int = 10**9  # calls beyond these gain nothing
 
 
 CHURN = {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0}
@@ -89,7 +99,7 @@ GUIDE = (
         "unipc",
         {},
         "unipc",
-        "So few calls need a distilled model (consistency, LCM, ADD or DMD2); on an undistilled one this is the least "
+        "So few calls need a distilled model (consistency, LCM, ADD or DMD2). On an undistilled one this is the least "
         "bad solver, and its samples will be rough.",
     ),
     Choice(
@@ -97,7 +107,7 @@ GUIDE = (
         "unipc",
         {},
         "unipc",
-        "UniPC corrects each step with the call it makes anyway, which pays most at 5 to 10.",
+        "UniPC corrects each step with the call that the next step makes anyway, which helps most at 5 to 10.",
     ),
     Choice(15, "dpmpp_2m", {}, "dpmpp_2m", "DPM-Solver++ 2M is the field's default from 10 to 25 calls."),
     Choice(30, "dpmpp_2m", {}, "dpmpp_2m", "DPM-Solver++ 2M; beyond about 25 calls most models gain little."),
@@ -106,28 +116,28 @@ GUIDE = (
         "edm",
         CHURN,
         "heun",
-        "EDM's Heun with a little churn: noise added and removed again corrects the network's own errors.",
+        "EDM's Heun with a little churn: adding noise and removing it corrects the network's own errors.",
     ),
     Choice(
         10**9,
         "edm",
         CHURN,
         "heun",
-        "Past 50 calls samples stop improving: this spends 50 and leaves the rest for a larger batch.",
+        "Beyond 50 calls samples stop improving: this makes 50 and leaves the rest for a larger batch.",
         used=50,
     ),
 )
 
-# Distilled models: solver, spacing in a VP process, most useful steps, why.
+# Distilled models: solver, spacing in a VP process, steps beyond which nothing is gained, reason.
 DISTILLED = {
     "consistency": (
         "consistency",
         "karras",
         4,
-        "A consistency model predicts x0 at any level; each further step refines.",
+        "A consistency model predicts x0 at any noise level; each further step refines it.",
     ),
-    "lcm": ("lcm", "lcm", 4, "LCMs are trained to predict x0 and be noised again; four steps suffice."),
-    "tcd": ("tcd", "lcm", 8, "TCD noises again only in part, so that its students gain from up to eight steps."),
+    "lcm": ("lcm", "lcm", 4, "LCMs are trained to predict x0 and renoise it; four steps suffice."),
+    "tcd": ("tcd", "lcm", 8, "TCD renoises only in part, so that its students gain from up to eight steps."),
     "add": ("lcm", "trailing", 4, "ADD students predict x0 in one step; up to four refine it."),
     "dmd2": (
         "lcm",
@@ -139,70 +149,74 @@ DISTILLED = {
         "ddim",
         "trailing",
         8,
-        "Progressive students take the DDIM steps that they were trained for, a power of two of them.",
+        "Progressive students take the DDIM steps that they were trained for, a power of two.",
     ),
     "rectified": (
         "euler",
         "trailing",
         4,
-        "Reflowed students run on nearly straight lines: one Euler step, or a few.",
+        "Reflow makes the trajectories nearly straight: one Euler step, or a few.",
     ),
 }
 
 SPACINGS = {"vp": "quadratic", "ve": "karras", "edm": "karras", "flow": "linspace"}
 _FAMILIES = {VP: "vp", EDM: "edm", VE: "ve", Flow: "flow"}
-_EXAMPLES: dict[str, Callable[[], Any]] = {"vp": VP.linear, "ve": lambda: VE(0.01, 50.0), "edm": EDM, "flow": Flow}
+_EXAMPLES: dict[str, Callable[[], Process]] = {"vp": VP.linear, "ve": lambda: VE(0.01, 50.0), "edm": EDM, "flow": Flow}
 
 
 def recommend(
     nfe: int,
     *,
-    denoiser: Any = None,
+    denoiser: Denoiser | None = None,
     shape: Sequence[int] | None = None,
-    cond: Any = None,
+    cond: Cond | Sequence[Cond] | None = None,
     seeds: int = 32,
-    device: Any = None,
-    cache: Any = "auto",
-    **known: Any,
+    device: str | torch.device | None = None,
+    cache: str | Path | None = "auto",
+    process: str | Process | None = None,
+    guidance: float | None = None,
+    guidance_distilled: bool = False,
+    distilled: str | None = None,
 ) -> Recommendation:
-    """The best sampler for a budget of network evaluations: measured on a denoiser, else the practical guide's.
+    """The best sampler for a budget of network evaluations: measured on a denoiser, or from the practical guide.
 
         r = fewstep.recommend(12, denoiser=denoiser, shape=(1, 8, 8), cond={"label": torch.arange(10)})
         images = fewstep.Sampler(denoiser, r.plan, (16, 1, 8, 8))(seed=0, cond=...)
 
-    nfe       evaluations of the network for one sample, >= 1
-    denoiser  a `fewstep.Denoiser`: rank every deterministic (solver, options, spacing) by its error against this
-              denoiser's own ODE solution, and return a `Measured`
+    nfe       network evaluations per sample, >= 1
+    denoiser  a `fewstep.Denoiser`: rank every deterministic (solver, options, spacing) by its error to this denoiser's
+              own ODE solution, and return a `Measured`
     shape, cond, device, cache  as for `fewstep.tune`
     seeds     latents to rank on, >= 12
 
-    Without a denoiser, what the guide may know:
+    Only without a denoiser:
 
     process             the model's process, or its family: "vp" (default), "ve", "edm", "flow"
-    guidance            the CFG scale, or None: guidance makes two evaluations in each call
-    guidance_distilled  True if the model takes the scale as an input, so that one evaluation is enough
+    guidance            the CFG scale, or None; under guidance each call makes two evaluations
+    guidance_distilled  True if the model takes the scale as an input, so that a call is one evaluation
     distilled           None, "consistency", "lcm", "tcd", "add", "dmd2", "progressive" or "rectified"
 
-    Raises ValueError for a budget below 1 or an unknown value, TypeError for an unknown keyword.
+    Raises ValueError for a budget below 1 or an unknown value, TypeError for arguments that do not go together.
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise ValueError(f"nfe must be an integer >= 1 (network evaluations for a sample), got {nfe!r}")
+        raise ValueError(f"nfe must be an integer >= 1 (network evaluations per sample), got {nfe!r}")
     if denoiser is not None:
-        return _measure(nfe, denoiser, shape, cond, seeds, device, cache, known)
+        facts = {"process": process, "guidance": guidance, "distilled": distilled}
+        given = [name for name, value in facts.items() if value is not None]
+        given += ["guidance_distilled"] if guidance_distilled else []
+        if given:
+            raise TypeError(f"{', '.join(given)}: a denoiser has its own process and guidance")
+        return _measure(nfe, denoiser, shape, cond, seeds, device, cache)
     if shape is not None or cond is not None:
         raise TypeError("shape and cond belong to a measurement: give denoiser= too")
-    for name in known:
-        if name not in KNOWN:
-            raise TypeError(f"recommend has no argument {name!r}; it takes nfe, {', '.join(KNOWN)}")
-    family, process = _process(known.get("process", "vp"))
-    guided = known.get("guidance") not in (None, 1, 1.0) and not known.get("guidance_distilled", False)
+    family, example = _family("vp" if process is None else process)
+    guided = guidance not in (None, 1, 1.0) and not guidance_distilled
     calls = nfe // 2 if guided else nfe
     if calls < 1:
         raise ValueError(
-            "nfe=1 leaves no call under guidance, which makes two evaluations: use nfe >= 2, or guidance_distilled=True"
+            "nfe=1 leaves no call: under guidance each makes two evaluations; use nfe >= 2, or guidance_distilled=True"
         )
-    budget = f"{nfe} evaluations are {calls} calls under guidance, which makes two in each. " if guided else ""
-    distilled = known.get("distilled")
+    budget = f"{nfe} evaluations are {calls} calls, because under guidance each makes two. " if guided else ""
     if distilled is not None:
         if distilled not in DISTILLED:
             raise ValueError(unknown("distilled model class", distilled, tuple(DISTILLED)))
@@ -211,41 +225,36 @@ def recommend(
     choice = next(line for line in GUIDE if calls <= line.calls)
     solver, options = (choice.flow, {}) if family == "flow" else (choice.solver, choice.options)
     spacing = SPACINGS[family]
-    steps = fit_steps(solver, process, spacing, min(calls, choice.used), options)
-    made = make_plan(solver, make_grid(process, steps, spacing), **options).nfe
+    steps = fit_steps(solver, example, spacing, min(calls, choice.used), options)
+    made = make_plan(solver, make_grid(example, steps, spacing), **options).nfe
     more = f"{steps} steps make {made} calls. " if made != steps else ""
-    own = " A flow model is laid out on its own grid, with its shift." if family == "flow" else ""
+    own = " A flow model uses its own grid, with its shift." if family == "flow" else ""
     return Recommendation(solver, spacing, steps, budget + more + choice.why + own, dict(options))
 
 
 def _measure(
     nfe: int,
-    denoiser: Any,
+    denoiser: Denoiser,
     shape: Sequence[int] | None,
-    cond: Any,
+    cond: Cond | Sequence[Cond] | None,
     seeds: int,
-    device: Any,
-    cache: Any,
-    known: Mapping[str, Any],
+    device: str | torch.device | None,
+    cache: str | Path | None,
 ) -> Measured:
     from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.tuning import fit_plan, starts_of, statistics, study
 
     begin = time.perf_counter()
-    if known:
-        raise TypeError(
-            f"{', '.join(known)}: a denoiser has its own process and guidance, so that nothing else is asked"
-        )
     check_denoiser(denoiser)
     if shape is None:
-        raise TypeError("shape is missing: that of one sample, without the batch axis")
+        raise TypeError("shape is missing: the shape of one sample, without the batch axis")
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
     branches = max(sum(w != 0.0 for w in denoiser.weights(progress)) for progress in (0.0, 0.5))
     calls = nfe // branches
     if calls < 1:
         raise ValueError(
-            f"nfe={nfe} leaves no call: guidance makes {branches} evaluations in each, use nfe >= {branches}"
+            f"nfe={nfe} leaves no call: under guidance each makes {branches} evaluations; use nfe >= {branches}"
         )
     made = study(
         denoiser,
@@ -270,14 +279,14 @@ def _measure(
         pass
     confidence = _confidence(made.ranked)
     seconds = time.perf_counter() - begin
-    worth = "" if gain is None else f" A short fit makes its error {gain:.1f} times smaller: see fewstep.tune."
+    worth = "" if gain is None else f" A short fit makes the error {gain:.1f} times smaller: see fewstep.tune."
     why = (
         f"Measured on {seeds} latents: RMSE {made.ranked[0].rmse:.4g} to this denoiser's own ODE end points in {calls} "
         f"calls, the best of {made.tried} plans; in {confidence:.0%} of resamplings of the latents none is more than "
         f"5% better. This ranks the error of the ODE, not the quality of images.{worth}"
     )
     ranking = tuple(
-        Standing(
+        RankedPlan(
             c.solver, c.spacing, c.plan.grid.steps, c.options, c.spacing_options, r.rmse, statistics(r.errors)["median"]
         )
         for r in made.ranked
@@ -301,14 +310,15 @@ def _measure(
 
 
 def _confidence(ranked: Sequence[Ranked], resamples: int = 1000) -> float:
-    """The share of bootstrap resamples of the seeds in which no plan's RMSE is below the first's over 1.05."""
+    """Fraction of bootstrap resamples of the seeds in which no plan's RMSE is below the first's over 1.05."""
     squares = np.stack([r.errors for r in ranked if np.all(np.isfinite(r.errors))])
     chosen = np.random.default_rng(0).integers(squares.shape[1], size=(resamples, squares.shape[1]))
     means = squares[:, chosen].mean(axis=2)
     return float(np.mean(means[0] <= 1.05**2 * means.min(axis=0)))
 
 
-def _process(process: Any) -> tuple[str, Any]:
+def _family(process: str | Process) -> tuple[str, Process]:
+    """The family's name, and the process or an example of the family."""
     if isinstance(process, str):
         if process not in SPACINGS:
             raise ValueError(unknown("process", process, tuple(SPACINGS)))

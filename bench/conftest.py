@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import readme
 
-from fewstep.output import write_whole
-from fewstep.timing import machine, torch_threads, versions
+from fewstep.cli.timing import machine, torch_threads, versions
+from fewstep.solvers.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 

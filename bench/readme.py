@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from fewstep.output import write_whole
+from fewstep.solvers.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

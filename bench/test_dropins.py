@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 
-from fewstep.microbench import SCHEDULE, close
-from fewstep.timing import Side, clock, interleaved
+from fewstep.cli.microbench import SCHEDULE, close
+from fewstep.cli.timing import Side, clock, interleaved
 
 REPEATS, STEPS = 60, 20
 

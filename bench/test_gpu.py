@@ -24,8 +24,8 @@ torch = pytest.importorskip("torch")
 from readme import RESULTS, kernels_sha256  # noqa: E402
 
 import fewstep as fs  # noqa: E402
-from fewstep.output import write_whole  # noqa: E402
-from fewstep.timing import has, machine, versions  # noqa: E402
+from fewstep.cli.timing import has, machine, versions  # noqa: E402
+from fewstep.solvers.files import write_whole  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from fewstep.cli.microbench import Case
+from fewstep.cli.timing import Side, clock, copy_side, cores, interleaved
 from fewstep.kernels import layout, naive, numba_step, philox
 from fewstep.kernels.numba_noise import normal_batch
-from fewstep.microbench import Case
-from fewstep.timing import Side, clock, copy_side, cores, interleaved
 
 REPEATS = 60
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep.timing import Side, clock, interleaved
+from fewstep.cli.timing import Side, clock, interleaved
 
 torch = pytest.importorskip("torch")
 

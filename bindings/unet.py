@@ -1,7 +1,7 @@
 """A small class-conditional U-Net for 8x8 grey images, shipped with trained weights.
 
-It predicts v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, appendix D) under the VP process with linear
-betas, at any t in 0 .. 999, fractions included. `fewstep.train_digits` trains it.
+It predicts v = alpha eps - sigma x0 (Salimans & Ho, arXiv 2202.00512, appendix D) of the VP process with
+linear betas, at any t in 0 .. 999, fractions included. `make weights` trains it.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def load_unet(path: str | Path) -> UNet:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}; `make weights` (python -m fewstep.train_digits) makes the digits weights"
-        )
+        raise FileNotFoundError(f"no weights at {path}; `make weights` in a checkout trains those of the digits")
     try:
         with safe_open(path, framework="pt") as file:
             found: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep import microbench
-from fewstep.microbench import Case, GateError, cases, close, measure, parse_shape
+from fewstep.cli import microbench
+from fewstep.cli.microbench import Case, GateError, cases, close, measure, parse_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
 
@@ -39,7 +39,7 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
     assert measure(Case("dpmpp_2m", SMALL), 1)["failed"] is None
     monkeypatch.setattr(numba_step, "Launch", wrong)
     record = measure(Case("dpmpp_2m", SMALL), 1)
-    assert "and the naive backend end" in record["failed"]
+    assert "and the naive backend differ" in record["failed"]
     assert [record[name] for name in microbench.MEASURED] == [None] * len(microbench.MEASURED)
 
 
@@ -47,12 +47,12 @@ def test_another_sampler_is_no_peer(monkeypatch):
     """The gate to diffusers is on the end point: DDIM's scheduler beside DPM-Solver++ 2M is found out."""
     pytest.importorskip("diffusers")
     monkeypatch.setitem(microbench.PEERS, "dpmpp_2m", microbench.PEERS["ddim"])
-    with pytest.raises(GateError, match="and diffusers end"):
+    with pytest.raises(GateError, match="and diffusers differ"):
         Case("dpmpp_2m", SMALL).gate_peer()
 
 
 def test_close_lets_no_nan_through():
-    with pytest.raises(GateError, match="a end nan"):
+    with pytest.raises(GateError, match="a differ by nan"):
         close("a", np.array([np.nan, 1.0]), np.array([1.0, 1.0]), 1e-3)
     close("a", np.array([1.0, 2.0]), np.array([1.0, 2.001]), 1e-3)
 

@@ -13,7 +13,7 @@ import pytest
 from test_solvers import moments
 
 import fewstep as fs
-from fewstep.compare import real_to_real
+from fewstep.cli.comparison import real_to_real
 from fewstep.problems import energy_distance
 
 pytest.importorskip("torch")

@@ -146,7 +146,7 @@ def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
     ("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder"), ("dir.png", "is a folder")]
 )
 def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypatch, name, text):
-    monkeypatch.setattr("fewstep.commands.load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("fewstep.cli.sample.load_model", lambda name: pytest.fail("the model was loaded"))
     (tmp_path / "dir.png").mkdir()
     code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
     assert code == 1
@@ -161,7 +161,7 @@ def test_usage_errors_exit_2(cli):
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, failure):
-    from fewstep.output import write_whole
+    from fewstep.solvers.files import write_whole
 
     path = tmp_path / "x.npz"
     path.write_bytes(b"old")
@@ -191,7 +191,7 @@ def test_ctrl_c_while_sampling_exits_130_and_writes_nothing(cli, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def comparison():
-    from fewstep.compare import compare
+    from fewstep.cli.comparison import compare
     from fewstep.models import load_model
 
     model = load_model("gaussian")
@@ -269,7 +269,7 @@ def test_compare_refuses_bad_arguments(cli, words, text):
 
 
 def test_the_floor_is_what_chance_makes_of_real_data():
-    from fewstep.compare import real_to_real
+    from fewstep.cli.comparison import real_to_real
 
     rng = np.random.default_rng(0)
     data = rng.standard_normal((600, 2)) + 5.0 * (np.arange(600) % 2)[:, None]
@@ -286,7 +286,7 @@ def test_a_step_costs_the_same_whatever_the_network():
     """The step cost leaves the network out, and counts steps: Heun's are two calls."""
     import time
 
-    from fewstep.compare import step_cost
+    from fewstep.cli.comparison import step_cost
 
     def slow(x, t):
         time.sleep(0.05)
@@ -322,7 +322,7 @@ def test_compare_all_runs_every_solver_that_starts_from_noise(cli, tmp_path):
     exact = [errors[n, 5] for n in names if errors[n, 5] is not None]
     assert exact == sorted(exact)  # best first
     assert all(errors[n, 5] is None for n in names[len(exact) :])
-    assert "As many real samples" in second
+    assert "Equally many real samples" in second
 
 
 def test_a_cell_tells_how_many_calls_were_made(cli):
@@ -400,7 +400,7 @@ def test_bench_hands_its_options_on(cli, monkeypatch):
         seen.update(options)
         return 0
 
-    monkeypatch.setattr("fewstep.microbench.run", run)
+    monkeypatch.setattr("fewstep.cli.microbench.run", run)
     assert cli("bench", "--shapes", "1x4x8x8,2x3", "--repeats", 7, "--json")[0] == 0
     assert seen["shapes"] == ["1x4x8x8", "2x3"]
     assert seen["repeats"] == 7

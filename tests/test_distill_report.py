@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fewstep.distill_report import Run, collect, page, plan, write
+from reports.distill_report import PlannedRun, collect, page, planned_runs, write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,18 +21,21 @@ def ring_result(swd: float, met: bool) -> dict[str, Any]:
 
 
 def test_the_page_says_which_seeds_missed() -> None:
-    runs = [Run("ring", "improved_consistency", seed) for seed in (0, 1, 2)]
+    runs = [PlannedRun("ring", "improved_consistency", seed) for seed in (0, 1, 2)]
     text = page(
         dict(zip(runs, [ring_result(0.05, True), ring_result(0.09, False), ring_result(0.06, True)], strict=True))
     )
     assert "| SWD, 1 call | 0.06 (0.05 to 0.09) | <= 0.08 | **missed** (seed 1) |" in text
     assert "| 1 | 0.06 (0.05 to 0.09) | 0.1 (0.1 to 0.1) |" in text
     assert "5 steps of 8, seeds 0, 1, 2." in text
-    assert "3 runs, 3 minutes of training and judging" in text
+    assert "3 runs, 3 minutes of training and evaluation" in text
 
 
 def test_critics_are_compared_seed_by_seed() -> None:
-    five, one = Run("ring", "distribution_matching", 0), Run("ring", "distribution_matching", 0, (("critic_steps", 1),))
+    five, one = (
+        PlannedRun("ring", "distribution_matching", 0),
+        PlannedRun("ring", "distribution_matching", 0, (("critic_steps", 1),)),
+    )
     text = page({five: ring_result(0.05, True), one: ring_result(0.2, True)})
     assert "| 0 | 0.05 | 0.2 | 0.25 | <= 0.6 | met |" in text
     text = page({five: ring_result(0.05, True), one: ring_result(0.06, True)})
@@ -40,7 +43,7 @@ def test_critics_are_compared_seed_by_seed() -> None:
 
 
 def test_variants_are_compared_at_their_most_calls() -> None:
-    plain, four, gan = (Run("ring", "distribution_matching", 1, o) for o in ((), (("calls", 4),), (("gan", 1),)))
+    plain, four, gan = (PlannedRun("ring", "distribution_matching", 1, o) for o in ((), (("calls", 4),), (("gan", 1),)))
     many = ring_result(0.3, True)
     many["rows"].append({**many["rows"][0], "nfe": 4, "swd": 0.06})
     text = page({plain: ring_result(0.05, True), four: many, gan: ring_result(0.04, True)})
@@ -49,7 +52,7 @@ def test_variants_are_compared_at_their_most_calls() -> None:
 
 
 def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> None:
-    runs = plan(range(2))
+    runs = planned_runs(range(2))
     assert len({run.name for run in runs}) == len(runs) == 26
     run = next(r for r in runs if r.problem == "digits")
     keys = ("energy_distance", "accuracy", "feature_distance", "taught_accuracy")

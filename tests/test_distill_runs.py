@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep import distill_digits
-from fewstep.commands import app
-from fewstep.distill_evaluate import evaluate, ring_data
-from fewstep.distill_evaluate import run as sample
-from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
-from fewstep.distill_ring import RING
-from fewstep.distill_runs import PROBLEMS, make_recipe
-from fewstep.distill_training import CHECKPOINT, LOG, Settings, load, save, train
+from fewstep.cli.commands import app
+from fewstep.distill_runs import digits as distill_digits
+from fewstep.distill_runs.evaluate import evaluate, ring_data
+from fewstep.distill_runs.evaluate import sample_ring as sample
+from fewstep.distill_runs.methods import PROBLEMS, make_recipe
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.ring import RING
+from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, load, save, train
 from fewstep.problems import Mixture
 
 # torch's own set-up, at the first forward-mode derivative.
@@ -42,7 +42,7 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 # --- the methods ---
 
 
-@pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].runs if m != "guided"])
+@pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].methods if m != "guided"])
 def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
     """One-call samples of a short run against those of the network it began with. Losses would say less: they rise
     with a curriculum, restart with a phase, or are a game."""
@@ -138,7 +138,7 @@ def assert_same(a: Any, b: Any) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("method", PROBLEMS["ring"].runs)
+@pytest.mark.parametrize("method", PROBLEMS["ring"].methods)
 @pytest.mark.parametrize("cut", [7, 20])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int, tmp_path: Path) -> None:
     """Cut inside and at the edge of phases."""
@@ -197,11 +197,11 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_settings_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="steps = 0"):
-        Settings("consistency", "ring", 0)
+        RunSettings("consistency", "ring", 0)
     with pytest.raises(ValueError, match="batch = 10 does not divide into 3 parts"):
-        Settings("consistency", "ring", 5, batch=10, parts=3)
+        RunSettings("consistency", "ring", 5, batch=10, parts=3)
     with pytest.raises(ValueError, match=r"lr = -1\.0"):
-        Settings("consistency", "ring", 5, lr=-1.0)
+        RunSettings("consistency", "ring", 5, lr=-1.0)
     with pytest.raises(ValueError, match="did you mean 'consistency'"):
         make_recipe("consitency", "ring")
     with pytest.raises(ValueError, match="unknown problem"):
@@ -253,7 +253,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on with --resume" in errors
+    assert "continue with --resume" in errors
     recipe = make_recipe("consistency", "ring", 100000, 32)
     done = load(recipe, out / CHECKPOINT)
     assert done >= 20
@@ -267,7 +267,7 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     from safetensors.torch import load_file
 
     from fewstep.bindings.consistency import ConsistencyDenoiser
-    from fewstep.distill_networks import Points
+    from fewstep.distill_runs.networks import Points
 
     out = tmp_path / "student"
     app([*arguments(out, "--steps", "30", "--json")], standalone_mode=False)
@@ -278,7 +278,7 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
     assert not any(c["met"] for c in results["checks"])  # 30 steps are not enough: a check can fail
     assert (out / "samples_1.png").read_bytes().startswith(b"\x89PNG")
     # The file is a student: it gives the results' own distance again.
-    from fewstep.distill_ring import PROCESS, consistency_samplers
+    from fewstep.distill_runs.ring import PROCESS, consistency_samplers
 
     net = Points()
     net.load_state_dict(load_file(out / "student.safetensors"))

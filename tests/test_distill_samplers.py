@@ -12,7 +12,7 @@ import torch
 import fewstep as fs
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.export.sampler_module import SamplerModule
-from fewstep.distill_networks import Points
+from fewstep.distill_runs.networks import Points
 from fewstep.kernels import philox
 from fewstep.solvers.distill import consistency, continuous, distribution_matching
 from fewstep.solvers.distill.boundary import LatentBoundary

@@ -15,9 +15,9 @@ PER_CLASS = 4
 def digits():
     """(images (40, 1, 8, 8), labels, denoiser): four real digits of each class in turn."""
     from fewstep.bindings.unet import digits_model
-    from fewstep.models import real_digits
+    from fewstep.digits_data import load_digits
 
-    images, of = real_digits()
+    images, of = load_digits()
     chosen = np.concatenate([np.flatnonzero(of == c)[:PER_CLASS] for c in range(10)])
     denoiser = fs.Denoiser(digits_model(), fs.VP.linear(), "v")
     return torch.from_numpy(images[chosen]).float(), torch.from_numpy(of[chosen]), denoiser
@@ -58,9 +58,9 @@ def test_the_arc_between_two_latents_is_of_digits(digits):
     """Latents of two images of a class: every point of the arc is a digit of that class, its ends are the images."""
     from sklearn.svm import SVC
 
-    from fewstep.models import real_digits
+    from fewstep.digits_data import load_digits
 
-    images, of = real_digits()
+    images, of = load_digits()
     judge = SVC(gamma=0.02).fit(images.reshape(len(images), -1), of)
     latents = encode(digits, 80).reshape(10, PER_CLASS, 1, 8, 8)
     a, b, labels = latents[:, 0], latents[:, 1], torch.arange(10)

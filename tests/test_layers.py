@@ -32,11 +32,8 @@ ABOUT = {
     "kernels/torch_": {"torch"},
     "kernels/triton_": {"torch", "triton"},
     "solvers/distill/": {"torch", "safetensors"},
-    "api/distill": {"torch", "safetensors", "typer", "rich"},
-    "api/cli.py": {"typer", "rich", "click"},
-    "api/commands.py": {"typer", "rich", "click"},
-    "api/tune_command.py": {"typer", "rich", "click"},
-    "api/train_digits.py": {"torch", "safetensors", "sklearn", "tqdm"},
+    "api/distill_runs/": {"torch", "safetensors"},
+    "api/cli/": {"typer", "rich", "click"},
 }
 
 

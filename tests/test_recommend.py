@@ -5,7 +5,8 @@ import math
 import pytest
 
 import fewstep as fs
-from fewstep.recommender import DISTILLED, fit_steps
+from fewstep.recommender import DISTILLED
+from fewstep.solvers.tune.candidates import fit_steps
 
 PROCESSES = {
     "vp": fs.VP.linear(),
@@ -106,7 +107,7 @@ def test_guidance_is_explained_with_its_arithmetic():
         (ValueError, "nfe=1", 1, {"guidance": 2.0}),
         (ValueError, "did you mean 'flow'", 8, {"process": "flw"}),
         (ValueError, "dmd2", 8, {"distilled": "turbo"}),
-        (TypeError, "guidance_distilled", 8, {"guidanse": 2.0}),
+        (TypeError, "guidanse", 8, {"guidanse": 2.0}),
     ],
 )
 def test_bad_facts_are_named(error, text, nfe, known):

@@ -117,7 +117,7 @@ def test_without_a_denoiser_the_guide_stands():
 
 
 def run(*arguments):
-    from fewstep.commands import app
+    from fewstep.cli.commands import app
 
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 

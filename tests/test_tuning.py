@@ -540,7 +540,7 @@ def test_a_rule_must_end_clean():
 def test_the_report_in_its_short_version(tmp_path, capsys):
     pytest.importorskip("diffusers")
     pytest.importorskip("torch")
-    from fewstep import tune_report
+    from reports import tune_report
 
     arguments = ["--quick", "--only", "digits", "--out", str(tmp_path)]
     assert tune_report.main(arguments) == 0
@@ -564,7 +564,7 @@ def test_the_report_in_its_short_version(tmp_path, capsys):
 
 
 def test_the_report_names_what_it_misses():
-    from fewstep.tune_report import misses
+    from reports.tune_report import misses
 
     row = {
         "problem": "digits",

@@ -12,10 +12,10 @@ torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 neighbors = pytest.importorskip("sklearn.neighbors")
 
-from fewstep import train_digits  # noqa: E402
 from fewstep.bindings.unet import NO_CLASS, UNet, digits_model, load_unet  # noqa: E402
+from reports import train_digits  # noqa: E402
 
-WEIGHTS = Path(train_digits.__file__).parent / "weights"
+WEIGHTS = Path(train_digits.__file__).parent.parent / "api" / "weights"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -233,7 +233,7 @@ def test_a_few_steps_reduce_the_loss_and_leave_two_files(trained, held):
 
 
 def test_one_seed_gives_one_result(trained, tmp_path):
-    train_digits.train(train_digits.Settings(steps=12, seed=3, samples=0), tmp_path)
+    train_digits.train(train_digits.TrainingSettings(steps=12, seed=3, samples=0), tmp_path)
     nets = [load_unet(folder / "digits.safetensors").state_dict() for folder in (tmp_path, trained)]
     assert all(torch.equal(nets[0][name], nets[1][name]) for name in nets[0])
 
@@ -248,7 +248,7 @@ def test_an_interrupt_keeps_the_steps_done(tmp_path, monkeypatch):
         return noised(*args)
 
     monkeypatch.setattr(train_digits, "noised", interrupted)
-    log = train_digits.train(train_digits.Settings(steps=500), tmp_path)
+    log = train_digits.train(train_digits.TrainingSettings(steps=500), tmp_path)
     assert log["steps_done"] == 2
     assert "evaluation" not in log
     load_unet(tmp_path / "digits.safetensors")

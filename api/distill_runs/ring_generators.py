@@ -1,10 +1,9 @@
-"""The runs on the ring that train on what the student makes: rectified flow, distribution matching, adversarial."""
+"""The runs on the ring that train on generated samples: rectified flow, distribution matching, adversarial."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,28 +11,27 @@ from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_networks import Points
-from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers
-from fewstep.distill_ring_teachers import Consistency
-from fewstep.distill_training import Settings
+from fewstep.distill_runs.networks import Points
+from fewstep.distill_runs.phases import phase_at
+from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
+from fewstep.distill_runs.ring_teachers import Consistency
+from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
-from fewstep.solvers.distill.network import noised, points_of, predict, spread, told
-from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Array, Flow, Point
 
-LEVELS = (80.0, 5.0, 1.0, 0.3)
-"""Where a four-step student is called, the noisiest first."""
+LEVELS = (80.0, 5.0, 1.0, 0.3)  # noise levels of a four-step student
 
 
 class Rectified(RingRecipe):
-    """Rectified flow (a third of the steps), reflow on its own pairs (a third), distillation of those into one step."""
+    """Rectified flow, then reflow on its own pairs, then distillation into one step: a third of the steps each."""
 
     PAIRS, PAIR_STEPS = 16384, 50
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student")
         self.averaged()
@@ -48,14 +46,13 @@ class Rectified(RingRecipe):
 
     @cached_property
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """(x0, eps) of the first flow: made once, the same in every process and after every resumption."""
+        """(x0, eps) of the first flow, the same in every process and after every resumption."""
         eps = torch.randn((self.PAIRS, 2), generator=self.generator(0, 1))
         grid = make_grid(Flow(), self.PAIR_STEPS, "linspace")
         return rectified.couple(self.denoiser("flow"), eps, grid, "heun"), eps
 
     def step(self, k: int) -> dict[str, float]:
-        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
-        first, last = self.begins[phase : phase + 2]
+        phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
             self.modules[("flow", "reflow")[phase - 1]].load_state_dict(self.modules["average"].state_dict())
             self.modules["student"].load_state_dict(self.modules["average"].state_dict())
@@ -76,7 +73,7 @@ class Rectified(RingRecipe):
         self.follow(k - first)
         return {"loss": loss, "phase": float(phase + 1)}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return {1: (self.denoiser("average"), make_plan("euler", Grid.from_times(Flow(), [1.0, 0.0])))}
 
     @property
@@ -85,27 +82,31 @@ class Rectified(RingRecipe):
 
 
 class DistributionMatching(RingRecipe):
-    """DMD2: a generator, and a critic with five updates to each of the generator's.
+    """DMD2 (Yin et al. 2024): a generator, and a critic with five updates per generator update.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. Options: critic_steps; calls, 4 for
-    a student of four steps that trains on its own simulation (Yin et al. 2024, section 4.4); gan, 1 for a head on the
-    critic's last hidden layer that tells noised data from noised samples (section 4.3).
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the critic takes the
+    step that made a sample as an input, unlike in the paper: with one critic for the mixture of all steps, the steps
+    divided the modes among themselves and each lost some.
 
-    Beside four steps the critic is told which one made a sample, unlike in the paper: a critic of all steps' mixture
-    let the steps share the modes among them, so that each lost some.
+    Options:
+
+    critic_steps  critic updates per generator update
+    calls         1, or 4 for a student of four steps that trains on its own simulation (section 4.4)
+    gan           1 for a head on the critic's last hidden layer that separates noised data from noised samples
+                  (section 4.3)
     """
 
     OPTIONS = ("critic_steps", "calls", "gan")
-    # Weights of the head's loss in the critic's and of the generator's adversarial loss.
-    JUDGE, FOOL = 0.1, 0.1
+    # Weights of the adversarial loss in the critic's and in the generator's.
+    CRITIC_GAN, GENERATOR_GAN = 0.1, 0.1
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        options = {"critic_steps": 5, "calls": 1, "gan": 0, **(settings.options or {})}
-        self.critic_steps, self.gan = int(options["critic_steps"]), bool(options["gan"])
-        if options["calls"] not in (1, len(LEVELS)):
-            raise ValueError(f"calls = {options['calls']}: the student takes 1 or {len(LEVELS)}")
-        self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(options["calls"])], 0.0])
+        self.critic_steps, self.gan = int(self.option("critic_steps", 5)), bool(self.option("gan"))
+        calls = self.option("calls", 1)
+        if calls not in (1, len(LEVELS)):
+            raise ValueError(f"calls = {calls}: the student takes 1 or {len(LEVELS)}")
+        self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(calls)], 0.0])
         self.new_network("critic", strength=self.grid.steps > 1)
         self.new_network("student")
         self.simulate = distribution_matching.BackwardSimulation(self.denoiser("student"), self.grid)
@@ -123,12 +124,12 @@ class DistributionMatching(RingRecipe):
         return Denoiser(self.modules[name], PROCESS, "edm")
 
     def stops(self) -> np.ndarray:
-        """The student's step of each sample of the joint batch: a part of it for each, (B,)."""
+        """The student's step of each sample, (B,): the batch is divided evenly among the steps."""
         n = self.settings.batch
         return np.arange(n) * self.grid.steps // n
 
     def entry(self, g: torch.Generator, noise: Tensor) -> Tensor:
-        """Where the student is called: x of the joint batch, each sample at its own step of the student's sampling."""
+        """The student's input x of the batch, each sample at its own step of the student's sampling."""
         latent = PROCESS.sigma_max * noise
         if self.grid.steps == 1:
             return latent
@@ -136,13 +137,13 @@ class DistributionMatching(RingRecipe):
         return torch.cat([self.simulate(latent[stops == k], k, seed=seed + k) for k in range(self.grid.steps)])
 
     def of_step(self, part: slice) -> dict[str, Tensor]:
-        """What the critic is told beside the noise level: the step that made a sample, if there are several."""
+        """The critic's condition: the step that made a sample, if there are several."""
         if self.grid.steps == 1:
             return {}
         return {"w": torch.from_numpy(self.stops()[part]).float()}
 
     def begin(self) -> None:
-        """The student's start: the critic as it is at step 0, where its two inputs for the step are 0 and 1."""
+        """Start the student as the critic at step 0, where the critic's two inputs for the step are 0 and 1."""
         weights = dict(self.modules["critic"].state_dict())
         if self.grid.steps > 1:
             first = weights["hidden.0.weight"]
@@ -155,29 +156,32 @@ class DistributionMatching(RingRecipe):
         return predict(self.denoiser("student"), x[part], points_of(PROCESS, self.grid.t[self.stops()[part]]))
 
     def logits(self, x0: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
-        """What the head on the critic's bottleneck says of x0, noised: large for data."""
+        """The output of the head on the critic for x0, noised: large for data."""
         critic = self.modules["critic"]
         assert isinstance(critic, Points)
-        numbers = told(self.denoiser("critic"), at)
+        numbers = inputs_at(self.denoiser("critic"), at)
         x_in = noised(x0, noise, at) * spread(numbers.c_in, x0)
         t = torch.as_tensor(numbers.t, dtype=x0.dtype)
         logits: Tensor = self.modules["heads"](critic.features(x_in, t, **self.of_step(part))[-1:])
         return logits
 
     def levels(self, g: torch.Generator) -> Array:
-        """Noise levels of the joint batch, drawn as in the training of a denoiser (Karras et al. 2022, Table 1)."""
+        """Noise levels of the batch, drawn as for training a denoiser (Karras et al. 2022, Table 1)."""
         ln = torch.randn((self.settings.batch,), generator=g, dtype=torch.float64) * 1.2 - 1.2
         return np.asarray(ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy())
 
     def weights(self, part: slice) -> Array:
-        """1 / c_out^2 at the student's levels, 1 at the noisiest: a step's network moves its samples by c_out alone,
-        which is smaller near the data, and would learn the last step last."""
+        """1 / c_out^2 at the student's levels, scaled to 1 at the noisiest.
+
+        The network moves samples by c_out times its output. c_out is small near the data, so that without the weight
+        the last step would be learnt last.
+        """
         weight = losses.edm_weight(PROCESS.sigma_data)
         at, first = (points_of(PROCESS, self.grid.t[stops]) for stops in (self.stops()[part], [0]))
         return weight(at) / weight(first)
 
     def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
-        """One update of the critic on samples, and of its head where real data stand beside them."""
+        """Update the critic on samples, and its head if real data are given."""
         noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
         critic, weight = self.denoiser("critic"), losses.edm_weight(PROCESS.sigma_data)
 
@@ -186,8 +190,8 @@ class DistributionMatching(RingRecipe):
             loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p), weight=weight)
             if real is None:
                 return loss
-            said = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
-            return loss + self.JUDGE * distribution_matching.gan_critic_loss(*said)
+            logits = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
+            return loss + self.CRITIC_GAN * distribution_matching.gan_critic_loss(*logits)
 
         return self.descend("critic", lr, loss_of)
 
@@ -198,7 +202,7 @@ class DistributionMatching(RingRecipe):
             if k == self.warm - 1:
                 self.begin()
             return {"critic": loss, "generator": 0.0}
-        # A critic that moves faster than the generator's distribution chases its own noise.
+        # A faster critic follows the noise of its own batches.
         lr = 0.4 * self.lr_at(k, self.warm, self.settings.steps - self.warm)
         critic_loss = 0.0
         for turn in range(self.critic_steps):
@@ -224,30 +228,32 @@ class DistributionMatching(RingRecipe):
             ).loss
             if not self.gan:
                 return loss
-            return loss + self.FOOL * distribution_matching.gan_generator_loss(self.logits(fake, noise[p], at, p))
+            return loss + self.GENERATOR_GAN * distribution_matching.gan_generator_loss(
+                self.logits(fake, noise[p], at, p)
+            )
 
         generator_loss = self.descend("student", 0.5 * lr, loss_of)
         self.follow(k - self.warm, 0.99)
         return {"critic": critic_loss, "generator": generator_loss}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         student = self.denoiser("average")
         one = {1: (student, make_plan("ddim", Grid.from_sigmas(PROCESS, [80.0, 0.0])))}
         return one if self.grid.steps == 1 else {**one, self.grid.steps: (student, make_plan("lcm", self.grid))}
 
 
 class Adversarial(RingRecipe):
-    """ADD: starts as a consistency student (the first half of the steps), ends against heads on frozen features.
+    """ADD: a consistency student in the first half of the steps, then trained against heads on frozen features.
 
-    The features are the hidden layers of the consistency student itself at a low noise level, frozen. The heads learn
-    at the run's full rate and the student slowly, so that they tell its samples from data; with the paper's lambda of
-    2.5 the distillation term drowns them, and draws samples to the modes' centres.
+    The features are the hidden layers of the consistency student at a low noise level, frozen. The heads learn at the
+    run's full rate and the student slowly, so that the heads can separate its samples from data. With the paper's
+    lambda of 2.5 the distillation term dominates and draws the samples to the centres of the modes.
     """
 
-    SHARP = 0.05  # the level at which the frozen network looks at a sample
+    SHARP = 0.05  # noise level of the frozen network
     DISTIL = 0.25  # lambda
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.begin = max(1, settings.steps // 2)
         self.first = Consistency(replace(settings, method="consistency", steps=self.begin))
@@ -257,7 +263,7 @@ class Adversarial(RingRecipe):
         self.reset()
 
     def reset(self) -> None:
-        """The second half's start: student, its average and the frozen network are the consistency model."""
+        """Start the second half: the student, its average and the frozen network become the consistency model."""
         for name in ("student", "frozen"):
             self.modules[name].load_state_dict(self.modules["average"].state_dict())
         with torch.random.fork_rng(devices=[]):
@@ -303,7 +309,7 @@ class Adversarial(RingRecipe):
 
         def generate(p: slice) -> Tensor:
             at = points_of(PROCESS, ratio[p])
-            # c(t) = alpha is 1 in this process: the paper's weight at its own levels falls as 1/(1 + sigma^2).
+            # The paper's c(t) = alpha would be 1 in this process; at the paper's levels it falls as 1/(1 + sigma^2).
             return adversarial.generator_loss(
                 fake(p),
                 self.features,
@@ -315,10 +321,10 @@ class Adversarial(RingRecipe):
                 weight=lambda at: 1.0 / (1.0 + np.asarray(at.sigma) ** 2),
             )
 
-        told = self.descend("heads", lr, judge)
+        heads_loss = self.descend("heads", lr, judge)
         loss = self.descend("student", 0.01 * lr, generate)
         self.follow(k)
-        return {"loss": loss, "heads": told}
+        return {"loss": loss, "heads": heads_loss}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return consistency_samplers(self.denoiser("average"))

@@ -1,7 +1,7 @@
-"""The plain training loop of the distillation runs: checkpoints, resumption, a log, several processes.
+"""The training loop of the distillation runs: checkpoints, resumption, a log, several processes.
 
-Every random number of step k is drawn from a generator seeded by (seed, k), for the whole joint batch. So a run that
-was killed continues to the bit from its last checkpoint, and processes that share a batch see the one process's.
+Every random number of step k comes from a generator seeded by (seed, k), for the batch of all processes. So a killed
+run continues bit for bit from its last checkpoint, and several processes see the numbers of one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
@@ -26,17 +27,25 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fewstep.bindings.denoiser import Denoiser
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan import Plan
+
+Samplers: TypeAlias = dict[int, tuple[Denoiser, Plan]]
 
 CHECKPOINT, LOG, STUDENT = "checkpoint.safetensors", "log.csv", "student.safetensors"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run depends on, besides library versions and the number of threads.
+class RunSettings:
+    """All that a run depends on, besides library versions and the number of threads.
 
-    steps  optimiser steps in all; batch: samples of the joint batch of all processes; parts: how many parts of a
-           process's share are accumulated before an optimiser step; bf16: autocast the losses
+    steps    optimiser steps in total
+    batch    batch size over all processes
+    lr       peak learning rate
+    parts    parts of a process's share of the batch over which gradients are accumulated
+    bf16     autocast the losses to bfloat16
+    options  of the method
     """
 
     method: str
@@ -61,7 +70,7 @@ class Settings:
 
 
 def world() -> int:
-    """How many processes share a batch."""
+    """Number of processes that share a batch."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -71,7 +80,7 @@ def rank() -> int:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Joins the processes that torchrun started, if it did."""
+    """Join the processes that torchrun started, if any."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if started:
         dist.init_process_group("gloo")
@@ -83,39 +92,52 @@ def processes() -> Iterator[None]:
 
 
 def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The random numbers of one step: the same whatever was drawn before, and in every process."""
+    """The generator of one step: independent of earlier draws, the same in every process."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 17 + stream)
 
 
 class Recipe(ABC):
-    """A method on a problem: its networks, its optimisers and one step of it.
+    """A method on a problem: its networks, its optimisers and one training step.
 
-    `modules` and `optimisers` by name are all of its state: a checkpoint holds them, and the time they took.
+    `modules` and `optimisers`, by name, are its whole state: a checkpoint holds them and `seconds`, the training time
+    over all resumptions. OPTIONS are the names that `settings.options` may hold.
     """
 
-    seconds = 0.0  # of training so far, over all resumptions
-    settings: Settings
-    modules: dict[str, nn.Module]
-    optimisers: dict[str, torch.optim.Optimizer]
+    OPTIONS: tuple[str, ...] = ()
+
+    def __init__(self, settings: RunSettings) -> None:
+        self.settings = settings
+        self.seconds = 0.0
+        self.modules: dict[str, nn.Module] = {}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
 
     @abstractmethod
     def step(self, k: int) -> dict[str, float]:
-        """Step k of `settings.steps`; returns what the log shows."""
+        """Train step k of `settings.steps`. Returns the losses for the log."""
+
+    @abstractmethod
+    def samplers(self) -> Samplers:
+        """The trained students by their number of calls."""
+
+    def option(self, name: str, default: float = 0) -> float:
+        return (self.settings.options or {}).get(name, default)
 
     def generator(self, k: int, stream: int = 0) -> torch.Generator:
         return generator(self.settings.seed, k, stream)
 
     def lr_at(self, k: int, first: int = 0, steps: int | None = None) -> float:
-        """Short warm-up, then half a cosine to 0, over `steps` steps from `first`."""
+        """A short warm-up, then half a cosine to 0, over `steps` steps from `first`."""
         count = steps or self.settings.steps
         done = k - first
         warm = min(1.0, (done + 1) / (1 + count // 50))
         return self.settings.lr * warm * 0.5 * (1.0 + math.cos(math.pi * done / count))
 
     def descend(self, name: str, lr: float, loss_of: Callable[[slice], Tensor]) -> float:
-        """One step of an optimiser on the mean of `loss_of(part)` over the joint batch; returns that mean.
+        """Take one optimiser step on the mean loss of the batch.
 
-        loss_of  the loss of a slice of the joint batch, under autocast if the settings say so
+        loss_of  the loss of a slice of the batch; called under autocast if the settings ask for it
+
+        Returns the mean loss over all processes.
         """
         optimiser, s = self.optimisers[name], self.settings
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
@@ -141,7 +163,7 @@ class Recipe(ABC):
 
 
 def average(tensors: list[Tensor]) -> None:
-    """The mean over processes, in place, as one message."""
+    """Average over the processes, in place, in one message."""
     if world() == 1:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -152,19 +174,19 @@ def average(tensors: list[Tensor]) -> None:
 
 
 def anywhere(flag: bool) -> bool:
-    """Whether any process says so: one that stopped alone would leave the others waiting for its gradients."""
+    """Whether the flag is set in any process: if one stopped alone, the others would wait for its gradients."""
     if world() == 1:
         return flag
-    said = torch.tensor([float(flag)])
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said)
+    flags = torch.tensor([float(flag)])
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 # --- files ---
 
 
 def save(recipe: Recipe, step: int, path: Path) -> None:
-    """All state after `step` steps, as safetensors."""
+    """Write all state after `step` steps as safetensors."""
     tensors: dict[str, Tensor] = {}
     for name, module in recipe.modules.items():
         tensors |= {f"module.{name}.{key}": value for key, value in module.state_dict().items()}
@@ -177,7 +199,7 @@ def save(recipe: Recipe, step: int, path: Path) -> None:
 
 
 def load(recipe: Recipe, path: Path) -> int:
-    """Put a checkpoint's state into a recipe of the same settings. Returns how many steps it has behind it.
+    """Load a checkpoint into a recipe of the same settings. Returns the number of steps done.
 
     Raises FileNotFoundError, or ValueError for a file that is no checkpoint or belongs to other settings.
     """
@@ -210,17 +232,17 @@ def load(recipe: Recipe, path: Path) -> int:
 
 
 class Log:
-    """A CSV file of one row each few steps; a resumed run drops the rows after its checkpoint."""
+    """A CSV file with one row every few steps. A resumed run drops the rows after its checkpoint."""
 
     def __init__(self, path: Path, after: int) -> None:
         self.path = path
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, str]] = []
         if after and path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        self.rows.append({"step": step, **{key: repr(value) for key, value in values.items()}})
+        self.rows.append({"step": str(step), **{key: repr(value) for key, value in values.items()}})
 
     def write(self) -> None:
         names = list(dict.fromkeys(key for row in self.rows for key in row))
@@ -233,19 +255,19 @@ class Log:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yields stopped(): whether Ctrl-C (or a polite kill) came. A second one interrupts at once.
+    """Yields stopped(): whether SIGINT or SIGTERM has arrived. A second signal interrupts at once.
 
-    A KeyboardInterrupt inside an optimiser step would leave half of it in the weights: steps are finished first.
+    The first one lets the current step finish: interrupted, an optimiser step would be half in the weights.
     """
     seen: list[int] = []
 
-    def note(number: int, frame: Any) -> None:
+    def note(number: int, frame: FrameType | None) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(number)
 
     before = {}
-    with contextlib.suppress(ValueError):  # not the main thread: leave the handlers alone
+    with contextlib.suppress(ValueError):  # outside the main thread handlers cannot be set
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(seen)
@@ -263,11 +285,13 @@ def train(
     log_every: int = 20,
     watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> int:
-    """Run a recipe to its last step; returns how many steps are done, fewer after Ctrl-C.
+    """Run a recipe to its last step.
 
-    out     folder for checkpoint and log, or None for neither; written by the first process alone
-    every   steps between checkpoints; one more is written at the end and after Ctrl-C
-    watch   called after each step with what the step returned
+    out    folder for checkpoint and log, or None for neither; only the first process writes
+    every  steps between checkpoints; one more is written at the end and after Ctrl-C
+    watch  called after each step with the number of steps done and what the step returned
+
+    Returns the number of steps done, fewer after Ctrl-C.
     """
     first = load(recipe, out / CHECKPOINT) if resume and out is not None else 0
     log = Log(out / LOG, first) if out is not None and rank() == 0 else None

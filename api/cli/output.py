@@ -1,37 +1,37 @@
-"""Files that the command line writes: whole or not at all."""
+"""The files that the command line writes: pictures and archives of samples."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
-from fewstep.solvers.files import write_whole as write_whole
+from fewstep.solvers.files import write_whole
 
 SUFFIXES = (".png", ".npz")
-ENLARGE = 8  # screen pixels for a pixel of an 8x8 digit
 
 
 def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--out") -> None:
-    """Raises ValueError for a suffix nothing can write or a folder, FileNotFoundError for a folder that is missing."""
+    """Raises ValueError for an unknown suffix or for a folder, FileNotFoundError if the parent folder is missing."""
     if path.suffix not in suffixes:
         raise ValueError(f"{flag} {path}: the file must end in {' or '.join(suffixes)}")
     if path.is_dir():
         raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; create it first")
 
 
-def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, Any]) -> None:
-    """A picture of images (B, 1, H, W), a scatter plot of points (B, 2), or everything as .npz."""
+def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, object]) -> None:
+    """Write a sheet of images (B, 1, H, W), a scatter plot of points (B, 2), or, to .npz, samples and settings."""
     if path.suffix == ".npz":
-        arrays = {"x": x, "settings": np.array(json.dumps(dict(settings)))}
-        if labels is not None:
-            arrays["labels"] = labels
-        write_whole(path, lambda to: np.savez_compressed(to, **arrays))  # type: ignore[arg-type]
+        record = np.array(json.dumps(dict(settings)))
+        if labels is None:
+            write_whole(path, lambda to: np.savez_compressed(to, x=x, settings=record))
+        else:
+            write_whole(path, lambda to: np.savez_compressed(to, x=x, settings=record, labels=labels))
         return
     pyplot = plotting()
     if x.ndim == 4:
@@ -45,8 +45,8 @@ def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings
     pyplot.close(figure)
 
 
-def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = ENLARGE) -> np.ndarray:
-    """Images (B, 1, H, W) side by side, `columns` to a row with a line between them, each pixel enlarged."""
+def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = 8) -> np.ndarray:
+    """Images (B, 1, H, W) in rows of `columns`, a line between them, each pixel `enlarge` pixels wide."""
     count, _, height, width = x.shape
     rows = -(-count // columns)
     gap = 1
@@ -57,8 +57,8 @@ def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = ENLARGE) -> n
     return np.kron(sheet, np.ones((enlarge, enlarge)))
 
 
-def plotting() -> Any:
-    """matplotlib's pyplot on a canvas that needs no screen. Raises ImportError with the command that adds it."""
+def plotting() -> ModuleType:
+    """matplotlib's pyplot on a canvas that needs no screen. Raises ImportError if matplotlib is missing."""
     try:
         import matplotlib
 

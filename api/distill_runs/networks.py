@@ -1,4 +1,4 @@
-"""The small network of the two-dimensional distillation runs."""
+"""The small network of the distillation runs on points."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ OCTAVES = 6
 
 
 class Points(nn.Module):
-    """raw (B, D) of points x (B, D) at t (B,), optionally told a guidance strength w (B,): an MLP.
+    """An MLP from points x (B, D), t (B,) and optionally a guidance strength w (B,) to raw (B, D).
 
-    t is seen as itself and through sines and cosines of octaves from pi/2 up, which suits ln(sigma)/4 and a flow's
-    time alike.
+    t enters as itself and through sines and cosines of frequencies pi/2, pi, 2 pi ..., which suits both ln(sigma)/4 and
+    a flow's time.
 
-    width, depth  of the hidden layers; strength: whether forward takes w; octaves: how many
+    width, depth  of the hidden layers
+    strength      whether forward takes w
+    octaves       number of frequencies
     """
 
     octaves: Tensor
@@ -35,13 +37,13 @@ class Points(nn.Module):
     def features(self, x: Tensor, t: Tensor, w: Tensor | None = None) -> list[Tensor]:
         """The hidden layers' outputs, (B, width) each."""
         t = t.to(x.dtype)[:, None]
-        told = [x, t, (t * self.octaves).sin(), (t * self.octaves).cos()]
+        inputs = [x, t, (t * self.octaves).sin(), (t * self.octaves).cos()]
         if self.strength:
             if w is None:
                 raise ValueError("this network was made with strength=True: give w, the guidance strength")
             # The guided prediction is linear in w, its flow is exponential in it.
-            told += [0.5 * w.to(x.dtype)[:, None], (-0.5 * w.to(x.dtype)[:, None]).exp()]
-        h = torch.cat(told, dim=1)
+            inputs += [0.5 * w.to(x.dtype)[:, None], (-0.5 * w.to(x.dtype)[:, None]).exp()]
+        h = torch.cat(inputs, dim=1)
         found = []
         for layer in self.hidden:
             h = nn.functional.silu(layer(h))

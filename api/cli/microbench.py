@@ -1,11 +1,11 @@
-"""What a step costs: the engine's loop around a denoiser that is free, beside the floor and diffusers.
+"""The cost of a step: the sampling loop around a free denoiser, against the floor and against diffusers.
 
-The denoiser returns a preset array, so that nothing but the solver is timed. Two numbers bound a step from
-below, both measured in the same run: a copy of as many bytes as it must move, and the launch of its kernel
-over no elements. The larger one is the floor.
+The denoiser returns a preset array, so that only the solver is timed. Two times measured in the same run bound a step
+from below: a copy of as many bytes as it must move, and the launch of its kernel over no elements. The larger one is
+the floor.
 
-A time is reported only behind the case's own gate: the same sample from the naive backend, and where a
-scheduler of diffusers takes the same steps, its end point too, to fp32 rounding.
+A case reports its time only if its result is correct: it must agree with the naive backend and, where a scheduler of
+diffusers takes the same steps, with that scheduler to fp32 rounding.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.cli.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import get_solver, plan, unknown
@@ -31,7 +33,13 @@ from fewstep.solvers.run.arrays import FLOATS, dtype_name
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid, grid
 from fewstep.solvers.schedule.process import VP
-from fewstep.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from torch import Tensor
+
+Array: TypeAlias = "np.ndarray | Tensor"
 
 SHAPES = ("1x4x8x8", "1x4x64x64")
 DTYPES = ("float32",)
@@ -47,20 +55,19 @@ SCHEDULE = {
     "timestep_spacing": "trailing",
 }
 
-# Relative to the largest element: the schedulers hold sigma, and some of them lambda, in fp32.
-PEER_TOLERANCE = 1e-5
+PEER_TOLERANCE = 1e-5  # of the largest element: the schedulers hold sigma, and some of them lambda, in fp32
 
 
 class GateError(AssertionError):
-    """A case whose result is wrong; its time would say nothing."""
+    """The result of a case is wrong, so that its time means nothing."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """The scheduler of diffusers that takes the same steps, and the options that make ours take its."""
+    """The scheduler of diffusers that takes the same steps, and the solver options that match it."""
 
     name: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, object] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -77,7 +84,7 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One cell of the benchmark. dtype is the model's; the state's is float64 for that one, else float32."""
+    """One case of the benchmark. dtype is the model's; the state is float64 for float64, else float32."""
 
     solver: str
     shape: tuple[int, ...]
@@ -99,14 +106,14 @@ class Case:
 
     @cached_property
     def threads(self) -> int:
-        """1 up to the size at which the kernel calls the other cores."""
+        """1 up to the size from which the kernel uses the other cores."""
         from fewstep.kernels import numba_step
 
         return 1 if self.elements <= numba_step.SERIAL_ELEMENTS else cores()
 
     @cached_property
     def grid(self) -> Grid:
-        """N whole times down to clean data, as diffusers' timestep_spacing="trailing" has them."""
+        """The whole times of diffusers' timestep_spacing="trailing", down to clean data."""
         return grid(PROCESS, self.steps, "trailing", round_times=True)
 
     @cached_property
@@ -114,15 +121,16 @@ class Case:
         return plan(self.solver, self.grid, **(PEERS[self.solver].options if self.solver in PEERS else {}))
 
     @cached_property
-    def raw(self) -> Any:
+    def raw(self) -> Array:
+        """What the denoiser returns."""
         return self._array(1, self.dtype)
 
     @cached_property
-    def x(self) -> Any:
+    def x(self) -> Array:
         """A latent at the first point, of the state's dtype."""
         return self._array(2, self.state)
 
-    def _array(self, seed: int, dtype: str) -> Any:
+    def _array(self, seed: int, dtype: str) -> Array:
         values = np.random.default_rng(seed).standard_normal(self.shape)
         if has("torch"):
             import torch
@@ -132,16 +140,16 @@ class Case:
 
     @cached_property
     def denoiser(self) -> Denoiser:
-        """Costs nothing: it returns the same array in every call."""
+        """Free: returns the same array in every call."""
         raw = self.raw
         return Denoiser(lambda x, t: raw, PROCESS, predicts="epsilon", dtype=self.dtype)
 
     @cached_property
     def varied(self) -> Denoiser:
-        """For the gates: under a constant noise prediction every consistent sampler ends at the same point."""
+        """For the gates: with a constant noise prediction, every consistent sampler would end at the same point."""
         return Denoiser(lambda x, t: self.raw_at(float(t[0])), PROCESS, predicts="epsilon", dtype=self.dtype)
 
-    def raw_at(self, t: float) -> Any:
+    def raw_at(self, t: float) -> Array:
         return self.raw * (1.0 + 0.5 * math.sin(0.02 * t))
 
     def sampler(self, backend: str | None = None, denoiser: Denoiser | None = None) -> Sampler:
@@ -157,7 +165,7 @@ class Case:
 
     @cached_property
     def bytes_moved(self) -> int:
-        """By a sample's kernels, each input read once and each output written once.
+        """Of all kernels of a sample, each input read once and each output written once.
 
         `Plan.explain`'s total, less the reads of x that cancel under this prediction type.
         """
@@ -169,22 +177,22 @@ class Case:
     # --- the sides ---
 
     def ours(self) -> Side:
-        """The engine's loop, with all that a call adds to its steps."""
+        """The sampling loop, with the overhead of one call."""
         sampler, x = self.sampler(), self.x
         out = x.clone() if hasattr(x, "clone") else x.copy()
         return Side("fewstep", lambda: sampler(x, seed=0, out=out), self.plan.steps)
 
-    def theirs(self, library: Any = None) -> Side:
-        """diffusers' loop: its `scale_model_input` and `step`; `set_timesteps` is off the clock.
+    def theirs(self, library: ModuleType | None = None) -> Side:
+        """diffusers' loop: `scale_model_input` and `step`; `set_timesteps` is off the clock.
 
-        library  where the scheduler's class is; by default diffusers
+        library  the module of the scheduler's class; diffusers by default
         """
         import torch
 
         scheduler, x, raw = self._scheduler(library), self._scheduler_x(), self.raw
         options = {"generator": torch.Generator().manual_seed(0)} if self.plan.stochastic else {}
 
-        def run() -> Any:
+        def run() -> object:
             sample = x
             for t in scheduler.timesteps:
                 scheduler.scale_model_input(sample, t)
@@ -194,11 +202,11 @@ class Case:
         return Side("diffusers", run, self.plan.steps, lambda: scheduler.set_timesteps(self.steps))
 
     def copy(self) -> Side:
-        """A copy that moves as many bytes as a step does."""
+        """A copy that moves as many bytes as a step."""
         return copy_side(self.bytes_moved // self.plan.steps, self.threads)
 
     def launch(self) -> Side:
-        """The kernel of a stage in the middle, over no elements."""
+        """The kernel of a middle stage over no elements."""
         from fewstep.kernels import numba_step
 
         table = self.tables[len(self.tables) // 2]
@@ -220,18 +228,18 @@ class Case:
     # --- the gate ---
 
     def gate(self) -> None:
-        """Raises GateError unless the case computes what it should."""
+        """Raises GateError unless the case agrees with the naive backend."""
         ours, oracle = (self._end(self.sampler(backend, self.varied)) for backend in (self.backend, "naive"))
         close(f"{self.label} and the naive backend", ours, oracle, 8 * self.plan.nfe * float(np.finfo(self.state).eps))
 
-    def gate_peer(self, library: Any = None) -> None:
-        """Raises GateError unless diffusers ends where we do; noise is given to both."""
+    def gate_peer(self, library: ModuleType | None = None) -> None:
+        """Raises GateError unless the case agrees with diffusers on the same noise."""
         import torch
 
         draws = torch.from_numpy(np.random.default_rng(3).standard_normal((self.steps, *self.shape)))
         noisy = self.plan.stochastic
 
-        def noise(draw: int, *_: Any) -> Any:
+        def noise(draw: int, *_: object) -> Tensor:
             return draws[draw - 1]  # the draw into stage k has number k + 1
 
         ours = self._end(self.sampler(denoiser=self.varied), noise=noise if noisy else None)
@@ -250,7 +258,7 @@ class Case:
         end = sampler(self.x, seed=None if "noise" in options else 0, **options)
         return np.asarray(end.numpy() if hasattr(end, "numpy") else end, np.float64)
 
-    def _scheduler(self, library: Any) -> Any:
+    def _scheduler(self, library: ModuleType | None) -> Any:
         peer = PEERS[self.solver]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # diffusers' own deprecations
@@ -260,16 +268,19 @@ class Case:
             scheduler.set_timesteps(self.steps)
         return scheduler
 
-    def _scheduler_x(self) -> Any:
-        """diffusers' Euler holds x / alpha."""
-        return self.x / float(self.grid.alpha[0]) if self.solver == "euler" else self.x
+    def _scheduler_x(self) -> Tensor:
+        """x, or x / alpha for diffusers' Euler."""
+        import torch
+
+        return torch.as_tensor(self.x) / (float(self.grid.alpha[0]) if self.solver == "euler" else 1.0)
 
 
 def close(name: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Raises GateError if the arrays differ by more than `tolerance` of the largest element."""
     scale = float(np.max(np.abs(expected)))
     error = float(np.max(np.abs(found - expected))) / scale
     if not error <= tolerance:  # NaN is not
-        raise GateError(f"{name} end {error:.2g} of the largest element apart, more than {tolerance:.2g}")
+        raise GateError(f"{name} differ by {error:.2g} of the largest element, more than {tolerance:.2g}")
 
 
 def model_bytes(dtype: str) -> int:
@@ -291,7 +302,7 @@ MEASURED = (
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """One record of the report. A red gate leaves every time None and says why in "failed"."""
+    """One record of the report. If the result is wrong, every time is None and "failed" says why."""
     record: dict[str, Any] = {
         "solver": case.solver,
         "shape": list(case.shape),
@@ -330,7 +341,7 @@ def cases(
     solvers: Sequence[str] | None = None,
     backends: Sequence[str] | None = None,
 ) -> list[Case]:
-    """The product of what is asked for. Raises ValueError that names the argument."""
+    """All combinations of the arguments. Raises ValueError for a bad one."""
     for solver in solvers or ():
         get_solver(solver)
     names = [dtype_name(dtype) for dtype in dtypes or DTYPES]
@@ -359,7 +370,7 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, ...]:
 
 
 def run(
-    console: Any = None,
+    console: Console | None = None,
     as_json: bool = False,
     shapes: Sequence[str | Sequence[int]] | None = None,
     dtypes: Sequence[str] | None = None,
@@ -367,12 +378,14 @@ def run(
     backends: Sequence[str] | None = None,
     repeats: int = 50,
 ) -> int:
-    """Measure and print every case. 0, or 1 if a gate was red.
+    """Measure and print every case. Returns 0, or 1 if a result was wrong.
 
-    console   a rich console; by default a new one on standard output
-    as_json   print one JSON object in place of the table
-    shapes    such as "1x4x64x64"; dtypes: the model's; solvers, backends: names. None is a short default
-    repeats   windows of the clock for each median; 50 or more for a figure that somebody will read
+    console   a rich console; a new one on standard output by default
+    as_json   print one JSON object instead of the table
+    shapes    such as "1x4x64x64"; here and below, None is a short default
+    dtypes    of the model
+    solvers, backends  names
+    repeats   timed windows per median; 50 or more for figures to publish
 
     Raises ValueError for a bad argument before anything is measured.
     """
@@ -399,15 +412,15 @@ def run(
     return int(any(record["failed"] for record in records))
 
 
-def table(records: Sequence[dict[str, Any]], repeats: int) -> Any:
+def table(records: Sequence[dict[str, Any]], repeats: int) -> Table:
     """The records as a rich table."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     made = Table(
-        title=f"a step of the loop with a free denoiser, us, medians of {repeats}",
-        caption="floor: the larger of a copy of the same bytes and a launch over no elements. "
-        f"One thread; * on {cores()}, above the kernel's serial limit.",
+        title=f"a step without the network, us, medians of {repeats}",
+        caption="floor: the larger of a copy of the same bytes and an empty kernel launch. "
+        f"One thread; *: {cores()} threads.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

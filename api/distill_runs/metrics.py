@@ -1,4 +1,4 @@
-"""How well a few-step student does: distances of its samples to the data, the modes it covers."""
+"""Quality of a student's samples: their distance to the data and the modes they cover."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ PROJECTIONS = 128
 
 
 def sliced_wasserstein(x: ArrayLike, y: ArrayLike, projections: int = PROJECTIONS) -> float:
-    """sqrt of the mean over directions of the squared Wasserstein-2 distance of the projections (Bonneel et al. 2015).
+    """Sliced Wasserstein-2 distance (Bonneel et al. 2015): the root of the mean W2^2 over projections.
 
-    x, y  (n, ...) samples, equally many. The directions are the same at every call. Two draws of one distribution
-    are a positive distance apart, the floor, which falls with n.
+    The directions are the same in every call. Two draws of one distribution have a positive distance, which falls
+    with n.
+
+    x, y  (n, ...) samples, equally many
     """
     a, b = (np.asarray(v, dtype=np.float64).reshape(len(np.asarray(v)), -1) for v in (x, y))
     if a.shape != b.shape:
@@ -28,16 +30,16 @@ def sliced_wasserstein(x: ArrayLike, y: ArrayLike, projections: int = PROJECTION
 
 
 def mode_masses(x: ArrayLike, mixture: Mixture) -> Array:
-    """The share of samples (n, ...) nearest to each mean of a mixture, (K,)."""
+    """Fraction of samples (n, ...) nearest to each mean of a mixture, (K,)."""
     a = np.asarray(x, dtype=np.float64).reshape(len(np.asarray(x)), -1)
     nearest = ((a[:, None] - mixture.means) ** 2).sum(-1).argmin(1)
     return np.bincount(nearest, minlength=len(mixture.means)) / len(a)
 
 
 def distance_to_modes(x: ArrayLike, mixture: Mixture) -> float:
-    """Median over samples of the distance to the nearest mean over that mode's std: a measure of sharpness.
+    """Sharpness: the median distance of samples to their nearest mean, in units of that mode's std.
 
-    1.18 for the data in two dimensions, more for blurred samples, less for collapsed ones.
+    1.18 for two-dimensional data, more for blurred samples, less for collapsed ones.
     """
     a = np.asarray(x, dtype=np.float64).reshape(len(np.asarray(x)), -1)
     distance = np.sqrt(((a[:, None] - mixture.means) ** 2).sum(-1))

@@ -1,7 +1,7 @@
-"""Every distillation run over again, and the page of what came out: ``python -m fewstep.distill_report``.
+"""Train every distillation run and write docs/distill/results.md: `make distill-report`.
 
-Runs that are finished are not repeated, and one that was stopped goes on: remove the work folder to begin anew. The
-page, docs/distill/results.md, and the pictures beside it are written from the runs' own results.json files alone.
+Finished runs are not repeated and an interrupted one continues; remove the work folder to begin anew. The page and its
+pictures are written from the runs' own results.json files.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import shutil
 import statistics
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fewstep.distill_command import finish
-from fewstep.distill_evaluate import DIGITS_MEASURES
-from fewstep.distill_runs import make_recipe
-from fewstep.distill_training import CHECKPOINT, train
+from fewstep.cli.distill import finish
+from fewstep.distill_runs.evaluate import DIGITS_MEASURES
+from fewstep.distill_runs.methods import make_recipe
+from fewstep.distill_runs.training import CHECKPOINT, train
 from fewstep.solvers.files import write_whole
 
 SEEDS = (0, 1, 2)
 RESULTS = "results.json"
 
 
-class Run(NamedTuple):
-    """One line of the plan: what is trained, and under which name its folder goes."""
+class PlannedRun(NamedTuple):
+    """One run of the report. `name` is that of its folder."""
 
     problem: str
     method: str
@@ -38,8 +39,8 @@ class Run(NamedTuple):
         return "-".join([self.problem, self.method, str(self.seed), *(f"{k}{v}" for k, v in self.options)])
 
 
-def plan(seeds: Iterable[int] = SEEDS) -> list[Run]:
-    """All runs: the ring for each seed, digits once."""
+def planned_runs(seeds: Iterable[int] = SEEDS) -> list[PlannedRun]:
+    """All runs: on the ring for each seed, on digits once."""
     ring: list[tuple[str, tuple[tuple[str, int], ...]]] = [
         ("guided", ()),
         ("guided", (("deaf", 1),)),
@@ -54,12 +55,12 @@ def plan(seeds: Iterable[int] = SEEDS) -> list[Run]:
         ("distribution_matching", (("calls", 4),)),
         ("adversarial", ()),
     ]
-    runs = [Run("ring", method, seed, options) for seed in seeds for method, options in ring]
-    return [Run("digits", method, 0) for method in ("progressive", "latent_consistency")] + runs
+    runs = [PlannedRun("ring", method, seed, options) for seed in seeds for method, options in ring]
+    return [PlannedRun("digits", method, 0) for method in ("progressive", "latent_consistency")] + runs
 
 
-def execute(runs: Iterable[Run], work: Path) -> None:
-    """Train and judge what has no results yet, one line each."""
+def execute(runs: Iterable[PlannedRun], work: Path) -> None:
+    """Train and evaluate the runs that have no results yet, and print one line for each."""
     for run in runs:
         out = work / run.name
         if (out / RESULTS).exists():
@@ -68,33 +69,32 @@ def execute(runs: Iterable[Run], work: Path) -> None:
         recipe = make_recipe(run.method, run.problem, seed=run.seed, options=dict(run.options))
         done = train(recipe, out, resume=(out / CHECKPOINT).exists())
         if done < recipe.settings.steps:
-            sys.exit(f"stopped in {run.name} after {done} steps; run the same command to go on")
+            sys.exit(f"stopped in {run.name} after {done} steps; run the same command to continue")
         outcome = finish(recipe, out)
         met = sum(check.met for check in outcome.checks)
         seconds = json.loads((out / RESULTS).read_text())["seconds"]
         print(f"{run.name}: {met} of {len(outcome.checks)} checks met, {seconds:.0f} s", flush=True)
 
 
-def collect(runs: Iterable[Run], work: Path) -> dict[Run, dict[str, Any]]:
+def collect(runs: Iterable[PlannedRun], work: Path) -> dict[PlannedRun, dict[str, Any]]:
     """The results of the finished runs."""
     return {r: json.loads(path.read_text()) for r in runs if (path := work / r.name / RESULTS).exists()}
 
 
-def minutes(results: Mapping[Run, Mapping[str, Any]]) -> float:
-    """What the runs took in all, over all resumptions."""
+def minutes(results: Mapping[PlannedRun, Mapping[str, Any]]) -> float:
+    """The total time of the runs, over all resumptions."""
     return sum(float(r["seconds"]) for r in results.values()) / 60.0
 
 
-def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
-    """docs/distill/results.md."""
+def page(results: Mapping[PlannedRun, Mapping[str, Any]]) -> str:
+    """The text of docs/distill/results.md."""
     lines = [
         "# Distillation: measured",
         "",
-        "Written by `make distill-report` from the runs' own results; every number is of the last weights (or their",
-        "average) at the end of the training. SWD is the sliced Wasserstein-2 distance of 4096 samples to 4096 draws",
-        "of the data over 128 directions.",
+        "Written by `make distill-report`. All numbers are of the final weights, or their average. SWD is the sliced",
+        "Wasserstein-2 distance of 4096 samples to 4096 draws of the data over 128 directions.",
         "",
-        f"{len(results)} runs, {minutes(results):.0f} minutes of training and judging, one after another.",
+        f"{len(results)} runs, {minutes(results):.0f} minutes of training and evaluation, one after another.",
         "",
         "## Points: a ring of eight Gaussians, exact teacher, 3 x 128 perceptron",
         "",
@@ -103,28 +103,28 @@ def page(results: Mapping[Run, Mapping[str, Any]]) -> str:
     for method, options in dict.fromkeys((run.method, run.options) for run in ring):
         own = [r for run, r in ring.items() if (run.method, run.options) == (method, options)]
         seeds = [run.seed for run in ring if (run.method, run.options) == (method, options)]
-        told = "".join(f", {k} = {v}" for k, v in options)
+        chosen = "".join(f", {k} = {v}" for k, v in options)
         first = own[0]["settings"]
         lines += [
-            f"### {method.replace('_', ' ')}{told}",
+            f"### {method.replace('_', ' ')}{chosen}",
             "",
             f"{first['steps']} steps of {first['batch']}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}.",
             "",
         ]
         if dict(options).get("deaf"):
-            lines += ["The control, which is not told the guidance strength: it must miss its bound.", ""]
+            lines += ["The control, without the guidance strength as an input: it must miss its bound.", ""]
         if dict(options).get("calls"):
-            lines += ["The critic is told which of the student's steps made a sample.", ""]
+            lines += ["The critic takes the step of the student that made a sample as an input.", ""]
         lines += _ring_rows(own)
         lines += _checks(own, seeds)
         if method == "adversarial":
             lines += [
-                "The data's own distance to modes is 1.18: a smaller one is sharper than the data. The distillation",
-                "term draws samples to the teacher's posterior mean, which lies nearer to the modes' centres.",
+                "The data's own distance to modes is 1.18; a smaller one is sharper than the data. The distillation",
+                "term draws samples to the teacher's posterior mean, which is nearer to the centres of the modes.",
                 "",
             ]
-    lines += _variants(ring)
-    lines += _digits({run: r for run, r in results.items() if run.problem == "digits"})
+    lines += _variants_section(ring)
+    lines += _digits_section({run: r for run, r in results.items() if run.problem == "digits"})
     return "\n".join(lines) + "\n"
 
 
@@ -145,7 +145,7 @@ def _ring_rows(own: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _spread(values: list[float]) -> str:
-    """The median, and the ends where there are several."""
+    """The median, with the range if there are several values."""
     middle = f"{statistics.median(values):.4g}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.3g} to {max(values):.3g})"
 
@@ -162,9 +162,9 @@ def _checks(own: list[Mapping[str, Any]], seeds: list[int]) -> list[str]:
     return _table(["check", "value", "bound", ""], rows) if rows else []
 
 
-# What a variant of distribution matching must be beside the plain run of the same seed, in SWD at the most calls:
-# (heading, option, the names of numerator and denominator, whether the plain run is the former, bound of the ratio if
-# one is asked for)
+# Variants of distribution matching, compared with the plain run of the same seed by their SWD at the most calls:
+# (heading, option, name of the numerator and of the denominator, whether the plain run is the numerator, bound of the
+# ratio or None)
 VARIANTS = (
     ("how many critic updates", ("critic_steps", 1), "5 critic updates", "1", True, 0.6),
     ("a head on the critic", ("gan", 1), "with the head", "without", False, None),
@@ -172,8 +172,8 @@ VARIANTS = (
 )
 
 
-def _variants(ring: Mapping[Run, Mapping[str, Any]]) -> list[str]:
-    """Distribution matching with and without an option, seed by seed: checks over two runs."""
+def _variants_section(ring: Mapping[PlannedRun, Mapping[str, Any]]) -> list[str]:
+    """Distribution matching with and without an option, seed by seed."""
     lines = []
     for heading, option, first, second, plain_first, bound in VARIANTS:
         rows = []
@@ -192,19 +192,19 @@ def _variants(ring: Mapping[Run, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
+def _digits_section(results: Mapping[PlannedRun, Mapping[str, Any]]) -> list[str]:
     if not results:
         return []
     lines = [
         "## Images: 8x8 digits, the shipped network as teacher",
         "",
-        "Each student against the teacher's best of twelve solvers and spacings at as many calls, on the same latents",
-        "and classes. Accuracy: what share of the samples a classifier of the training images sees as what they should",
-        "be. It takes class means for perfect digits, so that a teacher's blurred samples reach 1, which nothing can",
-        "beat; it says nothing of variety. The energy distance to the held-out images, the Frechet distance of the",
-        "classifier's features and the taught accuracy do: that of classifiers which know the samples alone, on the",
-        "held-out images (the mean of three). The four times of latent consistency were picked among six on these",
-        "data, as the teacher's grids are among twelve.",
+        "Each student against the best of twelve solvers and spacings of the teacher at equally many calls, on the",
+        "same latents and classes. Accuracy is the fraction of samples that a classifier of the training images",
+        "recognises. It takes class means for perfect digits, so that blurred samples reach 1, and says nothing",
+        "about variety. The energy distance to the held-out images, the Frechet distance of the classifier's",
+        "features and the taught accuracy do; the latter is the accuracy on the held-out images of classifiers",
+        "trained only on the samples (the mean of three). The times of latent consistency with four calls are the",
+        "best of six on these data.",
         "",
     ]
     for run, r in results.items():
@@ -229,26 +229,26 @@ def _digits(results: Mapping[Run, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def write(results: Mapping[Run, Mapping[str, Any]], work: Path, docs: Path) -> None:
-    """The page and the digits' pictures."""
+def write(results: Mapping[PlannedRun, Mapping[str, Any]], work: Path, docs: Path) -> None:
+    """Write the page and copy the pictures of digits."""
     docs.mkdir(parents=True, exist_ok=True)
     for run, r in results.items():
         for row in r["rows"] if run.problem == "digits" else []:
             picture = work / run.name / f"samples_{row['nfe']}.png"
             target = docs / f"digits-{run.method}-{row['nfe']}.png"
-            write_whole(target, lambda to, picture=picture: shutil.copyfile(picture, to))  # type: ignore[misc]
+            write_whole(target, partial(shutil.copyfile, picture))
     write_whole(docs / "results.md", lambda to: to.write_text(page(results), encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.distill_report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reports.distill_report", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/distill"), help="folder of the runs")
     parser.add_argument("--docs", type=Path, default=Path("docs/distill"), help="folder of the page")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds on the ring")
-    parser.add_argument("--collect", action="store_true", help="train nothing: write the page of what is finished")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of seeds on the ring")
+    parser.add_argument("--collect", action="store_true", help="train nothing, write the page of the finished runs")
     args = parser.parse_args(argv)
-    runs = plan(range(args.seeds))
+    runs = planned_runs(range(args.seeds))
     if not args.collect:
         execute(runs, args.work)
     results = collect(runs, args.work)

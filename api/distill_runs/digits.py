@@ -1,10 +1,10 @@
-"""The distillation runs on 8x8 digits: the shipped network is the teacher, its copy the student."""
+"""The distillation runs on 8x8 digits: the shipped network is the teacher, a copy of it the student."""
 
 from __future__ import annotations
 
 from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.unet import digits_model
-from fewstep.distill_training import Recipe, Settings
+from fewstep.digits_data import Split, load_split
+from fewstep.distill_runs.phases import halved_grids, phase_at
+from fewstep.distill_runs.training import Recipe, RunSettings, Samplers
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import latent_consistency, lora, progressive
 from fewstep.solvers.distill.boundary import LatentBoundary
@@ -33,54 +35,44 @@ TEACHER_SPACINGS = ("quadratic", "karras", "trailing")
 
 
 class DigitsRecipe(Recipe):
-    """What the runs on digits share: the teacher, real images with their classes, the student's modules."""
+    """A run on digits: the teacher, real images with their classes, students that start as the teacher."""
 
-    OPTIONS: tuple[str, ...] = ()
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.modules = {}
-        self.optimisers = {}
+    def __init__(self, settings: RunSettings) -> None:
+        super().__init__(settings)
         self.teacher = Denoiser(digits_model(), PROCESS, "v")
 
     def new_network(self, name: str, *, trained: bool = False) -> nn.Module:
-        """A copy of the teacher's network."""
+        """Add a copy of the teacher's network."""
         net = digits_model()
         self.modules[name] = net.train().requires_grad_(True) if trained else net
         return net
 
     def new_optimiser(self, name: str, parameters: list[nn.Parameter] | None = None) -> None:
+        """Add a fresh Adam over the network of that name, or over some of its parameters."""
         chosen = list(self.modules[name].parameters()) if parameters is None else parameters
         self.optimisers[name] = torch.optim.Adam(chosen, self.settings.lr, betas=(0.9, 0.99))
 
     def data(self, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, noise, labels) of the joint batch."""
+        """(x0, noise, labels) of the batch."""
         train = judge().train
         pick = torch.randint(len(train.x), (self.settings.batch,), generator=g)
         return train.x[pick], torch.randn((self.settings.batch, 1, 8, 8), generator=g), train.label[pick]
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
-        """The trained model by the number of its calls."""
-        raise NotImplementedError
 
-
-class Progressive(DigitsRecipe):
-    """Progressive distillation from 16 DDIM steps: students of 8, 4, 2 and 1 steps, each kept."""
+class DigitsProgressive(DigitsRecipe):
+    """Progressive distillation of 16 DDIM steps into students of 8, 4, 2 and 1 steps, all kept."""
 
     TEACHER = 16
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.grids = [make_grid(PROCESS, self.TEACHER, "trailing")]
-        while self.grids[-1].steps > 1:
-            fine = self.grids[-1]
-            self.grids.append(Grid(PROCESS, fine.t[::2], fine.alpha[::2], fine.sigma[::2]))
+        self.grids = halved_grids(make_grid(PROCESS, self.TEACHER, "trailing"))
         self.new_network("student", trained=True)
         for grid in self.grids[1:]:
             self.new_network(f"student{grid.steps}")
         self.new_optimiser("student")
         phases = len(self.grids) - 1
-        # The shorter the sampler, the longer it takes to learn: shares 1 : 2 : 3 : 4.
+        # Shorter samplers take longer to learn: the phases take 1 : 2 : 3 : 4 of the steps.
         shares = np.cumsum(np.arange(phases + 1)) / np.arange(phases + 1).sum()
         self.begins = [round(float(share) * settings.steps) for share in shares]
         self._targets: tuple[int, Jumps] | None = None
@@ -95,8 +87,7 @@ class Progressive(DigitsRecipe):
         return self._targets[1]
 
     def step(self, k: int) -> dict[str, float]:
-        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
-        first, last = self.begins[phase : phase + 2]
+        phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
             self.new_optimiser("student")
         x0, noise, label = self.data(g := self.generator(k))
@@ -112,20 +103,20 @@ class Progressive(DigitsRecipe):
             self.modules[f"student{len(jumps)}"].load_state_dict(self.modules["student"].state_dict())
         return {"loss": loss, "steps": float(len(jumps))}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:-4:-1]}
 
 
 class LatentConsistency(DigitsRecipe):
-    """Latent consistency distillation, unguided; option lora=RANK trains adapters of that rank alone."""
+    """Latent consistency distillation without guidance. Option lora=RANK trains only adapters of that rank."""
 
     OPTIONS = ("lora",)
-    # On the ladder of training times; four are laid quadratically, as the teacher's own best grid is.
+    # Training times of the student; the four are spaced quadratically, as in the teacher's own best grid.
     TIMES = ((999.0,), (999.0, 499.0), (999.0, 439.0, 119.0, 19.0))
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        rank = int((settings.options or {}).get("lora", 0))
+        rank = int(self.option("lora"))
         student = self.new_network("student", trained=True)
         if rank:
             lora.add_adapter(student, "lcm", rank=rank)
@@ -153,7 +144,7 @@ class LatentConsistency(DigitsRecipe):
         update_ema(self.modules["average"], self.modules["student"], min(0.99, (k + 1) / (k + 10)))
         return {"loss": loss}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         student = self.denoiser("average")
         grids = [Grid.from_times(PROCESS, [*times, PROCESS.clean.t]) for times in self.TIMES]
         return {grid.steps: (student, make_plan("lcm", grid)) for grid in grids}
@@ -163,19 +154,17 @@ class LatentConsistency(DigitsRecipe):
 
 
 class Judge(NamedTuple):
-    """A small classifier trained on the training images, and the held-out ones."""
+    """The training images, the held-out ones, and a small classifier of the former with its held-out accuracy."""
 
-    train: Any
-    held: Any
+    train: Split
+    held: Split
     net: nn.Sequential
     accuracy: float
 
 
 @cache
 def judge() -> Judge:
-    """Trained once a process, the same each time."""
-    from fewstep.train_digits import load_split
-
+    """The judge, trained once per process and always the same."""
     train, held = load_split()
     net = classifier(train.x, train.label)
     return Judge(train, held, net, accuracy(net, held.x, held.label))
@@ -199,21 +188,21 @@ def classifier(x: Tensor, label: Tensor, seed: int = 0) -> nn.Sequential:
 
 
 def accuracy(net: nn.Module, x: Tensor, label: Tensor) -> float:
-    """The share of images that a classifier sees as what they are."""
+    """Fraction of images that a classifier recognises."""
     return float((net(x).argmax(1) == label).float().mean())
 
 
 def taught(x: Tensor, label: Tensor) -> float:
-    """The accuracy on the held-out images of classifiers that know the samples alone (Ravuri & Vinyals 2019).
+    """Mean accuracy on the held-out images of three classifiers trained on the samples (Ravuri & Vinyals 2019).
 
-    The mean of three. Samples that lack variety teach little, however well each of them is recognised.
+    It is low for samples that lack variety, even if each of them is recognised.
     """
     held = judge().held
     return float(np.mean([accuracy(classifier(x, label, seed), held.x, held.label) for seed in range(3)]))
 
 
 def assess(x: Tensor, label: Tensor) -> dict[str, float]:
-    """Energy distance to the held-out images, the classifier's accuracy, and the Frechet distance of its features."""
+    """Energy distance to the held-out images, accuracy of the judge, and Frechet distance of its features."""
     j = judge()
     features = [j.net[:-2](v).double().numpy() for v in (x, torch.cat([j.train.x, j.held.x]))]
     return {
@@ -224,15 +213,15 @@ def assess(x: Tensor, label: Tensor) -> dict[str, float]:
 
 
 def frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of two sets of features (Heusel et al. 2017)."""
+    """Frechet distance |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^1/2) of two sets of features (Heusel et al. 2017)."""
     A, B = np.cov(a.T), np.cov(b.T)
-    # The trace of the root of A B is the sum of the roots of its eigenvalues, which are real and not negative.
+    # tr (A B)^1/2 is the sum of the square roots of its eigenvalues, which are real and not negative.
     roots = np.sqrt(np.maximum(np.linalg.eigvals(A @ B).real, 0.0)).sum()
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(A) + np.trace(B) - 2.0 * roots)
 
 
-def draw(denoiser: Any, plan: Plan, seed: int = 0, count: int = SAMPLES) -> tuple[Tensor, Tensor]:
-    """(images, labels): the classes of the first training images, the same latents for every sampler."""
+def draw(denoiser: Denoiser, plan: Plan, seed: int = 0, count: int = SAMPLES) -> tuple[Tensor, Tensor]:
+    """(images, labels) with the classes of the first training images, from the same latents for every sampler."""
     label = judge().train.label[:count]
     x: Tensor = Sampler(denoiser, plan, (len(label), 1, 8, 8))(seed=seed, cond={"label": label})
     return x, label
@@ -240,7 +229,7 @@ def draw(denoiser: Any, plan: Plan, seed: int = 0, count: int = SAMPLES) -> tupl
 
 @cache
 def teacher_best(nfe: int) -> tuple[str, dict[str, float]]:
-    """The teacher's best solver and spacing at a number of calls, by energy distance, and how it does."""
+    """The teacher's best solver and spacing at a number of calls by energy distance, with its measures."""
     teacher = Denoiser(digits_model(), PROCESS, "v")
     found = []
     for solver, spacing in product(TEACHER_SOLVERS, TEACHER_SPACINGS):

@@ -1,48 +1,41 @@
-"""The runs on the ring whose student follows a teacher's trajectories, or the data's own (improved consistency)."""
+"""The runs on the ring with a teacher's trajectories as targets, and improved consistency training without one."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
-from fewstep.distill_training import Settings
+from fewstep.distill_runs.phases import halved_grids, phase_at
+from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
+from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.solvers.distill import consistency, continuous, curricula, guided, losses, progressive
 from fewstep.solvers.distill.ema import update_ema
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.network import points_of
-from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Array
 
-STDS = (0.3, 0.6)
-"""The conditional and the unconditional standard deviation of the guided run's two Gaussians."""
+STDS = (0.3, 0.6)  # conditional and unconditional, of the guided run's two Gaussians
 
 
-class Progressive(RingRecipe):
-    """Progressive distillation of 16 DDIM steps down to one, halving four times; the first student is from scratch."""
+class RingProgressive(RingRecipe):
+    """Progressive distillation of 16 DDIM steps into 8, 4, 2 and 1. The first student starts from scratch."""
 
     TEACHER = 16
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student")
         self.averaged("teacher")
         self.new_optimiser("student")
-        self.grids = [edm_grid(self.TEACHER)]
-        while self.grids[-1].steps > 1:
-            fine = self.grids[-1]
-            self.grids.append(Grid(PROCESS, fine.t[::2], fine.alpha[::2], fine.sigma[::2]))
-        self.phases = len(self.grids) - 1
-        # The first student learns to denoise as well, so it gets twice the steps of a later one.
-        share = settings.steps // (self.phases + 1)
-        self.begins = [0, *(settings.steps - share * left for left in range(self.phases - 1, 0, -1)), settings.steps]
+        self.grids = halved_grids(edm_grid(self.TEACHER))
+        phases = len(self.grids) - 1
+        # The first student also learns to denoise, so it gets twice the steps of a later one.
+        share = settings.steps // (phases + 1)
+        self.begins = [0, *(settings.steps - share * left for left in range(phases - 1, 0, -1)), settings.steps]
         self._targets: tuple[int, Jumps] | None = None
 
     def denoiser(self, name: str) -> Denoiser:
@@ -55,8 +48,7 @@ class Progressive(RingRecipe):
         return self._targets[1]
 
     def step(self, k: int) -> dict[str, float]:
-        phase = int(np.searchsorted(self.begins, k, side="right")) - 1
-        first, last = self.begins[phase : phase + 2]
+        phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
             self.modules["teacher"].load_state_dict(self.modules["student"].state_dict())
             self.new_optimiser("student")
@@ -72,16 +64,16 @@ class Progressive(RingRecipe):
         )
         return {"loss": loss, "steps": float(len(jumps))}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return {1: (self.denoiser("student"), make_plan("ddim", self.grids[-1]))}
 
 
 class Consistency(RingRecipe):
-    """Consistency distillation over 18 points with the average as target, as in the paper's CIFAR-10 runs."""
+    """Consistency distillation over 18 noise levels with an averaged target, as in the paper's CIFAR-10 runs."""
 
     LEVELS = 18
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student")
         self.averaged("target")
@@ -107,19 +99,19 @@ class Consistency(RingRecipe):
         self.follow(k)
         return {"loss": loss}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return consistency_samplers(self.denoiser("average"))
 
 
 class ContinuousConsistency(RingRecipe):
-    """Continuous-time consistency distillation from scratch: the tangent warms up over the first half of the steps,
-    in which the network learns to denoise as well.
+    """Continuous-time consistency distillation from scratch.
 
-    Its network sees fewer octaves of the time than the others', because its slope in time is part of the target: with
-    six of them training is unstable (Lu & Song 2024, section 4.1, of Fourier features of a large scale).
+    The tangent warms up over the first half of the steps, in which the network also learns to denoise. The network has
+    fewer frequencies of the time than the others, because its derivative in time is part of the target: with six of
+    them training is unstable (Lu & Song 2024, section 4.1, on Fourier features of a large scale).
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student", octaves=2)
         self.averaged()
@@ -144,21 +136,21 @@ class ContinuousConsistency(RingRecipe):
         self.follow(k)
         return {"loss": loss, "warm": warm}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return consistency_samplers(self.denoiser("average"))
 
 
 class ImprovedConsistency(RingRecipe):
-    """Improved consistency training, without a teacher: levels double from 10 on, pseudo-Huber, log-normal draws."""
+    """Improved consistency training without a teacher: doubling levels, pseudo-Huber loss, log-normal draws."""
 
     LAST = 160
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student")
         self.averaged()
         self.new_optimiser("student")
-        # The paper's 0.00054 sqrt(d) suits images; for two numbers it would be the plain norm.
+        # The paper's 0.00054 sqrt(d) is for images; in two dimensions it would make the loss the plain norm.
         self.metric = losses.pseudo_huber(0.03)
         self._levels: dict[int, tuple[Grid, Array]] = {}
 
@@ -187,18 +179,18 @@ class ImprovedConsistency(RingRecipe):
         self.follow(k)
         return {"loss": loss, "levels": float(grid.steps + 1)}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         return consistency_samplers(ConsistencyDenoiser(self.modules["average"], PROCESS))
 
 
 class Guided(RingRecipe):
-    """Guidance distillation of two zero-mean Gaussians, w ~ U[0, 4]; option deaf=1 does not tell the student w."""
+    """Guidance distillation of two zero-mean Gaussians, w ~ U[0, 4]. Option deaf=1 hides w from the student."""
 
     OPTIONS = ("deaf",)
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.deaf = bool((settings.options or {}).get("deaf"))
+        self.deaf = bool(self.option("deaf"))
         self.new_network("student", elements=1, strength=True)
         if self.deaf:
             self.modules["student"] = Deaf(self.modules["student"])
@@ -213,7 +205,7 @@ class Guided(RingRecipe):
     def step(self, k: int) -> dict[str, float]:
         g, n = self.generator(k), self.settings.batch
         x0, noise = (STDS[0] * torch.randn((n, 1), generator=g), torch.randn((n, 1), generator=g))
-        # The flow of a guided model leaves the marginals of the data: the student must know where it goes.
+        # A guided flow leaves the marginals of the data: the student must be trained where it goes.
         x0 = x0 * (0.05 + 1.5 * torch.rand((n, 1), generator=g))
         ln = torch.randn((n,), generator=g, dtype=torch.float64) * 1.6 - 1.2
         sigma = ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy()
@@ -237,13 +229,13 @@ class Guided(RingRecipe):
         self.follow(k)
         return {"loss": loss}
 
-    def samplers(self) -> dict[int, tuple[Any, Plan]]:
+    def samplers(self) -> Samplers:
         plan = make_plan("heun", edm_grid(25, final_zero=False))
         return {plan.nfe: (self.denoiser("average"), plan)}
 
 
 class Deaf(nn.Module):
-    """A network that is not told the guidance strength: the control, which must fail."""
+    """A network without the guidance strength as an input: the control, which must fail."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -255,7 +247,7 @@ class Deaf(nn.Module):
 
 
 def gaussians() -> Denoiser:
-    """The exact denoiser of N(0, std^2), std a condition; guided, the null branch first."""
+    """The exact denoiser of N(0, std^2) under guidance. std is the condition, the null branch comes first."""
 
     def net(x: Tensor, t: Tensor, std: Tensor) -> Tensor:
         variance = std[:, None].to(x.dtype) ** 2

@@ -1,8 +1,8 @@
-"""Clocks for code that takes microseconds: sides of a comparison in turn, in one process, on one clock.
+"""Clocks for code that takes microseconds: the sides of a comparison run in turn, in one process, on one clock.
 
-Every side runs once in its turn to warm the caches, which the other sides left full of their own, and then on the
-clock until a window is filled, as long for a fast side as for a slow one. One thread is timed by its own CPU time,
-which other processes do not lengthen; several by the wall clock.
+In its turn a side runs once off the clock, to fill the caches, and then on the clock for a window that is equally long
+for fast and slow sides. One thread is timed by its own CPU time, which other processes do not lengthen; several threads
+by the wall clock.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-# Seconds that a window of the clock lasts at least: what diffusers' slowest scheduler takes for one run of 20 steps.
-WINDOW = 5e-3
+WINDOW = 5e-3  # seconds at least: one run of 20 steps of diffusers' slowest scheduler
 
 
 @dataclass(frozen=True)
 class Side:
-    """One thing to time: `run` makes `steps` steps; `prepare` comes before it, off the clock."""
+    """One thing to time. `run` makes `steps` steps; `prepare` precedes it, off the clock."""
 
     name: str
-    run: Callable[[], Any]
+    run: Callable[[], object]
     steps: int = 1
-    prepare: Callable[[], Any] = lambda: None
+    prepare: Callable[[], object] = lambda: None
 
     def repeated(self) -> Side:
-        """`run` as often as fills a window: so short that the clock would weigh. For a side without `prepare`."""
+        """This side with `run` repeated to fill a window, for runs as short as a reading of the clock. No `prepare`."""
         self.run()
         started = time.perf_counter()
         self.run()
@@ -50,7 +48,7 @@ class Side:
 
 
 def interleaved(sides: Sequence[Side], repeats: int, clock: Callable[[], float]) -> list[list[float]]:
-    """Seconds a step of each side, `repeats` windows each, the sides in turn."""
+    """Seconds per step of each side in `repeats` windows, the sides in turn."""
 
     def window(side: Side) -> float:
         runs, spent = 0, 0.0
@@ -82,7 +80,7 @@ def has(library: str) -> bool:
 
 
 def copy_side(moved: int, threads: int) -> Side:
-    """A copy that reads and writes `moved` bytes together, split over the threads."""
+    """A copy that reads and writes `moved` bytes in total, split over the threads."""
     size = max(moved // 2, 1)
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     cuts = [size * i // threads for i in range(threads + 1)]
@@ -104,7 +102,7 @@ def cores() -> int:
 
 @contextlib.contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """diffusers on as many threads as the kernel has."""
+    """Give torch as many threads as the kernel has."""
     if not has("torch"):
         yield
         return
@@ -119,13 +117,13 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def clock(threads: int) -> Callable[[], float]:
-    """Seconds of this thread alone, or of the wall where there are others or the system's clock is coarse."""
+    """The CPU time of this thread, or the wall clock if there are several threads or the CPU clock is coarse."""
     fine = time.get_clock_info("thread_time").resolution <= 1e-6
     return time.thread_time if threads == 1 and fine else time.perf_counter
 
 
 def versions() -> dict[str, str]:
-    """Of everything whose speed is in the figures."""
+    """Versions of everything whose speed is measured."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
@@ -135,5 +133,5 @@ def versions() -> dict[str, str]:
     return found
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, str | int]:
     return {"system": platform.system(), "architecture": platform.machine(), "cores": cores()}

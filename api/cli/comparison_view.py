@@ -1,24 +1,31 @@
-"""What `fewstep compare` shows: tables for a terminal or a page, and a figure."""
+"""The output of `fewstep compare`: tables for a terminal or a page, and a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.compare import REFERENCE_CALLS, SHOWN, Comparison, Entry
-from fewstep.output import contact_sheet, plotting, write_whole
+from fewstep.cli.comparison import REFERENCE_CALLS, SHOWN, Comparison, Entry
+from fewstep.cli.output import contact_sheet, plotting
+from fewstep.solvers.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
 
 MISSING = "—"
-FEW = 8  # solvers that a figure can tell apart as lines; more are ranked
+FEW = 8  # solvers that can be told apart as lines of a figure; more are shown as a ranking
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A table as text: title, column heads, rows, one caption; best are the (row, column) cells to stress."""
+    """A table as text. best: the (row, column) of the cells to highlight."""
 
     title: str
     heads: tuple[str, ...]
@@ -29,44 +36,40 @@ class Listing:
 
 def listings(result: Comparison) -> tuple[Listing, Listing]:
     """The error and the distance to the data of every solver at every budget, best solver first."""
-    guided = f", guidance {result.guidance:g}" if result.guidance else ""
-    what = f"{result.model}{guided}, {result.samples} samples"
+    what = f"{result.title}, {result.samples} samples"
     return (
         _listing(
             result,
             f"{what}: RMSE to the model's own ODE end point",
             lambda e: e.rmse,
-            f"{MISSING}: stochastic, or the budget is too small. (k): it made k calls. The reference is good to "
-            f"{result.reference_error:.1g}. µs a step: all but the network. s: the longest run.",
+            f"{MISSING}: stochastic, or the budget is too small. (k): k calls were made. Error of the reference: "
+            f"{result.reference_error:.1g}. µs per step: without the network. s: the longest run.",
             True,
         ),
         _listing(
             result,
             f"{what}: energy distance to the data",
             lambda e: e.energy,
-            f"As many real samples are at {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
+            f"Equally many real samples are {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
             False,
         ),
     )
 
 
 def ranked(result: Comparison, value: Callable[[Entry], float | None]) -> list[tuple[str, str]]:
-    """(solver, spacing) by their value at the largest budget they have, the ones without a value last."""
-    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
+    """(solver, spacing) by their value at their largest budget; those without a value come last."""
 
     def key(pair: tuple[str, str]) -> tuple[bool, float]:
-        largest = max((e for e in result.entries if (e.solver, e.spacing) == pair), key=lambda e: e.budget)
-        found = value(largest)
+        found = value(max(result.of(pair), key=lambda e: e.budget))
         return found is None, found or 0.0
 
-    return sorted(pairs, key=key)
+    return sorted(result.pairs(), key=key)
 
 
 def _listing(
     result: Comparison, title: str, value: Callable[[Entry], float | None], caption: str, cost: bool
 ) -> Listing:
     budgets = sorted({e.budget for e in result.entries})
-    several = len({e.spacing for e in result.entries}) > 1
     found = {(e.solver, e.spacing, e.budget): e for e in result.entries}
     pairs = ranked(result, value)
     rows, numbers = [], np.full((len(pairs), len(budgets)), np.inf)
@@ -80,16 +83,15 @@ def _listing(
                 continue
             numbers[i, j] = number
             cells.append(f"{number:.4f}" + (f" ({entry.nfe})" if entry.nfe != budget else ""))
-        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
-        name = f"{pair[0]} ({pair[1]})" if several else pair[0]
+        mine = result.of(pair)
         costs = (f"{np.median([e.step_us for e in mine]):.1f}", f"{max(e.seconds for e in mine):.2f}")
-        rows.append((name, *cells, *(costs if cost else ())))
+        rows.append((result.name(pair), *cells, *(costs if cost else ())))
     best = {(int(i), j + 1) for j, i in enumerate(numbers.argmin(axis=0)) if np.isfinite(numbers[i, j])}
-    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs a step", "s") if cost else ()))
+    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs per step", "s") if cost else ()))
     return Listing(title, heads, tuple(rows), frozenset(best), caption)
 
 
-def rich_table(listing: Listing) -> Any:
+def rich_table(listing: Listing) -> Table:
     from rich.table import Table
 
     made = Table(title=listing.title, caption=listing.caption, title_justify="left", caption_justify="left")
@@ -101,7 +103,7 @@ def rich_table(listing: Listing) -> Any:
 
 
 def markdown(tables: Sequence[Listing]) -> str:
-    """The tables as GitHub shows them."""
+    """The tables in GitHub's Markdown."""
     lines = []
     for table in tables:
         lines += [f"**{table.title}**", "", "| " + " | ".join(table.heads) + " |"]
@@ -113,46 +115,39 @@ def markdown(tables: Sequence[Listing]) -> str:
     return "\n".join(lines)
 
 
-# One colour a solver (Okabe & Ito's palette, which colour-blind readers can tell apart) and one marker.
+# A colour (Okabe & Ito's palette for colour-blind readers) and a marker per solver.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
 
 
 def plot(result: Comparison, path: Path) -> None:
-    """Error and energy distance against calls, and, for images, what the samples look like; a ranking of many."""
-    pairs = list(dict.fromkeys((e.solver, e.spacing) for e in result.entries))
-    guidance = f", guidance {result.guidance:g}" if result.guidance else ""
-    title = f"{result.model}{guidance}: {result.samples} samples from the same latents"
-    draw = _lines if len(pairs) <= FEW else _ranking
+    """Plot error and energy distance against calls, with image samples, or as a ranking of more than `FEW` solvers."""
+    draw = _lines if len(result.pairs()) <= FEW else _ranking
     pyplot = plotting()
-    figure = draw(pyplot, result, pairs)
-    figure.suptitle(title)
+    figure = draw(pyplot, result)
+    figure.suptitle(f"{result.title}: {result.samples} samples from the same latents")
     write_whole(path, lambda to: figure.savefig(to, dpi=130))
     pyplot.close(figure)
 
 
-def _name(result: Comparison, pair: tuple[str, str]) -> str:
-    several = len({e.spacing for e in result.entries}) > 1
-    return f"{pair[0]} ({pair[1]})" if several else pair[0]
-
-
-def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
+def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
     images = next(iter(result.shown.values())).ndim == 4
     ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
+    figure: Figure
     figure, axes = pyplot.subplots(
         1, len(ratios), figsize=(5.0 * len(ratios), 5.0), layout="constrained", width_ratios=ratios
     )
-    for j, pair in enumerate(pairs):
-        mine = [e for e in result.entries if (e.solver, e.spacing) == pair]
+    for j, pair in enumerate(result.pairs()):
+        mine = result.of(pair)
         style = {"color": COLOURS[j], "marker": MARKERS[j], "markersize": 5}
         errors = [(e.nfe, e.rmse) for e in mine if e.rmse is not None]
         if errors:
             axes[0].plot(*zip(*errors, strict=True), **style)
-        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=_name(result, pair), **style)
+        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=result.name(pair), **style)
     axes[0].set_ylabel("RMSE to the model's own ODE end point")
     axes[0].set_yscale("log")
     axes[1].set_ylabel("energy distance to the data")
-    # A solver that diverges would press all others flat: the axis ends above the ones that did not.
+    # A diverged solver would flatten all others: the axis ends above those that converged.
     energies = sorted(e.energy for e in result.entries)
     high, low = result.floor + result.spread, result.floor - result.spread
     top = max([high, *(e for e in energies if e <= 10.0 * max(energies[len(energies) // 2], high))])
@@ -174,21 +169,22 @@ def _lines(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) ->
     return figure
 
 
-def _ranking(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) -> Any:
-    """Every solver a row, the best of the largest budget on top, a dot for each budget."""
+def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
+    """One row per solver, the best at the largest budget on top; one dot per budget."""
     budgets = sorted({e.budget for e in result.entries})
     panels: tuple[tuple[str, Callable[[Entry], float | None]], ...] = (
         ("RMSE to the model's own ODE end point", lambda e: e.rmse),
         ("energy distance to the data", lambda e: e.energy),
     )
-    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(pairs)), layout="constrained")
+    figure: Figure
+    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(result.pairs())), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
-        order = [p for p in ranked(result, value) if any(value(e) is not None for e in _of(result, p))]
+        order = [p for p in ranked(result, value) if any(value(e) is not None for e in result.of(p))]
         for j, budget in enumerate(budgets):
-            dots = [(value(e), i) for i, p in enumerate(order) for e in _of(result, p) if e.budget == budget]
+            dots = [(value(e), i) for i, p in enumerate(order) for e in result.of(p) if e.budget == budget]
             dots = [(v, i) for v, i in dots if v is not None]
             axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=f"{budget} calls")
-        axis.set_yticks(range(len(order)), [_name(result, p) for p in order], fontsize="small")
+        axis.set_yticks(range(len(order)), [result.name(p) for p in order], fontsize="small")
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
@@ -206,12 +202,8 @@ def _ranking(pyplot: Any, result: Comparison, pairs: Sequence[tuple[str, str]]) 
     return figure
 
 
-def _of(result: Comparison, pair: tuple[str, str]) -> list[Entry]:
-    return [e for e in result.entries if (e.solver, e.spacing) == pair]
-
-
-def _samples(axis: Any, result: Comparison) -> None:
-    """A row of samples for each solver at the budget nearest to 8, the reference below."""
+def _samples(axis: Axes, result: Comparison) -> None:
+    """One row of samples per solver at the budget nearest to 8, then the reference."""
     strips = [contact_sheet(x, columns=SHOWN, enlarge=4) for x in result.shown.values()]
     height = strips[0].shape[0]
     axis.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)

@@ -1,10 +1,10 @@
-"""The evidence for tuned plans: `make tune-report`.
+"""Measure tuned plans: `make tune-report`.
 
-    python -m fewstep.tune_report [--quick] [--again] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
+    python -m reports.tune_report [--quick] [--again] [--out docs/tuning] [--only digits,ring] [--nfe 4,6]
 
-Every plan is fitted on seed 0 and judged on latents of seed 1, against the best of all hand-made (solver, spacing)
-pairs chosen on those very latents, and against diffusers' own schedulers. Results are written after each fit, and a
-run that was stopped goes on from them; `--again` measures all of them anew.
+Every plan is fitted on latents of seed 0 and tested on latents of seed 1, against the hand-made (solver, spacing) that
+is best on those very latents, and against diffusers' own schedulers. Results are written after each fit. An interrupted
+run continues from them; `--again` measures everything anew.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewstep.models import Model, load_model
-from fewstep.output import contact_sheet, plotting
+from fewstep.cli.output import contact_sheet, plotting
+from fewstep.models import Condition, load_model
 from fewstep.problems import energy_distance
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.tune.candidates import candidates, errors, rank, usable
@@ -39,26 +41,33 @@ from fewstep.solvers.tune.tuning import (
 )
 
 TEST_SEED = 1
-# (model, guidance), the title of its panel
+# problem -> (model, guidance, panel title)
 PROBLEMS = {
     "digits": ("digits", None, "digits U-Net"),
     "digits-guided": ("digits", 2.0, "digits U-Net, guidance 2"),
     "digits-exact": ("digits-exact", None, "digits mixture, exact"),
     "ring": ("ring", None, "ring of 8 modes in 2-D, exact"),
 }
-# Tuned RMSE over the best hand-made one's, at most.
+# (problem, budget) -> upper bound of the tuned RMSE over the best hand-made one
 THRESHOLDS = {("digits", 6): 0.55, ("digits", 10): 0.35}
-RECOMMEND = 1.25  # the pick's RMSE over the oracle's
+RECOMMEND = 1.25  # upper bound of the recommended plan's RMSE over the best hand-made one
 RECOMMEND_SEEDS = 32
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done: budgets, seeds of the fit, latents of the test, evaluations of each start and of the polish."""
+    """The amount of work.
+
+    nfe          budgets
+    seeds        latents to fit to
+    flat_seeds   the same in two dimensions, where fewer overfit
+    test         latents of the test
+    evaluations  of the residual, from each start and in the final fit
+    """
 
     nfe: tuple[int, ...]
     seeds: int
-    flat_seeds: int  # in two dimensions, where fewer overfit
+    flat_seeds: int
     test: int
     evaluations: tuple[int, int]
 
@@ -67,17 +76,17 @@ FULL = Size((4, 5, 6, 8, 10), 64, 256, 128, (7, 12))
 QUICK = Size((4,), 16, 48, 32, (3, 2))
 
 
-def judge(found: Any, target: Any, real: Any) -> dict[str, float]:
-    """Errors against the ODE's end points, and the energy distance to real data."""
+def score(found: np.ndarray, target: np.ndarray, real: np.ndarray) -> dict[str, float]:
+    """Errors to the ODE's end points, and the energy distance to real data."""
     squares = np.mean((found - target) ** 2, axis=1)
     return {**statistics(squares), "energy": float(energy_distance(found, real.reshape(len(real), -1)))}
 
 
-def measure(name: str, nfe: int, size: Size, say: Callable[[str], None]) -> tuple[dict[str, Any], Any]:
-    """One problem at one budget: the numbers of the report, and the tuned plan."""
+def measure(name: str, nfe: int, size: Size, say: Callable[[str], None]) -> tuple[dict[str, Any], Plan]:
+    """One problem at one budget: its row of the report, and the tuned plan."""
     model_name, guidance, _ = PROBLEMS[name]
     model = load_model(model_name)
-    denoiser, cond = model.denoiser(guidance), condition(model)
+    denoiser, cond = model.denoiser(guidance), model.all_classes()
     seeds = size.flat_seeds if np.prod(model.shape) < 8 else size.seeds
     begin = time.perf_counter()
     made = study(
@@ -104,14 +113,14 @@ def measure(name: str, nfe: int, size: Size, say: Callable[[str], None]) -> tupl
     oracle = rank(ensemble, usable(denoiser, candidates(denoiser.process, nfe)), target, range(size.test))[0]
     real, _ = model.data(0)
 
-    def ends(form: Unrolled) -> Any:
-        return ensemble.ends([form], range(size.test))[0]
+    def ends(form: Unrolled) -> np.ndarray:
+        return np.asarray(ensemble.ends([form], range(size.test))[0])
 
     chosen = best_hand_made(made).candidate
     entries: dict[str, dict[str, Any]] = {
-        "tuned": judge(ends(unroll(plan)), target, real),
-        "oracle": {**judge(ends(oracle.candidate.unrolled), target, real), "label": oracle.candidate.label},
-        "hand": {**judge(ends(chosen.unrolled), target, real), "label": chosen.label},
+        "tuned": score(ends(unroll(plan)), target, real),
+        "oracle": {**score(ends(oracle.candidate.unrolled), target, real), "label": oracle.candidate.label},
+        "hand": {**score(ends(chosen.unrolled), target, real), "label": chosen.label},
         "recommended": {
             "rmse": float(np.sqrt(np.mean(errors(ensemble, [pick.candidate.unrolled], target, range(size.test))))),
             "label": pick.candidate.label,
@@ -120,7 +129,7 @@ def measure(name: str, nfe: int, size: Size, say: Callable[[str], None]) -> tupl
     }
     for label, scheduler in peers().items():
         found = diffusers_ends(scheduler, ensemble, cond, nfe)
-        entries[label] = judge(found, target, real)
+        entries[label] = score(found, target, real)
     row = {
         "problem": name,
         "nfe": nfe,
@@ -139,16 +148,11 @@ def measure(name: str, nfe: int, size: Size, say: Callable[[str], None]) -> tupl
     return row, plan
 
 
-def condition(model: Model) -> Any:
-    """All classes in turn."""
-    return model.cond(np.arange(model.classes)) if model.classes else None
-
-
 # --- diffusers ---
 
 
 def peers() -> dict[str, Callable[[str], Any]]:
-    """diffusers' schedulers as their users set them up for VP.linear(), from its name of the prediction."""
+    """diffusers' schedulers as users set them up for VP.linear(), as functions of the prediction type."""
     try:
         from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
     except ImportError:
@@ -162,8 +166,8 @@ def peers() -> dict[str, Callable[[str], Any]]:
     }
 
 
-def diffusers_ends(make: Callable[[str], Any], ensemble: Ensemble, cond: Any, nfe: int) -> Any:
-    """Where a scheduler takes the ensemble's latents with the same network: (n, elements)."""
+def diffusers_ends(make: Callable[[str], Any], ensemble: Ensemble, cond: Condition, nfe: int) -> np.ndarray:
+    """End points (n, elements) of the ensemble's latents under a scheduler, with the same network."""
     import torch
 
     denoiser, n = ensemble.denoiser, len(ensemble.z)
@@ -183,10 +187,10 @@ def diffusers_ends(make: Callable[[str], Any], ensemble: Ensemble, cond: Any, nf
             raws = [raw if torched else torch.from_numpy(np.asarray(raw)) for raw in call(branches, *arrays)]
             guided = sum(weights[j] * raw.float() for j, raw in zip(branches, raws, strict=True))
             x = scheduler.step(guided, t, x).prev_sample
-    return x.double().numpy().reshape(n, -1)
+    return np.asarray(x.double().numpy().reshape(n, -1))
 
 
-# --- what is written ---
+# --- output ---
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -218,7 +222,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Every threshold that a row does not meet."""
+    """The thresholds that the rows miss."""
     found = []
     for r in rows:
         at, most = f"{r['problem']} at {r['nfe']} calls", THRESHOLDS.get((r["problem"], r["nfe"]))
@@ -232,7 +236,7 @@ def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """RMSE against calls, a panel for each problem."""
+    """Plot RMSE against calls, one panel per problem."""
     pyplot = plotting()
     names = [n for n in PROBLEMS if any(r["problem"] == n for r in rows)]
     figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), layout="constrained", squeeze=False)
@@ -261,10 +265,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def grid_of_samples(name: str, nfe: int, plan_path: Path, row: dict[str, Any], path: Path) -> None:
-    """Ten digits each of the best hand-made plan, the tuned one and the ODE, from the same latents."""
+    """Draw ten digits each by the best hand-made plan, the tuned one and the ODE, from the same latents."""
     model_name, guidance, _ = PROBLEMS[name]
     model = load_model(model_name)
-    ensemble = Ensemble(model.denoiser(guidance), latents(10, model.shape, TEST_SEED), condition(model))
+    ensemble = Ensemble(model.denoiser(guidance), latents(10, model.shape, TEST_SEED), model.all_classes())
     target, _ = reference_ends(ensemble, None, (), None)
     found = candidates(ensemble.denoiser.process, nfe)
     hand = next(c for c in found if c.label == row["entries"]["oracle"]["label"])
@@ -281,12 +285,14 @@ def grid_of_samples(name: str, nfe: int, plan_path: Path, row: dict[str, Any], p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, write, and return 1 if a threshold is missed."""
-    parser = argparse.ArgumentParser(prog="python -m fewstep.tune_report", description=__doc__)
+    """Measure and write the report. Returns 1 if a threshold is missed."""
+    parser = argparse.ArgumentParser(prog="python -m reports.tune_report", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="a minute: few seeds, few iterations, no worse than by hand"
+        "--quick",
+        action="store_true",
+        help="a minute: few seeds and iterations, one check",
     )
-    parser.add_argument("--again", action="store_true", help="measure what has results, too")
+    parser.add_argument("--again", action="store_true", help="also measure what has results")
     parser.add_argument("--out", type=Path, default=Path("docs/tuning"))
     parser.add_argument("--only", default=",".join(PROBLEMS), help="comma-separated problems")
     parser.add_argument("--nfe", default=None, help="comma-separated budgets")
@@ -307,15 +313,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]
             if done and not args.again:
                 continue
-            row, plan = measure(name, nfe, size, lambda text, at=f"{name} {nfe}": say(f"{at}: {text}"))  # type: ignore[misc]
+            row, plan = measure(name, nfe, size, partial(say, f"{name} {nfe}"))
             rows = [*(r for r in rows if r not in done), row]
             save_plan(plan, args.out / f"{name}-{nfe}.json")
-            text = json.dumps({"rows": rows}, indent=1) + "\n"
-            write_whole(results, lambda to, text=text: to.write_text(text, encoding="utf-8"))  # type: ignore[misc]
-            say(f"{name} {nfe}: tuned / best hand-made {row['ratio']:.3f}, {row['seconds']['all']:.0f} s")
+            write_text(results, json.dumps({"rows": rows}, indent=1) + "\n")
+            say(f"{name} {nfe}", f"tuned / best hand-made {row['ratio']:.3f}, {row['seconds']['all']:.0f} s")
     print(table(rows))
-    page = f"# Tuned plans, measured\n\n{table(rows)}"
-    write_whole(args.out / "results.md", lambda to: to.write_text(page, encoding="utf-8"))
+    write_text(args.out / "results.md", f"# Tuned plans, measured\n\n{table(rows)}")
     plot(rows, args.out / "error.png")
     for name, nfe in (("digits", 4), ("digits", 6), ("digits-guided", 4)):
         chosen = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]
@@ -327,8 +331,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if found else 0
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(at: str, text: str) -> None:
+    print(f"{at}: {text}", file=sys.stderr, flush=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What this installation can do, what it lacks, and the command that adds it."""
+"""`fewstep doctor`: what this installation can do, what it lacks, and the command that adds it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import platform
 import tempfile
@@ -10,12 +11,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from fewstep.cli.app import OUT, AsJson
+from fewstep.cli.timing import cores
 
 
 @dataclass(frozen=True)
 class Finding:
-    """status: "ok", "missing" (an extra is not installed) or "bad" (something is broken)."""
+    """One line of the report. status: "ok", "missing" (an extra is not installed) or "bad" (broken)."""
 
     what: str
     status: str
@@ -23,7 +30,7 @@ class Finding:
     fix: str = ""
 
 
-# package -> (import name, what it is for, the command that adds it)
+# package -> (import name, purpose, the command that adds it)
 PACKAGES = {
     "numpy": ("numpy", "core", "pip install fewstep"),
     "numba": ("numba", "core, CPU kernels", "pip install fewstep"),
@@ -41,7 +48,7 @@ PACKAGES = {
 
 
 def examine() -> list[Finding]:
-    """Every finding, in the order in which a person would ask."""
+    """All findings, in the order of the report."""
     return [*_versions(), *_devices(), *_backends(), *_files()]
 
 
@@ -61,9 +68,7 @@ def _versions() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    from fewstep.kernels.numba_step import _workers
-
-    yield Finding("cores", "ok", f"{_workers()} usable")
+    yield Finding("cores", "ok", f"{cores()} usable")
     if importlib.util.find_spec("torch") is None:
         return
     import torch
@@ -72,7 +77,7 @@ def _devices() -> Iterator[Finding]:
         for i in range(torch.cuda.device_count()):
             yield Finding(f"cuda:{i}", "ok", torch.cuda.get_device_name(i))
     else:
-        yield Finding("cuda", "missing", "no CUDA device that torch can use; everything runs on the CPU")
+        yield Finding("cuda", "missing", "torch finds no CUDA device: everything runs on the CPU")
 
 
 def _backends() -> Iterator[Finding]:
@@ -80,7 +85,7 @@ def _backends() -> Iterator[Finding]:
     try:
         _try_numba()
         yield Finding("backend numba", "ok", "fused kernels on the CPU")
-    except Exception as error:  # a broken compiler shows in many ways; the doctor reports them all
+    except Exception as error:  # a broken compiler fails in many ways
         yield Finding(
             "backend numba",
             "bad",
@@ -90,7 +95,7 @@ def _backends() -> Iterator[Finding]:
 
 
 def _try_numba() -> None:
-    """Sample once with both backends and compare."""
+    """Sample with both backends. Raises RuntimeError if they disagree."""
     import numpy as np
 
     import fewstep as fs
@@ -98,7 +103,7 @@ def _try_numba() -> None:
     denoiser = fs.Denoiser(lambda x, t: 0.5 * x, fs.EDM(), "sample")
     fused, naive = (fs.sample(denoiser, shape=(2, 4), steps=3, seed=0, backend=b) for b in ("numba", "naive"))
     if not np.allclose(fused, naive, rtol=1e-5):
-        raise RuntimeError("the fused kernel disagrees with the oracle")
+        raise RuntimeError("the fused kernel disagrees with the naive backend")
 
 
 def _files() -> Iterator[Finding]:
@@ -113,7 +118,7 @@ def _files() -> Iterator[Finding]:
 
 
 def _cache() -> Finding:
-    """Where Numba keeps compiled kernels: without a writable place, every process compiles them again."""
+    """Whether Numba can cache compiled kernels on disk."""
     import fewstep.kernels as kernels
 
     places = [os.environ.get("NUMBA_CACHE_DIR"), str(Path(kernels.__file__).parent / "__pycache__")]
@@ -127,10 +132,21 @@ def _cache() -> Finding:
     return Finding(
         "kernel cache",
         "bad",
-        "not writable: kernels compile in every process",
+        "not writable: every process compiles the kernels again",
         "export NUMBA_CACHE_DIR=~/.cache/fewstep",
     )
 
 
-def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
-    return [vars(finding) for finding in findings]
+def doctor(as_json: AsJson = False) -> None:
+    """Check the installation and print the command that adds what is missing."""
+    findings = examine()
+    bad = any(f.status == "bad" for f in findings)
+    if as_json:
+        typer.echo(json.dumps([vars(f) for f in findings]))
+        raise typer.Exit(int(bad))
+    table = Table(show_header=False, box=None)
+    marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "bad": "[bold red]bad[/]"}
+    for f in findings:
+        table.add_row(marks[f.status], f.what, f.detail + (f"\n[bold]{escape(f.fix)}[/]" if f.fix else ""))
+    OUT.print(table)
+    raise typer.Exit(int(bad))

@@ -1,13 +1,13 @@
-"""Train the digits U-Net that ships in ``fewstep/weights``: ``python -m fewstep.train_digits``.
+"""Train the digits U-Net that ships in fewstep/weights: `make weights`.
 
-Data are scikit-learn's 1797 handwritten 8x8 digits, scaled to x / 8 - 1; 297 of them are held out. The
-network (:class:`fewstep.bindings.unet.UNet`) learns v = alpha eps - sigma x0 for ``VP.linear()`` at
-continuous t ~ U(0, 999) under the plain squared error. The class is dropped now and then, for classifier-free
-guidance. What is kept is an exponential moving average of the weights.
+The data are scikit-learn's 1797 handwritten 8x8 digits, scaled to x / 8 - 1; 297 of them are held out. The network
+(`fewstep.bindings.unet.UNet`) learns v = alpha eps - sigma x0 for `VP.linear()` at continuous t ~ U(0, 999) under the
+plain squared error. The class is dropped at random for classifier-free guidance. The result is an exponential moving
+average of the weights.
 
-Written at the end, each to a temporary file that is then renamed: ``digits.safetensors``, and ``digits.json``
-with the settings, the losses and an evaluation of DDIM samples. One seed, thread count and torch build gives
-one result. Ctrl-C stops early and writes what there is, without the evaluation.
+Two files are written at the end: digits.safetensors, and digits.json with the settings, the losses and an evaluation of
+DDIM samples. The result depends only on the seed, the number of threads and the torch build. Ctrl-C stops early and
+writes the weights so far, without the evaluation.
 """
 
 from __future__ import annotations
@@ -20,29 +20,25 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import sklearn
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import Tensor
 from tqdm import tqdm
 
 from fewstep.bindings.unet import NO_CLASS, UNet
-from fewstep.output import write_whole
+from fewstep.digits_data import Split, load_split
 from fewstep.problems import energy_distance
+from fewstep.solvers.files import write_whole
 from fewstep.solvers.schedule.process import VP
 
-HELD_OUT = 297
-BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)
-"""Edges in t of the noise bands in which the validation loss is given."""
-
-VALIDATION_DRAWS = 4
-"""Noisy versions of each held-out image in each band."""
+BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)  # edges in t of the noise bands of the validation loss
+VALIDATION_DRAWS = 4  # noisy versions of each held-out image per band
 
 _PROCESS = VP.linear()
 _T_MAX = _PROCESS.t_first
@@ -50,8 +46,8 @@ _VALIDATE_EVERY = 250
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What one training run depends on, besides the library versions and the number of threads."""
+class TrainingSettings:
+    """All that a training run depends on, besides the library versions."""
 
     steps: int = 8000
     seed: int = 0
@@ -66,26 +62,9 @@ class Settings:
     threads: int = 2
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to 0."""
+        """A linear warm-up, then half a cosine to 0."""
         warm = min(1.0, (step + 1) / min(self.warmup, 1 + self.steps // 10))
         return self.lr * warm * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
-
-
-class Split(NamedTuple):
-    """Images (N, 1, 8, 8) float32 in [-1, 1] and their classes (N,) int64."""
-
-    x: Tensor
-    label: Tensor
-
-
-def load_split() -> tuple[Split, Split]:
-    """The digits as (training, held out); the same 297 are held out whatever the training seed."""
-    digits = load_digits()
-    x = torch.tensor(digits.images / 8.0 - 1.0, dtype=torch.float32)[:, None]
-    label = torch.tensor(digits.target, dtype=torch.int64)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x)))
-    held, kept = order[:HELD_OUT], order[HELD_OUT:]
-    return Split(x[kept], label[kept]), Split(x[held], label[held])
 
 
 def noised(x0: Tensor, t: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -103,7 +82,7 @@ def levels(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stratified(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """`count` times in [low, high), one uniform draw in each of `count` equal parts, in random order."""
+    """`count` times in [low, high): one uniform draw in each of `count` equal parts, in random order."""
     part = torch.randperm(count, generator=generator)
     inside = torch.rand(count, generator=generator, dtype=torch.float64)
     return low + (high - low) * (part + inside) / count
@@ -111,7 +90,7 @@ def stratified(count: int, low: float, high: float, generator: torch.Generator) 
 
 @torch.no_grad()
 def validation_loss(net: UNet, held: Split) -> list[float]:
-    """Mean squared error of v in each noise band, on the same times and noise at every call."""
+    """Mean squared error of v in each noise band, on the same times and noise in every call."""
     generator = torch.Generator().manual_seed(1)
     x, label = held.x.repeat(VALIDATION_DRAWS, 1, 1, 1), held.label.repeat(VALIDATION_DRAWS)
     losses = []
@@ -123,7 +102,7 @@ def validation_loss(net: UNet, held: Split) -> list[float]:
 
 
 def overall(bands: list[float]) -> float:
-    """The loss under t ~ U(0, 999) from the losses in the bands."""
+    """The loss under t ~ U(0, 999), from the losses in the bands."""
     return float(np.average(bands, weights=np.diff(BANDS)))
 
 
@@ -143,13 +122,13 @@ def ddim(net: UNet, label: Tensor, guidance: float, steps: int, generator: torch
 
 
 def evaluate(net: UNet, train: Split, held: Split, count: int, seed: int) -> dict[str, Any]:
-    """Judge DDIM samples, 50 steps, with the classes of the first `count` training images.
+    """Evaluate DDIM samples of 50 steps with the classes of the first `count` training images.
 
-    The energy distance is to the held-out images; its floor is that of as many training images. ``nearest``
-    is the median distance to the nearest training image; far below the held-out images' would be copying.
+    The energy distance is to the held-out images; its floor is that of equally many training images. `nearest` is the
+    median distance to the nearest training image: far below that of the held-out images, it would mean copying.
     """
     flat = {name: split.x.flatten(1).double().numpy() for name, split in (("train", train), ("held", held))}
-    judge = SVC(gamma=0.02).fit(flat["train"], train.label)  # a kernel machine suits 1500 images
+    judge = SVC(gamma=0.02).fit(flat["train"], train.label)
     label = train.label[:count]
     result: dict[str, Any] = {
         "steps": 50,
@@ -176,15 +155,15 @@ def _nearest(x: NDArray[Any], data: NDArray[Any]) -> float:
     return float(np.median(np.sqrt(np.maximum(squared.min(1), 0.0))))
 
 
-def train(settings: Settings, out: Path) -> dict[str, Any]:
-    """Train as `settings` say, write both files into `out` and return the log that digits.json holds."""
+def train(settings: TrainingSettings, out: Path) -> dict[str, Any]:
+    """Train and write both files into `out`. Returns the log that digits.json holds."""
     out.mkdir(parents=True, exist_ok=True)
     data, held = load_split()
     start = time.perf_counter()
     threads = torch.get_num_threads()
-    torch.set_num_threads(settings.threads)  # the order of sums depends on it
+    torch.set_num_threads(settings.threads)  # it decides the order of sums
     try:
-        net, curve, bands = _fit(settings, data, held)
+        net, curve, bands = _train_network(settings, data, held)
     finally:
         torch.set_num_threads(threads)
     done = curve[-1]["step"]
@@ -223,8 +202,10 @@ def train(settings: Settings, out: Path) -> dict[str, Any]:
     return log
 
 
-def _fit(settings: Settings, data: Split, held: Split) -> tuple[UNet, list[dict[str, Any]], list[float]]:
-    """The averaged network, the losses over time and the last validation losses; Ctrl-C ends it early."""
+def _train_network(
+    settings: TrainingSettings, data: Split, held: Split
+) -> tuple[UNet, list[dict[str, Any]], list[float]]:
+    """The averaged network, the losses over time and the last validation losses. Ctrl-C ends the training early."""
     torch.manual_seed(settings.seed)  # initial weights and dropout
     generator = torch.Generator().manual_seed(settings.seed)  # batches, times, noise, dropped labels
     net = UNet(dropout=settings.dropout)
@@ -275,25 +256,25 @@ def _fit(settings: Settings, data: Split, held: Split) -> tuple[UNet, list[dict[
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    default = Settings()
+    default = TrainingSettings()
     parser = argparse.ArgumentParser(
-        prog="python -m fewstep.train_digits",
+        prog="python -m reports.train_digits",
         description="Train the 8x8 digits U-Net and write digits.safetensors and digits.json.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    weights = Path(__file__).parent / "weights"
+    weights = Path(__file__).parent.parent / "api" / "weights"
     parser.add_argument("--out", type=Path, default=weights, help="folder to write to")
-    parser.add_argument("--steps", type=_positive, default=default.steps, help="optimiser steps")
+    parser.add_argument("--steps", type=_positive_steps, default=default.steps, help="optimiser steps")
     parser.add_argument("--seed", type=int, default=default.seed, help="of everything but the held-out split")
     parser.add_argument("--samples", type=int, default=default.samples, help="images to evaluate, 0 for none")
     args = parser.parse_args(argv)
-    log = train(Settings(steps=args.steps, seed=args.seed, samples=args.samples), args.out)
+    log = train(TrainingSettings(steps=args.steps, seed=args.seed, samples=args.samples), args.out)
     print(f"validation loss {log['validation']['loss']:.4f} after {log['steps_done']} steps -> {args.out}")
     for name, value in log.get("evaluation", {}).items():
         print(f"  {name}: {value}")
 
 
-def _positive(text: str) -> int:
+def _positive_steps(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number of steps")

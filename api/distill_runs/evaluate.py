@@ -1,20 +1,22 @@
-"""What a finished distillation run is worth: its samples against the data, its thresholds, its files."""
+"""Evaluation of a trained student: its samples against the data, and the thresholds of its method."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep import distill_digits as digits
-from fewstep import distill_ring as ring
-from fewstep import distill_ring_generators as generators
-from fewstep import distill_ring_teachers as teachers
-from fewstep.distill_metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_runs import digits, ring
+from fewstep.distill_runs import ring_generators as generators
+from fewstep.distill_runs import ring_teachers as teachers
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.training import Recipe
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -27,7 +29,7 @@ DIGITS_MEASURES = ("energy_distance", "accuracy", "feature_distance", "taught_ac
 
 
 class Check(NamedTuple):
-    """A measured number against its bound: value <= bound, or value >= bound for `least`."""
+    """A measured value and its bound: an upper bound, or a lower one with `least`."""
 
     name: str
     value: float
@@ -40,26 +42,27 @@ class Check(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """rows: one for each number of calls; checks: the method's thresholds; samples: by number of calls."""
+    """rows: one per number of calls; checks: the method's thresholds; samples: by number of calls."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, float | str]]
     checks: list[Check]
     samples: dict[str, Tensor]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         return {
             "rows": self.rows,
             "checks": [{**c._asdict(), "met": c.met} for c in self.checks],
         }
 
 
-def evaluate(recipe: Any) -> Outcome:
-    """The outcome of a trained recipe of either problem."""
+def evaluate(recipe: Recipe) -> Outcome:
+    """The outcome of a trained recipe."""
     if isinstance(recipe, digits.DigitsRecipe):
-        return _digits(recipe)
+        return _evaluate_digits(recipe)
     if isinstance(recipe, teachers.Guided):
-        return _guided(recipe)
-    return _ring(recipe)
+        return _evaluate_guided(recipe)
+    assert isinstance(recipe, ring.RingRecipe)
+    return _evaluate_ring(recipe)
 
 
 # --- the ring ---
@@ -71,48 +74,45 @@ def ring_data() -> np.ndarray:
 
 
 def latent(count: int = COUNT, elements: int = 2) -> Tensor:
+    """Standard normal numbers, the same for every student."""
     return torch.randn((count, elements), generator=torch.Generator().manual_seed(5))
 
 
-def run(denoiser: Any, plan: Plan, start: float, count: int = COUNT) -> Tensor:
+def sample_ring(denoiser: Denoiser, plan: Plan, start: float, count: int = COUNT) -> Tensor:
+    """Points from the common latents, scaled by `start`."""
     x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent(count), seed=7)
     return x
 
 
 @cache
 def ring_baseline(nfe: int, solver: str = "ddim") -> float:
-    """SWD of the exact teacher by a plain solver on the grid that the students learn from."""
+    """SWD of the exact teacher by a plain solver on the students' grid."""
     plan = make_plan(solver, ring.edm_grid(nfe))
-    return sliced_wasserstein(run(ring.RING.denoiser(ring.PROCESS), plan, ring.PROCESS.sigma_max), ring_data())
+    return sliced_wasserstein(sample_ring(ring.RING.denoiser(ring.PROCESS), plan, ring.PROCESS.sigma_max), ring_data())
 
 
-@cache
-def floor() -> float:
-    """SWD between draws of the data: the mean of four."""
-    return float(np.mean([sliced_wasserstein(ring.RING.draw(COUNT, s), ring_data()) for s in range(2, 6)]))
-
-
-def _ring(recipe: ring.RingRecipe) -> Outcome:
-    rows, samples = [], {}
+def _evaluate_ring(recipe: ring.RingRecipe) -> Outcome:
+    rows: list[dict[str, float | str]] = []
+    swd, samples = {}, {}
     for nfe, (denoiser, plan) in recipe.samplers().items():
-        x = run(denoiser, plan, recipe.start_sigma)
+        x = sample_ring(denoiser, plan, recipe.start_sigma)
         samples[str(nfe)] = x
+        swd[nfe] = sliced_wasserstein(x, ring_data())
         rows.append(
             {
                 "nfe": nfe,
-                "swd": sliced_wasserstein(x, ring_data()),
+                "swd": swd[nfe],
                 "smallest mode": float(mode_masses(x, ring.RING).min()),
                 "distance to modes": distance_to_modes(x, ring.RING),
             }
         )
-    return Outcome(rows, _ring_checks(recipe, rows, samples), samples)
+    return Outcome(rows, _ring_checks(recipe, swd, samples), samples)
 
 
-def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: dict[str, Tensor]) -> list[Check]:
-    swd = {row["nfe"]: row["swd"] for row in rows}
+def _ring_checks(recipe: ring.RingRecipe, swd: Mapping[int, float], samples: dict[str, Tensor]) -> list[Check]:
     ode = ring_baseline(160)
     match recipe:
-        case teachers.Progressive():
+        case teachers.RingProgressive():
             return [
                 Check("SWD, 1 call, over the teacher's at 1", swd[1] / ring_baseline(1), 0.25),
                 Check("SWD, 1 call, over the teacher's at 8", swd[1] / ring_baseline(8), 1.2),
@@ -133,7 +133,7 @@ def _ring_checks(recipe: ring.RingRecipe, rows: list[dict[str, Any]], samples: d
             return [Check("SWD, 4 calls, over the teacher's at 4", swd[4] / ring_baseline(4), 1.0)]
         case generators.Adversarial():
             before = ring.consistency_samplers(recipe.denoiser("frozen"))
-            start = {n: run(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}
+            start = {n: sample_ring(d, p, ring.PROCESS.sigma_max) for n, (d, p) in before.items()}
             sharp = [distance_to_modes(v, ring.RING) for v in (samples["1"], start[1])]
             return [
                 Check("SWD, 1 call, over its start's", swd[1] / sliced_wasserstein(start[1], ring_data()), 1.0),
@@ -148,7 +148,7 @@ def rectified_checks(recipe: generators.Rectified, one: float) -> list[Check]:
     eps = latent(1024)
     bent = [rectified.straightness(recipe.denoiser(name), eps) for name in ("flow", "reflow")]
     grid = make_grid(Flow(), 100, "linspace")
-    many = sliced_wasserstein(run(recipe.denoiser("flow"), make_plan("euler", grid), 1.0), ring_data())
+    many = sliced_wasserstein(sample_ring(recipe.denoiser("flow"), make_plan("euler", grid), 1.0), ring_data())
     return [
         Check("straightness after reflow, over before", bent[1] / bent[0], 0.05),
         Check("SWD, 1 call, over the flow's at 100", one / many, 1.3),
@@ -156,7 +156,7 @@ def rectified_checks(recipe: generators.Rectified, one: float) -> list[Check]:
 
 
 def guided_truth(w: float) -> float:
-    """The std that the guided teacher's own 25 Heun steps make of noise of std sigma_max: the map is linear."""
+    """The std that the guided teacher makes of noise of std sigma_max in 25 Heun steps, a linear map."""
     plan = make_plan("heun", ring.edm_grid(25, final_zero=False))
     x = ring.PROCESS.sigma_max * torch.ones((1, 1), dtype=torch.float64)
     cond = tuple({"std": torch.tensor([s], dtype=torch.float64)} for s in teachers.STDS[::-1])
@@ -166,22 +166,26 @@ def guided_truth(w: float) -> float:
     return float(end)
 
 
-def _guided(recipe: teachers.Guided) -> Outcome:
+def _evaluate_guided(recipe: teachers.Guided) -> Outcome:
     ((nfe, (denoiser, plan)),) = recipe.samplers().items()
-    rows = []
+    rows: list[dict[str, float | str]] = []
+    ratios, stds = [], []
     for w in (0.0, 2.0, 4.0):
         x = Sampler(denoiser, plan, (COUNT, 1))(
             ring.PROCESS.sigma_max * latent(elements=1), cond={"w": torch.full((COUNT,), w)}
         )
-        # Of the map and not of the draw: relative to the latents' own root mean square.
+        # Relative to the latents' own root mean square: of the map, not of the draw.
         std = float(x.square().mean().sqrt() / latent(elements=1).square().mean().sqrt())
-        rows.append({"nfe": nfe, "w": w, "std": std, "truth": guided_truth(w)})
-    errors = [abs(row["std"] / row["truth"] - 1.0) for row in rows]
-    falls = max(b["std"] / a["std"] for a, b in pairwise(rows))
+        truth = guided_truth(w)
+        rows.append({"nfe": nfe, "w": w, "std": std, "truth": truth})
+        stds.append(std)
+        ratios.append(std / truth)
+    errors = np.array(ratios) - 1.0
+    falls = max(b / a for a, b in pairwise(stds))
     return Outcome(
         rows,
         [
-            Check("RMS error of the std, relative", float(np.sqrt(np.mean(np.square(errors)))), 0.1),
+            Check("RMS error of the std, relative", float(np.sqrt(np.mean(errors**2))), 0.1),
             Check("std at w over std at the smaller w", falls, 0.5),  # the truth is 0.28 and 0.36
         ],
         {},
@@ -191,8 +195,9 @@ def _guided(recipe: teachers.Guided) -> Outcome:
 # --- digits ---
 
 
-def _digits(recipe: digits.DigitsRecipe) -> Outcome:
-    rows, checks, samples = [], [], {}
+def _evaluate_digits(recipe: digits.DigitsRecipe) -> Outcome:
+    rows: list[dict[str, float | str]] = []
+    checks, samples = [], {}
     for nfe, (denoiser, plan) in sorted(recipe.samplers().items()):
         x, label = digits.draw(denoiser, plan)
         own = {**digits.assess(x, label), "taught_accuracy": digits.taught(x, label)}

@@ -1,4 +1,4 @@
-"""Solvers side by side on one model: error, distance to the data, and what a step costs."""
+"""Solvers side by side on one model: error, distance to the data and the cost of a step."""
 
 from __future__ import annotations
 
@@ -6,28 +6,33 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.models import Model
+from fewstep.models import Condition, Model
 from fewstep.problems import energy_distance
-from fewstep.recommender import fit_steps
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import Process
+from fewstep.solvers.tune.candidates import fit_steps
 
-# Calls of the reference solution and of its check at half as many.
-REFERENCE_CALLS = 100
-SHOWN = 10  # samples of each solver in the plot
-FLOOR_DRAWS = 16  # sets of real data whose distance to the rest of the data is what chance alone makes
+REFERENCE_CALLS = 100  # of the reference solution; half as many give its own error
+SHOWN = 10  # samples per solver in the plot
+FLOOR_DRAWS = 16  # sets of real samples that give the distance due to chance alone
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One solver at one budget. rmse is to the model's own ODE end point, None for a stochastic solver."""
+    """One solver at one budget.
+
+    rmse     to the model's own ODE end point; None for a stochastic solver
+    energy   energy distance to the data
+    step_us  microseconds per step without the network
+    seconds  of the whole run
+    """
 
     solver: str
     spacing: str
@@ -36,18 +41,19 @@ class Entry:
     steps: int
     rmse: float | None
     energy: float
-    step_us: float  # of everything but the network
-    seconds: float  # of the whole run
+    step_us: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     reference_error  RMSE of the reference against itself at half the calls
-    floor, spread    mean and standard deviation of the energy distance of as many real data to the rest: what
-                     lies within them cannot be told from the data
+    floor, spread    mean and standard deviation of the energy distance of equally many real samples to the rest of the
+                     data; a solver within them is indistinguishable from the data
     left_out         solver -> why it has no entry
+    shown            solver -> its samples in the plot
     """
 
     model: str
@@ -61,11 +67,26 @@ class Comparison:
     shown: dict[str, np.ndarray] = field(default_factory=dict)
 
     def best(self) -> Entry:
-        """The entry of least error, or, where all solvers are stochastic, nearest to the data."""
-        exact = [e for e in self.entries if e.rmse is not None]
-        return min(exact or self.entries, key=lambda e: e.energy if e.rmse is None else e.rmse)
+        """The entry of least error, or the one nearest to the data if all solvers are stochastic."""
+        deterministic = [e for e in self.entries if e.rmse is not None]
+        return min(deterministic or self.entries, key=lambda e: e.energy if e.rmse is None else e.rmse)
 
-    def as_json(self) -> dict[str, Any]:
+    @property
+    def title(self) -> str:
+        return self.model + (f", guidance {self.guidance:g}" if self.guidance else "")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every (solver, spacing) that has an entry."""
+        return list(dict.fromkeys((e.solver, e.spacing) for e in self.entries))
+
+    def of(self, pair: tuple[str, str]) -> list[Entry]:
+        return [e for e in self.entries if (e.solver, e.spacing) == pair]
+
+    def name(self, pair: tuple[str, str]) -> str:
+        """The solver, with its spacing if there are several."""
+        return f"{pair[0]} ({pair[1]})" if len({e.spacing for e in self.entries}) > 1 else pair[0]
+
+    def as_json(self) -> dict[str, object]:
         keep = {k: v for k, v in vars(self).items() if k not in ("entries", "shown")}
         return {**keep, "entries": [asdict(e) for e in self.entries]}
 
@@ -83,18 +104,19 @@ def compare(
 ) -> Comparison:
     """Run every solver at every budget of denoiser calls, from the same latents.
 
-    A solver of several calls a step gets as many steps as fit the budget; where none fits it has no entry, nor
-    has one that starts from data instead of noise. The samples are of all classes in turn. advance is told what
-    is being done, once for each unit of work.
+    A solver takes as many steps as fit the budget. It has no entry if not even one step fits, or if it starts from
+    data instead of noise. The samples take all classes in turn.
+
+    advance  called once per unit of work with its description
     """
     denoiser = model.denoiser(guidance)
     process = denoiser.process
     shape = (n, *model.shape)
-    labels = np.arange(n) % max(model.classes, 1)
+    labels = model.labels(n)
     cond = model.cond(labels)
-    # Before any work, so that a bad spacing or budget is an error now.
+    # First of all, so that a bad spacing or budget fails before any work.
     plans = {
-        (solver, spacing, budget): _fit(solver, process, spacing, budget)
+        (solver, spacing, budget): _longest_plan(solver, process, spacing, budget)
         for solver in solvers
         for spacing in spacings
         for budget in budgets
@@ -108,8 +130,8 @@ def compare(
         run(make_plan("unipc", make_grid(process, steps, "logsnr"), order=3))
         for steps in (REFERENCE_CALLS, REFERENCE_CALLS // 2)
     )
-    data, of = model.data(seed)
-    result = Comparison(model.name, n, guidance, _rmse(reference, check), *real_to_real(data, of, labels, seed))
+    data, classes = model.data(seed)
+    result = Comparison(model.name, n, guidance, _rmse(reference, check), *real_to_real(data, classes, labels, seed))
     middle = min(budgets, key=lambda b: abs(b - 8))
     for (solver, spacing, budget), plan in plans.items():
         advance(f"{solver}, {budget} calls")
@@ -136,8 +158,8 @@ def _rmse(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
-def _fit(solver: str, process: Any, spacing: str, budget: int) -> Plan | str:
-    """The plan of most steps within the budget, or why there is none."""
+def _longest_plan(solver: str, process: Process, spacing: str, budget: int) -> Plan | str:
+    """The plan of most steps within the budget, or the reason why there is none."""
     try:
         steps = fit_steps(solver, process, spacing, budget, {})
     except ValueError as error:
@@ -148,25 +170,30 @@ def _fit(solver: str, process: Any, spacing: str, budget: int) -> Plan | str:
     return "starts from data, not from noise" if plan.start.sigma < plan.stages[-1].to.sigma else plan
 
 
-def real_to_real(data: np.ndarray, of: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
+def real_to_real(data: np.ndarray, classes: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
     """Mean and standard deviation of the energy distance of real samples with those labels to the rest of the data.
 
-    data (M, ...) with classes of (M,); labels (n,). At most half of a class is drawn. The distance is the biased
-    one, so that these sets are to be compared with sets as large.
+    At most half of a class is drawn. The distance is the biased one: compare it only with sets of the same size.
+
+    data     (M, ...)
+    classes  of the data, (M,)
+    labels   of the samples to draw, (n,)
     """
     rng = np.random.default_rng(seed)
-    counts = {c: min(int(np.sum(labels == c)), int(np.sum(of == c)) // 2) for c in np.unique(labels)}
+    counts = {c: min(int(np.sum(labels == c)), int(np.sum(classes == c)) // 2) for c in np.unique(labels)}
     found = []
     for _ in range(FLOOR_DRAWS):
-        chosen = np.concatenate([rng.choice(np.flatnonzero(of == c), k, replace=False) for c, k in counts.items()])
+        chosen = np.concatenate([rng.choice(np.flatnonzero(classes == c), k, replace=False) for c, k in counts.items()])
         found.append(energy_distance(data[chosen], np.delete(data, chosen, axis=0), unbiased=False))
     return float(np.mean(found)), float(np.std(found, ddof=1))
 
 
-def step_cost(denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], cond: Any = None, repeats: int = 15) -> float:
-    """Microseconds a step of everything but the network, which is replaced by one that returns its input.
+def step_cost(
+    denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], cond: Condition = None, repeats: int = 15
+) -> float:
+    """Microseconds per step without the network, which is replaced by one that returns its input.
 
-    Its arrays, dtype and branches of guidance are the network's.
+    The array library, the dtype and the guidance branches stay the network's.
     """
     free = copy.copy(denoiser)
     free.model = lambda x, t, **cond: x

@@ -1,0 +1,68 @@
+"""What the commands share: the typer application, the consoles, common option types and parsers of option texts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
+ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
+
+app = typer.Typer(
+    help="Sample diffusion and flow models in few steps, and measure the error and the cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """The values of `--option name=value` as numbers, booleans, None or text.
+
+    Raises ValueError for a pair without a name or an equals sign.
+    """
+    options: dict[str, bool | int | float | str | None] = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--option {pair!r}: write it as name=value, for example --option eta=1.0")
+        options[name] = parse_value(text)
+    return options
+
+
+def parse_value(text: str) -> bool | int | float | str | None:
+    """An int, a float, true, false or none (in any case) where the text is one, else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_list(text: str, flag: str) -> list[str]:
+    """The names of a comma-separated list. Raises ValueError for an empty one."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"{flag} is empty: give a comma-separated list")
+    return names
+
+
+def parse_counts(text: str, flag: str) -> list[int]:
+    """The positive whole numbers of a comma-separated list. Raises ValueError for anything else."""
+    counts = []
+    for name in parse_list(text, flag):
+        if not name.isdigit() or int(name) < 1:
+            raise ValueError(f"{flag}: {name!r} is not a whole number >= 1")
+        counts.append(int(name))
+    return counts

@@ -1,0 +1,15 @@
+"""The application with every command, in the order of `fewstep --help`."""
+
+from fewstep.cli.app import app as app
+from fewstep.cli.bench import bench
+from fewstep.cli.compare import compare
+from fewstep.cli.distill import distill
+from fewstep.cli.doctor import doctor
+from fewstep.cli.recommend import recommend
+from fewstep.cli.sample import sample
+from fewstep.cli.sample_plan import sample_plan
+from fewstep.cli.solvers import solvers
+from fewstep.cli.tune import tune
+
+for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, doctor):
+    app.command()(command)

@@ -1,0 +1,131 @@
+"""`fewstep distill`: train a few-step student, evaluate it and write it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fewstep.cli.app import ERR, OUT, AsJson, parse_options
+from fewstep.cli.output import write_samples
+from fewstep.solvers.files import write_whole
+
+if TYPE_CHECKING:
+    from fewstep.distill_runs.evaluate import Outcome
+    from fewstep.distill_runs.training import Recipe
+
+EXIT_STOPPED = 130
+
+
+def distill(
+    method: Annotated[
+        str,
+        typer.Argument(
+            help="progressive, guided, consistency, improved_consistency, continuous_consistency, latent_consistency, "
+            "rectified, distribution_matching or adversarial."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],
+    problem: Annotated[str, typer.Option(help="ring or digits.")] = "ring",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: the method's own.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Batch size over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
+    parts: Annotated[int, typer.Option(help="Parts of a batch to accumulate gradients over.")] = 1,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
+    every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    option: Annotated[list[str] | None, typer.Option(help="A method option, name=value; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Distil a few-step student from an exact or a trained teacher, and check it against the method's thresholds."""
+    try:
+        from fewstep.distill_runs import training
+        from fewstep.distill_runs.methods import make_recipe
+    except ImportError:
+        raise ImportError("distillation needs torch and safetensors: pip install 'fewstep[torch]'") from None
+
+    if every < 1:
+        raise ValueError(f"--every must be at least 1, got {every}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: that is a file; name a folder")
+    if not resume and (out / training.CHECKPOINT).exists():
+        raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")
+    with training.processes():
+        recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, parse_options(option))
+        first = training.rank() == 0
+        if first:
+            out.mkdir(parents=True, exist_ok=True)
+        with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+            done = training.train(recipe, out, resume=resume, every=every, watch=watch)
+        if not first:
+            return
+        if done < recipe.settings.steps:
+            ERR.print(f"stopped after {done} of {recipe.settings.steps} steps; continue with --resume")
+            raise typer.Exit(EXIT_STOPPED)
+        outcome = finish(recipe, out)
+    if as_json:
+        typer.echo(json.dumps(outcome.as_json()))
+        return
+    show(outcome)
+    OUT.print(f"student, log and samples in [bold]{out}[/]")
+
+
+@contextlib.contextmanager
+def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+    """A progress bar with the losses. Yields the function that `train` calls after each step."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=ERR, transient=True, disable=quiet) as bar:
+        task = bar.add_task("", total=total)
+
+        def watch(done: int, values: Mapping[str, float]) -> None:
+            if done % 10 == 0 or done == total:
+                text = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
+                bar.update(task, completed=done, description=text)
+
+        yield watch
+
+
+def finish(recipe: Recipe, out: Path) -> Outcome:
+    """Evaluate a trained recipe; write the student's weights, results.json and pictures of the samples.
+
+    The results' seconds are of training, over all resumptions, and of the evaluation.
+    """
+    import safetensors.torch
+
+    from fewstep.distill_runs.evaluate import evaluate
+    from fewstep.distill_runs.training import STUDENT
+
+    begin = time.perf_counter()
+    outcome = evaluate(recipe)
+    seconds = recipe.seconds + time.perf_counter() - begin
+    name = "average" if "average" in recipe.modules else "student"
+    data = safetensors.torch.save({k: v.contiguous() for k, v in recipe.modules[name].state_dict().items()})
+    write_whole(out / STUDENT, lambda to: to.write_bytes(data))
+    results = {"settings": vars(recipe.settings), "seconds": round(seconds, 1), **outcome.as_json()}
+    write_whole(out / "results.json", lambda to: to.write_text(json.dumps(results, indent=2) + "\n"))
+    for nfe, x in outcome.samples.items():
+        settings = {"model": recipe.settings.problem, "solver": recipe.settings.method, "nfe": nfe}
+        write_samples(out / f"samples_{nfe}.png", x[:1000].numpy(), None, settings)
+    return outcome
+
+
+def show(outcome: Outcome) -> None:
+    """Print the rows and the checks as tables."""
+    rows = Table(*outcome.rows[0])
+    for row in outcome.rows:
+        rows.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
+    OUT.print(rows)
+    if outcome.checks:
+        checks = Table("check", "value", "bound", "")
+        for c in outcome.checks:
+            bound = f"{'>=' if c.least else '<='} {c.bound:.4g}"
+            checks.add_row(c.name, f"{c.value:.4g}", bound, "[green]met[/]" if c.met else "[red]not met[/]")
+        OUT.print(checks)

@@ -1,0 +1,77 @@
+"""`fewstep tune`: fit a plan to a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName
+from fewstep.cli.output import check_out
+from fewstep.models import load_model
+
+
+def tune(
+    out: Annotated[Path, typer.Option("--out", help="The .json file to write the plan to.")],
+    model: ModelName = "digits",
+    nfe: Annotated[int, typer.Option(help="Denoiser calls; under guidance each makes two evaluations.")] = 6,
+    guidance: Guidance = None,
+    seeds: Annotated[
+        int, typer.Option(help="Latents to fit to; half as many more for validation, as many again for the test.")
+    ] = 64,
+    base: Annotated[str, typer.Option(help="A solver to start from; auto: the three best.")] = "auto",
+    what: Annotated[str, typer.Option(help="all, or times to fit the times only.")] = "all",
+    decouple: Annotated[
+        bool, typer.Option(help="Let the network's time input differ from the sample's noise level.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="A tuned plan to continue from.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for reference solutions.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C keeps the best plan so far."""
+    from fewstep.solvers.plans.plan_file import save_plan
+    from fewstep.solvers.tune.fingerprint import load_plan
+    from fewstep.solvers.tune.tuning import tune as fit
+
+    check_out(out, (".json",))
+    chosen = load_model(model)
+    denoiser = chosen.denoiser(guidance)
+    if resume is not None and base != "auto":
+        raise ValueError(f"--base {base!r} and --resume: the plan to resume has its own base")
+    plan = fit(
+        denoiser,
+        nfe,
+        shape=chosen.shape,
+        cond=chosen.all_classes(),
+        seeds=seeds,
+        base=base if resume is None else load_plan(resume, denoiser),
+        what=what,
+        decouple=decouple and what == "all",
+        seed=seed,
+        cache="auto" if cache is None else cache,
+        progress=(lambda text: ERR.print(text, style="dim", markup=False)) if not as_json else False,
+    )
+    save_plan(plan, out)
+    record = plan.options["tuning"]
+    if as_json:
+        typer.echo(json.dumps({"out": str(out), "solver": plan.solver, "nfe": plan.nfe, **record}))
+        return
+    hand = record["hand"]
+    table = Table("error to the ODE's end point", "tuned", f"{hand['solver']} on {hand['spacing']}", "ratio")
+    for split in record["seeds"]:
+        for kind in ("rmse", "median"):
+            tuned, by_hand = (record["errors"][name][split][kind] for name in ("tuned", "hand"))
+            table.add_row(f"{split}, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
+    OUT.print(table)
+    if not record["complete"]:
+        OUT.print(f"interrupted; continue with [bold]fewstep tune --resume {out} --out {out}[/]")
+    if not record["fitted"]:
+        OUT.print("no fit was better on the validation latents: this is the hand-made plan")
+    OUT.print(
+        f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{out}[/]; "
+        f"sample with it: [bold]fewstep sample-plan {out} --model {model}[/]"
+    )

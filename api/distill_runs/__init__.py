@@ -1,0 +1,1 @@
+"""The distillation runs behind `fewstep distill`: training loop, recipes and evaluation."""

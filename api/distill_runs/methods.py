@@ -1,0 +1,91 @@
+"""The distillation methods by name on each problem, with their default settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from fewstep.distill_runs import digits, ring_generators, ring_teachers
+from fewstep.distill_runs.training import Recipe, RunSettings
+from fewstep.solvers.plans.registry import unknown
+
+
+class Method(NamedTuple):
+    """A recipe and the number of steps in which it reaches its thresholds."""
+
+    recipe: type[Recipe]
+    steps: int
+
+
+class ProblemMethods(NamedTuple):
+    """The methods on one problem, with the batch size and the peak learning rate that they share."""
+
+    methods: Mapping[str, Method]
+    batch: int
+    lr: float
+
+
+PROBLEMS = {
+    "ring": ProblemMethods(
+        {
+            "progressive": Method(ring_teachers.RingProgressive, 4000),
+            "guided": Method(ring_teachers.Guided, 1000),
+            "consistency": Method(ring_teachers.Consistency, 5000),
+            "improved_consistency": Method(ring_teachers.ImprovedConsistency, 6000),
+            "continuous_consistency": Method(ring_teachers.ContinuousConsistency, 4000),
+            "rectified": Method(ring_generators.Rectified, 4500),
+            "distribution_matching": Method(ring_generators.DistributionMatching, 2000),
+            "adversarial": Method(ring_generators.Adversarial, 6000),
+        },
+        256,
+        3e-3,
+    ),
+    "digits": ProblemMethods(
+        {
+            "progressive": Method(digits.DigitsProgressive, 800),
+            "latent_consistency": Method(digits.LatentConsistency, 800),
+        },
+        64,
+        3e-4,
+    ),
+}
+
+
+def make_recipe(
+    method: str,
+    problem: str,
+    steps: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+    parts: int = 1,
+    bf16: bool = False,
+    options: Mapping[str, object] | None = None,
+) -> Recipe:
+    """The recipe of a method on a problem. Raises ValueError with the closest names for an unknown one."""
+    if problem not in PROBLEMS:
+        raise ValueError(unknown("problem", problem, tuple(PROBLEMS)))
+    methods, own_batch, own_lr = PROBLEMS[problem]
+    if method not in methods:
+        raise ValueError(unknown(f"distillation method on {problem}", method, tuple(methods)))
+    recipe, own_steps = methods[method]
+    given: dict[str, float] = {}
+    for name, value in (options or {}).items():
+        if name not in recipe.OPTIONS:
+            takes = ", ".join(recipe.OPTIONS) or "none"
+            raise ValueError(f"method {method!r} on {problem} has no option {name!r}; it takes: {takes}")
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"option {name} = {value!r}: it must be a number")
+        given[name] = value
+    settings = RunSettings(
+        method,
+        problem,
+        own_steps if steps is None else steps,
+        own_batch if batch is None else batch,
+        own_lr if lr is None else lr,
+        seed,
+        parts,
+        bf16,
+        given,
+    )
+    return recipe(settings)

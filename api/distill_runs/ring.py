@@ -1,0 +1,79 @@
+"""The base of the distillation runs on points: a ring of eight Gaussians in the plane.
+
+The teacher is exact, so that any error is the student's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_runs.networks import OCTAVES, Points
+from fewstep.distill_runs.training import Recipe, RunSettings, Samplers
+from fewstep.problems import Mixture
+from fewstep.solvers.distill.ema import frozen_copy, update_ema
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.schedule.process import EDM, Array
+
+PROCESS = EDM(0.002, 80.0, 0.5)
+RING = Mixture.ring()
+
+
+def edm_grid(steps: int, *, final_zero: bool = True) -> Grid:
+    return make_grid(PROCESS, steps, "karras", final_zero=final_zero)
+
+
+class RingRecipe(Recipe):
+    """A run on the ring: the exact teacher, fresh data at each step, networks initialised from the seed."""
+
+    decay = 0.999  # of the weights' average, which is sampled from
+
+    def __init__(self, settings: RunSettings) -> None:
+        super().__init__(settings)
+        self.teacher = RING.denoiser(PROCESS)
+
+    def new_network(self, name: str, elements: int = 2, *, strength: bool = False, octaves: int = OCTAVES) -> nn.Module:
+        """Add a network with weights from the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed * 101)
+            self.modules[name] = Points(elements, strength=strength, octaves=octaves)
+        return self.modules[name]
+
+    def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        """Add a fresh Adam over the network of that name."""
+        self.optimisers[name] = torch.optim.Adam(self.modules[name].parameters(), self.settings.lr, betas)
+
+    def averaged(self, name: str = "average", of: str = "student") -> None:
+        """Add a frozen copy of a network, for its average."""
+        self.modules[name] = frozen_copy(self.modules[of])
+
+    def follow(self, k: int, decay: float | None = None) -> None:
+        """Update the average, with a short memory at first to forget the initial weights."""
+        memory = min(self.decay if decay is None else decay, (k + 1) / (k + 10))
+        update_ema(self.modules["average"], self.modules["student"], memory)
+
+    def data(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(x0, noise) of the batch, float32."""
+        n = self.settings.batch
+        mode = torch.randint(len(RING.weights), (n,), generator=g)
+        x0 = torch.from_numpy(RING.means)[mode] + RING.stds[0] * torch.randn((n, 2), generator=g, dtype=torch.float64)
+        return x0.float(), torch.randn((n, 2), generator=g)
+
+    def pick(self, g: torch.Generator, weights: Array) -> np.ndarray:
+        """Intervals of the batch, drawn in proportion to the weights, (B,)."""
+        drawn = torch.multinomial(torch.from_numpy(weights), self.settings.batch, replacement=True, generator=g)
+        return np.asarray(drawn.numpy())
+
+    @property
+    def start_sigma(self) -> float:
+        return PROCESS.sigma_max
+
+
+def consistency_samplers(student: Denoiser) -> Samplers:
+    """One step from the largest noise level, and two with the second at about half the data's standard deviation."""
+    grids = {1: [80.0, 0.0], 2: [80.0, 0.3, 0.0]}
+    return {n: (student, make_plan("consistency", Grid.from_sigmas(PROCESS, s))) for n, s in grids.items()}
