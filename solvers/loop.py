@@ -27,6 +27,7 @@ from fewstep.solvers.process import Point
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
+from fewstep.solvers.self_check import check_rounding
 from fewstep.solvers.tables import stage_tables
 from fewstep.solvers.triton_run import TritonJob, TritonRun
 
@@ -163,6 +164,8 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
+        if plan.dtype != self.dtype == "float32":
+            check_rounding(plan, self.dtype)
         made = Prepared(weakref.ref(self), denoiser, plan)
         made.job(False)
         if self._compiled is not None and "watched" in vars(self._compiled):
@@ -498,9 +501,10 @@ def sample(
         device = outer.device
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels keep no graph
+    state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
     sampler = Sampler(
         denoiser,
-        make_plan(solver, grid, **solver_options),
+        make_plan(solver, grid, dtype=state, **solver_options),
         tuple(x.shape) if x is not None else shape or (),
         backend=backend,
         device=device,
