@@ -231,7 +231,7 @@ def _sampler(
 
     Laying a plan out costs more than running it without the network, and a caller comes back with the same sigmas.
     """
-    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), **options)
+    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), dtype=state, **options)
     # The caller's model and callback are Python, which a CUDA graph would leave out.
     denoiser = (_WithNull if _unguided(plan) else Denoiser)(_told, process, "sample", dtype=dtype, batched=False)
     return Sampler(denoiser, plan, shape, device=device, dtype=state, graph="off")

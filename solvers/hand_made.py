@@ -11,7 +11,7 @@ import numpy as np
 from fewstep.solvers.batched import Ensemble, Unrolled, unroll
 from fewstep.solvers.grid import Grid
 from fewstep.solvers.grid import grid as make_grid
-from fewstep.solvers.plan import Plan
+from fewstep.solvers.plan import Plan, PlanError
 from fewstep.solvers.process import Array
 from fewstep.solvers.registry import get_solver, list_solvers
 from fewstep.solvers.registry import plan as make_plan
@@ -94,9 +94,16 @@ def solvers() -> list[tuple[str, dict[str, Any]]]:
 
 
 def fit_steps(solver: str, process: Any, spacing: str, calls: int, options: Mapping[str, Any]) -> int:
-    """The most steps whose plan makes at most that many calls. Raises ValueError if one step needs more."""
+    """The most steps whose plan makes at most that many calls. Raises ValueError if one step needs more.
+
+    Steps so long that the solver's coefficients amplify rounding beyond use make no plan.
+    """
     for steps in range(calls, 0, -1):
-        if make_plan(solver, make_grid(process, steps, spacing), **options).nfe <= calls:
+        try:
+            made = make_plan(solver, make_grid(process, steps, spacing), **options)
+        except PlanError:
+            continue
+        if made.nfe <= calls:
             return steps
     raise ValueError(f"solver {solver!r} needs more than {calls} calls for one step")
 

@@ -27,7 +27,6 @@ from fewstep.solvers.process import Point
 from fewstep.solvers.program import compile_plan
 from fewstep.solvers.registry import plan as make_plan
 from fewstep.solvers.registry import unknown
-from fewstep.solvers.self_check import check_rounding
 from fewstep.solvers.tables import stage_tables
 from fewstep.solvers.triton_run import TritonJob, TritonRun
 
@@ -164,8 +163,6 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        if plan.dtype != self.dtype == "float32":
-            check_rounding(plan, self.dtype)
         made = Prepared(weakref.ref(self), denoiser, plan)
         made.job(False)
         if self._compiled is not None and "watched" in vars(self._compiled):

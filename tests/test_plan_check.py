@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import fewstep as fs
+from fewstep.solvers.hand_made import fit_steps
 from fewstep.solvers.plan_file import plan_as_json, plan_from_json
 from fewstep.solvers.self_check import CALL_LIMIT, RESULT_LIMIT, follow
 
@@ -191,6 +192,12 @@ def test_no_ordinary_grid_is_refused(solver: str, steps: int) -> None:
     for process in (VP, fs.EDM(), fs.Flow(3.0)):
         for spacing in ("karras", "linspace", "exponential"):
             fs.plan(solver, fs.grid(process, steps, spacing))
+
+
+def test_a_budget_is_not_spent_on_a_plan_that_is_refused() -> None:
+    """Eight calls are two steps of PNDM, of which VP's first is too long; one step to data is Euler's."""
+    assert fit_steps("pndm", VP, "quadratic", 8, {}) == 1
+    assert fit_steps("pndm", VP, "quadratic", 14, {}) == 5
 
 
 # --- plan files ---
