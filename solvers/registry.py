@@ -99,6 +99,11 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
         made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)
     except PlanError:
         raise
+    except np.linalg.LinAlgError as error:
+        raise PlanError(
+            f"{solver}: points of the grid coincide to rounding in the variable of the solver's polynomial, so that it "
+            f"has no coefficients ({error}): take steps of more equal length, or a lower order"
+        ) from error
     except ValueError as error:
         if grid.rising:
             raise ValueError(f"{solver} {RISING} ({error})") from error

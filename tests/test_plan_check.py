@@ -141,6 +141,12 @@ def test_lms_on_points_that_coincide_to_rounding_is_refused() -> None:
             fs.plan("lms", grid, dtype=dtype)
 
 
+def test_a_polynomial_through_points_that_coincide_is_refused_by_name() -> None:
+    grid = fs.Grid.from_sigmas(VP, [1.0, 1.0 - 2.0**-53, 0.5, 0.0])
+    with pytest.raises(fs.PlanError, match="deis: points of the grid coincide to rounding"):
+        fs.plan("deis", grid)
+
+
 def test_what_float32_alone_cannot_carry_runs_in_float64() -> None:
     """PNDM in eight calls on VP: one step of pseudo RK4 from sigma 157 to 0.01 multiplies an error by 5e7."""
     grid = fs.grid(VP, 2)
