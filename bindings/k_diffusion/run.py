@@ -190,7 +190,7 @@ def _sampler(
 
     Kept, because making a plan costs more than running it without the network, and callers reuse their sigmas.
     """
-    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), **options)
+    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), dtype=state, **options)
     kind = _NullFirstDenoiser if _reads_unguided(plan) else Denoiser
     denoiser = kind(_call_model, process, "sample", dtype=dtype, batched=False)
     # No CUDA graph: it would skip the caller's model and callback, which are Python.

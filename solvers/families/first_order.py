@@ -46,8 +46,6 @@ def ddim_inverse(grid: Grid, at: str = "next") -> Iterator[Start | Stage]:
     """
     one_of("at", at, ("next", "current"))
     points = grid.points[::-1]
-    # A perfect denoiser cannot tell which noise clean data is given, nor does a call at another level fit x.
-    exact = at == "current" and points[0].sigma > 0.0
     told = [s if at == "current" and s.sigma > 0.0 else t for s, t in pairwise(points)]
     # The size of the slot over that of the sample that it stands for, before each call and after the last.
     sizes = [math.hypot(p.alpha, p.sigma) / math.hypot(s.alpha, s.sigma) for s, p in zip(points, told, strict=False)]
@@ -58,7 +56,9 @@ def ddim_inverse(grid: Grid, at: str = "next") -> Iterator[Start | Stage]:
         r = t.alpha / s.alpha
         e = (t.sigma - r * s.sigma) / p.sigma
         row = {"x": r / size + e, "m": -p.alpha * e}
-        yield Stage(p, {"x": scaled(row, after)}, t, exact=exact)
+        to = Point(t.t, after * t.alpha, after * t.sigma)
+        # Called at another level than its own it keeps the noise that x has, not x0 (and at pure noise neither).
+        yield Stage(p, {"x": scaled(row, after)}, to, exact=p is s)
 
 
 @solver("ddpm")
@@ -76,9 +76,10 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
         # Posterior of x_t given x_s and x0, from its precision: 1/var = 1/sigma_t^2 + a^2/b^2,
         # where x_s = a x_t + b eps is the forward step from t to s.
         a = s.alpha / t.alpha
-        b2 = (s.sigma - a * t.sigma) * (s.sigma + a * t.sigma)
-        small = t.sigma * math.sqrt(b2) / s.sigma
-        row = {"x": a * t.sigma**2 / s.sigma**2, "m": t.alpha * b2 / s.sigma**2, "z": small}
+        r = t.sigma / s.sigma  # before it is squared: the square of a tiny sigma is 0
+        b2 = (1.0 - a * r) * (1.0 + a * r)  # (b / sigma_s)^2
+        small = t.sigma * math.sqrt(b2)
+        row = {"x": a * r**2, "m": t.alpha * b2, "z": small}
         if small == 0.0 or variance == "fixed_small":
             yield Stage(s, {"x": row}, t)
             continue
@@ -151,4 +152,8 @@ def consistency(grid: Grid, sigma_min: float | None = None) -> Iterator[Stage]:
     between("sigma_min", floor, 0.0, grid.process.sigma_max)
     for s, t in grid.pairs:
         noise = t.alpha * math.sqrt(max(0.0, (t.sigma / t.alpha) ** 2 - floor**2))
-        yield Stage(s, {"x": {"m": t.alpha, "z": noise}}, Point(t.t, t.alpha, noise))
+        if noise == 0.0 < t.sigma:
+            # The noise at t is the output's own, which a perfect denoiser's does not have.
+            yield Stage(s, {"x": {"m": t.alpha}}, t, exact=False)
+        else:
+            yield Stage(s, {"x": {"m": t.alpha, "z": noise}}, Point(t.t, t.alpha, noise))

@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from fewstep.solvers.options import number
+from fewstep.solvers.options import number, one_of
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
@@ -30,9 +28,6 @@ Row = Mapping[str, float]
 
 # Sources of a row that are not slots: the x0 prediction, the unguided one, and the noise of this stage.
 PREDICTION, UNGUIDED, NOISE = SOURCES = ("m", "u", "z")
-
-# Coefficients are float64, so a true plan meets its marginals to a few rounding errors a stage.
-MARGINAL_TOLERANCE = 1e-9
 
 
 class PlanError(ValueError):
@@ -47,8 +42,8 @@ class Stage:
     to     the marginal of "x" afterwards: x = to.alpha x0 + to.sigma eps for a perfect denoiser
     done   False for the inner stages of a Runge-Kutta step
     noise  multiplies the coefficients of "z" after the check: a draw that leaves the marginal on purpose
-    exact  False where even a perfect denoiser meets `to` only up to the method's order: Runge-Kutta in a time in
-           which a constant x0 prediction is no straight line, or a call elsewhere than at the marginal of "x"
+    exact  False where even a perfect denoiser meets `to` only up to the method's order, as Runge-Kutta in a time in
+           which a constant x0 prediction is no straight line: the check then bounds the gap by the step's size
     variance  how a network that also predicts its variance scales "z" (`bindings.denoiser.VARIANCES`): the name
            of its parametrisation and the number that goes with it; None leaves "z" as it is
     span   the stretch of a noise path that "z" belongs to, as an outside source is told; None is from `at` to `to`
@@ -89,9 +84,11 @@ class Plan:
     init         the row applied to the given latent before the first call, or None (EDM's first churn)
     noise_scale  multiplies every coefficient of "z" (the field's s_noise); applied after the check,
                  because any value but 1 leaves the marginals on purpose
+    dtype        the coarsest state that the coefficients must suit, float32 or float64: a float64 plan may amplify
+                 rounding more, and only a float64 `Sampler` takes it
 
-    Raises PlanError if a row reads a slot that nothing wrote, holds NaN or inf, or leaves the
-    marginal that its stage declares.
+    Raises PlanError if a row reads a slot that nothing wrote, holds NaN or inf, leaves the marginal that its stage
+    declares, or amplifies the rounding of the state beyond use.
     """
 
     solver: str
@@ -100,14 +97,18 @@ class Plan:
     init: Start | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     noise_scale: float = 1.0
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not 0.0 <= number(self.noise_scale) < math.inf:
             raise PlanError(f"s_noise must be finite and >= 0, got {self.noise_scale!r}")
         if not self.stages:
             raise PlanError(f"solver {self.solver!r} made a plan without stages")
+        one_of("dtype", self.dtype, ("float32", "float64"))
         self._check_sources()
-        self._check_marginals()
+        from fewstep.solvers.plans.self_check import check
+
+        check(self)
 
     @property
     def nfe(self) -> int:
@@ -132,6 +133,13 @@ class Plan:
     def slots(self) -> tuple[str, ...]:
         """The tensors that the plan keeps between calls, "x" first."""
         return tuple(dict.fromkeys(["x", *(slot for stage in self.stages for slot in stage.rows)]))
+
+    @cached_property
+    def amplification(self) -> float:
+        """How much an error made once, by rounding or by the network, has grown at most in what a later call sees."""
+        from fewstep.solvers.plans.self_check import follow
+
+        return max(end.amplification for end in follow(self))
 
     @cached_property
     def stochastic(self) -> bool:
@@ -174,60 +182,20 @@ class Plan:
                         )
             known |= set(stage.rows)
 
-    def _check_marginals(self) -> None:
-        """Follow every slot as a combination of x0, the starting noise and the draws, for a perfect denoiser."""
-        size = 3 + self.nfe  # x0, starting noise, the init draw, one draw a stage
-        x0 = np.zeros(size)
-        x0[0] = 1.0
-
-        def apply(row: Row, slots: Mapping[str, np.ndarray], draw: int) -> np.ndarray:
-            noise = np.zeros(size)
-            noise[draw] = 1.0
-            values = {**slots, PREDICTION: x0, UNGUIDED: x0, NOISE: noise}
-            return sum((c * values[source] for source, c in row.items()), np.zeros(size))
-
-        # What float64 may have rounded away of each slot by now, however much later rows amplify it.
-        lost: dict[str, float] = {}
-
-        def rounding(row: Row, slots: Mapping[str, np.ndarray]) -> float:
-            norms = {source: float(np.linalg.norm(slots[source])) if source in slots else 1.0 for source in row}
-            return sum(abs(c) * (1e-15 * norms[source] + lost.get(source, 0.0)) for source, c in row.items())
-
-        def check(row: Row, before: Mapping[str, np.ndarray], x: np.ndarray, to: Point, where: str) -> None:
-            found = x[0], float(np.linalg.norm(x[1:]))
-            error = max(abs(found[0] - to.alpha), abs(found[1] - to.sigma))
-            # Terms that nearly cancel (a long Runge-Kutta step down to a tiny sigma) round as they are large.
-            terms = [abs(c) * float(np.linalg.norm(before[slot])) for slot, c in row.items() if slot in before]
-            if error > MARGINAL_TOLERANCE * max([1.0, abs(to.alpha), to.sigma, *terms]) + lost["x"]:
-                raise PlanError(
-                    f"{self.solver}: {where} leaves the marginal: a perfect denoiser gives "
-                    f"(alpha, sigma) = ({found[0]:.12g}, {found[1]:.12g}) instead of ({to.alpha:.12g}, {to.sigma:.12g})"
-                )
-
-        start = np.zeros(size)
-        start[:2] = self.start.alpha, self.start.sigma
-        slots = {"x": start}
-        if self.init is not None:
-            before, slots = slots, {"x": apply(self.init.row, slots, 2)}
-            lost["x"] = rounding(self.init.row, before)
-            check(self.init.row, before, slots["x"], self.init.to, "the init row")
-        for k, stage in enumerate(self.stages):
-            before = slots
-            slots = {**slots, **{slot: apply(row, slots, 3 + k) for slot, row in stage.rows.items()}}
-            lost |= {slot: rounding(row, before) for slot, row in stage.rows.items()}
-            if stage.exact:
-                where = f"stage {k} (t = {stage.at.t:.6g} -> {stage.to.t:.6g})"
-                check(stage.rows["x"], before, slots["x"], stage.to, where)
-
 
 def make_plan(
-    solver: str, grid: Grid, parts: Iterable[Start | Stage], options: Mapping[str, Any], noise_scale: float
+    solver: str,
+    grid: Grid,
+    parts: Iterable[Start | Stage],
+    options: Mapping[str, Any],
+    noise_scale: float,
+    dtype: str = "float32",
 ) -> Plan:
     """Collect what a builder yields into a checked plan."""
     items = list(parts)
     init = items[0] if items and isinstance(items[0], Start) else None
     stages = tuple(item for item in items if isinstance(item, Stage))
-    return Plan(solver, grid, stages, init, dict(options), noise_scale)
+    return Plan(solver, grid, stages, init, dict(options), noise_scale, dtype)
 
 
 def first_order(s: Point, t: Point) -> dict[str, float]:

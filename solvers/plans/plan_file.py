@@ -1,7 +1,7 @@
 """Plans as JSON: every coefficient in full, checked against the schema and by the plan itself when read.
 
     {"format": "fewstep plan", "version": 1,
-     "solver": name, "options": {...}, "noise_scale": number,
+     "solver": name, "options": {...}, "noise_scale": number, "dtype": "float64" (where it is not float32),
      "process": {"kind": "VP" | "VE" | "EDM" | "Flow", ...},
      "grid": {"t": [...], "alpha": [...], "sigma": [...]},
      "init": null | {"row": {source: number}, "to": [t, alpha, sigma], "at": null | [t, alpha, sigma]},
@@ -68,6 +68,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "solver": plan.solver,
         "options": {name: _option(name, value) for name, value in plan.options.items()},
         "noise_scale": float(plan.noise_scale),
+        **({} if plan.dtype == "float32" else {"dtype": plan.dtype}),
         "process": process_as_json(plan.grid.process),
         "grid": {name: getattr(plan.grid, name).tolist() for name in ("t", "alpha", "sigma")},
         "init": None
@@ -159,7 +160,7 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
     """The inverse of `plan_as_json`; `where` names the source in errors."""
     check_format(data, where, FORMAT, VERSION)
     names = ("format", "version", "solver", "options", "noise_scale", "process", "grid", "init", "stages")
-    top = _Fields(data, where, names)
+    top = _Fields(data, where, names, ("dtype",))
     process = process_from_json(top.get("process", dict), f"{where}: process")
     arrays = _Fields(top.get("grid", dict), f"{where}: grid", ("t", "alpha", "sigma"))
     try:
@@ -177,9 +178,12 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
             start,
             {name: _option_from(value) for name, value in top.get("options", dict).items()},
             top.number("noise_scale"),
+            top.get("dtype", str) if "dtype" in top.data else "float32",
         )
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def check_format(data: Any, where: str, kind: str, version: int) -> None:

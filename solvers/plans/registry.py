@@ -72,12 +72,13 @@ RISING = (
 )
 
 
-def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Plan:
+def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32", **options: Any) -> Plan:
     """Lay a solver out on a grid.
 
     solver   a name from `list_solvers()`
     grid     N steps, from `fewstep.grid` or `Grid.from_sigmas`
     s_noise  scales every draw of noise (EDM's S_noise); 1 keeps the marginals
+    dtype    of the state that will run it: "float64" admits coefficients that amplify float32's rounding beyond use
     options  the solver's own: eta, order, s_churn ...; each family's docstring lists them
 
     Raises ValueError for an unknown solver or a bad value, TypeError for an option the solver does not
@@ -90,14 +91,19 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
         )
     for name in options:
         if name not in entry.options:
-            takes = ", ".join([*entry.options, "s_noise"])
+            takes = ", ".join([*entry.options, "s_noise", "dtype"])
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
     # NumPy scalars as Python's: a float32 option would make float32 coefficients.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     try:
-        made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise)
+        made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)
     except PlanError:
         raise
+    except np.linalg.LinAlgError as error:
+        raise PlanError(
+            f"{solver}: points of the grid coincide to rounding in the variable of the solver's polynomial, so that it "
+            f"has no coefficients ({error}): take steps of more equal length, or a lower order"
+        ) from error
     except ValueError as error:
         if grid.rising:
             raise ValueError(f"{solver} {RISING} ({error})") from error

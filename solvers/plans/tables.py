@@ -13,6 +13,7 @@ import numpy as np
 
 from fewstep.kernels import layout
 from fewstep.solvers.plans.program import Op, Program
+from fewstep.solvers.plans.self_check import check_rounding
 from fewstep.solvers.schedule.process import Point
 
 
@@ -77,7 +78,12 @@ CANCELLED = 1e-15
 
 
 def stage_tables(program: Program, denoiser: Parametrisation, dtype: str) -> list[StageTable]:
-    """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
+    """The table of every stage, in the state's dtype.
+
+    Raises ValueError where the denoiser cannot predict x0, or for a float64 plan that a coarser state cannot carry.
+    """
+    if dtype != program.plan.dtype == "float64":
+        check_rounding(program.plan, dtype)
     # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
     fold = denoiser.clip is None and denoiser.rescale == 0.0
     tables = []

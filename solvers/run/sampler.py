@@ -270,9 +270,10 @@ def sample(
         device = outer.device
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels keep no graph
+    state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
     sampler = Sampler(
         denoiser,
-        make_plan(solver, grid, **solver_options),
+        make_plan(solver, grid, dtype=state, **solver_options),
         tuple(x.shape) if x is not None else shape or (),
         backend=backend,
         device=device,

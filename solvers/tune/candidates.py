@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.plan import Plan, PlanError
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
@@ -94,9 +94,16 @@ def solvers() -> list[tuple[str, dict[str, Any]]]:
 
 
 def fit_steps(solver: str, process: Any, spacing: str, calls: int, options: Mapping[str, Any]) -> int:
-    """The most steps whose plan makes at most that many calls. Raises ValueError if one step needs more."""
+    """The most steps whose plan makes at most that many calls. Raises ValueError if one step needs more.
+
+    Steps so long that the solver's coefficients amplify rounding beyond use make no plan.
+    """
     for steps in range(calls, 0, -1):
-        if make_plan(solver, make_grid(process, steps, spacing), **options).nfe <= calls:
+        try:
+            made = make_plan(solver, make_grid(process, steps, spacing), **options)
+        except PlanError:
+            continue
+        if made.nfe <= calls:
             return steps
     raise ValueError(f"solver {solver!r} needs more than {calls} calls for one step")
 

@@ -1,0 +1,306 @@
+"""What a plan does to a perfect denoiser's sample, and to rounding: the check that every plan passes when it is made.
+
+Each slot is followed as a combination of x0, the starting noise and the draws. A perfect denoiser returns x0. Where it
+is called at another level than that of "x" (`ddim_inverse`, the levels that a tuned plan tells), it cannot be right
+about both x0 and the noise in x: a stage may then be exact for either, and one that is not `exact` must be so for the
+noise. Any other stage that is not `exact` has its own gap bounded by the size of its step. After each of them "x" is
+put on its marginal: no stage answers for another.
+
+Rounding is followed beside it. Each write of a slot adds an error of one unit roundoff of its terms, independent of all
+others; the covariance of these errors over the slots goes through the same rows. Its root at "x", over the size of the
+marginal, is the stage's amplification: what one unit of roundoff becomes in what the denoiser is shown. An error of
+the network goes through the same coefficients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from fewstep.solvers.plans.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, PlanError, Row
+from fewstep.solvers.schedule.process import Array, Point
+
+# Coefficients are float64: a true stage meets its marginal to this, of the larger of data and marginal.
+MARGINAL_TOLERANCE = 1e-9
+# A builder's coefficients may be this many roundings off, which the plan then amplifies.
+_ROUNDINGS = 2000.0
+_BUILDERS_SHARE = 3e-7  # ... but no more than a float64 result may be wrong
+
+UNIT_ROUNDOFF: Mapping[str, float] = {"float32": 2.0**-24, "float64": 2.0**-53}
+# How wrong rounding may make a result, and what a call is shown, as a share of the marginal. A float32 call may be far
+# off where later steps lose that again, as first-order steps to data do, but rounding must not be all that it sees.
+RESULT_LIMIT: Mapping[str, float] = {"float32": 1e-2, "float64": 1e-6}
+CALL_LIMIT: Mapping[str, float] = {"float32": 1.0, "float64": 1e-6}
+_DEVIATIONS = 3.0  # of a result's elements all but a few in a thousand are nearer
+
+# An inexact stage may miss the signal by this, of the largest alpha in its step, times min(1, h)^2, h the step in
+# log-SNR. EDM's Heun with s(t) of VP needs 2.75 on four steps ...
+_SIGNAL_GAP = 2.8
+# ... and the noise by this, of the largest sigma in its step, times h min(1, h). Dormand-Prince's inner calls need 10.
+_NOISE_GAP = 12.0
+
+# Stands for an overflow: larger than any amplification, and still finite in products with 0.
+_HUGE = 1e150
+_LARGE = 1e30  # below this no product of two can overflow
+
+
+class Followed(NamedTuple):
+    """One stage's end: (alpha, sigma) found in "x" and what is missing to `to`, one rounding's growth up to there.
+
+    tolerance  what float64 explains of the gap
+    bound      what an inexact stage may miss in signal and noise
+    largest    the largest coefficient so far, of those that float32 might not hold
+    """
+
+    k: int
+    found: tuple[float, float]
+    gap: tuple[float, float]
+    amplification: float
+    tolerance: float
+    bound: tuple[float, float]
+    largest: float
+
+
+class _Slots:
+    """The slots as rows of one matrix: columns are x0, the noises, and the covariance with each slot's rounding."""
+
+    def __init__(self, plan: Plan) -> None:
+        names = plan.slots
+        self.count = len(names)
+        self.index = {name: i for i, name in enumerate((*names, PREDICTION, UNGUIDED, NOISE))}
+        draws = [bool(plan.init and plan.init.row.get(NOISE))]
+        draws += [any(row.get(NOISE) for row in stage.rows.values()) for stage in plan.stages]
+        # Only the stages that draw have a column.
+        columns = itertools.count(2)
+        self.draw = [next(columns) if drawn else None for drawn in draws]
+        self.width = 2 + sum(draws)
+        self.values = np.zeros((self.count + 3, self.width + self.count))
+        self.sizes = np.ones(self.count + 3)
+        self.values[self.count : self.count + 2, 0] = 1.0
+        self._drawn: int | None = None
+        self.largest = 0.0  # coefficient, of those above _LARGE
+        self._identity = np.eye(self.count, self.count + 3)
+        self._nothing = np.zeros(self.count)
+        self._new = np.empty((self.count, self.width + self.count))
+        self._view()
+        self.put_x(plan.start, None)
+
+    def _view(self) -> None:
+        self._covariance = self.values[: self.count, self.width :]
+        self._variance = np.einsum("ii->i", self._covariance)  # writeable, as diagonal() is not
+
+    def save(self) -> tuple[Array, Array]:
+        return self.values.copy(), self.sizes.copy()
+
+    def restore(self, saved: tuple[Array, Array]) -> None:
+        self.values, self.sizes = saved
+        self._view()
+
+    @property
+    def x(self) -> tuple[float, float]:
+        noise = self.values[0, 1 : self.width]
+        return float(self.values[0, 0]), math.sqrt(noise @ noise)
+
+    @property
+    def deviation(self) -> float:
+        """Of the rounding in "x", in units of roundoff."""
+        return math.sqrt(max(0.0, float(self.values[0, self.width])))
+
+    def put_x(self, to: Point, noise: float | None) -> None:
+        """x on a marginal, its noise in the direction that it has; `noise` is that noise's size, None for a new one."""
+        row = self.values[0]
+        if not noise:
+            row[1 : self.width] = 0.0
+            row[1] = to.sigma
+        else:
+            row[1 : self.width] *= to.sigma / noise
+        row[0] = to.alpha
+        self.sizes[0] = math.hypot(to.alpha, to.sigma)
+
+    def see_noise(self, at: Point) -> None:
+        """Let the prediction be the x0 that goes with the true noise in x at the level that the denoiser is told."""
+        _, noise = self.x
+        row = self.values[0, : self.width].copy()
+        unit = np.zeros(self.width)
+        unit[1] = 1.0
+        if noise:
+            unit[1:] = row[1:] / noise
+        self.values[self.count : self.count + 2, : self.width] = (row - at.sigma * unit) / at.alpha
+
+    def see_x0(self) -> None:
+        self.values[self.count : self.count + 2, : self.width] = 0.0
+        self.values[self.count : self.count + 2, 0] = 1.0
+
+    def apply(self, rows: Mapping[str, Row], draw: int | None) -> None:
+        """Write the rows."""
+        values, count, index = self.values, self.count, self.index
+        if self._drawn is not None:
+            values[-1, self._drawn] = 0.0
+        if draw is not None:
+            values[-1, draw] = 1.0
+        self._drawn = draw
+        w = self._identity.copy()
+        rounded = self._nothing.copy()
+        largest = 0.0
+        for slot, row in rows.items():
+            i = index[slot]
+            line = w[i]
+            line[i] = 0.0
+            for source, c in row.items():
+                line[index[source]] = c
+                largest = max(largest, c, -c)
+            rounded[i] = len(row) > 1 or c != 1.0  # a copy rounds nothing
+        np.matmul(w, values, out=self._new)
+        values[:count] = self._new
+        np.matmul(self._new[:, self.width :], w[:, :count].T, out=self._covariance)
+        self._variance += (rounded * (np.abs(w) @ self.sizes)) ** 2
+        new = self._new[:, : self.width]
+        np.sqrt(np.einsum("ij,ij->i", new, new), out=self.sizes[:count])
+        if largest > _LARGE:
+            np.nan_to_num(self._covariance, copy=False, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE)
+            np.minimum(self.sizes, _HUGE, out=self.sizes)
+            self.largest = max(self.largest, largest)
+
+
+class _Step:
+    """The marginal from which the step at hand started, and how far a stage of it may miss its own."""
+
+    def __init__(self, x: tuple[float, float]) -> None:
+        self.start = x
+
+    def bound(self, before: tuple[float, float], to: Point, kept_on: bool) -> tuple[float, float]:
+        """kept_on: whether x depends on the slots, so that the step does not go through clean data."""
+        ends = (self.start, before, (to.alpha, to.sigma))
+        levels = [math.log(sigma / alpha) if sigma > 0.0 and alpha > 0.0 else math.inf for alpha, sigma in ends]
+        alpha, sigma = self.start
+        if kept_on and all(map(math.isfinite, levels)):
+            h = max(abs(levels[2] - level) for level in levels[:2])
+            signal, noise = min(1.0, h) ** 2, h * min(1.0, h)
+        else:
+            # h is infinite, or x clean. EDM's vp clock leaves log(1 + sigma^2) of the noise where it steps to data.
+            signal, noise = 1.0, max(1.0, math.log1p((sigma / alpha) ** 2) / 2.0 if alpha > 0.0 else 0.0)
+        # Frames in which x / alpha is integrated scale an error up with alpha.
+        scaled = sigma * to.alpha / alpha if alpha > 0.0 else 0.0
+        signals, noises = zip(*ends, strict=True)
+        return _SIGNAL_GAP * max(signals) * signal, _NOISE_GAP * max(*noises, scaled) * noise
+
+
+def follow(plan: Plan) -> Iterator[Followed]:
+    """The plan's stages in order, the init row (k = -1) first if there is one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        yield from _follow(plan)
+
+
+def _follow(plan: Plan) -> Iterator[Followed]:
+    slots = _Slots(plan)
+
+    def ended(k: int, to: Point, bound: tuple[float, float] = (0.0, 0.0)) -> Followed:
+        found, deviation, size = slots.x, slots.deviation, math.hypot(to.alpha, to.sigma)
+        gap = found[0] - to.alpha, found[1] - to.sigma
+        builders = _ROUNDINGS * UNIT_ROUNDOFF["float64"] * deviation
+        tolerance = MARGINAL_TOLERANCE * max(1.0, size) + min(builders, _BUILDERS_SHARE * max(1.0, size))
+        return Followed(k, found, gap, deviation / size, tolerance, bound, slots.largest)
+
+    if plan.init is not None:
+        slots.apply({"x": plan.init.row}, slots.draw[0])
+        yield ended(-1, plan.init.to)
+    before = slots.x
+    step = _Step(before)
+    for k, stage in enumerate(plan.stages):
+        at, to = stage.at, stage.to
+        elsewhere = at.alpha > 0.0 and _misses((before[0] - at.alpha, before[1] - at.sigma), MARGINAL_TOLERANCE)
+        bound = (0.0, 0.0)
+        if not stage.exact:
+            kept_on = any(c for source, c in stage.rows["x"].items() if source not in SOURCES)
+            if not (elsewhere and kept_on):
+                bound = step.bound(before, to, kept_on)
+        saved = slots.save() if elsewhere else None
+        slots.apply(stage.rows, slots.draw[k + 1])
+        end = ended(k, to, bound)
+        if saved is not None and bound == (0.0, 0.0) and _misses(end.gap, end.tolerance):
+            first = slots.save()
+            slots.restore(saved)
+            slots.see_noise(at)
+            slots.apply(stage.rows, slots.draw[k + 1])
+            slots.see_x0()
+            other = ended(k, to)
+            if _misses(other.gap, other.tolerance):
+                slots.restore(first)
+            else:
+                end = other
+        yield end
+        before = end.found
+        if not stage.exact:
+            slots.put_x(to, before[1])
+            before = to.alpha, to.sigma
+        if stage.done:
+            step = _Step(before)
+
+
+def _misses(gap: tuple[float, float], tolerance: float) -> bool:
+    return not (abs(gap[0]) <= tolerance and abs(gap[1]) <= tolerance)  # NaN misses
+
+
+def check(plan: Plan) -> None:
+    """Raises PlanError for the first stage that leaves its marginal or amplifies the rounding of the plan's dtype."""
+    for end in follow(plan):
+        # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
+        _check_rounding(plan, end, plan.dtype)
+        exact = end.k < 0 or plan.stages[end.k].exact
+        allowed = [end.tolerance + share for share in end.bound]
+        if not all(abs(gap) <= share for gap, share in zip(end.gap, allowed, strict=True)):
+            to = plan.init.to if plan.init is not None and end.k < 0 else plan.stages[end.k].to
+            more = "" if exact else f", with steps of this size allowed ({end.bound[0]:.3g}, {end.bound[1]:.3g}) off"
+            raise PlanError(
+                f"{plan.solver}: {_where(plan, end.k)} leaves the marginal: a perfect denoiser gives slot 'x' "
+                f"(alpha, sigma) = ({end.found[0]:.12g}, {end.found[1]:.12g}) instead of "
+                f"({to.alpha:.12g}, {to.sigma:.12g}){more}"
+            )
+    _check_range(plan, end.largest, plan.dtype)
+
+
+def check_rounding(plan: Plan, dtype: str) -> None:
+    """Raises PlanError for the first stage at which a state of that dtype is too coarse for the plan's coefficients."""
+    for end in follow(plan):
+        _check_rounding(plan, end, dtype)
+    _check_range(plan, end.largest, dtype)
+
+
+def _check_rounding(plan: Plan, end: Followed, dtype: str) -> None:
+    limits = RESULT_LIMIT if end.k == plan.nfe - 1 else CALL_LIMIT
+    wrong = {name: _DEVIATIONS * unit * end.amplification for name, unit in UNIT_ROUNDOFF.items()}
+    if wrong[dtype] <= limits[dtype]:
+        return
+    row = plan.init.row if plan.init is not None and end.k < 0 else plan.stages[end.k].rows["x"]
+    source = max(row, key=lambda name: abs(row[name]))
+    carried = "dtype='float64' carries it, or take " if wrong["float64"] <= limits["float64"] else ""
+    raise PlanError(
+        f"{plan.solver}: {_where(plan, end.k)}, slot 'x': rounding in {dtype} grows {end.amplification:.3g} times, to "
+        f"{wrong[dtype]:.3g} of x where {limits[dtype]:g} is usable (its largest coefficient is {row[source]:.3g}, of "
+        f"{source!r}), and errors of the denoiser grow with it: {carried or 'take '}more steps, steps of more equal "
+        "length, or a lower order"
+    )
+
+
+def _check_range(plan: Plan, found: float, dtype: str) -> None:
+    largest = float(np.finfo(dtype).max)
+    if found <= largest:
+        return
+    from fewstep.solvers.plans.program import live_rows
+
+    for k, rows in enumerate(live_rows(plan)):
+        for slot, row in rows.items():
+            for source, c in row.items():
+                if abs(c) > largest:
+                    raise PlanError(
+                        f"{plan.solver}: {_where(plan, k)}, slot {slot!r}: the coefficient of {source!r} is {c:.3g}, "
+                        f"which {dtype} cannot hold"
+                    )
+
+
+def _where(plan: Plan, k: int) -> str:
+    return "the init row" if k < 0 else f"stage {k} (t = {plan.stages[k].at.t:.6g} -> {plan.stages[k].to.t:.6g})"
