@@ -19,7 +19,7 @@ from fewstep.solvers.distill.network import points_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 STDS = (0.3, 0.6)
 """The conditional and the unconditional standard deviation of the guided run's two Gaussians."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewstep.solvers.schedule.process import Array, Process
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Process
 
 if TYPE_CHECKING:
     from fewstep.bindings.denoiser import Denoiser

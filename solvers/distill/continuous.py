@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 from fewstep.solvers.distill.losses import weighted
 from fewstep.solvers.distill.network import noised, predict, raw_outputs, same_dropout, spread, told
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 AD: Any = forward_ad  # which torch leaves without types
 

@@ -22,7 +22,8 @@ from fewstep.solvers.plans.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
 from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 def intervals(grid: Grid, stride: int = 1) -> list[Grid]:

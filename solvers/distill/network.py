@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 class Told(NamedTuple):

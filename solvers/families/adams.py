@@ -17,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fewstep.solvers.families.coordinates import FRAMES, Frame, pick_frame
+from fewstep.solvers.families.coordinates import Coordinates, pick_coordinates
 from fewstep.solvers.families.runge_kutta import rk_step
 from fewstep.solvers.families.tableaux import HEUN, Tableau
 from fewstep.solvers.options import flag, one_of
@@ -84,17 +84,17 @@ def fixed_weights(us: Sequence[float], end: float) -> list[float]:
     return [(end - us[0]) * c for c in ADAMS_BASHFORTH[len(us) - 1]]
 
 
-def history(frame: Frame, s: Point, known: int, depth: int = 3) -> dict[str, Row]:
+def history(coords: Coordinates, s: Point, known: int, depth: int = 3) -> dict[str, Row]:
     """d1 <- the slope at s, d2 <- d1, ...: `known` of them were there before."""
     rows: dict[str, Row] = {f"d{j}": {f"d{j - 1}": 1.0} for j in range(2, min(depth, known + 1) + 1)}
-    return {"d1": frame.slope(s), **rows} if depth else rows
+    return {"d1": coords.slope(s), **rows} if depth else rows
 
 
-def adams_row(frame: Frame, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
+def adams_row(coords: Coordinates, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
     """x at t from x and the slopes with weights c."""
-    scale = frame.scale(t)
-    row = {"x": scale / frame.scale(s)}
-    for source, value in frame.slope(s).items():
+    scale = coords.scale(t)
+    row = {"x": scale / coords.scale(s)}
+    for source, value in coords.slope(s).items():
         row[source] = row.get(source, 0.0) + scale * c[0] * value
     return row | {f"d{j}": scale * weight for j, weight in enumerate(c) if j}
 
@@ -105,8 +105,8 @@ def _multistep(
     one_of("order", order, (1, 2, 3, 4))
     one_of("final_order", final_order, (None, 1, 2, 3, 4))
     flag("to_zero", to_zero)
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     known, exact = 0, True
     for k, (s, t) in enumerate(grid.pairs):
         p = min(order, known + 1)
@@ -117,11 +117,11 @@ def _multistep(
             row = first_order(s, t)
         else:
             c = weights([us[k - j] for j in range(p)], us[k + 1])
-            row = adams_row(on, s, t, c)
+            row = adams_row(coords, s, t, c)
             # What released_weights lose of a step, later ones do not find again.
             exact = exact and math.isclose(sum(c), us[k + 1] - us[k], rel_tol=1e-9)
         # The sigma frame has no slope at alpha = 0 that a polynomial in u could pass through.
-        yield Stage(s, {"x": row, **(history(on, s, known, order - 1) if finite else {})}, t, exact=exact)
+        yield Stage(s, {"x": row, **(history(coords, s, known, order - 1) if finite else {})}, t, exact=exact)
         known += finite
 
 
@@ -173,13 +173,13 @@ def ipndm_v(
 # --- PNDM ---
 
 
-def _pseudo_rk4(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
+def _pseudo_rk4(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
     """RK4 whose middle is the middle of the process's time (Liu et al. 2022, eq. 13)."""
     half = (s.t - t.t) / 2.0
     if grid.process.timesteps and s.t.is_integer() and t.t.is_integer():
         half = math.floor(half)  # a network of discrete times knows no others
     mid = grid.process.point(s.t - half)
-    c = (frame.time(mid) - frame.time(s)) / (frame.time(t) - frame.time(s))
+    c = (coords.time(mid) - coords.time(s)) / (coords.time(t) - coords.time(s))
     return Tableau(((), (c,), (0.0, c), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), [mid, mid, t]
 
 
@@ -194,22 +194,22 @@ def pndm(grid: Grid, skip_prk: bool = False, frame: str | None = None) -> Iterat
     paper's theorem 3.4), of fourth where the frame's clock is the process's time and its grid uniform.
     """
     flag("skip_prk", skip_prk)
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     warm, known = (1 if skip_prk else 3), 0
     for k, (s, t) in enumerate(grid.pairs):
         if not math.isfinite(us[k]):
             yield Stage(s, {"x": first_order(s, t)}, t)
             continue
-        rows = history(on, s, known)
+        rows = history(coords, s, known)
         if known < warm and t.sigma > 0.0:
-            tableau, inner = (HEUN, [t]) if skip_prk else _pseudo_rk4(grid, on, s, t)
-            first, *rest = rk_step(grid, tableau, on, s, t, inner=inner)
+            tableau, inner = (HEUN, [t]) if skip_prk else _pseudo_rk4(grid, coords, s, t)
+            first, *rest = rk_step(grid, tableau, coords, s, t, inner=inner)
             yield replace(first, rows={**first.rows, **rows})
             yield from rest
         elif known == 0:
             yield Stage(s, {"x": first_order(s, t), **rows}, t)
         else:
             c = fixed_weights([us[k - j] for j in range(min(3, known) + 1)], us[k + 1])
-            yield Stage(s, {"x": adams_row(on, s, t, c), **rows}, t)
+            yield Stage(s, {"x": adams_row(coords, s, t, c), **rows}, t)
         known += 1

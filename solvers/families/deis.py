@@ -21,10 +21,10 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Process
+from fewstep.solvers.schedule.process import FloatArray, Process
 
 # The variable of the polynomial, from log(sigma / alpha).
-VARIABLES: Mapping[str, Callable[[Process, Array], Array]] = {
+VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
     "t": lambda process, log_rho: np.asarray(process.point_at_sigma(np.exp(log_rho)).t),
     "rho": lambda process, log_rho: np.exp(log_rho),
     "log_rho": lambda process, log_rho: log_rho,
@@ -63,19 +63,19 @@ def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
     h = v[-1] - v[-2]
     nodes = {f"e{i}": float((v[-2 - i] - v[-2]) / h) for i in range(1, order)}
 
-    def powers(y: Array) -> Array:
+    def powers(y: FloatArray) -> FloatArray:
         u = (VARIABLES[variable](grid.process, y) - v[-2]) / h
-        powers_of_u: Array = u ** np.arange(1, order)[:, None]
+        powers_of_u: FloatArray = u ** np.arange(1, order)[:, None]
         return np.exp(y) * powers_of_u  # drho = rho dlog(rho)
 
     weights = integrate(powers, log_rho[-2], log_rho[-1], kinks(grid.process, v[-2], v[-1], variable))
     return add_polynomial(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
 
 
-def kinks(process: Process, start: float, end: float, variable: str) -> Array:
+def kinks(process: Process, start: float, end: float, variable: str) -> FloatArray:
     """log(sigma / alpha) at the corners that a discrete process's time has between two times."""
     if variable != "t" or process.timesteps is None:
         return np.empty(0)
     times = np.arange(math.ceil(end), math.floor(start) + 1)
-    corners: Array = np.log(process.point(times[(times < start) & (times > end)][::-1]).ratio)
+    corners: FloatArray = np.log(process.point(times[(times < start) & (times > end)][::-1]).ratio)
     return corners

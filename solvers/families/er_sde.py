@@ -13,9 +13,9 @@ from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray, Point
 
-NoiseScale = Callable[[Array], Array]
+NoiseScale = Callable[[FloatArray], FloatArray]
 
 # phi of the noise level rho = sigma / alpha; sde_1 to sde_5 are the paper's (appendix A.8).
 NOISE_SCALES: Mapping[str, NoiseScale] = {
@@ -89,7 +89,9 @@ def relative(phi: NoiseScale, p: Point) -> float:
         return float(phi(rho) / rho)  # type: ignore[arg-type]
 
 
-def add_taylor(row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale, interpolate: bool) -> dict[str, float]:
+def add_taylor(
+    row: dict[str, float], rho: FloatArray, alpha: float, phi: NoiseScale, interpolate: bool
+) -> dict[str, float]:
     """The second and third term of the Taylor expansion of m in rho - rho_s.
 
     rho  the end of the step, its start, and the points of the older predictions h1, h2
@@ -97,7 +99,7 @@ def add_taylor(row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale,
     end, start = rho[:2]
     step = end - start
 
-    def powers(y: Array) -> Array:
+    def powers(y: FloatArray) -> FloatArray:
         level = np.exp(y)
         return np.stack([np.ones_like(y), level - start]) * level / phi(level)
 

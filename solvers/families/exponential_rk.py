@@ -28,27 +28,27 @@ from fewstep.solvers.schedule.process import Point
 # --- tableaux ---
 
 
-class Tableau(NamedTuple):
+class ExponentialTableau(NamedTuple):
     """The nodes c_1 .. c_p = 1 and the weights a(z), whose row i has i entries."""
 
     c: tuple[float, ...]
     a: Callable[[float], tuple[tuple[float, ...], ...]]
 
 
-FIRST_ORDER = Tableau((1.0,), lambda z: ((-math.expm1(-z),),))
+FIRST_ORDER = ExponentialTableau((1.0,), lambda z: ((-math.expm1(-z),),))
 
 
-def second_order(r1: float, rule: str) -> Tableau:
+def second_order(r1: float, rule: str) -> ExponentialTableau:
     """One more call, at r1. The slope (F_1 - F_0) / r1 is weighed by M_1 ("heun") or M_0 / 2 ("midpoint")."""
 
     def a(z: float) -> tuple[tuple[float, ...], ...]:
         b = RULES[rule](z) / r1
         return (-math.expm1(-r1 * z),), (-math.expm1(-z) - b, b)
 
-    return Tableau((r1, 1.0), a)
+    return ExponentialTableau((r1, 1.0), a)
 
 
-def third_order(r1: float, r2: float, variant: str) -> Tableau:
+def third_order(r1: float, r2: float, variant: str) -> ExponentialTableau:
     """Calls at r1 and r2. "dpmsolver" drops the second derivative of F; "taylor" takes it from a parabola.
 
     The error of the call at r1 cancels for r2 = 2/3 alone: with any other r2 both variants are of order 2.
@@ -63,7 +63,7 @@ def third_order(r1: float, r2: float, variant: str) -> Tableau:
             b2 = (m2 - r1 * m1) / (r2 * (r2 - r1))
         return (-math.expm1(-r1 * z),), (-math.expm1(-r2 * z) - a2, a2), (m0 - b1 - b2, b1, b2)
 
-    return Tableau((r1, r2, 1.0), a)
+    return ExponentialTableau((r1, r2, 1.0), a)
 
 
 def increasing(**nodes: Any) -> None:
@@ -111,7 +111,7 @@ def node(grid: Grid, s: Point, t: Point, c: float) -> Point:
     return t if c == 1.0 else grid.process.point_at_sigma(s.ratio * math.exp(-c * step_size(s, t)))
 
 
-def targets(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form, eta: float = 0.0) -> list[Target]:
+def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: Form, eta: float = 0.0) -> list[Target]:
     """The targets of a step's calls; with eta, of the reverse SDE's in the x0 form.
 
     x_i = sigma_i/sigma exp(-eta c_i h) x + alpha_i sum_j a_ij((1 + eta) h) m_j + sigma_i N(c_i)
@@ -152,7 +152,9 @@ def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
         here = target.to
 
 
-def step(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta: float = 0.0) -> Iterator[Stage]:
+def step(
+    grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: Form = X0, eta: float = 0.0
+) -> Iterator[Stage]:
     """One step of the ODE, or with eta of the reverse SDE."""
     h = step_size(s, t)
     if math.isfinite(h):
@@ -162,7 +164,7 @@ def step(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta:
 
 
 def ancestral_step(
-    grid: Grid, s: Point, t: Point, tableau: Tableau, split: tuple[float, float], form: Form = X0
+    grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, split: tuple[float, float], form: Form = X0
 ) -> Iterator[Stage]:
     """The ODE's step down to keep sigma_t, at alpha_t, then fresh sigma_t z; split = (keep, fresh).
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fewstep.solvers.families.runge_kutta import frame_scale, pick_frame
+from fewstep.solvers.families.coordinates import pick_coordinates
 from fewstep.solvers.options import flag
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
@@ -25,9 +25,9 @@ def gradient_estimation(
     if not (isinstance(gamma, int | float) and abs(gamma) < float("inf")):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}")
     flag("to_zero", to_zero)
-    name = pick_frame(grid, frame)
+    coords = pick_coordinates(grid, frame)
     for k, (s, t) in enumerate(grid.pairs):
-        scale, scale_t = frame_scale(name, s), frame_scale(name, t)
+        scale, scale_t = coords.scale(s), coords.scale(t)
         row = first_order(s, t)
         # At alpha = 0 the sigma frame has no number, but its d is x / sigma.
         d: Row = {"x": 1.0 / s.sigma, "m": -scale / s.sigma}

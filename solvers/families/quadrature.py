@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
@@ -15,7 +15,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 _PANEL = 1.0
 
 
-def integrate(f: Callable[[Array], Array], start: float, end: float, kinks: Array | None = None) -> Array:
+def integrate(
+    f: Callable[[FloatArray], FloatArray], start: float, end: float, kinks: FloatArray | None = None
+) -> FloatArray:
     """int_start^end f(y) dy over panels of at most one unit that also break at `kinks`.
 
     f      (n,) -> (..., n), float64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from fewstep.solvers.families.coordinates import frame_scale
+from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.options import at_least
 from fewstep.solvers.plans.plan import Row, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
@@ -37,7 +37,7 @@ def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, 
         fresh = min(1.0, eta * math.sqrt((1.0 - shrink) * (1.0 + shrink)))
         # keep^2 = 1 - fresh^2, but on a long step at eta = 1 that difference would have no digits.
         return math.sqrt(max(0.0, (1.0 - eta) * (1.0 + eta) + (eta * shrink) ** 2)), fresh
-    u_s, u_t = s.sigma / frame_scale("flow", s), t.sigma / frame_scale("flow", t)
+    u_s, u_t = s.sigma / COORDINATES["flow"].scale(s), t.sigma / COORDINATES["flow"].scale(t)
     left = max(0.0, (1.0 - eta) + eta * (u_t / u_s))  # u_down / u_t
     gone = min(1.0, eta * (1.0 - u_t / u_s))
     keep = left * (1.0 - u_t) / (1.0 - u_t * left)

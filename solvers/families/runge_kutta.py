@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fewstep.solvers.families.coordinates import (
-    FRAMES,
+    COORDINATES,
     LINEAR,
     VE,
-    Frame,
-    edm_frame,
-    frame_scale,
+    Coordinates,
+    edm_coordinates,
+    pick_coordinates,
     pick_frame,
     vp_schedule,
 )
@@ -33,8 +33,6 @@ from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
-
-__all__ = ["frame_scale", "pick_frame"]
 
 
 class Leg(NamedTuple):
@@ -48,7 +46,7 @@ class Leg(NamedTuple):
 def rk_step(
     grid: Grid,
     tableau: Tableau,
-    frame: Frame,
+    coords: Coordinates,
     s: Point,
     t: Point,
     renoise: Sequence[Point] = (),
@@ -62,11 +60,11 @@ def rk_step(
     inner  the points of the inner calls where they are known, so that u0 + c h rounds nothing
     """
     sums = [*tableau.a, tableau.b]  # sums[i] leads to stage i; the last one leads to t
-    u0, h = frame.time(s), frame.time(t) - frame.time(s)
+    u0, h = coords.time(s), coords.time(t) - coords.time(s)
     here = s
     for i in range(len(tableau.a)):
-        slope = frame.slope(here)
-        anchor: Row = {"x": 1.0 / frame.scale(s)} if i == 0 else {"y": 1.0}
+        slope = coords.slope(here)
+        anchor: Row = {"x": 1.0 / coords.scale(s)} if i == 0 else {"y": 1.0}
 
         def grown(j: int, i: int = i, slope: Row = slope, anchor: Row = anchor) -> dict[str, float]:
             """Sum j with this stage's slope added; before its first slope it is the anchor y."""
@@ -86,23 +84,23 @@ def rk_step(
         else:
             rows[f"d{i}"] = slope
         last = i + 1 == len(tableau.a)
-        there = t if last else _inner_point(grid, tableau, frame, u0, h, t, inner, i + 1)
+        there = t if last else _inner_point(grid, tableau, coords, u0, h, t, inner, i + 1)
         # The first sum is Euler's way to `there`; 1 + h a_10 / u0 would cancel where u falls by orders of magnitude.
-        row = first_order(s, there) if i == 0 and frame.straight else scaled(grown(i + 1), frame.scale(there))
+        row = first_order(s, there) if i == 0 and coords.straight else scaled(grown(i + 1), coords.scale(there))
         if last:
             row, there = leave(row, t, renoise)
-        yield Stage(here, {"x": row, **rows}, there, done=last, exact=frame.straight)
+        yield Stage(here, {"x": row, **rows}, there, done=last, exact=coords.straight)
         here = there
 
 
 def _inner_point(
-    grid: Grid, tableau: Tableau, frame: Frame, u0: float, h: float, t: Point, inner: Sequence[Point], i: int
+    grid: Grid, tableau: Tableau, coords: Coordinates, u0: float, h: float, t: Point, inner: Sequence[Point], i: int
 ) -> Point:
     if inner:
         return inner[i - 1]
     c = tableau.c[i]
     # c = 1 is t itself: 1/u in the slope amplifies a rounding error of u0 + h.
-    return t if abs(c - 1.0) < 1e-12 else frame.point(grid, u0 + c * h)
+    return t if abs(c - 1.0) < 1e-12 else coords.point(grid, u0 + c * h)
 
 
 # What a step uses: its tableau, and the points of its inner calls where they are known.
@@ -113,18 +111,18 @@ def always(tableau: Tableau) -> Method:
     return lambda k, s, t: (tableau, ())
 
 
-def _run(grid: Grid, method: Method, frame: Frame, legs: Sequence[Leg]) -> Iterator[Start | Stage]:
+def _run(grid: Grid, method: Method, coords: Coordinates, legs: Sequence[Leg]) -> Iterator[Start | Stage]:
     """Every leg by its method; noise is added between two legs where the next one starts above the end."""
     yield from enter(grid.points[0], legs[0].s)
     for k, (s, t, done) in enumerate(legs):
         following = [leg.s for leg in legs[k + 1 : k + 2]]
-        finite = math.isfinite(frame.time(s)) and math.isfinite(frame.time(t))
-        if not finite or (t.sigma == 0.0 and frame.straight):
+        finite = math.isfinite(coords.time(s)) and math.isfinite(coords.time(t))
+        if not finite or (t.sigma == 0.0 and coords.straight):
             row, to = leave(first_order(s, t), t, following)
             yield Stage(s, {"x": row}, to, done)
             continue
         tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
-        for stage in rk_step(grid, tableau, frame, s, t, following, inner):
+        for stage in rk_step(grid, tableau, coords, s, t, following, inner):
             yield stage if done else replace(stage, done=False)
 
 
@@ -133,8 +131,8 @@ def _churned(grid: Grid, s_churn: float, s_tmin: float, s_tmax: float) -> list[L
     return [Leg(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
 
 
-def _frame(grid: Grid, frame: str | None) -> Frame:
-    return FRAMES[pick_frame(grid, frame, tuple(FRAMES))]
+def _coordinates(grid: Grid, frame: str | None) -> Coordinates:
+    return pick_coordinates(grid, frame, tuple(COORDINATES))
 
 
 def _second_order(alpha: Any) -> Tableau:
@@ -161,13 +159,13 @@ def heun(
     frame  "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     method = always(_second_order(alpha))
-    yield from _run(grid, method, _frame(grid, frame), _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _run(grid, method, _coordinates(grid, frame), _churned(grid, s_churn, s_tmin, s_tmax))
 
 
 @solver("rk4")
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
     """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
-    yield from _run(grid, always(RK4), _frame(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _run(grid, always(RK4), _coordinates(grid, frame), [Leg(*pair) for pair in grid.pairs])
 
 
 @solver("runge_kutta")
@@ -183,17 +181,17 @@ def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | N
     elif not isinstance(tableau, Tableau):
         tableau = Tableau.of(tableau)
     assert isinstance(tableau, Tableau)
-    yield from _run(grid, always(tableau), _frame(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _run(grid, always(tableau), _coordinates(grid, frame), [Leg(*pair) for pair in grid.pairs])
 
 
 # --- tableaux that depend on the step ---
 
 
-def _midpoint(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
+def _midpoint(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
     """DPM-Solver-2 as k-diffusion has it: the slope at the geometric mean of both ends' u."""
-    u0, u1 = frame.time(s), frame.time(t)
+    u0, u1 = coords.time(s), coords.time(t)
     u = math.sqrt(u0 * u1)
-    return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [frame.point(grid, u)]
+    return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [coords.point(grid, u)]
 
 
 @solver("dpm2")
@@ -205,9 +203,9 @@ def dpm2(
     s_tmax: float = math.inf,
 ) -> Iterator[Start | Stage]:
     """k-diffusion's sample_dpm_2 (Crowson 2022, after Karras et al. 2022, Algorithm 2): the slope at sqrt(u u')."""
-    on = FRAMES[pick_frame(grid, frame)]
+    coords = pick_coordinates(grid, frame)
     legs = _churned(grid, s_churn, s_tmin, s_tmax)
-    yield from _run(grid, lambda k, s, t: _midpoint(grid, on, s, t), on, legs)
+    yield from _run(grid, lambda k, s, t: _midpoint(grid, coords, s, t), coords, legs)
 
 
 @solver("dpm2_ancestral")
@@ -218,15 +216,15 @@ def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> It
     """
     at_least("eta", eta, 0.0)
     name = pick_frame(grid, frame)
-    on = FRAMES[name]
+    coords = COORDINATES[name]
     for s, t in grid.pairs:
         keep, fresh = ancestral_split(s, t, eta, name)
         down = Point(t.t, t.alpha, keep * t.sigma)
-        if down.sigma == 0.0 or not math.isfinite(on.time(s)):
+        if down.sigma == 0.0 or not math.isfinite(coords.time(s)):
             yield Stage(s, {"x": renoised(s, t, keep, fresh)}, t)
             continue
-        tableau, mid = _midpoint(grid, on, s, down)
-        *before, last = rk_step(grid, tableau, on, s, down, inner=mid)
+        tableau, mid = _midpoint(grid, coords, s, down)
+        *before, last = rk_step(grid, tableau, coords, s, down, inner=mid)
         yield from before
         yield replace(last, rows={**last.rows, "x": {**last.rows["x"], "z": fresh * t.sigma}}, to=t, span=(s, t))
 
@@ -244,8 +242,8 @@ def heunpp2(
     The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 make it of first order. The step before
     the last leaves the third call out (w_2 = u' / (2 u_0)), the last is Euler's.
     """
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     top = next(u for u in us if math.isfinite(u))
 
     def method(k: int, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
@@ -255,10 +253,10 @@ def heunpp2(
             w = us[k + 1] / (2.0 * top)
             return Tableau(((), (1.0,)), (1.0 - w, w)), [t]
         w2, w3 = us[k + 1] / (3.0 * top), us[k + 2] / (3.0 * top)
-        a = ((), (1.0,), (1.0, (us[k + 2] - us[k + 1]) / (us[k + 1] - on.time(s))))
+        a = ((), (1.0,), (1.0, (us[k + 2] - us[k + 1]) / (us[k + 1] - coords.time(s))))
         return Tableau(a, (1.0 - w2 - w3, w2, w3)), [t, grid.points[k + 2]]
 
-    yield from _run(grid, method, on, _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _run(grid, method, coords, _churned(grid, s_churn, s_tmin, s_tmax))
 
 
 # --- EDM ---
@@ -273,7 +271,7 @@ def edm(
     The defaults are the paper's for ImageNet-64 (Table 5), which also scales the noise: s_noise=1.003.
     alpha is the second call's place, as in heun.
     """
-    yield from _run(grid, always(_second_order(alpha)), FRAMES["sigma"], _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _run(grid, always(_second_order(alpha)), COORDINATES["sigma"], _churned(grid, s_churn, s_tmin, s_tmax))
 
 
 @solver("edm_general")
@@ -306,8 +304,8 @@ def edm_general(
     between("beta_min", beta_min, 1e-9, math.inf)
     clock = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
     tableau = _second_order(alpha) if method == "heun" else EULER
-    on = edm_frame(clock, scaling == "vp")
-    yield from _run(grid, always(tableau), on, _churned(grid, s_churn, s_tmin, s_tmax))
+    coords = edm_coordinates(clock, scaling == "vp")
+    yield from _run(grid, always(tableau), coords, _churned(grid, s_churn, s_tmin, s_tmax))
 
 
 # --- Restart ---
@@ -337,7 +335,7 @@ def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float 
     for k, (s, t) in enumerate(grid.pairs, 1):
         path = [Leg(s, t), *again.get(k, ())]
         legs += [*(leg._replace(done=False) for leg in path[:-1]), path[-1]]
-    yield from _run(grid, always(HEUN), FRAMES["sigma"], legs)
+    yield from _run(grid, always(HEUN), COORDINATES["sigma"], legs)
 
 
 def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:

@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.options import between, one_of
-from fewstep.solvers.schedule.process import Array, Flow, Point, Process
+from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process
 from fewstep.solvers.schedule.spacings import SPACINGS
 
 # Options that every spacing takes, with their defaults.
 _COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
 
 # How `Grid.extend` divides a step: shares of it from shares of its parts.
-_DIVISIONS: dict[str, Callable[[Array], Array]] = {
+_DIVISIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
     "linear": lambda x: x,
     "cosine": lambda x: np.sin(x * math.pi / 2.0),
     "sine": lambda x: 1.0 - np.cos(x * math.pi / 2.0),
@@ -48,9 +48,9 @@ class Grid:
     """
 
     process: Process
-    t: Array
-    alpha: Array
-    sigma: Array
+    t: FloatArray
+    alpha: FloatArray
+    sigma: FloatArray
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha", "sigma"):
@@ -113,13 +113,13 @@ class Grid:
     # Builders ask for these at every step.
 
     @cached_property
-    def ratio(self) -> Array:
+    def ratio(self) -> FloatArray:
         """sigma / alpha, float64 (steps + 1,), read-only; inf where alpha is 0."""
         with np.errstate(divide="ignore", over="ignore"):
             return _fixed(np.divide(self.sigma, self.alpha))
 
     @cached_property
-    def lam(self) -> Array:
+    def lam(self) -> FloatArray:
         """log(alpha / sigma), half the log-SNR, float64 (steps + 1,), read-only; inf at sigma 0, -inf at alpha 0."""
         with np.errstate(divide="ignore"):
             return _fixed(-np.log(self.ratio))
@@ -249,12 +249,12 @@ class Grid:
         return hash((self.process, self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes()))
 
 
-def _fixed(array: Array) -> Array:
+def _fixed(array: FloatArray) -> FloatArray:
     array.flags.writeable = False
     return array
 
 
-def _vector(name: str, value: ArrayLike) -> Array:
+def _vector(name: str, value: ArrayLike) -> FloatArray:
     """A float64 copy of a 1-D array with at least two entries."""
     try:
         array = np.array(value, dtype=np.float64)
@@ -265,13 +265,13 @@ def _vector(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def _reject(name: str, array: Array, bad: NDArray[np.bool_], why: str) -> None:
+def _reject(name: str, array: FloatArray, bad: NDArray[np.bool_], why: str) -> None:
     index = np.flatnonzero(bad)
     if index.size:
         raise ValueError(f"{name}[{index[0]}] = {array[index[0]]} {why}")
 
 
-def _decreasing(name: str, array: Array) -> None:
+def _decreasing(name: str, array: FloatArray) -> None:
     index = np.flatnonzero(~(array[1:] < array[:-1]))
     if index.size:
         i = int(index[0])

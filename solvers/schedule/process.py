@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.options import one_of
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 # Times and ratios this close (relatively) outside the valid range are round-off and are set to the end.
 _SLACK = 1e-9
@@ -90,10 +90,10 @@ class Process(Protocol):
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio."""
 
-    def warp(self, u: ArrayLike) -> Array:
+    def warp(self, u: ArrayLike) -> FloatArray:
         """Uniform time, on which grids are laid out -> the process's own time."""
 
-    def unwarp(self, t: ArrayLike) -> Array:
+    def unwarp(self, t: ArrayLike) -> FloatArray:
         """The inverse of :meth:`warp`."""
 
     def level(self, ratio: float) -> float:
@@ -112,7 +112,7 @@ def _pack(t: Any, alpha: Any, sigma: Any) -> Point:
     return Point(_plain(t), _plain(alpha), _plain(sigma))
 
 
-def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> Array:
+def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> FloatArray:
     """`value` as float64, each entry in [low, high], or a ValueError that names the first one that is not."""
     try:
         array = np.asarray(value, dtype=np.float64)
@@ -142,10 +142,10 @@ class _Unwarped:
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         raise NotImplementedError
 
-    def warp(self, u: ArrayLike) -> Array:
+    def warp(self, u: ArrayLike) -> FloatArray:
         return np.asarray(u, dtype=np.float64)
 
-    def unwarp(self, t: ArrayLike) -> Array:
+    def unwarp(self, t: ArrayLike) -> FloatArray:
         return np.asarray(t, dtype=np.float64)
 
     def level(self, ratio: float) -> float:
@@ -172,8 +172,8 @@ class VP(_Unwarped):
         ValueError: if ``alphas_cumprod`` is not that.
     """
 
-    alphas_cumprod: Array
-    _log_ratio: Array = field(init=False)
+    alphas_cumprod: FloatArray
+    _log_ratio: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
         acp = np.array(self.alphas_cumprod, dtype=np.float64)
@@ -252,7 +252,7 @@ class VP(_Unwarped):
         return Point(-1.0, 1.0, 0.0)
 
     @property
-    def _finite(self) -> Array:
+    def _finite(self) -> FloatArray:
         """log(sigma / alpha) at the discrete times where it is finite."""
         return self._log_ratio if self.alphas_cumprod[-1] > 0.0 else self._log_ratio[:-1]
 
@@ -310,7 +310,7 @@ def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]
     return start, end, timesteps
 
 
-def _cumprod(betas: NDArray[np.floating[Any]]) -> Array:
+def _cumprod(betas: NDArray[np.floating[Any]]) -> FloatArray:
     return np.cumprod(1.0 - betas).astype(np.float64)
 
 
@@ -470,12 +470,12 @@ class Flow:
             t = 1.0 / (1.0 + np.divide(1.0, r))
         return _pack(t, 1.0 / (1.0 + r), t)
 
-    def warp(self, u: ArrayLike) -> Array:
+    def warp(self, u: ArrayLike) -> FloatArray:
         """Uniform time u in [0, 1] -> t = shift u / (1 + (shift - 1) u)."""
         u = np.asarray(u, dtype=np.float64)
         return self.shift * u / (self.shift * u + (1.0 - u))
 
-    def unwarp(self, t: ArrayLike) -> Array:
+    def unwarp(self, t: ArrayLike) -> FloatArray:
         """t in [0, 1] -> u, the inverse of :meth:`warp`."""
         t = np.asarray(t, dtype=np.float64)
         return t / (t + self.shift * (1.0 - t))
