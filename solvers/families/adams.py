@@ -18,6 +18,7 @@ from itertools import pairwise
 import numpy as np
 
 from fewstep.solvers.families.coordinates import Coordinates, pick_coordinates
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.runge_kutta import rk_step
 from fewstep.solvers.families.tableaux import HEUN, Tableau
 from fewstep.solvers.options import flag, one_of
@@ -93,9 +94,7 @@ def history(coords: Coordinates, s: Point, known: int, depth: int = 3) -> dict[s
 def adams_row(coords: Coordinates, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
     """x at t from x and the slopes with weights c."""
     scale = coords.scale(t)
-    row = {"x": scale / coords.scale(s)}
-    for source, value in coords.slope(s).items():
-        row[source] = row.get(source, 0.0) + scale * c[0] * value
+    row = plus({"x": scale / coords.scale(s)}, scale * c[0], coords.slope(s))
     return row | {f"d{j}": scale * weight for j, weight in enumerate(c) if j}
 
 

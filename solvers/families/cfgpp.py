@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from fewstep.solvers.families.exponential import dpmpp_2m
 from fewstep.solvers.families.first_order import ddim
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.singlestep import dpmpp_2s_ancestral
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import PREDICTION, UNGUIDED, Row, Stage, Start
@@ -31,18 +32,11 @@ def cfg_pp(stages: Iterable[Start | Stage]) -> Iterator[Stage]:
         rows = {slot: unguided(row) for slot, row in stage.rows.items()}
         if stage.done:
             vector = {PREDICTION: 1.0, UNGUIDED: -1.0} if first else {"guidance": 1.0}
-            rows["x"] = plus(rows["x"], vector, stage.to.alpha)
+            rows["x"] = plus(rows["x"], stage.to.alpha, vector)
         elif first:
             rows["guidance"] = {PREDICTION: 1.0, UNGUIDED: -1.0}
         yield replace(stage, rows=rows)
         first = stage.done
-
-
-def plus(row: Row, vector: Row, factor: float) -> dict[str, float]:
-    out = dict(row)
-    for source, c in vector.items():
-        out[source] = out.get(source, 0.0) + factor * c
-    return out
 
 
 @solver("euler_cfg_pp")
@@ -67,7 +61,7 @@ def dpmpp_2m_cfg_pp(grid: Grid, difference: str = "unguided") -> Iterator[Stage]
     one_of("difference", difference, ("unguided", "guided"))
     for stage in cfg_pp(dpmpp_2m(grid)):
         again = -stage.rows["x"].get("h1", 0.0) if difference == "guided" else 0.0
-        row = plus(stage.rows["x"], {PREDICTION: 1.0, UNGUIDED: -1.0}, again)
+        row = plus(stage.rows["x"], again, {PREDICTION: 1.0, UNGUIDED: -1.0})
         yield replace(stage, rows={**stage.rows, "x": row})
 
 

@@ -13,10 +13,10 @@ from fewstep.solvers.families.exponential import (
     check_final_order,
     noise_prediction,
     shift_noise_history,
-    substitute,
     usable_order,
 )
 from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver

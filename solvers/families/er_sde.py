@@ -9,6 +9,7 @@ import numpy as np
 
 from fewstep.solvers.families.exponential import FinalOrder, check_final_order, shift_history, usable_order
 from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
@@ -116,6 +117,5 @@ def add_taylor(
         terms.append((step**2 / 2.0 + s_u, bend))
     out = dict(row)
     for weight, term in terms:
-        for name, c in term.items():
-            out[name] = out.get(name, 0.0) + alpha * float(weight) * float(c)
+        out = plus(out, alpha * float(weight), {name: float(c) for name, c in term.items()})
     return out

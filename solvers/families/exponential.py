@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fewstep.solvers.families.rows import plus, substitute
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
@@ -95,14 +96,6 @@ def shift_noise_history(s: Point, k: int, depth: int) -> History:
     return newest | {new: {old: 1.0} for old, new in pairwise(names)}
 
 
-def substitute(row: Row, name: str, combination: Row) -> dict[str, float]:
-    """`row` with its source `name` multiplied out."""
-    out = {source: c for source, c in row.items() if source != name}
-    for source, c in combination.items():
-        out[source] = out.get(source, 0.0) + row.get(name, 0.0) * c
-    return out
-
-
 # --- polynomials in u ---
 
 
@@ -169,8 +162,7 @@ def add_polynomial(
         r = np.array(list(nodes.values()))
         w = scale * np.linalg.solve(np.vander(r, increasing=True).T * r, np.array(integrals))
         for name, value in zip(nodes, w.tolist(), strict=True):
-            out[name] = out.get(name, 0.0) + value
-            out[base] = out.get(base, 0.0) - value
+            out = plus(out, value, {name: 1.0, base: -1.0})
     return out
 
 

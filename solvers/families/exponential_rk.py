@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from fewstep.solvers.families.exponential import RULES, exponential_row, moments, noise_prediction
 from fewstep.solvers.families.renoise import renoised
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.plans.plan import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -141,10 +142,7 @@ def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
         rows: dict[str, Row] = {}
         for i, later in enumerate(found[j:], j):
             begun = {"x": later.x} if j == 0 else {f"sum{i}": 1.0}
-            row = dict(begun)
-            for source, value in form.row(here).items():
-                row[source] = row.get(source, 0.0) + later.f[j] * value
-            row["z"] = later.z[j] if later.z else 0.0
+            row = plus(begun, later.f[j], form.row(here)) | {"z": later.z[j] if later.z else 0.0}
             row = {source: value for source, value in row.items() if value}
             if i == j or j == 0 or row != begun:
                 rows["x" if i == j else f"sum{i}"] = row

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from fewstep.solvers.families.coordinates import pick_frame
-from fewstep.solvers.families.renoise import ancestral_split, churn_points, enter, leave, renoised, scaled
+from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
+from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.plan import Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
@@ -95,11 +96,9 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
 @solver("euler")
 def euler(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> Iterator[Start | Stage]:
     """Euler in sigma (Karras et al. 2022, Algorithm 1 and 2 without the correction), with optional churn."""
-    hats = churn_points(grid, s_churn, s_tmin, s_tmax)
-    yield from enter(grid.points[0], hats[0])
-    for k, (hat, t) in enumerate(zip(hats, grid.points[1:], strict=True)):
-        row, to = leave(first_order(hat, t), t, hats[k + 1 : k + 2])
-        yield Stage(hat, {"x": row}, to)
+    hats = churned_points(grid, s_churn, s_tmin, s_tmax)
+    stages = (Stage(hat, {"x": first_order(hat, t)}, t) for hat, t in zip(hats, grid.points[1:], strict=True))
+    yield from with_churn(grid.points[0], stages)
 
 
 @solver("euler_ancestral")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fewstep.solvers.families.coordinates import pick_coordinates
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
@@ -33,6 +34,5 @@ def gradient_estimation(
         d: Row = {"x": 1.0 / s.sigma, "m": -scale / s.sigma}
         if k > 0 and scale > 0.0 and (to_zero or t.sigma > 0.0):
             change = scale_t * (t.sigma / scale_t - s.sigma / scale) * (gamma - 1.0)
-            row = {source: row.get(source, 0.0) + change * d.get(source, 0.0) for source in ("x", "m")}
-            row["d"] = -change
+            row = plus(row, change, d) | {"d": -change}
         yield Stage(s, {"x": row, "d": d}, t)

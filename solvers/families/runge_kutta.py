@@ -26,7 +26,8 @@ from fewstep.solvers.families.coordinates import (
     pick_frame,
     vp_schedule,
 )
-from fewstep.solvers.families.renoise import ancestral_split, churn_points, enter, leave, renoised, scaled
+from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
+from fewstep.solvers.families.rows import plus, scaled
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, second_order
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
@@ -35,75 +36,53 @@ from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
 
-class Leg(NamedTuple):
-    """A step from s to t; done: whether it completes a step of the grid."""
+def rk_step(
+    grid: Grid, tableau: Tableau, coords: Coordinates, s: Point, t: Point, inner: Sequence[Point] = ()
+) -> Iterator[Stage]:
+    """One step from s to t: y_i = y + h sum_j a_ij d_j, y' = y + h sum_j b_j d_j, where d_i is the slope at y_i.
+
+    Call i is made on y_i, so its row "x" is y_(i+1), and that of the last call y'. What later calls need is kept in
+    slots: y_i so far as sum<i>, which takes one slot for each open sum instead of one for each slope; where too many
+    are open (`Tableau.partial`), y and the slopes d<i>.
+
+    inner  the points of calls 1, 2 ... where the caller knows them; else they are at u + c_i h
+    """
+    sums = [*tableau.a, tableau.b]  # sums[i] is row i of a, the last one b
+    u, h = coords.time(s), coords.time(t) - coords.time(s)
+    # c = 1 is t itself: 1/u in the slope would amplify the rounding error of u + h.
+    inner = inner or [t if abs(c - 1.0) < 1e-12 else coords.point(grid, u + c * h) for c in tableau.c[1:]]
+
+    def known(j: int, i: int) -> dict[str, float]:
+        """y_j before call i: y + h sum_(k<i) a_jk d_k."""
+        y = {"y": 1.0} if i else {"x": 1.0 / coords.scale(s)}
+        if not tableau.partial:
+            return y | {f"d{k}": h * weight for k, weight in enumerate(sums[j][:i]) if weight}
+        return {f"sum{j}": 1.0} if any(sums[j][:i]) else y
+
+    for i, (here, there) in enumerate(pairwise([s, *inner, t])):
+        d = coords.slope(here)
+        rows: dict[str, Row] = {} if i else {"y": known(0, 0)}
+        if tableau.partial:
+            rows |= {f"sum{j}": plus(known(j, i), h * sums[j][i], d) for j in range(i + 2, len(sums)) if sums[j][i]}
+        else:
+            rows[f"d{i}"] = d
+        if i == 0 and coords.straight:
+            # y + h a_10 d_0 is Euler's step; 1 + h a_10 / u would cancel where u falls by orders of magnitude.
+            x = first_order(s, there)
+        else:
+            x = scaled(plus(known(i + 1, i), h * sums[i + 1][i], d), coords.scale(there))
+        yield Stage(here, {"x": x, **rows}, there, done=i + 1 == len(tableau.a), exact=coords.straight)
+
+
+class Step(NamedTuple):
+    """From s to t; done: whether it completes a step of the grid."""
 
     s: Point
     t: Point
     done: bool = True
 
 
-def rk_step(
-    grid: Grid,
-    tableau: Tableau,
-    coords: Coordinates,
-    s: Point,
-    t: Point,
-    renoise: Sequence[Point] = (),
-    inner: Sequence[Point] = (),
-) -> Iterator[Stage]:
-    """The stages of one step from s to t, then churn up to `renoise` if it is given.
-
-    The sum of each later stage is kept as a partial sum that grows call by call, so that a tableau needs one
-    slot for each sum still open instead of one for each slope; where that is too many, slopes d are kept.
-
-    inner  the points of the inner calls where they are known, so that u0 + c h rounds nothing
-    """
-    sums = [*tableau.a, tableau.b]  # sums[i] leads to stage i; the last one leads to t
-    u0, h = coords.time(s), coords.time(t) - coords.time(s)
-    here = s
-    for i in range(len(tableau.a)):
-        slope = coords.slope(here)
-        anchor: Row = {"x": 1.0 / coords.scale(s)} if i == 0 else {"y": 1.0}
-
-        def grown(j: int, i: int = i, slope: Row = slope, anchor: Row = anchor) -> dict[str, float]:
-            """Sum j with this stage's slope added; before its first slope it is the anchor y."""
-            earlier = sums[j][:i]
-            row = dict(anchor)
-            if tableau.partial and any(earlier):
-                row = {f"sum{j}": 1.0}
-            elif not tableau.partial:
-                row |= {f"d{k}": h * weight for k, weight in enumerate(earlier) if weight}
-            for source, value in slope.items():
-                row[source] = row.get(source, 0.0) + h * (sums[j][i] if i < len(sums[j]) else 0.0) * value
-            return row
-
-        rows: dict[str, Row] = {"y": anchor} if i == 0 else {}
-        if tableau.partial:
-            rows |= {f"sum{j}": grown(j) for j in range(i + 2, len(sums)) if sums[j][i]}
-        else:
-            rows[f"d{i}"] = slope
-        last = i + 1 == len(tableau.a)
-        there = t if last else _inner_point(grid, tableau, coords, u0, h, t, inner, i + 1)
-        # The first sum is Euler's way to `there`; 1 + h a_10 / u0 would cancel where u falls by orders of magnitude.
-        row = first_order(s, there) if i == 0 and coords.straight else scaled(grown(i + 1), coords.scale(there))
-        if last:
-            row, there = leave(row, t, renoise)
-        yield Stage(here, {"x": row, **rows}, there, done=last, exact=coords.straight)
-        here = there
-
-
-def _inner_point(
-    grid: Grid, tableau: Tableau, coords: Coordinates, u0: float, h: float, t: Point, inner: Sequence[Point], i: int
-) -> Point:
-    if inner:
-        return inner[i - 1]
-    c = tableau.c[i]
-    # c = 1 is t itself: 1/u in the slope amplifies a rounding error of u0 + h.
-    return t if abs(c - 1.0) < 1e-12 else coords.point(grid, u0 + c * h)
-
-
-# What a step uses: its tableau, and the points of its inner calls where they are known.
+# (k, s, t) of a step -> its tableau, and the points of its inner calls where they are known.
 Method = Callable[[int, Point, Point], tuple[Tableau, Sequence[Point]]]
 
 
@@ -111,24 +90,26 @@ def always(tableau: Tableau) -> Method:
     return lambda k, s, t: (tableau, ())
 
 
-def _run(grid: Grid, method: Method, coords: Coordinates, legs: Sequence[Leg]) -> Iterator[Start | Stage]:
-    """Every leg by its method; noise is added between two legs where the next one starts above the end."""
-    yield from enter(grid.points[0], legs[0].s)
-    for k, (s, t, done) in enumerate(legs):
-        following = [leg.s for leg in legs[k + 1 : k + 2]]
-        finite = math.isfinite(coords.time(s)) and math.isfinite(coords.time(t))
-        if not finite or (t.sigma == 0.0 and coords.straight):
-            row, to = leave(first_order(s, t), t, following)
-            yield Stage(s, {"x": row}, to, done)
-            continue
-        tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
-        for stage in rk_step(grid, tableau, coords, s, t, following, inner):
-            yield stage if done else replace(stage, done=False)
+def _integrate(grid: Grid, steps: Sequence[Step], method: Method, coords: Coordinates) -> Iterator[Start | Stage]:
+    """Every step by its method, with noise where a step starts above the end of the one before it (churn, Restart)."""
+
+    def stages() -> Iterator[Stage]:
+        for k, (s, t, done) in enumerate(steps):
+            finite = math.isfinite(coords.time(s)) and math.isfinite(coords.time(t))
+            if not finite or (t.sigma == 0.0 and coords.straight):
+                yield Stage(s, {"x": first_order(s, t)}, t, done)
+                continue
+            tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
+            for stage in rk_step(grid, tableau, coords, s, t, inner):
+                yield stage if done else replace(stage, done=False)
+
+    return with_churn(grid.points[0], stages())
 
 
-def _churned(grid: Grid, s_churn: float, s_tmin: float, s_tmax: float) -> list[Leg]:
-    hats = churn_points(grid, s_churn, s_tmin, s_tmax)
-    return [Leg(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
+def _steps(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> list[Step]:
+    """The grid's steps, from t_hat to t."""
+    hats = churned_points(grid, s_churn, s_tmin, s_tmax)
+    return [Step(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
 
 
 def _coordinates(grid: Grid, frame: str | None) -> Coordinates:
@@ -159,13 +140,13 @@ def heun(
     frame  "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     method = always(_second_order(alpha))
-    yield from _run(grid, method, _coordinates(grid, frame), _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), method, _coordinates(grid, frame))
 
 
 @solver("rk4")
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
     """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
-    yield from _run(grid, always(RK4), _coordinates(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _integrate(grid, _steps(grid), always(RK4), _coordinates(grid, frame))
 
 
 @solver("runge_kutta")
@@ -181,7 +162,7 @@ def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | N
     elif not isinstance(tableau, Tableau):
         tableau = Tableau.of(tableau)
     assert isinstance(tableau, Tableau)
-    yield from _run(grid, always(tableau), _coordinates(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _integrate(grid, _steps(grid), always(tableau), _coordinates(grid, frame))
 
 
 # --- tableaux that depend on the step ---
@@ -204,8 +185,8 @@ def dpm2(
 ) -> Iterator[Start | Stage]:
     """k-diffusion's sample_dpm_2 (Crowson 2022, after Karras et al. 2022, Algorithm 2): the slope at sqrt(u u')."""
     coords = pick_coordinates(grid, frame)
-    legs = _churned(grid, s_churn, s_tmin, s_tmax)
-    yield from _run(grid, lambda k, s, t: _midpoint(grid, coords, s, t), coords, legs)
+    steps = _steps(grid, s_churn, s_tmin, s_tmax)
+    yield from _integrate(grid, steps, lambda k, s, t: _midpoint(grid, coords, s, t), coords)
 
 
 @solver("dpm2_ancestral")
@@ -256,7 +237,7 @@ def heunpp2(
         a = ((), (1.0,), (1.0, (us[k + 2] - us[k + 1]) / (us[k + 1] - coords.time(s))))
         return Tableau(a, (1.0 - w2 - w3, w2, w3)), [t, grid.points[k + 2]]
 
-    yield from _run(grid, method, coords, _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), method, coords)
 
 
 # --- EDM ---
@@ -271,7 +252,8 @@ def edm(
     The defaults are the paper's for ImageNet-64 (Table 5), which also scales the noise: s_noise=1.003.
     alpha is the second call's place, as in heun.
     """
-    yield from _run(grid, always(_second_order(alpha)), COORDINATES["sigma"], _churned(grid, s_churn, s_tmin, s_tmax))
+    steps = _steps(grid, s_churn, s_tmin, s_tmax)
+    yield from _integrate(grid, steps, always(_second_order(alpha)), COORDINATES["sigma"])
 
 
 @solver("edm_general")
@@ -305,7 +287,7 @@ def edm_general(
     clock = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
     tableau = _second_order(alpha) if method == "heun" else EULER
     coords = edm_coordinates(clock, scaling == "vp")
-    yield from _run(grid, always(tableau), coords, _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), always(tableau), coords)
 
 
 # --- Restart ---
@@ -326,16 +308,16 @@ def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float 
     rho        the spacing of these points (Karras et al. 2022, eq. 5)
     """
     between("rho", rho, 1e-9, math.inf)
-    again: dict[int, list[Leg]] = {}
+    again: dict[int, list[Step]] = {}
     for interval in CIFAR10 if intervals is None else intervals:
         at = _restart_index(grid, interval, must=intervals is not None)
         if at is not None:
-            again.setdefault(at, []).extend(_restart_legs(grid, grid.points[at], interval, rho))
-    legs = []
+            again.setdefault(at, []).extend(_restart_steps(grid, grid.points[at], interval, rho))
+    steps: list[Step] = []
     for k, (s, t) in enumerate(grid.pairs, 1):
-        path = [Leg(s, t), *again.get(k, ())]
-        legs += [*(leg._replace(done=False) for leg in path[:-1]), path[-1]]
-    yield from _run(grid, always(HEUN), COORDINATES["sigma"], legs)
+        path = [Step(s, t), *again.get(k, ())]
+        steps += [*(step._replace(done=False) for step in path[:-1]), path[-1]]
+    yield from _integrate(grid, steps, always(HEUN), COORDINATES["sigma"])
 
 
 def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
@@ -354,9 +336,9 @@ def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
     return None
 
 
-def _restart_legs(grid: Grid, bottom: Point, interval: Interval, rho: float) -> list[Leg]:
+def _restart_steps(grid: Grid, bottom: Point, interval: Interval, rho: float) -> list[Step]:
     points, repeats, _, highest = interval
     inner = np.linspace(highest ** (1 / rho), bottom.ratio ** (1 / rho), points)[:-1] ** rho
     inner[0] = highest
     path = [*(grid.process.point_at_sigma(float(r)) for r in inner), bottom]
-    return [Leg(s, t) for _ in range(repeats) for s, t in pairwise(path)]
+    return [Step(s, t) for _ in range(repeats) for s, t in pairwise(path)]

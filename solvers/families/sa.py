@@ -15,9 +15,9 @@ from fewstep.solvers.families.exponential import (
     moments,
     shift_history,
     step_moments,
-    substitute,
     usable_order,
 )
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.plan import Row, Stage
 from fewstep.solvers.plans.registry import solver

@@ -18,9 +18,9 @@ from fewstep.solvers.families.exponential import (
     shift_history,
     shift_noise_history,
     step_moments,
-    substitute,
     usable_order,
 )
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
