@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     noise_prediction,
     shift_noise_history,
@@ -69,7 +69,7 @@ def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
         return np.exp(y) * powers_of_u  # drho = rho dlog(rho)
 
     weights = integrate(powers, log_rho[-2], log_rho[-1], kinks(grid.process, v[-2], v[-1], variable))
-    return add_polynomial(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
+    return add_differences(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
 
 
 def kinks(process: Process, start: float, end: float, variable: str) -> FloatArray:

@@ -1,17 +1,17 @@
-"""Exponential multistep samplers: the ODE's linear part is exact, the prediction a polynomial in log-SNR.
+"""Exponential multistep samplers: the linear part of the ODE is exact, the prediction a polynomial in log-SNR.
 
-lambda = log(alpha / sigma), h = lambda_t - lambda_s, u = (lambda - lambda_s) / h. A step is exact for a
-prediction that is a polynomial in u; with z = h for the x0 prediction and z = -h for the noise it needs only
+lambda = log(alpha / sigma), h = lambda_t - lambda_s, u = (lambda - lambda_s) / h. A step is exact where the prediction
+is a polynomial in u. It needs only the moments of a kernel, with z = h for the x0 and z = -h for the noise prediction:
 
-    M_n(z) = int_0^1 z e^(-z (1 - u)) u^n du = z n! phi_(n+1)(-z)
+    M_n(z) = int_0^1 z e^(-z (1 - u)) u^n du = z n! phi_(n+1)(-z),    M_0(z) = 1 - e^(-z)
 
     x0     x' = sigma'/sigma x + alpha' (M_0(h) D_s + sum_j w_j (D_j - D_s))      (Lu et al. 2022b, prop. 4.1)
     noise  x' = alpha'/alpha x + sigma' (M_0(-h) e_s + sum_j w_j (e_j - e_s))     (Lu et al. 2022a, prop. 3.1)
 
-where sum_j w_j r_j^n = M_n over the nodes r_j = (lambda_j - lambda_s) / h.
+where sum_j w_j r_j^n = M_n over the nodes r_j = (lambda_j - lambda_s) / h of the older predictions.
 
-Slots: "m" is the x0 prediction now and h1, h2 ... the older ones; "e" stands for the noise prediction now,
-which is a combination of "x" and "m", and e1, e2 ... for the older ones.
+Slots: "m" is the current x0 prediction D_s, h1, h2 ... are the older ones. "e" stands for the current noise prediction,
+a combination of "x" and "m"; e1, e2 ... are the older ones. `dpmpp_2m` is the worked example.
 """
 
 from __future__ import annotations
@@ -31,48 +31,145 @@ from fewstep.solvers.schedule.process import Point
 
 History = dict[str, Row]
 
-# --- which order a step has ---
-
-# The field's rules for the last steps, by name: order p becomes p, ..., 2, 1 over the last p steps
-#   unipc       always (UniPC's released code; diffusers' UniPC and SA-Solver)
-#   diffusers   if the grid has fewer than 15 steps (diffusers' DPM-Solver and DEIS)
-#   dpm_solver  if the grid has fewer than 10 steps (dpm-solver's released code)
-#   sa_solver   always, and done before a last step to sigma 0 (SA-Solver's released code, ComfyUI)
-FINAL_RULES: Mapping[str, Callable[[Grid, int], int | None]] = {
-    "unipc": lambda grid, k: grid.steps - k,
-    "diffusers": lambda grid, k: grid.steps - k if grid.steps < 15 else None,
-    "dpm_solver": lambda grid, k: grid.steps - k if grid.steps < 10 else None,
-    "sa_solver": lambda grid, k: grid.steps - k - (grid.sigma[-1] == 0.0),
-}
-
-FinalOrder = int | str | None
+# --- x0 prediction ---
 
 
-def check_final_order(final_order: FinalOrder, highest: int) -> None:
-    """The option that all multistep solvers share: the order at the end of the grid.
+@solver("dpmpp_2m")
+def dpmpp_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
+    """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
 
-    None lets every step have its full order (but for a step to sigma 0, which is first order for all), a
-    number limits the last step to that order (1 is diffusers' euler_at_final), a name is one of FINAL_RULES.
+    variant      "midpoint" (the paper's and k-diffusion's) or "heun": how the difference m - h1 is weighed
+    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
+
+    Algorithm 2, lines 7 to 10, beside what computes each; m is the prediction at s, h1 the one before (a test runs
+    these lines against the plan):
+
+        h = lam_t - lam_s                                        # data_row
+        r = (lam_s - lam_old) / h                                # history_nodes: {"h1": -r}
+        D = (1 + 1 / (2 * r)) * m - 1 / (2 * r) * h1             # add_differences: M_0 D = M_0 m - M_1 / r (h1 - m)
+        x = sigma_t / sigma_s * x - alpha_t * (exp(-h) - 1) * D  # exponential_row, the row "x" for D = m
+        h1 = m                                                   # shift_history, the row "h1"
+
+    M_0 = 1 - exp(-h) and, for "midpoint", M_1 = M_0 / 2. The first step and a step to sigma 0 have D = m.
     """
-    one_of("final_order", final_order, (None, *range(1, highest + 1), *FINAL_RULES))
+    yield from _data_multistep(grid, 2, variant, final_order)
 
 
-def usable_order(grid: Grid, k: int, order: int, final_order: FinalOrder) -> int:
-    """The order that step k can have: no more than the history holds, `final_order` at the end.
+def _data_multistep(
+    grid: Grid, order: int, variant: str, final_order: FinalOrder, *, eta: float = 0.0, halve_d2: bool = False
+) -> Iterator[Stage]:
+    at_least("eta", eta, 0.0)
+    one_of("variant", variant, ("midpoint", "heun"))
+    flag("halve_d2", halve_d2)
+    check_final_order(final_order, order)
+    for k, (s, t) in enumerate(grid.pairs):
+        row = data_row(grid, k, usable_order(grid, k, order, final_order), variant, eta=eta, halve_d2=halve_d2)
+        yield Stage(s, {"x": row, **shift_history(k, order - 1)}, t)
 
-    A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit;
-    differences over the step from alpha = 0 have none either.
+
+def data_row(
+    grid: Grid, k: int, order: int, rule: str, *, eta: float = 0.0, halve_d2: bool = False
+) -> dict[str, float]:
+    """Step k with the polynomial of degree order - 1 through the x0 predictions m, h1, h2 ..."""
+    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
+    row = exponential_row(s, t, h, eta)
+    if order > 1:
+        integrals = step_moments((1.0 + eta) * h, order, rule, halve_d2)
+        row = add_differences(row, "m", history_nodes(grid, k, order), integrals, t.alpha)
+    return row
+
+
+def exponential_row(s: Point, t: Point, h: float, eta: float) -> dict[str, float]:
+    """The first-order row of the reverse SDE with noise eta; eta = 0 is the ODE.
+
+    x' = sigma'/sigma exp(-eta h) x + alpha' (1 - exp(-(1 + eta) h)) m + sigma' sqrt(1 - exp(-2 eta h)) z
     """
-    finite = [math.isfinite(x) for x in grid.lam]
-    known = 1 + sum(finite[max(0, k - order + 1) : k]) if finite[k] else 1
-    if not finite[k + 1]:
-        return 1
-    if isinstance(final_order, str):
-        limit = FINAL_RULES[final_order](grid, k)
-        order = order if limit is None else min(order, limit)
-    elif final_order is not None and k == grid.steps - 1:
-        order = min(order, final_order)
-    return min(order, known)
+    if eta == 0.0:
+        return first_order(s, t)
+    if not math.isfinite(h):
+        # An infinite h forgets x: all of the marginal's noise is fresh (sigma' is 0 unless alpha was).
+        return {"x": 0.0, "m": t.alpha, "z": t.sigma}
+    return {
+        "x": t.sigma / s.sigma * math.exp(-eta * h),
+        "m": -t.alpha * math.expm1(-(1.0 + eta) * h),
+        "z": t.sigma * math.sqrt(-math.expm1(-2.0 * eta * h)),
+    }
+
+
+@solver("dpmpp_2m_sde")
+def dpmpp_2m_sde(
+    grid: Grid, eta: float = 1.0, variant: str = "midpoint", final_order: FinalOrder = None
+) -> Iterator[Stage]:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion's dpmpp_2m_sde). eta = 0 is dpmpp_2m."""
+    yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
+
+
+@solver("dpmpp_3m")
+def dpmpp_3m(
+    grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
+) -> Iterator[Stage]:
+    """DPM-Solver++(3M) (Lu et al. 2022b, section 4.2, with two older predictions).
+
+    variant   "heun" or "midpoint", for the steps that have only one older prediction
+    halve_d2  True is what dpm-solver, diffusers and k-diffusion compute: they take the divided difference
+              D2 = h^2 D'' / 2 for h^2 D'', which costs the third order
+    """
+    yield from _data_multistep(grid, 3, variant, final_order, halve_d2=halve_d2)
+
+
+@solver("dpmpp_3m_sde")
+def dpmpp_3m_sde(
+    grid: Grid,
+    eta: float = 1.0,
+    variant: str = "heun",
+    halve_d2: bool = False,
+    final_order: FinalOrder = None,
+) -> Iterator[Stage]:
+    """SDE-DPM-Solver++(3M) (k-diffusion 2023, which has halve_d2=True). eta = 0 is dpmpp_3m."""
+    yield from _data_multistep(grid, 3, variant, final_order, eta=eta, halve_d2=halve_d2)
+
+
+# --- noise prediction ---
+
+
+def _noise_multistep(grid: Grid, order: int, variant: str, halve_d2: bool, final_order: FinalOrder) -> Iterator[Stage]:
+    one_of("variant", variant, ("midpoint", "heun"))
+    flag("halve_d2", halve_d2)
+    check_final_order(final_order, order)
+    for k, (s, t) in enumerate(grid.pairs):
+        row = noise_row(grid, k, usable_order(grid, k, order, final_order), variant, halve_d2=halve_d2)
+        x = substitute(row, "e", noise_prediction(s))
+        yield Stage(s, {"x": x, **shift_noise_history(s, k, order - 1)}, t)
+
+
+def noise_row(grid: Grid, k: int, order: int, rule: str, *, halve_d2: bool = False) -> dict[str, float]:
+    """Step k with the polynomial of degree order - 1 through the noise predictions e, e1, e2 ..."""
+    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
+    row = first_order(s, t)
+    if order > 1:
+        integrals = step_moments(-h, order, rule, halve_d2)
+        row = add_differences(row, "e", history_nodes(grid, k, order, "e"), integrals, t.sigma)
+    return row
+
+
+@solver("dpm_solver_2m")
+def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
+    """DPM-Solver-2 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
+
+    variant  "midpoint" (the released code's "dpmsolver") or "heun" (its "taylor")
+    """
+    yield from _noise_multistep(grid, 2, variant, False, final_order)
+
+
+@solver("dpm_solver_3m")
+def dpm_solver_3m(
+    grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
+) -> Iterator[Stage]:
+    """DPM-Solver-3 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
+
+    The options are dpmpp_3m's.
+    """
+    yield from _noise_multistep(grid, 3, variant, halve_d2, final_order)
 
 
 # --- history ---
@@ -118,7 +215,7 @@ def moments(z: float, count: int) -> list[float]:
 
 
 # How a step with a single difference weighs it. All three agree to O(h^2).
-RULES: Mapping[str, Callable[[float], float]] = {
+FIRST_MOMENT: Mapping[str, Callable[[float], float]] = {
     "heun": lambda z: moments(z, 1)[1],  # exact for a linear prediction
     "midpoint": lambda z: -math.expm1(-z) / 2.0,  # the integral of D by its value in the middle
     "flat": lambda z: z / 2.0,  # the limit of a small z
@@ -128,7 +225,7 @@ RULES: Mapping[str, Callable[[float], float]] = {
 def step_moments(z: float, order: int, rule: str = "heun", halve_d2: bool = False) -> list[float]:
     """M_1 .. M_(order - 1) for a step of that order, with the simplifications that the field makes."""
     if order == 2:
-        return [RULES[rule](z)]
+        return [FIRST_MOMENT[rule](z)]
     found = moments(z, order - 1)[1:]
     if halve_d2 and order == 3:
         found[1] /= 2.0
@@ -149,7 +246,7 @@ def corrector_nodes(grid: Grid, k: int, order: int) -> dict[str, float]:
     return {f"h{i + 1}": r for i, r in enumerate(history_nodes(grid, k, order).values(), 1)} | {"m": 1.0}
 
 
-def add_polynomial(
+def add_differences(
     row: Row, base: str, nodes: Mapping[str, float], integrals: Sequence[float], scale: float
 ) -> dict[str, float]:
     """`row` plus scale sum_j w_j (D_j - D_base), where sum_j w_j r_j^n = integrals[n - 1] over the nodes r_j.
@@ -166,135 +263,45 @@ def add_polynomial(
     return out
 
 
-# --- rows ---
+# --- which order a step has ---
+
+# The field's rules for the last steps, by name: order p becomes p, ..., 2, 1 over the last p steps
+#   unipc       always (UniPC's released code; diffusers' UniPC and SA-Solver)
+#   diffusers   if the grid has fewer than 15 steps (diffusers' DPM-Solver and DEIS)
+#   dpm_solver  if the grid has fewer than 10 steps (dpm-solver's released code)
+#   sa_solver   always, and done before a last step to sigma 0 (SA-Solver's released code, ComfyUI)
+FINAL_RULES: Mapping[str, Callable[[Grid, int], int | None]] = {
+    "unipc": lambda grid, k: grid.steps - k,
+    "diffusers": lambda grid, k: grid.steps - k if grid.steps < 15 else None,
+    "dpm_solver": lambda grid, k: grid.steps - k if grid.steps < 10 else None,
+    "sa_solver": lambda grid, k: grid.steps - k - (grid.sigma[-1] == 0.0),
+}
+
+FinalOrder = int | str | None
 
 
-def exponential_row(s: Point, t: Point, h: float, eta: float) -> tuple[dict[str, float], float]:
-    """The first-order row of the reverse SDE with noise eta, and the weight of the prediction in it.
+def check_final_order(final_order: FinalOrder, highest: int) -> None:
+    """The option that all multistep solvers share: the order at the end of the grid.
 
-    x' = sigma'/sigma exp(-eta h) x + alpha' (1 - exp(-(1 + eta) h)) m + sigma' sqrt(1 - exp(-2 eta h)) z
+    None lets every step have its full order (but for a step to sigma 0, which is first order for all), a
+    number limits the last step to that order (1 is diffusers' euler_at_final), a name is one of FINAL_RULES.
     """
-    if eta == 0.0 or not math.isfinite(h):
-        row = first_order(s, t)
-        # An infinite h forgets x: all of the marginal's noise is fresh (sigma' is 0 unless alpha was).
-        if eta > 0.0:
-            row = {"x": 0.0, "m": t.alpha, "z": t.sigma}
-        return row, row["m"]
-    weight = -t.alpha * math.expm1(-(1.0 + eta) * h)
-    row = {
-        "x": t.sigma / s.sigma * math.exp(-eta * h),
-        "m": weight,
-        "z": t.sigma * math.sqrt(-math.expm1(-2.0 * eta * h)),
-    }
-    return row, weight
+    one_of("final_order", final_order, (None, *range(1, highest + 1), *FINAL_RULES))
 
 
-def data_row(
-    grid: Grid, k: int, order: int, rule: str, *, eta: float = 0.0, halve_d2: bool = False
-) -> dict[str, float]:
-    """Step k with a polynomial of degree order - 1 through the x0 predictions m, h1, h2 ..."""
-    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
-    row, _ = exponential_row(s, t, h, eta)
-    if order == 1:
-        return row
-    weights = step_moments((1.0 + eta) * h, order, rule, halve_d2)
-    return add_polynomial(row, "m", history_nodes(grid, k, order), weights, t.alpha)
+def usable_order(grid: Grid, k: int, order: int, final_order: FinalOrder) -> int:
+    """The order that step k can have: no more than the history holds, `final_order` at the end.
 
-
-def noise_row(grid: Grid, k: int, order: int, rule: str, *, halve_d2: bool = False) -> dict[str, float]:
-    """Step k with a polynomial of degree order - 1 through the noise predictions e, e1, e2 ..."""
-    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
-    row = first_order(s, t)
-    if order == 1:
-        return row
-    return add_polynomial(
-        row, "e", history_nodes(grid, k, order, "e"), step_moments(-h, order, rule, halve_d2), t.sigma
-    )
-
-
-# --- the samplers ---
-
-
-@solver("dpmpp_2m")
-def dpmpp_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
-    """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
-
-    variant      "midpoint" (the paper's and k-diffusion's) or "heun", how the difference quotient is weighted
-    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
+    A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit;
+    differences over the step from alpha = 0 have none either.
     """
-    yield from _data_multistep(grid, 2, variant, final_order)
-
-
-@solver("dpmpp_2m_sde")
-def dpmpp_2m_sde(
-    grid: Grid, eta: float = 1.0, variant: str = "midpoint", final_order: FinalOrder = None
-) -> Iterator[Stage]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion's dpmpp_2m_sde). eta = 0 is dpmpp_2m."""
-    yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
-
-
-@solver("dpmpp_3m")
-def dpmpp_3m(
-    grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
-) -> Iterator[Stage]:
-    """DPM-Solver++(3M) (Lu et al. 2022b, section 4.2, with two older predictions).
-
-    variant   "heun" or "midpoint", for the steps that have only one older prediction
-    halve_d2  True is what dpm-solver, diffusers and k-diffusion compute: they take the divided difference
-              D2 = h^2 D'' / 2 for h^2 D'', which costs the third order
-    """
-    yield from _data_multistep(grid, 3, variant, final_order, halve_d2=halve_d2)
-
-
-@solver("dpmpp_3m_sde")
-def dpmpp_3m_sde(
-    grid: Grid,
-    eta: float = 1.0,
-    variant: str = "heun",
-    halve_d2: bool = False,
-    final_order: FinalOrder = None,
-) -> Iterator[Stage]:
-    """SDE-DPM-Solver++(3M) (k-diffusion 2023, which has halve_d2=True). eta = 0 is dpmpp_3m."""
-    yield from _data_multistep(grid, 3, variant, final_order, eta=eta, halve_d2=halve_d2)
-
-
-def _data_multistep(
-    grid: Grid, order: int, variant: str, final_order: FinalOrder, *, eta: float = 0.0, halve_d2: bool = False
-) -> Iterator[Stage]:
-    at_least("eta", eta, 0.0)
-    one_of("variant", variant, ("midpoint", "heun"))
-    flag("halve_d2", halve_d2)
-    check_final_order(final_order, order)
-    for k, (s, t) in enumerate(grid.pairs):
-        row = data_row(grid, k, usable_order(grid, k, order, final_order), variant, eta=eta, halve_d2=halve_d2)
-        yield Stage(s, {"x": row, **shift_history(k, order - 1)}, t)
-
-
-@solver("dpm_solver_2m")
-def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
-    """DPM-Solver-2 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
-
-    variant  "midpoint" (the released code's "dpmsolver") or "heun" (its "taylor")
-    """
-    yield from _noise_multistep(grid, 2, variant, False, final_order)
-
-
-@solver("dpm_solver_3m")
-def dpm_solver_3m(
-    grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
-) -> Iterator[Stage]:
-    """DPM-Solver-3 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
-
-    The options are dpmpp_3m's.
-    """
-    yield from _noise_multistep(grid, 3, variant, halve_d2, final_order)
-
-
-def _noise_multistep(grid: Grid, order: int, variant: str, halve_d2: bool, final_order: FinalOrder) -> Iterator[Stage]:
-    one_of("variant", variant, ("midpoint", "heun"))
-    flag("halve_d2", halve_d2)
-    check_final_order(final_order, order)
-    for k, (s, t) in enumerate(grid.pairs):
-        row = noise_row(grid, k, usable_order(grid, k, order, final_order), variant, halve_d2=halve_d2)
-        x = substitute(row, "e", noise_prediction(s))
-        yield Stage(s, {"x": x, **shift_noise_history(s, k, order - 1)}, t)
+    finite = [math.isfinite(x) for x in grid.lam]
+    known = 1 + sum(finite[max(0, k - order + 1) : k]) if finite[k] else 1
+    if not finite[k + 1]:
+        return 1
+    if isinstance(final_order, str):
+        limit = FINAL_RULES[final_order](grid, k)
+        order = order if limit is None else min(order, limit)
+    elif final_order is not None and k == grid.steps - 1:
+        order = min(order, final_order)
+    return min(order, known)

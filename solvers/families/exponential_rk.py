@@ -19,7 +19,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, NamedTuple
 
-from fewstep.solvers.families.exponential import RULES, exponential_row, moments, noise_prediction
+from fewstep.solvers.families.exponential import FIRST_MOMENT, exponential_row, moments, noise_prediction
 from fewstep.solvers.families.renoise import renoised
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.plans.plan import Row, Stage
@@ -43,7 +43,7 @@ def second_order(r1: float, rule: str) -> ExponentialTableau:
     """One more call, at r1. The slope (F_1 - F_0) / r1 is weighed by M_1 ("heun") or M_0 / 2 ("midpoint")."""
 
     def a(z: float) -> tuple[tuple[float, ...], ...]:
-        b = RULES[rule](z) / r1
+        b = FIRST_MOMENT[rule](z) / r1
         return (-math.expm1(-r1 * z),), (-math.expm1(-z) - b, b)
 
     return ExponentialTableau((r1, 1.0), a)
@@ -158,7 +158,7 @@ def step(
     if math.isfinite(h):
         yield from stages(s, targets(grid, s, t, tableau, form, eta), form)
     else:
-        yield Stage(s, {"x": exponential_row(s, t, h, eta)[0]}, t)
+        yield Stage(s, {"x": exponential_row(s, t, h, eta)}, t)
 
 
 def ancestral_step(

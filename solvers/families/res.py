@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     shift_history,
     step_moments,
@@ -41,6 +41,6 @@ def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) 
         finite = math.isfinite(h) and math.isfinite(down_before)
         if usable_order(grid, k, 2, final_order) == 2 and finite:
             c2 = (down_before + grid.lam[k - 1]) / h
-            row = add_polynomial(row, "m", {"h1": c2}, step_moments(h, 2), t.alpha)
+            row = add_differences(row, "m", {"h1": c2}, step_moments(h, 2), t.alpha)
         yield Stage(s, {"x": row, **shift_history(k, 1)}, t)
         down_before = down

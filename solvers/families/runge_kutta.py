@@ -250,7 +250,20 @@ def edm(
     """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): Heun in sigma with churn.
 
     The defaults are the paper's for ImageNet-64 (Table 5), which also scales the noise: s_noise=1.003.
-    alpha is the second call's place, as in heun.
+    alpha is the place of the second call, as in heun.
+
+    Algorithm 2, lines 4 to 11, beside what computes each; x stands for x / alpha, t for sigma / alpha, D for the x0
+    prediction m (a test runs these lines against the plan):
+
+        gamma = min(S_churn / N, sqrt(2) - 1) if S_tmin <= t_cur <= S_tmax else 0  # churned_points
+        t_hat = t_cur + gamma * t_cur                            # churned_points
+        x_hat = x_cur + sqrt(t_hat**2 - t_cur**2) * eps          # with_churn: "z" of the row "x" before, or Start
+        d_cur = (x_hat - D(x_hat, t_hat)) / t_hat                # rk_step: d of call 0
+        x_next = x_hat + (t_next - t_hat) * d_cur                # first_order(t_hat, t_next), the row "x" of call 0
+        if t_next != 0:                                          # _integrate
+            d_prime = (x_next - D(x_next, t_next)) / t_next      # rk_step: d of call 1
+            d_mean = d_cur / 2 + d_prime / 2                     # HEUN.b; call 0 keeps x_hat + h d_cur / 2 as "sum2"
+            x_next = x_hat + (t_next - t_hat) * d_mean           # "sum2" + h d_prime / 2, the row "x" of call 1
     """
     steps = _steps(grid, s_churn, s_tmin, s_tmax)
     yield from _integrate(grid, steps, always(_second_order(alpha)), COORDINATES["sigma"])

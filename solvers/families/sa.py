@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     corrector_nodes,
     data_row,
@@ -71,7 +71,7 @@ def sa_solver(
         last = k + 1 == grid.steps
         # After a step of infinite h there is nothing to correct: only its first-order row has a limit.
         if corrector_order > 0 and not last and math.isfinite(grid.lam[k]):
-            linear, _ = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
+            linear = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
             rows["c"] = substitute({**linear, "m": 0.0}, "x", corrected)
             older = usable_order(grid, k, corrector_order - 1, final_order)
             corrected = corrector_row(grid, k, older, eta, rule)
@@ -88,7 +88,7 @@ def corrector_row(grid: Grid, k: int, older: int, eta: float, rule: str) -> dict
     if older == 0:
         return {"c": 1.0, "m": alpha * m0}
     nodes, integrals = corrector_nodes(grid, k, older), step_moments(z, older + 1, rule)
-    return add_polynomial({"c": 1.0, "h1": alpha * m0}, "h1", nodes, integrals, alpha)
+    return add_differences({"c": 1.0, "h1": alpha * m0}, "h1", nodes, integrals, alpha)
 
 
 def tau_function(tau: Tau) -> Callable[[Point], float]:

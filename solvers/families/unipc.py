@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fewstep.solvers.families.deis import deis_row
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     corrector_nodes,
     data_row,
@@ -122,4 +122,4 @@ def unic_row(grid: Grid, k: int, order: int, variant: str) -> Row:
         return {"x": 1.0}  # from alpha = 0 only the first-order row has a limit, and that made x
     nodes = corrector_nodes(grid, k - 1, order)
     weights = step_moments(grid.lam[k] - grid.lam[k - 1], order + 1, VARIANTS[variant])
-    return add_polynomial({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)
+    return add_differences({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)
