@@ -35,9 +35,10 @@ VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 
-    order     1 to 4, how many predictions the polynomial goes through (the paper's r is order - 1)
-    variable  "t": tAB, in the process's own time; "rho": rhoAB, in rho = sigma / alpha; "log_rho": what
-              diffusers implements, which is dpm_solver_2m and dpm_solver_3m with the exact weights
+    order        1 to 4, the number of predictions that the polynomial interpolates (the paper's r is order - 1)
+    variable     of the polynomial: "t", the process's own time (tAB); "rho", sigma / alpha (rhoAB); "log_rho", as in
+                 diffusers, which is dpm_solver_2m and dpm_solver_3m with exact weights
+    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
     """
     one_of("order", order, (1, 2, 3, 4))
     one_of("variable", variable, tuple(VARIABLES))
@@ -51,8 +52,8 @@ def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrde
 def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
     """x' = alpha'/alpha x + sum_j C_j e_j, C_j = alpha' int L_j(v(rho)) drho over step k.
 
-    L_j are the Lagrange polynomials in v through the points k, k - 1, ...
-    Here they are in powers of u, v = v_s + u (v_t - v_s), whose integrals are all that is needed.
+    L_j are the Lagrange polynomials in v through the points k, k - 1, ... They are expanded in powers of u, where
+    v = v_s + u (v_t - v_s), so that only the integrals of these powers are needed.
     """
     row = first_order(*grid.pairs[k])
     if order == 1:
@@ -73,7 +74,7 @@ def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
 
 
 def kinks(process: Process, start: float, end: float, variable: str) -> FloatArray:
-    """log(sigma / alpha) at the corners that a discrete process's time has between two times."""
+    """log(sigma / alpha) at the discrete times between two times: t is piecewise linear in it and bends there."""
     if variable != "t" or process.timesteps is None:
         return np.empty(0)
     times = np.arange(math.ceil(end), math.floor(start) + 1)

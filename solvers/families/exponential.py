@@ -100,7 +100,7 @@ def exponential_row(s: Point, t: Point, h: float, eta: float) -> dict[str, float
 def dpmpp_2m_sde(
     grid: Grid, eta: float = 1.0, variant: str = "midpoint", final_order: FinalOrder = None
 ) -> Iterator[Stage]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion's dpmpp_2m_sde). eta = 0 is dpmpp_2m."""
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022b, appendix; k-diffusion's sample_dpmpp_2m_sde). eta = 0 is dpmpp_2m."""
     yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
 
 
@@ -110,9 +110,9 @@ def dpmpp_3m(
 ) -> Iterator[Stage]:
     """DPM-Solver++(3M) (Lu et al. 2022b, section 4.2, with two older predictions).
 
-    variant   "heun" or "midpoint", for the steps that have only one older prediction
+    variant   "heun" or "midpoint", for steps with only one older prediction
     halve_d2  True is what dpm-solver, diffusers and k-diffusion compute: they take the divided difference
-              D2 = h^2 D'' / 2 for h^2 D'', which costs the third order
+              D2 = h^2 D'' / 2 for h^2 D'', which lowers the order to two
     """
     yield from _data_multistep(grid, 3, variant, final_order, halve_d2=halve_d2)
 
@@ -167,7 +167,7 @@ def dpm_solver_3m(
 ) -> Iterator[Stage]:
     """DPM-Solver-3 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
 
-    The options are dpmpp_3m's.
+    Options as in dpmpp_3m.
     """
     yield from _noise_multistep(grid, 3, variant, halve_d2, final_order)
 
@@ -176,7 +176,7 @@ def dpm_solver_3m(
 
 
 def shift_history(k: int, depth: int) -> History:
-    """h1 <- m, h2 <- h1, ... after call k: all but the first are renames that cost nothing."""
+    """h1 <- m, h2 <- h1, ... after call k. All but the first are renames, which cost nothing."""
     names = ["m", *(f"h{i}" for i in range(1, min(depth, k + 1) + 1))]
     return {new: {old: 1.0} for old, new in pairwise(names)}
 
@@ -197,7 +197,7 @@ def shift_noise_history(s: Point, k: int, depth: int) -> History:
 
 
 def moments(z: float, count: int) -> list[float]:
-    """M_0 .. M_count of the kernel z e^(-z (1 - u)), z finite and not 0, without cancellation at small z."""
+    """M_0 .. M_count of the kernel z e^(-z (1 - u)) for finite z != 0, without cancellation at small z."""
     if abs(z) >= 1.0:
         found = [-math.expm1(-z)]
         for n in range(1, count + 1):
@@ -214,16 +214,16 @@ def moments(z: float, count: int) -> list[float]:
     return found[::-1]
 
 
-# How a step with a single difference weighs it. All three agree to O(h^2).
+# M_1 as a step with a single difference takes it. All three agree to O(h^2).
 FIRST_MOMENT: Mapping[str, Callable[[float], float]] = {
-    "heun": lambda z: moments(z, 1)[1],  # exact for a linear prediction
-    "midpoint": lambda z: -math.expm1(-z) / 2.0,  # the integral of D by its value in the middle
-    "flat": lambda z: z / 2.0,  # the limit of a small z
+    "heun": lambda z: moments(z, 1)[1],  # exact
+    "midpoint": lambda z: -math.expm1(-z) / 2.0,  # M_0 / 2: the midpoint rule
+    "flat": lambda z: z / 2.0,  # the limit for small z
 }
 
 
 def step_moments(z: float, order: int, rule: str = "heun", halve_d2: bool = False) -> list[float]:
-    """M_1 .. M_(order - 1) for a step of that order, with the simplifications that the field makes."""
+    """M_1 .. M_(order - 1) for a step of that order, with the approximations that the field makes."""
     if order == 2:
         return [FIRST_MOMENT[rule](z)]
     found = moments(z, order - 1)[1:]
@@ -233,15 +233,15 @@ def step_moments(z: float, order: int, rule: str = "heun", halve_d2: bool = Fals
 
 
 def history_nodes(grid: Grid, k: int, order: int, prefix: str = "h") -> dict[str, float]:
-    """Where the older predictions of a step of that order stand, in units of h from point k."""
+    """The nodes r_j of the older predictions, in units of h from point k."""
     h = grid.lam[k + 1] - grid.lam[k]
     return {f"{prefix}{i}": float((grid.lam[k - i] - grid.lam[k]) / h) for i in range(1, order)}
 
 
 def corrector_nodes(grid: Grid, k: int, order: int) -> dict[str, float]:
-    """The same for the corrector of step k, in the names of the stage after it.
+    """The nodes of the corrector of step k, by their slots in the next stage.
 
-    The prediction at the end of the step is "m", that at its start h1, the `order` - 1 older ones h2 ...
+    There the prediction at the end of the step is "m", that at its start h1, and the `order` - 1 older ones h2 ...
     """
     return {f"h{i + 1}": r for i, r in enumerate(history_nodes(grid, k, order).values(), 1)} | {"m": 1.0}
 
@@ -265,11 +265,11 @@ def add_differences(
 
 # --- which order a step has ---
 
-# The field's rules for the last steps, by name: order p becomes p, ..., 2, 1 over the last p steps
+# The field's rules for the last steps: order p becomes p, ..., 2, 1 over the last p steps
 #   unipc       always (UniPC's released code; diffusers' UniPC and SA-Solver)
 #   diffusers   if the grid has fewer than 15 steps (diffusers' DPM-Solver and DEIS)
 #   dpm_solver  if the grid has fewer than 10 steps (dpm-solver's released code)
-#   sa_solver   always, and done before a last step to sigma 0 (SA-Solver's released code, ComfyUI)
+#   sa_solver   always, one step earlier if the last step goes to sigma 0 (SA-Solver's released code, ComfyUI)
 FINAL_RULES: Mapping[str, Callable[[Grid, int], int | None]] = {
     "unipc": lambda grid, k: grid.steps - k,
     "diffusers": lambda grid, k: grid.steps - k if grid.steps < 15 else None,
@@ -281,19 +281,19 @@ FinalOrder = int | str | None
 
 
 def check_final_order(final_order: FinalOrder, highest: int) -> None:
-    """The option that all multistep solvers share: the order at the end of the grid.
+    """Check the option `final_order` of the multistep solvers: the order at the end of the grid.
 
-    None lets every step have its full order (but for a step to sigma 0, which is first order for all), a
-    number limits the last step to that order (1 is diffusers' euler_at_final), a name is one of FINAL_RULES.
+    None gives every step its full order, except a step to sigma 0, which is always of first order. A number limits the
+    order of the last step (1 is diffusers' euler_at_final). A name is one of FINAL_RULES.
     """
     one_of("final_order", final_order, (None, *range(1, highest + 1), *FINAL_RULES))
 
 
 def usable_order(grid: Grid, k: int, order: int, final_order: FinalOrder) -> int:
-    """The order that step k can have: no more than the history holds, `final_order` at the end.
+    """The order of step k: `order`, limited by the predictions in the history and at the end by `final_order`.
 
-    A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit;
-    differences over the step from alpha = 0 have none either.
+    A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit. Nor have
+    differences over a step from alpha 0.
     """
     finite = [math.isfinite(x) for x in grid.lam]
     known = 1 + sum(finite[max(0, k - order + 1) : k]) if finite[k] else 1

@@ -19,9 +19,9 @@ def gradient_estimation(
     """Gradient-estimation sampler (Permenter & Yuan 2023, Algorithm 2; ComfyUI's sample_gradient_estimation).
 
     gamma    x' = x + (sigma' - sigma) (gamma d + (1 - gamma) d_old); 1 is Euler, 2 the paper's choice
-    frame    "sigma" of x / alpha, where d is the noise prediction, or "flow" time, where it is the velocity;
-             by default the process's own
-    to_zero  whether a step to sigma 0 uses d_old too, as in the paper's code, or is Euler's, as in ComfyUI
+    frame    "sigma", where d is the noise prediction, or "flow", where it is the velocity; by default flow time for
+             flow models, sigma for others
+    to_zero  True uses d_old in a step to sigma 0 too (the paper's code), False takes Euler's step (ComfyUI)
     """
     if not (isinstance(gamma, int | float) and abs(gamma) < float("inf")):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}")
@@ -30,7 +30,7 @@ def gradient_estimation(
     for k, (s, t) in enumerate(grid.pairs):
         scale, scale_t = coords.scale(s), coords.scale(t)
         row = first_order(s, t)
-        # At alpha = 0 the sigma frame has no number, but its d is x / sigma.
+        # At alpha = 0 sigma / alpha is infinite, but d = x / sigma is not.
         d: Row = {"x": 1.0 / s.sigma, "m": -scale / s.sigma}
         if k > 0 and scale > 0.0 and (to_zero or t.sigma > 0.0):
             change = scale_t * (t.sigma / scale_t - s.sigma / scale) * (gamma - 1.0)

@@ -20,12 +20,12 @@ from fewstep.solvers.schedule.process import Point
 
 
 def renoised(s: Point, t: Point, keep: float, fresh: float) -> dict[str, float]:
-    """The first-order row down to noise keep sigma_t at alpha_t, plus fresh sigma_t of new noise."""
+    """The first-order row down to noise keep sigma_t at alpha_t, then fresh sigma_t z."""
     return {**first_order(s, Point(t.t, t.alpha, keep * t.sigma)), "z": fresh * t.sigma}
 
 
 def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, float]:
-    """(keep, fresh): the shares of sigma_t that a step keeps and that it draws anew, keep^2 + fresh^2 = 1.
+    """(keep, fresh): the fractions of sigma_t that a step keeps and that it draws, keep^2 + fresh^2 = 1.
 
     "sigma"  k-diffusion's get_ancestral_step: fresh = eta sqrt(1 - rho_t^2 / rho_s^2), in a VP process DDIM's
              eta sqrt(1 - abar_s / abar_t) / sqrt(1 - abar_s)
@@ -34,10 +34,10 @@ def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, 
     """
     if frame == "sigma":
         if eta == 0.0:
-            return 1.0, 0.0  # also where noise rises, and no draw is possible
+            return 1.0, 0.0  # also on a rising grid, where no draw is possible
         shrink = t.sigma * s.alpha / (t.alpha * s.sigma)  # rho_t / rho_s, finite at alpha = 0
         fresh = min(1.0, eta * math.sqrt((1.0 - shrink) * (1.0 + shrink)))
-        # keep^2 = 1 - fresh^2, but on a long step at eta = 1 that difference would have no digits.
+        # keep^2 = 1 - fresh^2 without its cancellation on a long step at eta = 1.
         return math.sqrt(max(0.0, (1.0 - eta) * (1.0 + eta) + (eta * shrink) ** 2)), fresh
     u_s, u_t = s.sigma / COORDINATES["flow"].scale(s), t.sigma / COORDINATES["flow"].scale(t)
     left = max(0.0, (1.0 - eta) + eta * (u_t / u_s))  # u_down / u_t

@@ -1,8 +1,8 @@
 """Runge-Kutta samplers over the probability-flow ODE: Heun, RK4, any explicit tableau, EDM's samplers, Restart.
 
-The ODE is integrated in a frame (see `frames`): y = x / scale on a clock u, d = dy/du. An inner stage of the
-tableau is a call of the denoiser at the frame's u. A step that ends at sigma 0 is Euler's, because d has no
-limit there; so is one that starts where u is infinite (alpha 0 in the sigma frame).
+The ODE is integrated as y(u) with slope d = dy/du, both as in `coordinates`. Each stage of the tableau is one call of
+the denoiser. A step to sigma 0 is Euler's, because d has no limit there; so is a step from infinite u (alpha 0 in
+"sigma"). `edm` is the worked example.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def heun(
 ) -> Iterator[Start | Stage]:
     """Heun's second-order method (Karras et al. 2022, Algorithm 1); Euler on a step to sigma 0.
 
-    alpha  where the second call is: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's (eq. 17)
+    alpha  the place of the second call in the step: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's (eq. 17)
     frame  "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     method = always(_second_order(alpha))
@@ -151,9 +151,9 @@ def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
 
 @solver("runge_kutta")
 def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None) -> Iterator[Start | Stage]:
-    """Any explicit Runge-Kutta method (Butcher 1963) in any frame; Euler on a step to sigma 0.
+    """Any explicit Runge-Kutta method (Butcher 1963); Euler on a step to sigma 0.
 
-    tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): a[i] holds the i weights of stage i, b sums to 1
+    tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): row i of a has i weights, b sums to 1
     frame    "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     if isinstance(tableau, str):
@@ -169,7 +169,7 @@ def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | N
 
 
 def _midpoint(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
-    """DPM-Solver-2 as k-diffusion has it: the slope at the geometric mean of both ends' u."""
+    """k-diffusion's DPM-Solver-2: the slope at the geometric mean of u at both ends."""
     u0, u1 = coords.time(s), coords.time(t)
     u = math.sqrt(u0 * u1)
     return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [coords.point(grid, u)]
@@ -193,7 +193,8 @@ def dpm2(
 def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """k-diffusion's sample_dpm_2_ancestral (Crowson 2022): dpm2 down to a lower noise level, then noise up to sigma'.
 
-    frame  "flow" is ComfyUI's form for rectified flow
+    frame  "sigma" is k-diffusion's form, "flow" ComfyUI's for rectified flow; by default flow time for flow models,
+           sigma for others
     """
     at_least("eta", eta, 0.0)
     name = pick_frame(grid, frame)
@@ -220,8 +221,8 @@ def heunpp2(
 ) -> Iterator[Start | Stage]:
     """Heun++ (ComfyUI's sample_heunpp2, 2023): the slopes of this and the next two noise levels, weighed by u / u_0.
 
-    The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 make it of first order. The step before
-    the last leaves the third call out (w_2 = u' / (2 u_0)), the last is Euler's.
+    The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 give order one. The last step but one has
+    no third call (w_2 = u' / (2 u_0)), the last is Euler's.
     """
     coords = pick_coordinates(grid, frame)
     us = [coords.time(p) for p in grid.points]
@@ -286,11 +287,11 @@ def edm_general(
 
     schedule  sigma(t): "linear" is t (EDM, iDDPM, DDIM), "ve" sqrt(t), "vp" sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)
     scaling   s(t): "none" is 1, "vp" 1 / sqrt(1 + sigma(t)^2)
-    alpha     where the second call is in t: 1/2 midpoint, 2/3 Ralston, 1 Heun
+    alpha     the place of the second call in t: 1/2 midpoint, 2/3 Ralston, 1 Heun
     method    "heun", or "euler" without the second call
 
-    The last step, to t = 0, is Euler's in t as in the paper: for "ve" and "vp" it leaves about half of the last
-    noise level, for "linear" none. The time steps {t_i} are the grid's.
+    The last step, to t = 0, is Euler's in t as in the paper: it leaves about half of the last noise level for "ve" and
+    "vp", and none for "linear". The time steps {t_i} are the grid's.
     """
     one_of("schedule", schedule, ("linear", "ve", "vp"))
     one_of("scaling", scaling, ("none", "vp"))
@@ -307,18 +308,18 @@ def edm_general(
 
 Interval = tuple[int, int, float, float]
 
-# (points, repeats, lowest, highest) for the CIFAR-10 network of EDM, the released code's params_cifar10_edm.txt
+# (points, repeats, lowest, highest) for EDM's CIFAR-10 network: params_cifar10_edm.txt of the released code
 CIFAR10: tuple[Interval, ...] = ((3, 2, 0.14, 0.30),)
 
 
 @solver("restart")
 def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float = 7.0) -> Iterator[Start | Stage]:
-    """Restart sampling (Xu et al. 2023, Algorithm 1): Heun, and at each interval's end K times back up and down again.
+    """Restart sampling (Xu et al. 2023, Algorithm 1): Heun, restarted K times at the top of each interval.
 
-    intervals  (points, repeats, lowest, highest) each: at the grid's point nearest to sigma/alpha = lowest, noise
-               is added up to `highest` and Heun takes points - 1 steps down again, `repeats` times. None is the
-               paper's for CIFAR-10, ((3, 2, 0.14, 0.30),), where the grid has a point to start from
-    rho        the spacing of these points (Karras et al. 2022, eq. 5)
+    intervals  of (points, repeats, lowest, highest): at the grid's point nearest to sigma/alpha = lowest, `repeats`
+               times, noise is added up to `highest` and Heun takes points - 1 steps down again. None is the paper's
+               choice for CIFAR-10, ((3, 2, 0.14, 0.30),), if the grid has a point to restart from
+    rho        spacing of the points of an interval (Karras et al. 2022, eq. 5)
     """
     between("rho", rho, 1e-9, math.inf)
     again: dict[int, list[Step]] = {}
@@ -334,7 +335,10 @@ def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float 
 
 
 def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
-    """The grid's point at which an interval restarts. Raises ValueError for a bad one, or for none if it must be."""
+    """The index of the grid's point at which an interval restarts, or None if there is none.
+
+    Raises ValueError for a bad interval, and with `must` also if there is no such point.
+    """
     points, repeats, lowest, highest = interval
     if not (isinstance(points, int) and points >= 2 and isinstance(repeats, int) and repeats >= 0):
         raise ValueError(f"intervals: points must be an int >= 2 and repeats an int >= 0, got {interval!r}")
