@@ -1,4 +1,4 @@
-"""Checks that builders share: one clear error that names the option, its value and what would work."""
+"""Checks of options. Each raises ValueError that names the option, its value and what would work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def number(value: Any) -> float:
-    """A number of any library as a float; NaN, which no range holds, for anything else."""
+    """A number of any library as a float; NaN, which is in no range, for anything else."""
     return float(value) if isinstance(value, Real) else math.nan
 
 
@@ -25,7 +25,7 @@ def between(name: str, value: Any, low: float, high: float) -> None:
 
 
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    # By type too: 2.0 and True equal a choice, but are no order.
+    # By type too: 2.0 and True equal a choice, but are not an order.
     plain = isinstance(value, (str, Integral, NoneType)) and not isinstance(value, bool)
     if not plain or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -9,8 +9,8 @@
                  "done": bool, "noise": number, "exact": bool, "variance": null | [name, number],
                  "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`)}]}
 
-Numbers are written with all their digits, so that a plan comes back as it was, to the bit. Nothing in a file is
-run: it holds numbers and names. A tuned plan (`fewstep.tune`) carries what it belongs to in options["tuning"].
+Numbers are written with all their digits, so a plan is read back to the bit. A file holds only numbers and names, and
+nothing in it is executed. A tuned plan (`fewstep.tune`) records its denoiser in options["tuning"].
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _NAMED: Mapping[str, Callable[..., VP]] = {"linear": VP.linear, "scaled_linear":
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan to a JSON file, whole or not at all.
+    """Write a plan to a JSON file, completely or not at all.
 
-    Raises ValueError for a suffix other than .json, a process that is not one of fewstep's own, or an option
-    that JSON cannot hold; FileNotFoundError if the folder is not there.
+    Raises ValueError for a suffix other than .json, a process that is not fewstep's own, or an option that JSON cannot
+    hold; FileNotFoundError if the folder does not exist.
     """
     path = Path(path)
     if path.suffix != ".json":
-        raise ValueError(f"path {str(path)!r}: a plan is written as .json")
+        raise ValueError(f"path {str(path)!r}: the name of a plan file must end in .json")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
     text = dumps(plan_as_json(plan))
@@ -54,13 +54,13 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 
 def dumps(data: Mapping[str, Any]) -> str:
-    """JSON with one line for each field and each stage: small, and fit for a diff."""
+    """JSON with one line per top-level field."""
     head = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items()]
     return "{\n" + ",\n".join(head) + "\n}\n"
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The fields of the file, as JSON's own types."""
+    """The fields of the file, as JSON types."""
     init = plan.init
     return {
         "format": FORMAT,
@@ -110,15 +110,15 @@ def _option(name: str, value: Any) -> Any:
 
 
 def process_as_json(process: Process) -> dict[str, Any]:
-    """A process by its kind and numbers. VP's table is named where one of its constructors makes it, to the bit."""
+    """A process by its kind and numbers; VP by its betas if one of its constructors gives the same table to the bit."""
     if isinstance(process, VP):
         acp = process.alphas_cumprod
-        # The betas of the ends, without the rounding of 1 - (1 - beta).
+        # The first and the last beta, without the rounding of 1 - (1 - beta).
         ends = [float(f"{beta:.10g}") for beta in (1.0 - acp[0], 1.0 - acp[-1] / acp[-2])]
         for name, make in _NAMED.items():
             try:
                 same = make(*ends, acp.size) == process
-            except ValueError:  # betas that this constructor cannot have made
+            except ValueError:  # betas that this constructor does not accept
                 continue
             if same:
                 return {"kind": "VP", "betas": name, "beta_start": ends[0], "beta_end": ends[1], "timesteps": acp.size}
@@ -133,10 +133,10 @@ def process_as_json(process: Process) -> dict[str, Any]:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a file that `save_plan` wrote. `fewstep.load_plan` also checks what a tuned plan belongs to.
+    """The plan in a file written by `save_plan`. `fewstep.load_plan` also checks the denoiser of a tuned plan.
 
-    Raises FileNotFoundError, or ValueError that names the field: not JSON, another format, a newer version, a
-    field that is missing or unknown or has another type; PlanError (a ValueError) if the stages are no sampler.
+    Raises FileNotFoundError; ValueError for a file that is not JSON, another format or a newer version, or that names a
+    field which is missing, unknown or of the wrong type; PlanError (a ValueError) if the stages are not a sampler.
     """
     return plan_from_json(read_json(path), str(path))
 
@@ -152,7 +152,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def plan_from_json(data: Any, where: str = "plan") -> Plan:
@@ -183,7 +183,7 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
 
 
 def check_format(data: Any, where: str, kind: str, version: int) -> None:
-    """Raises ValueError unless `data` says that it is of that format, in a version that can be read."""
+    """Raises ValueError unless `data` declares this format, in a version that can be read."""
     if not isinstance(data, dict) or data.get("format") != kind:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{where} is not a {kind} file: its format is {found!r}")
@@ -194,7 +194,7 @@ def check_format(data: Any, where: str, kind: str, version: int) -> None:
 
 
 def process_from_json(data: Any, where: str) -> Process:
-    """The inverse of `process_as_json`. Raises ValueError that names the field."""
+    """The inverse of `process_as_json`. Raises ValueError that names the bad field."""
     kind = data.get("kind") if isinstance(data, dict) else None
     try:
         if kind == "VP" and "betas" in data:
@@ -251,7 +251,7 @@ def _start(data: Any, where: str) -> Start:
 
 
 def _option_from(value: Any) -> Any:
-    """JSON has no infinity, which is the default of some options."""
+    """An option from JSON, which has no infinity: the default of some options."""
     return math.copysign(math.inf, value["infinite"]) if isinstance(value, dict) and [*value] == ["infinite"] else value
 
 
@@ -274,7 +274,7 @@ def _point_from(data: Any, where: str) -> Point:
 
 
 class _Fields:
-    """The fields of one JSON object: all of those named, some of the optional ones and no others."""
+    """The fields of one JSON object: all of `names`, any of `optional` and no others."""
 
     def __init__(self, data: Any, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
         if not isinstance(data, dict):

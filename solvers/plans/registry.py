@@ -1,4 +1,4 @@
-"""Solvers by name. A family module adds one with a single `@solver(...)` line over its builder."""
+"""Solvers by name. A family module registers a builder by the decorator `@solver(name)`."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Solver:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The builder's options and their defaults."""
+        """The builder's options with their defaults."""
         parameters = list(inspect.signature(self.build).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
 
     @property
     def summary(self) -> str:
+        """The first line of the builder's docstring."""
         return (inspect.getdoc(self.build) or "").partition("\n")[0]
 
 
@@ -38,7 +39,7 @@ _SOLVERS: dict[str, Solver] = {}
 
 
 def solver(name: str) -> Callable[[Builder], Builder]:
-    """Register a builder: a generator of stages whose first argument is the grid and whose others are options."""
+    """Register a builder: a generator of stages that takes the grid and then its options."""
 
     def register(build: Builder) -> Builder:
         _SOLVERS[name] = Solver(name, build)
@@ -48,27 +49,27 @@ def solver(name: str) -> Callable[[Builder], Builder]:
 
 
 def list_solvers() -> tuple[str, ...]:
-    """The names that `fewstep.plan` and `fewstep.sample` accept, sorted."""
+    """The solvers of `fewstep.plan` and `fewstep.sample`, sorted by name."""
     return tuple(sorted(_SOLVERS))
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name. Raises ValueError with the closest names if there is none."""
+    """The solver of that name. Raises ValueError with the closest names if it is unknown."""
     if not isinstance(name, str) or name not in _SOLVERS:
         raise ValueError(unknown("solver", name, list_solvers()))
     return _SOLVERS[name]
 
 
 def unknown(what: str, name: object, known: tuple[str, ...]) -> str:
-    """The message for a name that is not registered: the closest ones first, else all."""
+    """The error message for an unknown name: the closest known names, or all of them if none is close."""
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
     return f"unknown {what} {name!r}: {hint}"
 
 
 RISING = (
-    "cannot follow a grid whose noise rises: what it draws cannot be taken back. Encode with its own eta=0 where it "
-    "has that option, with an ODE solver such as 'dpmpp_2m' or 'heun', or with 'ddim_inverse' on the grid unflipped"
+    "cannot follow a grid whose noise rises, because a draw cannot be undone. Encode with eta=0 if it has that option, "
+    "with an ODE solver such as 'dpmpp_2m' or 'heun', or with 'ddim_inverse' on the grid before flip()"
 )
 
 
@@ -78,10 +79,10 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
     solver   a name from `list_solvers()`
     grid     N steps, from `fewstep.grid` or `Grid.from_sigmas`
     s_noise  scales every draw of noise (EDM's S_noise); 1 keeps the marginals
-    options  the solver's own: eta, order, s_churn ...; each family's docstring lists them
+    options  the solver's own: eta, order, s_churn ...; `fewstep solvers` lists them
 
-    Raises ValueError for an unknown solver or a bad value, TypeError for an option the solver does not
-    have, PlanError (a ValueError) if the resulting plan would not be a sampler.
+    Raises ValueError for an unknown solver or a bad value, TypeError for an option that the solver does not have,
+    PlanError (a ValueError) if the plan would not be a sampler.
     """
     entry = get_solver(solver)
     if not isinstance(grid, Grid):
@@ -92,7 +93,7 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Pl
         if name not in entry.options:
             takes = ", ".join([*entry.options, "s_noise"])
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
-    # NumPy scalars as Python's: a float32 option would make float32 coefficients.
+    # NumPy scalars become Python's: a float32 option would give float32 coefficients.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     try:
         made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise)
