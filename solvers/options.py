@@ -6,31 +6,30 @@ import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any
 
 
-def number(value: Any) -> float:
+def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
     return float(value) if isinstance(value, Real) else math.nan
 
 
-def at_least(name: str, value: Any, low: float) -> None:
+def at_least(name: str, value: object, low: float) -> None:
     if not number(value) >= low:
         raise ValueError(f"{name} must be a number >= {low:g}, got {value!r}")
 
 
-def between(name: str, value: Any, low: float, high: float) -> None:
+def between(name: str, value: object, low: float, high: float) -> None:
     if not low <= number(value) <= high:
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 
 
-def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
     # By type too: 2.0 and True equal a choice, but are not an order.
     plain = isinstance(value, (str, Integral, NoneType)) and not isinstance(value, bool)
     if not plain or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fewstep.solvers.families.exponential import FIRST_MOMENT, exponential_row, moments, noise_prediction
 from fewstep.solvers.families.renoise import renoised
@@ -66,7 +66,7 @@ def third_order(r1: float, r2: float, variant: str) -> ExponentialTableau:
     return ExponentialTableau((r1, r2, 1.0), a)
 
 
-def increasing(**nodes: Any) -> None:
+def increasing(**nodes: object) -> None:
     """Raises ValueError unless 0 < first < second <= 1."""
     low, before = 0.0, "0"
     for name, value in nodes.items():

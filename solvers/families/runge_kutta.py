@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from fewstep.solvers.families.coordinates import (
 )
 from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
 from fewstep.solvers.families.rows import plus, scaled
-from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, second_order
+from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, Weights, second_order
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
@@ -116,7 +116,7 @@ def _coordinates(grid: Grid, frame: str | None) -> Coordinates:
     return pick_coordinates(grid, frame, tuple(COORDINATES))
 
 
-def _second_order(alpha: Any) -> Tableau:
+def _second_order(alpha: object) -> Tableau:
     if not (isinstance(alpha, Real) and 0.0 < float(alpha) <= 1.0):
         raise ValueError(f"alpha must be a number with 0 < alpha <= 1, got {alpha!r}")
     return second_order(float(alpha))
@@ -150,7 +150,9 @@ def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
 
 
 @solver("runge_kutta")
-def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None) -> Iterator[Start | Stage]:
+def runge_kutta(
+    grid: Grid, tableau: str | Tableau | Weights = "bogacki_shampine", frame: str | None = None
+) -> Iterator[Start | Stage]:
     """Any explicit Runge-Kutta method (Butcher 1963); Euler on a step to sigma 0.
 
     tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): row i of a has i weights, b sums to 1
@@ -161,7 +163,6 @@ def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | N
         tableau = TABLEAUX[tableau]
     elif not isinstance(tableau, Tableau):
         tableau = Tableau.of(tableau)
-    assert isinstance(tableau, Tableau)
     yield from _integrate(grid, _steps(grid), always(tableau), _coordinates(grid, frame))
 
 

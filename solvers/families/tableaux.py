@@ -9,6 +9,9 @@ from dataclasses import dataclass
 # Sums that can be open at once: the fused kernel writes five slots, one of which may be the x0 prediction.
 _OPEN = 4
 
+# (a, b) of a Butcher tableau.
+Weights = tuple[Sequence[Sequence[float]], Sequence[float]]
+
 
 @dataclass(frozen=True)
 class Tableau:
@@ -31,11 +34,11 @@ class Tableau:
             raise ValueError(f"tableau: b must hold {len(self.a)} numbers that sum to 1, got {self.b!r}")
 
     @classmethod
-    def of(cls, pair: object) -> Tableau:
+    def of(cls, pair: Weights) -> Tableau:
         """From a pair (a, b) of nested sequences of numbers."""
         try:
-            a, b = pair  # type: ignore[misc]
-            return cls(tuple(tuple(map(float, row)) for row in a), tuple(map(float, b)))  # type: ignore[has-type]
+            a, b = pair
+            return cls(tuple(tuple(map(float, row)) for row in a), tuple(map(float, b)))
         except TypeError as error:
             raise ValueError(
                 f"tableau must be a name or a pair (a, b) of sequences of numbers, got {pair!r}"

@@ -6,7 +6,6 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ class Solver:
     build: Builder
 
     @property
-    def options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, object]:
         """The builder's options with their defaults."""
         parameters = list(inspect.signature(self.build).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
@@ -73,7 +72,7 @@ RISING = (
 )
 
 
-def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: Any) -> Plan:
+def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, **options: object) -> Plan:
     """Lay a solver out on a grid.
 
     solver   a name from `list_solvers()`

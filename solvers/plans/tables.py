@@ -5,9 +5,8 @@ Everything here is float64 NumPy and runs once; rounding to the state's dtype co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -51,11 +50,26 @@ class StageTable:
     variance: float | None = None
 
 
+class X0Prediction(Protocol):
+    """What the tables take of a `Denoiser`: its x0 prediction a x + b sum_j weights_j raw_j, before any clip."""
+
+    @property
+    def clip(self) -> object: ...
+    @property
+    def rescale(self) -> float: ...
+    @property
+    def variance(self) -> str | None: ...
+    def weights(self, progress: float) -> tuple[float, ...]: ...
+    def prologue(self, at: Point) -> tuple[float, float]: ...
+    def c_in(self, at: Point) -> float: ...
+    def time(self, at: Point) -> float: ...
+
+
 # What float64 may leave of a sum that is exactly zero, relative to the size of its terms.
 CANCELLED = 1e-15
 
 
-def stage_tables(program: Program, denoiser: Any, dtype: str) -> list[StageTable]:
+def stage_tables(program: Program, denoiser: X0Prediction, dtype: str) -> list[StageTable]:
     """The table of every stage, in the state's dtype. Raises ValueError where the denoiser cannot predict x0."""
     # A clip acts on m itself, and rescaled guidance changes p during the call. Without both, p is folded into w.
     fold = denoiser.clip is None and denoiser.rescale == 0.0
@@ -135,7 +149,3 @@ def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
     total = sum(parts)
     w[:, 0] = np.where(np.abs(total) <= CANCELLED * sum(map(np.abs, parts)), 0.0, total)
     return w
-
-
-def times(tables: Sequence[StageTable]) -> np.ndarray:
-    return np.array([table.t for table in tables])

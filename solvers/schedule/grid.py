@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,8 +20,8 @@ from fewstep.solvers.options import between, one_of
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process
 from fewstep.solvers.schedule.spacings import SPACINGS
 
-# Options of every spacing, with their defaults.
-_COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
+# Options of every spacing.
+_COMMON = ("final_zero", "sigma_min", "sigma_max", "shift", "shift_terminal")
 
 # How `Grid.extend` divides a step: fractions of equal parts -> fractions of the step.
 _DIVISIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
@@ -77,7 +76,7 @@ class Grid:
         array = _vector("ratios", ratios)
         _reject("ratios", array, np.isnan(array), "is NaN")
         _decreasing("ratios", array)
-        return cls(process, *process.point_at_sigma(array))  # type: ignore[arg-type]
+        return cls(process, *map(np.asarray, process.point_at_sigma(array)))
 
     @classmethod
     def from_times(cls, process: Process, t: ArrayLike) -> Grid:
@@ -90,7 +89,7 @@ class Grid:
         array = _vector("t", t)
         _reject("t", array, ~np.isfinite(array), "is not finite")
         _decreasing("t", array)
-        return cls(process, *process.point(array))  # type: ignore[arg-type]
+        return cls(process, *map(np.asarray, process.point(array)))
 
     @property
     def steps(self) -> int:
@@ -268,13 +267,24 @@ def list_spacings() -> list[str]:
     return sorted(SPACINGS)
 
 
-def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) -> Grid:
+def grid(
+    process: Process,
+    steps: int,
+    spacing: str = "karras",
+    *,
+    final_zero: bool = True,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shift: float | None = None,
+    shift_terminal: float | None = None,
+    **options: object,
+) -> Grid:
     """A grid of N = steps steps from the noisiest point to clean data.
 
     process  any process
     steps    N >= 1
     spacing  a name of `list_spacings`
-    options  those of the spacing, and those of every spacing; both are listed below
+    options  those of the spacing, listed below
 
     Returns a Grid of N + 1 points. Raises ValueError for an unknown spacing (with the closest names), steps that is not
     an int >= 1, an option out of range, or points that coincide; TypeError for an option that the spacing does not have
@@ -336,17 +346,16 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
     axis, rule = SPACINGS[spacing]
     own = list(inspect.signature(rule).parameters)[1:]
-    unknown = sorted(set(options) - set(own) - set(_COMMON))
+    unknown = sorted(set(options) - set(own))
     if unknown:
-        raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {own + list(_COMMON)}")
+        raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {[*own, *_COMMON]}")
 
-    final_zero, sigma_min, sigma_max, shift, terminal = (options.pop(k, d) for k, d in _COMMON.items())
     owner = process
-    for name, value in (("shift", shift), ("shift_terminal", terminal)):
+    for name, value in (("shift", shift), ("shift_terminal", shift_terminal)):
         if value is not None and not isinstance(process, Flow):
             raise ValueError(f"{name} = {value!r} is an option for Flow, not for {process!r}")
-    if shift is not None:
-        process = replace(process, shift=shift)  # type: ignore[type-var]
+    if shift is not None and isinstance(process, Flow):
+        process = replace(process, shift=shift)
     if options.get("round_times") and process.timesteps is None:
         raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
     _check_ends(process, sigma_min, sigma_max)
@@ -354,11 +363,9 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     coordinates = rule(layout, **options)
     _decreasing(f"spacing {spacing!r} with steps = {steps}: coordinates", coordinates)
     points = axis.points(process, coordinates)
-    if terminal is not None:
-        points = _stretch(process, points, terminal)
-    if final_zero:
-        points = Point(*map(np.append, points, process.clean))  # type: ignore[arg-type]
-    return Grid(owner, *points)  # type: ignore[arg-type]
+    if shift_terminal is not None:
+        points = _stretch(process, points, shift_terminal)
+    return Grid(owner, *(map(np.append, points, process.clean) if final_zero else map(np.asarray, points)))
 
 
 def _stretch(process: Process, points: Point, terminal: float) -> Point:

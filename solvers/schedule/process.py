@@ -101,12 +101,13 @@ class Process(Protocol):
         """The point at a value of `level`."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: ArrayLike) -> Any:
     """A Python float for a 0-d value, the float64 array otherwise."""
-    return float(value) if np.ndim(value) == 0 else np.asarray(value, dtype=np.float64)
+    array = np.asarray(value, dtype=np.float64)
+    return float(array) if array.ndim == 0 else array
 
 
-def _pack(t: Any, alpha: Any, sigma: Any) -> Point:
+def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
     return Point(_plain(t), _plain(alpha), _plain(sigma))
 
 
@@ -126,7 +127,7 @@ def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) ->
     return np.clip(array, low, high)
 
 
-def _vp(t: Any, ratio: Any) -> Point:
+def _vp(t: FloatArray, ratio: FloatArray) -> Point:
     """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio, without overflow at either end."""
     with np.errstate(divide="ignore", over="ignore"):
         return _pack(t, 1.0 / np.hypot(1.0, ratio), 1.0 / np.hypot(1.0, np.divide(1.0, ratio)))
@@ -305,7 +306,7 @@ def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]
     return start, end, timesteps
 
 
-def _cumprod(betas: NDArray[np.floating[Any]]) -> FloatArray:
+def _cumprod(betas: FloatArray) -> FloatArray:
     return np.cumprod(1.0 - betas).astype(np.float64)
 
 
