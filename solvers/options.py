@@ -1,7 +1,8 @@
-"""Checks of options. Each raises ValueError that names the option, its value and what would work."""
+"""Checks of options: ValueError that names the option, its value and what would work."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
@@ -33,3 +34,10 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def unknown(what: str, name: object, known: Sequence[str]) -> str:
+    """The error message for an unknown name: the closest known names, or all of them if none is close."""
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
+    return f"unknown {what} {name!r}: {hint}"

@@ -299,9 +299,9 @@ def edm_general(
     one_of("method", method, ("heun", "euler"))
     at_least("beta_d", beta_d, 0.0)
     between("beta_min", beta_min, 1e-9, math.inf)
-    clock = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
+    sigma_of_t = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
     tableau = _second_order(alpha) if method == "heun" else EULER
-    coords = edm_coordinates(clock, scaling == "vp")
+    coords = edm_coordinates(sigma_of_t, scaling == "vp")
     yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), always(tableau), coords)
 
 

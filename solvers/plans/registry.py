@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from fewstep.solvers.options import unknown as unknown  # re-exported
 from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start, make_plan
 from fewstep.solvers.schedule.grid import Grid
 
@@ -57,13 +57,6 @@ def get_solver(name: str) -> Solver:
     if not isinstance(name, str) or name not in _SOLVERS:
         raise ValueError(unknown("solver", name, list_solvers()))
     return _SOLVERS[name]
-
-
-def unknown(what: str, name: object, known: tuple[str, ...]) -> str:
-    """The error message for an unknown name: the closest known names, or all of them if none is close."""
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {hint}"
 
 
 RISING = (

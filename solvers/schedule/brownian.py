@@ -104,10 +104,10 @@ class BrownianTree:
                 f"log-SNR {a:.9g} and {b:.9g} are nearer than the tree resolves: "
                 f"make a BrownianTree with a tolerance below {b - a:.3g}"
             )
-        clock = math.exp(b) if a == -math.inf else math.exp(a) * math.expm1(b - a)
+        elapsed = math.exp(b) if a == -math.inf else math.exp(a) * math.expm1(b - a)
         # At alpha = 0 tau is 0 and so is W.
         start = 0.0 if a == -math.inf else self._path(a, shape)
-        z: FloatArray = (self._path(b, shape) - start) / math.sqrt(clock)
+        z: FloatArray = (self._path(b, shape) - start) / math.sqrt(elapsed)
         return z.reshape(shape)
 
     def path(self, at: Marginal, shape: tuple[int, ...]) -> FloatArray:

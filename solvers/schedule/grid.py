@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, one_of
+from fewstep.solvers.options import between, one_of, unknown
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -339,16 +338,14 @@ def grid(
       diffusers' schedulers and ComfyUI's beta do; only on processes with discrete times.
     """
     if not isinstance(spacing, str) or spacing not in SPACINGS:
-        close = difflib.get_close_matches(str(spacing), list_spacings(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"one of {list_spacings()}"
-        raise ValueError(f"spacing = {spacing!r} is unknown: {hint}")
+        raise ValueError(unknown("spacing", spacing, list_spacings()))
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
     axis, rule = SPACINGS[spacing]
     own = list(inspect.signature(rule).parameters)[1:]
-    unknown = sorted(set(options) - set(own))
-    if unknown:
-        raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {[*own, *_COMMON]}")
+    others = sorted(set(options) - set(own))
+    if others:
+        raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")
 
     owner = process
     for name, value in (("shift", shift), ("shift_terminal", shift_terminal)):
