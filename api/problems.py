@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.digits_data import load_digits
-from fewstep.solvers.schedule.process import Array, Process
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Process
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,36 +1,43 @@
-"""Checks that builders share: one clear error that names the option, its value and what would work."""
+"""Checks of options: ValueError that names the option, its value and what would work."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any
 
 
-def number(value: Any) -> float:
-    """A number of any library as a float; NaN, which no range holds, for anything else."""
+def number(value: object) -> float:
+    """A number of any library as a float; NaN, which is in no range, for anything else."""
     return float(value) if isinstance(value, Real) else math.nan
 
 
-def at_least(name: str, value: Any, low: float) -> None:
+def at_least(name: str, value: object, low: float) -> None:
     if not number(value) >= low:
         raise ValueError(f"{name} must be a number >= {low:g}, got {value!r}")
 
 
-def between(name: str, value: Any, low: float, high: float) -> None:
+def between(name: str, value: object, low: float, high: float) -> None:
     if not low <= number(value) <= high:
         raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
 
 
-def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
-    # By type too: 2.0 and True equal a choice, but are no order.
+def one_of(name: str, value: object, choices: Sequence[object]) -> None:
+    # By type too: 2.0 and True equal a choice, but are not an order.
     plain = isinstance(value, (str, Integral, NoneType)) and not isinstance(value, bool)
     if not plain or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def unknown(what: str, name: object, known: Sequence[str]) -> str:
+    """The error message for an unknown name: the closest known names, or all of them if none is close."""
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
+    return f"unknown {what} {name!r}: {hint}"

@@ -72,7 +72,7 @@ def name_of(value):
     [
         ({"solver": "dpmpp2m"}, ValueError, "unknown solver 'dpmpp2m': did you mean 'dpmpp_2m'"),
         ({"solver": "qqqq"}, ValueError, "unknown solver 'qqqq': choose from .*ddim, .*ddpm"),
-        ({"spacing": "karas"}, ValueError, "spacing = 'karas' is unknown: did you mean 'karras'"),
+        ({"spacing": "karas"}, ValueError, "unknown spacing 'karas': did you mean 'karras'"),
         ({"steps": 0}, ValueError, r"steps = 0: a grid takes an int >= 1"),
         ({"steps": -3}, ValueError, "steps = -3"),
         ({"steps": 2.0}, ValueError, "steps = 2.0"),

@@ -315,7 +315,7 @@ def test_bad_steps(steps):
 
 
 def test_bad_names_and_options():
-    with pytest.raises(ValueError, match=r"spacing = 'karas' is unknown: did you mean 'karras'"):
+    with pytest.raises(ValueError, match=r"unknown spacing 'karas': did you mean 'karras'"):
         grid(EDM(), 4, "karas")
     with pytest.raises(TypeError, match=r"'karras' takes no option 'roh'; it takes \['rho', 'final_zero'"):
         grid(EDM(), 4, "karras", roh=3)

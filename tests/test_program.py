@@ -236,7 +236,7 @@ def test_bytes_of_a_guided_2m_on_a_16_bit_model() -> None:
     text = plan.explain(model_bytes=2, raws=2)
     assert [int(c) for c in column(text, "bytes/element")] == [20, 24, 24, 24, 20, 12]
     assert text.splitlines()[0] == "dpmpp_2m: 6 steps, 6 denoiser calls, 4 buffers"
-    assert text.splitlines()[-1] == f"total: {20 + 3 * 24 + 20 + 12} bytes an element over 6 calls"
+    assert text.splitlines()[-1] == f"total: {20 + 3 * 24 + 20 + 12} bytes per element over 6 calls"
     assert column(text, "call") == [str(k) for k in range(6)]
     assert column(text, "writes") == ["x h1"] * 4 + ["x", "x"]
     np.testing.assert_allclose([float(v) for v in column(text, "t")], plan.grid.t[:-1], rtol=1e-4)

@@ -17,7 +17,8 @@ from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import EDM, Array
+from fewstep.solvers.schedule.process import EDM
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 PROCESS = EDM(0.002, 80.0, 0.5)
 RING = Mixture.ring()

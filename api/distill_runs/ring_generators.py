@@ -21,7 +21,8 @@ from fewstep.solvers.distill.network import inputs_at, noised, points_of, predic
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import Array, Flow, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Flow, Point
 
 LEVELS = (80.0, 5.0, 1.0, 0.3)  # noise levels of a four-step student
 

@@ -16,7 +16,7 @@ from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.network import points_of
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 STDS = (0.3, 0.6)  # conditional and unconditional, of the guided run's two Gaussians
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fewstep.solvers.distill.losses import hinge_discriminator, squared_sum, weighted
 from fewstep.solvers.distill.network import noised, predict
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 Features = Callable[[Tensor], Sequence[Tensor]]
 

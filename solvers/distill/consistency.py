@@ -19,7 +19,8 @@ from torch import Tensor
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.losses import Metric, squared, weighted
 from fewstep.solvers.distill.network import noised, predict, same_dropout
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 def distillation_loss(

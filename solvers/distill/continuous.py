@@ -22,7 +22,8 @@ from fewstep.solvers.distill.losses import weighted
 from fewstep.solvers.distill.network import inputs_at, noised, predict, raw_outputs, same_dropout, spread
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.denoising import time_dtype
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 AD: Any = forward_ad  # which torch leaves without types
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 
 def ct_levels(step: int, steps: int, first: int = 2, last: int = 150) -> int:

@@ -18,7 +18,8 @@ from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.plans.registry import plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 NORM_FLOOR = 1e-5
 """Least value of the normaliser, so that a sample which the teacher reproduces does not divide by 0."""

@@ -24,7 +24,8 @@ from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs
 from fewstep.solvers.run.functional import stage as run_stage
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 def intervals(grid: Grid, stride: int = 1) -> list[Grid]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fewstep.kernels import torch_train
 from fewstep.solvers.distill.network import spread
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 Weight = Callable[[Point], Array]

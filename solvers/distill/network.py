@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, network_inputs
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:

@@ -21,7 +21,8 @@ from fewstep.solvers.distill.network import branch_weights, inputs_at, noised, p
 from fewstep.solvers.plans.registry import plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 
 def matching_loss(

@@ -1,4 +1,4 @@
-"""One module a family of solvers. Importing this package fills the registry: a new module is found by itself."""
+"""One module per family of solvers. Importing this package imports them all, which fills the registry."""
 
 import importlib
 import pkgutil

@@ -1,11 +1,11 @@
 """Adams-Bashforth samplers: linear multistep methods on the slope of the probability-flow ODE.
 
-In a frame (see `frames`; in "sigma" the slope is the noise prediction) with clock u, d_0 the newest slope and
-d_1, d_2, d_3 older ones (slots d1, d2, d3):
+In the coordinates y(u) of `coordinates` (in "sigma" the slope d = dy/du is the noise prediction), with the slope d_0 at
+the start of the step and the older slopes d_1, d_2, d_3 in slots d1, d2, d3:
 
     y' = y + sum_j c_j d_j
 
-Only slopes that this run has computed are used, so that a start part-way begins at first order.
+Only slopes of the same run are used, so a run that starts part-way (img2img) begins at first order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from fewstep.solvers.families.coordinates import FRAMES, Frame, pick_frame
+from fewstep.solvers.families.coordinates import Coordinates, pick_coordinates
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.runge_kutta import rk_step
 from fewstep.solvers.families.tableaux import HEUN, Tableau
 from fewstep.solvers.options import flag, one_of
@@ -26,7 +27,7 @@ from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
-# (the u of the step's start, then of the older slopes; the u of its end) -> c_0, c_1, ...
+# (u_0 at the start of the step, u_1, u_2 ... of the older slopes; u at its end) -> c_0, c_1, ...
 Weights = Callable[[Sequence[float], float], list[float]]
 
 # Bashforth & Adams (1883): weights on a uniform grid, in units of the step.
@@ -53,11 +54,11 @@ def exact_weights(us: Sequence[float], end: float) -> list[float]:
 
 
 def released_weights(us: Sequence[float], end: float) -> list[float]:
-    """The weights of the code that the field runs (diff-sampler's, which ComfyUI has), with its slips.
+    """The weights of the released code (diff-sampler, copied by ComfyUI), with its errors.
 
-    Newton's form, h and h_1, h_2, h_3 the steps, newest first. In the second difference a bracket is misplaced:
-    (1 - a b) / 2 stands for (1 - a) b / 2, a = h / 3 (h + h_1), b = h (h + h_1) / h_1 (h_1 + h_2). In the third a
-    sign is wrong (5/12 and 1 for 1/4 and 2/3 below), and so is the last ratio (h_1/h_2 for h_2/h_3).
+    Newton's form with steps h, h_1, h_2, h_3, newest first. The second difference has a misplaced bracket:
+    (1 - a b) / 2 instead of (1 - a) b / 2, where a = h / 3 (h + h_1) and b = h (h + h_1) / h_1 (h_1 + h_2). The third
+    has a wrong sign (5/12 and 1 instead of 1/4 and 2/3 below) and a wrong last ratio (h_1/h_2 instead of h_2/h_3).
     """
     c = exact_weights(us[:2], end) + [0.0] * (len(us) - 2)
     h, *steps = (late - early for late, early in pairwise((end, *us)))
@@ -80,22 +81,20 @@ def released_weights(us: Sequence[float], end: float) -> list[float]:
 
 
 def fixed_weights(us: Sequence[float], end: float) -> list[float]:
-    """The weights of a uniform grid, whatever the grid."""
+    """The weights of a uniform grid, used on any grid."""
     return [(end - us[0]) * c for c in ADAMS_BASHFORTH[len(us) - 1]]
 
 
-def history(frame: Frame, s: Point, known: int, depth: int = 3) -> dict[str, Row]:
-    """d1 <- the slope at s, d2 <- d1, ...: `known` of them were there before."""
+def history(coords: Coordinates, s: Point, known: int, depth: int = 3) -> dict[str, Row]:
+    """d1 <- the slope at s, d2 <- d1, ...; `known` is the number of slopes before this call."""
     rows: dict[str, Row] = {f"d{j}": {f"d{j - 1}": 1.0} for j in range(2, min(depth, known + 1) + 1)}
-    return {"d1": frame.slope(s), **rows} if depth else rows
+    return {"d1": coords.slope(s), **rows} if depth else rows
 
 
-def adams_row(frame: Frame, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
-    """x at t from x and the slopes with weights c."""
-    scale = frame.scale(t)
-    row = {"x": scale / frame.scale(s)}
-    for source, value in frame.slope(s).items():
-        row[source] = row.get(source, 0.0) + scale * c[0] * value
+def adams_row(coords: Coordinates, s: Point, t: Point, c: Sequence[float]) -> dict[str, float]:
+    """x at t from x and the slopes, weighed by c."""
+    scale = coords.scale(t)
+    row = plus({"x": scale / coords.scale(s)}, scale * c[0], coords.slope(s))
     return row | {f"d{j}": scale * weight for j, weight in enumerate(c) if j}
 
 
@@ -105,8 +104,8 @@ def _multistep(
     one_of("order", order, (1, 2, 3, 4))
     one_of("final_order", final_order, (None, 1, 2, 3, 4))
     flag("to_zero", to_zero)
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     known, exact = 0, True
     for k, (s, t) in enumerate(grid.pairs):
         p = min(order, known + 1)
@@ -117,11 +116,11 @@ def _multistep(
             row = first_order(s, t)
         else:
             c = weights([us[k - j] for j in range(p)], us[k + 1])
-            row = adams_row(on, s, t, c)
-            # What released_weights lose of a step, later ones do not find again.
+            row = adams_row(coords, s, t, c)
+            # Where released_weights do not sum to the step, x is off the marginal from here on.
             exact = exact and math.isclose(sum(c), us[k + 1] - us[k], rel_tol=1e-9)
-        # The sigma frame has no slope at alpha = 0 that a polynomial in u could pass through.
-        yield Stage(s, {"x": row, **(history(on, s, known, order - 1) if finite else {})}, t, exact=exact)
+        # At alpha = 0 u is infinite in "sigma": no polynomial in u passes through the slope there.
+        yield Stage(s, {"x": row, **(history(coords, s, known, order - 1) if finite else {})}, t, exact=exact)
         known += finite
 
 
@@ -129,12 +128,12 @@ def _multistep(
 def lms(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = True
 ) -> Iterator[Stage]:
-    """Linear multistep (Crowson 2022, k-diffusion): the slopes' Lagrange polynomial in u, integrated exactly.
+    """Linear multistep (Crowson 2022, k-diffusion): exact integrals of the slopes' Lagrange polynomial in u.
 
     order        1 to 4
     frame        "sigma" or "flow"; by default flow time for flow models, sigma for others
-    final_order  at most this order in the last step
-    to_zero      whether a step to sigma 0 uses older slopes too (k-diffusion) or is Euler's (ComfyUI)
+    final_order  limits the order of the last step
+    to_zero      True uses older slopes in a step to sigma 0 too (k-diffusion), False takes Euler's step (ComfyUI)
     """
     yield from _multistep(grid, order, exact_weights, frame, final_order, to_zero)
 
@@ -145,7 +144,7 @@ def ipndm(
 ) -> Iterator[Stage]:
     """iPNDM (Zhang & Chen 2022, section 3; ComfyUI's sample_ipndm): Adams-Bashforth weights of a uniform grid.
 
-    The options are those of lms. On a grid that is not uniform in u it is of second order at most.
+    Options as in lms. On a grid that is not uniform in u the order is at most two.
     """
     yield from _multistep(grid, order, fixed_weights, frame, final_order, to_zero)
 
@@ -161,10 +160,10 @@ def ipndm_v(
 ) -> Iterator[Stage]:
     """iPNDM with variable steps (ComfyUI's sample_ipndm_v, 2024): Adams-Bashforth weights of the grid itself.
 
-    These are the exact integrals of lms, whose options it has.
+    The weights are the exact integrals of lms; the other options are as there.
 
-    released  True has the weights of the code in use (`released_weights`). Of order three they make a method of
-              second order; of order four they sum to the step only where the steps are in geometric progression
+    released  True takes the weights of the released code (`released_weights`). With three slopes they give order two;
+              with four they sum to the step only where the steps are in geometric progression
     """
     flag("released", released)
     yield from _multistep(grid, order, released_weights if released else exact_weights, frame, final_order, to_zero)
@@ -173,13 +172,13 @@ def ipndm_v(
 # --- PNDM ---
 
 
-def _pseudo_rk4(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
-    """RK4 whose middle is the middle of the process's time (Liu et al. 2022, eq. 13)."""
+def _pseudo_rk4(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
+    """RK4 with its inner calls at the midpoint in the process's time (Liu et al. 2022, eq. 13)."""
     half = (s.t - t.t) / 2.0
     if grid.process.timesteps and s.t.is_integer() and t.t.is_integer():
-        half = math.floor(half)  # a network of discrete times knows no others
+        half = math.floor(half)  # the network was trained on whole times only
     mid = grid.process.point(s.t - half)
-    c = (frame.time(mid) - frame.time(s)) / (frame.time(t) - frame.time(s))
+    c = (coords.time(mid) - coords.time(s)) / (coords.time(t) - coords.time(s))
     return Tableau(((), (c,), (0.0, c), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), [mid, mid, t]
 
 
@@ -190,26 +189,26 @@ def pndm(grid: Grid, skip_prk: bool = False, frame: str | None = None) -> Iterat
     skip_prk  True is PLMS of latent diffusion (diffusers' "plms"): Heun's step first, then orders two, three, four
     frame     as in lms; "sigma" is the paper's transfer part
 
-    Weights are those of a uniform grid, the middle of a step is that of the process's time: of second order (the
-    paper's theorem 3.4), of fourth where the frame's clock is the process's time and its grid uniform.
+    The weights are those of a uniform grid, and the midpoint is that of the process's time. The order is two (the
+    paper's theorem 3.4), and four where u is the process's time and the grid uniform in it.
     """
     flag("skip_prk", skip_prk)
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     warm, known = (1 if skip_prk else 3), 0
     for k, (s, t) in enumerate(grid.pairs):
         if not math.isfinite(us[k]):
             yield Stage(s, {"x": first_order(s, t)}, t)
             continue
-        rows = history(on, s, known)
+        rows = history(coords, s, known)
         if known < warm and t.sigma > 0.0:
-            tableau, inner = (HEUN, [t]) if skip_prk else _pseudo_rk4(grid, on, s, t)
-            first, *rest = rk_step(grid, tableau, on, s, t, inner=inner)
+            tableau, inner = (HEUN, [t]) if skip_prk else _pseudo_rk4(grid, coords, s, t)
+            first, *rest = rk_step(grid, tableau, coords, s, t, inner=inner)
             yield replace(first, rows={**first.rows, **rows})
             yield from rest
         elif known == 0:
             yield Stage(s, {"x": first_order(s, t), **rows}, t)
         else:
             c = fixed_weights([us[k - j] for j in range(min(3, known) + 1)], us[k + 1])
-            yield Stage(s, {"x": adams_row(on, s, t, c), **rows}, t)
+            yield Stage(s, {"x": adams_row(coords, s, t, c), **rows}, t)
         known += 1

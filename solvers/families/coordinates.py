@@ -1,13 +1,13 @@
-"""Frames: in which variable and on which clock the probability-flow ODE is integrated.
+"""The coordinates in which the probability-flow ODE is integrated: the option `frame` of the solvers.
 
-With y = x / scale the ODE is dy/du = a y + b m, m the x0 prediction; u is the frame's clock.
+With y = x / scale and time u the ODE is dy/du = a y + b m, where m is the x0 prediction.
 
     "sigma"   scale = alpha          u = sigma / alpha            dy/du = (y - m) / u    k-diffusion's and EDM's sigma
     "flow"    scale = alpha + sigma  u = sigma / (alpha + sigma)  dy/du = (y - m) / u    flow time, finite at alpha = 0
     "logsnr"  scale = alpha          u = log(alpha / sigma)       dy/du = m - y          half the log-SNR
 
-In the first two a constant m is a straight line, so that any consistent method meets its marginals exactly.
-`edm_frame` makes those of EDM's general sampler, with any s(t) and sigma(t) of Karras et al. 2022, Table 1.
+In the first two a constant m gives a straight line, so any consistent method meets the marginals exactly.
+`edm_coordinates` makes those of EDM's general sampler, with any s(t) and sigma(t) of Karras et al. 2022, Table 1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from fewstep.solvers.schedule.process import Flow, Point
 
 
 @dataclass(frozen=True)
-class Frame:
-    """scale and time (u) of a point, the (a, b) of the slope there, sigma / alpha at a time.
+class Coordinates:
+    """y = x / scale and its time u.
 
-    straight  whether a constant m is a straight line in the frame
+    scale       scale at a point
+    time        u at a point
+    derivative  (a, b) of dy/du at a point
+    ratio       sigma / alpha at a time u
+    straight    whether a constant m gives a straight line y(u)
     """
 
     scale: Callable[[Point], float]
@@ -41,7 +45,7 @@ class Frame:
         return {"x": a / self.scale(p), "m": b}
 
     def point(self, grid: Grid, u: float) -> Point:
-        """The process's point at a time of the frame."""
+        """The process's point at time u."""
         return grid.process.point_at_sigma(self.ratio(u))
 
 
@@ -53,30 +57,33 @@ def _decay(u: float) -> tuple[float, float]:
     return 1.0 / u, -1.0 / u
 
 
-FRAMES: Mapping[str, Frame] = {
-    "sigma": Frame(lambda p: p.alpha, lambda p: p.ratio, lambda p: _decay(p.ratio), lambda u: u),
-    "flow": Frame(
+COORDINATES: Mapping[str, Coordinates] = {
+    "sigma": Coordinates(lambda p: p.alpha, lambda p: p.ratio, lambda p: _decay(p.ratio), lambda u: u),
+    "flow": Coordinates(
         flow_scale,
         lambda p: p.sigma / flow_scale(p),
         lambda p: _decay(p.sigma / flow_scale(p)),
         lambda u: u / (1.0 - u) if u < 1.0 else math.inf,
     ),
-    "logsnr": Frame(lambda p: p.alpha, lambda p: p.lam, lambda p: (-1.0, 1.0), lambda u: math.exp(-u), straight=False),
+    "logsnr": Coordinates(
+        lambda p: p.alpha, lambda p: p.lam, lambda p: (-1.0, 1.0), lambda u: math.exp(-u), straight=False
+    ),
 }
 
 STRAIGHT = ("sigma", "flow")
 
 
-def frame_scale(frame: str, p: Point) -> float:
-    return FRAMES[frame].scale(p)
-
-
 def pick_frame(grid: Grid, frame: str | None, choices: Sequence[str] = STRAIGHT) -> str:
-    """The frame asked for, else the process's own: flow time for flow models, sigma for all others."""
+    """The name of the coordinates asked for; None is flow time for flow models and sigma for all others."""
     if frame is None:
         return "flow" if isinstance(grid.process, Flow) else "sigma"
     one_of("frame", frame, choices)
     return frame
+
+
+def pick_coordinates(grid: Grid, frame: str | None, choices: Sequence[str] = STRAIGHT) -> Coordinates:
+    """The coordinates that the option `frame` names; see `pick_frame`."""
+    return COORDINATES[pick_frame(grid, frame, choices)]
 
 
 # --- EDM's sigma(t) and s(t) (Karras et al. 2022, Table 1): y = s(t) x / alpha at sigma(t) = sigma / alpha ---
@@ -84,7 +91,7 @@ def pick_frame(grid: Grid, frame: str | None, choices: Sequence[str] = STRAIGHT)
 
 @dataclass(frozen=True)
 class Schedule:
-    """t at a noise level, the level at t, and d sigma / d t at a level."""
+    """EDM's sigma(t): its inverse t(sigma), sigma(t), and d sigma / d t at a given sigma."""
 
     inverse: Callable[[float], float]
     sigma: Callable[[float], float]
@@ -95,7 +102,7 @@ def vp_schedule(beta_d: float, beta_min: float) -> Schedule:
     """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
 
     def inverse(sigma: float) -> float:
-        # (sqrt(beta_min^2 + 2 beta_d L) - beta_min) / beta_d without its cancellation near t = 0
+        # (sqrt(beta_min^2 + 2 beta_d log) - beta_min) / beta_d, written without cancellation near t = 0
         log = math.log1p(sigma**2)
         return 2.0 * log / (math.sqrt(beta_min**2 + 2.0 * beta_d * log) + beta_min)
 
@@ -109,7 +116,7 @@ LINEAR = Schedule(lambda sigma: sigma, lambda t: t, lambda sigma: 1.0)
 VE = Schedule(lambda sigma: sigma**2, math.sqrt, lambda sigma: 0.5 / sigma)
 
 
-def edm_frame(schedule: Schedule, scaled: bool) -> Frame:
+def edm_coordinates(schedule: Schedule, scaled: bool) -> Coordinates:
     """dy/dt = (sigma'/sigma + s'/s) y - sigma' s / sigma m (Karras et al. 2022, Algorithm 1, line 4).
 
     scaled  s(t) = 1 / sqrt(1 + sigma(t)^2), for which s'/s = -sigma sigma' s^2; else s = 1
@@ -124,4 +131,4 @@ def edm_frame(schedule: Schedule, scaled: bool) -> Frame:
         return rate * s2, -rate * math.sqrt(s2)
 
     straight = schedule is LINEAR and not scaled
-    return Frame(scale, lambda p: schedule.inverse(p.ratio), derivative, schedule.sigma, straight)
+    return Coordinates(scale, lambda p: schedule.inverse(p.ratio), derivative, schedule.sigma, straight)

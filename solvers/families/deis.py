@@ -9,22 +9,22 @@ import numpy as np
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     noise_prediction,
     shift_noise_history,
-    substitute,
     usable_order,
 )
 from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Process
+from fewstep.solvers.schedule.process import FloatArray, Process
 
 # The variable of the polynomial, from log(sigma / alpha).
-VARIABLES: Mapping[str, Callable[[Process, Array], Array]] = {
+VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
     "t": lambda process, log_rho: np.asarray(process.point_at_sigma(np.exp(log_rho)).t),
     "rho": lambda process, log_rho: np.exp(log_rho),
     "log_rho": lambda process, log_rho: log_rho,
@@ -35,9 +35,10 @@ VARIABLES: Mapping[str, Callable[[Process, Array], Array]] = {
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 
-    order     1 to 4, how many predictions the polynomial goes through (the paper's r is order - 1)
-    variable  "t": tAB, in the process's own time; "rho": rhoAB, in rho = sigma / alpha; "log_rho": what
-              diffusers implements, which is dpm_solver_2m and dpm_solver_3m with the exact weights
+    order        1 to 4, the number of predictions that the polynomial interpolates (the paper's r is order - 1)
+    variable     of the polynomial: "t", the process's own time (tAB); "rho", sigma / alpha (rhoAB); "log_rho", as in
+                 diffusers, which is dpm_solver_2m and dpm_solver_3m with exact weights
+    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
     """
     one_of("order", order, (1, 2, 3, 4))
     one_of("variable", variable, tuple(VARIABLES))
@@ -51,8 +52,8 @@ def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrde
 def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
     """x' = alpha'/alpha x + sum_j C_j e_j, C_j = alpha' int L_j(v(rho)) drho over step k.
 
-    L_j are the Lagrange polynomials in v through the points k, k - 1, ...
-    Here they are in powers of u, v = v_s + u (v_t - v_s), whose integrals are all that is needed.
+    L_j are the Lagrange polynomials in v through the points k, k - 1, ... They are expanded in powers of u, where
+    v = v_s + u (v_t - v_s), so that only the integrals of these powers are needed.
     """
     row = first_order(*grid.pairs[k])
     if order == 1:
@@ -63,19 +64,19 @@ def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
     h = v[-1] - v[-2]
     nodes = {f"e{i}": float((v[-2 - i] - v[-2]) / h) for i in range(1, order)}
 
-    def powers(y: Array) -> Array:
+    def powers(y: FloatArray) -> FloatArray:
         u = (VARIABLES[variable](grid.process, y) - v[-2]) / h
-        powers_of_u: Array = u ** np.arange(1, order)[:, None]
+        powers_of_u: FloatArray = u ** np.arange(1, order)[:, None]
         return np.exp(y) * powers_of_u  # drho = rho dlog(rho)
 
     weights = integrate(powers, log_rho[-2], log_rho[-1], kinks(grid.process, v[-2], v[-1], variable))
-    return add_polynomial(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
+    return add_differences(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
 
 
-def kinks(process: Process, start: float, end: float, variable: str) -> Array:
-    """log(sigma / alpha) at the corners that a discrete process's time has between two times."""
+def kinks(process: Process, start: float, end: float, variable: str) -> FloatArray:
+    """log(sigma / alpha) at the discrete times between two times: t is piecewise linear in it and bends there."""
     if variable != "t" or process.timesteps is None:
         return np.empty(0)
     times = np.arange(math.ceil(end), math.floor(start) + 1)
-    corners: Array = np.log(process.point(times[(times < start) & (times > end)][::-1]).ratio)
+    corners: FloatArray = np.log(process.point(times[(times < start) & (times > end)][::-1]).ratio)
     return corners

@@ -9,13 +9,14 @@ import numpy as np
 
 from fewstep.solvers.families.exponential import FinalOrder, check_final_order, shift_history, usable_order
 from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray, Point
 
-NoiseScale = Callable[[Array], Array]
+NoiseScale = Callable[[FloatArray], FloatArray]
 
 # phi of the noise level rho = sigma / alpha; sde_1 to sde_5 are the paper's (appendix A.8).
 NOISE_SCALES: Mapping[str, NoiseScale] = {
@@ -28,7 +29,7 @@ NOISE_SCALES: Mapping[str, NoiseScale] = {
     "sde_5": lambda rho: rho * (np.exp(rho**0.3) + 10.0),
 }
 
-# Stands for rho where alpha is 0, to take the limit of phi / rho there.
+# In place of rho at alpha = 0, to take the limit of phi / rho.
 _FAR = 1e100
 
 
@@ -40,15 +41,15 @@ def er_sde(
     interpolate: bool = False,
     final_order: FinalOrder = None,
 ) -> Iterator[Stage]:
-    """ER-SDE-Solver-1, 2 and 3 (Cui et al. 2023; VE and VP are one in sigma / alpha).
+    """ER-SDE-Solver-1, 2 and 3 (Cui et al. 2023; in sigma / alpha VE and VP are the same).
 
     order        1 to 3
     noise_scale  phi: a name of NOISE_SCALES or a function of an array of rho; phi(rho) / rho must not fall as
-                 rho grows. "ode" draws no noise, "sde" is the usual reverse SDE, "sde_5" the paper's choice.
+                 rho grows. "ode" draws no noise, "sde" is the usual reverse SDE, "sde_5" the paper's choice;
                  "sde_4" falls above rho = 1000
-    interpolate  order 3 with the slope of the parabola through the three predictions. The paper's own uses
-                 the backward difference, whose error of order h leaves it second order
-    final_order  None, the last step's order, or a rule of the field
+    interpolate  True takes the first derivative at order 3 from the parabola through the three predictions. The paper
+                 takes the backward difference, whose O(h) error leaves order 2
+    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
     """
     one_of("order", order, (1, 2, 3))
     flag("interpolate", interpolate)
@@ -67,7 +68,7 @@ def er_sde(
 def er_row(s: Point, t: Point, phi: NoiseScale) -> dict[str, float]:
     """ER-SDE-Solver-1: x'/alpha' = r x/alpha + (1 - r) m + sqrt(rho'^2 - r^2 rho^2) z.
 
-    r = phi(rho') / phi(rho). In terms of g = r rho / rho', that is phi(rho') / rho' over phi(rho) / rho.
+    r = phi(rho') / phi(rho). The code uses g = r rho / rho', the quotient of phi(rho') / rho' and phi(rho) / rho.
     """
     if t.sigma == 0.0:
         return first_order(s, t)
@@ -83,21 +84,23 @@ def er_row(s: Point, t: Point, phi: NoiseScale) -> dict[str, float]:
 
 
 def relative(phi: NoiseScale, p: Point) -> float:
-    """phi(rho) / rho at a point, or its limit."""
+    """phi(rho) / rho at a point, or its limit at alpha = 0."""
     rho = np.float64(min(p.ratio, _FAR))
     with np.errstate(over="ignore"):
         return float(phi(rho) / rho)  # type: ignore[arg-type]
 
 
-def add_taylor(row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale, interpolate: bool) -> dict[str, float]:
-    """The second and third term of the Taylor expansion of m in rho - rho_s.
+def add_taylor(
+    row: dict[str, float], rho: FloatArray, alpha: float, phi: NoiseScale, interpolate: bool
+) -> dict[str, float]:
+    """`row` plus the second and third terms of the Taylor expansion of m in rho - rho_s.
 
-    rho  the end of the step, its start, and the points of the older predictions h1, h2
+    rho  at the end of the step, at its start, and at the older predictions h1, h2
     """
     end, start = rho[:2]
     step = end - start
 
-    def powers(y: Array) -> Array:
+    def powers(y: FloatArray) -> FloatArray:
         level = np.exp(y)
         return np.stack([np.ones_like(y), level - start]) * level / phi(level)
 
@@ -114,6 +117,5 @@ def add_taylor(row: dict[str, float], rho: Array, alpha: float, phi: NoiseScale,
         terms.append((step**2 / 2.0 + s_u, bend))
     out = dict(row)
     for weight, term in terms:
-        for name, c in term.items():
-            out[name] = out.get(name, 0.0) + alpha * float(weight) * float(c)
+        out = plus(out, alpha * float(weight), {name: float(c) for name, c in term.items()})
     return out

@@ -1,13 +1,12 @@
 """Explicit exponential Runge-Kutta steps in log-SNR, on the x0 or the noise prediction, for ODE and SDE.
 
-lambda = log(alpha / sigma), h = lambda_t - lambda_s; call i + 1 of a step is at lambda_s + c_i h, and the
-last c_i = 1 is t. With z = h for F = m, the x0 prediction, and y = x / alpha, or z = -h for F = eps and
-y = x / sigma, and M_n as in exponential.py,
+lambda = log(alpha / sigma), h = lambda_t - lambda_s. The first call of a step is at s, call i + 1 at lambda_s + c_i h;
+the last node c_i = 1 is t, the end of the step. With M_n as in exponential.py, and either z = h, F = m (the x0
+prediction), y = x / alpha or z = -h, F = eps, y = x / sigma,
 
     y_i = exp(-c_i z) y + sum_j a_ij(z) F_j,    sum_j a_ij(z) = M_0(c_i z) = 1 - exp(-c_i z)
 
-A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit: such a
-step is one call.
+A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit: it is one call.
 """
 
 from __future__ import annotations
@@ -17,10 +16,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fewstep.solvers.families.exponential import RULES, exponential_row, moments, noise_prediction
+from fewstep.solvers.families.exponential import FIRST_MOMENT, exponential_row, moments, noise_prediction
 from fewstep.solvers.families.renoise import renoised
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.plans.plan import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -28,30 +28,30 @@ from fewstep.solvers.schedule.process import Point
 # --- tableaux ---
 
 
-class Tableau(NamedTuple):
-    """The nodes c_1 .. c_p = 1 and the weights a(z), whose row i has i entries."""
+class ExponentialTableau(NamedTuple):
+    """The nodes c_1 .. c_p = 1 and the weights a(z); row i of a has i entries."""
 
     c: tuple[float, ...]
     a: Callable[[float], tuple[tuple[float, ...], ...]]
 
 
-FIRST_ORDER = Tableau((1.0,), lambda z: ((-math.expm1(-z),),))
+FIRST_ORDER = ExponentialTableau((1.0,), lambda z: ((-math.expm1(-z),),))
 
 
-def second_order(r1: float, rule: str) -> Tableau:
-    """One more call, at r1. The slope (F_1 - F_0) / r1 is weighed by M_1 ("heun") or M_0 / 2 ("midpoint")."""
+def second_order(r1: float, rule: str) -> ExponentialTableau:
+    """One inner call, at r1. The slope (F_1 - F_0) / r1 is weighed by M_1 ("heun") or M_0 / 2 ("midpoint")."""
 
     def a(z: float) -> tuple[tuple[float, ...], ...]:
-        b = RULES[rule](z) / r1
+        b = FIRST_MOMENT[rule](z) / r1
         return (-math.expm1(-r1 * z),), (-math.expm1(-z) - b, b)
 
-    return Tableau((r1, 1.0), a)
+    return ExponentialTableau((r1, 1.0), a)
 
 
-def third_order(r1: float, r2: float, variant: str) -> Tableau:
-    """Calls at r1 and r2. "dpmsolver" drops the second derivative of F; "taylor" takes it from a parabola.
+def third_order(r1: float, r2: float, variant: str) -> ExponentialTableau:
+    """Inner calls at r1 and r2. "dpmsolver" drops the second derivative of F, "taylor" takes it from a parabola.
 
-    The error of the call at r1 cancels for r2 = 2/3 alone: with any other r2 both variants are of order 2.
+    The error of the call at r1 cancels only for r2 = 2/3: with any other r2 both variants have order 2.
     """
 
     def a(z: float) -> tuple[tuple[float, ...], ...]:
@@ -63,11 +63,11 @@ def third_order(r1: float, r2: float, variant: str) -> Tableau:
             b2 = (m2 - r1 * m1) / (r2 * (r2 - r1))
         return (-math.expm1(-r1 * z),), (-math.expm1(-r2 * z) - a2, a2), (m0 - b1 - b2, b1, b2)
 
-    return Tableau((r1, r2, 1.0), a)
+    return ExponentialTableau((r1, r2, 1.0), a)
 
 
-def increasing(**nodes: Any) -> None:
-    """Check 0 < first < second <= 1."""
+def increasing(**nodes: object) -> None:
+    """Raises ValueError unless 0 < first < second <= 1."""
     low, before = 0.0, "0"
     for name, value in nodes.items():
         if not (isinstance(value, Real) and low < float(value) <= 1.0):
@@ -79,7 +79,7 @@ def increasing(**nodes: Any) -> None:
 
 
 class Form(NamedTuple):
-    """What is extrapolated: z = sign h, x_i = own_i/own x + other_i sum_j a_ij F_j, and F as a row."""
+    """The prediction F that a step extrapolates: z = sign h, x_i = own_i/own x + other_i sum_j a_ij F_j, F as a row."""
 
     sign: float
     own: Callable[[Point], float]
@@ -87,13 +87,13 @@ class Form(NamedTuple):
     row: Callable[[Point], Row]
 
 
-# exp(-c z) alpha_i / alpha of the x0 form is sigma_i / sigma, and the other way round.
+# exp(-c z) alpha_i / alpha is sigma_i / sigma in the x0 form; in the noise form alpha and sigma change places.
 X0 = Form(1.0, lambda p: p.sigma, lambda p: p.alpha, lambda p: {"m": 1.0})
 EPS = Form(-1.0, lambda p: p.alpha, lambda p: p.sigma, noise_prediction)
 
 
 class Target(NamedTuple):
-    """Where a call leads: x' = x x_s + sum_j (f_j F_j + z_j z_j), the sum over the step's calls so far."""
+    """A sample within or at the end of a step from x_s: x x_s + sum_j (f[j] F_j + z[j] draw_j), at the point `to`."""
 
     to: Point
     x: float
@@ -107,12 +107,12 @@ def step_size(s: Point, t: Point) -> float:
 
 
 def node(grid: Grid, s: Point, t: Point, c: float) -> Point:
-    """The process's point at lambda_s + c h; c = 1 is t itself, free of round-off."""
+    """The process's point at lambda_s + c h; c = 1 returns t itself, without round-off."""
     return t if c == 1.0 else grid.process.point_at_sigma(s.ratio * math.exp(-c * step_size(s, t)))
 
 
-def targets(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form, eta: float = 0.0) -> list[Target]:
-    """The targets of a step's calls; with eta, of the reverse SDE's in the x0 form.
+def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: Form, eta: float = 0.0) -> list[Target]:
+    """The samples x_i that the calls of a step lead to; eta > 0 is the reverse SDE, in the x0 form.
 
     x_i = sigma_i/sigma exp(-eta c_i h) x + alpha_i sum_j a_ij((1 + eta) h) m_j + sigma_i N(c_i)
     x_i = alpha_i/alpha x + sigma_i sum_j a_ij(-h) eps_j
@@ -135,16 +135,13 @@ def targets(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form, eta: f
 
 
 def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
-    """The calls of one step from s. A later target is a partial sum, slot sum<i>, that grows call by call."""
+    """The calls of one step from s. A later target is kept in slot sum<i>, to which each call adds its term."""
     here = s
     for j, target in enumerate(found):
         rows: dict[str, Row] = {}
         for i, later in enumerate(found[j:], j):
             begun = {"x": later.x} if j == 0 else {f"sum{i}": 1.0}
-            row = dict(begun)
-            for source, value in form.row(here).items():
-                row[source] = row.get(source, 0.0) + later.f[j] * value
-            row["z"] = later.z[j] if later.z else 0.0
+            row = plus(begun, later.f[j], form.row(here)) | {"z": later.z[j] if later.z else 0.0}
             row = {source: value for source, value in row.items() if value}
             if i == j or j == 0 or row != begun:
                 rows["x" if i == j else f"sum{i}"] = row
@@ -152,27 +149,29 @@ def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
         here = target.to
 
 
-def step(grid: Grid, s: Point, t: Point, tableau: Tableau, form: Form = X0, eta: float = 0.0) -> Iterator[Stage]:
-    """One step of the ODE, or with eta of the reverse SDE."""
+def step(
+    grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: Form = X0, eta: float = 0.0
+) -> Iterator[Stage]:
+    """One step of the ODE, or for eta > 0 of the reverse SDE."""
     h = step_size(s, t)
     if math.isfinite(h):
         yield from stages(s, targets(grid, s, t, tableau, form, eta), form)
     else:
-        yield Stage(s, {"x": exponential_row(s, t, h, eta)[0]}, t)
+        yield Stage(s, {"x": exponential_row(s, t, h, eta)}, t)
 
 
 def ancestral_step(
-    grid: Grid, s: Point, t: Point, tableau: Tableau, split: tuple[float, float], form: Form = X0
+    grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, split: tuple[float, float], form: Form = X0
 ) -> Iterator[Stage]:
-    """The ODE's step down to keep sigma_t, at alpha_t, then fresh sigma_t z; split = (keep, fresh).
+    """The ODE's step down to noise keep sigma_t at alpha_t, then fresh sigma_t z; split = (keep, fresh).
 
-    The draw is the whole step's, whatever lower level the calls lead to.
+    The draw covers the whole step from s to t, although the calls lead to a lower level than t.
     """
     keep, fresh = split
     down = Point(t.t, t.alpha, keep * t.sigma)
     if math.isfinite(step_size(s, down)):
         *inner, last = targets(grid, s, down, tableau, form)
-        # The first call draws: at eta = 1 the second one is at t already, with no path left to draw from.
+        # The first call draws: at eta = 1 the second is already at t, where no stretch of the path is left.
         last = last._replace(to=t, z=(fresh * t.sigma, *[0.0] * len(inner)))
         for stage in stages(s, [*inner, last], form):
             yield replace(stage, span=(s, t))

@@ -1,6 +1,6 @@
 """First-order samplers: DDPM, DDIM and its inverse, Euler and its ancestral form, LCM, TCD, consistency sampling.
 
-s is the point a step leaves, t the one it reaches; rho = sigma / alpha is the noise level of x / alpha.
+A step goes from point s to point t; rho = sigma / alpha is the noise level of x / alpha.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from fewstep.solvers.families.coordinates import pick_frame
-from fewstep.solvers.families.renoise import ancestral_split, churn_points, enter, leave, renoised, scaled
+from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
+from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.plan import Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
@@ -35,23 +36,23 @@ def ddim(grid: Grid, eta: float = 0.0) -> Iterator[Stage]:
 def ddim_inverse(grid: Grid, at: str = "next") -> Iterator[Start | Stage]:
     """DDIM run backwards, from data to its latent (Song, Meng & Ermon 2021, section 4.3; diffusers' DDIMInverse).
 
-    The grid is the ordinary one, from noise to data; the plan starts at its last point and ends at its first, so
-    that `ddim` on the same grid takes the result back.
+    The grid runs from noise to data as usual. The plan starts at its last point and ends at its first, so `ddim` on the
+    same grid takes the result back.
 
-    at  where the network is called: "next" is the level that the step goes to (diffusers), at which ddim will call
-        it on the way back; "current" the level of the sample (the paper), which has no noise prediction at sigma 0,
-        so that a step from clean data is "next" all the same
+    at  where the network is called: "next" is the level that the step goes to (diffusers), where ddim calls it on the
+        way back; "current" is the level of the sample (the paper), except for a step from clean data, which has no
+        noise prediction and is "next"
 
-    For a call at another level than its own, x is scaled to the size of samples there: nothing in a VP process.
+    For a call at another level, x is scaled by the ratio of sqrt(alpha^2 + sigma^2) there and here: 1 in a VP process.
     """
     one_of("at", at, ("next", "current"))
     points = grid.points[::-1]
-    told = [s if at == "current" and s.sigma > 0.0 else t for s, t in pairwise(points)]
-    # The size of the slot over that of the sample that it stands for, before each call and after the last.
-    sizes = [math.hypot(p.alpha, p.sigma) / math.hypot(s.alpha, s.sigma) for s, p in zip(points, told, strict=False)]
+    calls = [s if at == "current" and s.sigma > 0.0 else t for s, t in pairwise(points)]
+    # The scale of slot "x" relative to the sample, before each call and after the last.
+    sizes = [math.hypot(p.alpha, p.sigma) / math.hypot(s.alpha, s.sigma) for s, p in zip(points, calls, strict=False)]
     first = Point(points[0].t, sizes[0] * points[0].alpha, sizes[0] * points[0].sigma)
     yield Start({"x": sizes[0]}, first, at=points[0])
-    for (s, t), p, size, after in zip(pairwise(points), told, sizes, [*sizes[1:], 1.0], strict=True):
+    for (s, t), p, size, after in zip(pairwise(points), calls, sizes, [*sizes[1:], 1.0], strict=True):
         # x' = alpha'/alpha (x - sigma eps) + sigma' eps with eps = (size x - alpha_p m) / sigma_p
         r = t.alpha / s.alpha
         e = (t.sigma - r * s.sigma) / p.sigma
@@ -65,11 +66,11 @@ def ddim_inverse(grid: Grid, at: str = "next") -> Iterator[Start | Stage]:
 def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
     """DDPM's ancestral step (Ho et al. 2020, eq. 7): a draw around the mean of the posterior q(x_t | x_s, x0 = m).
 
-    variance  "fixed_small" is the posterior's own, "fixed_large" beta, the forward step's (section 3.2). "learned"
-              and "learned_range" are the network's, a `Denoiser(variance=...)`: the variance itself, or a fraction
-              that interpolates between the logarithms of both (Nichol & Dhariwal 2021, eq. 15)
+    variance  "fixed_small" is the posterior's own, "fixed_large" is beta, the forward step's (section 3.2). "learned"
+              and "learned_range" are predicted by the network of a `Denoiser(variance=...)`: the variance itself, or a
+              fraction that interpolates between the logarithms of the two (Nichol & Dhariwal 2021, eq. 15)
 
-    The step to sigma 0 draws nothing.
+    The step to sigma 0 draws no noise.
     """
     one_of("variance", variance, ("fixed_small", "fixed_large", "learned", "learned_range"))
     for s, t in grid.pairs:
@@ -83,9 +84,9 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
         if small == 0.0 or variance == "fixed_small":
             yield Stage(s, {"x": row}, t)
             continue
-        # The papers' beta and variances are those of x scaled to alpha^2 + sigma^2 = 1.
+        # beta and the variances of the papers are those of x scaled to alpha^2 + sigma^2 = 1.
         scale_s, scale_t = math.hypot(s.alpha, s.sigma), math.hypot(t.alpha, t.sigma)
-        widen = s.sigma / t.sigma * scale_t / scale_s  # sqrt(beta) over the posterior's deviation
+        widen = s.sigma / t.sigma * scale_t / scale_s  # sqrt(beta) over the posterior's standard deviation
         if variance == "fixed_large":
             yield Stage(s, {"x": row}, t, noise=widen)
         else:
@@ -96,18 +97,17 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
 @solver("euler")
 def euler(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> Iterator[Start | Stage]:
     """Euler in sigma (Karras et al. 2022, Algorithm 1 and 2 without the correction), with optional churn."""
-    hats = churn_points(grid, s_churn, s_tmin, s_tmax)
-    yield from enter(grid.points[0], hats[0])
-    for k, (hat, t) in enumerate(zip(hats, grid.points[1:], strict=True)):
-        row, to = leave(first_order(hat, t), t, hats[k + 1 : k + 2])
-        yield Stage(hat, {"x": row}, to)
+    hats = churned_points(grid, s_churn, s_tmin, s_tmax)
+    stages = (Stage(hat, {"x": first_order(hat, t)}, t) for hat, t in zip(hats, grid.points[1:], strict=True))
+    yield from with_churn(grid.points[0], stages)
 
 
 @solver("euler_ancestral")
 def euler_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """Ancestral Euler (k-diffusion, 2022): Euler down to a lower noise level, then noise up to sigma'.
 
-    frame  "sigma" is k-diffusion's step down, "flow" ComfyUI's for rectified flow; by default the process's own
+    frame  "sigma" is k-diffusion's step down, "flow" ComfyUI's for rectified flow; by default flow time for flow
+           models, sigma for others
     """
     at_least("eta", eta, 0.0)
     frame = pick_frame(grid, frame)
@@ -117,7 +117,7 @@ def euler_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> I
 
 @solver("lcm")
 def lcm(grid: Grid) -> Iterator[Stage]:
-    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict x0, noise it again to the next level."""
+    """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict x0, then noise it to the next level."""
     for s, t in grid.pairs:
         yield Stage(s, {"x": {"m": t.alpha, "z": t.sigma}}, t)
 
@@ -126,16 +126,16 @@ def lcm(grid: Grid) -> Iterator[Stage]:
 def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
     """Strategic stochastic sampling of TCD (Zheng et al. 2024, Algorithm 4): DDIM to (1 - gamma) t', then noise up.
 
-    gamma  0 is DDIM, 1 goes down to data (LCM); the released code's and diffusers' `eta`, 0.3 there
+    gamma  0 is DDIM, 1 goes down to data (LCM); `eta` in the released code and in diffusers, 0.3 there
 
-    A process of discrete times has no noise level between them: there (1 - gamma) t' is rounded down.
+    In a process with discrete times, (1 - gamma) t' is rounded down to one of them.
     """
     between("gamma", gamma, 0.0, 1.0)
     for s, t in grid.pairs:
         keep = 1.0
         if t.t > 0.0 and gamma > 0.0:
             time = (1.0 - gamma) * t.t
-            # 0.1 * 10 is 1, whichever way it rounded.
+            # 1e-6, because a product may round to just below a whole time.
             down = grid.process.point(math.floor(time + 1e-6) if grid.process.timesteps else time)
             keep = down.ratio / t.ratio
         yield Stage(s, {"x": renoised(s, t, keep, math.sqrt((1.0 - keep) * (1.0 + keep)))}, t)
@@ -145,8 +145,8 @@ def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
 def consistency(grid: Grid, sigma_min: float | None = None) -> Iterator[Stage]:
     """Multistep consistency sampling (Song et al. 2023, Algorithm 1): x = f(x) + sqrt(rho'^2 - rho_min^2) z.
 
-    sigma_min  the level (sigma/alpha) at which the network is the identity; by default the process's own
-               smallest. Its output still carries that noise, so less is added.
+    sigma_min  the level (sigma/alpha) at which the network is the identity; by default the process's smallest. The
+               output still carries that noise, so less is added
     """
     floor = grid.process.sigma_min if sigma_min is None else sigma_min
     between("sigma_min", floor, 0.0, grid.process.sigma_max)

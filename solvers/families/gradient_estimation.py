@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fewstep.solvers.families.runge_kutta import frame_scale, pick_frame
+from fewstep.solvers.families.coordinates import pick_coordinates
+from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
@@ -18,21 +19,20 @@ def gradient_estimation(
     """Gradient-estimation sampler (Permenter & Yuan 2023, Algorithm 2; ComfyUI's sample_gradient_estimation).
 
     gamma    x' = x + (sigma' - sigma) (gamma d + (1 - gamma) d_old); 1 is Euler, 2 the paper's choice
-    frame    "sigma" of x / alpha, where d is the noise prediction, or "flow" time, where it is the velocity;
-             by default the process's own
-    to_zero  whether a step to sigma 0 uses d_old too, as in the paper's code, or is Euler's, as in ComfyUI
+    frame    "sigma", where d is the noise prediction, or "flow", where it is the velocity; by default flow time for
+             flow models, sigma for others
+    to_zero  True uses d_old in a step to sigma 0 too (the paper's code), False takes Euler's step (ComfyUI)
     """
     if not (isinstance(gamma, int | float) and abs(gamma) < float("inf")):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}")
     flag("to_zero", to_zero)
-    name = pick_frame(grid, frame)
+    coords = pick_coordinates(grid, frame)
     for k, (s, t) in enumerate(grid.pairs):
-        scale, scale_t = frame_scale(name, s), frame_scale(name, t)
+        scale, scale_t = coords.scale(s), coords.scale(t)
         row = first_order(s, t)
-        # At alpha = 0 the sigma frame has no number, but its d is x / sigma.
+        # At alpha = 0 sigma / alpha is infinite, but d = x / sigma is not.
         d: Row = {"x": 1.0 / s.sigma, "m": -scale / s.sigma}
         if k > 0 and scale > 0.0 and (to_zero or t.sigma > 0.0):
             change = scale_t * (t.sigma / scale_t - s.sigma / scale) * (gamma - 1.0)
-            row = {source: row.get(source, 0.0) + change * d.get(source, 0.0) for source in ("x", "m")}
-            row["d"] = -change
+            row = plus(row, change, d) | {"d": -change}
         yield Stage(s, {"x": row, "d": d}, t)

@@ -1,4 +1,4 @@
-"""Quadrature for coefficients: Gauss-Legendre on short panels, exact to rounding where f is smooth."""
+"""Quadrature for coefficients: Gauss-Legendre on short panels, exact to rounding for smooth integrands."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from itertools import pairwise
 
 import numpy as np
 
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 
-# The integrands are analytic far beyond an e-fold of noise level: 16 nodes on one leave rounding only.
+# The integrands are analytic well beyond a factor e in noise level, so 16 nodes per such panel leave only rounding.
 _PANEL = 1.0
 
 
-def integrate(f: Callable[[Array], Array], start: float, end: float, kinks: Array | None = None) -> Array:
-    """int_start^end f(y) dy over panels of at most one unit that also break at `kinks`.
+def integrate(
+    f: Callable[[FloatArray], FloatArray], start: float, end: float, kinks: FloatArray | None = None
+) -> FloatArray:
+    """int_start^end f(y) dy, over panels of at most one unit that end at `kinks`.
 
     f      (n,) -> (..., n), float64
-    kinks  points between start and end, in the order in which they are passed
+    kinks  points between start and end where f is not smooth, in order from start to end
     """
     ends = np.concatenate([[start], [] if kinks is None else kinks, [end]])
     pieces = [np.linspace(a, b, int(np.ceil(abs(b - a) / _PANEL)) + 1)[:-1] for a, b in pairwise(ends.tolist())]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     shift_history,
     step_moments,
@@ -24,23 +24,24 @@ from fewstep.solvers.schedule.grid import Grid
 def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) -> Iterator[Stage]:
     """Refined exponential solver, second-order multistep (Zhang et al. 2023; ComfyUI's sample_res_multistep).
 
-    eta  0 is the ODE, 1 ComfyUI's sample_res_multistep_ancestral: the step ends at a lower noise level and
-         fresh noise lifts it to the grid's
+    eta          0 is the ODE, 1 ComfyUI's sample_res_multistep_ancestral: the step ends at a lower noise level, and
+                 fresh noise brings it up to the grid's
+    final_order  None, the last step's order, or a rule of the field: see `check_final_order`
 
-    The difference is taken over the way from the point before s to the lower level at which that step ended,
-    as in ComfyUI. With eta = 1 that is twice the grid's step, as is the new one: weak order two.
+    As in ComfyUI, the divided difference is over the previous step down to the lower level at which it ended. With
+    eta = 1 both that step and this one are twice as long as the grid's: the weak order is two.
     """
     at_least("eta", eta, 0.0)
     check_final_order(final_order, 2)
-    down_before = math.nan  # log(sigma/alpha) at which the step before ended, below the grid's point
+    down_before = math.nan  # log(sigma/alpha) at which the previous step ended, before its fresh noise
     for k, (s, t) in enumerate(grid.pairs):
         row = ancestral_row(s, t, eta)
-        end = row["x"] * s.sigma  # sigma of the level that the step goes down to
+        end = row["x"] * s.sigma  # sigma at the end of the step, before its fresh noise
         down = math.log(end / t.alpha) if end > 0.0 else -math.inf
         h = -grid.lam[k] - down
         finite = math.isfinite(h) and math.isfinite(down_before)
         if usable_order(grid, k, 2, final_order) == 2 and finite:
             c2 = (down_before + grid.lam[k - 1]) / h
-            row = add_polynomial(row, "m", {"h1": c2}, step_moments(h, 2), t.alpha)
+            row = add_differences(row, "m", {"h1": c2}, step_moments(h, 2), t.alpha)
         yield Stage(s, {"x": row, **shift_history(k, 1)}, t)
         down_before = down

@@ -1,8 +1,8 @@
 """Runge-Kutta samplers over the probability-flow ODE: Heun, RK4, any explicit tableau, EDM's samplers, Restart.
 
-The ODE is integrated in a frame (see `frames`): y = x / scale on a clock u, d = dy/du. An inner stage of the
-tableau is a call of the denoiser at the frame's u. A step that ends at sigma 0 is Euler's, because d has no
-limit there; so is one that starts where u is infinite (alpha 0 in the sigma frame).
+The ODE is integrated as y(u) with slope d = dy/du, both as in `coordinates`. Each stage of the tableau is one call of
+the denoiser. A step to sigma 0 is Euler's, because d has no limit there; so is a step from infinite u (alpha 0 in
+"sigma"). `edm` is the worked example.
 """
 
 from __future__ import annotations
@@ -12,100 +12,77 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fewstep.solvers.families.coordinates import (
-    FRAMES,
+    COORDINATES,
     LINEAR,
     VE,
-    Frame,
-    edm_frame,
-    frame_scale,
+    Coordinates,
+    edm_coordinates,
+    pick_coordinates,
     pick_frame,
     vp_schedule,
 )
-from fewstep.solvers.families.renoise import ancestral_split, churn_points, enter, leave, renoised, scaled
-from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, second_order
+from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
+from fewstep.solvers.families.rows import plus, scaled
+from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, Weights, second_order
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
-__all__ = ["frame_scale", "pick_frame"]
+
+def rk_step(
+    grid: Grid, tableau: Tableau, coords: Coordinates, s: Point, t: Point, inner: Sequence[Point] = ()
+) -> Iterator[Stage]:
+    """One step from s to t: y_i = y + h sum_j a_ij d_j, y' = y + h sum_j b_j d_j, where d_i is the slope at y_i.
+
+    Call i is made on y_i, so its row "x" is y_(i+1), and that of the last call y'. What later calls need is kept in
+    slots: y_i so far as sum<i>, which takes one slot for each open sum instead of one for each slope; where too many
+    are open (`Tableau.partial`), y and the slopes d<i>.
+
+    inner  the points of calls 1, 2 ... where the caller knows them; else they are at u + c_i h
+    """
+    sums = [*tableau.a, tableau.b]  # sums[i] is row i of a, the last one b
+    u, h = coords.time(s), coords.time(t) - coords.time(s)
+    # c = 1 is t itself: 1/u in the slope would amplify the rounding error of u + h.
+    inner = inner or [t if abs(c - 1.0) < 1e-12 else coords.point(grid, u + c * h) for c in tableau.c[1:]]
+
+    def known(j: int, i: int) -> dict[str, float]:
+        """y_j before call i: y + h sum_(k<i) a_jk d_k."""
+        y = {"y": 1.0} if i else {"x": 1.0 / coords.scale(s)}
+        if not tableau.partial:
+            return y | {f"d{k}": h * weight for k, weight in enumerate(sums[j][:i]) if weight}
+        return {f"sum{j}": 1.0} if any(sums[j][:i]) else y
+
+    for i, (here, there) in enumerate(pairwise([s, *inner, t])):
+        d = coords.slope(here)
+        rows: dict[str, Row] = {} if i else {"y": known(0, 0)}
+        if tableau.partial:
+            rows |= {f"sum{j}": plus(known(j, i), h * sums[j][i], d) for j in range(i + 2, len(sums)) if sums[j][i]}
+        else:
+            rows[f"d{i}"] = d
+        if i == 0 and coords.straight:
+            # y + h a_10 d_0 is Euler's step; 1 + h a_10 / u would cancel where u falls by orders of magnitude.
+            x = first_order(s, there)
+        else:
+            x = scaled(plus(known(i + 1, i), h * sums[i + 1][i], d), coords.scale(there))
+        yield Stage(here, {"x": x, **rows}, there, done=i + 1 == len(tableau.a), exact=coords.straight)
 
 
-class Leg(NamedTuple):
-    """A step from s to t; done: whether it completes a step of the grid."""
+class Step(NamedTuple):
+    """From s to t; done: whether it completes a step of the grid."""
 
     s: Point
     t: Point
     done: bool = True
 
 
-def rk_step(
-    grid: Grid,
-    tableau: Tableau,
-    frame: Frame,
-    s: Point,
-    t: Point,
-    renoise: Sequence[Point] = (),
-    inner: Sequence[Point] = (),
-) -> Iterator[Stage]:
-    """The stages of one step from s to t, then churn up to `renoise` if it is given.
-
-    The sum of each later stage is kept as a partial sum that grows call by call, so that a tableau needs one
-    slot for each sum still open instead of one for each slope; where that is too many, slopes d are kept.
-
-    inner  the points of the inner calls where they are known, so that u0 + c h rounds nothing
-    """
-    sums = [*tableau.a, tableau.b]  # sums[i] leads to stage i; the last one leads to t
-    u0, h = frame.time(s), frame.time(t) - frame.time(s)
-    here = s
-    for i in range(len(tableau.a)):
-        slope = frame.slope(here)
-        anchor: Row = {"x": 1.0 / frame.scale(s)} if i == 0 else {"y": 1.0}
-
-        def grown(j: int, i: int = i, slope: Row = slope, anchor: Row = anchor) -> dict[str, float]:
-            """Sum j with this stage's slope added; before its first slope it is the anchor y."""
-            earlier = sums[j][:i]
-            row = dict(anchor)
-            if tableau.partial and any(earlier):
-                row = {f"sum{j}": 1.0}
-            elif not tableau.partial:
-                row |= {f"d{k}": h * weight for k, weight in enumerate(earlier) if weight}
-            for source, value in slope.items():
-                row[source] = row.get(source, 0.0) + h * (sums[j][i] if i < len(sums[j]) else 0.0) * value
-            return row
-
-        rows: dict[str, Row] = {"y": anchor} if i == 0 else {}
-        if tableau.partial:
-            rows |= {f"sum{j}": grown(j) for j in range(i + 2, len(sums)) if sums[j][i]}
-        else:
-            rows[f"d{i}"] = slope
-        last = i + 1 == len(tableau.a)
-        there = t if last else _inner_point(grid, tableau, frame, u0, h, t, inner, i + 1)
-        # The first sum is Euler's way to `there`; 1 + h a_10 / u0 would cancel where u falls by orders of magnitude.
-        row = first_order(s, there) if i == 0 and frame.straight else scaled(grown(i + 1), frame.scale(there))
-        if last:
-            row, there = leave(row, t, renoise)
-        yield Stage(here, {"x": row, **rows}, there, done=last, exact=frame.straight)
-        here = there
-
-
-def _inner_point(
-    grid: Grid, tableau: Tableau, frame: Frame, u0: float, h: float, t: Point, inner: Sequence[Point], i: int
-) -> Point:
-    if inner:
-        return inner[i - 1]
-    c = tableau.c[i]
-    # c = 1 is t itself: 1/u in the slope amplifies a rounding error of u0 + h.
-    return t if abs(c - 1.0) < 1e-12 else frame.point(grid, u0 + c * h)
-
-
-# What a step uses: its tableau, and the points of its inner calls where they are known.
+# (k, s, t) of a step -> its tableau, and the points of its inner calls where they are known.
 Method = Callable[[int, Point, Point], tuple[Tableau, Sequence[Point]]]
 
 
@@ -113,31 +90,33 @@ def always(tableau: Tableau) -> Method:
     return lambda k, s, t: (tableau, ())
 
 
-def _run(grid: Grid, method: Method, frame: Frame, legs: Sequence[Leg]) -> Iterator[Start | Stage]:
-    """Every leg by its method; noise is added between two legs where the next one starts above the end."""
-    yield from enter(grid.points[0], legs[0].s)
-    for k, (s, t, done) in enumerate(legs):
-        following = [leg.s for leg in legs[k + 1 : k + 2]]
-        finite = math.isfinite(frame.time(s)) and math.isfinite(frame.time(t))
-        if not finite or (t.sigma == 0.0 and frame.straight):
-            row, to = leave(first_order(s, t), t, following)
-            yield Stage(s, {"x": row}, to, done)
-            continue
-        tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
-        for stage in rk_step(grid, tableau, frame, s, t, following, inner):
-            yield stage if done else replace(stage, done=False)
+def _integrate(grid: Grid, steps: Sequence[Step], method: Method, coords: Coordinates) -> Iterator[Start | Stage]:
+    """Every step by its method, with noise where a step starts above the end of the one before it (churn, Restart)."""
+
+    def stages() -> Iterator[Stage]:
+        for k, (s, t, done) in enumerate(steps):
+            finite = math.isfinite(coords.time(s)) and math.isfinite(coords.time(t))
+            if not finite or (t.sigma == 0.0 and coords.straight):
+                yield Stage(s, {"x": first_order(s, t)}, t, done)
+                continue
+            tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
+            for stage in rk_step(grid, tableau, coords, s, t, inner):
+                yield stage if done else replace(stage, done=False)
+
+    return with_churn(grid.points[0], stages())
 
 
-def _churned(grid: Grid, s_churn: float, s_tmin: float, s_tmax: float) -> list[Leg]:
-    hats = churn_points(grid, s_churn, s_tmin, s_tmax)
-    return [Leg(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
+def _steps(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> list[Step]:
+    """The grid's steps, from t_hat to t."""
+    hats = churned_points(grid, s_churn, s_tmin, s_tmax)
+    return [Step(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
 
 
-def _frame(grid: Grid, frame: str | None) -> Frame:
-    return FRAMES[pick_frame(grid, frame, tuple(FRAMES))]
+def _coordinates(grid: Grid, frame: str | None) -> Coordinates:
+    return pick_coordinates(grid, frame, tuple(COORDINATES))
 
 
-def _second_order(alpha: Any) -> Tableau:
+def _second_order(alpha: object) -> Tableau:
     if not (isinstance(alpha, Real) and 0.0 < float(alpha) <= 1.0):
         raise ValueError(f"alpha must be a number with 0 < alpha <= 1, got {alpha!r}")
     return second_order(float(alpha))
@@ -157,24 +136,26 @@ def heun(
 ) -> Iterator[Start | Stage]:
     """Heun's second-order method (Karras et al. 2022, Algorithm 1); Euler on a step to sigma 0.
 
-    alpha  where the second call is: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's (eq. 17)
+    alpha  the place of the second call in the step: 1/2 is the midpoint method, 2/3 Ralston's, 1 Heun's (eq. 17)
     frame  "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     method = always(_second_order(alpha))
-    yield from _run(grid, method, _frame(grid, frame), _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), method, _coordinates(grid, frame))
 
 
 @solver("rk4")
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
     """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
-    yield from _run(grid, always(RK4), _frame(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _integrate(grid, _steps(grid), always(RK4), _coordinates(grid, frame))
 
 
 @solver("runge_kutta")
-def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | None = None) -> Iterator[Start | Stage]:
-    """Any explicit Runge-Kutta method (Butcher 1963) in any frame; Euler on a step to sigma 0.
+def runge_kutta(
+    grid: Grid, tableau: str | Tableau | Weights = "bogacki_shampine", frame: str | None = None
+) -> Iterator[Start | Stage]:
+    """Any explicit Runge-Kutta method (Butcher 1963); Euler on a step to sigma 0.
 
-    tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): a[i] holds the i weights of stage i, b sums to 1
+    tableau  a name of `tableaux.TABLEAUX` or a pair (a, b): row i of a has i weights, b sums to 1
     frame    "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
     """
     if isinstance(tableau, str):
@@ -182,18 +163,17 @@ def runge_kutta(grid: Grid, tableau: object = "bogacki_shampine", frame: str | N
         tableau = TABLEAUX[tableau]
     elif not isinstance(tableau, Tableau):
         tableau = Tableau.of(tableau)
-    assert isinstance(tableau, Tableau)
-    yield from _run(grid, always(tableau), _frame(grid, frame), [Leg(*pair) for pair in grid.pairs])
+    yield from _integrate(grid, _steps(grid), always(tableau), _coordinates(grid, frame))
 
 
 # --- tableaux that depend on the step ---
 
 
-def _midpoint(grid: Grid, frame: Frame, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
-    """DPM-Solver-2 as k-diffusion has it: the slope at the geometric mean of both ends' u."""
-    u0, u1 = frame.time(s), frame.time(t)
+def _midpoint(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
+    """k-diffusion's DPM-Solver-2: the slope at the geometric mean of u at both ends."""
+    u0, u1 = coords.time(s), coords.time(t)
     u = math.sqrt(u0 * u1)
-    return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [frame.point(grid, u)]
+    return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [coords.point(grid, u)]
 
 
 @solver("dpm2")
@@ -205,28 +185,29 @@ def dpm2(
     s_tmax: float = math.inf,
 ) -> Iterator[Start | Stage]:
     """k-diffusion's sample_dpm_2 (Crowson 2022, after Karras et al. 2022, Algorithm 2): the slope at sqrt(u u')."""
-    on = FRAMES[pick_frame(grid, frame)]
-    legs = _churned(grid, s_churn, s_tmin, s_tmax)
-    yield from _run(grid, lambda k, s, t: _midpoint(grid, on, s, t), on, legs)
+    coords = pick_coordinates(grid, frame)
+    steps = _steps(grid, s_churn, s_tmin, s_tmax)
+    yield from _integrate(grid, steps, lambda k, s, t: _midpoint(grid, coords, s, t), coords)
 
 
 @solver("dpm2_ancestral")
 def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """k-diffusion's sample_dpm_2_ancestral (Crowson 2022): dpm2 down to a lower noise level, then noise up to sigma'.
 
-    frame  "flow" is ComfyUI's form for rectified flow
+    frame  "sigma" is k-diffusion's form, "flow" ComfyUI's for rectified flow; by default flow time for flow models,
+           sigma for others
     """
     at_least("eta", eta, 0.0)
     name = pick_frame(grid, frame)
-    on = FRAMES[name]
+    coords = COORDINATES[name]
     for s, t in grid.pairs:
         keep, fresh = ancestral_split(s, t, eta, name)
         down = Point(t.t, t.alpha, keep * t.sigma)
-        if down.sigma == 0.0 or not math.isfinite(on.time(s)):
+        if down.sigma == 0.0 or not math.isfinite(coords.time(s)):
             yield Stage(s, {"x": renoised(s, t, keep, fresh)}, t)
             continue
-        tableau, mid = _midpoint(grid, on, s, down)
-        *before, last = rk_step(grid, tableau, on, s, down, inner=mid)
+        tableau, mid = _midpoint(grid, coords, s, down)
+        *before, last = rk_step(grid, tableau, coords, s, down, inner=mid)
         yield from before
         yield replace(last, rows={**last.rows, "x": {**last.rows["x"], "z": fresh * t.sigma}}, to=t, span=(s, t))
 
@@ -241,11 +222,11 @@ def heunpp2(
 ) -> Iterator[Start | Stage]:
     """Heun++ (ComfyUI's sample_heunpp2, 2023): the slopes of this and the next two noise levels, weighed by u / u_0.
 
-    The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 make it of first order. The step before
-    the last leaves the third call out (w_2 = u' / (2 u_0)), the last is Euler's.
+    The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 give order one. The last step but one has
+    no third call (w_2 = u' / (2 u_0)), the last is Euler's.
     """
-    on = FRAMES[pick_frame(grid, frame)]
-    us = [on.time(p) for p in grid.points]
+    coords = pick_coordinates(grid, frame)
+    us = [coords.time(p) for p in grid.points]
     top = next(u for u in us if math.isfinite(u))
 
     def method(k: int, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
@@ -255,10 +236,10 @@ def heunpp2(
             w = us[k + 1] / (2.0 * top)
             return Tableau(((), (1.0,)), (1.0 - w, w)), [t]
         w2, w3 = us[k + 1] / (3.0 * top), us[k + 2] / (3.0 * top)
-        a = ((), (1.0,), (1.0, (us[k + 2] - us[k + 1]) / (us[k + 1] - on.time(s))))
+        a = ((), (1.0,), (1.0, (us[k + 2] - us[k + 1]) / (us[k + 1] - coords.time(s))))
         return Tableau(a, (1.0 - w2 - w3, w2, w3)), [t, grid.points[k + 2]]
 
-    yield from _run(grid, method, on, _churned(grid, s_churn, s_tmin, s_tmax))
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), method, coords)
 
 
 # --- EDM ---
@@ -271,9 +252,23 @@ def edm(
     """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): Heun in sigma with churn.
 
     The defaults are the paper's for ImageNet-64 (Table 5), which also scales the noise: s_noise=1.003.
-    alpha is the second call's place, as in heun.
+    alpha is the place of the second call, as in heun.
+
+    Algorithm 2, lines 4 to 11, beside what computes each; x stands for x / alpha, t for sigma / alpha, D for the x0
+    prediction m (a test runs these lines against the plan):
+
+        gamma = min(S_churn / N, sqrt(2) - 1) if S_tmin <= t_cur <= S_tmax else 0  # churned_points
+        t_hat = t_cur + gamma * t_cur                            # churned_points
+        x_hat = x_cur + sqrt(t_hat**2 - t_cur**2) * eps          # with_churn: "z" of the row "x" before, or Start
+        d_cur = (x_hat - D(x_hat, t_hat)) / t_hat                # rk_step: d of call 0
+        x_next = x_hat + (t_next - t_hat) * d_cur                # first_order(t_hat, t_next), the row "x" of call 0
+        if t_next != 0:                                          # _integrate
+            d_prime = (x_next - D(x_next, t_next)) / t_next      # rk_step: d of call 1
+            d_mean = d_cur / 2 + d_prime / 2                     # HEUN.b; call 0 keeps x_hat + h d_cur / 2 as "sum2"
+            x_next = x_hat + (t_next - t_hat) * d_mean           # "sum2" + h d_prime / 2, the row "x" of call 1
     """
-    yield from _run(grid, always(_second_order(alpha)), FRAMES["sigma"], _churned(grid, s_churn, s_tmin, s_tmax))
+    steps = _steps(grid, s_churn, s_tmin, s_tmax)
+    yield from _integrate(grid, steps, always(_second_order(alpha)), COORDINATES["sigma"])
 
 
 @solver("edm_general")
@@ -293,55 +288,58 @@ def edm_general(
 
     schedule  sigma(t): "linear" is t (EDM, iDDPM, DDIM), "ve" sqrt(t), "vp" sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)
     scaling   s(t): "none" is 1, "vp" 1 / sqrt(1 + sigma(t)^2)
-    alpha     where the second call is in t: 1/2 midpoint, 2/3 Ralston, 1 Heun
+    alpha     the place of the second call in t: 1/2 midpoint, 2/3 Ralston, 1 Heun
     method    "heun", or "euler" without the second call
 
-    The last step, to t = 0, is Euler's in t as in the paper: for "ve" and "vp" it leaves about half of the last
-    noise level, for "linear" none. The time steps {t_i} are the grid's.
+    The last step, to t = 0, is Euler's in t as in the paper: it leaves about half of the last noise level for "ve" and
+    "vp", and none for "linear". The time steps {t_i} are the grid's.
     """
     one_of("schedule", schedule, ("linear", "ve", "vp"))
     one_of("scaling", scaling, ("none", "vp"))
     one_of("method", method, ("heun", "euler"))
     at_least("beta_d", beta_d, 0.0)
     between("beta_min", beta_min, 1e-9, math.inf)
-    clock = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
+    sigma_of_t = {"linear": LINEAR, "ve": VE, "vp": vp_schedule(beta_d, beta_min)}[schedule]
     tableau = _second_order(alpha) if method == "heun" else EULER
-    on = edm_frame(clock, scaling == "vp")
-    yield from _run(grid, always(tableau), on, _churned(grid, s_churn, s_tmin, s_tmax))
+    coords = edm_coordinates(sigma_of_t, scaling == "vp")
+    yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), always(tableau), coords)
 
 
 # --- Restart ---
 
 Interval = tuple[int, int, float, float]
 
-# (points, repeats, lowest, highest) for the CIFAR-10 network of EDM, the released code's params_cifar10_edm.txt
+# (points, repeats, lowest, highest) for EDM's CIFAR-10 network: params_cifar10_edm.txt of the released code
 CIFAR10: tuple[Interval, ...] = ((3, 2, 0.14, 0.30),)
 
 
 @solver("restart")
 def restart(grid: Grid, intervals: Sequence[Interval] | None = None, rho: float = 7.0) -> Iterator[Start | Stage]:
-    """Restart sampling (Xu et al. 2023, Algorithm 1): Heun, and at each interval's end K times back up and down again.
+    """Restart sampling (Xu et al. 2023, Algorithm 1): Heun, restarted K times at the top of each interval.
 
-    intervals  (points, repeats, lowest, highest) each: at the grid's point nearest to sigma/alpha = lowest, noise
-               is added up to `highest` and Heun takes points - 1 steps down again, `repeats` times. None is the
-               paper's for CIFAR-10, ((3, 2, 0.14, 0.30),), where the grid has a point to start from
-    rho        the spacing of these points (Karras et al. 2022, eq. 5)
+    intervals  of (points, repeats, lowest, highest): at the grid's point nearest to sigma/alpha = lowest, `repeats`
+               times, noise is added up to `highest` and Heun takes points - 1 steps down again. None is the paper's
+               choice for CIFAR-10, ((3, 2, 0.14, 0.30),), if the grid has a point to restart from
+    rho        spacing of the points of an interval (Karras et al. 2022, eq. 5)
     """
     between("rho", rho, 1e-9, math.inf)
-    again: dict[int, list[Leg]] = {}
+    again: dict[int, list[Step]] = {}
     for interval in CIFAR10 if intervals is None else intervals:
         at = _restart_index(grid, interval, must=intervals is not None)
         if at is not None:
-            again.setdefault(at, []).extend(_restart_legs(grid, grid.points[at], interval, rho))
-    legs = []
+            again.setdefault(at, []).extend(_restart_steps(grid, grid.points[at], interval, rho))
+    steps: list[Step] = []
     for k, (s, t) in enumerate(grid.pairs, 1):
-        path = [Leg(s, t), *again.get(k, ())]
-        legs += [*(leg._replace(done=False) for leg in path[:-1]), path[-1]]
-    yield from _run(grid, always(HEUN), FRAMES["sigma"], legs)
+        path = [Step(s, t), *again.get(k, ())]
+        steps += [*(step._replace(done=False) for step in path[:-1]), path[-1]]
+    yield from _integrate(grid, steps, always(HEUN), COORDINATES["sigma"])
 
 
 def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
-    """The grid's point at which an interval restarts. Raises ValueError for a bad one, or for none if it must be."""
+    """The index of the grid's point at which an interval restarts, or None if there is none.
+
+    Raises ValueError for a bad interval, and with `must` also if there is no such point.
+    """
     points, repeats, lowest, highest = interval
     if not (isinstance(points, int) and points >= 2 and isinstance(repeats, int) and repeats >= 0):
         raise ValueError(f"intervals: points must be an int >= 2 and repeats an int >= 0, got {interval!r}")
@@ -356,9 +354,9 @@ def _restart_index(grid: Grid, interval: Interval, must: bool) -> int | None:
     return None
 
 
-def _restart_legs(grid: Grid, bottom: Point, interval: Interval, rho: float) -> list[Leg]:
+def _restart_steps(grid: Grid, bottom: Point, interval: Interval, rho: float) -> list[Step]:
     points, repeats, _, highest = interval
     inner = np.linspace(highest ** (1 / rho), bottom.ratio ** (1 / rho), points)[:-1] ** rho
     inner[0] = highest
     path = [*(grid.process.point_at_sigma(float(r)) for r in inner), bottom]
-    return [Leg(s, t) for _ in range(repeats) for s, t in pairwise(path)]
+    return [Step(s, t) for _ in range(repeats) for s, t in pairwise(path)]

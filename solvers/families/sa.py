@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     corrector_nodes,
     data_row,
@@ -15,9 +15,9 @@ from fewstep.solvers.families.exponential import (
     moments,
     shift_history,
     step_moments,
-    substitute,
     usable_order,
 )
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.plan import Row, Stage
 from fewstep.solvers.plans.registry import solver
@@ -39,17 +39,17 @@ def sa_solver(
 ) -> Iterator[Stage]:
     """SA-Solver (Xue et al. 2023, Algorithm 1) on the x0 prediction.
 
-    tau              how stochastic a step is, 0 the ODE and 1 the reverse SDE: a number, (tau, low, high) for
-                     tau while low <= sigma/alpha <= high and 0 elsewhere, or a function of the Point reached
-    predictor_order  1 to 4, predictions at and before the start of the step (eq. 15)
-    corrector_order  0 to 4, predictions at and before its end (eq. 18), the released code's count: one more
-                     than the paper's s; 0 is none
-    pc_mode          "PEC", or "PECE": a second call, at the corrected sample
-    simple_order_2   the released code's weights for two predictions: h/2 for the exact moment (appendix D)
+    tau              stochasticity, 0 for the ODE and 1 for the reverse SDE: a number; (tau, low, high) for tau where
+                     low <= sigma/alpha <= high and 0 elsewhere; or a function of the Point at the end of the step
+    predictor_order  1 to 4, the number of predictions at and before the start of the step (eq. 15)
+    corrector_order  0 to 4, the number of predictions at and before its end (eq. 18), as the released code counts: one
+                     more than the paper's s; 0 is no corrector
+    pc_mode          "PEC", or "PECE" with a second call at the corrected sample
+    simple_order_2   the released code's weights for two predictions: h/2 in place of the exact moment (appendix D)
     final_order      None, the last step's order, or a rule of the field; the released code's is "sa_solver"
 
-    Slot "c" is the part of the corrected sample that is known before its call: exp(-tau^2 h) sigma'/sigma x
-    and the noise of the predictor, which the corrector uses again.
+    Slot "c" is the part of the corrected sample that is known before the call: exp(-tau^2 h) sigma'/sigma x and the
+    predictor's noise, which the corrector uses again.
     """
     one_of("predictor_order", predictor_order, (1, 2, 3, 4))
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
@@ -69,9 +69,9 @@ def sa_solver(
         x = substitute(data_row(grid, k, order, rule, eta=eta), "x", corrected)
         rows: dict[str, Row] = {"x": x, **shift_history(k, depth)}
         last = k + 1 == grid.steps
-        # After a step of infinite h there is nothing to correct: only its first-order row has a limit.
+        # A step with infinite h is not corrected: only its first-order row has a limit.
         if corrector_order > 0 and not last and math.isfinite(grid.lam[k]):
-            linear, _ = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
+            linear = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
             rows["c"] = substitute({**linear, "m": 0.0}, "x", corrected)
             older = usable_order(grid, k, corrector_order - 1, final_order)
             corrected = corrector_row(grid, k, older, eta, rule)
@@ -81,18 +81,18 @@ def sa_solver(
 
 
 def corrector_row(grid: Grid, k: int, older: int, eta: float, rule: str) -> dict[str, float]:
-    """The corrected end of step k (eq. 18), from the prediction at it and the `older` ones before."""
+    """The corrected sample at the end of step k (eq. 18), from the prediction there and `older` earlier ones."""
     z = (1.0 + eta) * (grid.lam[k + 1] - grid.lam[k])
     (m0,) = moments(z, 0)
     alpha = grid.points[k + 1].alpha
     if older == 0:
         return {"c": 1.0, "m": alpha * m0}
     nodes, integrals = corrector_nodes(grid, k, older), step_moments(z, older + 1, rule)
-    return add_polynomial({"c": 1.0, "h1": alpha * m0}, "h1", nodes, integrals, alpha)
+    return add_differences({"c": 1.0, "h1": alpha * m0}, "h1", nodes, integrals, alpha)
 
 
 def tau_function(tau: Tau) -> Callable[[Point], float]:
-    """tau(t) from the option. Raises ValueError for a negative strength or an interval that is not one."""
+    """The option tau as a function of a Point. Raises ValueError if tau is negative or its interval is empty."""
     if callable(tau):
         given = tau
 

@@ -1,7 +1,6 @@
 """Exponential singlestep samplers: each step calls the denoiser at points of its own and keeps no history.
 
-lambda = log(alpha / sigma), h = lambda_t - lambda_s. Each is a tableau of
-exponential_rk.py and a rule for its noise.
+lambda = log(alpha / sigma), h = lambda_t - lambda_s. Each is a tableau of exponential_rk.py and a rule for its noise.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
-# How the field names the two weights of a prediction's slope over the step.
+# The field's names for the weights of the prediction's slope in a step.
 VARIANTS = {"dpmsolver": "midpoint", "taylor": "heun"}
 PHI_VARIANTS = {"phi_1": "midpoint", "phi_2": "heun"}
 
@@ -53,8 +52,8 @@ def dpm_solver_1s(grid: Grid) -> Iterator[Stage]:
 def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-2 (Lu et al. 2022a, Algorithm 1; the general r1 and "taylor" are the released code's).
 
-    r1       the inner call's place in the step's log-SNR, 0 < r1 <= 1
-    variant  "dpmsolver" or "taylor", how the slope of the noise prediction is weighed
+    r1       the place of the inner call in the step's log-SNR, 0 < r1 <= 1
+    variant  "dpmsolver" or "taylor": how the slope of the noise prediction is weighed
     """
     increasing(r1=r1)
     one_of("variant", variant, tuple(VARIANTS))
@@ -75,13 +74,13 @@ def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str
 def dpm_solver_fast(grid: Grid, order: int = 3, eta: float = 0.0) -> Iterator[Stage]:
     """DPM-Solver-fast (Lu et al. 2022a; k-diffusion's sample_dpm_fast): a budget of `grid.steps` calls.
 
-    Only the ends of the grid are used. Between them the solver lays out its own steps, uniform in log-SNR: of
-    order 3 for triples of calls, then of 2 and 1, or 1, or 2 for the rest. Each call counts as a step of the
-    grid, so nfe = steps. A first step from alpha 0 or a last one to sigma 0 is the grid's own and one call.
+    Only the ends of the grid are used. Between them the solver lays out its own steps, uniform in log-SNR: steps of
+    order 3, with three calls each, then of orders 2 and 1, or 1, or 2 for the remaining calls. Each call counts as a
+    step of the grid, so nfe = steps. A first step from alpha 0 or a last one to sigma 0 is the grid's own and one call.
 
-    order  the largest order (the released code's): 2 takes pairs of calls, 1 is DDIM on the uniform grid
-    eta    ancestral noise (k-diffusion's). No step goes below the last noise level, so one that ends there
-           draws none
+    order  the largest order: 2 takes pairs of calls, 1 is DDIM on the uniform grid
+    eta    ancestral noise, as in k-diffusion. No step goes below the last noise level, so a step that ends there draws
+           none
     """
     one_of("order", order, (1, 2, 3))
     at_least("eta", eta, 0.0)
@@ -104,7 +103,7 @@ def _fast_steps(grid: Grid, order: int) -> Iterator[tuple[Point, Point, int]]:
         yield points[0], points[1], 1
     budget = len(inside) - 1
     if budget > 0:
-        # Order 3 never ends on itself: a multiple of three is ... 3, 2, 1.
+        # The last step is not of order 3: a multiple of three calls ends in orders 3, 2, 1.
         full = budget // order - (order == 3 and budget % 3 == 0)
         rest = budget - full * order
         orders = [*[order] * full, *([2, 1] if rest == 3 else [rest] if rest else [])]
@@ -122,7 +121,7 @@ def _fast_steps(grid: Grid, order: int) -> Iterator[tuple[Point, Point, int]]:
 
 @solver("dpmpp_2s")
 def dpmpp_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
-    """DPM-Solver++(2S) (Lu et al. 2022b, Algorithm 1; "taylor" is the released code's).
+    """DPM-Solver++(2S) (Lu et al. 2022b, Algorithm 1; "taylor" as in the released code).
 
     r1, variant  as in dpm_solver_2s
     """
@@ -145,8 +144,8 @@ def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "d
 def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """Ancestral DPM-Solver++(2S) (k-diffusion, 2022): 2S down to a lower noise level, then noise up again.
 
-    frame  how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default the
-           process's own
+    frame  how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default flow time for
+           flow models, sigma for others
     """
     at_least("eta", eta, 0.0)
     frame = pick_frame(grid, frame)
@@ -159,11 +158,11 @@ def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -
 def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5, path: str | None = "snr") -> Iterator[Stage]:
     """SDE-DPM-Solver++(2S) (Lu et al. 2022b, with k-diffusion's ancestral noise: its sample_dpmpp_sde).
 
-    r     the inner call's place in the step's log-SNR, 0 < r <= 1
-    path  how much of the step's draw is the inner call's. "snr": both belong to one Brownian path on the
-          SDE's own clock (alpha/sigma)^2, as in SEEDS; "sigma": on the clock of k-diffusion's and ComfyUI's
-          noise sampler (sigma/alpha; flow time for flow models); None: independent draws. Mean and variance
-          are of weak order 2 on a path, and of order 1 without
+    r     the place of the inner call in the step's log-SNR, 0 < r <= 1
+    path  how the draws of the inner call and of the step are correlated. "snr": both are increments of one Brownian
+          path in the SDE's own time (alpha/sigma)^2, as in SEEDS; "sigma": in the time of k-diffusion's and ComfyUI's
+          noise samplers (sigma/alpha; flow time for flow models); None: independent draws. Mean and variance have weak
+          order 2 on a path, and order 1 without
     """
     at_least("eta", eta, 0.0)
     increasing(r=r)
@@ -180,19 +179,19 @@ def dpmpp_sde(grid: Grid, eta: float = 1.0, r: float = 0.5, path: str | None = "
         last = _sde_target(s, t, eta, (1.0 - half, half), (math.sqrt(shared), math.sqrt(1.0 - shared)))
         *before, end = stages(s, [inner, last], X0)
         yield from before
-        # Draws that follow no path are each over all that they noise.
+        # Independent draws each cover all that they noise.
         yield end if path else replace(end, span=(s, t))
 
 
 def _sde_target(s: Point, t: Point, eta: float, f: Sequence[float], z: Sequence[float]) -> Target:
-    """The first-order ancestral row from s to t for the prediction and the draw that f and z combine."""
+    """The first-order ancestral step from s to t; f and z weigh the predictions and the draws of the calls so far."""
     keep, fresh = ancestral_split(s, t, eta, "sigma")
     m = -t.alpha * math.expm1(-step_size(s, Point(t.t, t.alpha, keep * t.sigma)))
     return Target(t, keep * t.sigma / s.sigma, tuple(m * v for v in f), tuple(fresh * t.sigma * v for v in z))
 
 
 def _inner_share(grid: Grid, s: Point, p: Point, t: Point, path: str | None) -> float:
-    """The part of the clock's time from s to t that is over at p: the two draws' squared correlation."""
+    """The fraction of the path's time from s to t that lies before p: the squared correlation of the two draws."""
     if path is None:
         return 0.0
     if path == "sigma":
@@ -213,7 +212,7 @@ def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     y_2 = exp(-c_2 h) y + c_2 h phi_1(-c_2 h) D_1
     y'  = exp(-h) y + h (phi_1 - phi_2 / c_2) D_1 + h phi_2 / c_2 D_2,    phi_j at -h
 
-    c2  the inner call's place in the step's log-SNR, 0 < c2 <= 1
+    c2  the place of the inner call in the step's log-SNR, 0 < c2 <= 1
     """
     increasing(c2=c2)
     for s, t in grid.pairs:
@@ -224,8 +223,8 @@ def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
 def seeds_2(grid: Grid, eta: float = 1.0, r1: float = 0.5, variant: str = "phi_1") -> Iterator[Stage]:
     """SEEDS-2 (Gonzalez et al. 2023, in x0 prediction as ComfyUI's sample_seeds_2). eta = 0 is the ODE.
 
-    r1       the inner call's place in the step's log-SNR, 0 < r1 <= 1; 1 is exponential Heun
-    variant  "phi_1" or "phi_2", the slope's weight: "dpmsolver" and "taylor" of the other solvers
+    r1       the place of the inner call in the step's log-SNR, 0 < r1 <= 1; 1 is exponential Heun
+    variant  "phi_1" or "phi_2", the weight of the slope: "dpmsolver" and "taylor" of the other solvers
     """
     at_least("eta", eta, 0.0)
     increasing(r1=r1)

@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods as data that checks itself."""
+"""Butcher tableaux of explicit Runge-Kutta methods."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# A stage of the fused kernel writes five slots, and one of them may be the x0 prediction of a callback.
+# Sums that can be open at once: the fused kernel writes five slots, one of which may be the x0 prediction.
 _OPEN = 4
+
+# (a, b) of a Butcher tableau.
+Weights = tuple[Sequence[Sequence[float]], Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Tableau:
     """y_i = y + h sum_j a_ij d_j, y' = y + h sum_j b_j d_j (Butcher).
 
-    Raises ValueError unless row i of `a` has i finite numbers, and b, one for each row, sums to 1.
+    Raises ValueError unless row i of `a` has i finite numbers and b has one for each row, with sum 1.
     """
 
     a: tuple[tuple[float, ...], ...]
@@ -23,19 +26,19 @@ class Tableau:
     def __post_init__(self) -> None:
         if not self.a or [len(row) for row in self.a] != list(range(len(self.a))):
             raise ValueError(
-                f"tableau: row i of a holds i numbers, an explicit method's; got lengths {[*map(len, self.a)]}"
+                f"tableau: row i of a must hold i numbers (an explicit method), got lengths {[*map(len, self.a)]}"
             )
         if not all(math.isfinite(v) for row in (*self.a, self.b) for v in row):
-            raise ValueError("tableau holds NaN or inf")
+            raise ValueError("tableau: a and b must be finite, got NaN or inf")
         if len(self.b) != len(self.a) or abs(sum(self.b) - 1.0) > 1e-12:
-            raise ValueError(f"tableau: b holds {len(self.a)} numbers that sum to 1, got {self.b!r}")
+            raise ValueError(f"tableau: b must hold {len(self.a)} numbers that sum to 1, got {self.b!r}")
 
     @classmethod
-    def of(cls, pair: object) -> Tableau:
+    def of(cls, pair: Weights) -> Tableau:
         """From a pair (a, b) of nested sequences of numbers."""
         try:
-            a, b = pair  # type: ignore[misc]
-            return cls(tuple(tuple(map(float, row)) for row in a), tuple(map(float, b)))  # type: ignore[has-type]
+            a, b = pair
+            return cls(tuple(tuple(map(float, row)) for row in a), tuple(map(float, b)))
         except TypeError as error:
             raise ValueError(
                 f"tableau must be a name or a pair (a, b) of sequences of numbers, got {pair!r}"
@@ -47,10 +50,10 @@ class Tableau:
 
     @property
     def partial(self) -> bool:
-        """Whether every sum that is open at once fits a slot of its own, so that no slope need be kept."""
+        """Whether all sums that are open at once have a slot, so that no slope need be kept."""
         sums: Sequence[Sequence[float]] = [*self.a, self.b]
         begun = [sum(any(later[: i + 1]) for later in sums[i + 2 :]) for i in range(len(self.a))]
-        waiting = not all(later[0] for later in sums[2:])  # some sum needs y itself later on
+        waiting = not all(later[0] for later in sums[2:])  # a later sum still needs y
         return max(begun) + 1 + waiting <= _OPEN
 
 

@@ -1,4 +1,4 @@
-"""UniPC: one system of equations for a predictor and a corrector that reuses its call (Zhao et al. 2023)."""
+"""UniPC: a predictor, and a corrector that reuses its call, from one system of equations (Zhao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fewstep.solvers.families.deis import deis_row
 from fewstep.solvers.families.exponential import (
     FinalOrder,
-    add_polynomial,
+    add_differences,
     check_final_order,
     corrector_nodes,
     data_row,
@@ -18,22 +18,27 @@ from fewstep.solvers.families.exponential import (
     shift_history,
     shift_noise_history,
     step_moments,
-    substitute,
     usable_order,
 )
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
-# B(h) matters where it does not cancel: with one difference the released code does not solve the 1 x 1 system
-# but sets rho = 1/2. bh1: B(h) = h, bh2: B(h) = e^h - 1 (section 3.1); vary_coeff solves it.
+# B(h) cancels unless there is only one difference, for which the released code does not solve the 1 x 1 system but
+# sets rho = 1/2. bh1: B(h) = h; bh2: B(h) = e^h - 1 (section 3.1); vary_coeff solves the system.
 VARIANTS = {"bh1": "flat", "bh2": "midpoint", "vary_coeff": "heun"}
 
 
 class Predictor(NamedTuple):
-    """A row over x, m, h1 ... and e, e1 ... for step k. order: its own, or None for that of UniPC."""
+    """A predictor to put UniC after.
+
+    row    (grid, k, order, variant) -> the row of step k over x, m, h1 ... and e, e1 ...
+    order  its own order, or None for that of UniPC
+    noise  whether it keeps a history of noise predictions
+    """
 
     row: Callable[[Grid, int, int, str], Row]
     order: int | None = None
@@ -64,13 +69,13 @@ def unipc(
 
     order        p, 1 to 4
     variant      "bh1", "bh2" or "vary_coeff"
-    corrector    False is the predictor alone; a set of steps, from 0, corrects the results of those. The last
-                 step's is never corrected: that would take another call
+    corrector    True, or False for the predictor alone, or the set of steps, from 0, whose results are corrected. The
+                 last step is never corrected: that would take another call
     predictor    "unip", or another solver to put UniC after (section 3.2): a name of PREDICTORS
     final_order  None, the last step's order, or a rule of the field; the released code's is "unipc"
 
-    The corrected sample lives in slot "c" and "x" is the predictor applied to it: the two rows are
-    multiplied out here, so that corrector and predictor cost one pass.
+    Slot "c" holds the corrected sample and "x" the predictor applied to it. The builder multiplies the two rows out, so
+    that corrector and predictor take one pass.
     """
     one_of("order", order, (1, 2, 3, 4))
     one_of("variant", variant, tuple(VARIANTS))
@@ -80,7 +85,7 @@ def unipc(
     uni_p = PREDICTORS[predictor]
     own = uni_p.order or order
     for k, (s, t) in enumerate(grid.pairs):
-        # The accurate sample at the current point, in terms of the slots.
+        # The corrected sample at point k as a row.
         corrected: Row = {"x": 1.0}
         if k - 1 in steps:
             corrected = unic_row(grid, k, usable_order(grid, k - 1, order, final_order), variant)
@@ -95,16 +100,16 @@ def unipc(
 
 
 def from_corrected(row: Row, s: Point, corrected: Row, noise: bool) -> Row:
-    """A predictor's row applied to the corrected sample. The predictions stay those made at "x"."""
+    """A predictor's row applied to the corrected sample. The predictions remain those made at "x"."""
     row = substitute(row, "x", {"corrected": 1.0})
     if noise and s.alpha > 0.0:
-        # The x0 prediction that goes with a noise prediction e made elsewhere: (corrected - sigma e) / alpha.
+        # The noise prediction e was made at "x"; its x0 prediction here is (corrected - sigma e) / alpha.
         row = substitute(row, "m", {"m": 1.0, "corrected": 1.0 / s.alpha, "x": -1.0 / s.alpha})
     return substitute(substitute(row, "e", noise_prediction(s)), "corrected", corrected)
 
 
 def corrected_steps(grid: Grid, corrector: bool | Collection[int]) -> Collection[int]:
-    """The steps whose results are corrected. Raises ValueError for neither a bool nor steps of the grid."""
+    """The steps whose results are corrected. Raises ValueError unless `corrector` is a bool or steps of the grid."""
     if isinstance(corrector, bool):
         return range(grid.steps) if corrector else ()
     whole = range(grid.steps)
@@ -119,7 +124,7 @@ def unic_row(grid: Grid, k: int, order: int, variant: str) -> Row:
     """UniC-p (eq. 9) for point k: from the corrected sample "c" at k - 1, with the prediction "m" at k."""
     first = first_order(grid.points[k - 1], grid.points[k])
     if not math.isfinite(grid.lam[k - 1]):
-        return {"x": 1.0}  # from alpha = 0 only the first-order row has a limit, and that made x
+        return {"x": 1.0}  # x came from the first-order row, the only one with a limit at alpha = 0
     nodes = corrector_nodes(grid, k - 1, order)
     weights = step_moments(grid.lam[k] - grid.lam[k - 1], order + 1, VARIANTS[variant])
-    return add_polynomial({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)
+    return add_differences({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)

@@ -1,4 +1,4 @@
-"""What a plan reads, writes and costs at each call, as text."""
+"""What each stage of a plan reads, writes and costs, as text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from fewstep.solvers.plans.program import compile_plan, is_rename, live_rows
 def explain(plan: Plan, *, model_bytes: int = 4, state_bytes: int = 4, raws: int = 1) -> str:
     """What each stage reads, writes and costs, as a table in plain text.
 
-    model_bytes, state_bytes  size of an element on the model's side and of the slots
-    raws                      outputs of the network in a call: 2 under classifier-free guidance
+    model_bytes, state_bytes  bytes per element of the network's inputs and outputs, and of the slots
+    raws                      network outputs per call: 2 under classifier-free guidance
     """
     program = compile_plan(plan)
     head = ["call", "t", "sigma/alpha", "reads", "writes", "x row", "bytes/element"]
@@ -21,7 +21,7 @@ def explain(plan: Plan, *, model_bytes: int = 4, state_bytes: int = 4, raws: int
         written = [slot for slot, row in rows.items() if not is_rename(slot, row)]
         read = dict.fromkeys(s for slot in written for s in rows[slot])
         sources = dict.fromkeys("raw" if s in (PREDICTION, UNGUIDED) else s for s in read if s != NOISE)
-        # The next model input is written by the same kernel, one copy for each raw that it will produce.
+        # The same kernel writes the network's next input, one copy for each of its outputs.
         next_input = raws * model_bytes if k + 1 < plan.nfe else 0
         cost = (len(op.reads) + len(op.writes)) * state_bytes + raws * model_bytes + next_input
         total += cost
@@ -33,4 +33,4 @@ def explain(plan: Plan, *, model_bytes: int = 4, state_bytes: int = 4, raws: int
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.insert(1, "  ".join("-" * width for width in widths))
     title = f"{plan.solver}: {plan.steps} steps, {plan.nfe} denoiser calls, {program.buffers} buffers"
-    return "\n".join([title, *lines, f"total: {total} bytes an element over {plan.nfe} calls"])
+    return "\n".join([title, *lines, f"total: {total} bytes per element over {plan.nfe} calls"])

@@ -9,8 +9,8 @@
                  "done": bool, "noise": number, "exact": bool, "variance": null | [name, number],
                  "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`)}]}
 
-Numbers are written with all their digits, so that a plan comes back as it was, to the bit. Nothing in a file is
-run: it holds numbers and names. A tuned plan (`fewstep.tune`) carries what it belongs to in options["tuning"].
+Numbers are written with all their digits, so a plan is read back to the bit. A file holds only numbers and names, and
+nothing in it is executed. A tuned plan (`fewstep.tune`) records its denoiser in options["tuning"].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point, Process
+
+T = TypeVar("T")
 
 FORMAT, VERSION = "fewstep plan", 1
 
@@ -39,28 +41,28 @@ _NAMED: Mapping[str, Callable[..., VP]] = {"linear": VP.linear, "scaled_linear":
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write a plan to a JSON file, whole or not at all.
+    """Write a plan to a JSON file, completely or not at all.
 
-    Raises ValueError for a suffix other than .json, a process that is not one of fewstep's own, or an option
-    that JSON cannot hold; FileNotFoundError if the folder is not there.
+    Raises ValueError for a suffix other than .json, a process that is not fewstep's own, or an option that JSON cannot
+    hold; FileNotFoundError if the folder does not exist.
     """
     path = Path(path)
     if path.suffix != ".json":
-        raise ValueError(f"path {str(path)!r}: a plan is written as .json")
+        raise ValueError(f"path {str(path)!r}: the name of a plan file must end in .json")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
     text = dumps(plan_as_json(plan))
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def dumps(data: Mapping[str, Any]) -> str:
-    """JSON with one line for each field and each stage: small, and fit for a diff."""
+def dumps(data: Mapping[str, object]) -> str:
+    """JSON with one line per top-level field."""
     head = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in data.items()]
     return "{\n" + ",\n".join(head) + "\n}\n"
 
 
-def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """The fields of the file, as JSON's own types."""
+def plan_as_json(plan: Plan) -> dict[str, object]:
+    """The fields of the file, as JSON types."""
     init = plan.init
     return {
         "format": FORMAT,
@@ -98,7 +100,7 @@ def _point(point: Point) -> list[float]:
     return [float(value) for value in point]
 
 
-def _option(name: str, value: Any) -> Any:
+def _option(name: str, value: object) -> object:
     if isinstance(value, (set, frozenset, range)):
         value = sorted(value)
     if isinstance(value, float) and math.isinf(value):
@@ -110,16 +112,16 @@ def _option(name: str, value: Any) -> Any:
     return value
 
 
-def process_as_json(process: Process) -> dict[str, Any]:
-    """A process by its kind and numbers. VP's table is named where one of its constructors makes it, to the bit."""
+def process_as_json(process: Process) -> dict[str, object]:
+    """A process by its kind and numbers; VP by its betas if one of its constructors gives the same table to the bit."""
     if isinstance(process, VP):
         acp = process.alphas_cumprod
-        # The betas of the ends, without the rounding of 1 - (1 - beta).
+        # The first and the last beta, without the rounding of 1 - (1 - beta).
         ends = [float(f"{beta:.10g}") for beta in (1.0 - acp[0], 1.0 - acp[-1] / acp[-2])]
         for name, make in _NAMED.items():
             try:
                 same = make(*ends, acp.size) == process
-            except ValueError:  # betas that this constructor cannot have made
+            except ValueError:  # betas that this constructor does not accept
                 continue
             if same:
                 return {"kind": "VP", "betas": name, "beta_start": ends[0], "beta_end": ends[1], "timesteps": acp.size}
@@ -134,10 +136,10 @@ def process_as_json(process: Process) -> dict[str, Any]:
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan in a file that `save_plan` wrote. `fewstep.load_plan` also checks what a tuned plan belongs to.
+    """The plan in a file written by `save_plan`. `fewstep.load_plan` also checks the denoiser of a tuned plan.
 
-    Raises FileNotFoundError, or ValueError that names the field: not JSON, another format, a newer version, a
-    field that is missing or unknown or has another type; PlanError (a ValueError) if the stages are no sampler.
+    Raises FileNotFoundError; ValueError for a file that is not JSON, another format or a newer version, or that names a
+    field which is missing, unknown or of the wrong type; PlanError (a ValueError) if the stages are not a sampler.
     """
     return plan_from_json(read_json(path), str(path))
 
@@ -153,10 +155,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def plan_from_json(data: Any, where: str = "plan") -> Plan:
+def plan_from_json(data: object, where: str = "plan") -> Plan:
     """The inverse of `plan_as_json`; `where` names the source in errors."""
     check_format(data, where, FORMAT, VERSION)
     names = ("format", "version", "solver", "options", "noise_scale", "process", "grid", "init", "stages")
@@ -167,7 +169,7 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
         grid = Grid(process, *(np.array(arrays.numbers(name)) for name in ("t", "alpha", "sigma")))
     except ValueError as error:
         raise ValueError(f"{where}: grid: {error}") from None
-    init = top.get("init", (dict, type(None)))
+    init = top.optional("init", dict)
     stages = [_stage(value, f"{where}: stages[{k}]") for k, value in enumerate(top.get("stages", list))]
     start = None if init is None else _start(init, f"{where}: init")
     try:
@@ -186,8 +188,8 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
         raise ValueError(f"{where}: {error}") from None
 
 
-def check_format(data: Any, where: str, kind: str, version: int) -> None:
-    """Raises ValueError unless `data` says that it is of that format, in a version that can be read."""
+def check_format(data: object, where: str, kind: str, version: int) -> None:
+    """Raises ValueError unless `data` declares this format, in a version that can be read."""
     if not isinstance(data, dict) or data.get("format") != kind:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise ValueError(f"{where} is not a {kind} file: its format is {found!r}")
@@ -197,11 +199,12 @@ def check_format(data: Any, where: str, kind: str, version: int) -> None:
         )
 
 
-def process_from_json(data: Any, where: str) -> Process:
-    """The inverse of `process_as_json`. Raises ValueError that names the field."""
-    kind = data.get("kind") if isinstance(data, dict) else None
+def process_from_json(data: object, where: str) -> Process:
+    """The inverse of `process_as_json`. Raises ValueError that names the bad field."""
+    given = data if isinstance(data, dict) else {}
+    kind = given.get("kind")
     try:
-        if kind == "VP" and "betas" in data:
+        if kind == "VP" and "betas" in given:
             own = _Fields(data, where, ("kind", "betas", "beta_start", "beta_end", "timesteps"))
             name = own.get("betas", str)
             if name not in _NAMED:
@@ -220,14 +223,12 @@ def process_from_json(data: Any, where: str) -> Process:
     raise ValueError(f"{where}: kind {kind!r} is not one of VP, {', '.join(_PLAIN)}")
 
 
-def _stage(data: Any, where: str) -> Stage:
+def _stage(data: object, where: str) -> Stage:
     own = _Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
     rows = own.get("rows", dict)
-    variance = own.get("variance", (list, type(None)))
-    if variance is not None:
-        if len(variance) != 2 or not isinstance(variance[0], str):
-            raise ValueError(f"{where}: variance = {variance!r} must be a name and a number")
-        variance = (variance[0], _number(variance[1], f"{where}: variance[1]"))
+    variance = own.optional("variance", list)
+    if variance is not None and (len(variance) != 2 or not isinstance(variance[0], str)):
+        raise ValueError(f"{where}: variance = {variance!r} must be a name and a number")
     span = None
     if "span" in own.data:
         ends = own.get("span", list)
@@ -241,46 +242,44 @@ def _stage(data: Any, where: str) -> Stage:
         own.get("done", bool),
         own.number("noise"),
         own.get("exact", bool),
-        variance,
+        None if variance is None else (variance[0], _number(variance[1], f"{where}: variance[1]")),
         span,
     )
 
 
-def _start(data: Any, where: str) -> Start:
+def _start(data: object, where: str) -> Start:
     own = _Fields(data, where, ("row", "to", "at"))
-    at = own.get("at", (list, type(None)))
-    return Start(
-        _row_from(own.get("row", dict), f"{where}: row"), own.point("to"), None if at is None else own.point("at")
-    )
+    at = None if own.optional("at", list) is None else own.point("at")
+    return Start(_row_from(own.get("row", dict), f"{where}: row"), own.point("to"), at)
 
 
-def _option_from(value: Any) -> Any:
-    """JSON has no infinity, which is the default of some options."""
+def _option_from(value: object) -> object:
+    """An option from JSON, which has no infinity: the default of some options."""
     return math.copysign(math.inf, value["infinite"]) if isinstance(value, dict) and [*value] == ["infinite"] else value
 
 
-def _row_from(data: Any, where: str) -> dict[str, float]:
+def _row_from(data: object, where: str) -> dict[str, float]:
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object of numbers, got {type(data).__name__}")
     return {source: _number(value, f"{where}[{source!r}]") for source, value in data.items()}
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value!r}")
     return float(value)
 
 
-def _point_from(data: Any, where: str) -> Point:
+def _point_from(data: object, where: str) -> Point:
     if not isinstance(data, list) or len(data) != 3:
         raise ValueError(f"{where} must be [t, alpha, sigma], got {data!r:.80}")
     return Point(*(_number(value, f"{where}[{i}]") for i, value in enumerate(data)))
 
 
 class _Fields:
-    """The fields of one JSON object: all of those named, some of the optional ones and no others."""
+    """The fields of one JSON object: all of `names`, any of `optional` and no others."""
 
-    def __init__(self, data: Any, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
+    def __init__(self, data: object, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
         if not isinstance(data, dict):
             raise ValueError(f"{where} must be an object, got {type(data).__name__}")
         for name in names:
@@ -291,13 +290,15 @@ class _Fields:
                 raise ValueError(f"{where}: unknown field {name!r}; it takes {', '.join((*names, *optional))}")
         self.data, self.where = data, where
 
-    def get(self, name: str, kind: Any) -> Any:
+    def get(self, name: str, kind: type[T], wanted: str = "") -> T:
         value = self.data[name]
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            wanted = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-            raise ValueError(f"{self.where}: {name} must be {wanted}, got {value!r:.80}")
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{self.where}: {name} must be {wanted or kind.__name__}, got {value!r:.80}")
         return value
+
+    def optional(self, name: str, kind: type[T]) -> T | None:
+        """The field, or None for null."""
+        return None if self.data[name] is None else self.get(name, kind, f"{kind.__name__} or null")
 
     def number(self, name: str) -> float:
         return _number(self.data[name], f"{self.where}: {name}")

@@ -1,7 +1,7 @@
-"""Compile a plan: dead rows vanish, renames cost nothing, every live slot gets a buffer.
+"""Compile a plan: dead rows are dropped, renames cost nothing, every live slot gets a buffer.
 
-The result is what a backend runs: for each stage the buffers read, the buffers written and one dense
-float64 matrix over them. Names are gone; so is every tensor that no later stage needs.
+The result is what a backend runs: for each stage the buffers read, the buffers written and one dense float64 matrix
+over them. Slot names are gone, and so is every tensor that no later stage reads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """A plan with buffers assigned. `result` is the buffer of the sample, `x0[k]` of the k-th prediction if kept."""
+    """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept."""
 
     plan: Plan
     init: Op
@@ -53,7 +53,7 @@ X0_SLOT = "x0 prediction"
 
 
 def live_rows(plan: Plan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
-    """The rows of each stage that something later reads, without zero coefficients and identity rows."""
+    """The rows of each stage that a later one reads, without zero coefficients and identity rows."""
     live = {"x"}
     kept: list[dict[str, Row]] = []
     for stage in reversed(plan.stages):
@@ -70,7 +70,7 @@ def live_rows(plan: Plan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
 
 
 def _live_before(stages: list[dict[str, Row]]) -> list[set[str]]:
-    """Slots that hold a value somebody still reads, before each stage and after the last."""
+    """The slots whose values are still read, before each stage and after the last."""
     live = [{"x"}]
     for rows in reversed(stages):
         sources = {source for row in rows.values() for source in row} - set(SOURCES)
@@ -79,7 +79,7 @@ def _live_before(stages: list[dict[str, Row]]) -> list[set[str]]:
 
 
 def is_rename(slot: str, row: Row) -> bool:
-    """A copy of a slot: the buffer gets a second name instead. x itself is always computed."""
+    """Whether a row only copies a slot, so that the buffer gets a second name instead. "x" is always computed."""
     if slot == "x" or len(row) != 1:
         return False
     ((source, coefficient),) = row.items()
@@ -90,8 +90,8 @@ def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -
     """Assign buffers to slots.
 
     keep_x0   also write each stage's x0 prediction, for callbacks
-    in_place  let an output overwrite an input that dies in the same stage. The CPU kernels keep outputs
-              apart from inputs, so that the compiler may reorder loads and stores when it vectorises.
+    in_place  let an output overwrite an input that no later stage reads. The CPU kernels keep outputs apart from
+              inputs, so that the compiler may reorder loads and stores when it vectorises
     """
     stages = live_rows(plan, keep_x0=keep_x0)
     live = _live_before(stages)

@@ -1,15 +1,14 @@
-"""Solvers by name. A family module adds one with a single `@solver(...)` line over its builder."""
+"""Solvers by name. A family module registers a builder by the decorator `@solver(name)`."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from fewstep.solvers.options import unknown as unknown  # re-exported
 from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start, make_plan
 from fewstep.solvers.schedule.grid import Grid
 
@@ -24,13 +23,14 @@ class Solver:
     build: Builder
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The builder's options and their defaults."""
+    def options(self) -> dict[str, object]:
+        """The builder's options with their defaults."""
         parameters = list(inspect.signature(self.build).parameters.values())[1:]
         return {p.name: p.default for p in parameters}
 
     @property
     def summary(self) -> str:
+        """The first line of the builder's docstring."""
         return (inspect.getdoc(self.build) or "").partition("\n")[0]
 
 
@@ -38,7 +38,7 @@ _SOLVERS: dict[str, Solver] = {}
 
 
 def solver(name: str) -> Callable[[Builder], Builder]:
-    """Register a builder: a generator of stages whose first argument is the grid and whose others are options."""
+    """Register a builder: a generator of stages that takes the grid and then its options."""
 
     def register(build: Builder) -> Builder:
         _SOLVERS[name] = Solver(name, build)
@@ -48,41 +48,34 @@ def solver(name: str) -> Callable[[Builder], Builder]:
 
 
 def list_solvers() -> tuple[str, ...]:
-    """The names that `fewstep.plan` and `fewstep.sample` accept, sorted."""
+    """The solvers of `fewstep.plan` and `fewstep.sample`, sorted by name."""
     return tuple(sorted(_SOLVERS))
 
 
 def get_solver(name: str) -> Solver:
-    """The solver of that name. Raises ValueError with the closest names if there is none."""
+    """The solver of that name. Raises ValueError with the closest names if it is unknown."""
     if not isinstance(name, str) or name not in _SOLVERS:
         raise ValueError(unknown("solver", name, list_solvers()))
     return _SOLVERS[name]
 
 
-def unknown(what: str, name: object, known: tuple[str, ...]) -> str:
-    """The message for a name that is not registered: the closest ones first, else all."""
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {hint}"
-
-
 RISING = (
-    "cannot follow a grid whose noise rises: what it draws cannot be taken back. Encode with its own eta=0 where it "
-    "has that option, with an ODE solver such as 'dpmpp_2m' or 'heun', or with 'ddim_inverse' on the grid unflipped"
+    "cannot follow a grid whose noise rises, because a draw cannot be undone. Encode with eta=0 if it has that option, "
+    "with an ODE solver such as 'dpmpp_2m' or 'heun', or with 'ddim_inverse' on the grid before flip()"
 )
 
 
-def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32", **options: Any) -> Plan:
+def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32", **options: object) -> Plan:
     """Lay a solver out on a grid.
 
     solver   a name from `list_solvers()`
     grid     N steps, from `fewstep.grid` or `Grid.from_sigmas`
     s_noise  scales every draw of noise (EDM's S_noise); 1 keeps the marginals
     dtype    of the state that will run it: "float64" admits coefficients that amplify float32's rounding beyond use
-    options  the solver's own: eta, order, s_churn ...; each family's docstring lists them
+    options  the solver's own: eta, order, s_churn ...; `fewstep solvers` lists them
 
-    Raises ValueError for an unknown solver or a bad value, TypeError for an option the solver does not
-    have, PlanError (a ValueError) if the resulting plan would not be a sampler.
+    Raises ValueError for an unknown solver or a bad value, TypeError for an option that the solver does not have,
+    PlanError (a ValueError) if the plan would not be a sampler.
     """
     entry = get_solver(solver)
     if not isinstance(grid, Grid):
@@ -93,7 +86,7 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
         if name not in entry.options:
             takes = ", ".join([*entry.options, "s_noise", "dtype"])
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
-    # NumPy scalars as Python's: a float32 option would make float32 coefficients.
+    # NumPy scalars become Python's: a float32 option would give float32 coefficients.
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     try:
         made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)

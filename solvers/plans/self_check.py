@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fewstep.solvers.plans.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, PlanError, Row
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray, Point
 
 # Coefficients are float64: a true stage meets its marginal to this, of the larger of data and marginal.
 MARGINAL_TOLERANCE = 1e-9
@@ -93,10 +93,10 @@ class _Slots:
         self._covariance = self.values[: self.count, self.width :]
         self._variance = np.einsum("ii->i", self._covariance)  # writeable, as diagonal() is not
 
-    def save(self) -> tuple[Array, Array]:
+    def save(self) -> tuple[FloatArray, FloatArray]:
         return self.values.copy(), self.sizes.copy()
 
-    def restore(self, saved: tuple[Array, Array]) -> None:
+    def restore(self, saved: tuple[FloatArray, FloatArray]) -> None:
         self.values, self.sizes = saved
         self._view()
 

@@ -1,11 +1,10 @@
-"""From a plan and a denoiser to the numbers and the structure of every fused stage.
+"""The numbers and the structure of every fused stage, from a program and a denoiser.
 
-Everything here is float64 NumPy and runs once; the last act rounds to the state's dtype.
+Everything here is float64 NumPy and runs once; rounding to the state's dtype comes last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,13 +20,19 @@ from fewstep.solvers.schedule.process import Point
 class StageTable:
     """One stage as the kernels take it (see `kernels.layout`).
 
-    slots     buffers behind columns 0 .. 7, None where nothing is read
-    writes    buffers of the outputs, the new x first
-    branches  the branches of guidance that are called, `weights` their share in the guided output
-    t         what the network is told; c_in: the factor on x for this stage's model input
-    w         (1, rows, COLUMNS); p (1, 4) or None if it is folded into w
-    draw      the number of this stage's noise, None if it draws none; span: what an outside source is told of it
-    variance  the number by which the network's own variance scales that noise, None if it does not
+    at, to    the marginal of x at the call and after the stage
+    done      whether the stage completes a step of the grid
+    slots     the buffers of columns 0 .. 7, None where nothing is read
+    writes    the buffers of the outputs, the new x first
+    branches  the branches of guidance that are called
+    weights   their weights in the guided output
+    t         the network's time input
+    c_in      the factor on x in the network's input
+    w         (1, rows, COLUMNS), in the state's dtype
+    p         (1, 4), the coefficients of the prediction m, or None where they are multiplied into w
+    draw      the number of this stage's noise, None if it draws none
+    span      the stretch of a noise path that the draw covers, as passed to an outside source of noise
+    variance  the number that goes with the network's own variance, which scales that noise; None if it does not
     """
 
     at: Point
@@ -46,8 +51,8 @@ class StageTable:
     variance: float | None = None
 
 
-class Parametrisation(Protocol):
-    """How a network's outputs make the x0 prediction: what the numbers of a stage depend on beside the plan.
+class X0Prediction(Protocol):
+    """How a network's outputs make the x0 prediction a x + b sum_j weights_j raw_j: what a table takes of a denoiser.
 
     clip      of the x0 prediction, None where there is none; rescale: phi of guidance rescale
     variance  the name of the parametrisation of the network's own variance, or None
@@ -60,7 +65,7 @@ class Parametrisation(Protocol):
     @property
     def variance(self) -> str | None: ...
 
-    def weights(self, progress: float) -> Sequence[float]:
+    def weights(self, progress: float) -> tuple[float, ...]:
         """The weight of each branch's output at that fraction of the steps; a weight of 0 is not called."""
 
     def prologue(self, at: Point) -> tuple[float, float]:
@@ -73,18 +78,18 @@ class Parametrisation(Protocol):
         """The network's time input."""
 
 
-# Of the terms' sizes: what float64 may leave of a sum that is zero.
+# What float64 may leave of a sum that is exactly zero, relative to the size of its terms.
 CANCELLED = 1e-15
 
 
-def stage_tables(program: Program, denoiser: Parametrisation, dtype: str) -> list[StageTable]:
+def stage_tables(program: Program, denoiser: X0Prediction, dtype: str) -> list[StageTable]:
     """The table of every stage, in the state's dtype.
 
     Raises ValueError where the denoiser cannot predict x0, or for a float64 plan that a coarser state cannot carry.
     """
     if dtype != program.plan.dtype == "float64":
         check_rounding(program.plan, dtype)
-    # A clip acts on m itself, and rescaled guidance changes p during the call: else m need not exist.
+    # A clip acts on m itself, and rescaled guidance changes p during the call. Without both, p is folded into w.
     fold = denoiser.clip is None and denoiser.rescale == 0.0
     tables = []
     steps = 0
@@ -103,7 +108,7 @@ def stage_tables(program: Program, denoiser: Parametrisation, dtype: str) -> lis
         w = _columns(op, p if fold else None, null)
         slots = tuple(buffer if np.any(w[:, j]) else None for j, buffer in enumerate(op.reads))
         if not fold and a and slots[0] is None:
-            slots = (op.reads[0], *slots[1:])  # m needs x even where no row does
+            slots = (op.reads[0], *slots[1:])  # m reads x even where no row does
         padded = None if fold else np.zeros((1, 4))
         if padded is not None:
             padded[0, : len(p)] = p
@@ -130,15 +135,15 @@ def stage_tables(program: Program, denoiser: Parametrisation, dtype: str) -> lis
 
 
 def init_table(op: Op, dtype: str) -> np.ndarray:
-    """The table of the row that runs before the first stage."""
+    """The table of the init row, which runs before the first stage."""
     return _columns(op, None, np.zeros(2))[None].astype(dtype)
 
 
 def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
     """The rows of `op` over the kernels' columns.
 
-    m is multiplied out over x and the raws where p is given. u always is, by `null`: a clip acts on the guided
-    prediction alone.
+    p     the coefficients of m over x and the network's outputs, to replace m by them; None keeps m
+    null  those of u, which is always replaced: a clip acts on the guided prediction alone
     """
     reads = len(op.reads)
     if reads > layout.SLOTS or len(op.writes) > layout.OUTPUTS:
@@ -157,7 +162,7 @@ def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
     else:
         parts.append(m * p[0])
         fold(w, m, p)
-    # Terms in x that cancel, as all of Heun's second call do for an epsilon prediction, save the read of x.
+    # Where the terms in x cancel, as in Heun's second call with an epsilon prediction, x need not be read.
     w[np.abs(w[:, 0]) <= CANCELLED * sum(map(np.abs, parts)), 0] = 0.0
     return w
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fewstep.kernels import philox
-from fewstep.solvers.families.coordinates import FRAMES
+from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.plans.plan import Row, first_order
@@ -420,7 +420,7 @@ def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
     pair = PAIRS[solver]
     if frame is not None and not pair.kept:
         raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} steps in log-SNR alone")
-    one_of("frame", frame, (None, *FRAMES))
+    one_of("frame", frame, (None, *COORDINATES))
     if eta and pair.kept:
         raise ValueError(f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do")
     return pair

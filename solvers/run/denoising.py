@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import naive
-from fewstep.solvers.plans.tables import Parametrisation
+from fewstep.solvers.plans.tables import X0Prediction
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame
 from fewstep.solvers.schedule.process import Point, Process
 
@@ -40,7 +40,7 @@ class Guidance(Protocol):
     def stop(self) -> float: ...
 
 
-class DenoiserLike(Parametrisation, Protocol):
+class DenoiserLike(X0Prediction, Protocol):
     """A network and what its output means: what samplers, tuning and objectives use of `fewstep.Denoiser`.
 
     bound      of a static clip of the x0 prediction, or None

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fewstep.solvers.families.coordinates import FRAMES
+from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.exponential_rk import (
     EPS,
     FIRST_ORDER,
-    Tableau,
+    ExponentialTableau,
     Target,
     second_order,
     targets,
@@ -39,7 +39,7 @@ class Attempt(NamedTuple):
     error: tuple[float, ...]
 
 
-def exponential_pair(grid: Grid, s: Point, t: Point, low: Tableau, high: Tableau) -> Attempt:
+def exponential_pair(grid: Grid, s: Point, t: Point, low: ExponentialTableau, high: ExponentialTableau) -> Attempt:
     """DPM-Solver-k and -(k + 1) that share their calls (Lu et al. 2022a, appendix C)."""
     found = targets(grid, s, t, high, EPS)
     lower = targets(grid, s, t, low, EPS)[-1].f
@@ -53,7 +53,7 @@ _FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 21
 
 def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
     """The 5(4) pair of Dormand & Prince (1980) for y = x / scale on the frame's clock."""
-    f, a, b = FRAMES[frame], DORMAND_PRINCE.a, DORMAND_PRINCE.b
+    f, a, b = COORDINATES[frame], DORMAND_PRINCE.a, DORMAND_PRINCE.b
     u, h = f.time(s), f.time(t) - f.time(s)
     found = []
     for c, weights in zip((*DORMAND_PRINCE.c[1:], 1.0), (*a[1:], b), strict=True):

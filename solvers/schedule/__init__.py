@@ -1,1 +1,1 @@
-"""Where and when a sampler calls the network: processes, grids, spacings, and the Brownian tree of its noise."""
+"""Noising processes, grids of noise levels and their spacings, and the Brownian tree for noise."""

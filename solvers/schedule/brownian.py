@@ -1,17 +1,16 @@
 """A virtual Brownian tree: noise for SDE solvers that stays on one path when the grid is refined.
 
-The DPM-Solver++ SDE (arXiv 2211.01095, section 4 and appendix; k-diffusion's `BrownianTreeNoiseSampler` is
-the same idea on another clock) from level s to a less noisy level t adds the noise
+From level s to a less noisy level t the DPM-Solver++ SDE (arXiv 2211.01095, section 4 and appendix) adds the noise
 
     sigma_t sqrt(1 - exp(-2 h)) z = sigma_t exp(-lambda_t) (W(tau_t) - W(tau_s)),    h = lambda_t - lambda_s,
 
-with W a Brownian motion on the clock tau = exp(2 lambda) = (alpha / sigma)^2, the SNR. So on this clock the
-normalised increments z = (W(tau_t) - W(tau_s)) / sqrt(tau_t - tau_s) are the exact draws, on any grid.
+where W is a Brownian motion in the time tau = exp(2 lambda) = (alpha / sigma)^2, the SNR. So the normalised increments
+z = (W(tau_t) - W(tau_s)) / sqrt(tau_t - tau_s) are the exact draws, on any grid. (k-diffusion's
+`BrownianTreeNoiseSampler` is the same idea in another time.)
 
-The tree (after Gaines & Lyons 1997; Li et al. 2020, arXiv 2001.01328, "virtual Brownian tree") bisects the
-log-SNR range: each midpoint is a Brownian bridge between its ends, with a normal addressed by its node, so
-that W at any level is a function of (seed, level) alone. Nothing is stored and the order of the queries does
-not matter.
+The tree (after Gaines & Lyons 1997; Li et al. 2020, arXiv 2001.01328, "virtual Brownian tree") bisects the log-SNR
+range. Each midpoint is a Brownian bridge between its ends, with a normal addressed by its node, so W at a level is a
+function of (seed, level) alone: nothing is stored, and the order of the queries does not matter.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels.philox import BROWNIAN, check_seed, streams
+from fewstep.solvers.schedule.process import FloatArray
 
-F64 = NDArray[np.float64]
-
-# Draw numbers of the BROWNIAN domain. A node has its heap number (the root 1, children 2k and
-# 2k + 1), below 2^31.
+# Draw numbers of the BROWNIAN domain. Those of the nodes are heap numbers (root 1, children 2k and 2k + 1) below 2^31.
 _FIRST = 0  # W at the noisiest level
 _LAST = 2**32 - 2  # W at the cleanest level
 _CLEAN = 2**32 - 1  # the increment up to sigma = 0
@@ -45,20 +42,19 @@ class Marginal(Protocol):
 
 
 class BrownianTree:
-    """Brownian noise for `noise=`: every grid sees the same path.
+    """Brownian noise for `noise=`: the same path on every grid.
 
-    Args:
-        seed: an int, sample i uses the stream (seed, first_sample + i); or one int per sample, sample i uses
-            the stream (seed[i], 0).
-        first_sample: number of the batch's first sample in the whole job; for an int seed.
-        log_snr_range: lowest and highest log-SNR, 2 log(alpha / sigma), that may be asked for; alpha = 0 and
-            sigma = 0 are always allowed. Part of the path's identity.
-        tolerance: width in log-SNR at which the tree ends. Part of the path's identity. All levels inside one
-            leaf share its normal: each W is still exactly N(0, tau), with the exact covariance to every level
-            in other leaves, but an increment inside one leaf would have the wrong law and is refused.
+    seed           an int: sample i uses the stream (seed, first_sample + i); or one int per sample: sample i uses the
+                   stream (seed[i], 0)
+    first_sample   the number of the batch's first sample in the whole job, for an int seed
+    log_snr_range  the lowest and highest log-SNR, 2 log(alpha / sigma), of a query; alpha = 0 and sigma = 0 are always
+                   allowed. Another range gives another path
+    tolerance      the width of a leaf in log-SNR. Another tolerance gives another path. All levels in one leaf share
+                   its normal: each W is still exactly N(0, tau), with the exact covariance to levels in other leaves,
+                   but an increment within a leaf would have the wrong distribution and is refused
 
-    Raises:
-        ValueError: bad seed, empty or non-finite range, tolerance not positive or too small for 2^30 leaves.
+    Raises ValueError for a bad seed, an empty or infinite range, or a tolerance that is not positive or needs more than
+    2^30 leaves.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class BrownianTree:
     ) -> None:
         low, high = (float(v) for v in log_snr_range)
         if not (math.isfinite(low) and math.isfinite(high) and low < high and max(-low, high) <= 300.0):
-            raise ValueError(f"log_snr_range must be -300 <= low < high <= 300, got {log_snr_range}")
+            raise ValueError(f"log_snr_range must be (low, high) with -300 <= low < high <= 300, got {log_snr_range}")
         if not (tolerance > 0.0 and (high - low) / tolerance <= 2.0**_MAX_DEPTH):
             least = (high - low) / 2.0**_MAX_DEPTH
             raise ValueError(f"tolerance must be at least {least:.3g} for this range, got {tolerance}")
@@ -82,17 +78,19 @@ class BrownianTree:
         self._low = low
         self._high = high
         self._depth = max(0, math.ceil(math.log2((high - low) / tolerance)))
-        self._recent: tuple[tuple[tuple[float, int, int], F64], ...] = ()
+        self._recent: tuple[tuple[tuple[float, int, int], FloatArray], ...] = ()
 
-    def __call__(self, draw: int, at: Marginal, to: Marginal, shape: tuple[int, ...]) -> F64:
-        """Standard normals z = (W(tau_to) - W(tau_at)) / sqrt(tau_to - tau_at), float64 (B, ...).
+    def __call__(self, draw: int, at: Marginal, to: Marginal, shape: tuple[int, ...]) -> FloatArray:
+        """Standard normals z = (W(tau_to) - W(tau_at)) / sqrt(tau_to - tau_at), float64.
 
-        shape: the result's, samples first. `draw` is not used: the two levels are the address. At
-        to.sigma = 0 the clock is infinite, the normalised increment is independent of the path up to `at`,
-        and one draw set aside for it is returned, whatever `at` is.
+        draw   not used: the two levels are the address
+        shape  (B, ...) of the result
 
-        Raises ValueError where the SNR does not grow from `at` to `to` (churn is fresh noise, not a piece of
-        the path), where both lie in one leaf, and where a level is outside `log_snr_range`.
+        At to.sigma = 0 tau is infinite and the normalised increment is independent of the path up to `at`: it is a draw
+        of its own, the same for any `at`.
+
+        Raises ValueError if the SNR does not grow from `at` to `to` (churn is fresh noise, not part of the path), if
+        both lie in one leaf, or if a level is outside log_snr_range.
         """
         a, b = _log_snr(at), _log_snr(to)
         if not a < b:
@@ -106,25 +104,25 @@ class BrownianTree:
                 f"log-SNR {a:.9g} and {b:.9g} are nearer than the tree resolves: "
                 f"make a BrownianTree with a tolerance below {b - a:.3g}"
             )
-        clock = math.exp(b) if a == -math.inf else math.exp(a) * math.expm1(b - a)
-        # At alpha = 0 the clock is 0 and so is W.
+        elapsed = math.exp(b) if a == -math.inf else math.exp(a) * math.expm1(b - a)
+        # At alpha = 0 tau is 0 and so is W.
         start = 0.0 if a == -math.inf else self._path(a, shape)
-        z: F64 = (self._path(b, shape) - start) / math.sqrt(clock)
+        z: FloatArray = (self._path(b, shape) - start) / math.sqrt(elapsed)
         return z.reshape(shape)
 
-    def path(self, at: Marginal, shape: tuple[int, ...]) -> F64:
-        """W at the clock (at.alpha / at.sigma)^2, float64 of `shape` = (B, ...); zeros at alpha = 0.
+    def path(self, at: Marginal, shape: tuple[int, ...]) -> FloatArray:
+        """W at the time (at.alpha / at.sigma)^2, float64 of `shape` = (B, ...); zeros at alpha = 0.
 
-        Raises ValueError at sigma = 0, where the clock is infinite, and outside `log_snr_range`.
+        Raises ValueError at sigma = 0, where that time is infinite, and outside log_snr_range.
         """
         level = _log_snr(at)
         if level == -math.inf:
             return np.zeros(shape)
         return self._path(level, shape).reshape(shape).copy()
 
-    def _path(self, level: float, shape: tuple[int, ...]) -> F64:
-        """W at a log-SNR, (B, n), read-only. The last two are kept: a sweep walks the tree once a level."""
-        from fewstep.kernels.numba_noise import bridge_batch  # here, so that plans need no compiler
+    def _path(self, level: float, shape: tuple[int, ...]) -> FloatArray:
+        """W at a log-SNR, (B, n), read-only. The last two are cached, so that a sweep visits each level once."""
+        from fewstep.kernels.numba_noise import bridge_batch  # lazily: plans need no compiler
 
         batch, n = shape[0], math.prod(shape[1:])
         key = (level, batch, n)
@@ -136,11 +134,11 @@ class BrownianTree:
         out = np.empty((batch, n))
         bridge_batch(out, self._streams(batch), BROWNIAN, draws, weights, stds, right)
         out.flags.writeable = False
-        self._recent = (*recent[-1:], (key, out))  # one assignment: threads that race here only lose time
+        self._recent = (*recent[-1:], (key, out))  # one assignment: a race costs time, not correctness
         return out
 
-    def _descent(self, level: float) -> tuple[NDArray[np.uint32], F64, F64, NDArray[np.bool_]]:
-        """The bridges from the whole range down to `level`, as `bridge_batch` reads them."""
+    def _descent(self, level: float) -> tuple[NDArray[np.uint32], FloatArray, FloatArray, NDArray[np.bool_]]:
+        """The bridges from the whole range down to `level`, as the arguments of `bridge_batch`."""
         leaf = self._leaf(level)
         draws = [_FIRST, _LAST]
         weights = [0.0, 0.0]
@@ -160,17 +158,17 @@ class BrownianTree:
         return np.array(draws, dtype=np.uint32), np.array(weights), np.array(stds), np.array(right)
 
     def _edge(self, k: int, depth: int) -> float:
-        """Left edge of node k of a depth; the same float whichever depth names it."""
+        """The left edge of node k at a depth: the same float at every depth that has this edge."""
         return self._low + (self._high - self._low) * (k / (1 << depth))
 
     def _leaf(self, level: float) -> int:
-        slack = 1e-9  # a range made of a grid's own ends must hold them, whatever the last bit
+        slack = 1e-9  # a range made from the ends of a grid must contain them despite round-off
         if not self._low - slack <= level <= self._high + slack:
             raise ValueError(f"log-SNR {level:.6g} is outside log_snr_range ({self._low:g}, {self._high:g}): widen it")
         leaves = 1 << self._depth
         return min(max(int((level - self._low) / (self._high - self._low) * leaves), 0), leaves - 1)
 
-    def _clean(self, shape: tuple[int, ...]) -> F64:
+    def _clean(self, shape: tuple[int, ...]) -> FloatArray:
         from fewstep.kernels.numba_noise import normal_batch
 
         out = np.empty((shape[0], math.prod(shape[1:])), dtype=np.float32)

@@ -1,32 +1,29 @@
 """Grids: the points a sampler visits, from noise to data.
 
-:func:`grid` gives a spacing (`fewstep.solvers.schedule.spacings`) the ends, appends the clean point and checks the
-outcome; a :class:`Grid` can be cut, joined, refined and turned round.
+`grid` lays out a grid by one of the `spacings`. A `Grid` can be cut, joined, refined and reversed.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, one_of
-from fewstep.solvers.schedule.process import Array, Flow, Point, Process
+from fewstep.solvers.options import between, one_of, unknown
+from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process
 from fewstep.solvers.schedule.spacings import SPACINGS
 
-# Options that every spacing takes, with their defaults.
-_COMMON = {"final_zero": True, "sigma_min": None, "sigma_max": None, "shift": None, "shift_terminal": None}
+# Options of every spacing.
+_COMMON = ("final_zero", "sigma_min", "sigma_max", "shift", "shift_terminal")
 
-# How `Grid.extend` divides a step: shares of it from shares of its parts.
-_DIVISIONS: dict[str, Callable[[Array], Array]] = {
+# How `Grid.extend` divides a step: fractions of equal parts -> fractions of the step.
+_DIVISIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
     "linear": lambda x: x,
     "cosine": lambda x: np.sin(x * math.pi / 2.0),
     "sine": lambda x: 1.0 - np.cos(x * math.pi / 2.0),
@@ -35,22 +32,20 @@ _DIVISIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """steps + 1 points of a process with strictly decreasing noise (or rising, see :meth:`flip`).
+    """steps + 1 points of a process with strictly decreasing noise (or increasing, see `flip`).
 
-    Attributes:
-        process: the process the points belong to.
-        t, alpha, sigma: float64 (steps + 1,), read-only; the marginal at point i is
-            x = alpha[i] * x0 + sigma[i] * eps, and t[i] is what the denoiser is told.
+    process          the process that the points belong to
+    t, alpha, sigma  float64 (steps + 1,), read-only: x = alpha[i] x0 + sigma[i] eps at point i, t[i] is the network's
+                     time input
 
-    Raises:
-        ValueError: for arrays that disagree in shape, have fewer than 2 entries, hold NaN, inf or a negative
-            scale, or whose sigma / alpha does not strictly decrease (or strictly increase).
+    Raises ValueError for arrays of different shapes or with fewer than 2 entries, for NaN, inf or a negative alpha or
+    sigma, and unless sigma / alpha strictly decreases or strictly increases.
     """
 
     process: Process
-    t: Array
-    alpha: Array
-    sigma: Array
+    t: FloatArray
+    alpha: FloatArray
+    sigma: FloatArray
 
     def __post_init__(self) -> None:
         for name in ("t", "alpha", "sigma"):
@@ -72,34 +67,28 @@ class Grid:
     def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:
         """The grid through given noise-to-signal ratios.
 
-        Args:
-            process: any process.
-            ratios: (steps + 1,) values of sigma / alpha, strictly decreasing; the last may be 0, the first
-                may be inf where the process reaches alpha = 0.
+        ratios  (steps + 1,) values of sigma / alpha, strictly decreasing; the last may be 0, the first may be inf where
+                the process reaches alpha = 0
 
-        Raises:
-            ValueError: naming the first entry that is NaN, out of range or not below the one before it.
+        Raises ValueError that names the first entry that is NaN, out of range or not below the one before it.
         """
         array = _vector("ratios", ratios)
         _reject("ratios", array, np.isnan(array), "is NaN")
         _decreasing("ratios", array)
-        return cls(process, *process.point_at_sigma(array))  # type: ignore[arg-type]
+        return cls(process, *map(np.asarray, process.point_at_sigma(array)))
 
     @classmethod
     def from_times(cls, process: Process, t: ArrayLike) -> Grid:
         """The grid through given times of the process.
 
-        Args:
-            process: any process.
-            t: (steps + 1,) times, strictly decreasing; the last may be the clean time ``process.clean.t``.
+        t  (steps + 1,) times, strictly decreasing; the last may be the clean time process.clean.t
 
-        Raises:
-            ValueError: naming the first entry that is NaN, out of range or not below the one before it.
+        Raises ValueError that names the first entry that is NaN, out of range or not below the one before it.
         """
         array = _vector("t", t)
         _reject("t", array, ~np.isfinite(array), "is not finite")
         _decreasing("t", array)
-        return cls(process, *process.point(array))  # type: ignore[arg-type]
+        return cls(process, *map(np.asarray, process.point(array)))
 
     @property
     def steps(self) -> int:
@@ -107,19 +96,19 @@ class Grid:
 
     @property
     def rising(self) -> bool:
-        """Whether noise grows from the first point to the last, as on the way from data to its latent."""
+        """Whether noise grows from the first point to the last, as from data to its latent."""
         return bool(self.ratio[-1] > self.ratio[0])
 
-    # Builders ask for these at every step.
+    # Builders read these at every step.
 
     @cached_property
-    def ratio(self) -> Array:
+    def ratio(self) -> FloatArray:
         """sigma / alpha, float64 (steps + 1,), read-only; inf where alpha is 0."""
         with np.errstate(divide="ignore", over="ignore"):
             return _fixed(np.divide(self.sigma, self.alpha))
 
     @cached_property
-    def lam(self) -> Array:
+    def lam(self) -> FloatArray:
         """log(alpha / sigma), half the log-SNR, float64 (steps + 1,), read-only; inf at sigma 0, -inf at alpha 0."""
         with np.errstate(divide="ignore"):
             return _fixed(-np.log(self.ratio))
@@ -132,14 +121,13 @@ class Grid:
 
     @cached_property
     def pairs(self) -> tuple[tuple[Point, Point], ...]:
-        """(s, t) of each step: the point it leaves and the one it reaches."""
+        """(s, t) of each step: the points at its start and at its end."""
         return tuple(pairwise(self.points))
 
     def tail(self, start: float) -> Grid:
-        """The grid that skips the first int(start * steps) steps (img2img with strength 1 - start).
+        """The grid without its first int(start * steps) steps (img2img with strength 1 - start).
 
-        Raises:
-            ValueError: unless 0 <= start < 1 and at least one step is left.
+        Raises ValueError unless 0 <= start < 1 and at least one step is left.
         """
         if not (isinstance(start, (int, float)) and 0.0 <= start < 1.0):
             raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
@@ -149,23 +137,20 @@ class Grid:
         return self._cut(slice(skip, None))
 
     def split(self, step: int) -> tuple[Grid, Grid]:
-        """The first `step` steps, and the others; they share the point between them (ComfyUI's SplitSigmas).
+        """The grid of the first `step` steps, and that of the others; the point between belongs to both.
 
-        Raises:
-            ValueError: unless 1 <= step <= steps - 1, so that both have a step.
+        ComfyUI's SplitSigmas. Raises ValueError unless 1 <= step <= steps - 1, so that both have a step.
         """
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 1 <= step < self.steps:
             raise ValueError(f"step = {step!r}: split takes an int with 1 <= step < steps = {self.steps}")
         return self._cut(slice(None, step + 1)), self._cut(slice(step, None))
 
     def concatenate(self, *others: Grid) -> Grid:
-        """This grid and then others of the same process; the inverse of :meth:`split`.
+        """This grid followed by others of the same process; the inverse of `split`.
 
-        Where one begins at the point at which the one before it ends, that point is there once.
+        Where a grid begins at the last point of the one before it, the result has that point once.
 
-        Raises:
-            ValueError: for another process, or if noise does not go on decreasing (after a clean point it
-                cannot).
+        Raises ValueError for another process, or if noise does not keep decreasing (after a clean point it cannot).
         """
         points = list(self.points)
         for other in others:
@@ -182,16 +167,14 @@ class Grid:
         end_at_sigma: float = 0.0,
         spacing: str = "linear",
     ) -> Grid:
-        """Each step that starts between two levels, in `steps` parts (ComfyUI's ExtendIntermediateSigmas).
+        """The grid with some steps divided into `steps` parts each (ComfyUI's ExtendIntermediateSigmas).
 
-        Args:
-            steps: >= 1.
-            start_at_sigma, end_at_sigma: the largest and the smallest level at which a step to divide starts.
-                Levels are sigma / alpha; on Flow t = sigma.
-            spacing: "linear", "cosine" or "sine" in the level.
+        steps                         >= 1
+        start_at_sigma, end_at_sigma  the largest and the smallest level at which a step that is divided starts; a level
+                                      is sigma / alpha, and t = sigma on Flow
+        spacing                       "linear", "cosine" or "sine" in the level
 
-        Raises:
-            ValueError: an argument out of range, or a step from alpha = 0 whose level is infinite (VP).
+        Raises ValueError for an argument out of range, or if a step from alpha = 0 has an infinite level (VP).
         """
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"steps = {steps!r}: extend takes an int >= 1")
@@ -209,15 +192,13 @@ class Grid:
         return Grid(self.process, t, alpha, sigma)
 
     def flip(self, sigma_min: float = 1e-4) -> Grid:
-        """The same points from the last to the first: from data to its latent (ComfyUI's FlipSigmas).
+        """The same points in reverse, from data to its latent (ComfyUI's FlipSigmas).
 
-        Args:
-            sigma_min: the ratio sigma / alpha that stands for a clean end, from which no ODE step can start.
+        sigma_min  the ratio sigma / alpha in place of a clean end, from which no ODE step can start
 
-        Only the deterministic solvers can follow rising noise: a draw cannot be taken back.
+        Only deterministic solvers can follow a grid of rising noise, because a draw cannot be undone.
 
-        Raises:
-            ValueError: sigma_min is not between 0 and the next point's ratio.
+        Raises ValueError unless sigma_min is between 0 and the next point's ratio.
         """
         t, alpha, sigma = (array[::-1].copy() for array in (self.t, self.alpha, self.sigma))
         if sigma[0] == 0.0:
@@ -249,12 +230,12 @@ class Grid:
         return hash((self.process, self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes()))
 
 
-def _fixed(array: Array) -> Array:
+def _fixed(array: FloatArray) -> FloatArray:
     array.flags.writeable = False
     return array
 
 
-def _vector(name: str, value: ArrayLike) -> Array:
+def _vector(name: str, value: ArrayLike) -> FloatArray:
     """A float64 copy of a 1-D array with at least two entries."""
     try:
         array = np.array(value, dtype=np.float64)
@@ -265,13 +246,13 @@ def _vector(name: str, value: ArrayLike) -> Array:
     return array
 
 
-def _reject(name: str, array: Array, bad: NDArray[np.bool_], why: str) -> None:
+def _reject(name: str, array: FloatArray, bad: NDArray[np.bool_], why: str) -> None:
     index = np.flatnonzero(bad)
     if index.size:
         raise ValueError(f"{name}[{index[0]}] = {array[index[0]]} {why}")
 
 
-def _decreasing(name: str, array: Array) -> None:
+def _decreasing(name: str, array: FloatArray) -> None:
     index = np.flatnonzero(~(array[1:] < array[:-1]))
     if index.size:
         i = int(index[0])
@@ -281,15 +262,35 @@ def _decreasing(name: str, array: Array) -> None:
 
 
 def list_spacings() -> list[str]:
-    """The names that :func:`grid` takes, sorted."""
+    """The spacings of `grid`, sorted by name."""
     return sorted(SPACINGS)
 
 
-def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) -> Grid:
-    """A grid of N = ``steps`` steps from the noisiest point to clean data.
+def grid(
+    process: Process,
+    steps: int,
+    spacing: str = "karras",
+    *,
+    final_zero: bool = True,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    shift: float | None = None,
+    shift_terminal: float | None = None,
+    **options: object,
+) -> Grid:
+    """A grid of N = steps steps from the noisiest point to clean data.
 
-    Time-type spacings act on the process's uniform time: VP's index, VE's and EDM's sigma, Flow's u before
-    ``shift``. With times t_first (noisiest), t_last and t_clean, k = 0 .. N-1:
+    process  any process
+    steps    N >= 1
+    spacing  a name of `list_spacings`
+    options  those of the spacing, listed below
+
+    Returns a Grid of N + 1 points. Raises ValueError for an unknown spacing (with the closest names), steps that is not
+    an int >= 1, an option out of range, or points that coincide; TypeError for an option that the spacing does not have
+    (with those it has).
+
+    Time-type spacings act on the process's uniform time: VP's index, VE's and EDM's sigma, Flow's u before `shift`.
+    With times t_first (noisiest), t_last and t_clean, k = 0 .. N-1:
 
     - ``linspace``: N points from t_first to t_last (arXiv 2305.08891, Table 2); as ``trailing`` on Flow.
     - ``leading``: t_last + k (t_first - t_clean) / N + ``steps_offset`` (= 0). N = 1 is t_last alone.
@@ -302,7 +303,7 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     - ``ddim_uniform``: the second of the T times and every floor(T/N)-th above it (ComfyUI).
     - ``lcm``: N of the ``original_steps`` = 50 times of the distillation (LCM, arXiv 2310.04378; diffusers).
 
-    Sigma-type spacings act on sigma / alpha; on Flow, where that has no finite top, on t = sigma:
+    Sigma-type spacings act on sigma / alpha, and on t = sigma on Flow, where sigma / alpha is unbounded:
 
     - ``karras``: linear in sigma^(1/``rho``), ``rho`` = 7 (EDM, arXiv 2206.00364, equation 5).
     - ``exponential``: linear in log sigma.
@@ -311,64 +312,47 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     - ``linear_quadratic``: ``linear_steps`` (= N / 2) equal small steps that take ``threshold_noise`` = 0.025
       of sigma, then a parabola (Mochi; Movie Gen, arXiv 2410.13720).
     - ``logsnr``: linear in log(alpha / sigma), on Flow too (DPM-Solver, arXiv 2206.00927, section 3.4).
-    - ``laplace``: quantiles of a Laplace distribution of log sigma, ``mu`` = 0, ``beta`` = 0.5, cut at the
-      ends (arXiv 2407.03297; ComfyUI). On sigma / alpha, on Flow too, as the next one.
+    - ``laplace``: quantiles of a Laplace distribution of log sigma, ``mu`` = 0, ``beta`` = 0.5, clipped to the
+      ends (arXiv 2407.03297; ComfyUI). On sigma / alpha, also on Flow, as is ``vp``.
     - ``vp``: linear in the time of the VP SDE, sigma^2 + 1 = exp(``beta_d`` t^2 / 2 + ``beta_min`` t), 19.9
       and 0.1 (arXiv 2011.13456; k-diffusion, whose own ends are t = 1 and 0.001: sigma 152.2 and 0.0105).
 
-    A table that was searched for on one network keeps its own ends, unless ``sigma_min`` or ``sigma_max``
-    stretch it, and is log-linear in sigma for other N (any other such table enters by ``Grid.from_sigmas``):
+    A table that was optimised for one network keeps its own ends, unless ``sigma_min`` or ``sigma_max`` stretch it,
+    and is interpolated log-linearly in sigma to N steps (for other tables, use ``Grid.from_sigmas``):
 
     - ``ays``: Align Your Steps, ``variant`` sd15, sdxl or svd (arXiv 2404.14507), as sigma / alpha.
 
     Where a process reaches alpha = 0, time-type spacings and Flow's sigma-type ones start there. ``logsnr``,
-    ``laplace``, ``vp`` and, at zero terminal SNR, VP's sigma-type ones start at the largest finite discrete
-    ratio (on Flow, u = 0.999).
+    ``laplace``, ``vp`` and, with zero terminal SNR, VP's sigma-type ones start at the largest finite ratio of a
+    discrete time (on Flow, u = 0.999).
 
-    Args:
-        process: any process.
-        steps: N >= 1.
-        spacing: a name of :func:`list_spacings`.
-        options: those in the table, and for every spacing
+    Options of every spacing:
 
-            - ``final_zero=True``: N noisy points, then the clean one. False: N + 1 noisy points, from first
-              to last.
-            - ``sigma_min``, ``sigma_max``: ratios sigma / alpha that replace the process's own ends.
-              ``trailing`` goes towards the clean end, and uses ``sigma_min`` only if ``final_zero`` is False.
-            - ``shift`` (Flow): takes the place of the process's own for this grid, whose points stay the
-              process's; see :meth:`Flow.dynamic` for one that depends on the resolution.
-            - ``shift_terminal`` (Flow): 1 - t is stretched so that the last noisy time is this (LTX-Video;
-              diffusers).
-            - ``round_times=False`` (linspace, leading, trailing, quadratic, beta, normal): whole times, as
-              diffusers' schedulers (and ComfyUI's beta) have them; only on processes with discrete times.
-
-    Returns:
-        A grid with float64 arrays of shape (N + 1,).
-
-    Raises:
-        ValueError: unknown spacing (with the closest names), steps not an int >= 1, an option out of range,
-            points that coincide.
-        TypeError: an option that the spacing does not take (with those it takes).
+    - ``final_zero`` = True: N noisy points, then the clean one. False: N + 1 noisy points, from first to last.
+    - ``sigma_min``, ``sigma_max``: ratios sigma / alpha in place of the process's own ends. ``trailing`` goes towards
+      the clean end and uses ``sigma_min`` only if ``final_zero`` is False.
+    - ``shift`` (Flow): replaces the process's own for this grid; see `Flow.dynamic` for one that depends on the
+      resolution.
+    - ``shift_terminal`` (Flow): 1 - t is stretched so that this is the last noisy time (LTX-Video; diffusers).
+    - ``round_times`` = False (linspace, leading, trailing, quadratic, beta, normal): True rounds to whole times, as
+      diffusers' schedulers and ComfyUI's beta do; only on processes with discrete times.
     """
     if not isinstance(spacing, str) or spacing not in SPACINGS:
-        close = difflib.get_close_matches(str(spacing), list_spacings(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"one of {list_spacings()}"
-        raise ValueError(f"spacing = {spacing!r} is unknown: {hint}")
+        raise ValueError(unknown("spacing", spacing, list_spacings()))
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
     axis, rule = SPACINGS[spacing]
     own = list(inspect.signature(rule).parameters)[1:]
-    unknown = sorted(set(options) - set(own) - set(_COMMON))
-    if unknown:
-        raise TypeError(f"spacing {spacing!r} takes no option {unknown[0]!r}; it takes {own + list(_COMMON)}")
+    others = sorted(set(options) - set(own))
+    if others:
+        raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")
 
-    final_zero, sigma_min, sigma_max, shift, terminal = (options.pop(k, d) for k, d in _COMMON.items())
     owner = process
-    for name, value in (("shift", shift), ("shift_terminal", terminal)):
+    for name, value in (("shift", shift), ("shift_terminal", shift_terminal)):
         if value is not None and not isinstance(process, Flow):
-            raise ValueError(f"{name} = {value!r} moves the times of a Flow, not those of {process!r}")
-    if shift is not None:
-        process = replace(process, shift=shift)  # type: ignore[type-var]
+            raise ValueError(f"{name} = {value!r} is an option for Flow, not for {process!r}")
+    if shift is not None and isinstance(process, Flow):
+        process = replace(process, shift=shift)
     if options.get("round_times") and process.timesteps is None:
         raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
     _check_ends(process, sigma_min, sigma_max)
@@ -376,19 +360,17 @@ def grid(process: Process, steps: int, spacing: str = "karras", **options: Any) 
     coordinates = rule(layout, **options)
     _decreasing(f"spacing {spacing!r} with steps = {steps}: coordinates", coordinates)
     points = axis.points(process, coordinates)
-    if terminal is not None:
-        points = _stretch(process, points, terminal)
-    if final_zero:
-        points = Point(*map(np.append, points, process.clean))  # type: ignore[arg-type]
-    return Grid(owner, *points)  # type: ignore[arg-type]
+    if shift_terminal is not None:
+        points = _stretch(process, points, shift_terminal)
+    return Grid(owner, *(map(np.append, points, process.clean) if final_zero else map(np.asarray, points)))
 
 
 def _stretch(process: Process, points: Point, terminal: float) -> Point:
-    """1 - t times a constant, so that the last time is `terminal` (LTX-Video)."""
+    """The points with 1 - t multiplied by a constant, so that the last time is `terminal` (LTX-Video)."""
     between("shift_terminal", terminal, 0.0, 1.0)
     t = np.asarray(points.t)
     if t.size < 2 or t[-1] == 1.0:
-        raise ValueError(f"shift_terminal = {terminal} needs two noisy points at least, one below t = 1")
+        raise ValueError(f"shift_terminal = {terminal} needs at least two noisy points, the last below t = 1")
     return process.point(1.0 - (1.0 - t) * ((1.0 - terminal) / (1.0 - t[-1])))
 
 
@@ -400,7 +382,7 @@ def _check_ends(process: Process, sigma_min: float | None, sigma_max: float | No
             f"sigma_min = {sigma_min}, sigma_max = {sigma_max}: grid takes 0 < sigma_min < sigma_max < inf "
             f"(by default {process.sigma_min:.6g} and {process.sigma_max:.6g} on {process!r})"
         )
-    # The layout would only find out after a division or a root: name the option instead.
+    # Checked here so that the error names the option.
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
         if value is not None:
             try:

@@ -1,7 +1,7 @@
-"""Noising processes: what the marginal x = alpha * x0 + sigma * eps is at each time.
+"""Noising processes: the marginal x = alpha x0 + sigma eps at each time.
 
-A process maps its own time t (what the denoiser is told) to a :class:`Point`, and a noise-to-signal ratio
-sigma/alpha back to the point that has it. Everything above works on points, so no solver assumes alpha = 1.
+A process maps its own time t, the network's time input, to a `Point`, and a noise-to-signal ratio sigma / alpha to the
+point that has it. Solvers work on points, so none of them assumes alpha = 1.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.options import one_of
 
-Array = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
-# Times and ratios this close (relatively) outside the valid range are round-off and are set to the end.
+# Times and ratios outside the valid range by less than this (relative) are round-off and moved to its end.
 _SLACK = 1e-9
 
 
 class Point(NamedTuple):
-    """One marginal x = alpha * x0 + sigma * eps with eps ~ N(0, I).
+    """One marginal x = alpha x0 + sigma eps, eps ~ N(0, I).
 
-    Fields are Python floats, or float64 arrays of one shape when the point was made from an array.
+    t      the process's own time, the network's time input
+    alpha  scale of the signal, >= 0
+    sigma  standard deviation of the noise, >= 0
 
-    Attributes:
-        t: the process's own time, which the denoiser is told.
-        alpha: signal scale, >= 0.
-        sigma: noise standard deviation, >= 0.
+    Python floats, or float64 arrays of one shape where the point was made from an array.
     """
 
     t: float
@@ -39,7 +38,7 @@ class Point(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """sigma / alpha: the noise level in the frame where alpha is 1; inf where alpha is 0."""
+        """sigma / alpha, the noise level of x / alpha; inf where alpha is 0."""
         with np.errstate(divide="ignore", over="ignore"):
             ratio: float = _plain(np.divide(self.sigma, self.alpha))
         return ratio
@@ -55,9 +54,8 @@ class Point(NamedTuple):
 class Process(Protocol):
     """What solvers and grids use of a process. Noise grows with t in every process.
 
-    ``t_first`` and ``t_last`` are the noisiest and the least noisy time at which a model is called by
-    default; ``sigma_max`` and ``sigma_min`` are the largest finite and the smallest non-zero ratio of a
-    default grid.
+    t_first, t_last       the noisiest and the least noisy time at which a default grid calls the network
+    sigma_max, sigma_min  the largest finite and the smallest non-zero ratio sigma / alpha of a default grid
     """
 
     @property
@@ -70,7 +68,7 @@ class Process(Protocol):
     def sigma_max(self) -> float: ...
     @property
     def sigma_limit(self) -> float:
-        """The largest ratio that the process has: churn stays below it."""
+        """The largest ratio of the process, which churn does not exceed."""
 
     @property
     def clean(self) -> Point:
@@ -78,11 +76,11 @@ class Process(Protocol):
 
     @property
     def gapless(self) -> bool:
-        """Whether uniform time runs on to the clean end (flow), or stops at t_last, the clean end apart."""
+        """Whether uniform time runs on to the clean end (Flow) or stops before it, at t_last."""
 
     @property
     def timesteps(self) -> int | None:
-        """Number of discrete training times; None where time is continuous."""
+        """The number of discrete training times; None where time is continuous."""
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at time t."""
@@ -90,36 +88,37 @@ class Process(Protocol):
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio."""
 
-    def warp(self, u: ArrayLike) -> Array:
-        """Uniform time, on which grids are laid out -> the process's own time."""
+    def warp(self, u: ArrayLike) -> FloatArray:
+        """Uniform time, in which grids are laid out -> the process's own time."""
 
-    def unwarp(self, t: ArrayLike) -> Array:
-        """The inverse of :meth:`warp`."""
+    def unwarp(self, t: ArrayLike) -> FloatArray:
+        """The inverse of `warp`."""
 
     def level(self, ratio: float) -> float:
-        """The coordinate on which sigma-type spacings act, at a ratio sigma / alpha."""
+        """The variable of sigma-type spacings at a ratio sigma / alpha."""
 
     def at_level(self, level: ArrayLike) -> Point:
-        """The point at a coordinate of :meth:`level`."""
+        """The point at a value of `level`."""
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: ArrayLike) -> Any:
     """A Python float for a 0-d value, the float64 array otherwise."""
-    return float(value) if np.ndim(value) == 0 else np.asarray(value, dtype=np.float64)
+    array = np.asarray(value, dtype=np.float64)
+    return float(array) if array.ndim == 0 else array
 
 
-def _pack(t: Any, alpha: Any, sigma: Any) -> Point:
+def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
     return Point(_plain(t), _plain(alpha), _plain(sigma))
 
 
-def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> Array:
-    """`value` as float64, each entry in [low, high], or a ValueError that names the first one that is not."""
+def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> FloatArray:
+    """`value` as float64. Raises ValueError that names the first entry outside [low, high]."""
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} = {value!r} is not a number or an array of numbers") from error
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
-    # A NaN fails both comparisons and so counts as out of range.
+    # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
     if bad.size:
         where = f"{name}[{bad[0]}]" if array.ndim else name
@@ -128,24 +127,24 @@ def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) ->
     return np.clip(array, low, high)
 
 
-def _vp(t: Any, ratio: Any) -> Point:
-    """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio; no overflow at either end."""
+def _vp(t: FloatArray, ratio: FloatArray) -> Point:
+    """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio, without overflow at either end."""
     with np.errstate(divide="ignore", over="ignore"):
         return _pack(t, 1.0 / np.hypot(1.0, ratio), 1.0 / np.hypot(1.0, np.divide(1.0, ratio)))
 
 
 class _Unwarped:
-    """Time is laid out as it is, and sigma-type spacings act on the ratio sigma / alpha."""
+    """Uniform time is the process's own time, and sigma-type spacings act on sigma / alpha."""
 
     gapless: ClassVar[bool] = False
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         raise NotImplementedError
 
-    def warp(self, u: ArrayLike) -> Array:
+    def warp(self, u: ArrayLike) -> FloatArray:
         return np.asarray(u, dtype=np.float64)
 
-    def unwarp(self, t: ArrayLike) -> Array:
+    def unwarp(self, t: ArrayLike) -> FloatArray:
         return np.asarray(t, dtype=np.float64)
 
     def level(self, ratio: float) -> float:
@@ -159,21 +158,18 @@ class _Unwarped:
 class VP(_Unwarped):
     """Variance preserving: alpha = sqrt(acp), sigma = sqrt(1 - acp) (DDPM, arXiv 2006.11239, equation 4).
 
-    Time t runs over the indices 0 .. T-1 of ``alphas_cumprod``; fractions are allowed: log(sigma/alpha) is
-    linear between neighbours (as k-diffusion and diffusers interpolate). t = -1 is clean data, the time
-    before index 0 (DDPM's and DDIM's final alpha-bar of 1); between -1 and 0 the ratio grows linearly from 0.
-    If the last entry is 0 (zero terminal SNR), alpha is linear in t over the last interval, down to 0 at T-1.
+    alphas_cumprod  (T,) cumulative products of 1 - beta, T >= 2, strictly decreasing, in [0, 1); only the last may be 0
 
-    Args:
-        alphas_cumprod: (T,) cumulative products of 1 - beta, T >= 2, strictly decreasing, each in [0, 1);
-            only the last may be 0.
+    Time t runs over the indices 0 .. T-1 of alphas_cumprod. At fractional t, log(sigma / alpha) is linear between
+    neighbours, as k-diffusion and diffusers interpolate. t = -1 is clean data, the time before index 0 (the final
+    alpha-bar of 1 in DDPM and DDIM); between -1 and 0 the ratio grows linearly from 0. If the last entry is 0 (zero
+    terminal SNR), alpha is linear in t over the last interval, down to 0 at T-1.
 
-    Raises:
-        ValueError: if ``alphas_cumprod`` is not that.
+    Raises ValueError for any other alphas_cumprod.
     """
 
-    alphas_cumprod: Array
-    _log_ratio: Array = field(init=False)
+    alphas_cumprod: FloatArray
+    _log_ratio: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
         acp = np.array(self.alphas_cumprod, dtype=np.float64)
@@ -208,7 +204,7 @@ class VP(_Unwarped):
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VP:
-        """alpha-bar = cos^2 of time, each beta at most ``max_beta`` (arXiv 2102.09672, equation 17)."""
+        """alpha-bar = cos^2 of time, each beta at most max_beta (arXiv 2102.09672, equation 17)."""
         _count(timesteps)
         if not (s > 0.0 and 0.0 < max_beta < 1.0):
             raise ValueError(f"s = {s} and max_beta = {max_beta}: VP.cosine takes s > 0 and 0 < max_beta < 1")
@@ -216,7 +212,7 @@ class VP(_Unwarped):
         return cls(_cumprod(np.minimum(1.0 - bar[1:] / bar[:-1], max_beta)))
 
     def zero_terminal_snr(self) -> VP:
-        """This process, its sqrt(acp) shifted and scaled to end at 0 (arXiv 2305.08891, Algorithm 1)."""
+        """This process with sqrt(acp) shifted and scaled to end at 0 (arXiv 2305.08891, Algorithm 1)."""
         root = np.sqrt(self.alphas_cumprod)
         return VP(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
 
@@ -239,12 +235,12 @@ class VP(_Unwarped):
 
     @property
     def sigma_max(self) -> float:
-        """The largest finite sigma / alpha at a discrete time: the last, or the one before it at zero SNR."""
+        """The largest finite sigma / alpha at a discrete time: at T-1, or at T-2 with zero terminal SNR."""
         return math.exp(self._finite[-1])
 
     @property
     def sigma_limit(self) -> float:
-        """sigma / alpha at T-1, infinite at zero terminal SNR."""
+        """sigma / alpha at T-1, infinite with zero terminal SNR."""
         return float(self.point(self.t_first).ratio)
 
     @property
@@ -252,7 +248,7 @@ class VP(_Unwarped):
         return Point(-1.0, 1.0, 0.0)
 
     @property
-    def _finite(self) -> Array:
+    def _finite(self) -> FloatArray:
         """log(sigma / alpha) at the discrete times where it is finite."""
         return self._log_ratio if self.alphas_cumprod[-1] > 0.0 else self._log_ratio[:-1]
 
@@ -270,16 +266,16 @@ class VP(_Unwarped):
             return _vp(t, np.where(t > nodes.size - 1, np.sqrt(1.0 - alpha**2) / alpha, ratio))
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
-        """The point with sigma / alpha = ratio, any shape, from 0 (clean, t = -1) to the ratio at T-1.
+        """The point with sigma / alpha = ratio, any shape, from 0 (clean, t = -1) to `sigma_limit`.
 
-        The upper end is infinite at zero terminal SNR. Raises ValueError outside the range.
+        Raises ValueError outside that range.
         """
         nodes = self._finite
         zero_snr = nodes.size < self.timesteps
         r = _within("ratio", ratio, 0.0, math.inf if zero_snr else self.sigma_max, repr(self))
         with np.errstate(divide="ignore", over="ignore"):
             t = np.interp(np.log(r), nodes, np.arange(nodes.size))
-        # A ratio that is sigma_min but for round-off is t = 0, so that no table of times is read at -1e-16.
+        # A ratio equal to sigma_min up to round-off is t = 0, so that no table of times is read at -1e-16.
         t = np.where(r < self.sigma_min * (1.0 - 1e-12), r / self.sigma_min - 1.0, t)
         if zero_snr:
             alpha = 1.0 / np.hypot(1.0, r)
@@ -310,7 +306,7 @@ def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]
     return start, end, timesteps
 
 
-def _cumprod(betas: NDArray[np.floating[Any]]) -> Array:
+def _cumprod(betas: FloatArray) -> FloatArray:
     return np.cumprod(1.0 - betas).astype(np.float64)
 
 
@@ -318,12 +314,10 @@ def _cumprod(betas: NDArray[np.floating[Any]]) -> Array:
 class VE(_Unwarped):
     """Variance exploding: alpha = 1, t = sigma (arXiv 2011.13456, section 3.4; time as in EDM).
 
-    Args:
-        sigma_min, sigma_max: the noise levels between which grids are laid out, 0 < sigma_min < sigma_max.
-            ``point`` takes any t >= 0: churn goes above sigma_max and the last step below sigma_min.
+    sigma_min, sigma_max  the ends of a default grid, 0 < sigma_min < sigma_max < inf. `point` accepts any t >= 0: churn
+                          goes above sigma_max and the last step below sigma_min
 
-    Raises:
-        ValueError: if the two are not finite, positive and increasing.
+    Raises ValueError for any other sigma_min and sigma_max.
     """
 
     sigma_min: float
@@ -359,21 +353,19 @@ class VE(_Unwarped):
         return _pack(sigma, np.ones_like(sigma), sigma)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
-        """The point with sigma / alpha = ratio (here sigma), any shape, 0 <= ratio < inf, or ValueError."""
+        """The point with sigma / alpha = ratio, any shape, 0 <= ratio < inf. Raises ValueError outside that."""
         sigma = _within("ratio", ratio, 0.0, sys.float_info.max, repr(self))
         return _pack(sigma, np.ones_like(sigma), sigma)
 
 
 @dataclass(frozen=True)
 class EDM(VE):
-    """EDM (Karras et al., arXiv 2206.00364, Table 1): alpha = 1, t = sigma; knows the data's std.
+    """EDM (Karras et al., arXiv 2206.00364, Table 1): alpha = 1, t = sigma.
 
-    Args:
-        sigma_min, sigma_max: as in :class:`VE`.
-        sigma_data: standard deviation of the data, for the preconditioning c_skip, c_out, c_in; > 0.
+    sigma_min, sigma_max  as in VE
+    sigma_data            standard deviation of the data, > 0, for the preconditioning c_skip, c_out, c_in
 
-    Raises:
-        ValueError: if an argument is out of range.
+    Raises ValueError if an argument is out of range.
     """
 
     sigma_min: float = 0.002
@@ -390,13 +382,10 @@ class EDM(VE):
 class Flow:
     """Rectified flow: alpha = 1 - t, sigma = t, 0 <= t <= 1 (arXiv 2209.03003, 2210.02747).
 
-    Args:
-        shift: grids are laid out in a uniform time u and moved to t = shift u / (1 + (shift - 1) u) (SD3,
-            arXiv 2403.03206, section 5.3.2), which multiplies the ratio t / (1 - t) by ``shift``. ``point``
-            does not use it.
+    shift  grids are laid out in a uniform time u and mapped to t = shift u / (1 + (shift - 1) u) (SD3, arXiv
+           2403.03206, section 5.3.2), which multiplies the ratio t / (1 - t) by shift. `point` does not use it
 
-    Raises:
-        ValueError: if shift is not positive and finite.
+    Raises ValueError unless shift is positive and finite.
     """
 
     shift: float = 1.0
@@ -409,11 +398,10 @@ class Flow:
 
     @classmethod
     def dynamic(cls, mu: float, kind: str = "exponential") -> Flow:
-        """The flow whose shift s depends on the resolution: t = s / (s + 1/u - 1) (FLUX; diffusers).
+        """The flow with a shift s that depends on the resolution: t = s / (s + 1/u - 1) (FLUX; diffusers).
 
-        Args:
-            mu: usually :meth:`mu_of` the sequence length.
-            kind: "exponential" (s = exp(mu)) or "linear" (s = mu), diffusers' ``time_shift_type``.
+        mu    usually `mu_of` the sequence length
+        kind  "exponential" (s = exp(mu)) or "linear" (s = mu): diffusers' time_shift_type
         """
         one_of("kind", kind, ("exponential", "linear"))
         return cls(math.exp(mu) if kind == "exponential" else mu)
@@ -426,8 +414,11 @@ class Flow:
         base_shift: float = 0.5,
         max_shift: float = 1.15,
     ) -> float:
-        """mu for a number of latent tokens: base_shift at base_image_seq_len, max_shift at max_image_seq_len,
-        linear between and beyond (FLUX's defaults; LTX-Video: 1024, 4096, 0.95, 2.05)."""
+        """mu for a number of latent tokens, linear in it.
+
+        It is base_shift at base_image_seq_len and max_shift at max_image_seq_len. The defaults are FLUX's; LTX-Video
+        has 1024, 4096, 0.95, 2.05.
+        """
         slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
         return base_shift + slope * (image_seq_len - base_image_seq_len)
 
@@ -437,12 +428,12 @@ class Flow:
 
     @property
     def t_last(self) -> float:
-        """u = 1/1000, the smallest training time of a 1000-step table, warped."""
+        """t at u = 1/1000, the smallest training time of a table of 1000."""
         return float(self.warp(1e-3))
 
     @property
     def sigma_min(self) -> float:
-        """sigma / alpha at ``t_last``."""
+        """sigma / alpha at t_last."""
         return self.shift / 999.0
 
     @property
@@ -464,24 +455,24 @@ class Flow:
         return _pack(t, 1.0 - t, t)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
-        """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf (t = 1), or ValueError."""
+        """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf. Raises ValueError outside that."""
         r = _within("ratio", ratio, 0.0, math.inf, repr(self))
         with np.errstate(divide="ignore", over="ignore"):
             t = 1.0 / (1.0 + np.divide(1.0, r))
         return _pack(t, 1.0 / (1.0 + r), t)
 
-    def warp(self, u: ArrayLike) -> Array:
+    def warp(self, u: ArrayLike) -> FloatArray:
         """Uniform time u in [0, 1] -> t = shift u / (1 + (shift - 1) u)."""
         u = np.asarray(u, dtype=np.float64)
         return self.shift * u / (self.shift * u + (1.0 - u))
 
-    def unwarp(self, t: ArrayLike) -> Array:
-        """t in [0, 1] -> u, the inverse of :meth:`warp`."""
+    def unwarp(self, t: ArrayLike) -> FloatArray:
+        """t in [0, 1] -> u, the inverse of `warp`."""
         t = np.asarray(t, dtype=np.float64)
         return t / (t + self.shift * (1.0 - t))
 
     def level(self, ratio: float) -> float:
-        """t = sigma: sigma-type spacings act on it, as in diffusers' flow matching; the ratio has no top."""
+        """t = sigma, on which sigma-type spacings act as in diffusers' flow matching: sigma / alpha is unbounded."""
         return self.point_at_sigma(ratio).t
 
     def at_level(self, level: ArrayLike) -> Point:

@@ -1,7 +1,6 @@
-"""Published noise schedules that somebody searched for on one network: numbers, and where they come from.
+"""Published noise schedules that were optimised for one network, with their sources.
 
-Every table runs from the noisiest level down to the last noisy one. `fewstep.solvers.schedule.spacings` interpolates
-them to other numbers of steps.
+Each table runs from the noisiest level down to the last noisy one; `spacings` interpolates it to any number of steps.
 """
 
 from __future__ import annotations

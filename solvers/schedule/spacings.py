@@ -1,7 +1,7 @@
-"""Spacings: where N points stand on one coordinate of a process (its uniform time, or its noise level).
+"""Spacings: N points along one coordinate of a process, its uniform time or its noise level.
 
-A spacing is one small function from a :class:`Layout` to the noisy coordinates; `fewstep.solvers.schedule.grid` gives
-it the ends, appends the clean point and checks the outcome.
+A spacing is one small function from a `Layout` to the coordinates of the noisy points. `grid` passes it the ends,
+appends the clean point and checks the result.
 """
 
 from __future__ import annotations
@@ -13,26 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from fewstep.solvers.options import between, one_of
-from fewstep.solvers.schedule.process import Array, Point, Process
+from fewstep.solvers.schedule.process import FloatArray, Point, Process
 from fewstep.solvers.schedule.schedule_tables import AYS
 
-# Discrete times assumed by `simple` and its like where the process has none of its own (ComfyUI's have 1000).
+# The discrete times of `simple`, `ddim_uniform` and `lcm` on a process that has none of its own (ComfyUI's have 1000).
 _TABLE = 1000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a spacing lays its points on: one coordinate, which grows with noise.
+    """The coordinate along which a spacing lays its points; it grows with noise.
 
-    Attributes:
-        first, last: the coordinate at the noisiest and at the least noisy end.
-        clean: the coordinate of clean data.
-        gap: distance from the process's own least noisy end to ``clean`` (1 for discrete times).
-        steps: N.
-        final_zero: whether the clean point follows the points that the spacing returns.
-        gapless: whether a uniform layout runs on to the clean end (:attr:`Process.gapless`).
-        table: number of discrete times of `simple`.
-        asked: whether the caller set the first and the last end, which else are the process's own.
+    first, last  the coordinate at the noisiest and at the least noisy end
+    clean        the coordinate of clean data
+    gap          distance from the process's own least noisy end to `clean` (1 for discrete times)
+    steps        N
+    final_zero   whether the clean point follows the points that the spacing returns
+    gapless      whether a uniform layout runs on to the clean end (`Process.gapless`)
+    table        the number of discrete times
+    asked        whether the caller set the first and the last end; otherwise they are the process's own
     """
 
     first: float
@@ -50,28 +49,28 @@ class Layout:
         """How many noisy points the grid has."""
         return self.steps if self.final_zero else self.steps + 1
 
-    def pin(self, points: Array) -> Array:
-        """Points that span first .. last, their ends free of the round-off of roots and logarithms."""
-        # At zero terminal SNR an end off by one bit is alpha = 1e-16 in place of 0.
+    def pin(self, points: FloatArray) -> FloatArray:
+        """The points with exactly `first` and `last` as ends, without the round-off of roots and logarithms."""
+        # With zero terminal SNR an end off by one bit would give alpha = 1e-16 instead of 0.
         points[-1], points[0] = self.last if self.noisy > 1 else self.first, self.first
         return points
 
-    def close(self, points: Array) -> Array:
-        """N points that stop short of the end, plus the last noisy one if no clean point follows."""
+    def close(self, points: FloatArray) -> FloatArray:
+        """N points that stop before the end, and the last noisy one if no clean point follows."""
         return points if self.final_zero else np.append(points, self.last)
 
-    def at_index(self, index: Array) -> Array:
-        """Where entries 0 (least noisy) .. T - 1 (noisiest) of the table of discrete times stand."""
-        # Counted from the noisiest, so that it is `first` to the bit.
+    def at_index(self, index: FloatArray) -> FloatArray:
+        """The coordinates of the discrete times 0 (least noisy) .. T - 1 (noisiest)."""
+        # Counted from the noisiest end, so that this is `first` to the bit.
         return self.first - (self.table - 1 - index) * ((self.first - self.last) / (self.table - 1))
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A coordinate: its ends on a process, and the way back from it to points."""
+    """A coordinate: its Layout on a process, and the points at given coordinates."""
 
     layout: Callable[[Process, int, bool, float | None, float | None], Layout]
-    points: Callable[[Process, Array], Point]
+    points: Callable[[Process, FloatArray], Point]
 
 
 def _time_layout(
@@ -89,7 +88,7 @@ def _time_layout(
 def _level_layout(
     process: Process, steps: int, final_zero: bool, sigma_min: float | None, sigma_max: float | None
 ) -> Layout:
-    # Flow's level is finite at alpha = 0; the ratio is not, so VP starts from its largest finite one.
+    # At alpha = 0 Flow's level is finite. VP's, the ratio, is not: it starts from its largest finite one.
     top = process.level(math.inf)
     if sigma_max is not None or not math.isfinite(top):
         top = process.level(process.sigma_max if sigma_max is None else sigma_max)
@@ -111,12 +110,12 @@ _TIME = Axis(_time_layout, lambda process, u: process.point(process.warp(u)))
 _LEVEL = Axis(_level_layout, lambda process, level: process.at_level(level))
 _RATIO = Axis(_ratio_layout, lambda process, ratio: process.point_at_sigma(ratio))
 
-Rule = Callable[..., Array]
+Rule = Callable[..., FloatArray]
 SPACINGS: dict[str, tuple[Axis, Rule]] = {}
 
 
 def spacing(name: str, axis: Axis) -> Callable[[Rule], Rule]:
-    """Registers ``rule(layout, *, options) -> noisy coordinates, decreasing`` under a name."""
+    """Register rule(layout, *, options) -> decreasing coordinates of the noisy points."""
 
     def register(rule: Rule) -> Rule:
         SPACINGS[name] = (axis, rule)
@@ -132,41 +131,41 @@ def _positive(**values: float) -> None:
 
 
 @spacing("linspace", _TIME)
-def _linspace(a: Layout, *, round_times: bool = False) -> Array:
+def _linspace(a: Layout, *, round_times: bool = False) -> FloatArray:
     if a.gapless and a.final_zero:
         return _trailing(a, round_times=round_times)
-    # Laid out upwards, as diffusers does, because that decides which way halves round. Two points at least,
-    # because its one point is the last time, from which nothing can be sampled; here it is the first.
+    # From last to first, as in diffusers, because the direction decides how halves round. A single point is the last
+    # time there, from which nothing can be sampled; here it is the first.
     u = np.linspace(a.last, a.first, max(a.noisy, 2))[::-1][: a.noisy]
     return np.rint(u) if round_times else u
 
 
 @spacing("leading", _TIME)
-def _leading(a: Layout, *, steps_offset: float = 0, round_times: bool = False) -> Array:
+def _leading(a: Layout, *, steps_offset: float = 0, round_times: bool = False) -> FloatArray:
     step = (a.first - a.last + a.gap) / a.noisy
-    # diffusers cuts the step, not the times, to whole numbers: the grid then stops short of the first time.
+    # diffusers rounds the step down, not the times, so its grid starts below the first time.
     step, last = (math.floor(step), np.rint(a.last)) if round_times else (step, a.last)
     return last + step * np.arange(a.noisy - 1, -1, -1.0) + steps_offset
 
 
 @spacing("trailing", _TIME)
-def _trailing(a: Layout, *, round_times: bool = False) -> Array:
+def _trailing(a: Layout, *, round_times: bool = False) -> FloatArray:
     if not round_times:
         return a.close(np.linspace(a.first, a.clean, a.steps + 1)[:-1])
-    # diffusers rounds np.arange over T .. 1 and then takes 1 away: halves round its way only if computed its
-    # way. At some N its arange has one point too many, which is cut here.
+    # diffusers rounds np.arange over T .. 1 and then subtracts 1, which decides how halves round. For some N its arange
+    # has one point too many, which is cut here.
     span = a.first - a.clean
     return a.close(np.rint(np.arange(span, 0.0, -span / a.steps)[: a.steps]) + a.clean)
 
 
 @spacing("quadratic", _TIME)
-def _quadratic(a: Layout, *, round_times: bool = False) -> Array:
+def _quadratic(a: Layout, *, round_times: bool = False) -> FloatArray:
     u = a.pin(np.linspace(math.sqrt(a.first), math.sqrt(a.last), a.noisy) ** 2)
     return np.rint(u) if round_times else u
 
 
 @spacing("beta", _TIME)
-def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool = False) -> Array:
+def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool = False) -> FloatArray:
     _positive(alpha=alpha, beta=beta)
     try:
         from scipy.special import betaincinv
@@ -178,12 +177,12 @@ def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool
 
 
 @spacing("sgm_uniform", _TIME)
-def _sgm_uniform(a: Layout) -> Array:
+def _sgm_uniform(a: Layout) -> FloatArray:
     return a.close(np.linspace(a.first, a.last, a.steps + 1)[:-1])
 
 
 @spacing("simple", _TIME)
-def _simple(a: Layout) -> Array:
+def _simple(a: Layout) -> FloatArray:
     if a.steps >= a.table:
         raise ValueError(f"steps = {a.steps}: simple picks from {a.table} times, so it takes fewer steps")
     picked = np.floor(np.arange(a.steps) * (a.table / a.steps))
@@ -191,21 +190,21 @@ def _simple(a: Layout) -> Array:
 
 
 @spacing("normal", _TIME)
-def _normal(a: Layout, *, round_times: bool = False) -> Array:
+def _normal(a: Layout, *, round_times: bool = False) -> FloatArray:
     u = a.pin(np.linspace(a.first, a.last, a.noisy))
     return np.rint(u) if round_times else u
 
 
 @spacing("ddim_uniform", _TIME)
-def _ddim_uniform(a: Layout) -> Array:
+def _ddim_uniform(a: Layout) -> FloatArray:
     if a.steps >= a.table:
         raise ValueError(f"steps = {a.steps}: ddim_uniform picks from {a.table} times, and takes fewer steps")
-    # Where N does not divide T, the field's loop runs on to T and has more than N steps: here the first N.
+    # Where N does not divide T, ComfyUI's loop runs on to T and has more than N steps; this is the first N.
     return a.close(a.at_index(1.0 + a.table // a.steps * np.arange(a.steps - 1, -1, -1.0)))
 
 
 @spacing("lcm", _TIME)
-def _lcm(a: Layout, *, original_steps: int = 50) -> Array:
+def _lcm(a: Layout, *, original_steps: int = 50) -> FloatArray:
     if not (isinstance(original_steps, int) and a.steps <= original_steps <= a.table):
         raise ValueError(f"original_steps = {original_steps!r}: it must be an int from steps = {a.steps} to {a.table}")
     origin = np.arange(original_steps, 0, -1.0) * (a.table // original_steps) - 1.0
@@ -213,36 +212,36 @@ def _lcm(a: Layout, *, original_steps: int = 50) -> Array:
 
 
 @spacing("karras", _LEVEL)
-def _karras(a: Layout, *, rho: float = 7.0) -> Array:
+def _karras(a: Layout, *, rho: float = 7.0) -> FloatArray:
     _positive(rho=rho)
     low, high = a.last ** (1.0 / rho), a.first ** (1.0 / rho)
     return a.pin((high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho)
 
 
 @spacing("exponential", _LEVEL)
-def _exponential(a: Layout) -> Array:
+def _exponential(a: Layout) -> FloatArray:
     return _polyexponential(a)
 
 
 @spacing("polyexponential", _LEVEL)
-def _polyexponential(a: Layout, *, rho: float = 1.0) -> Array:
+def _polyexponential(a: Layout, *, rho: float = 1.0) -> FloatArray:
     _positive(rho=rho)
     ramp = np.linspace(1.0, 0.0, a.noisy) ** rho
     return a.pin(np.exp(math.log(a.last) + ramp * (math.log(a.first) - math.log(a.last))))
 
 
 @spacing("logsnr", _RATIO)
-def _logsnr(a: Layout) -> Array:
+def _logsnr(a: Layout) -> FloatArray:
     return _polyexponential(a)
 
 
 @spacing("kl_optimal", _LEVEL)
-def _kl_optimal(a: Layout) -> Array:
+def _kl_optimal(a: Layout) -> FloatArray:
     return a.pin(np.tan(np.linspace(math.atan(a.first), math.atan(a.last), a.noisy)))
 
 
 @spacing("linear_quadratic", _LEVEL)
-def _linear_quadratic(a: Layout, *, threshold_noise: float = 0.025, linear_steps: int | None = None) -> Array:
+def _linear_quadratic(a: Layout, *, threshold_noise: float = 0.025, linear_steps: int | None = None) -> FloatArray:
     between("threshold_noise", threshold_noise, 0.0, 1.0)
     linear = a.steps // 2 if linear_steps is None else linear_steps
     if a.steps == 1:
@@ -250,14 +249,14 @@ def _linear_quadratic(a: Layout, *, threshold_noise: float = 0.025, linear_steps
     if not (isinstance(linear, int) and 1 <= linear < a.steps):
         raise ValueError(f"linear_steps = {linear!r}: it must be an int >= 1 and below steps = {a.steps}")
     i = np.arange(a.steps)
-    # 1 - sigma: slope threshold / linear throughout, plus a square from `linear` on that brings it to 1 at N.
+    # 1 - sigma has slope threshold / linear throughout, plus a square from `linear` on that makes it 1 at N.
     slope = threshold_noise / linear
     bend = (np.maximum(i - linear, 0) / (a.steps - linear)) ** 2
     return a.close(a.first * (1.0 - slope * i - (1.0 - slope * a.steps) * bend))
 
 
 @spacing("vp", _RATIO)
-def _vp(a: Layout, *, beta_d: float = 19.9, beta_min: float = 0.1) -> Array:
+def _vp(a: Layout, *, beta_d: float = 19.9, beta_min: float = 0.1) -> FloatArray:
     _positive(beta_d=beta_d)
     between("beta_min", beta_min, 0.0, math.inf)
     # sigma^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) and its inverse, without cancellation at a small sigma.
@@ -268,7 +267,7 @@ def _vp(a: Layout, *, beta_d: float = 19.9, beta_min: float = 0.1) -> Array:
 
 
 @spacing("laplace", _RATIO)
-def _laplace(a: Layout, *, mu: float = 0.0, beta: float = 0.5) -> Array:
+def _laplace(a: Layout, *, mu: float = 0.0, beta: float = 0.5) -> FloatArray:
     _positive(beta=beta)
     if not math.isfinite(mu):
         raise ValueError(f"mu = {mu}: it must be finite")
@@ -278,15 +277,15 @@ def _laplace(a: Layout, *, mu: float = 0.0, beta: float = 0.5) -> Array:
     return a.pin(np.clip(np.exp(np.clip(log_sigma, -700.0, 700.0)), a.last, a.first))
 
 
-def _from_table(a: Layout, table: Sequence[float], name: str) -> Array:
-    """N + 1 levels log-linear in a table's, and without the last of them if the clean point takes its place.
+def _from_table(a: Layout, table: Sequence[float], name: str) -> FloatArray:
+    """N + 1 levels interpolated log-linearly in a table, or the first N if the clean point follows.
 
-    The ends are the table's own, unless the caller asked for others: then log sigma is stretched to them.
+    The ends are the table's own, unless the caller set others: then log sigma is stretched to them.
     """
     nodes = np.linspace(0.0, 1.0, len(table))
     logs = np.interp(np.linspace(0.0, 1.0, a.steps + 1), nodes, np.log(table))
     own = logs[0], logs[-1]
-    # The published digits of an end may exceed the process's own in the last place.
+    # The published end may exceed the process's own in its last digit.
     if not a.asked[0] and table[0] > a.first * (1.0 + 1e-6):
         raise ValueError(
             f"{name} starts at {table[0]:g}, above the process's {a.first:.6g}: choose another table, or "
@@ -295,13 +294,13 @@ def _from_table(a: Layout, table: Sequence[float], name: str) -> Array:
     top = math.log(a.first) if a.asked[0] else min(own[0], math.log(a.first))
     low = math.log(a.last) if a.asked[1] else own[1]
     share = (logs - own[1]) / (own[0] - own[1])
-    levels: Array = np.exp(low + share * (top - low))
+    levels: FloatArray = np.exp(low + share * (top - low))
     levels[0] = a.first if a.asked[0] else min(table[0], a.first)
     levels[-1] = a.last if a.asked[1] else table[-1]
     return levels[: a.noisy]
 
 
 @spacing("ays", _RATIO)
-def _ays(a: Layout, *, variant: str = "sd15") -> Array:
+def _ays(a: Layout, *, variant: str = "sd15") -> FloatArray:
     one_of("variant", variant, tuple(AYS))
     return _from_table(a, AYS[variant], f"ays variant {variant!r}")

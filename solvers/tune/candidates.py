@@ -13,7 +13,7 @@ from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.spacings import SPACINGS
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, unroll
 

@@ -25,7 +25,8 @@ from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.sampler import Sampler
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 Indices = NDArray[np.int64]
 

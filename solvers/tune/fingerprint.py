@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.families.coordinates import FRAMES
+from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.plans.plan import PREDICTION, Plan
 from fewstep.solvers.plans.plan_file import read_plan
 from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
@@ -59,7 +59,7 @@ def fingerprint(denoiser: Any, shape: Sequence[int], cond: Any = None, device: A
 
 
 def _points(process: Any) -> list[Point]:
-    points = [Point(*process.point_at_sigma(FRAMES["flow"].ratio(u))) for u in _LEVELS]
+    points = [Point(*process.point_at_sigma(COORDINATES["flow"].ratio(u))) for u in _LEVELS]
     # A network of discrete times may know no others.
     return points if process.timesteps is None else [Point(*process.point(float(round(p.t)))) for p in points]
 

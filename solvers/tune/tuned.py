@@ -23,13 +23,14 @@ import numpy as np
 
 from fewstep.kernels import layout
 from fewstep.solvers.families.adams import history as slope_history
-from fewstep.solvers.families.coordinates import FRAMES, pick_frame
+from fewstep.solvers.families.coordinates import COORDINATES, pick_coordinates
 from fewstep.solvers.families.exponential import noise_prediction, shift_history, shift_noise_history
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan, Row, Stage, first_order, make_plan
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Array, Point
+from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Point
 
 SOLVER = "tuned"
 WHAT = ("all", "times")
@@ -37,7 +38,7 @@ WHAT = ("all", "times")
 # Beyond these a step would be of no length, or the rest of the way (in theta), or another network (in shifts).
 _LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0)}
 
-_FLOW = FRAMES["flow"]
+_FLOW = COORDINATES["flow"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Feature:
 
 
 def _clock(grid: Grid, k: int) -> float:
-    return FRAMES[pick_frame(grid, None)].time(grid.points[k])
+    return pick_coordinates(grid, None).time(grid.points[k])
 
 
 _PREDICTION = Feature(
@@ -72,8 +73,8 @@ _NOISE = Feature(
 )
 _SLOPE = Feature(
     "d",
-    lambda grid, k: FRAMES[pick_frame(grid, None)].slope(grid.points[k]),
-    lambda grid, k, known, depth: slope_history(FRAMES[pick_frame(grid, None)], grid.points[k], known, depth),
+    lambda grid, k: pick_coordinates(grid, None).slope(grid.points[k]),
+    lambda grid, k, known, depth: slope_history(pick_coordinates(grid, None), grid.points[k], known, depth),
     lambda grid, k: -_clock(grid, k),
 )
 

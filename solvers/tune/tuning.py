@@ -33,7 +33,7 @@ from fewstep.solvers.run.checks import check_shape
 from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import Array
+from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Indices, Unrolled, latents, unroll, unroll_stages
 from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
