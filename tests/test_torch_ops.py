@@ -293,7 +293,7 @@ def test_kernels_belong_to_their_operators():
 def test_a_gpu_needs_no_numba():
     code = (
         "import sys; sys.modules['numba'] = None\n"
-        "from fewstep.kernels import torch_reduce, torch_train, triton_entries\n"
+        "from fewstep.kernels import torch_reduce, torch_train\n"
         "from fewstep.bindings import sampler_module\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
