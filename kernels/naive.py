@@ -97,16 +97,6 @@ def threshold(m: Array, quantile: float, maximum: float) -> np.ndarray:
     return np.stack([s, 1.0 / s], axis=1)
 
 
-def apg_norms(conditional: Array, null: Array) -> np.ndarray:
-    """What adaptive projected guidance (Sadat et al. 2024, section 4) needs of each sample, (B, 3) float64.
-
-    With d = conditional - null: |d|^2 for the bound on its norm, d · conditional and |conditional|^2 to project it.
-    """
-    c = as_float64(conditional)
-    d = c - as_float64(null)
-    return np.stack([(d * d).sum(axis=1), (d * c).sum(axis=1), (c * c).sum(axis=1)], axis=1)
-
-
 def error_norm(error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
     """sqrt(mean((error / delta)^2)), delta = max(atol, rtol |low|, rtol |before|), of each sample, (B,) float64.
 

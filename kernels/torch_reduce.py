@@ -1,7 +1,7 @@
 """The per-sample reductions as torch operators, seen through by torch.compile as those of `torch_ops` are.
 
     fewstep::guidance_scale, fewstep::threshold   what a stage must know of a whole sample: a factor on p, a limit
-    fewstep::apg_norms, fewstep::error_norm       norms for guidance that projects, and for steps that adapt
+    fewstep::error_norm                           the error of an adaptive step over its tolerance
 
 By Numba on a CPU, by Triton on a GPU, by the oracle for float64 there. Not differentiable: a stage takes such numbers
 as tables, and gives no gradient by those.
@@ -22,7 +22,7 @@ from fewstep.kernels.torch_ops import TRITON, _rows, operator
 
 if TRITON:
     from fewstep.kernels import triton_noise, triton_reduce, triton_step
-    from fewstep.kernels.triton_reduce import digit_kernel, rescale_kernel, sums_kernel, threshold_kernel
+    from fewstep.kernels.triton_reduce import digit_kernel, error_kernel, rescale_kernel, threshold_kernel
 
 
 def _kind(t: Tensor) -> torch.dtype:
@@ -168,54 +168,13 @@ def threshold(m: Tensor, quantile: float, maximum: float) -> Tensor:
     return limit
 
 
-# --- norms ---
-
-
-def apg_norms_on_gpu(conditional: Tensor, null: Tensor) -> Tensor:
-    """`apg_norms` by the Triton kernel."""
-    kernel = None if triton_noise.INTERPRETED else wrap_triton(sums_kernel)
-    return triton_reduce.apg_norms(conditional.contiguous(), null.contiguous(), kernel=kernel)
-
-
-@torch.library.custom_op("fewstep::apg_norms_elsewhere", mutates_args=())
-def _apg_norms_elsewhere(conditional: Tensor, null: Tensor) -> Tensor:
-    return torch.from_numpy(naive.apg_norms(conditional, null)).to(conditional.device)
-
-
-@operator("fewstep::apg_norms")
-def _apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    if _on_gpu(conditional, null):
-        return apg_norms_on_gpu(conditional, null)
-    norms: Tensor = _apg_norms_elsewhere(conditional, null)
-    return norms
-
-
-def _apg_norms_on_cpu(conditional: Tensor, null: Tensor) -> Tensor:
-    from fewstep.kernels import numba_reduce
-
-    out = np.empty((len(null), 3))
-    numba_reduce.apg_norms(_rows(conditional), _rows(null), out)
-    return torch.from_numpy(out)
-
-
-def _fake_apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    return null.new_empty((null.shape[0], 3), dtype=torch.float64)
-
-
-def apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    """What adaptive projected guidance needs of each sample, (B, 3) float64: see `naive.apg_norms`.
-
-    conditional, null  (B, ...) of one float dtype. Raises ValueError if they do not agree.
-    """
-    _agree("conditional and null", [conditional, null])
-    norms: Tensor = _apg_norms(conditional, null)
-    return norms
+# --- the error of an adaptive step ---
 
 
 def error_norm_on_gpu(error: Tensor, low: Tensor, before: Tensor, rtol: float, atol: float) -> Tensor:
     """`error_norm` by the Triton kernel."""
     relative, absolute = (error.new_full((1,), value, dtype=torch.float64) for value in (rtol, atol))
-    kernel = None if triton_noise.INTERPRETED else wrap_triton(sums_kernel)
+    kernel = None if triton_noise.INTERPRETED else wrap_triton(error_kernel)
     return triton_reduce.error_norm(
         error.contiguous(), low.contiguous(), before.contiguous(), relative, absolute, kernel=kernel
     )
@@ -261,7 +220,6 @@ def error_norm(error: Tensor, low: Tensor, before: Tensor, rtol: float, atol: fl
 for _ops, _on_cpu, _fake in (
     ((_guidance_scale, _guidance_scale_elsewhere), _guidance_scale_on_cpu, _fake_guidance_scale),
     ((_threshold, _threshold_elsewhere), _threshold_on_cpu, _fake_threshold),
-    ((_apg_norms, _apg_norms_elsewhere), _apg_norms_on_cpu, _fake_apg_norms),
     ((_error_norm, _error_norm_elsewhere), _error_norm_on_cpu, _fake_error_norm),
 ):
     for _op in _ops:

@@ -269,50 +269,31 @@ def digit_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settin
 
 
 @triton.jit
-def sums_kernel(a, b_, c, out, partial, arrivals, n, span, rtol, atol, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over each sample, float64. Grid: (samples, parts).
+def error_kernel(error, low, before, out, partial, arrivals, n, span, rtol, atol, BLOCK: tl.constexpr):
+    """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)), float64.
 
-    NORM   out[b, 0] = sqrt(mean((a / delta)^2)), delta = max(atol, rtol max(|b|, |c|)); rtol, atol: float64 pointers
-    else   out[b] = (sum (a - b)^2, sum (a - b) a, sum a^2), c is not read
+    Grid: (samples, parts). rtol, atol: float64 pointers.
     """
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    zero = tl.full((), 0.0, tl.float64)
-    s0, s1, s2 = zero, zero, zero
+    total = tl.full((), 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
-        u, v = _read(a, at, lane, inside), _read(b_, at, lane, inside)
-        if NORM:
-            delta = tl.maximum(tl.abs(v), tl.abs(_read(c, at, lane, inside))) * tl.load(rtol)
-            delta = tl.maximum(delta, tl.load(atol))
-            # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
-            share = tl.where(u == 0.0, 0.0, u / tl.where(u == 0.0, 1.0, delta))
-            s0 += tl.sum(share * share).to(tl.float64)
-        else:
-            d = u - v
-            s0 += tl.sum(d * d).to(tl.float64)
-            s1 += tl.sum(d * u).to(tl.float64)
-            s2 += tl.sum(u * u).to(tl.float64)
-    row = partial + (b * parts + part) * _PARTS
-    tl.store(row, s0)
-    tl.store(row + 1, s1)
-    tl.store(row + 2, s2)
+        e, y = _read(error, at, lane, inside), _read(low, at, lane, inside)
+        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * tl.load(rtol)
+        delta = tl.maximum(delta, tl.load(atol))
+        # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
+        share = tl.where(e == 0.0, 0.0, e / tl.where(e == 0.0, 1.0, delta))
+        total += tl.sum(share * share).to(tl.float64)
+    tl.store(partial + (b * parts + part) * _PARTS, total)
     if _is_last(arrivals, b, parts):
-        s0, s1, s2 = zero, zero, zero
+        total = tl.full((), 0.0, tl.float64)
         for j in range(parts):
-            row = partial + (b * parts + j) * _PARTS
-            s0 += tl.load(row, volatile=True)
-            s1 += tl.load(row + 1, volatile=True)
-            s2 += tl.load(row + 2, volatile=True)
-        if NORM:
-            tl.store(out + b, tl.sqrt(s0 / n))
-        else:
-            tl.store(out + b * 3, s0)
-            tl.store(out + b * 3 + 1, s1)
-            tl.store(out + b * 3 + 2, s2)
+            total += tl.load(partial + (b * parts + j) * _PARTS, volatile=True)
+        tl.store(out + b, tl.sqrt(total / n))
 
 
 class Scratch(NamedTuple):
@@ -386,16 +367,6 @@ def threshold(
             )
 
 
-def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None, *, kernel: Any = None) -> Tensor:
-    """What adaptive projected guidance needs of each sample (Sadat et al. 2024): float64 (B, 3), see `naive.apg_norms`.
-
-    Both (B, ...), contiguous, of any float dtype but float64. kernel: what stands in for `sums_kernel`.
-    """
-    out = torch.empty((null.shape[0], 3), dtype=torch.float64, device=null.device)
-    _sums(conditional, null, None, out, scratch, None, None, kernel)
-    return out
-
-
 def error_norm(
     error: Tensor,
     low: Tensor,
@@ -409,27 +380,14 @@ def error_norm(
     """sqrt(mean((error / delta)^2)) of each sample, float64 (B,): see `naive.error_norm`.
 
     error, low, before  (B, ...) float32, contiguous; rtol, atol  float64 (1,) on the same device
-    kernel              what stands in for `sums_kernel`
+    kernel              what stands in for `error_kernel`
     """
-    out = torch.empty(error.shape[0], dtype=torch.float64, device=error.device)
-    _sums(error, low, before, out, scratch, rtol, atol, kernel)
-    return out
-
-
-def _sums(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    out: Tensor,
-    scratch: Scratch | None,
-    rtol: Tensor | None,
-    atol: Tensor | None,
-    kernel: Any,
-) -> None:
-    samples, n = a.shape[0], math.prod(a.shape[1:])
-    scratch = scratch or Scratch.of(samples, n, a.device)
+    samples, n = error.shape[0], math.prod(error.shape[1:])
+    out = torch.empty(samples, dtype=torch.float64, device=error.device)
+    scratch = scratch or Scratch.of(samples, n, error.device)
     parts, span = _span(scratch, n)
     with guard(out):
-        (kernel or sums_kernel)[(samples, parts)](
-            a, b, c, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, c is not None, BLOCK, num_warps=WARPS
+        (kernel or error_kernel)[(samples, parts)](
+            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, BLOCK, num_warps=WARPS
         )
+    return out

@@ -205,12 +205,9 @@ REDUCTIONS = {
         "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
     "dynamic threshold, split": (triton_reduce.digit_kernel, SPLIT, 4),
     "dynamic threshold, split, last pass": (triton_reduce.digit_kernel, SPLIT | {"LAST": True}, 4),
-    "APG norms": (triton_reduce.sums_kernel, {
-        "a": "*bf16", "b_": "*bf16", "c": None, "out": "*fp64", "n": "i32", "span": "i32", "rtol": None, "atol": None,
-        "NORM": False} | PARTIAL, 2),
-    "error norm": (triton_reduce.sums_kernel, {
-        "a": "*fp32", "b_": "*fp32", "c": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
-        "atol": "*fp64", "NORM": True} | PARTIAL, 3 * 2),
+    "error norm": (triton_reduce.error_kernel, {
+        "error": "*fp32", "low": "*fp32", "before": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
+        "atol": "*fp64"} | PARTIAL, 3 * 2),
 }  # fmt: skip
 
 
