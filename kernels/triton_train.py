@@ -1,14 +1,13 @@
-"""Training kernels on the GPU: losses with their gradients, and averages of weights.
+"""Training kernels on the GPU: losses with their gradients.
 
 Bytes an element: the pseudo-Huber loss reads x and y and writes the gradient, s (2 + 1) at s bytes; distribution
 matching reads x, real and own and writes g, s + 4 (2 + 1); what hangs on a whole sample reads it twice, the second time
-out of L2. An average reads 4 + s and writes 4, all tensors of a model in one launch.
+out of L2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,81 +103,3 @@ def score_difference(
     with guard(x):
         (kernel or difference_kernel)[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, num_warps=WARPS)
     return loss, gradient
-
-
-@triton.jit
-def ema_kernel(averages, values, owners, offsets, sizes, decay, like, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """average += (1 - decay) (value - average), float32 in place. One program a chunk of BLOCK elements.
-
-    averages, values  int64 addresses, one a tensor; owners int32, offsets int64: the tensor and the first element of
-                      each chunk; sizes int64, one a tensor
-    decay             float32 pointer; like: any pointer of the values' dtype; ALIGNED: all addresses divide by 16
-    """
-    chunk = tl.program_id(0)
-    owner = tl.load(owners + chunk)
-    first = tl.load(offsets + chunk)
-    left = tl.load(sizes + owner) - first
-    rate = 1.0 - tl.load(decay)
-    kept = tl.load(averages + owner).to(tl.pointer_type(tl.float32)) + first
-    fresh = tl.load(values + owner).to(like.dtype) + first
-    if ALIGNED:
-        kept, fresh = tl.multiple_of(kept, 16), tl.multiple_of(fresh, 16)
-    lane = tl.arange(0, BLOCK)
-    if left >= BLOCK:  # without a mask, by 128 bits; a tensor's last chunk goes element by element
-        a = tl.load(kept + lane)
-        tl.store(kept + lane, a + rate * (tl.load(fresh + lane).to(tl.float32) - a))
-    else:
-        inside = lane < left
-        a = tl.load(kept + lane, mask=inside, other=0.0)
-        v = tl.load(fresh + lane, mask=inside, other=0.0).to(tl.float32)
-        tl.store(kept + lane, a + rate * (v - a), mask=inside)
-
-
-class Ema:
-    """float32 averages of a model's parameters, one launch an update; the decay is read from the device.
-
-        ema = Ema(averages, [p.detach() for p in model.parameters()])
-        ema.update(decay)          # inside a training graph too: nothing comes from the host
-
-    averages  float32 tensors, contiguous, rewritten by `update`; values: tensors of one dtype (bfloat16, float16 or
-              float32), same shapes, contiguous. Both lists keep their memory for as long as this object is used.
-
-    Raises ValueError for lists that do not agree.
-    """
-
-    def __init__(self, averages: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        self.averages, self.values = list(averages), list(values)
-        if not self.values or len(self.averages) != len(self.values):
-            raise ValueError(f"{len(self.averages)} averages for {len(self.values)} values: one each, and at least one")
-        kinds = {v.dtype for v in self.values}
-        if len(kinds) > 1 or not kinds <= {torch.bfloat16, torch.float16, torch.float32}:
-            raise ValueError(f"values must share one dtype of 16 or 32 bits, got {sorted(map(str, kinds))}")
-        device = self.values[0].device
-        for i, (a, v) in enumerate(zip(self.averages, self.values, strict=True)):
-            if a.dtype != torch.float32 or a.shape != v.shape or {a.device, v.device} != {device}:
-                raise ValueError(
-                    f"averages[{i}] is {a.dtype} {tuple(a.shape)} on {a.device}; it must be float32 {tuple(v.shape)} "
-                    f"on {device}"
-                )
-            if not (a.is_contiguous() and v.is_contiguous()):
-                raise ValueError(f"averages[{i}] and values[{i}] must be contiguous")
-        chunks = [(i, k) for i, v in enumerate(self.values) for k in range(0, v.numel(), BLOCK)]
-        self.chunks = len(chunks)
-
-        def table(numbers: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.tensor(numbers, dtype=dtype, device=device)
-
-        addresses = [[t.data_ptr() for t in tensors] for tensors in (self.averages, self.values)]
-        self.aligned = not any(a % 16 for both in addresses for a in both)
-        self.tables = (
-            table(addresses[0]),
-            table(addresses[1]),
-            table([i for i, _ in chunks], torch.int32),
-            table([k for _, k in chunks]),
-            table([v.numel() for v in self.values]),
-        )
-
-    def update(self, decay: Tensor) -> None:
-        """decay: float32 (1,) on the same device, 0 .. 1."""
-        with guard(decay):
-            ema_kernel[(self.chunks,)](*self.tables, decay, self.values[0], self.aligned, BLOCK, num_warps=WARPS)

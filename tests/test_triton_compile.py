@@ -241,9 +241,6 @@ TRAINING = {
     "distribution matching of bf16 samples": (triton_train.difference_kernel, {
         "x": "*bf16", "real": "*fp32", "own": "*fp32", "loss": "*fp32", "gradient": "*fp32", "floor": "fp32",
         "n": "i32"}, 1 + 2 * 3, 2),
-    "EMA of bf16 parameters": (triton_train.ema_kernel, {
-        "averages": "*i64", "values": "*i64", "owners": "*i32", "offsets": "*i64", "sizes": "*i64", "decay": "*fp32",
-        "like": "*bf16", "ALIGNED": True}, 2 + 1, 2),
 }  # fmt: skip
 
 
@@ -352,8 +349,6 @@ CORNERS = {
     "a score difference whose number Inductor hands on": (
         triton_train.difference_kernel, TRAINING["distribution matching of bf16 samples"][1], {
             "floor": "fp64", "BLOCK": 1024}),
-    "an average at odd addresses": (triton_train.ema_kernel, TRAINING["EMA of bf16 parameters"][1], {
-        "ALIGNED": False, "BLOCK": 1024}),
 }  # fmt: skip
 
 
