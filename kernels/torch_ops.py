@@ -188,7 +188,7 @@ def _(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z):  # type:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     slots, columns, raws, w, c_in, copies, _model_dtype, p, limit, z = inputs
     ctx.columns, ctx.copies, ctx.raws = list(columns), copies, [raw.dtype for raw in raws]
-    ctx.has_z, ctx.has_slots = z is not None, len(slots)
+    ctx.has_z = z is not None
     x = slots[ctx.columns.index(0)] if 0 in ctx.columns else None
     # m itself is needed again only to know where the clip held it.
     clipped = p is not None and limit is not None

@@ -5,7 +5,7 @@ loss. Optimisers, data, parallel wrappers and precision stay the caller's. One m
 
     progressive             two teacher steps in one, halving again and again  (Salimans & Ho 2022)
     guided                  the guidance scale becomes an input                (Meng et al. 2023)
-    consistency             distillation, training, improved training, ECT     (Song et al. 2023; Song & Dhariwal 2023)
+    consistency             distillation, training, improved training          (Song et al. 2023; Song & Dhariwal 2023)
     continuous              its limit of ever more levels, sCM                 (Lu & Song 2024)
     latent_consistency      guided consistency distillation over long jumps    (Luo et al. 2023)
     adversarial             hinge loss on frozen features plus distillation    (Sauer et al. 2023)

@@ -1,8 +1,8 @@
 """Consistency models: one function f takes every point of a trajectory of the flow to its end.
 
-Consistency distillation and training (Song et al. 2023, arXiv 2303.01469, Algorithms 2 and 3), improved training
-(Song & Dhariwal 2023, arXiv 2310.14189), easy consistency tuning (Geng et al. 2024, arXiv 2406.14548). They are one
-loss: f at the noisier point against f at the less noisy one, which comes from a teacher's step or from the data.
+Consistency distillation and training (Song et al. 2023, arXiv 2303.01469, Algorithms 2 and 3) and improved training
+(Song & Dhariwal 2023, arXiv 2310.14189) share one loss: f at the noisier point against f at the less noisy one, which
+comes from a teacher's step or from the data.
 
 Student and target are denoisers whose prediction is f: `fewstep.bindings.consistency.ConsistencyDenoiser`.
 """
@@ -60,7 +60,7 @@ def training_loss(
 ) -> Tensor:
     """d(f(x0 + s noise), f_target(x0 + s' noise)) with the same noise (Song et al. 2023, Algorithm 3).
 
-    start, end  points of arrays (B,), start the noisier: neighbours on a grid, or `curricula.ect_next`'s pair
+    start, end  points of arrays (B,), start the noisier: neighbours on a grid
     Improved training: target = student, metric `losses.pseudo_huber(c)`, weight `inverse_gap(start, end)`.
     """
     x, before = noised(x0, noise, start), noised(x0, noise, end)

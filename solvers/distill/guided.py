@@ -50,14 +50,3 @@ def with_strength(cond: Mapping[str, Any] | None, w: ArrayLike, like: Tensor) ->
     """A student's conditions with its guidance strengths, (B,) or one number for all of `like`."""
     strengths = np.broadcast_to(np.asarray(w, dtype=np.float64), (len(like),))
     return {**(cond or {}), "w": spread(strengths, like).flatten()}
-
-
-def embed_strength(w: Tensor, width: int = 256) -> Tensor:
-    """(B, width) sinusoidal features of w (B,), as LCM's networks are given it (Luo et al. 2023): frequencies
-    10000^(-k / (width/2 - 1)) of 1000 w, sines first."""
-    half = width // 2
-    if width < 4 or width % 2:
-        raise ValueError(f"width = {width}: it must be even and at least 4")
-    rates = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-np.log(10000.0) / (half - 1)))
-    angle = 1000.0 * w.float()[:, None] * rates
-    return torch.cat([angle.sin(), angle.cos()], dim=1).to(w.dtype)

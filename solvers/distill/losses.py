@@ -45,11 +45,6 @@ def pseudo_huber_elementwise(c: float) -> Metric:
     return lambda prediction, target: torch_train.pseudo_huber(prediction, target, c, per_sample=False)
 
 
-def ict_huber_constant(elements: int) -> float:
-    """c = 0.00054 sqrt(dimension) of improved consistency training (Song & Dhariwal 2023, section 3.3)."""
-    return 0.00054 * math.sqrt(elements)
-
-
 def _positive(c: float) -> None:
     if not 0.0 < c < math.inf:
         raise ValueError(f"c = {c}: the pseudo-Huber constant must be positive and finite")
@@ -65,17 +60,7 @@ def weighted(losses: Tensor, weights: Array | float) -> Tensor:
 
 def truncated_snr(at: Point) -> Array:
     """max(alpha^2 / sigma^2, 1), on the error of x0 (Salimans & Ho 2022, section 4)."""
-    return np.maximum(_snr(at), 1.0)
-
-
-def snr_plus_one(at: Point) -> Array:
-    """1 + alpha^2 / sigma^2 on the error of x0, the squared error of v in a VP process (Salimans & Ho 2022)."""
-    return _snr(at) + 1.0
-
-
-def uniform(at: Point) -> Array:
-    """1."""
-    return np.ones_like(np.asarray(at.sigma))
+    return np.maximum((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2, 1.0)
 
 
 def edm_weight(sigma_data: float) -> Weight:
@@ -86,10 +71,6 @@ def edm_weight(sigma_data: float) -> Weight:
         return np.asarray((ratio**2 + sigma_data**2) / (ratio * sigma_data) ** 2)
 
     return weight
-
-
-def _snr(at: Point) -> Array:
-    return np.asarray((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2)
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

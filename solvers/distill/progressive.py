@@ -69,7 +69,7 @@ def loss(
     target  from `targets(teacher, grid)`
     x0      (B, ...) data, noise like it
     which   (B,) interval numbers of `target`, 0 the noisiest
-    weight  of the points: `losses.truncated_snr`, or `losses.snr_plus_one` for the error of v
+    weight  of the points, on the error of x0; 1 + alpha^2 / sigma^2 makes it the error of v
     """
     at = target.start(which)
     z = noised(x0, noise, at)
