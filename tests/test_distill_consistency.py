@@ -288,9 +288,14 @@ def test_the_target_is_the_guided_ddim_jump_of_k_times() -> None:
     def student_net(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return gain * x + 0.01 * w[:, None]
 
-    student = ConsistencyDenoiser(student_net, VP, "epsilon", boundary=LatentBoundary())
+    def deaf_net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return gain * x
+
+    student, deaf = (ConsistencyDenoiser(n, VP, "epsilon", boundary=LatentBoundary()) for n in (student_net, deaf_net))
     x0, noise, which, w = normals(4, 2), normals(4, 2, seed=1), np.array([0, 20, 40, 49]), np.array([5.0, 7.5, 9, 15])
-    got = latent_consistency.loss(student, student, jumps, x0, noise, which, w=w, cond=cond, student_cond={})
+    batch = jumps, x0, noise, which
+    got = latent_consistency.loss(student, student, *batch, w=w, cond=cond, student_cond={})
+    without = latent_consistency.loss(deaf, deaf, *batch, w=w, cond=cond, strength_input=False)
 
     t, t2 = 999 - 20 * which, np.maximum(979 - 20 * which, 0)
     acp = torch.tensor(VP.alphas_cumprod)
@@ -299,16 +304,18 @@ def test_the_target_is_the_guided_ddim_jump_of_k_times() -> None:
     eps = (1 + ww) * (0.8 * z + 0.3) - ww * (0.8 * z - 0.1)
     z2 = a2 * (z - s * eps) / a + s2 * eps
 
-    def f(x: torch.Tensor, t: np.ndarray, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        tau = 10.0 * torch.tensor(t, dtype=torch.float64)[:, None]
-        e = gain * x + 0.01 * ww
-        return 0.25 / (tau**2 + 0.25) * x + tau / (tau**2 + 0.25).sqrt() * (x - s * e) / a
+    for found, share in ((got, 0.01), (without, 0.0)):
 
-    d = f(z, t, a, s) - f(z2, t2, a2, s2).detach()
-    want = ((d.square() + 1e-6).sqrt() - 1e-3).mean()
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
-    gradients = [torch.autograd.grad(v, gain)[0] for v in (got, want)]
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=0)
+        def f(x: torch.Tensor, t: np.ndarray, a: torch.Tensor, s: torch.Tensor, share: float = share) -> torch.Tensor:
+            tau = 10.0 * torch.tensor(t, dtype=torch.float64)[:, None]
+            e = gain * x + share * ww
+            return 0.25 / (tau**2 + 0.25) * x + tau / (tau**2 + 0.25).sqrt() * (x - s * e) / a
+
+        d = f(z, t, a, s) - f(z2, t2, a2, s2).detach()
+        want = ((d.square() + 1e-6).sqrt() - 1e-3).mean()
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=0)
+        gradients = [torch.autograd.grad(v, gain)[0] for v in (found, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=0)
 
 
 # --- adapters ---
@@ -413,7 +420,7 @@ def test_adapters_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no linear or convolution"):
         lora.add_adapter(torch.nn.ReLU(), "b")
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
-    with pytest.raises(ValueError, match="not an adapter"):
+    with pytest.raises(ValueError, match="not written by save_adapter"):
         lora.load_adapter(Net(), "b", tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError):
         lora.load_adapter(Net(), "b", tmp_path / "none.safetensors")

@@ -268,7 +268,7 @@ def test_backward_simulation_is_the_students_own_sampling(monkeypatch: pytest.Mo
             torch.testing.assert_close(got, x, rtol=1e-12, atol=1e-12)
             x = torch.tanh(weight * x) + grid.sigma[stop + 1] * draws.get(stop + 1, 0.0)
     assert len(made) == 3
-    with pytest.raises(ValueError, match=r"stop = 4: the grid's steps are 0 \.\. 3"):
+    with pytest.raises(ValueError, match=r"stop = 4: it must be in 0 \.\. 3"):
         simulate(latent, 4)
 
 

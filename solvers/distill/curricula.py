@@ -10,25 +10,29 @@ from fewstep.solvers.schedule.process import Array
 
 
 def ict_levels(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
-    """N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2(s1 / s0) + 1)) (Song & Dhariwal 2023, eq. 7)."""
-    _progress(step, steps)
+    """N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2(s1 / s0) + 1)) (Song & Dhariwal 2023, eq. 7).
+
+    step, steps  k and K, 0 <= k <= K
+    first, last  s0 and s1
+
+    Returns the number of noise levels.
+    """
+    if not 0 <= step <= steps or steps < 1:
+        raise ValueError(f"step = {step} of {steps}: step must be in 0 .. steps, and steps at least 1")
     period = max(1, math.floor(steps / (math.log2(last / first) + 1.0)))
     return int(min(first * 2 ** (step // period), last)) + 1
 
 
 def lognormal_weights(ratios: Array, mean: float = -1.1, std: float = 2.0) -> Array:
-    """How often each interval [s_n+1, s_n] of decreasing levels (N + 1,) is drawn, (N,), sums to 1.
+    """The probability of drawing each interval [s_n+1, s_n]: the mass of log s ~ N(mean, std^2) between its ends.
 
-    The mass of log s ~ N(mean, std^2) between its ends (Song & Dhariwal 2023, eq. 10).
+    ratios  (N + 1,) decreasing levels sigma / alpha (Song & Dhariwal 2023, eq. 10)
+
+    Returns (N,), of sum 1. Raises ValueError for levels that do not decrease or are not positive.
     """
     scaled = (np.log(np.asarray(ratios, dtype=np.float64)) - mean) / (math.sqrt(2.0) * std)
     mass = np.array([math.erf(v) for v in scaled])
     weights = mass[:-1] - mass[1:]
     if not np.all(weights > 0.0):
-        raise ValueError("ratios must decrease and be positive, so that every interval has some mass")
+        raise ValueError("ratios must decrease and be positive")
     return np.asarray(weights / weights.sum())
-
-
-def _progress(step: int, steps: int) -> None:
-    if not 0 <= step <= steps or steps < 1:
-        raise ValueError(f"step = {step} of {steps}: it must be from 0 to steps, and steps at least 1")
