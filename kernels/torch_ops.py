@@ -47,6 +47,11 @@ def operator(name: str) -> Callable[[Callable[..., object]], CustomOpDef]:
     return kind(name, mutates_args=())
 
 
+def sum_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of numbers per sample: float64 for a float64 tensor, else float32."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def _rows(t: Tensor) -> np.ndarray:
     """The tensor as a NumPy array (B, elements), 16-bit floats as their bits; a view where it is contiguous."""
     t = t.detach().contiguous()
@@ -207,7 +212,7 @@ def _fake(
     return _empty(slots, raws, w, copies, model_dtype)
 
 
-class _Context(Protocol):
+class _StageContext(Protocol):
     """What autograd keeps of a stage between its two passes."""
 
     columns: list[int]
@@ -223,7 +228,7 @@ class _Context(Protocol):
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
-def _setup(ctx: _Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup(ctx: _StageContext, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     slots, columns, raws, w, c_in, copies, _model_dtype, p, limit, z = inputs
     ctx.columns, ctx.copies, ctx.raws = list(columns), copies, [raw.dtype for raw in raws]
     ctx.has_z = z is not None
@@ -234,7 +239,7 @@ def _setup(ctx: _Context, inputs: tuple[Any, ...], output: list[Tensor]) -> None
     ctx.save_for_backward(w, c_in, p, limit, *sources)
 
 
-def _backward(ctx: _Context, grads: list[Tensor]) -> tuple[object, ...]:
+def _backward(ctx: _StageContext, grads: list[Tensor]) -> tuple[object, ...]:
     """Gradients in the order of the arguments of `stage`, None for those of its tables."""
     w, c_in, p, limit, *kept = ctx.saved_tensors
     rows = list(grads[: w.shape[1]])

@@ -20,15 +20,11 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive
-from fewstep.kernels.torch_ops import TRITON, _rows, operator
+from fewstep.kernels.torch_ops import TRITON, _rows, operator, sum_dtype
 
 if TRITON:
     from fewstep.kernels import triton_noise, triton_reduce, triton_step
     from fewstep.kernels.triton_reduce import digit_kernel, error_kernel, rescale_kernel, threshold_kernel
-
-
-def _kind(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def _on_gpu(*tensors: Tensor) -> bool:
@@ -72,7 +68,7 @@ def guidance_scale_on_gpu(raws: Sequence[Tensor], weights: Sequence[float], phi:
 @torch.library.custom_op("fewstep::guidance_scale_elsewhere", mutates_args=())
 def _guidance_scale_elsewhere(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
     factor = naive.guidance_scale(list(raws), np.array(weights), phi)
-    return torch.from_numpy(factor).to(raws[0].device, _kind(raws[0]))
+    return torch.from_numpy(factor).to(raws[0].device, sum_dtype(raws[0]))
 
 
 @operator("fewstep::guidance_scale")
@@ -90,11 +86,11 @@ def _guidance_scale_on_cpu(raws: Sequence[Tensor], weights: Sequence[float], phi
     shares, p, out = np.zeros(layout.RAWS), np.array([[0.0, 1.0, 0.0, 0.0]]), np.empty((len(raws[0]), 4))
     shares[: len(weights)] = weights
     numba_reduce.guidance_scale(*padded, shares, phi, p, out)
-    return torch.from_numpy(out[:, 1].copy()).to(_kind(raws[0]))
+    return torch.from_numpy(out[:, 1].copy()).to(sum_dtype(raws[0]))
 
 
 def _fake_guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
-    return raws[0].new_empty(raws[0].shape[:1], dtype=_kind(raws[0]))
+    return raws[0].new_empty(raws[0].shape[:1], dtype=sum_dtype(raws[0]))
 
 
 def guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
@@ -133,7 +129,7 @@ def threshold_on_gpu(m: Tensor, quantile: float, maximum: float) -> Tensor:
 
 @torch.library.custom_op("fewstep::threshold_elsewhere", mutates_args=())
 def _threshold_elsewhere(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    return torch.from_numpy(naive.threshold(m, quantile, maximum)).to(m.device, _kind(m))
+    return torch.from_numpy(naive.threshold(m, quantile, maximum)).to(m.device, sum_dtype(m))
 
 
 @operator("fewstep::threshold")
@@ -151,11 +147,11 @@ def _threshold_on_cpu(m: Tensor, quantile: float, maximum: float) -> Tensor:
     numba_reduce.threshold(
         None, _rows(m), None, None, np.array([[0.0, 1.0, 0.0, 0.0]]), float(quantile), float(maximum), out
     )
-    return torch.from_numpy(out[:, :2].copy()).to(_kind(m))
+    return torch.from_numpy(out[:, :2].copy()).to(sum_dtype(m))
 
 
 def _fake_threshold(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    return m.new_empty((m.shape[0], 2), dtype=_kind(m))
+    return m.new_empty((m.shape[0], 2), dtype=sum_dtype(m))
 
 
 def threshold(m: Tensor, quantile: float, maximum: float) -> Tensor:

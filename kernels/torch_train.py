@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive_train
-from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage
+from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage, sum_dtype
 
 if TRITON:
     from fewstep.kernels import triton_noise, triton_train
@@ -35,7 +35,7 @@ def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tup
 @torch.library.custom_op("fewstep::pseudo_huber_elsewhere", mutates_args=())
 def _pseudo_huber_elsewhere(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
-    return torch.from_numpy(loss).to(x.device, _kind(x)), torch.from_numpy(grad).to(x)
+    return torch.from_numpy(loss).to(x.device, sum_dtype(x)), torch.from_numpy(grad).to(x)
 
 
 def _wide(t: Tensor) -> np.ndarray:
@@ -48,10 +48,6 @@ def _scratch(x: Tensor, *, wide: bool) -> np.ndarray:
     from fewstep.kernels.numba_step import CHUNK
 
     return np.empty(min(CHUNK, x.numel()), np.float64 if wide else np.float32)
-
-
-def _kind(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @operator("fewstep::pseudo_huber")
@@ -70,11 +66,11 @@ def _pseudo_huber_on_cpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tu
     # Outside this range c^2 overflows or underflows float32.
     terms = _scratch(x, wide=x.dtype == torch.float64 or not 1e-15 < c < 1e15)
     numba_train.pseudo_huber(_rows(x), _rows(y), terms.dtype.type(c), per_sample, terms, loss.numpy(), _rows(grad))
-    return loss.to(_kind(x)), grad
+    return loss.to(sum_dtype(x)), grad
 
 
 def _fake_pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:1], dtype=_kind(x)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape[:1], dtype=sum_dtype(x)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 for _op in (_pseudo_huber, _pseudo_huber_elsewhere):
@@ -82,7 +78,7 @@ for _op in (_pseudo_huber, _pseudo_huber_elsewhere):
     _op.register_fake(_fake_pseudo_huber)
 
 
-class _Context(Protocol):
+class _LossContext(Protocol):
     """What autograd keeps of a loss between its two passes."""
 
     dtype: torch.dtype
@@ -98,7 +94,7 @@ class _Context(Protocol):
     def set_materialize_grads(self, value: bool) -> None: ...
 
 
-def _setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: _LossContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -106,13 +102,13 @@ def _setup(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _backward(
-    ctx: _Context, loss: Tensor | None, grad: Tensor | None
+    ctx: _LossContext, loss: Tensor | None, grad: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, None, None]:
     by_x = _chained(ctx, loss)
     return by_x, -by_x if by_x is not None and ctx.needs_input_grad[1] else None, None, None
 
 
-def _chained(ctx: _Context, loss: Tensor | None) -> Tensor | None:
+def _chained(ctx: _LossContext, loss: Tensor | None) -> Tensor | None:
     """The gradient by x, in x's dtype, from the gradient by the losses (B,)."""
     if loss is None:
         return None
@@ -185,7 +181,7 @@ for _op in (_score_difference, _score_difference_elsewhere):
 
 
 def _backward_difference(
-    ctx: _Context, loss: Tensor | None, grad: Tensor | None
+    ctx: _LossContext, loss: Tensor | None, grad: Tensor | None
 ) -> tuple[Tensor | None, None, None, None]:
     return _chained(ctx, loss), None, None, None
 
@@ -204,9 +200,9 @@ def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tupl
     bad dtype or floor.
     """
     for name, other in (("real", real), ("own", own)):
-        if other.shape != x.shape or other.dtype != _kind(x) or other.device != x.device or x.ndim < 2:
+        if other.shape != x.shape or other.dtype != sum_dtype(x) or other.device != x.device or x.ndim < 2:
             raise ValueError(
-                f"{name} is {other.dtype} {tuple(other.shape)} on {other.device}; it must be {_kind(x)} "
+                f"{name} is {other.dtype} {tuple(other.shape)} on {other.device}; it must be {sum_dtype(x)} "
                 f"{tuple(x.shape)} on {x.device}, like x, with a batch axis"
             )
     if not 0.0 < floor < math.inf:

@@ -341,18 +341,9 @@ def stage(
     limit: Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> None:
-    """One stage over separate tensors, contiguous, (B, ...), on one device.
+    """One stage over separate tensors, contiguous, on one device: see `stage_kernel` for shapes and dtypes.
 
-    slots    float32, x first; None where the column of w is zero
-    raws     float16, bfloat16 or float32
-    w        (1 or B, rows, COLUMNS) float32, see `layout`
-    outputs  float32, one per row, the new x first
-    x_in     (copies B, ...) of the model's dtype, for copies of c_in x', or None
-    c_in     (1 or B,) float32
-    z        float32 noise, or None
-    p        (1 or B, 4) float32, or None
-    limit    (1 or B, 4) float32, or None
-    kernel   `stage_kernel`, or a wrapper of it
+    kernel  `stage_kernel`, or a wrapper of it
 
     Tables need only be contiguous within a sample.
     """
