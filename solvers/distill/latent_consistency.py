@@ -61,16 +61,16 @@ def loss(
 ) -> Tensor:
     """d(f(z_n, w), f_target(DDIM step of the guided teacher from z_n, w)) (Luo et al. 2023, Algorithm 1).
 
-    target         the average of the student, or the student itself; it gets no gradient
-    jumps          `Jumps.over(teacher, grid(process), "ddim")`
-    x0, noise      (B, ...)
-    which          (B,) interval numbers, 0 the noisiest
-    w              (B,) guidance strengths, from U[5, 15] in the paper: the teacher's scale is 1 + w; None keeps the
-                   teacher's own guidance
-    cond           the teacher's conditions, (null, condition) if it is guided
-    student_cond   the student's conditions, without "w"
-    strength_input whether "w" is added to the student's conditions; False in the LoRA form
-    metric         d, per sample
+    target          the average of the student, or the student itself; it gets no gradient
+    jumps           `Jumps.over(teacher, grid(process), "ddim")`
+    x0, noise       (B, ...)
+    which           (B,) interval numbers, 0 the noisiest
+    w               (B,) guidance strengths, from U[5, 15] in the paper: the teacher's scale is 1 + w; None keeps the
+                    teacher's own guidance
+    cond            the teacher's conditions, (null, condition) if it is guided
+    student_cond    the student's conditions, without "w"
+    strength_input  whether "w" is added to the student's conditions; False in the LoRA form
+    metric          d, per sample
     """
     start, end = jumps.start(which), jumps.end(which)
     z = noised(x0, noise, start)
