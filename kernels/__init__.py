@@ -1,4 +1,5 @@
-"""The update kernels: `naive` (the oracle); `numba_*` (CPU) and `triton_*` (GPU) of one name each; `philox`; `torch_*`.
+"""The update kernels: `naive` (oracle), `numba_*` (CPU), `triton_*` (GPU), `torch_*` (operators), `philox` (noise).
 
-This layer imports nothing of the project and knows nothing of samplers: it maps arrays by tables of numbers.
+This layer imports nothing of the project and knows no samplers: it maps arrays by tables of coefficients. Each module
+begins with its memory traffic in bytes per element.
 """

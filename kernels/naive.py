@@ -1,19 +1,23 @@
-"""The naive twin of every kernel: the oracle that the fast backends are measured against.
+"""The naive twin of every kernel: the oracle of the fast backends.
 
-Plain expressions on NumPy arrays or torch tensors of any device, one term after another, in the order that
-the fused kernels use. Differentiable in torch.
+Plain expressions on NumPy arrays or torch tensors of any device, term by term in the order of the fused kernels, and
+differentiable in torch. Bytes per element: at least 20 per term of a float32 row (reads the source, writes the product,
+reads product and sum, writes the sum).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.kernels import layout
 
-Array = Any  # a NumPy array or a torch tensor
+if TYPE_CHECKING:
+    import torch
+
+Array = Any  # a NumPy array or a torch tensor; torch need not be installed
 
 
 def step(
@@ -27,18 +31,19 @@ def step(
 ) -> list[Array]:
     """One stage: m = gain clip(p · [x, raws], +-bound), outputs = w · [slots, raws, m, z].
 
-    slots   arrays (B, ...) of the state's dtype, x first; None where a column is unused
-    raws    0 to 3 arrays (B, ...), computed with in the state's dtype
-    w       (1 or B, rows, COLUMNS) of the state's dtype, see `layout`. The tables are NumPy's, or tensors beside the
-            others: those are not read on the host
-    z       (B, ...) standard normal, or None
-    p       (1 or B, 4) over [x, raw_1, raw_2, raw_3], or None if the prediction is folded into `w`
-    limit   (1 or B, 2): bound and gain of the clip, or None
+    slots  (B, ...) of the state's dtype, x first; None where the column of w is unused
+    raws   0 to 3 arrays (B, ...) of any float dtype, cast to the state's
+    w      (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
+    z      (B, ...) standard normal, or None
+    p      (1 or B, 4) over [x, raw_1, raw_2, raw_3], or None if the prediction is folded into w
+    limit  (1 or B, 2): bound and gain of the clip, or None
 
-    A coefficient that is exactly 0 skips its source, so that a NaN there cannot reach the row.
-    Returns the outputs, as new arrays.
+    w, p and limit are NumPy arrays, or tensors on the device of the others, which are not read on the host. A
+    coefficient of exactly 0 skips its source, so that a NaN there does not reach the row.
+
+    Returns new arrays (B, ...), one per row of w.
     """
-    # Where a stage reads no slot and draws no noise, only the table knows the state's dtype.
+    # Without slots and noise, only the table has the state's dtype.
     state = next((a for a in [*slots, z] if a is not None), None)
     state = as_dtype(raws[0], w.dtype) if state is None else state
     raws = [cast(raw, state) for raw in raws]
@@ -56,14 +61,23 @@ def step(
 
 
 def model_input(x: Array, c_in: Array, like: Array) -> Array:
-    """c_in x, rounded once to the dtype of `like`. c_in has shape (1,) or (B,)."""
+    """c_in x, rounded once to the dtype of `like`.
+
+    x     (B, ...)
+    c_in  (1 or B,)
+    """
     return cast(x * column(c_in, x), like)
 
 
 def combine(sources: Sequence[Array | None], c: Array, like: Array) -> Array:
-    """sum_j c[:, j] sources[j], left to right; c is (1 or B, J)."""
+    """sum_j c[:, j] sources[j], left to right.
+
+    sources  (B, ...), or None for a term that is left out
+    c        (1 or B, J)
+    like     (B, ...): gives shape, dtype and device
+    """
     total = zero = like.new_zeros(like.shape) if is_torch(like) else np.zeros_like(like)
-    unread = is_torch(c)  # a look at numbers on the device would wait for it
+    unread = is_torch(c)  # reading a tensor's values would wait for the device
     for source, weights in zip(sources, c.T, strict=False):
         if source is None or not (unread or np.any(weights)):
             continue
@@ -74,44 +88,47 @@ def combine(sources: Sequence[Array | None], c: Array, like: Array) -> Array:
 
 
 def guidance_scale(raws: Sequence[Array], weights: np.ndarray, phi: float) -> np.ndarray:
-    """Guidance rescale (Lin et al. 2023, section 3.4): the factor on the guided output of each sample, (B,) float64.
+    """Guidance rescale (Lin et al. 2023, section 3.4): the factor on the guided output of each sample.
 
-    guided = sum_j weights[j] raws[j]; factor = phi std(conditional) / std(guided) + 1 - phi, or 1 where the
-    guided output is constant. The conditional output is the last one.
+    guided = sum_j weights[j] raws[j], factor = phi std(conditional) / std(guided) + 1 - phi, 1 where guided is constant
+
+    raws     (B, ...), the conditional output last
+    weights  one per raw
+    phi      0 .. 1
+
+    Returns (B,) float64.
     """
     values = [as_float64(raw) for raw in raws]
     guided = sum((g * v for g, v in zip(weights, values, strict=True)), np.zeros_like(values[0]))
     spread = guided.std(axis=1)
-    # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
+    # A constant output, such as that of a zero-initialised last layer, would give 0 / 0.
     ratio = np.divide(values[-1].std(axis=1), spread, out=np.ones_like(spread), where=spread != 0.0)
     return np.asarray(phi * ratio + (1.0 - phi))
 
 
 def threshold(m: Array, quantile: float, maximum: float) -> np.ndarray:
-    """Dynamic thresholding (Saharia et al. 2022, section 2.3): the clip's (bound, gain) of each sample, (B, 2) float64.
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3): bound and gain of the clip of each sample.
 
-    s = quantile of |m| over the sample (linear interpolation), held between 1 and `maximum`; m becomes
-    clip(m, -s, s) / s.
+    m becomes clip(m, -s, s) / s, s the quantile of |m| over the sample (linear interpolation), clamped to 1 .. maximum.
+
+    m  (B, ...) x0 predictions
+
+    Returns (B, 2) float64: s and 1 / s.
     """
     s = np.clip(np.quantile(np.abs(as_float64(m)), quantile, axis=1), 1.0, maximum)
     return np.stack([s, 1.0 / s], axis=1)
 
 
-def apg_norms(conditional: Array, null: Array) -> np.ndarray:
-    """What adaptive projected guidance (Sadat et al. 2024, section 4) needs of each sample, (B, 3) float64.
-
-    With d = conditional - null: |d|^2 for the bound on its norm, d · conditional and |conditional|^2 to project it.
-    """
-    c = as_float64(conditional)
-    d = c - as_float64(null)
-    return np.stack([(d * d).sum(axis=1), (d * c).sum(axis=1), (c * c).sum(axis=1)], axis=1)
-
-
 def error_norm(error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
-    """sqrt(mean((error / delta)^2)), delta = max(atol, rtol |low|, rtol |before|), of each sample, (B,) float64.
+    """The error that an adaptive solver keeps below 1 (Lu et al. 2022a, appendix C), of each sample:
 
-    The error that an adaptive solver holds to its tolerance (Lu et al. 2022a, appendix C). A difference of 0 is no
-    error, even if delta is 0.
+    sqrt(mean((error / delta)^2)), delta = max(atol, rtol |low|, rtol |before|)
+
+    error   (B, ...), the difference of the two solutions; 0 counts as no error even if delta is 0
+    low     (B, ...), the lower-order solution
+    before  (B, ...), the sample before the step
+
+    Returns (B,) float64.
     """
     e = as_float64(error)
     delta = np.maximum(atol, rtol * np.maximum(np.abs(as_float64(low)), np.abs(as_float64(before))))
@@ -120,7 +137,7 @@ def error_norm(error: Array, low: Array, before: Array, rtol: float, atol: float
     return np.asarray(np.sqrt(np.mean(share**2, axis=1)))
 
 
-# --- the few operations that NumPy and torch spell differently ---
+# --- operations that NumPy and torch spell differently ---
 
 
 def is_torch(a: Array) -> bool:
@@ -128,10 +145,12 @@ def is_torch(a: Array) -> bool:
 
 
 def cast(a: Array, like: Array) -> Array:
+    """a in the dtype of `like`."""
     return a.to(like) if is_torch(a) else a.astype(like.dtype, copy=False)
 
 
-def as_dtype(a: Array, dtype: Any) -> Array:
+def as_dtype(a: Array, dtype: np.dtype[Any] | torch.dtype) -> Array:
+    """a in a dtype of either library."""
     if not is_torch(a):
         return a.astype(dtype)
     if isinstance(dtype, np.dtype):
@@ -140,13 +159,14 @@ def as_dtype(a: Array, dtype: Any) -> Array:
 
 
 def where(condition: Array, a: Array, b: Array) -> Array:
+    """a where the condition holds, else b, in the dtype of b."""
     if is_torch(condition):
         return b.where(condition.logical_not(), a)
     return np.asarray(np.where(condition, a, b), dtype=b.dtype)
 
 
-def column(c: Array, like: Array) -> Any:
-    """Coefficients as a number, or as an array that broadcasts over the samples of `like`, rounded to its dtype."""
+def column(c: Array, like: Array) -> Array:
+    """Coefficients (1 or B,) as a number or an array that broadcasts with `like` (B, ...), in its dtype."""
     if is_torch(c):
         return c.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
     if len(c) == 1:
@@ -156,6 +176,6 @@ def column(c: Array, like: Array) -> Any:
 
 
 def as_float64(a: Array) -> np.ndarray:
-    """(B, elements) in float64, on the CPU."""
+    """a as (B, elements), float64, on the CPU."""
     values = a.detach().double().cpu().numpy() if is_torch(a) else np.asarray(a, dtype=np.float64)
     return np.asarray(values).reshape(len(values), -1)

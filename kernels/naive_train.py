@@ -1,4 +1,4 @@
-"""The naive twins of the training kernels: plain expressions on NumPy arrays, in float64."""
+"""The naive twins of the training kernels: plain NumPy expressions in float64, 8 bytes per element and operand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import numpy as np
 
 
 def pseudo_huber(x: np.ndarray, y: np.ndarray, c: float, *, per_sample: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The loss of each sample, (B,), and its gradient by x, like x, both float64. With d = x - y:
+    """The pseudo-Huber loss of each sample and its gradient by x. With d = x - y:
 
-        per_sample  sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8)
-        else        the mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training)
+    per_sample  sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8)
+    otherwise   the mean over elements of sqrt(d^2 + c^2) - c (reference training code of Luo et al. 2023)
 
-    Computed as d^2 / (sqrt(d^2 + c^2) + c), because the difference has no digits where d is small against c.
+    Computed as d^2 / (sqrt(d^2 + c^2) + c): the difference cancels where d is small against c.
+
+    Returns (B,) and (B, ...), float64.
     """
     d = np.asarray(x, np.float64) - np.asarray(y, np.float64)
     axes = tuple(range(1, d.ndim))
@@ -23,10 +25,14 @@ def pseudo_huber(x: np.ndarray, y: np.ndarray, c: float, *, per_sample: bool) ->
 
 
 def score_difference(x: np.ndarray, real: np.ndarray, own: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """|g|^2 / 2 of each sample, (B,), and g = (own - real) / max(mean|x - real|, floor), (B, ...), both float64.
+    """The loss of distribution matching of each sample, |g|^2 / 2, and its gradient by x (Yin et al. 2024):
 
-    x a generator's samples, real and own the x0 predictions of the data's and of the generator's own score; the mean is
-    over a sample's elements (Yin et al. 2024, DMD eq. 7 and 8). |g|^2 / 2 is |x - (x - g)|^2 / 2, the bracket constant.
+    g = (own - real) / max(mean|x - real|, floor), the mean over a sample's elements (DMD, eq. 7 and 8)
+
+    x          (B, ...) samples of the generator
+    real, own  (B, ...) x0 predictions of the data's and of the generator's own score
+
+    |g|^2 / 2 is |x - (x - g)|^2 / 2 with the bracket held constant. Returns (B,) and (B, ...), float64.
     """
     x, real, own = (np.asarray(v, np.float64) for v in (x, real, own))
     axes = tuple(range(1, x.ndim))
@@ -35,7 +41,11 @@ def score_difference(x: np.ndarray, real: np.ndarray, own: np.ndarray, floor: fl
 
 
 def boundary(x: np.ndarray, f: np.ndarray, c_skip: np.ndarray, c_out: np.ndarray) -> np.ndarray:
-    """c_skip x + c_out F (Song et al. 2023, eq. 5), float64; c_skip, c_out (B,)."""
+    """c_skip x + c_out F (Song et al. 2023, eq. 5), float64.
+
+    x, f           (B, ...)
+    c_skip, c_out  (B,)
+    """
     shape = (-1,) + (1,) * (x.ndim - 1)
     a, b = (np.asarray(v, np.float64).reshape(shape) for v in (c_skip, c_out))
     return np.asarray(a * np.asarray(x, np.float64) + b * np.asarray(f, np.float64))

@@ -1,14 +1,14 @@
-"""Bit-level scalars for Numba kernels: bitcasts, 16-bit float conversions, and the typed `jit` helper.
+"""Scalar functions for Numba kernels: bitcasts, 16-bit float conversions, and the `jit` decorator.
 
-Every function here is pure, branch-free and allocates nothing, and is inlined by force, so that LLVM
-vectorises the loop that calls it. 16-bit tensors enter kernels as their bits: bfloat16 as uint16, float16 as
-int16 (NumPy has no bfloat16, and Numba no float16 on the CPU).
+They work in registers and move no bytes. Each is pure, has no branch and no allocation, and is always inlined, so that
+LLVM vectorises the calling loop. Kernels take 16-bit tensors as their bits, bfloat16 as uint16 and float16 as int16,
+because NumPy has no bfloat16, and Numba no float16 on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -19,21 +19,21 @@ from numba.extending import intrinsic
 Kernel = Callable[..., Any]
 
 
-def jit(**options: Any) -> Callable[[Kernel], Kernel]:
-    """`numba.njit(nogil=True, cache=True, **options)`: Numba types what it compiles, so callers see any function.
+def jit(*, forceinline: bool = False, error_model: Literal["python", "numpy"] = "python") -> Callable[[Kernel], Kernel]:
+    """`numba.njit` without the GIL and with a cache on disk. Numba infers the types of compiled functions.
 
-    No fastmath: without it LLVM neither reorders float operations nor contracts them into fused
-    multiply-adds. Numba's cache looks at a function's own file alone: after an edit here, clear the caches of
-    its callers.
+    Without fastmath, LLVM neither reorders float operations nor contracts them into fused multiply-adds. Numba's cache
+    watches only a function's own file: after an edit here, clear the caches of its callers.
     """
-    return cast(Callable[[Kernel], Kernel], njit(nogil=True, cache=True, **options))
+    decorator = njit(nogil=True, cache=True, forceinline=forceinline, error_model=error_model)
+    return cast(Callable[[Kernel], Kernel], decorator)
 
 
-def _bitcast(source: Any, target: Any) -> Any:
-    """A Numba intrinsic that reinterprets the bits of a `source` scalar as `target`, of the same width."""
+def _bitcast(source, target):
+    """A Numba intrinsic that reinterprets the bits of a `source` scalar as `target`, a type of the same width."""
 
-    def typer(typingctx: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def typer(typingctx, value):
+        def codegen(context, builder, signature, args):
             return builder.bitcast(args[0], context.get_value_type(target))
 
         return (target(source), codegen) if value == source else None
@@ -42,51 +42,51 @@ def _bitcast(source: Any, target: Any) -> Any:
 
 
 # f32_from_bits(uint32) -> float32 and bits_from_f32(float32) -> uint32
-f32_from_bits: Callable[[Any], Any] = _bitcast(types.uint32, types.float32)
-bits_from_f32: Callable[[Any], Any] = _bitcast(types.float32, types.uint32)
+f32_from_bits: Kernel = _bitcast(types.uint32, types.float32)
+bits_from_f32: Kernel = _bitcast(types.float32, types.uint32)
 
 
 @intrinsic
-def _pointer(typingctx: Any, address: Any, dtype: Any) -> Any:
-    signature = types.CPointer(dtype.dtype)(address, dtype)  # type: ignore[no-untyped-call]
+def _pointer(typingctx, address, dtype):
+    signature = types.CPointer(dtype.dtype)(address, dtype)
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    def codegen(context, builder, signature, args):
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return signature, codegen
 
 
-# An address (int64) as a pointer to numbers of a NumPy scalar type, for `numba.carray`.
-pointer: Callable[[Any, Any], Any] = cast(Any, _pointer)
+# pointer(int64 address, NumPy scalar type) -> a pointer to such numbers, for `numba.carray`
+pointer: Kernel = cast(Kernel, _pointer)
 
 
 @jit(forceinline=True)
-def f32_from_bf16(code: Any) -> Any:
+def f32_from_bf16(code):
     """bfloat16 code (uint16) -> float32, exact."""
     return f32_from_bits(np.uint32(np.uint32(code) << np.uint32(16)))
 
 
 @jit(forceinline=True)
-def bf16_from_f32(value: Any) -> Any:
-    """float32 -> bfloat16 code (uint16), round to nearest even; a NaN stays a (quiet) NaN with its sign."""
+def bf16_from_f32(value):
+    """float32 -> bfloat16 code (uint16), rounded to nearest even; NaN becomes a quiet NaN of the same sign."""
     bits = bits_from_f32(value)
     top = np.uint32(bits >> np.uint32(16))
-    # 0x7FFF plus the last kept bit: ties go to even, and overflow carries into infinity.
+    # Adding 0x7FFF plus the last kept bit rounds ties to even; overflow carries into infinity.
     rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + np.uint32(top & np.uint32(1))) >> np.uint32(16))
-    quiet = np.uint32(top | np.uint32(0x40))  # a payload in the low half only would otherwise become infinity
+    quiet = np.uint32(top | np.uint32(0x40))  # else a payload in the low half would become infinity
     return np.uint16(quiet if value != value else rounded)
 
 
 @jit(forceinline=True)
-def f32_from_f16_bits(code: Any) -> Any:
-    """float16 code (int16) -> float32, exact, by integer operations alone."""
+def f32_from_f16_bits(code):
+    """float16 code (int16) -> float32, exact, in integer arithmetic."""
     half = np.uint32(np.uint32(code) & np.uint32(0xFFFF))
     sign = np.uint32(np.uint32(half & np.uint32(0x8000)) << np.uint32(16))
     shifted = np.uint32(np.uint32(half & np.uint32(0x7FFF)) << np.uint32(13))
     exponent = np.uint32(shifted & np.uint32(0x0F800000))
     normal = np.uint32(shifted + np.uint32(112 << 23))
     special = np.uint32(shifted + np.uint32(224 << 23))  # infinity and NaN: exponent 31 -> 255
-    # Subnormals: put the mantissa under the exponent of 2^-14 and take that 2^-14 away again.
+    # Subnormals: put the mantissa under the exponent of 2^-14, then subtract 2^-14.
     small = f32_from_bits(np.uint32(shifted + np.uint32(113 << 23))) - f32_from_bits(np.uint32(113 << 23))
     bits = special if exponent == np.uint32(0x0F800000) else normal
     bits = bits_from_f32(small) if exponent == np.uint32(0) else bits
@@ -94,44 +94,44 @@ def f32_from_f16_bits(code: Any) -> Any:
 
 
 @jit(forceinline=True)
-def f16_bits_from_f32(value: Any) -> Any:
-    """float32 -> float16 code (int16), round to nearest even, by integer operations alone; NaN stays NaN."""
+def f16_bits_from_f32(value):
+    """float32 -> float16 code (int16), rounded to nearest even, in integer arithmetic; NaN stays NaN."""
     bits = bits_from_f32(value)
     sign = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000))
     size = np.uint32(bits & np.uint32(0x7FFFFFFF))
     odd = np.uint32(np.uint32(size >> np.uint32(13)) & np.uint32(1))
     normal = np.uint32(np.uint32(size - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13))
-    # Below 2^-14: adding 1/2 lets the float adder round at 2^-24, the step of float16 subnormals.
+    # Below 2^-14: adding 1/2 makes the float adder round at 2^-24, the spacing of float16 subnormals.
     small = np.uint32(bits_from_f32(f32_from_bits(size) + np.float32(0.5)) - np.uint32(126 << 23))
     code = small if size < np.uint32(113 << 23) else normal
-    code = np.uint32(0x7C00) if size >= np.uint32(143 << 23) else code  # at least 2^16; 65520 .. 2^16 carry into it
+    code = np.uint32(0x7C00) if size >= np.uint32(143 << 23) else code  # from 2^16; 65520 .. 2^16 round up to it
     code = np.uint32(0x7E00) if size > np.uint32(0x7F800000) else code
     return np.int16(np.uint32(code | sign))
 
 
 @intrinsic
-def _f32_from_f16_native(typingctx: Any, code: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def _f32_from_f16_native(typingctx, code):
+    def codegen(context, builder, signature, args):
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return (types.float32(types.int16), codegen) if code == types.int16 else None
 
 
 @intrinsic
-def _f16_from_f32_native(typingctx: Any, value: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+def _f16_from_f32_native(typingctx, value):
+    def codegen(context, builder, signature, args):
         return builder.bitcast(builder.fptrunc(args[0], ir.HalfType()), ir.IntType(16))
 
     return (types.int16(types.float32), codegen) if value == types.float32 else None
 
 
 def _native_half() -> bool:
-    """Whether the CPU converts float16 itself; elsewhere LLVM calls a routine that may not be linked."""
+    """Whether the CPU converts float16; otherwise LLVM calls a routine that may not be linked."""
     features = llvm.get_host_cpu_features()
     return bool(features.get("f16c", False)) or llvm.get_process_triple().startswith(("aarch64", "arm64"))
 
 
 # f32_from_f16(int16) -> float32 and f16_from_f32(float32) -> int16: one instruction where the CPU has one.
-# Numba's cache is keyed by the CPU's features, so a cached kernel never meets the wrong branch.
-f32_from_f16: Callable[[Any], Any] = cast(Any, _f32_from_f16_native) if _native_half() else f32_from_f16_bits
-f16_from_f32: Callable[[Any], Any] = cast(Any, _f16_from_f32_native) if _native_half() else f16_bits_from_f32
+# Numba's cache is keyed by the CPU's features, so a cached kernel never has the wrong branch.
+f32_from_f16: Kernel = cast(Kernel, _f32_from_f16_native) if _native_half() else f32_from_f16_bits
+f16_from_f32: Kernel = cast(Kernel, _f16_from_f32_native) if _native_half() else f16_bits_from_f32

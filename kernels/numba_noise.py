@@ -1,15 +1,13 @@
 """Addressed Gaussian noise on the CPU: the vectorised twin of `philox.normals`, equal to it bit for bit.
 
-Writes 4 bytes an element and reads none; a block of `CHUNK` elements stays in L1 between the two passes over
-it. The passes are separate loops because they want different vector lanes: Philox multiplies in 64-bit lanes,
-the normals live in 32-bit ones. Serial, and free of the interpreter's lock: callers split work by rows or by
-multiples of 4.
+Bytes per element: 4 written, none read (8 written for Brownian bridges, in float64). Two passes over `CHUNK` elements
+that stay in L1 are separate loops because they use different vector lanes: Philox multiplies in 64-bit lanes, the
+normals are 32-bit. Serial, without Python's global lock: callers split work by rows or at multiples of 4 elements.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -32,19 +30,19 @@ _ONE, _HALF, _MINUS_TWO = np.float32(1.0), np.float32(0.5), np.float32(-2.0)
 
 
 @jit(forceinline=True)
-def _round(c: Any, k0: Any, k1: Any) -> Any:
+def _round(c, k0, k1):
     p0 = _M0 * (c[0] & _MASK)
     p1 = _M1 * (c[2] & _MASK)
     return (p1 >> _HALF_WORD) ^ c[1] ^ k0, p1, (p0 >> _HALF_WORD) ^ c[3] ^ k1, p0
 
 
 @jit(forceinline=True)
-def philox_block(block: Any, draw: Any, sample: Any, domain: Any, k0: Any, k1: Any) -> Any:
-    """Philox4x32-10 of one counter (Salmon et al. 2011): uint64 words in, the low halves of four out.
+def philox_block(block, draw, sample, domain, k0, k1):
+    """Philox4x32-10 of one counter (Salmon et al. 2011), uint64 words whose low halves are the arguments.
 
-    64-bit lanes throughout: the high halves hold rubbish between rounds, and the masks cost nothing because
-    the vector multiply (vpmuludq) reads low halves only. Unrolled by hand: LLVM vectorises no loop around a
-    loop.
+    Returns four uint64 whose low halves are the result. The high halves are undefined between rounds, and the masks
+    cost nothing because the vector multiply (vpmuludq) reads low halves only. Unrolled by hand: LLVM does not vectorise
+    an outer loop.
     """
     c = _round((block, draw, sample, domain), k0, k1)
     c = _round(c, k0 + _W0, k1 + _W1)
@@ -59,8 +57,8 @@ def philox_block(block: Any, draw: Any, sample: Any, domain: Any, k0: Any, k1: A
 
 
 @jit(forceinline=True)
-def normal_pair(word_a: Any, word_b: Any) -> Any:
-    """Box-Muller on two uint32 words, operation for operation as `philox.words_to_normals`. Two float32."""
+def normal_pair(word_a, word_b):
+    """Box-Muller on two uint32 words, operation for operation as `philox.words_to_normals`. Returns two float32."""
     u = np.float32(word_a) * _U_SCALE + _U_HALF
     shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
     exponent = np.float32(np.int32(shifted >> np.int32(23)))
@@ -79,7 +77,7 @@ def normal_pair(word_a: Any, word_b: Any) -> Any:
     odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
     cos = s if odd else c
     sin = c if odd else s
-    # Signs go straight to the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
+    # Signs are set by the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
     top = np.uint32(1 << 31)
     sign_cos = np.uint32(np.uint32(nearest + np.uint32(1 << 30)) & top)
     sign_sin = np.uint32(nearest & top)
@@ -89,12 +87,13 @@ def normal_pair(word_a: Any, word_b: Any) -> Any:
 
 
 @jit()
-def fill_normals(out: Any, lo: int, seed_lo: int, seed_hi: int, sample: int, draw: int, domain: int) -> None:
-    """Write standard normals of elements lo .. lo + len(out) - 1 at one address to `out`.
+def fill_normals(out, lo, seed_lo, seed_hi, sample, draw, domain):
+    """Write standard normals of elements lo .. lo + n - 1 at one address to `out`, without allocation.
 
-    out: float32 (n,), contiguous, any n, overwritten, nothing beyond it touched; lo: a multiple of 4, with
-    lo + n <= 2^34; the rest: integers in 0 .. 2^32 - 1, not checked (see `philox` for the address and the
-    equations). Allocates nothing.
+    out  (n,) float32, contiguous, overwritten
+    lo   a multiple of 4, lo + n <= 2^34
+
+    The others are integers in 0 .. 2^32 - 1, not checked: see `philox` for the address and the equations.
     """
     n = len(out)
     first = np.uint64(lo) >> np.uint64(2)
@@ -104,7 +103,7 @@ def fill_normals(out: Any, lo: int, seed_lo: int, seed_hi: int, sample: int, dra
     for start in range(0, full, CHUNK // 4):
         stop = min(start + CHUNK // 4, full)
         part = out[4 * start : 4 * stop]
-        # Pass 1: the words, parked in `out` as bit patterns. Pass 2 turns each pair into normals in place.
+        # Pass 1 stores the words in `out` as bit patterns, pass 2 turns each pair into normals in place.
         for i in range(stop - start):
             w0, w1, w2, w3 = philox_block(first + np.uint64(start + i), w_draw, w_sample, w_domain, key_lo, key_hi)
             part[4 * i] = f32_from_bits(np.uint32(w0))
@@ -127,27 +126,29 @@ def fill_normals(out: Any, lo: int, seed_lo: int, seed_hi: int, sample: int, dra
 
 
 @jit()
-def normal_batch(out: Any, streams: Any, draw: int, domain: int) -> None:
-    """Write the normals of each sample of a batch.
+def normal_batch(out, streams, draw, domain):
+    """Write the normals of each sample of a batch. Row i depends only on streams[i], draw and domain.
 
-    out: float32 (B, n), C-contiguous, overwritten; streams: uint32 (B, 3), rows (seed low, seed high,
-    sample). Row i depends on streams[i], draw and domain alone, so not on the batch around it.
+    out      (B, n) float32, C-contiguous, overwritten
+    streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
     for i in range(len(out)):
         fill_normals(out[i], 0, streams[i, 0], streams[i, 1], streams[i, 2], draw, domain)
 
 
 @jit()
-def bridge_batch(out: Any, streams: Any, domain: int, draws: Any, weights: Any, stds: Any, right: Any) -> None:
-    """Descend a tree of Brownian bridges, the same way for every element.
+def bridge_batch(out, streams, domain, draws, weights, stds, right):
+    """Descend a tree of Brownian bridges along one path for all elements, in chunks that stay in L1.
 
-    Row 0 draws the left end W_a = stds[0] z, row 1 the right end W_b = W_a + stds[1] z, and every later row a
-    point between them, W = W_a + weights[k] (W_b - W_a) + stds[k] z, which replaces W_a if right[k] and W_b
-    if not. The last row's W is the result. z of row k has draw number draws[k].
+    Level 0 draws the left end W_a = stds[0] z, level 1 the right end W_b = W_a + stds[1] z, and level k a point between
+    them, W = W_a + weights[k] (W_b - W_a) + stds[k] z, which replaces W_a if right[k], else W_b. The last W is the
+    result. z of level k has draw number draws[k].
 
-    out: float64 (B, n), C-contiguous, overwritten; streams: uint32 (B, 3); draws: uint32 (L,); weights, stds:
-    float64 (L,); right: bool (L,); L >= 3. Writes 8 bytes an element, works on one L1-resident chunk at a
-    time.
+    out            (B, n) float64, C-contiguous, overwritten
+    streams        (B, 3) uint32, rows (seed low, seed high, sample)
+    draws          (L,) uint32, L >= 3
+    weights, stds  (L,) float64
+    right          (L,) bool
     """
     n = out.shape[1]
     z = np.empty(min(CHUNK, n), dtype=np.float32)

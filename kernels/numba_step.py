@@ -1,15 +1,15 @@
 """The fused stage on the CPU.
 
-An element moves once: every live slot and raw output is read once, every output and model input is
-written once. For a guided DPM-Solver++ 2M step on a 16-bit model that is 24 bytes an element
-(read x 4, raws 2 + 2, history 4; write x 4, history 4, model inputs 2 + 2).
+Bytes per element: the state's size per slot read and per row written, the model's size per raw output read and per
+model input written; noise drawn here stays in L1. A guided DPM-Solver++ 2M step on a 16-bit model moves 24 bytes (reads
+x 4, raws 2 + 2, history 4; writes x 4, history 4, model inputs 2 + 2).
 
-One function serves every solver: an argument that is absent is pruned when Numba compiles it, so each structure gets
-its own loop without a branch in it; a table with many zeros gets a loop without its zeros. 16-bit arrays come in as
-their bits (bfloat16 as uint16, float16 as int16), because Numba has no CPU arithmetic for them.
+One function serves every solver: Numba prunes an absent argument when it compiles, so each structure gets its own loop
+without branches, and a table with many zeros a loop without them. 16-bit arrays are passed as their bits (bfloat16 as
+uint16, float16 as int16), because Numba has no CPU arithmetic for them.
 
-The compiled code takes its arrays as one vector of addresses. Handing over a dozen of them one by one costs more than
-the arithmetic of a small step: 1.3 us against 0.2 us.
+The compiled code takes its arrays as one vector of addresses: passing a dozen arrays one by one costs more than the
+arithmetic of a small step, 1.3 us against 0.2 us.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numba import types
@@ -32,14 +31,16 @@ from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf1
 from fewstep.kernels.numba_noise import fill_normals
 from fewstep.kernels.philox import STEP
 
-# Elements of a sample that one pass handles: its noise (4 bytes each) stays in the L1 cache.
+# Elements of a sample per pass: their noise (4 bytes each) stays in L1.
 CHUNK = 2048
 
 
-# --- absent arguments: each helper is nothing at all for None ---
+# --- helpers that compile to nothing where their argument is None ---
+#
+# A function without a body declares what its `overload` below implements for each combination of types.
 
 
-def _part(a: Any, b: Any, lo: Any, hi: Any) -> Any:
+def _part(a, b, lo, hi):
     """Elements lo .. hi of sample b."""
 
 
@@ -50,7 +51,7 @@ def _part_typed(a, b, lo, hi):
     return lambda a, b, lo, hi: a[b, lo:hi]
 
 
-def _at(a: Any, i: Any) -> Any:
+def _at(a, i):
     """Element i as a number; 16-bit floats are stored as their bits."""
 
 
@@ -65,7 +66,7 @@ def _at_typed(a, i):
     return lambda a, i: a[i]
 
 
-def _put(a: Any, i: Any, v: Any) -> Any:
+def _put(a, i, v):
     """Store v as element i, rounded once to the storage type."""
 
 
@@ -92,8 +93,8 @@ def _put_typed(a, i, v):
     return put
 
 
-def _add(total: Any, c: Any, v: Any) -> Any:
-    """total + c v; a coefficient of exactly 0 stops a NaN."""
+def _add(total, c, v):
+    """total + c v; a coefficient of exactly 0 drops v, even a NaN."""
 
 
 @overload(_add)
@@ -108,8 +109,8 @@ def _add_typed(total, c, v):
     return add
 
 
-def _term(total: Any, c: Any, v: Any) -> Any:
-    """`_add` for a coefficient that is known not to be 0, or None for one that is."""
+def _term(total, c, v):
+    """`_add` for a coefficient that is known not to be 0; None stands for one known to be 0."""
 
 
 @overload(_term)
@@ -119,8 +120,8 @@ def _term_typed(total, c, v):
     return lambda total, c, v: total + c * v
 
 
-def _noise(streams: Any, draw: Any, buffer: Any, z: Any, b: Any, lo: Any, hi: Any) -> Any:
-    """The normals of elements lo .. hi: drawn into `buffer` for a stream, else read from z."""
+def _noise(streams, draw, buffer, z, b, lo, hi):
+    """The normals of elements lo .. hi: drawn into `buffer` if there are streams, else read from z."""
 
 
 @overload(_noise)
@@ -136,8 +137,8 @@ def _noise_typed(streams, draw, buffer, z, b, lo, hi):
     return drawn
 
 
-def _read(row: Any, j: Any, mark: Any) -> Any:
-    """Number j of a row, None where the mark is None."""
+def _read(row, j, mark):
+    """Number j of a row, or None where the mark is None."""
 
 
 @overload(_read)
@@ -147,10 +148,10 @@ def _read_typed(row, j, mark):
     return lambda row, j, mark: row[j]
 
 
-def _coefficients(table: Any, b: Any, k: Any, out: Any, reads: Any) -> Any:
-    """Row k of sample b's table as a tuple: the numbers that stay in registers through the loop, and a 0 of their type.
+def _coefficients(table, b, k, out, reads):
+    """Row k of sample b's table as a tuple, so that it stays in registers, followed by a 0 of its dtype.
 
-    reads  a mark for each column, None where the row is known to be 0; or None if nothing is known
+    reads  a mark per column, None where the row is known to be 0; or None if nothing is known
     """
 
 
@@ -180,8 +181,8 @@ def _coefficients_typed(table, b, k, out, reads):
     return row
 
 
-def _prediction(p: Any, limit: Any, x: Any, r1: Any, r2: Any, r3: Any) -> Any:
-    """m = gain clip(p · [x, raws], +-bound), or None where the prediction is folded into the rows."""
+def _prediction(p, limit, x, r1, r2, r3):
+    """m = gain clip(p · [x, raws], +-bound), or None where the prediction is folded into w."""
 
 
 @overload(_prediction)
@@ -204,9 +205,8 @@ def _prediction_typed(p, limit, x, r1, r2, r3):
     return clipped
 
 
-def _emit(out: Any, i: Any, c: Any, s0: Any, s1: Any, s2: Any, s3: Any, s4: Any, s5: Any, s6: Any, s7: Any,
-          r1: Any, r2: Any, r3: Any, m: Any, z: Any, reads: Any) -> Any:  # fmt: skip
-    """out[i] = c · [slots, raws, m, z]; returns the value."""
+def _emit(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z, reads):
+    """out[i] = c · [slots, raws, m, z]. Returns the value."""
 
 
 @overload(_emit)
@@ -236,7 +236,7 @@ def _emit_typed(out, i, c, s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, m, z, rea
     return emit
 
 
-def _numbers(table: Any, b: Any) -> Any:
+def _numbers(table, b):
     """Sample b's row of p (4 numbers) or limit (bound, gain) as a tuple, or None."""
 
 
@@ -254,8 +254,8 @@ def _numbers_typed(table, b):
 
 # --- the kernel ---
 
-# The memory of a launch is one vector of int64: the addresses of slots, raws, noise, tables, outputs and inputs, 0 for
-# what is absent, the number of the draw among them, and behind them the sizes.
+# The memory of a launch is one int64 vector: the addresses of slots, raws, noise, tables, outputs and model inputs, 0
+# where absent, with the draw number among them; then the sizes.
 RAW = layout.SLOTS
 NOISE = RAW + layout.RAWS
 STREAMS, DRAW, P, LIMIT, W, C_IN = range(NOISE + 1, NOISE + 7)
@@ -266,8 +266,8 @@ SAMPLES, ELEMENTS, ROWS, OWN_P, OWN_LIMIT, OWN_W, OWN_C_IN = range(ADDRESSES, AD
 WORDS = OWN_C_IN + 1
 
 
-def _array(memory: Any, j: Any, shape: Any, dtype: Any) -> Any:
-    """The array whose address is word j, None where the dtype is None."""
+def _array(memory, j, shape, dtype):
+    """The array whose address is word j, or None where the dtype is None."""
 
 
 @overload(_array)
@@ -277,20 +277,23 @@ def _array_typed(memory, j, shape, dtype):
     return lambda memory, j, shape, dtype: carray(pointer(memory[j], dtype), shape)
 
 
-Kernel = Callable[[np.ndarray, int, int], None]
-Kinds = tuple[Any, ...]  # a NumPy scalar type for each address, None where there is none
-Marks = tuple[int | None, ...]  # of one row: None for a number that is known to be 0
+Compiled = Callable[[np.ndarray, int, int], None]
+Kind = type[np.generic] | None  # of an array; None where it is absent
+Marks = tuple[int | None, ...]  # per column of a row: None for a number known to be 0
 
 
 @cache
-def kernel(kinds: Kinds, zeros: tuple[Marks | None, ...] = (None,) * layout.OUTPUTS) -> Kernel:
-    """The fused stage for these arrays, and what is known of the zeros of each row (see `_coefficients`)."""
+def kernel(kinds: tuple[Kind, ...], zeros: tuple[Marks | None, ...] = (None,) * layout.OUTPUTS) -> Compiled:
+    """The fused stage for arrays of these kinds, one per address.
+
+    zeros  per row, what is known of its zeros: see `_coefficients`
+    """
     d0, d1, d2, d3, d4, d5, d6, d7, e1, e2, e3, dz, ds, _, dp, dl, dw, dc, f0, f1, f2, f3, f4, h1, h2, h3 = kinds
     m0, m1, m2, m3, m4 = zeros
 
     @jit()
     def fused(memory, first, last):
-        """Units first .. last of one stage; a unit is a chunk of one sample."""
+        """Units first .. last - 1 of one stage; a unit is a chunk of one sample."""
         n = memory[ELEMENTS]
         rows = (memory[SAMPLES], n)
         s0, s1, s2, s3 = (_array(memory, 0, rows, d0), _array(memory, 1, rows, d1), _array(memory, 2, rows, d2),
@@ -344,12 +347,12 @@ def kernel(kinds: Kinds, zeros: tuple[Marks | None, ...] = (None,) * layout.OUTP
     return fused
 
 
-# From so many zeros on a kernel of its own pays: it has fewer terms and no tests, but must be compiled.
+# Specialise from this many zeros: such a kernel has fewer terms and no tests for 0, but must be compiled.
 ZEROS = 3
 
 
 def zeros_of(w: np.ndarray) -> tuple[Marks | None, ...]:
-    """What `kernel` may know of a table (1, rows, COLUMNS) nobody writes to again: its zeros, if there are many."""
+    """The `zeros` of `kernel` for a constant table (1, rows, COLUMNS): its zeros, if they are at least ZEROS."""
     zero = w[0] == 0.0
     live = ~zero.all(axis=0)
     known: list[Marks | None] = [None] * layout.OUTPUTS
@@ -358,28 +361,34 @@ def zeros_of(w: np.ndarray) -> tuple[Marks | None, ...]:
     return tuple(known)
 
 
-# Up to this many elements one thread is faster than waking the others.
+# Up to this many elements, one thread is faster than waking others.
 SERIAL_ELEMENTS = 1 << 17
 
 
 class Launch:
-    """One stage bound to its memory: a call runs it, and addresses may be replaced in between.
+    """One stage bound to its memory: a call runs it, and addresses may be replaced between calls.
 
-    All arrays are (B, elements), C-contiguous; an output must not share memory with an input.
+    Arrays are (B, elements), C-contiguous; an output must not share memory with an input.
 
-    slots    the state's dtype (float32 or float64), x first; None where the table's column is all zero
-    raws     the model's dtype: float32, float64, uint16 (bfloat16 bits) or int16 (float16 bits)
+    slots    of the state's dtype (float32 or float64), x first; None where the column of w is zero
+    raws     of the model's dtype: float32, float64, uint16 (bfloat16 bits) or int16 (float16 bits)
     w        (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
-    outputs  a row each, the new x first
-    inputs   copies of c_in x' in the model's dtype; c_in (1 or B,)
-    z        noise given from outside, or None; else drawn for `streams` (B, 3) = (seed low, seed high, sample)
-             and the draw number
-    p        (1 or B, 4) and limit (1 or B, 4) = (bound, gain, 0, 0): the prediction, where it is not folded into w
-    fixed    whether w is never written to again: its zeros may be compiled away
+    outputs  one per row of w, of the state's dtype, the new x first
+    inputs   of the model's dtype, each receives c_in x'
+    c_in     (1 or B,) of the state's dtype
+    z        noise from outside, or None
+    streams  (B, 3) uint32, rows (seed low, seed high, sample): noise is drawn for them, or None
+    draw     the draw number of that noise
+    p        (1 or B, 4), the prediction, or None where it is folded into w
+    limit    (1 or B, 4), rows (bound, gain, 0, 0), or None
+    fixed    whether w stays constant, so that its zeros may be compiled away
 
-    memory   the words of the vector that the compiled code gets; an address written to `memory[RAW + j]` binds another
-             array of the same shape and dtype, which the caller keeps alive until the call is over
-    run      the compiled code, `run(memory, 0, units)`
+    Attributes:
+    memory  the vector that the compiled code takes; an address written to `memory[RAW + j]` binds another array of the
+            same shape and dtype, which the caller keeps alive until the call returns
+    run     the compiled code, `run(memory, 0, units)`
+
+    Raises ValueError for more arrays than `layout` has room for.
     """
 
     def __init__(
@@ -407,8 +416,8 @@ class Launch:
             if len(arrays) > room:
                 raise ValueError(f"a fused stage takes at most {room} {name}, got {len(arrays)}")
         self.memory = np.zeros(WORDS, np.int64)
-        self.kinds: list[Any] = [None] * ADDRESSES
-        self.held: list[Any] = [None] * ADDRESSES
+        self.kinds: list[Kind] = [None] * ADDRESSES
+        self.held: list[np.ndarray | None] = [None] * ADDRESSES
         self.zeros = zeros_of(w) if fixed else (None,) * layout.OUTPUTS
         tables = {P: p, LIMIT: limit, W: w, C_IN: c_in}
         given = {NOISE: z, STREAMS: streams, **tables}
@@ -423,7 +432,7 @@ class Launch:
         self._compile()
 
     def _hold(self, j: int, array: np.ndarray | None) -> None:
-        self.held[j] = array  # the address is only as good as the array's life
+        self.held[j] = array  # keeps the memory alive
         self.memory[j] = 0 if array is None else array.ctypes.data
         self.kinds[j] = None if array is None else array.dtype.type
 
@@ -431,7 +440,7 @@ class Launch:
         self.run = kernel(tuple(self.kinds), self.zeros)
 
     def replaced(self, arrays: Mapping[int, np.ndarray | None]) -> Launch:
-        """A launch with other arrays at these addresses, of any dtype or absent; the rest is shared."""
+        """A launch with other arrays at these addresses, of any dtype or None; it shares the rest."""
         other = copy.copy(self)
         other.memory, other.kinds, other.held = self.memory.copy(), self.kinds.copy(), self.held.copy()
         for j, array in arrays.items():
@@ -444,14 +453,14 @@ class Launch:
 
 
 def units(samples: int, elements: int) -> int:
-    """How many pieces of work a stage over (samples, elements) has."""
+    """The number of units of a stage over (samples, elements)."""
     return samples * -(-elements // CHUNK)
 
 
-def launch(run: Kernel, memory: np.ndarray, count: int, size: int) -> None:
-    """Run a stage of `count` units over `size` elements: here, or on all cores when that pays.
+def launch(run: Compiled, memory: np.ndarray, count: int, size: int) -> None:
+    """Run a stage of `count` units over `size` elements, on all cores if it is large.
 
-    Every element is computed alone from its own inputs, so the split cannot change a bit of the result.
+    Each element is computed from its own inputs only, so the split does not change a bit of the result.
     """
     if size <= SERIAL_ELEMENTS:
         run(memory, 0, count)
@@ -471,10 +480,10 @@ def _workers() -> int:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    """Threads, not Numba's own pool: that one is not safe to enter from several Python threads at once."""
+    """Worker threads. Numba's own pool must not be entered from several Python threads at once."""
     return ThreadPoolExecutor(max(1, _workers() - 1), thread_name_prefix="fewstep")
 
 
-# A forked child has the pool's object but none of its threads.
+# A forked child inherits the pool object but not its threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)

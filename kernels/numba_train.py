@@ -1,16 +1,15 @@
 """Training kernels on the CPU: losses with their gradients, and averages of weights.
 
-Bytes an element: the pseudo-Huber loss reads x and y and writes the gradient, s (2 + 1) at s bytes; distribution
-matching reads x, real and own and writes g, s + 4 (2 + 1) (what hangs on a whole sample reads it twice, the second time
-out of the cache); an average reads 4 + s and writes 4. 16-bit arrays come as their bits.
+Bytes per element, for tensors of s bytes: pseudo-Huber 3 s (reads x and y, writes the gradient); distribution matching
+s + 12 (reads x, real and own, writes the gradient); an average 8 + s (reads average and value, writes the average). A
+quantity of the whole sample costs a second read, from the cache: of x and y for the norm of pseudo-Huber, of real for
+distribution matching. 16-bit arrays are passed as their bits.
 
-`terms` is scratch of any length. Its type, float32 or float64, is that of the arithmetic; chunks of that length are
-added up in float64. Without a check for division by 0 (error_model) the loops vectorise.
+`terms` is scratch of any length. Its dtype, float32 or float64, is that of the arithmetic; the sums of chunks of its
+length are added up in float64. error_model="numpy" omits the check for division by 0, so that the loops vectorise.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
@@ -19,9 +18,8 @@ from fewstep.kernels.numba_step import _at, _put
 
 
 @jit()
-def _sum(terms: Any) -> Any:
-    """The sum of terms (n,), which it overwrites: by halves, so that it vectorises in its own order of additions and
-    errs by log2(n) roundings."""
+def _sum(terms):
+    """The sum of terms (n,), which are overwritten: by halves, which vectorises and errs by log2(n) roundings."""
     n = len(terms)
     while n > 1:
         half = n // 2
@@ -33,8 +31,15 @@ def _sum(terms: Any) -> Any:
 
 
 @jit(error_model="numpy")
-def pseudo_huber(x: Any, y: Any, c: Any, per_sample: bool, terms: Any, loss: Any, grad: Any) -> None:
-    """See `naive_train.pseudo_huber`. x, y, grad (B, n) of one dtype; loss (B,) float64; c of the type of terms."""
+def pseudo_huber(x, y, c, per_sample, terms, loss, grad):
+    """See `naive_train.pseudo_huber`.
+
+    x, y   (B, n) of one dtype
+    c      of the dtype of terms
+    terms  scratch
+    loss   (B,) float64, overwritten
+    grad   (B, n) of x's dtype, overwritten
+    """
     samples, n = x.shape
     share = terms.dtype.type(1.0 / n)
     for b in range(samples):
@@ -65,9 +70,15 @@ def pseudo_huber(x: Any, y: Any, c: Any, per_sample: bool, terms: Any, loss: Any
 
 
 @jit(error_model="numpy")
-def score_difference(x: Any, real: Any, own: Any, floor: float, terms: Any, loss: Any, gradient: Any) -> None:
-    """See `naive_train.score_difference`. x (B, n) of any float type; real, own, gradient (B, n) of one, float32 or
-    float64; loss (B,) float64."""
+def score_difference(x, real, own, floor, terms, loss, gradient):
+    """See `naive_train.score_difference`.
+
+    x          (B, n) of any float dtype
+    real, own  (B, n) of one dtype, float32 or float64
+    terms      scratch
+    loss       (B,) float64, overwritten
+    gradient   (B, n) of real's dtype, overwritten
+    """
     samples, n = x.shape
     for b in range(samples):
         total = 0.0
@@ -91,7 +102,12 @@ def score_difference(x: Any, real: Any, own: Any, floor: float, terms: Any, loss
 
 
 @jit()
-def ema(average: Any, value: Any, rate: Any) -> None:
-    """average += rate (value - average), in place; average (n,) float32, value (n,), rate = 1 - decay float32."""
+def ema(average, value, rate):
+    """average += rate (value - average), in place.
+
+    average  (n,) float32
+    value    (n,) of any float dtype
+    rate     1 - decay, float32
+    """
     for i in range(len(average)):
         average[i] += rate * (np.float32(_at(value, i)) - average[i])

@@ -1,29 +1,29 @@
-"""Addressed Gaussian noise: the definition, in plain NumPy, that every backend must reproduce bit for bit.
+"""Addressed Gaussian noise: its definition in plain NumPy, which every backend reproduces bit for bit.
+
+Bytes per element: 4 for the result, and a few hundred for NumPy's intermediate arrays: an oracle, not a fast path.
 
 Integers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11).
 
     key     = (seed mod 2^32, seed div 2^32)          0 <= seed < 2^64
     counter = (element div 4, draw, sample, domain)   element: index within the sample, below 2^34
 
-The map from (seed, sample, draw, domain, element div 4) to (key, counter) is injective and Philox is a
-bijection for each key, so no two addresses share a block. Word `element mod 4` of the block belongs to the
-element.
+The map from (seed, sample, draw, domain, element div 4) to (key, counter) is injective, and Philox is a bijection for
+each key, so no two addresses share a block. An element uses word `element mod 4` of its block.
 
 Normals: Box and Muller (1958) on the word pairs (w0, w1) and (w2, w3), in float32:
 
     n_a = sqrt(-2 log u) cos(theta)        u     = w_a / 2^32 + 2^-33
     n_b = sqrt(-2 log u) sin(theta)        theta = 2 pi w_b / 2^32
 
-Every operation is an integer operation, a select, or a correctly rounded float32 +, -, * or sqrt, one
-rounding each (no fused multiply-add, no libm), so that the result does not depend on the compiler or on the
-device.
+Every operation is an integer operation, a select, or a correctly rounded float32 +, -, * or sqrt (no fused
+multiply-add, no libm), so the result does not depend on compiler or device.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 U32 = NDArray[np.uint32]
 F32 = NDArray[np.float32]
 
-# Domains: what a draw is for. The last counter word.
+# Domains, the last counter word: what a draw is for.
 STEP: Final = 0  # noise inside solver steps
 LATENT: Final = 1  # the initial x
 BROWNIAN: Final = 2  # nodes of the virtual Brownian tree
 
-# Philox4x32: multipliers, and the Weyl increments that bump the key between rounds.
+# Philox4x32: multipliers, and the Weyl constants that are added to the key between rounds.
 M0: Final = 0xD2511F53
 M1: Final = 0xCD9E8D57
 W0: Final = 0x9E3779B9
@@ -46,7 +46,7 @@ MASK: Final = 0xFFFFFFFF
 
 
 def _f32(value: float) -> float:
-    """The float32 nearest to `value`, as a Python float: the same constant in NumPy, Numba and Triton."""
+    """The float32 nearest to `value` as a Python float, which is the same constant in NumPy, Numba and Triton."""
     return float(np.float32(value))
 
 
@@ -82,15 +82,19 @@ U_HALF: Final = 2.0**-33  # keeps u above 0; u = 1 is reached by rounding and gi
 def check_seed(seed: object, name: str = "seed") -> int:
     """`seed` as a Python int.
 
-    Accepts Python and NumPy integers, 0 <= seed < 2^64. Raises ValueError, naming `name` and the value, for
-    anything else (bool included: `seed=True` is a misplaced flag).
+    seed  a Python or NumPy integer, 0 <= seed < 2^64
+    name  of the argument, for the message
+
+    Raises ValueError for anything else, bool included: `seed=True` is a misplaced flag.
     """
     valid = f"an integer with 0 <= {name} < 2**64"
     if isinstance(seed, (bool, np.bool_)):
         raise ValueError(f"{name} must be {valid}, got the bool {seed!r}")
     try:
-        value = operator.index(seed)  # type: ignore[arg-type]  # the except clause is the check
-    except TypeError:
+        if not isinstance(seed, SupportsIndex):
+            raise TypeError
+        value = operator.index(seed)
+    except TypeError:  # also from an array, which has __index__
         raise ValueError(f"{name} must be {valid}, got {seed!r} of type {type(seed).__name__}") from None
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{name} must be {valid}, got {value}")
@@ -98,27 +102,27 @@ def check_seed(seed: object, name: str = "seed") -> int:
 
 
 def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_sample: int = 0) -> U32:
-    """The noise streams of a batch: uint32 (batch, 3), rows (seed low, seed high, sample).
+    """The noise streams of a batch.
 
-    An int seed gives sample i the stream (seed, first_sample + i), so that shards of one job agree with the
-    whole. A sequence gives sample i the stream (seed[i], 0), wherever it stands in a batch.
+    seed  an int: sample i has stream (seed, first_sample + i), so that shards of one job agree with the whole; or one
+          int per sample: sample i has stream (seed[i], 0), at any place in a batch
 
-    Raises ValueError for a bad seed, for a sequence whose length is not `batch`, and for a sample number
-    outside 0 .. 2^32 - 1.
+    Returns uint32 (batch, 3), rows (seed low, seed high, sample). Raises ValueError for a bad seed, a sequence whose
+    length is not `batch`, and a sample number outside 0 .. 2^32 - 1.
     """
     if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)) and np.ndim(seed) > 0:
         if len(seed) != batch:
             raise ValueError(f"seed has {len(seed)} entries for a batch of {batch}: give one int, or one per sample")
         if first_sample != 0:
             raise ValueError(
-                f"first_sample={first_sample} needs an int seed: a sequence names each sample's stream itself"
+                f"first_sample={first_sample} needs an int seed: a sequence already gives each sample its stream"
             )
         rows = [(check_seed(s, f"seed[{i}]"), 0) for i, s in enumerate(seed)]
     else:
         value = check_seed(seed)
         first_sample = check_seed(first_sample, "first_sample")
         if first_sample + batch > 1 << 32:
-            raise ValueError(f"first_sample={first_sample} and a batch of {batch} leave the samples 0 .. 2**32 - 1")
+            raise ValueError(f"first_sample={first_sample} and a batch of {batch} exceed the last sample, 2**32 - 1")
         rows = [(value, first_sample + i) for i in range(batch)]
     table = [(value & MASK, value >> 32, sample) for value, sample in rows]
     return np.array(table, dtype=np.uint32).reshape(batch, 3)
@@ -127,9 +131,11 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
 def philox4x32(counter: U32, key: U32) -> U32:
     """Philox4x32-10 (Salmon et al. 2011, section 3.3 and table 2).
 
-    counter: uint32 (..., 4); key: uint32 (2,). Returns uint32 (..., 4). Each round maps (c0, c1, c2, c3) to
-    (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)), then bumps the key by the Weyl
-    constants.
+    counter  (..., 4) uint32
+    key      (2,) uint32
+
+    Each round maps (c0, c1, c2, c3) to (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)), then adds the
+    Weyl constants to the key. Returns (..., 4) uint32.
     """
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint32).astype(np.uint64), -1, 0)
     k0, k1 = (int(k) for k in key)
@@ -148,7 +154,7 @@ def philox4x32(counter: U32, key: U32) -> U32:
 
 
 def log_unit(u: F32) -> F32:
-    """log(u) for float32 u in [2^-33, 1], to 1 ulp or so; exactly 0 at 1 and never positive."""
+    """log(u) for float32 u in [2^-33, 1], to about 1 ulp; exactly 0 at 1, and never positive."""
     bits = np.asarray(u, dtype=np.float32).view(np.int32)
     shifted = bits - np.int32(SQRT_HALF_BITS)  # the exponent field steps at sqrt(1/2) instead of at 1
     exponent = (shifted >> 23).astype(np.float32)
@@ -186,7 +192,9 @@ def cos_sin_turn(word: U32) -> tuple[F32, F32]:
 def words_to_normals(words: U32) -> F32:
     """Box and Muller (1958) on word pairs.
 
-    words: uint32 (..., 4). Returns float32 (..., 4), at most sqrt(66 log 2) = 6.77 in size.
+    words  (..., 4) uint32
+
+    Returns (..., 4) float32, at most sqrt(66 log 2) = 6.77 in size.
     """
     words = np.asarray(words, dtype=np.uint32)
     u = words[..., 0::2].astype(np.float32) * np.float32(U_SCALE) + np.float32(U_HALF)
@@ -199,10 +207,10 @@ def words_to_normals(words: U32) -> F32:
 
 
 def normals(n: int, seed: int, sample: int, draw: int, domain: int, first: int = 0) -> F32:
-    """Standard normals of elements first .. first + n - 1 at one address. Returns float32 (n,).
+    """Standard normals of elements first .. first + n - 1 at one address.
 
-    Raises ValueError for a seed outside 0 .. 2^64 - 1, for sample, draw or domain outside 0 .. 2^32 - 1, and
-    for elements outside 0 .. 2^34 - 1.
+    Returns (n,) float32. Raises ValueError for a seed outside 0 .. 2^64 - 1, for sample, draw or domain outside
+    0 .. 2^32 - 1, and for elements outside 0 .. 2^34 - 1.
     """
     seed = check_seed(seed)
     for name, value in (("sample", sample), ("draw", draw), ("domain", domain)):

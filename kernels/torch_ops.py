@@ -1,14 +1,18 @@
-"""The fused stage as a torch operator: seen through by torch.compile and torch.export, with gradients.
+"""The fused stage and the addressed noise as torch operators, transparent to torch.compile and torch.export.
 
-    fewstep::stage    one fused update: the Numba kernel on a CPU, the Triton kernel on a GPU
-    fewstep::normals  the normals of an address, likewise
+    fewstep::stage    one fused update, differentiable
+    fewstep::normals  the normals of an address
 
-Both are functional: they return new tensors and never write to their arguments. The adjoint of a stage is the
-same stage with its table transposed, so the backward pass is the same kernel, and can itself be differentiated.
+Each runs the Numba kernel on a CPU and the Triton kernel on a GPU, with the kernel's traffic: see `numba_step`,
+`triton_step` (4 bytes per element and slot or row, the model's size per raw and model input), `numba_noise` and
+`triton_noise` (4 bytes per element). A tensor that is not contiguous is copied first, at twice its size.
 
-With triton each is a `torch.library.triton_op`: on a GPU torch.compile inlines the Triton kernel into its own code.
-Inductor compiles what it inlines with its own options, and drops `enable_fp_fusion`; `triton_noise.times` sees to it
-that the bits do not depend on that. What Triton does not do (a CPU, float64) is an operator within the operator,
+Both are functional: they return new tensors and never write to their arguments. The adjoint of a stage is the stage
+with its table transposed, so the backward pass is the same kernel, and is itself differentiable.
+
+With triton installed each is a `torch.library.triton_op`: on a GPU torch.compile inlines the Triton kernel into its own
+code. Inductor compiles what it inlines with its own options and drops `enable_fp_fusion`; `triton_noise.times` makes
+the result independent of that. What the Triton kernels do not cover (CPUs, float64) is an operator within the operator,
 `fewstep::stage_elsewhere` and `fewstep::normals_elsewhere`, which torch.compile keeps as one node.
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +28,9 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive
+
+if TYPE_CHECKING:
+    from torch._library.custom_ops import CustomOpDef
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
@@ -34,14 +41,19 @@ if TRITON:
 _BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
 
-def operator(name: str) -> Callable[[Any], Any]:
-    """Declares a function as an operator of that name; what it says for a GPU is seen through by the compiler."""
+def operator(name: str) -> Callable[[Callable[..., object]], CustomOpDef]:
+    """A decorator that registers a function as the torch operator `name`, with triton as one that inlines kernels."""
     kind = torch.library.triton_op if TRITON else torch.library.custom_op
     return kind(name, mutates_args=())
 
 
+def sum_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of numbers per sample: float64 for a float64 tensor, else float32."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def _rows(t: Tensor) -> np.ndarray:
-    """The memory of t as (B, elements), 16-bit floats as their bits."""
+    """The tensor as a NumPy array (B, elements), 16-bit floats as their bits; a view where it is contiguous."""
     t = t.detach().contiguous()
     t = t.view(_BITS[t.dtype]) if t.dtype in _BITS else t
     rows: np.ndarray = t.numpy().reshape(t.shape[0], -1)
@@ -60,7 +72,7 @@ def stage_on_gpu(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
-    """`stage` by the Triton kernel, which does not do float64. Tensors of other strides are copied once."""
+    """`stage` by the Triton kernel: no float64. Tensors that are not contiguous are copied."""
     outputs = _empty(slots, raws, w, copies, model_dtype)
     triton_step.stage(
         [None if s is None else s.contiguous() for s in _ordered(slots, columns)],
@@ -89,6 +101,7 @@ def _by_definition(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
+    """`stage` by the naive twin, on any device."""
     outputs = naive.step(_ordered(slots, columns), list(raws), w, z=z, p=p, limit=limit)
     if copies:
         target = torch.empty((), dtype=model_dtype, device=w.device)
@@ -97,7 +110,7 @@ def _by_definition(
 
 
 def _ordered(slots: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor | None]:
-    """Slots in the order of the table's columns, None where one has no slot."""
+    """Slots in the order of the columns of w, None for a column without one."""
     by_column = dict(zip(columns, slots, strict=True))
     return [by_column.get(j) for j in range(max(columns, default=-1) + 1)]
 
@@ -105,6 +118,7 @@ def _ordered(slots: Sequence[Tensor], columns: Sequence[int]) -> list[Tensor | N
 def _empty(
     slots: Sequence[Tensor], raws: Sequence[Tensor], w: Tensor, copies: int, model_dtype: torch.dtype
 ) -> list[Tensor]:
+    """Uninitialised results of `stage`."""
     like = slots[0] if slots else raws[0]
     shape = like.shape
     outputs = [torch.empty(shape, dtype=w.dtype, device=like.device) for _ in range(w.shape[1])]
@@ -131,15 +145,19 @@ def stage(
 ) -> list[Tensor]:
     """One fused stage on any device: outputs = w · [slots, raws, m, z], then `copies` of c_in x'.
 
-    slots        tensors (B, ...) of the state's dtype (float32 or float64); columns: the column of `w` each one
-                 stands in, 0 for x
-    raws         tensors (B, ...) of the model's dtype, in the columns that follow the slots'
-    w            (1 or B, rows, COLUMNS) of the state's dtype (see `layout`)
+    slots        (B, ...) of the state's dtype, float32 or float64
+    columns      the column of w of each slot, 0 for x
+    raws         (B, ...) of the model's dtype, in columns RAW, RAW + 1, ...
+    w            (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
     c_in         (1 or B,) of the state's dtype
-    p, limit, z  as in `naive.step`, p and limit with 4 columns; no defaults, since autograd counts the arguments
+    copies       how often the next model input is written, stacked along the batch; 0 for none
+    model_dtype  dtype of the model input
+    p            (1 or B, 4) of the state's dtype, or None: as in `naive.step`
+    limit        (1 or B, 4) of the state's dtype, or None: bound and gain, then two unused columns
+    z            (B, ...) noise, or None
 
-    Returns rows outputs in the state's dtype, the new x first, then the copies of the model input, stacked along
-    the batch, if there are any.
+    Returns one output per row of w in the state's dtype, the new x first, then the model input if copies > 0. There are
+    no default arguments because autograd counts them.
     """
     if TRITON and w.is_cuda and torch.float64 not in (w.dtype, model_dtype, *(raw.dtype for raw in raws)):
         return stage_on_gpu(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z)
@@ -160,7 +178,7 @@ def _on_cpu(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
-    from fewstep.kernels import numba_step  # a GPU needs none of it
+    from fewstep.kernels import numba_step  # here, so that a GPU does not need Numba
 
     outputs = _empty(slots, raws, w, copies, model_dtype)
     states = outputs[:-1] if copies else outputs
@@ -181,23 +199,48 @@ def _on_cpu(
 
 @stage.register_fake
 @_elsewhere.register_fake
-def _(slots, columns, raws, w, c_in, copies, model_dtype, p, limit, z):  # type: ignore[no-untyped-def]
+def _fake(
+    slots: Sequence[Tensor],
+    columns: Sequence[int],
+    raws: Sequence[Tensor],
+    w: Tensor,
+    c_in: Tensor,
+    copies: int,
+    model_dtype: torch.dtype,
+    *rest: Tensor | None,
+) -> list[Tensor]:
     return _empty(slots, raws, w, copies, model_dtype)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+class _StageContext(Protocol):
+    """What autograd keeps of a stage between its two passes."""
+
+    columns: list[int]
+    copies: int
+    raws: list[torch.dtype]
+    has_x: bool  # whether a slot is x
+    has_z: bool
+    clipped: bool
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def _setup(ctx: _StageContext, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     slots, columns, raws, w, c_in, copies, _model_dtype, p, limit, z = inputs
     ctx.columns, ctx.copies, ctx.raws = list(columns), copies, [raw.dtype for raw in raws]
-    ctx.has_z, ctx.has_slots = z is not None, len(slots)
+    ctx.has_z = z is not None
     x = slots[ctx.columns.index(0)] if 0 in ctx.columns else None
-    # m itself is needed again only to know where the clip held it.
-    clipped = p is not None and limit is not None
-    ctx.clip = clipped
-    ctx.save_for_backward(w, c_in, p, limit, *([] if x is None or not clipped else [x]), *(raws if clipped else []))
-    ctx.has_x = x is not None
+    ctx.has_x, ctx.clipped = x is not None, p is not None and limit is not None
+    # Only the slope of the clip needs m again.
+    sources = [s for s in (x, *raws) if s is not None] if ctx.clipped else []
+    ctx.save_for_backward(w, c_in, p, limit, *sources)
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: _StageContext, grads: list[Tensor]) -> tuple[object, ...]:
+    """Gradients in the order of the arguments of `stage`, None for those of its tables."""
     w, c_in, p, limit, *kept = ctx.saved_tensors
     rows = list(grads[: w.shape[1]])
     if ctx.copies:
@@ -208,7 +251,7 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     back = dict(zip(wanted, transpose(rows, w, wanted), strict=True))
     if p is not None:
         (dm,) = transpose(rows, w, [layout.PREDICTION])
-        if ctx.clip:
+        if ctx.clipped:
             dm = dm * _gain(kept, p, limit, ctx.has_x)
         for j, column in enumerate([0, *(layout.RAW + i for i in range(len(ctx.raws)))]):
             if column in back:
@@ -216,11 +259,11 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     slots = [back[j] for j in ctx.columns]
     raws = [back[layout.RAW + j].to(dtype) for j, dtype in enumerate(ctx.raws)]
     dz = transpose(rows, w, [layout.NOISE])[0] if ctx.has_z else None
-    return slots, None, raws, *[None] * 6, dz  # in the order of the arguments
+    return slots, None, raws, *[None] * 6, dz
 
 
 def _gain(kept: Sequence[Tensor], p: Tensor, limit: Tensor, has_x: bool) -> Tensor:
-    """d m / d (linear prediction): the gain inside the bound, 0 where the clip held."""
+    """The slope of the clip, d m / d (p · [x, raws]): the gain inside the bound, 0 outside."""
     x, raws = (kept[0], kept[1:]) if has_x else (None, kept)
     shape = (-1, *[1] * (kept[-1].ndim - 1))
     m = sum(
@@ -232,7 +275,7 @@ def _gain(kept: Sequence[Tensor], p: Tensor, limit: Tensor, has_x: bool) -> Tens
 
 
 def transpose(rows: Sequence[Tensor], w: Tensor, columns: Sequence[int]) -> list[Tensor]:
-    """For each column j, sum_k w[:, k, j] rows[k]: the stage with the transposed table."""
+    """sum_k w[:, k, j] rows[k] for each column j: a stage with the table transposed."""
     out: list[Tensor] = []
     for start in range(0, len(columns), layout.OUTPUTS):
         part = list(columns[start : start + layout.OUTPUTS])
@@ -264,7 +307,13 @@ def _normals_elsewhere(streams: Tensor, shape: Sequence[int], draw: int, domain:
 
 @operator("fewstep::normals")
 def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
-    """Standard normals (B, ...) float32 at an address (see `philox`); streams int64 (B, 3), on the result's device."""
+    """Standard normals at an address, see `philox`.
+
+    streams  (B, 3) int64, on the result's device
+    shape    (B, ...)
+
+    Returns float32 of that shape.
+    """
     if TRITON and streams.is_cuda:
         return normals_on_gpu(streams, shape, draw, domain)
     drawn: Tensor = _normals_elsewhere(streams, shape, draw, domain)
@@ -273,5 +322,5 @@ def normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Te
 
 @normals.register_fake
 @_normals_elsewhere.register_fake
-def _(streams, shape, draw, domain):  # type: ignore[no-untyped-def]
+def _fake_normals(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
     return torch.empty(tuple(shape), dtype=torch.float32, device=streams.device)

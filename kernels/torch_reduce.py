@@ -1,10 +1,12 @@
-"""The per-sample reductions as torch operators, seen through by torch.compile as those of `torch_ops` are.
+"""The per-sample reductions as torch operators, transparent to torch.compile as those of `torch_ops` are.
 
-    fewstep::guidance_scale, fewstep::threshold   what a stage must know of a whole sample: a factor on p, a limit
-    fewstep::apg_norms, fewstep::error_norm       norms for guidance that projects, and for steps that adapt
+    fewstep::guidance_scale  the factor of guidance rescale
+    fewstep::threshold       bound and gain of dynamic thresholding
+    fewstep::error_norm      the error of an adaptive step over its tolerance
 
-By Numba on a CPU, by Triton on a GPU, by the oracle for float64 there. Not differentiable: a stage takes such numbers
-as tables, and gives no gradient by those.
+Each runs the Numba kernel on a CPU, the Triton kernel on a GPU, and the naive twin for float64 on a GPU. Bytes per
+element: each input once (see `numba_reduce`, `triton_reduce`); other strides are copied first, at twice the size.
+Not differentiable: a stage takes these numbers as tables, and gives tables no gradient.
 """
 
 from __future__ import annotations
@@ -18,15 +20,11 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive
-from fewstep.kernels.torch_ops import TRITON, _rows, operator
+from fewstep.kernels.torch_ops import TRITON, _rows, operator, sum_dtype
 
 if TRITON:
     from fewstep.kernels import triton_noise, triton_reduce, triton_step
-    from fewstep.kernels.triton_reduce import digit_kernel, rescale_kernel, sums_kernel, threshold_kernel
-
-
-def _kind(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+    from fewstep.kernels.triton_reduce import digit_kernel, error_kernel, rescale_kernel, threshold_kernel
 
 
 def _on_gpu(*tensors: Tensor) -> bool:
@@ -38,7 +36,7 @@ def _scratch(t: Tensor) -> triton_reduce.Scratch:
 
 
 def _table(like: Tensor, length: int, dtype: torch.dtype, values: Mapping[int, float]) -> Tensor:
-    """Numbers at their places among zeros, made on the device: nothing is uploaded."""
+    """A table (length,) of zeros but for `values`, made on the device of `like` without an upload."""
     parts, end = [], 0
     for at, value in sorted(values.items()):
         parts += [like.new_zeros(at - end, dtype=dtype), like.new_full((1,), value, dtype=dtype)]
@@ -47,7 +45,7 @@ def _table(like: Tensor, length: int, dtype: torch.dtype, values: Mapping[int, f
 
 
 def _stage(like: Tensor, values: Mapping[int, float]) -> Tensor:
-    """The table of one stage whose p is 1 for the first raw."""
+    """Numbers of one stage for `triton_reduce`: p is 1 for the first raw, and `values`."""
     values = {triton_step.P_AT + 1: 1.0, **values}
     return _table(like, triton_step.NUMBERS, torch.float32, values).reshape(1, 1, -1)
 
@@ -70,7 +68,7 @@ def guidance_scale_on_gpu(raws: Sequence[Tensor], weights: Sequence[float], phi:
 @torch.library.custom_op("fewstep::guidance_scale_elsewhere", mutates_args=())
 def _guidance_scale_elsewhere(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
     factor = naive.guidance_scale(list(raws), np.array(weights), phi)
-    return torch.from_numpy(factor).to(raws[0].device, _kind(raws[0]))
+    return torch.from_numpy(factor).to(raws[0].device, sum_dtype(raws[0]))
 
 
 @operator("fewstep::guidance_scale")
@@ -82,30 +80,32 @@ def _guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float
 
 
 def _guidance_scale_on_cpu(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
-    from fewstep.kernels import numba_reduce  # a GPU needs none of it
+    from fewstep.kernels import numba_reduce  # here, so that a GPU does not need Numba
 
     padded = [*map(_rows, raws), *[None] * (layout.RAWS - len(raws))]
     shares, p, out = np.zeros(layout.RAWS), np.array([[0.0, 1.0, 0.0, 0.0]]), np.empty((len(raws[0]), 4))
     shares[: len(weights)] = weights
     numba_reduce.guidance_scale(*padded, shares, phi, p, out)
-    return torch.from_numpy(out[:, 1].copy()).to(_kind(raws[0]))
+    return torch.from_numpy(out[:, 1].copy()).to(sum_dtype(raws[0]))
 
 
 def _fake_guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
-    return raws[0].new_empty(raws[0].shape[:1], dtype=_kind(raws[0]))
+    return raws[0].new_empty(raws[0].shape[:1], dtype=sum_dtype(raws[0]))
 
 
 def guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float) -> Tensor:
-    """The factor of guidance rescale on each sample's guided output, (B,) float32 (float64 for float64 raws).
+    """The factor of guidance rescale on each sample's guided output: see `naive.guidance_scale`.
 
     raws     two or three tensors (B, ...) of one float dtype, the conditional one last
-    weights  of the guided sum, one a raw; phi 0 .. 1. See `naive.guidance_scale`
+    weights  of the raws in the guided output
+    phi      0 .. 1, how much of the rescale is applied
 
-    Raises ValueError for raws that do not agree, or weights of another number.
+    Returns (B,) float32, float64 for float64 raws. Raises ValueError if the raws differ in shape, dtype or device, or
+    if there is not one weight per raw.
     """
     _agree("raws", raws)
     if not 2 <= len(raws) <= layout.RAWS or len(weights) != len(raws):
-        raise ValueError(f"{len(raws)} raws and {len(weights)} weights: give two or three raws, and one weight each")
+        raise ValueError(f"{len(raws)} raws and {len(weights)} weights: give two or three raws and one weight per raw")
     factor: Tensor = _guidance_scale(list(raws), [float(w) for w in weights], float(phi))
     return factor
 
@@ -114,7 +114,7 @@ def guidance_scale(raws: Sequence[Tensor], weights: Sequence[float], phi: float)
 
 
 def threshold_on_gpu(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    """`threshold` by the Triton kernels, of a stage whose prediction is its raw, m."""
+    """`threshold` by the Triton kernels, in a stage whose only raw is m."""
     position = quantile * (math.prod(m.shape[1:]) - 1)
     settings = _table(m, 3, torch.float64, {0: int(position), 1: position - int(position), 2: maximum})
     out = m.new_empty((m.shape[0], 8), dtype=torch.float32)
@@ -129,7 +129,7 @@ def threshold_on_gpu(m: Tensor, quantile: float, maximum: float) -> Tensor:
 
 @torch.library.custom_op("fewstep::threshold_elsewhere", mutates_args=())
 def _threshold_elsewhere(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    return torch.from_numpy(naive.threshold(m, quantile, maximum)).to(m.device, _kind(m))
+    return torch.from_numpy(naive.threshold(m, quantile, maximum)).to(m.device, sum_dtype(m))
 
 
 @operator("fewstep::threshold")
@@ -147,75 +147,38 @@ def _threshold_on_cpu(m: Tensor, quantile: float, maximum: float) -> Tensor:
     numba_reduce.threshold(
         None, _rows(m), None, None, np.array([[0.0, 1.0, 0.0, 0.0]]), float(quantile), float(maximum), out
     )
-    return torch.from_numpy(out[:, :2].copy()).to(_kind(m))
+    return torch.from_numpy(out[:, :2].copy()).to(sum_dtype(m))
 
 
 def _fake_threshold(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    return m.new_empty((m.shape[0], 2), dtype=_kind(m))
+    return m.new_empty((m.shape[0], 2), dtype=sum_dtype(m))
 
 
 def threshold(m: Tensor, quantile: float, maximum: float) -> Tensor:
-    """Dynamic thresholding's (bound, gain) of each sample, (B, 2) float32 (float64 for float64): see `naive.threshold`.
+    """Bound and gain of dynamic thresholding for each sample: see `naive.threshold`.
 
-    m  (B, ...) x0 predictions of any float dtype; quantile 0 .. 1; maximum >= 1
+    m         (B, ...) x0 predictions of any float dtype
+    quantile  of |m|, 0 .. 1
+    maximum   of the bound, at least 1
 
-    Raises ValueError for numbers outside these.
+    Returns (B, 2) float32, float64 for a float64 m. Raises ValueError for numbers outside these ranges.
     """
     _agree("m", [m])
     if not (0.0 <= quantile <= 1.0 and maximum >= 1.0):
-        raise ValueError(f"quantile = {quantile}, maximum = {maximum}: they must be in 0 .. 1 and at least 1")
+        raise ValueError(
+            f"quantile = {quantile}, maximum = {maximum}: quantile must be in 0 .. 1 and maximum at least 1"
+        )
     limit: Tensor = _threshold(m, float(quantile), float(maximum))
     return limit
 
 
-# --- norms ---
-
-
-def apg_norms_on_gpu(conditional: Tensor, null: Tensor) -> Tensor:
-    """`apg_norms` by the Triton kernel."""
-    kernel = None if triton_noise.INTERPRETED else wrap_triton(sums_kernel)
-    return triton_reduce.apg_norms(conditional.contiguous(), null.contiguous(), kernel=kernel)
-
-
-@torch.library.custom_op("fewstep::apg_norms_elsewhere", mutates_args=())
-def _apg_norms_elsewhere(conditional: Tensor, null: Tensor) -> Tensor:
-    return torch.from_numpy(naive.apg_norms(conditional, null)).to(conditional.device)
-
-
-@operator("fewstep::apg_norms")
-def _apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    if _on_gpu(conditional, null):
-        return apg_norms_on_gpu(conditional, null)
-    norms: Tensor = _apg_norms_elsewhere(conditional, null)
-    return norms
-
-
-def _apg_norms_on_cpu(conditional: Tensor, null: Tensor) -> Tensor:
-    from fewstep.kernels import numba_reduce
-
-    out = np.empty((len(null), 3))
-    numba_reduce.apg_norms(_rows(conditional), _rows(null), out)
-    return torch.from_numpy(out)
-
-
-def _fake_apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    return null.new_empty((null.shape[0], 3), dtype=torch.float64)
-
-
-def apg_norms(conditional: Tensor, null: Tensor) -> Tensor:
-    """What adaptive projected guidance needs of each sample, (B, 3) float64: see `naive.apg_norms`.
-
-    conditional, null  (B, ...) of one float dtype. Raises ValueError if they do not agree.
-    """
-    _agree("conditional and null", [conditional, null])
-    norms: Tensor = _apg_norms(conditional, null)
-    return norms
+# --- the error of an adaptive step ---
 
 
 def error_norm_on_gpu(error: Tensor, low: Tensor, before: Tensor, rtol: float, atol: float) -> Tensor:
     """`error_norm` by the Triton kernel."""
     relative, absolute = (error.new_full((1,), value, dtype=torch.float64) for value in (rtol, atol))
-    kernel = None if triton_noise.INTERPRETED else wrap_triton(sums_kernel)
+    kernel = None if triton_noise.INTERPRETED else wrap_triton(error_kernel)
     return triton_reduce.error_norm(
         error.contiguous(), low.contiguous(), before.contiguous(), relative, absolute, kernel=kernel
     )
@@ -247,9 +210,11 @@ def _fake_error_norm(error: Tensor, low: Tensor, before: Tensor, rtol: float, at
 
 
 def error_norm(error: Tensor, low: Tensor, before: Tensor, rtol: float, atol: float) -> Tensor:
-    """An adaptive step's error over its tolerance, of each sample, (B,) float64: see `naive.error_norm`.
+    """The norm of each sample's error over its tolerance in an adaptive step: see `naive.error_norm`.
 
-    error, low, before  (B, ...) float32 or float64. Raises ValueError if they do not agree.
+    error, low, before  (B, ...) of one dtype, float32 or float64
+
+    Returns (B,) float64. Raises ValueError if the tensors differ in shape, dtype or device.
     """
     _agree("error, low and before", [error, low, before])
     if error.dtype not in (torch.float32, torch.float64):
@@ -261,7 +226,6 @@ def error_norm(error: Tensor, low: Tensor, before: Tensor, rtol: float, atol: fl
 for _ops, _on_cpu, _fake in (
     ((_guidance_scale, _guidance_scale_elsewhere), _guidance_scale_on_cpu, _fake_guidance_scale),
     ((_threshold, _threshold_elsewhere), _threshold_on_cpu, _fake_threshold),
-    ((_apg_norms, _apg_norms_elsewhere), _apg_norms_on_cpu, _fake_apg_norms),
     ((_error_norm, _error_norm_elsewhere), _error_norm_on_cpu, _fake_error_norm),
 ):
     for _op in _ops:
@@ -270,7 +234,8 @@ for _ops, _on_cpu, _fake in (
 
 
 def _agree(names: str, tensors: Sequence[Tensor]) -> None:
+    """Raises ValueError unless all tensors have one shape with a batch axis, one dtype and one device."""
     first = tensors[0]
     if any((t.shape, t.dtype, t.device) != (first.shape, first.dtype, first.device) for t in tensors) or first.ndim < 2:
         found = ", ".join(f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in tensors)
-        raise ValueError(f"{names}: {found}; they must be of one shape, dtype and device, with a batch axis")
+        raise ValueError(f"{names}: {found}; they must have one shape with a batch axis, one dtype and one device")

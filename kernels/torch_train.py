@@ -1,13 +1,17 @@
-"""The training kernels as torch operators, differentiable, and seen through by torch.compile as `torch_ops` are.
+"""The training kernels as torch operators, differentiable, and transparent to torch.compile as those of `torch_ops`.
 
-fewstep::pseudo_huber, fewstep::score_difference   losses, with the gradient already at hand from the forward pass
-boundary    consistency scalings, a stage of one row: its adjoint is the stage's own
+    fewstep::pseudo_huber, fewstep::score_difference  losses that return their gradient along with the value
+    boundary                                          consistency scalings, a stage of one row
+
+Bytes per element of a loss: its kernel's (see `numba_train`, `triton_train`) forward; backward the gradient is read and
+its product with the loss's own gradient written, 2 s for s-byte elements. `boundary` reads x and F and writes f;
+backward it reads one gradient and writes two.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from fewstep.kernels import layout, naive_train
-from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage
+from fewstep.kernels.torch_ops import TRITON, _rows, operator, stage, sum_dtype
 
 if TRITON:
     from fewstep.kernels import triton_noise, triton_train
@@ -23,7 +27,7 @@ if TRITON:
 
 
 def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, which does not do float64."""
+    """`pseudo_huber` by the Triton kernel: no float64."""
     kernel = None if triton_noise.INTERPRETED else wrap_triton(huber_kernel)
     return triton_train.pseudo_huber(x.contiguous(), y.contiguous(), c, per_sample=per_sample, kernel=kernel)
 
@@ -31,21 +35,19 @@ def pseudo_huber_on_gpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tup
 @torch.library.custom_op("fewstep::pseudo_huber_elsewhere", mutates_args=())
 def _pseudo_huber_elsewhere(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     loss, grad = naive_train.pseudo_huber(_wide(x), _wide(y), c, per_sample=per_sample)
-    return torch.from_numpy(loss).to(x.device, _kind(x)), torch.from_numpy(grad).to(x)
+    return torch.from_numpy(loss).to(x.device, sum_dtype(x)), torch.from_numpy(grad).to(x)
 
 
-def _wide(t: Tensor) -> Any:
-    return t.detach().double().cpu().numpy()
+def _wide(t: Tensor) -> np.ndarray:
+    values: np.ndarray = t.detach().double().cpu().numpy()
+    return values
 
 
-def _scratch(x: Tensor, *, wide: bool) -> Any:
+def _scratch(x: Tensor, *, wide: bool) -> np.ndarray:
+    """The `terms` of `numba_train`'s losses."""
     from fewstep.kernels.numba_step import CHUNK
 
     return np.empty(min(CHUNK, x.numel()), np.float64 if wide else np.float32)
-
-
-def _kind(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @operator("fewstep::pseudo_huber")
@@ -57,18 +59,18 @@ def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Ten
 
 
 def _pseudo_huber_on_cpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    from fewstep.kernels import numba_train  # a GPU needs none of it
+    from fewstep.kernels import numba_train  # here, so that a GPU does not need Numba
 
     loss = torch.empty(len(x), dtype=torch.float64)
     grad = torch.empty(x.shape, dtype=x.dtype)
-    # Beyond this range of c its square would leave float32.
+    # Outside this range c^2 overflows or underflows float32.
     terms = _scratch(x, wide=x.dtype == torch.float64 or not 1e-15 < c < 1e15)
     numba_train.pseudo_huber(_rows(x), _rows(y), terms.dtype.type(c), per_sample, terms, loss.numpy(), _rows(grad))
-    return loss.to(_kind(x)), grad
+    return loss.to(sum_dtype(x)), grad
 
 
 def _fake_pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:1], dtype=_kind(x)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty(x.shape[:1], dtype=sum_dtype(x)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 for _op in (_pseudo_huber, _pseudo_huber_elsewhere):
@@ -76,20 +78,38 @@ for _op in (_pseudo_huber, _pseudo_huber_elsewhere):
     _op.register_fake(_fake_pseudo_huber)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+class _LossContext(Protocol):
+    """What autograd keeps of a loss between its two passes."""
+
+    dtype: torch.dtype
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
+
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _setup(ctx: _LossContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # else zeros are written for the gradient's own
+    ctx.set_materialize_grads(False)  # otherwise autograd writes zeros as the gradient's own gradient
 
 
-def _backward(ctx: Any, loss: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(
+    ctx: _LossContext, loss: Tensor | None, grad: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, None, None]:
     by_x = _chained(ctx, loss)
     return by_x, -by_x if by_x is not None and ctx.needs_input_grad[1] else None, None, None
 
 
-def _chained(ctx: Any, loss: Tensor | None) -> Tensor | None:
-    """The gradient by x, in its dtype, from that of the samples' losses (B,)."""
+def _chained(ctx: _LossContext, loss: Tensor | None) -> Tensor | None:
+    """The gradient by x, in x's dtype, from the gradient by the losses (B,)."""
     if loss is None:
         return None
     (kept,) = ctx.saved_tensors
@@ -101,17 +121,19 @@ _pseudo_huber.register_autograd(_backward, setup_context=_setup)
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> Tensor:
-    """The pseudo-Huber loss of each sample, (B,) float32 (float64 for float64). See `naive_train.pseudo_huber`.
+    """The pseudo-Huber loss of each sample: see `naive_train.pseudo_huber`.
 
-    x, y  (B, ...) of one float dtype, on one device; c > 0. Differentiable once in both; the gradient is made in the
-    forward pass, in x's dtype, so that the backward pass reads one tensor.
+    x, y  (B, ...) of one float dtype, on one device
+    c     > 0
 
-    Raises ValueError for tensors that do not agree or a bad c.
+    Returns (B,) float32, float64 for float64 tensors. Differentiable once in x and y: the forward pass computes the
+    gradient in x's dtype, and the backward pass reads that one tensor. Raises ValueError if x and y differ in shape,
+    dtype or device, or for a bad c.
     """
     if x.shape != y.shape or x.dtype != y.dtype or x.device != y.device or x.ndim < 2:
         raise ValueError(
             f"x is {x.dtype} {tuple(x.shape)} on {x.device}, y {y.dtype} {tuple(y.shape)} on {y.device}: they must "
-            "agree and have a batch axis"
+            "have one shape with a batch axis, one dtype and one device"
         )
     if not 0.0 < c < math.inf:
         raise ValueError(f"c = {c}: the pseudo-Huber constant must be positive and finite")
@@ -120,7 +142,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float, *, per_sample: bool = True) -> 
 
 
 def score_difference_on_gpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """The Triton kernel, which does not do float64."""
+    """`score_difference` by the Triton kernel: no float64."""
     kernel = None if triton_noise.INTERPRETED else wrap_triton(difference_kernel)
     return triton_train.score_difference(x.contiguous(), real.contiguous(), own.contiguous(), floor, kernel=kernel)
 
@@ -140,7 +162,7 @@ def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tup
 
 
 def _score_difference_on_cpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    from fewstep.kernels import numba_train  # a GPU needs none of it
+    from fewstep.kernels import numba_train  # here, so that a GPU does not need Numba
 
     loss = torch.empty(len(x), dtype=torch.float64)
     gradient = torch.empty(real.shape, dtype=real.dtype)
@@ -158,7 +180,9 @@ for _op in (_score_difference, _score_difference_elsewhere):
     _op.register_fake(_fake_score_difference)
 
 
-def _backward_difference(ctx: Any, loss: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _backward_difference(
+    ctx: _LossContext, loss: Tensor | None, grad: Tensor | None
+) -> tuple[Tensor | None, None, None, None]:
     return _chained(ctx, loss), None, None, None
 
 
@@ -166,18 +190,19 @@ _score_difference.register_autograd(_backward_difference, setup_context=_setup)
 
 
 def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """Distribution matching's loss of each sample, (B,), and its gradient by x, (B, ...), in the dtype of real.
+    """The loss of distribution matching of each sample, and its gradient by x: see `naive_train.score_difference`.
 
-    x          (B, ...) samples of any float dtype, differentiable once
-    real, own  (B, ...) float32, or float64 for a float64 x: predictions of x0, constants
-    floor      > 0, least value of the normaliser. See `naive_train.score_difference`.
+    x          (B, ...) samples of any float dtype; the loss is differentiable in it, once
+    real, own  (B, ...) float32, or float64 for a float64 x: x0 predictions, constants
+    floor      > 0, the least value of the normaliser
 
-    Raises ValueError for tensors that do not agree or a bad floor.
+    Returns (B,) and (B, ...) in the dtype of real. Raises ValueError if the tensors differ in shape or device, or for a
+    bad dtype or floor.
     """
     for name, other in (("real", real), ("own", own)):
-        if other.shape != x.shape or other.dtype != _kind(x) or other.device != x.device or x.ndim < 2:
+        if other.shape != x.shape or other.dtype != sum_dtype(x) or other.device != x.device or x.ndim < 2:
             raise ValueError(
-                f"{name} is {other.dtype} {tuple(other.shape)} on {other.device}; it must be {_kind(x)} "
+                f"{name} is {other.dtype} {tuple(other.shape)} on {other.device}; it must be {sum_dtype(x)} "
                 f"{tuple(x.shape)} on {x.device}, like x, with a batch axis"
             )
     if not 0.0 < floor < math.inf:
@@ -187,11 +212,15 @@ def score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tupl
 
 
 def boundary(x: Tensor, f: Tensor, c_skip: Tensor, c_out: Tensor) -> Tensor:
-    """c_skip x + c_out F (Song et al. 2023, eq. 5) in x's dtype, one launch; differentiable in x and F.
+    """c_skip x + c_out F (Song et al. 2023, eq. 5) in one launch, differentiable in x and F.
 
-    x  (B, ...) float32 or float64; f (B, ...), the network's output, any float dtype; c_skip, c_out (B,) or (1,)
+    x              (B, ...) float32 or float64
+    f              (B, ...) of any float dtype, the network's output F
+    c_skip, c_out  (B,) or (1,)
+
+    Returns (B, ...) in x's dtype.
     """
     w = torch.zeros((max(len(c_skip), len(c_out)), 1, layout.COLUMNS), dtype=x.dtype, device=x.device)
     w[:, 0, 0], w[:, 0, layout.RAW] = c_skip, c_out
-    outputs = stage([x], [0], [f], w, x.new_ones(1), 0, x.dtype, None, None, None)
-    return outputs[0]  # type: ignore[no-any-return]
+    scaled: Tensor = stage([x], [0], [f], w, x.new_ones(1), 0, x.dtype, None, None, None)[0]
+    return scaled

@@ -1,18 +1,19 @@
 """Addressed Gaussian noise on the GPU: the Triton twin of `philox.normals`, equal to it bit for bit.
 
-`normals` fills registers: a fused kernel that draws its noise reads and writes nothing for it. `normals_kernel`
-writes 4 bytes an element and reads none. One Philox block gives four neighbouring elements their normals, and
-an element's address does not know the grid, so no block size or launch shape can change a bit.
+Bytes per element: none for `normals`, which fills registers inside a fused kernel; 4 written for `normals_kernel`. One
+Philox block gives normals to four neighbouring elements, and an element's address does not depend on the grid, so no
+block size or launch shape changes a bit.
 
-Correctly rounded +, -, * and sqrt alone, each product by `times`, so that no compiler contracts a * b + c into one
-rounding and the bits are the CPU's.
+Only correctly rounded +, -, * and sqrt, with each product through `times`, so that no compiler contracts a * b + c into
+one rounding and the bits are the CPU's.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -31,13 +32,19 @@ SQRT_HALF_BITS = tl.constexpr(ref.SQRT_HALF_BITS)
 U_SCALE, U_HALF, TURN = tl.constexpr(ref.U_SCALE), tl.constexpr(ref.U_HALF), tl.constexpr(ref.TURN)
 ROUNDS = tl.constexpr(ref.ROUNDS)
 
-# Whether `triton.jit` below makes functions of Triton's interpreter, which are no kernels to torch's compiler.
+# Whether `triton.jit` makes functions of Triton's interpreter, which torch.compile cannot wrap.
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
 def philox_words(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011): uint32 counter tensors and key scalars in, four uint32 tensors out."""
+    """Philox4x32-10 (Salmon et al. 2011).
+
+    c0 .. c3  uint32 counter tensors
+    k0, k1    uint32 key scalars
+
+    Returns four uint32 tensors.
+    """
     for _ in tl.static_range(ROUNDS):
         high0, low0 = tl.umulhi(c0, M0), c0 * M0
         high1, low1 = tl.umulhi(c2, M1), c2 * M1
@@ -48,17 +55,20 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def times(a, b):
-    """a b in float32, rounded, for a sum to come: a fused multiply-add of 0 already, which nothing contracts further.
+    """a b in float32, rounded before a sum: a fused multiply-add of 0, which no compiler contracts further.
 
     `enable_fp_fusion=False` would do the same, but Inductor drops that option when it compiles a kernel into its own
-    code. A product of -0 comes out as +0, which a sum that starts from +0 does not tell.
+    code. A product of -0 becomes +0, which makes no difference in a sum that starts from +0.
     """
     return tl.fma(a, b, 0.0)
 
 
 @triton.jit
 def normal_pair(word_a, word_b):
-    """Box-Muller on two uint32 tensors, operation for operation as `philox.words_to_normals`. Two float32 tensors."""
+    """Box-Muller on two uint32 tensors, operation for operation as `philox.words_to_normals`.
+
+    Returns two float32 tensors.
+    """
     u = times(word_a.to(tl.float32), U_SCALE) + U_HALF
     shifted = u.to(tl.int32, bitcast=True) - SQRT_HALF_BITS
     exponent = (shifted >> 23).to(tl.float32)
@@ -90,10 +100,14 @@ def normal_pair(word_a, word_b):
 
 @triton.jit
 def normals(first, stream, draw, domain: tl.constexpr, BLOCK: tl.constexpr):
-    """The normals of elements first .. first + BLOCK - 1 at one address, float32 (BLOCK,), in registers.
+    """Standard normals of elements first .. first + BLOCK - 1 at one address, in registers.
 
-    first   int64, a multiple of 4; BLOCK a power of two, at least 4
-    stream  pointer to three int64 (seed low, seed high, sample), each in 0 .. 2^32 - 1; draw: integer scalar
+    first   int64, a multiple of 4
+    stream  pointer to three int64 (seed low, seed high, sample), each in 0 .. 2^32 - 1
+    draw    integer scalar
+    BLOCK   a power of two, at least 4
+
+    Returns float32 (BLOCK,).
     """
     k0, k1 = tl.load(stream).to(tl.uint32), tl.load(stream + 1).to(tl.uint32)
     quad = tl.arange(0, BLOCK // 4).to(tl.uint32) + (first // 4).to(tl.uint32)
@@ -107,8 +121,15 @@ def normals(first, stream, draw, domain: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["draw"])
-def normals_kernel(out, streams, draw, n, domain: tl.constexpr, BLOCK: tl.constexpr):
-    """out float32 (B, n) = the normals of each sample; streams int64 (B, 3). Grid: (B cdiv(n, BLOCK),)."""
+def normals_kernel(
+    out,  # (B, n) float32
+    streams,  # (B, 3) int64
+    draw,
+    n,  # elements of a sample
+    domain: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    """out = the normals of each sample. Grid: (B cdiv(n, BLOCK),)."""
     chunks = tl.cdiv(n, BLOCK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
@@ -117,15 +138,25 @@ def normals_kernel(out, streams, draw, n, domain: tl.constexpr, BLOCK: tl.conste
     tl.store(out + b * n + first + lane, z, mask=lane < n - first)
 
 
-def guard(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Launches go to the tensor's device, on its current stream."""
+class Kernel(Protocol):
+    """What launches: a `triton.jit` function, or torch.compile's wrapper of one."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]: ...
+
+
+def guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which kernels run on the tensor's device, on its current stream."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def fill(out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024, kernel: Any = None) -> None:
-    """Write standard normals to out, float32 (B, ...), contiguous; streams int64 (B, 3) on the same device.
+def fill(
+    out: Tensor, streams: Tensor, draw: int, domain: int, *, block: int = 1024, kernel: Kernel | None = None
+) -> None:
+    """Write standard normals to `out`.
 
-    kernel: what stands in for `normals_kernel`.
+    out      (B, ...) float32, contiguous, overwritten
+    streams  (B, 3) int64, on the same device
+    kernel   `normals_kernel`, or a wrapper of it
     """
     samples, n = out.shape[0], math.prod(out.shape[1:])
     with guard(out):

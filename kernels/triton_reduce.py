@@ -1,17 +1,19 @@
-"""Per-sample reductions on the GPU: what a stage must know about a whole sample before it can map elements.
+"""Per-sample reductions on the GPU: the numbers of a whole sample that a stage needs before it can map elements.
 
-Each is one launch that reads its inputs once (the quantile: five times, out of L2) and writes a few numbers a sample,
-which `triton_step.run_kernel` reads from `reduced`. A sample of up to SPAN elements is one program's; a longer one is
-split, and the program that finishes last adds the parts up in their order, so that no result depends on which that
-was (a split quantile is five launches, one a pass). Blocks are summed in float32 around their own mean, blocks among
-each other in float64.
+Bytes per element: each input once at its own size; the quantile reads five times, from L2 after the first. Written: a
+few numbers per sample, which `triton_step.run_kernel` reads.
+
+A sample of up to SPAN elements is reduced by one program. A longer one is split, and the program that finishes last
+adds up the parts in their order, so that the result does not depend on which one that is; a split quantile takes five
+launches, one per pass. Blocks are summed in float32 (variances around the block's own mean), and the sums of blocks in
+float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,18 +21,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels.triton_noise import guard
+from fewstep.kernels.triton_noise import Kernel, guard
 from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _padded, _prediction, _read
 
-# Where `triton_step`'s float table holds the guidance's numbers: the weights of the raws, then phi of the rescale.
+# Further columns of `triton_step`'s float table, for guidance: the weights of the raws, then phi of the rescale.
 WEIGHTS_AT = C_IN_AT + 1
 PHI_AT = WEIGHTS_AT + layout.RAWS
 assert PHI_AT < NUMBERS
 
-BLOCK, WARPS = 2048, 8  # 8 elements a thread
-SPAN = 1 << 16
-PARTS = 8  # float64 numbers of a part
-# What a split quantile keeps of a sample between its passes, see `digit_kernel`.
+BLOCK, WARPS = 2048, 8  # 8 elements per thread
+SPAN = 1 << 16  # most elements that one program reduces
+PARTS = 8  # float64 numbers that a part leaves
+# Columns of what a split quantile keeps of a sample between its passes, after 256 counts: see `digit_kernel`.
 LARGER_AT, RANK_AT, FOUND_AT, SAME_AT, DIGITS = 256, 257, 258, 259, 260
 
 _P_AT, _WEIGHTS_AT, _PHI_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, WEIGHTS_AT, PHI_AT, NUMBERS))
@@ -40,7 +42,7 @@ _LARGER_AT, _RANK_AT, _FOUND_AT, _SAME_AT = (tl.constexpr(i) for i in (LARGER_AT
 
 @triton.jit
 def _merge(count, mean, square, other_count, other_mean, other_square):
-    """Count, mean and sum of squares around it of two sets together (Chan, Golub and LeVeque 1979), in float64."""
+    """Merge two sets' counts, means and sums of squares around the mean (Chan, Golub and LeVeque 1979), in float64."""
     total = count + other_count
     delta = other_mean - mean
     share = other_count / total
@@ -49,7 +51,7 @@ def _merge(count, mean, square, other_count, other_mean, other_square):
 
 @triton.jit
 def _spread(v, inside, count):
-    """Mean of a block's `count` values and their sum of squares around it, as float64 scalars."""
+    """Mean of a block's `count` values and sum of squares around it, float64 scalars."""
     mean = tl.sum(tl.where(inside, v, 0.0)) / count
     d = tl.where(inside, v - mean, 0.0)
     return mean.to(tl.float64), tl.sum(d * d).to(tl.float64)
@@ -57,8 +59,8 @@ def _spread(v, inside, count):
 
 @triton.jit
 def _is_last(arrivals, b, parts):
-    """Whether this program is the last of its sample to get here. Leaves the counter at 0 for the next launch."""
-    tl.debug_barrier()  # the part is written before its arrival is
+    """Whether this is the last of the sample's programs to arrive. Resets the count for the next launch."""
+    tl.debug_barrier()  # every thread has written before the arrival counts
     last = tl.atomic_add(arrivals + b, 1, sem="acq_rel") == parts - 1
     if last:
         tl.store(arrivals + b, 0)
@@ -66,17 +68,23 @@ def _is_last(arrivals, b, parts):
 
 
 @triton.jit(do_not_specialize_on_alignment=["counter"])
-def rescale_kernel(numbers, counter, r1, r2, r3, out, partial, arrivals, n, span, counter_step, rows, row_step,
-                   BLOCK: tl.constexpr):  # fmt: skip
-    """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (samples, parts).
-
-    numbers, counter  as in `run_kernel`; r1 .. r3 (samples, n), the conditional one last; out float32 (samples, 8)
-    partial  float64 (samples, parts, PARTS), arrivals int32 (samples,) zeros
-    """
+def rescale_kernel(
+    numbers,  # (stages, rows, NUMBERS) float32: see `triton_step.run_kernel`
+    counter,  # (1 or B,) int32: the stage
+    r1, r2, r3,  # (B, n) of the model's dtype: two or three raw outputs, the conditional one last
+    out,  # (B, 8) float32: columns 0 .. 3 are written
+    partial,  # (B, parts, PARTS) float64: scratch
+    arrivals,  # (B,) int32: zeros, before and after
+    n,  # elements of a sample
+    span,  # elements of a part
+    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    BLOCK: tl.constexpr,  # elements of a loop step
+):  # fmt: skip
+    """out[b, :4] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (B, parts)."""
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     stage = tl.load(counter + b * counter_step).to(tl.int64)
-    own = numbers + (stage * rows + b * row_step) * _NUMBERS
-    g1, g2, g3 = tl.load(own + _WEIGHTS_AT), tl.load(own + _WEIGHTS_AT + 1), tl.load(own + _WEIGHTS_AT + 2)
+    table = numbers + (stage * rows + b * row_step) * _NUMBERS
+    g1, g2, g3 = tl.load(table + _WEIGHTS_AT), tl.load(table + _WEIGHTS_AT + 1), tl.load(table + _WEIGHTS_AT + 2)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
@@ -92,40 +100,40 @@ def rescale_kernel(numbers, counter, r1, r2, r3, out, partial, arrivals, n, span
         if y3 is not None:
             guided, conditional = guided + g3 * y3, y3
         size = tl.minimum(end - start, BLOCK)
-        own_mean, own_square = _spread(guided, inside, size.to(tl.float32))
-        own_mean_c, own_square_c = _spread(conditional, inside, size.to(tl.float32))
-        _, mean_c, square_c = _merge(count, mean_c, square_c, size.to(tl.float64), own_mean_c, own_square_c)
-        count, mean, square = _merge(count, mean, square, size.to(tl.float64), own_mean, own_square)
-    row = partial + (b * parts + part) * _PARTS
-    tl.store(row, count)
-    tl.store(row + 1, mean)
-    tl.store(row + 2, square)
-    tl.store(row + 3, mean_c)
-    tl.store(row + 4, square_c)
+        block_mean, block_square = _spread(guided, inside, size.to(tl.float32))
+        block_mean_c, block_square_c = _spread(conditional, inside, size.to(tl.float32))
+        _, mean_c, square_c = _merge(count, mean_c, square_c, size.to(tl.float64), block_mean_c, block_square_c)
+        count, mean, square = _merge(count, mean, square, size.to(tl.float64), block_mean, block_square)
+    sums = partial + (b * parts + part) * _PARTS
+    tl.store(sums, count)
+    tl.store(sums + 1, mean)
+    tl.store(sums + 2, square)
+    tl.store(sums + 3, mean_c)
+    tl.store(sums + 4, square_c)
     if _is_last(arrivals, b, parts):
         count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
         for j in range(parts):
-            row = partial + (b * parts + j) * _PARTS
-            size = tl.load(row, volatile=True)
+            sums = partial + (b * parts + j) * _PARTS
+            size = tl.load(sums, volatile=True)
             _, mean_c, square_c = _merge(
-                count, mean_c, square_c, size, tl.load(row + 3, volatile=True), tl.load(row + 4, volatile=True)
+                count, mean_c, square_c, size, tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True)
             )
             count, mean, square = _merge(
-                count, mean, square, size, tl.load(row + 1, volatile=True), tl.load(row + 2, volatile=True)
+                count, mean, square, size, tl.load(sums + 1, volatile=True), tl.load(sums + 2, volatile=True)
             )
-        phi = tl.load(own + _PHI_AT).to(tl.float64)
+        phi = tl.load(table + _PHI_AT).to(tl.float64)
         # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
         flat = square == 0.0
         ratio = tl.sqrt(square_c / tl.where(flat, 1.0, square))
         factor = tl.where(flat, 1.0, phi * ratio + (1.0 - phi)).to(tl.float32)
-        tl.store(out + b * 8, tl.load(own + _P_AT))
+        tl.store(out + b * 8, tl.load(table + _P_AT))
         for j in tl.static_range(1, 4):
-            tl.store(out + b * 8 + j, tl.load(own + _P_AT + j) * factor)
+            tl.store(out + b * 8 + j, tl.load(table + _P_AT + j) * factor)
 
 
 @triton.jit
 def _sizes(x, r1, r2, r3, p, at, lane, inside, BLOCK: tl.constexpr):
-    """|m| as integers that sort as the numbers do."""
+    """|m| of a block, as the bits of a float32: integers of the same order."""
     a0 = _read(x, at, lane, inside)
     g1 = _read(r1, at, lane, inside)
     g2 = _read(r2, at, lane, inside)
@@ -135,13 +143,19 @@ def _sizes(x, r1, r2, r3, p, at, lane, inside, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count(x, r1, r2, r3, p, sample, first, end, shift, found, BLOCK: tl.constexpr):
-    """Of elements first .. end - 1 that begin with the bits `found`, how many have which next eight: int32 (256,)."""
+    """Among elements first .. end - 1 whose leading bits are `found`, the count of each value of the next eight bits.
+
+    sample  offset of the sample's first element
+    shift   of the eight bits
+
+    Returns int32 (256,).
+    """
     lane = tl.arange(0, BLOCK)
     counts = tl.zeros([256], tl.int32)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         v = _sizes(x, r1, r2, r3, p, sample + start, lane, inside, BLOCK)
-        # Shifted in two steps: by 32 at once is no shift.
+        # Two shifts: one by 32 would not shift at all.
         mine = inside & (((v >> shift) >> 8) == found)
         counts += tl.histogram(tl.where(mine, (v >> shift) & 255, 0), 256, mask=mine)
     return counts
@@ -149,7 +163,10 @@ def _count(x, r1, r2, r3, p, sample, first, end, shift, found, BLOCK: tl.constex
 
 @triton.jit
 def _descend(counts, rank, found):
-    """The digit of the value of that rank, put after `found`; its rank among those with it; how many these are."""
+    """Select the value of rank `rank` by its next eight bits.
+
+    Returns its rank among the values that share these bits, `found` with the bits appended, and how many share them.
+    """
     bins = tl.arange(0, 256)
     digit = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int32))
     below = tl.sum(tl.where(bins < digit, counts, 0))
@@ -158,7 +175,7 @@ def _descend(counts, rank, found):
 
 @triton.jit
 def _larger(x, r1, r2, r3, p, sample, first, end, found, BLOCK: tl.constexpr):
-    """The smallest of elements first .. end - 1 that is larger than `found`, or 2^31 - 1."""
+    """The smallest of elements first .. end - 1 above `found`, as bits; 2^31 - 1 if there is none."""
     lane = tl.arange(0, BLOCK)
     least = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
     for start in range(first, end, BLOCK):
@@ -170,7 +187,12 @@ def _larger(x, r1, r2, r3, p, sample, first, end, found, BLOCK: tl.constexpr):
 
 @triton.jit
 def _bound(found, larger, tied, settings, n, out):
-    """From the k-th value, the next larger one, and whether the k + 1st is the k-th: s and 1 / s to out[4:6]."""
+    """Write s and 1 / s to out[4:6].
+
+    found, larger  the k-th value and the next larger one, as bits
+    tied           whether value k + 1 equals value k
+    settings, n    as in `threshold_kernel`
+    """
     k = tl.load(settings).to(tl.int32)
     low = found.to(tl.float32, bitcast=True).to(tl.float64)
     high = tl.where(tied, found, larger).to(tl.float32, bitcast=True).to(tl.float64)
@@ -182,7 +204,7 @@ def _bound(found, larger, tied, settings, n, out):
 
 @triton.jit
 def _latent(state, index, size):
-    """Where the x of a stage is: its first slot."""
+    """Pointer to x, the first slot of a stage, or None."""
     x = None
     if state is not None:
         x = state + tl.maximum(tl.load(index), 0).to(tl.int64) * size
@@ -190,15 +212,24 @@ def _latent(state, index, size):
 
 
 @triton.jit(do_not_specialize_on_alignment=["counter"])
-def threshold_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settings, n, counter_step, rows, row_step,
-                     INDICES: tl.constexpr, RESCALED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out[b, 4:6] = (s, 1 / s), s the quantile of |m| over the sample, held between 1 and maximum. Grid: (samples,).
+def threshold_kernel(
+    numbers, indices,  # (stages, rows, NUMBERS) float32, (stages, rows, INDICES) int32: see `triton_step.run_kernel`
+    counter,  # (1 or B,) int32: the stage
+    state,  # (buffers, B, n) float32, or None where the prediction does not read x
+    size,  # elements of a buffer, B n
+    r1, r2, r3,  # (B, n) of the model's dtype: raw outputs, or None
+    out,  # (B, 8) float32: columns 4 and 5 are written
+    settings,  # (3,) float64: k, the fraction towards the next value, maximum
+    n,  # elements of a sample
+    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    INDICES: tl.constexpr,
+    RESCALED: tl.constexpr,  # whether p is out[b, :4], which `rescale_kernel` wrote, or the stage's own
+    BLOCK: tl.constexpr,  # elements of a loop step
+):  # fmt: skip
+    """out[b, 4:6] = (s, 1 / s), s the quantile of |m| over the sample, clamped to 1 .. maximum. Grid: (B,).
 
-    The exact order statistics, by radix selection on the bits of |m|: four passes of eight bits find the k-th, a fifth
-    the next larger one, and s lies between them by linear interpolation.
-
-    settings  float64 (3,): k, the fraction towards the next one, maximum
-    RESCALED  p is out[b, :4] (`rescale_kernel` ran), else the stage's own
+    Exact order statistics by radix selection on the bits of |m|: four passes of eight bits find the k-th value, a fifth
+    the next larger one, and s is interpolated linearly between them.
     """
     b = tl.program_id(0).to(tl.int64)
     stage = tl.load(counter + b * counter_step).to(tl.int64)
@@ -218,17 +249,23 @@ def threshold_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, se
 
 
 @triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["counter"])
-def digit_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settings, digits, arrivals, n, span, shift,
-                 counter_step, rows, row_step, INDICES: tl.constexpr, RESCALED: tl.constexpr, LAST: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """One pass of `threshold_kernel` over split samples: the eight bits from `shift` on, or the LAST, the fifth.
+def digit_kernel(
+    numbers, indices, counter, state, size, r1, r2, r3, out, settings,  # as in `threshold_kernel`
+    digits,  # (B, DIGITS) int32, zeros before the first pass and after the last: 256 counts; 2^31 - 1 minus the next
+    # larger value; the rank, the bits found and the number of equal values, from `_descend`
+    arrivals,  # (B,) int32: zeros, before and after
+    n,  # elements of a sample
+    span,  # elements of a part
+    shift,  # of the eight bits that this pass finds: 24, 16, 8, 0
+    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    INDICES: tl.constexpr,
+    RESCALED: tl.constexpr,  # as in `threshold_kernel`
+    LAST: tl.constexpr,  # whether this is the fifth pass, which finds the next larger value
+    BLOCK: tl.constexpr,  # elements of a loop step
+):  # fmt: skip
+    """One pass of `threshold_kernel` over split samples. Grid: (B, parts).
 
-    Grid: (samples, parts), at shift 24, 16, 8, 0, then LAST. Programs add up integers and take their minimum: nothing
-    depends on who comes first.
-
-    digits    int32 (samples, DIGITS), zeros before the first pass and after the last: the counts; how far below
-              2^31 - 1 the next larger value is; what `_descend` returned
-    arrivals  int32 (samples,) zeros
+    Programs add integers and take their minimum, so that the result does not depend on their order.
     """
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     stage = tl.load(counter + b * counter_step).to(tl.int64)
@@ -239,91 +276,79 @@ def digit_kernel(numbers, indices, counter, state, size, r1, r2, r3, out, settin
         p = out + b * 8
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    own = digits + b * _DIGITS
-    found = tl.load(own + _FOUND_AT)
+    kept = digits + b * _DIGITS
+    found = tl.load(kept + _FOUND_AT)
     if LAST:
         larger = _larger(x, r1, r2, r3, p, b * n, first, end, found, BLOCK)
-        tl.atomic_max(own + _LARGER_AT, 0x7FFFFFFF - larger, sem="relaxed")
+        tl.atomic_max(kept + _LARGER_AT, 0x7FFFFFFF - larger, sem="relaxed")
         if _is_last(arrivals, b, parts):
-            larger = 0x7FFFFFFF - tl.load(own + _LARGER_AT, volatile=True)
-            tied = tl.load(own + _RANK_AT) + 1 < tl.load(own + _SAME_AT)
+            larger = 0x7FFFFFFF - tl.load(kept + _LARGER_AT, volatile=True)
+            tied = tl.load(kept + _RANK_AT) + 1 < tl.load(kept + _SAME_AT)
             _bound(found, larger, tied, settings, n, out + b * 8)
-            tl.store(own + _LARGER_AT, 0)
-            tl.store(own + _RANK_AT, 0)
-            tl.store(own + _FOUND_AT, 0)
-            tl.store(own + _SAME_AT, 0)
+            tl.store(kept + _LARGER_AT, 0)
+            tl.store(kept + _RANK_AT, 0)
+            tl.store(kept + _FOUND_AT, 0)
+            tl.store(kept + _SAME_AT, 0)
     else:
         bins = tl.arange(0, 256)
         counts = _count(x, r1, r2, r3, p, b * n, first, end, shift, found, BLOCK)
-        tl.atomic_add(own + bins, counts, mask=counts > 0, sem="relaxed")
+        tl.atomic_add(kept + bins, counts, mask=counts > 0, sem="relaxed")
         if _is_last(arrivals, b, parts):
-            rank = tl.load(own + _RANK_AT)
+            rank = tl.load(kept + _RANK_AT)
             if shift == 24:
                 rank = tl.load(settings).to(tl.int32)
-            rank, found, same = _descend(tl.load(own + bins, volatile=True), rank, found)
-            tl.debug_barrier()  # everybody has read
-            tl.store(own + bins, tl.zeros([256], tl.int32))
-            tl.store(own + _RANK_AT, rank)
-            tl.store(own + _FOUND_AT, found)
-            tl.store(own + _SAME_AT, same)
+            rank, found, same = _descend(tl.load(kept + bins, volatile=True), rank, found)
+            tl.debug_barrier()  # every thread has read before any writes
+            tl.store(kept + bins, tl.zeros([256], tl.int32))
+            tl.store(kept + _RANK_AT, rank)
+            tl.store(kept + _FOUND_AT, found)
+            tl.store(kept + _SAME_AT, same)
 
 
 @triton.jit
-def sums_kernel(a, b_, c, out, partial, arrivals, n, span, rtol, atol, NORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over each sample, float64. Grid: (samples, parts).
-
-    NORM   out[b, 0] = sqrt(mean((a / delta)^2)), delta = max(atol, rtol max(|b|, |c|)); rtol, atol: float64 pointers
-    else   out[b] = (sum (a - b)^2, sum (a - b) a, sum a^2), c is not read
-    """
+def error_kernel(
+    error, low, before,  # (B, n) float32: the error, the lower-order solution, the sample before the step
+    out,  # (B,) float64
+    partial,  # (B, parts, PARTS) float64: scratch
+    arrivals,  # (B,) int32: zeros, before and after
+    n,  # elements of a sample
+    span,  # elements of a part
+    rtol, atol,  # (1,) float64: tolerances
+    BLOCK: tl.constexpr,  # elements of a loop step
+):  # fmt: skip
+    """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)). Grid: (B, parts)."""
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    zero = tl.full((), 0.0, tl.float64)
-    s0, s1, s2 = zero, zero, zero
+    total = tl.full((), 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
-        u, v = _read(a, at, lane, inside), _read(b_, at, lane, inside)
-        if NORM:
-            delta = tl.maximum(tl.abs(v), tl.abs(_read(c, at, lane, inside))) * tl.load(rtol)
-            delta = tl.maximum(delta, tl.load(atol))
-            # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
-            share = tl.where(u == 0.0, 0.0, u / tl.where(u == 0.0, 1.0, delta))
-            s0 += tl.sum(share * share).to(tl.float64)
-        else:
-            d = u - v
-            s0 += tl.sum(d * d).to(tl.float64)
-            s1 += tl.sum(d * u).to(tl.float64)
-            s2 += tl.sum(u * u).to(tl.float64)
-    row = partial + (b * parts + part) * _PARTS
-    tl.store(row, s0)
-    tl.store(row + 1, s1)
-    tl.store(row + 2, s2)
+        e, y = _read(error, at, lane, inside), _read(low, at, lane, inside)
+        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * tl.load(rtol)
+        delta = tl.maximum(delta, tl.load(atol))
+        # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
+        share = tl.where(e == 0.0, 0.0, e / tl.where(e == 0.0, 1.0, delta))
+        total += tl.sum(share * share).to(tl.float64)
+    tl.store(partial + (b * parts + part) * _PARTS, total)
     if _is_last(arrivals, b, parts):
-        s0, s1, s2 = zero, zero, zero
+        total = tl.full((), 0.0, tl.float64)
         for j in range(parts):
-            row = partial + (b * parts + j) * _PARTS
-            s0 += tl.load(row, volatile=True)
-            s1 += tl.load(row + 1, volatile=True)
-            s2 += tl.load(row + 2, volatile=True)
-        if NORM:
-            tl.store(out + b, tl.sqrt(s0 / n))
-        else:
-            tl.store(out + b * 3, s0)
-            tl.store(out + b * 3 + 1, s1)
-            tl.store(out + b * 3 + 2, s2)
+            total += tl.load(partial + (b * parts + j) * _PARTS, volatile=True)
+        tl.store(out + b, tl.sqrt(total / n))
 
 
 class Scratch(NamedTuple):
-    """What split reductions of (samples, n) need beside their inputs; may be used again by launches in one stream."""
+    """Scratch memory of reductions over (B, n). Launches in one stream may share it."""
 
-    partial: Tensor  # float64 (samples, parts, PARTS)
-    arrivals: Tensor  # int32 (samples,), zeros between launches
-    digits: Tensor  # int32 (samples, DIGITS), zeros between quantiles
+    partial: Tensor  # (B, parts, PARTS) float64
+    arrivals: Tensor  # (B,) int32, zeros between launches
+    digits: Tensor  # (B, DIGITS) int32, zeros between quantiles
 
     @classmethod
     def of(cls, samples: int, n: int, device: torch.device | str) -> Scratch:
+        """Scratch for (samples, n) on `device`."""
         parts = triton.cdiv(n, SPAN)
         return cls(
             torch.zeros((samples, parts, PARTS), dtype=torch.float64, device=device),
@@ -333,17 +358,24 @@ class Scratch(NamedTuple):
 
 
 def _span(scratch: Scratch, n: int) -> tuple[int, int]:
-    """Parts of a sample and their length, a multiple of BLOCK."""
+    """Parts of a sample, and elements of a part, a multiple of BLOCK."""
     parts = scratch.partial.shape[1]
     return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
 
 
 def guidance_scale(
-    numbers: Tensor, counter: Tensor, raws: Sequence[Tensor], out: Tensor, scratch: Scratch, *, kernel: Any = None
+    numbers: Tensor,
+    counter: Tensor,
+    raws: Sequence[Tensor],
+    out: Tensor,
+    scratch: Scratch,
+    *,
+    kernel: Kernel | None = None,
 ) -> None:
-    """`naive.guidance_scale` times p, for the stage that `counter` names: see `rescale_kernel`. Two or three raws.
+    """p times `naive.guidance_scale`, for the stage that `counter` names: see `rescale_kernel` for shapes and dtypes.
 
-    kernel: what stands in for `rescale_kernel`.
+    raws    two or three, the conditional one last
+    kernel  `rescale_kernel`, or a wrapper of it
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
@@ -365,12 +397,16 @@ def threshold(
     scratch: Scratch,
     *,
     rescaled: bool,
-    kernel: Any = None,
-    split: Any = None,
+    kernel: Kernel | None = None,
+    split: Kernel | None = None,
 ) -> None:
-    """`naive.threshold` of the prediction of the stage that `counter` names: see `threshold_kernel`, `digit_kernel`.
+    """`naive.threshold` of the prediction of the stage that `counter` names.
 
-    kernel, split: what stands in for these two.
+    See `threshold_kernel` for shapes and dtypes.
+
+    rescaled  whether p is out[:, :4], which `guidance_scale` wrote, or the stage's own
+    kernel    `threshold_kernel`, or a wrapper of it
+    split     `digit_kernel`, or a wrapper of it
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
@@ -386,16 +422,6 @@ def threshold(
             )
 
 
-def apg_norms(conditional: Tensor, null: Tensor, scratch: Scratch | None = None, *, kernel: Any = None) -> Tensor:
-    """What adaptive projected guidance needs of each sample (Sadat et al. 2024): float64 (B, 3), see `naive.apg_norms`.
-
-    Both (B, ...), contiguous, of any float dtype but float64. kernel: what stands in for `sums_kernel`.
-    """
-    out = torch.empty((null.shape[0], 3), dtype=torch.float64, device=null.device)
-    _sums(conditional, null, None, out, scratch, None, None, kernel)
-    return out
-
-
 def error_norm(
     error: Tensor,
     low: Tensor,
@@ -404,32 +430,22 @@ def error_norm(
     atol: Tensor,
     scratch: Scratch | None = None,
     *,
-    kernel: Any = None,
+    kernel: Kernel | None = None,
 ) -> Tensor:
-    """sqrt(mean((error / delta)^2)) of each sample, float64 (B,): see `naive.error_norm`.
+    """The norm of each sample's error over its tolerance: see `naive.error_norm`.
 
-    error, low, before  (B, ...) float32, contiguous; rtol, atol  float64 (1,) on the same device
-    kernel              what stands in for `sums_kernel`
+    error, low, before  (B, ...) float32, contiguous
+    rtol, atol          (1,) float64, on the same device
+    kernel              `error_kernel`, or a wrapper of it
+
+    Returns (B,) float64.
     """
-    out = torch.empty(error.shape[0], dtype=torch.float64, device=error.device)
-    _sums(error, low, before, out, scratch, rtol, atol, kernel)
-    return out
-
-
-def _sums(
-    a: Tensor,
-    b: Tensor,
-    c: Tensor | None,
-    out: Tensor,
-    scratch: Scratch | None,
-    rtol: Tensor | None,
-    atol: Tensor | None,
-    kernel: Any,
-) -> None:
-    samples, n = a.shape[0], math.prod(a.shape[1:])
-    scratch = scratch or Scratch.of(samples, n, a.device)
+    samples, n = error.shape[0], math.prod(error.shape[1:])
+    out = torch.empty(samples, dtype=torch.float64, device=error.device)
+    scratch = scratch or Scratch.of(samples, n, error.device)
     parts, span = _span(scratch, n)
     with guard(out):
-        (kernel or sums_kernel)[(samples, parts)](
-            a, b, c, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, c is not None, BLOCK, num_warps=WARPS
+        (kernel or error_kernel)[(samples, parts)](
+            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, BLOCK, num_warps=WARPS
         )
+    return out

@@ -1,26 +1,35 @@
 """The fused stage on the GPU.
 
-An element moves once: every live slot and raw output is read once, every output and model input is written once.
-For a guided DPM-Solver++ 2M step on a 16-bit model that is 24 bytes an element (read x 4, raws 2 + 2, history 4;
-write x 4, history 4, model inputs 2 + 2). Noise is drawn in registers and moves nothing.
+Bytes per element: 4 per slot read and per row written, the model's size per raw output read and per model input
+written; noise is drawn in registers and moves nothing. A guided DPM-Solver++ 2M step on a 16-bit model moves 24 bytes
+(reads x 4, raws 2 + 2, history 4; writes x 4, history 4, model inputs 2 + 2).
 
-Two entries share the arithmetic below, term for term that of `naive.step`:
+Two kernels share the arithmetic below, term for term that of `naive.step`:
 
-    stage_kernel  separate pointers and one stage's tables: `torch_ops.stage`
-    run_kernel    one block of buffers, and tables (stage, 1 or batch, ...) indexed by a counter on the device:
-                  what a captured graph replays. No number is baked in, and a batch may hold samples at different
+    stage_kernel  separate tensors and the tables of one stage: `torch_ops.stage`
+    run_kernel    one block of buffers, and tables (stages, 1 or B, ...) indexed by a counter on the device: what a
+                  captured graph replays. No coefficient is compiled in, and a batch may hold samples at different
                   steps of different solvers
 
-What is live (which slots, how many raws, outputs and copies) specialises a kernel; a pointer that is None is
-nothing. Every load of an element precedes every store, in one thread, so an output may overwrite an input of the
-same stage (`compile_plan(in_place=True)`), and a model may return its own input.
+A kernel is specialised by what is live: which slots, how many raws, outputs and copies; a pointer that is None
+compiles to nothing. In each thread every load of an element precedes every store, so an output may overwrite an input
+of the same stage (`compile_plan(in_place=True)`), and a model may return its own input.
+
+Names in all `triton_*` modules:
+
+    s0 .. s7, r1 .. r3, o0 .. o4  pointers to slots, raw outputs and outputs
+    a0 .. a7, g1 .. g3, m, e      a program's values of slots, raw outputs, x0 prediction and noise, in registers
+    b, first, at                  a program's sample, its first element in the sample, and in the tensor
+    lane, inside                  (BLOCK,) offsets from the first element, and which of them are in the sample
+    *_step                        distance between the samples' entries of a table, 0 where the batch shares one
+    CAPITALS                      compile-time constants
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,18 +37,18 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
-from fewstep.kernels.triton_noise import guard, normals, times
+from fewstep.kernels.triton_noise import Kernel, guard, normals, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
 STEP = tl.constexpr(philox.STEP)
 
-# A row of `run_kernel`'s float table: w, then p, limit and c_in. Padded so that rows stay aligned.
+# Columns of `run_kernel`'s float table: w, then p, limit and c_in, padded so that rows stay aligned.
 P_AT = layout.OUTPUTS * layout.COLUMNS
 LIMIT_AT = P_AT + 4
 C_IN_AT = LIMIT_AT + 4
 NUMBERS = 80
-# A row of its int32 table: the buffers read and written (-1: none), and the draw number (-1: no noise).
+# Columns of its int32 table: the buffers read and written (-1 for none), and the draw number (-1 for no noise).
 WRITES_AT = layout.SLOTS
 DRAW_AT = WRITES_AT + layout.OUTPUTS
 INDICES = 16
@@ -48,12 +57,13 @@ _P_AT, _LIMIT_AT, _C_IN_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, LIMIT_AT
 _WRITES_AT, _DRAW_AT, _INDICES = (tl.constexpr(i) for i in (WRITES_AT, DRAW_AT, INDICES))
 
 
-# --- one element's arithmetic; absent values are None and compile to nothing ---
+# --- the arithmetic of an element; an absent value is None and compiles to nothing ---
 
 
-# What these may return, None, stands alone on its line where they are called: Triton 3.6 builds no tuple with it.
+# Calls of functions that may return None stand alone on a line: Triton 3.6 builds no tuple that holds None.
 @triton.jit
 def _read(ptr, at, lane, mask):
+    """Elements at + lane as float32, or None for no pointer."""
     v = None
     if ptr is not None:
         v = tl.load(ptr + at + lane, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +72,7 @@ def _read(ptr, at, lane, mask):
 
 @triton.jit
 def _term(total, c, column: tl.constexpr, v):
-    """total + c[column] v. A coefficient of exactly 0 stops a NaN."""
+    """total + c[column] v. A coefficient of exactly 0 drops v, even a NaN."""
     if v is not None:
         weight = tl.load(c + column)
         total = total + tl.where(weight != 0.0, times(weight, v), 0.0)
@@ -71,7 +81,7 @@ def _term(total, c, column: tl.constexpr, v):
 
 @triton.jit
 def _prediction(p, limit, a0, g1, g2, g3, BLOCK: tl.constexpr):
-    """m = gain clip(p · [x, raws], +-bound), or None where the prediction is folded into the rows."""
+    """m = gain clip(p · [x, raws], +-bound), or None where the prediction is folded into w."""
     m = None
     if p is not None:
         m = _term(tl.zeros([BLOCK], tl.float32), p, 0, a0)
@@ -80,7 +90,7 @@ def _prediction(p, limit, a0, g1, g2, g3, BLOCK: tl.constexpr):
         m = _term(m, p, 3, g3)
         if limit is not None:
             bound, gain = tl.load(limit), tl.load(limit + 1)
-            m = tl.where(m > bound, bound, m)  # comparisons, so that a NaN stays one
+            m = tl.where(m > bound, bound, m)  # comparisons, so that NaN stays NaN
             m = tl.where(m < -bound, -bound, m) * gain
     return m
 
@@ -105,6 +115,7 @@ def _row(w, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK: tl.constexp
 
 @triton.jit
 def _write(ptr, at, lane, v, mask):
+    """Store v at elements at + lane, rounded once to the pointer's dtype."""
     if ptr is not None:
         tl.store(ptr + at + lane, v.to(ptr.dtype.element_ty), mask=mask)
 
@@ -113,13 +124,23 @@ def _write(ptr, at, lane, v, mask):
 
 
 @triton.jit
-def stage_kernel(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, w, p, limit, c_in, o0, o1, o2, o3, o4,
-                 x_in, n, copy, w_step, p_step, limit_step, c_step, COPIES: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
-    """One stage over (B, n) arrays. A table's step is from one sample's part to the next, 0 where the batch shares it.
-
-    x_in  COPIES times (B, n), the next model input, of the model's dtype; copy = B n
-    """
+def stage_kernel(
+    s0, s1, s2, s3, s4, s5, s6, s7,  # (B, n) float32: the slots, x first; None where the column of w is zero
+    r1, r2, r3,  # (B, n) of the model's dtype: the network's raw outputs, or None
+    z,  # (B, n) float32: noise, or None
+    w,  # (1 or B, rows, COLUMNS) float32: coefficients
+    p,  # (1 or B, 4) float32: coefficients of the prediction over [x, r1, r2, r3], None where it is folded into w
+    limit,  # (1 or B, 4) float32: bound and gain of the clip, or None
+    c_in,  # (1 or B,) float32: factor of the model input
+    o0, o1, o2, o3, o4,  # (B, n) float32: outputs, the new x first, or None
+    x_in,  # (COPIES B, n) of the model's dtype: the next model input, or None
+    n,  # elements of a sample
+    copy,  # elements of one copy of the model input, B n
+    w_step, p_step, limit_step, c_step,  # of w, p, limit and c_in
+    COPIES: tl.constexpr,
+    BLOCK: tl.constexpr,  # elements of a program
+):  # fmt: skip
+    """One stage over (B, n) tensors: outputs = w · [slots, raws, m, z], x_in = c_in x'. Grid: (B cdiv(n, BLOCK),)."""
     chunks = tl.cdiv(n, BLOCK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
@@ -141,32 +162,37 @@ def stage_kernel(s0, s1, s2, s3, s4, s5, s6, s7, r1, r2, r3, z, w, p, limit, c_i
     p_row = None
     if p is not None:
         p_row = p + b * p_step
-    bounds = None
+    limit_row = None
     if limit is not None:
-        bounds = limit + b * limit_step
-    m = _prediction(p_row, bounds, a0, g1, g2, g3, BLOCK)
-    c = w + b * w_step
-    x = _row(c, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
+        limit_row = limit + b * limit_step
+    m = _prediction(p_row, limit_row, a0, g1, g2, g3, BLOCK)
+    w_row = w + b * w_step
+    x = _row(w_row, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
     _write(o0, at, lane, x, inside)
     if o1 is not None:
-        _write(o1, at, lane, _row(c + COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
+        y = _row(w_row + COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
+        _write(o1, at, lane, y, inside)
     if o2 is not None:
-        _write(o2, at, lane, _row(c + 2 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
+        y = _row(w_row + 2 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
+        _write(o2, at, lane, y, inside)
     if o3 is not None:
-        _write(o3, at, lane, _row(c + 3 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
+        y = _row(w_row + 3 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
+        _write(o3, at, lane, y, inside)
     if o4 is not None:
-        _write(o4, at, lane, _row(c + 4 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK), inside)
+        y = _row(w_row + 4 * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
+        _write(o4, at, lane, y, inside)
     if x_in is not None:
         v = tl.load(c_in + b * c_step) * x
         for j in tl.static_range(COPIES):
             _write(x_in, j * copy + at, lane, v, inside)
 
 
-# --- a run: buffers by number, tables by a counter ---
+# --- a run: numbered buffers, tables indexed by a counter ---
 
 
 @triton.jit
 def _slot(state, index, j: tl.constexpr, SLOTS: tl.constexpr, size, at, lane, inside):
+    """Slot j of a stage, 0 where it names no buffer; None beyond the run's SLOTS."""
     v = None
     if j < SLOTS:
         buffer = tl.load(index + j).to(tl.int64)
@@ -176,24 +202,36 @@ def _slot(state, index, j: tl.constexpr, SLOTS: tl.constexpr, size, at, lane, in
 
 @triton.jit
 def _put(state, index, j: tl.constexpr, size, at, lane, inside, v):
+    """Store row j of a stage, unless it names no buffer."""
     buffer = tl.load(index + _WRITES_AT + j).to(tl.int64)
     tl.store(state + buffer * size + at + lane, v, mask=inside & (buffer >= 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=["counter"])
-def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, own_limit, x_in, n, size, copy,
-               counter_step, rows, row_step, SLOTS: tl.constexpr, OUTPUTS: tl.constexpr, COPIES: tl.constexpr,
-               PREDICT: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One stage of a run.
-
-    state    float32, buffers of `size` elements each, (samples, n) in each
-    numbers  float32 (stages, rows, NUMBERS), indices int32 (stages, rows, INDICES): rows 1 and row_step 0, or
-             rows = samples and row_step 1 where every sample has its own
-    counter  int32 the stage; counter_step 0 for one counter, 1 for one a sample
-    streams  int64 (samples, 3), or None where no stage draws; z instead of it: noise from outside
-    own_p, own_limit  float32 (samples, 8), what a reduction has made of p or of the limit, else None
-    x_in     COPIES times (samples, n), the next model input, of the model's dtype; copy = samples n
-    """
+def run_kernel(
+    state,  # (buffers, B, n) float32
+    numbers,  # (stages, rows, NUMBERS) float32: coefficients; rows = 1, or B where each sample has its own
+    indices,  # (stages, rows, INDICES) int32: buffers and draw numbers
+    counter,  # (1 or B,) int32: the stage
+    streams,  # (B, 3) int64: noise streams, None where no stage draws
+    r1, r2, r3,  # (B, n) of the model's dtype: the network's raw outputs, or None
+    z,  # (B, n) float32: noise from outside, in place of streams, or None
+    own_p, own_limit,  # (B, 8) float32: p and limit as a reduction left them, None for those of `numbers`
+    x_in,  # (COPIES B, n) of the model's dtype: the next model input
+    n,  # elements of a sample
+    size,  # elements of a buffer, B n
+    copy,  # elements of one copy of the model input, B n
+    counter_step,  # of counter: 0 for one counter, 1 for one per sample
+    rows,  # of numbers and indices
+    row_step,  # of their rows: 0 for one, 1 for one per sample
+    SLOTS: tl.constexpr,  # most slots that a stage reads
+    OUTPUTS: tl.constexpr,  # most rows that a stage writes
+    COPIES: tl.constexpr,
+    PREDICT: tl.constexpr,  # whether m is computed (else folded into w)
+    CLIP: tl.constexpr,  # whether m is clipped
+    BLOCK: tl.constexpr,  # elements of a program
+):  # fmt: skip
+    """One stage of a run, the one that `counter` names: see `stage_kernel`. Grid: (B cdiv(n, BLOCK),)."""
     chunks = tl.cdiv(n, BLOCK)
     b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
@@ -201,8 +239,8 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, 
     inside = lane < n - first
     at = b * n + first
     stage = tl.load(counter + b * counter_step).to(tl.int64)
-    own = stage * rows + b * row_step
-    w, index = numbers + own * _NUMBERS, indices + own * _INDICES
+    row = stage * rows + b * row_step
+    w, index = numbers + row * _NUMBERS, indices + row * _INDICES
     a0 = _slot(state, index, 0, SLOTS, size, at, lane, inside)
     a1 = _slot(state, index, 1, SLOTS, size, at, lane, inside)
     a2 = _slot(state, index, 2, SLOTS, size, at, lane, inside)
@@ -237,42 +275,47 @@ def run_kernel(state, numbers, indices, counter, streams, r1, r2, r3, z, own_p, 
         y = _row(w + j * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
         _put(state, index, j, size, at, lane, inside, y)
     v = tl.load(w + _C_IN_AT) * x
-    moves = inside & (tl.load(index + _WRITES_AT) >= 0)  # a row that writes nothing leaves its sample as it was
+    moves = inside & (tl.load(index + _WRITES_AT) >= 0)  # a sample whose stage writes no x keeps its model input
     for j in tl.static_range(COPIES):
         _write(x_in, j * copy + at, lane, v, moves)
 
 
 @triton.jit
-def tick_kernel(counter, times, t, count, samples, last, counter_step, rows, row_step, BLOCK: tl.constexpr):
-    """Counters one up but not past `last`, and t of the stages that they now name. One program.
-
-    counter  int32, counter_step as in `run_kernel`; times (stages, rows), t (count,) of one dtype; entry i of t
-             belongs to sample i mod samples
-    """
+def tick_kernel(
+    counter,  # (1 or samples,) int32: the stage
+    times,  # (stages, rows) of t's dtype: the model's time at each stage
+    t,  # (count,): what the model is given; entry i belongs to sample i mod samples
+    count, samples,
+    last,  # the last stage
+    counter_step, rows, row_step,  # as in `run_kernel`
+    BLOCK: tl.constexpr,  # a power of two, at least count
+):  # fmt: skip
+    """Move each counter to its next stage, at most `last`, and write the times of these stages to t. Grid: (1,)."""
     lane = tl.arange(0, BLOCK)
     inside = lane < count
     b = lane % samples
     stage = tl.load(counter + b * counter_step, mask=inside, other=0) + 1
     stage = tl.minimum(stage, last)
     tl.store(t + lane, tl.load(times + stage.to(tl.int64) * rows + b * row_step, mask=inside), mask=inside)
-    tl.debug_barrier()  # nobody writes a counter that somebody has still to read
+    tl.debug_barrier()  # every thread has read before any writes
     tl.store(counter + b * counter_step, stage, mask=inside & (lane < samples) & ((counter_step > 0) | (lane == 0)))
 
 
 # --- launches ---
 
-# (elements a program, warps): 8 elements a thread, so that 16-bit tensors move by 128 bits and float32 ones by twice
-# that. A program of 128 threads (256 where a wavefront has 64) leaves room for 16 of them on an SM at 32 registers,
-# and 16 thousand elements still spread over 16 SMs. Chosen by this arithmetic, not by measurement.
+# (elements, warps) of a program: 8 elements per thread, one 128-bit access for 16-bit tensors and two for float32.
+# With 128 threads (256 on GPUs with wavefronts of 64) and 32 registers each, 16 programs fit an SM, and 16 thousand
+# elements still occupy 16 SMs. Derived, not measured.
 BLOCKS = {"cuda": (1024, 4), "hip": (2048, 4)}
 
 
 def block() -> tuple[int, int]:
-    """Elements of a program and its warps on this machine's GPU."""
+    """Elements and warps of a program on this machine's GPU."""
     return BLOCKS["hip" if torch.version.hip else "cuda"]
 
 
 def grid(samples: int, n: int, elements: int) -> tuple[int]:
+    """Programs of `elements` elements over (samples, n): none spans two samples."""
     return (samples * triton.cdiv(n, elements),)
 
 
@@ -281,11 +324,11 @@ def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
 
 
 def _step(table: Tensor | None) -> int:
-    """How far apart the samples' parts are in a table (1 or B, ...), each contiguous in itself."""
+    """Elements from one sample's entry of a table (1 or B, ...) to the next; each entry is contiguous."""
     return 0 if table is None or table.shape[0] == 1 else table.stride(0)
 
 
-def stage_arguments(
+def stage(
     slots: Sequence[Tensor | None],
     raws: Sequence[Tensor],
     w: Tensor,
@@ -296,46 +339,33 @@ def stage_arguments(
     z: Tensor | None = None,
     p: Tensor | None = None,
     limit: Tensor | None = None,
-) -> list[Any]:
-    """The arguments of `stage_kernel` but BLOCK. All arrays (B, ...), contiguous, on one device.
+    kernel: Kernel | None = None,
+) -> None:
+    """One stage over separate tensors, contiguous, on one device: see `stage_kernel` for shapes and dtypes.
 
-    slots    float32, x first; None where the table's column is all zero
-    raws     float16, bfloat16 or float32
-    w        (1 or B, rows, COLUMNS) float32, see `layout`; p (1 or B, 4), limit (1 or B, 4), c_in (1 or B,). Only
-             the axis of the samples may have another stride than a contiguous tensor's
-    outputs  float32, one a row, the new x first
-    x_in     (copies B, ...) for copies of c_in x' in the model's dtype, or None
-    z        float32 noise, or None
+    kernel  `stage_kernel`, or a wrapper of it
+
+    Tables need only be contiguous within a sample.
     """
     samples, n = outputs[0].shape[0], math.prod(outputs[0].shape[1:])
     copies = 0 if x_in is None else x_in.shape[0] // samples
-    return [
-        *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
-        *_padded(outputs, layout.OUTPUTS), x_in, n, samples * n,
-        _step(w), _step(p), _step(limit), _step(c_in), copies,
-    ]  # fmt: skip
-
-
-def stage(*arrays: Any, kernel: Any = None, **options: Any) -> None:
-    """One stage over separate tensors: see `stage_arguments`. kernel: what stands in for `stage_kernel`."""
-    args = stage_arguments(*arrays, **options)
-    first = args[_OUTPUT]
     elements, warps = block()
-    with guard(first):
-        (kernel or stage_kernel)[grid(first.shape[0], args[_N], elements)](*args, elements, num_warps=warps)
+    with guard(outputs[0]):
+        (kernel or stage_kernel)[grid(samples, n, elements)](
+            *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
+            *_padded(outputs, layout.OUTPUTS), x_in, n, samples * n,
+            _step(w), _step(p), _step(limit), _step(c_in), copies, elements, num_warps=warps,
+        )  # fmt: skip
 
 
 class Structure(NamedTuple):
-    """What specialises `run_kernel`: how many slots and outputs a stage may have, and what makes its prediction.
+    """What specialises `run_kernel`, for all stages of a run: one that uses less names buffer -1 and moves nothing."""
 
-    Stages of one run share it: a stage that uses less names the buffer -1, and moves nothing for it.
-    """
-
-    slots: int
-    outputs: int
-    predict: bool = False
-    clip: bool = False
-    noise: bool = False
+    slots: int  # most slots that a stage reads
+    outputs: int  # most rows that a stage writes
+    predict: bool = False  # whether m is computed
+    clip: bool = False  # whether m is clipped
+    noise: bool = False  # whether a stage draws
 
 
 def run(
@@ -353,7 +383,7 @@ def run(
     own_p: Tensor | None = None,
     own_limit: Tensor | None = None,
 ) -> None:
-    """One stage of a run, the one that `counter` names: see `run_kernel`. state (buffers, B, n)."""
+    """One stage of a run, the one that `counter` names: see `run_kernel` for shapes and dtypes."""
     _, samples, n = state.shape
     elements, warps = block()
     rows = numbers.shape[1]
@@ -368,14 +398,10 @@ def run(
 
 
 def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
-    """Move every counter to its next stage, and write that stage's t: see `tick_kernel`."""
+    """Move each counter to its next stage and write the times of these stages to t: see `tick_kernel`."""
     rows = times.shape[1]
     with guard(t):
         tick_kernel[(1,)](
             counter, times, t, len(t), samples, len(times) - 1, int(len(counter) > 1), rows, int(rows > 1),
             triton.next_power_of_2(len(t)), num_warps=1,
         )  # fmt: skip
-
-
-_OUTPUT = layout.SLOTS + layout.RAWS + 5
-_N = _OUTPUT + layout.OUTPUTS + 1

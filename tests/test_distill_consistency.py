@@ -198,8 +198,7 @@ def test_training_loss_is_algorithm_3_with_improved_weights() -> None:
     student = ConsistencyDenoiser(lambda x, t: torch.tanh(x + t[:, None]), EDM, time_dtype="float64")
     start, end = points_of(EDM, [2.0, 0.7]), points_of(EDM, [1.5, 0.4])
     x0, noise = normals(2, 3), normals(2, 3, seed=1)
-    c = losses.ict_huber_constant(3)
-    assert c == pytest.approx(0.00054 * math.sqrt(3.0), rel=1e-15)
+    c = 0.00054 * math.sqrt(3.0)
     got = consistency.training_loss(
         student,
         student,
@@ -249,11 +248,6 @@ def test_pseudo_huber_is_its_formula_and_keeps_its_digits() -> None:
 
 def test_curricula_are_the_papers() -> None:
     assert [curricula.ict_levels(k, 8000) for k in (0, 999, 1000, 2000, 7000, 8000)] == [11, 11, 21, 41, 1281, 1281]
-    assert (curricula.ct_levels(0, 1000), curricula.ct_levels(1000, 1000)) == (2, 151)
-    ramp = [curricula.ct_levels(k, 1000) for k in range(1001)]
-    assert ramp == sorted(ramp)
-    assert curricula.ct_decay(2) == pytest.approx(0.9)
-    assert curricula.ct_decay(20) == pytest.approx(0.9**0.1)
     sigmas = fs.grid(EDM, 39, "karras", final_zero=False).sigma
     weights = curricula.lognormal_weights(sigmas)
     assert weights.sum() == pytest.approx(1.0)
@@ -261,27 +255,10 @@ def test_curricula_are_the_papers() -> None:
 
     mass = -np.diff(norm.cdf(np.log(sigmas), -1.1, 2.0))
     np.testing.assert_allclose(weights, mass / mass.sum(), rtol=1e-9)
-    t = np.array([0.1, 1.0, 50.0])
-    np.testing.assert_allclose(curricula.ect_next(t, 1)[2], 25.0, rtol=1e-12)
-    assert np.all(curricula.ect_next(t, 0) == 0.002)
-    n = 1.0 + 8.0 / (1.0 + np.exp(t))
-    np.testing.assert_allclose(curricula.ect_next(t, 6), t * (1.0 - n / 64.0), rtol=1e-14)
-    assert np.all(np.diff([curricula.ect_next(t, k) for k in range(4, 10)], axis=0) > 0.0)
     with pytest.raises(ValueError, match="step = 9 of 8"):
         curricula.ict_levels(9, 8)
     with pytest.raises(ValueError, match="decrease"):
         curricula.lognormal_weights(np.array([1.0, 2.0]))
-
-
-def test_easy_tuning_starts_as_denoising() -> None:
-    """At stage 0 the target is the clean image but for sigma_min of noise."""
-    student = ConsistencyDenoiser(lambda x, t: torch.tanh(x), EDM, time_dtype="float64")
-    t = np.array([0.3, 2.0])
-    start, end = points_of(EDM, t), points_of(EDM, curricula.ect_next(t, 0))
-    x0, noise = normals(2, 3), normals(2, 3, seed=1)
-    got = consistency.training_loss(student, student, x0, noise, start, end)
-    want = (predict(student, x0 + torch.tensor(t)[:, None] * noise, start) - (x0 + 0.002 * noise)).square().mean()
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
 
 
 # --- latent consistency ---
@@ -311,9 +288,14 @@ def test_the_target_is_the_guided_ddim_jump_of_k_times() -> None:
     def student_net(x: torch.Tensor, t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return gain * x + 0.01 * w[:, None]
 
-    student = ConsistencyDenoiser(student_net, VP, "epsilon", boundary=LatentBoundary())
+    def deaf_net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return gain * x
+
+    student, deaf = (ConsistencyDenoiser(n, VP, "epsilon", boundary=LatentBoundary()) for n in (student_net, deaf_net))
     x0, noise, which, w = normals(4, 2), normals(4, 2, seed=1), np.array([0, 20, 40, 49]), np.array([5.0, 7.5, 9, 15])
-    got = latent_consistency.loss(student, student, jumps, x0, noise, which, w=w, cond=cond, student_cond={})
+    batch = jumps, x0, noise, which
+    got = latent_consistency.loss(student, student, *batch, w=w, cond=cond, student_cond={})
+    without = latent_consistency.loss(deaf, deaf, *batch, w=w, cond=cond, strength_input=False)
 
     t, t2 = 999 - 20 * which, np.maximum(979 - 20 * which, 0)
     acp = torch.tensor(VP.alphas_cumprod)
@@ -322,16 +304,18 @@ def test_the_target_is_the_guided_ddim_jump_of_k_times() -> None:
     eps = (1 + ww) * (0.8 * z + 0.3) - ww * (0.8 * z - 0.1)
     z2 = a2 * (z - s * eps) / a + s2 * eps
 
-    def f(x: torch.Tensor, t: np.ndarray, a: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        tau = 10.0 * torch.tensor(t, dtype=torch.float64)[:, None]
-        e = gain * x + 0.01 * ww
-        return 0.25 / (tau**2 + 0.25) * x + tau / (tau**2 + 0.25).sqrt() * (x - s * e) / a
+    for found, share in ((got, 0.01), (without, 0.0)):
 
-    d = f(z, t, a, s) - f(z2, t2, a2, s2).detach()
-    want = ((d.square() + 1e-6).sqrt() - 1e-3).mean()
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
-    gradients = [torch.autograd.grad(v, gain)[0] for v in (got, want)]
-    torch.testing.assert_close(*gradients, rtol=1e-8, atol=0)
+        def f(x: torch.Tensor, t: np.ndarray, a: torch.Tensor, s: torch.Tensor, share: float = share) -> torch.Tensor:
+            tau = 10.0 * torch.tensor(t, dtype=torch.float64)[:, None]
+            e = gain * x + share * ww
+            return 0.25 / (tau**2 + 0.25) * x + tau / (tau**2 + 0.25).sqrt() * (x - s * e) / a
+
+        d = f(z, t, a, s) - f(z2, t2, a2, s2).detach()
+        want = ((d.square() + 1e-6).sqrt() - 1e-3).mean()
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=0)
+        gradients = [torch.autograd.grad(v, gain)[0] for v in (found, want)]
+        torch.testing.assert_close(*gradients, rtol=1e-8, atol=0)
 
 
 # --- adapters ---
@@ -436,7 +420,7 @@ def test_adapters_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no linear or convolution"):
         lora.add_adapter(torch.nn.ReLU(), "b")
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
-    with pytest.raises(ValueError, match="not an adapter"):
+    with pytest.raises(ValueError, match="not written by save_adapter"):
         lora.load_adapter(Net(), "b", tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError):
         lora.load_adapter(Net(), "b", tmp_path / "none.safetensors")

@@ -188,7 +188,10 @@ def test_progressive_loss_is_its_formula_and_weights() -> None:
     v = student.model(z, torch.tensor(at.t))
     error = (a * z - s * v - jumps(z, which)).square().mean(1)
     snr = (a / s)[:, 0] ** 2
-    for weight, factor in ((losses.truncated_snr, snr.clamp_min(1.0)), (losses.snr_plus_one, snr + 1.0)):
+    for weight, factor in (
+        (losses.truncated_snr, snr.clamp_min(1.0)),
+        (lambda at: 1.0 + (at.alpha / at.sigma) ** 2, snr + 1.0),
+    ):
         got = progressive.loss(student, jumps, x0, noise, which, weight=weight)
         torch.testing.assert_close(got, (factor * error).mean(), rtol=1e-12, atol=0)
     # 1 + SNR on x0 is the error of v: v* = (alpha z - x*) / sigma.
@@ -267,15 +270,6 @@ def test_guided_loss_vanishes_at_the_guided_teacher_and_only_there() -> None:
     assert float(guided.loss(student, *arguments, cond=COND, student_cond={})) < 1e-28
     deaf = fs.Denoiser(lambda x, t, w: exact(x, t, 0 * w), EDM, "sample", time_dtype="float64")
     assert float(guided.loss(deaf, *arguments, cond=COND, student_cond={})) > 1e-3
-
-
-def test_strength_features_are_lcms() -> None:
-    w = torch.tensor([7.0, 0.5])
-    got = guided.embed_strength(w, 8)
-    angle = 1000.0 * w[:, None] * 10000.0 ** (-torch.arange(4) / 3.0)
-    torch.testing.assert_close(got, torch.cat([angle.sin(), angle.cos()], 1), rtol=0, atol=2e-3)
-    with pytest.raises(ValueError, match="width = 7"):
-        guided.embed_strength(w, 7)
 
 
 def test_a_student_starts_as_its_teacher_and_shares_nothing() -> None:

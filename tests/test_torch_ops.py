@@ -243,7 +243,6 @@ class Reductions(torch.nn.Module):
         return (
             torch_reduce.guidance_scale([a, b], [-2.0, 3.0], 0.7),
             torch_reduce.threshold(a, 0.9, 2.0),
-            torch_reduce.apg_norms(a, b),
             torch_reduce.error_norm(a, b, b, 0.1, 0.1),
         )
 
@@ -262,7 +261,7 @@ def test_a_compiler_sees_the_reductions_of_a_gpu(n):
     assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
     launches = [node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target)]
     quantile = [reduce.threshold_kernel] if n <= reduce.SPAN else [reduce.digit_kernel] * 5
-    kernels = [reduce.rescale_kernel, *quantile, reduce.sums_kernel, reduce.sums_kernel]
+    kernels = [reduce.rescale_kernel, *quantile, reduce.error_kernel]
     assert [kernel_side_table.get_kernel(launch["kernel_idx"]).fn for launch in launches] == kernels
     fresh = {"out", "partial", "arrivals", "digits"}  # an input is never written to
     assert all(set(launch["tensors_to_clone"]) <= fresh for launch in launches)
@@ -284,8 +283,7 @@ def test_kernels_belong_to_their_operators():
         ("score_difference", triton_train.difference_kernel),
         ("guidance_scale", reduce.rescale_kernel),
         ("threshold", reduce.threshold_kernel, reduce.digit_kernel),
-        ("apg_norms", reduce.sums_kernel),
-        ("error_norm", reduce.sums_kernel),
+        ("error_norm", reduce.error_kernel),
     ):
         assert get_triton_kernels_for_op(f"fewstep::{name}") == kernels
 
@@ -293,7 +291,7 @@ def test_kernels_belong_to_their_operators():
 def test_a_gpu_needs_no_numba():
     code = (
         "import sys; sys.modules['numba'] = None\n"
-        "from fewstep.kernels import torch_reduce, torch_train, triton_entries\n"
+        "from fewstep.kernels import torch_reduce, torch_train\n"
         "from fewstep.bindings import sampler_module\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -205,12 +205,9 @@ REDUCTIONS = {
         "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
     "dynamic threshold, split": (triton_reduce.digit_kernel, SPLIT, 4),
     "dynamic threshold, split, last pass": (triton_reduce.digit_kernel, SPLIT | {"LAST": True}, 4),
-    "APG norms": (triton_reduce.sums_kernel, {
-        "a": "*bf16", "b_": "*bf16", "c": None, "out": "*fp64", "n": "i32", "span": "i32", "rtol": None, "atol": None,
-        "NORM": False} | PARTIAL, 2),
-    "error norm": (triton_reduce.sums_kernel, {
-        "a": "*fp32", "b_": "*fp32", "c": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
-        "atol": "*fp64", "NORM": True} | PARTIAL, 3 * 2),
+    "error norm": (triton_reduce.error_kernel, {
+        "error": "*fp32", "low": "*fp32", "before": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
+        "atol": "*fp64"} | PARTIAL, 3 * 2),
 }  # fmt: skip
 
 
@@ -244,9 +241,6 @@ TRAINING = {
     "distribution matching of bf16 samples": (triton_train.difference_kernel, {
         "x": "*bf16", "real": "*fp32", "own": "*fp32", "loss": "*fp32", "gradient": "*fp32", "floor": "fp32",
         "n": "i32"}, 1 + 2 * 3, 2),
-    "EMA of bf16 parameters": (triton_train.ema_kernel, {
-        "averages": "*i64", "values": "*i64", "owners": "*i32", "offsets": "*i64", "sizes": "*i64", "decay": "*fp32",
-        "like": "*bf16", "ALIGNED": True}, 2 + 1, 2),
 }  # fmt: skip
 
 
@@ -355,8 +349,6 @@ CORNERS = {
     "a score difference whose number Inductor hands on": (
         triton_train.difference_kernel, TRAINING["distribution matching of bf16 samples"][1], {
             "floor": "fp64", "BLOCK": 1024}),
-    "an average at odd addresses": (triton_train.ema_kernel, TRAINING["EMA of bf16 parameters"][1], {
-        "ALIGNED": False, "BLOCK": 1024}),
 }  # fmt: skip
 
 

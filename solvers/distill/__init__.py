@@ -1,19 +1,19 @@
-"""Distillation: the objectives that take a diffusion or flow model to one to four calls.
+"""Distillation objectives: from a diffusion or flow model to one that samples in one to four calls.
 
-Trainer-free: each objective is a function of a student, a teacher, a batch, its times and its noise, and returns a
-loss. Optimisers, data, parallel wrappers and precision stay the caller's. One module per method:
+Each objective is a function of a student, a teacher, a batch, its times and its noise, and returns a loss. Optimisers,
+data, parallel wrappers and precision are the caller's. One module per method:
 
-    progressive             two teacher steps in one, halving again and again  (Salimans & Ho 2022)
-    guided                  the guidance scale becomes an input                (Meng et al. 2023)
-    consistency             distillation, training, improved training, ECT     (Song et al. 2023; Song & Dhariwal 2023)
-    continuous              its limit of ever more levels, sCM                 (Lu & Song 2024)
-    latent_consistency      guided consistency distillation over long jumps    (Luo et al. 2023)
+    progressive             one student step for two teacher steps, repeated   (Salimans & Ho 2022)
+    guided                  the guidance scale as a network input              (Meng et al. 2023)
+    consistency             distillation, training, improved training          (Song et al. 2023; Song & Dhariwal 2023)
+    continuous              continuous-time consistency models, sCM            (Lu & Song 2024)
+    latent_consistency      guided consistency distillation over long steps    (Luo et al. 2023)
     adversarial             hinge loss on frozen features plus distillation    (Sauer et al. 2023)
     rectified               flow matching, reflow and one-step distillation    (Liu et al. 2022, 2023)
-    distribution_matching   the difference of two scores as gradient           (Yin et al. 2024)
+    distribution_matching   the difference of two scores as the gradient       (Yin et al. 2024)
 
-and what they share: `network` (a denoiser in a batch of points), `jumps` (a teacher's way over intervals, as plans),
-`boundary` (consistency scalings), `curricula`, `losses`, `ema`, `lora`.
+Shared: `network` (a denoiser on a batch with a point per sample), `jumps` (a teacher's steps over the intervals of a
+grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`, `ema`, `lora`, `protocols` (types).
 
 A student or teacher is a `fewstep.Denoiser` around the caller's module, plain or wrapped for parallel training.
 """

@@ -1,14 +1,13 @@
 """Adversarial diffusion distillation (Sauer et al. 2023, arXiv 2311.17042).
 
-A student predicts x0 in one step from one of four times, the last with alpha = 0. It is trained against heads on the
-features of a frozen network, and drawn to what the teacher makes of its own noised output. Start it from a distilled
-student (consistency, reflow): from scratch it fails, in the paper and here.
+The student predicts x0 in one step from one of four times, the noisiest with alpha = 0. It is trained against
+discriminator heads on the features of a frozen network, and towards the teacher's prediction from the student's own
+noised output. Start it from a distilled student (consistency, reflow): from scratch it fails, in the paper and here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.solvers.distill.losses import hinge_discriminator, squared_sum, weighted
 from fewstep.solvers.distill.network import noised, predict
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
@@ -23,9 +23,12 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Heads(nn.Module):
-    """One small head per feature map of a frozen network, their outputs side by side: (B, heads).
+    """Discriminator heads: a small network per feature map of a frozen network.
 
-    widths  channels of each map; a map is (B, C) or (B, C, ...), whose places are averaged after the head
+    widths  channels of each map, (B, C) or (B, C, ...); a head's outputs are averaged over the positions of its map
+    hidden  width of a head
+
+    Returns logits (B, heads).
     """
 
     def __init__(self, widths: Sequence[int], hidden: int = 64) -> None:
@@ -41,17 +44,21 @@ class Heads(nn.Module):
 
 def distillation_loss(
     fake: Tensor,
-    teacher: Any,
+    teacher: DenoiserLike,
     noise: Tensor,
     at: Point,
     *,
-    cond: Any = None,
+    cond: Condition = None,
     weight: Callable[[Point], Array] | None = None,
 ) -> Tensor:
-    """c(t) |x - x0_teacher(alpha_t x + sigma_t noise)|^2, x the student's output (Sauer et al. 2023, eq. 4).
+    """The distillation term c(t) |x - x0_teacher(alpha_t x + sigma_t noise)|^2, mean over B (Sauer et al. 2023, eq. 4).
 
-    The teacher's input and output are constants: the gradient is 2 c(t) (x - target) / B. c(t) = alpha_t by default,
-    the paper's exponential weighting.
+    fake    (B, ...) the student's output x, with gradients
+    noise   (B, ...)
+    at      points of arrays (B,)
+    weight  c(t); alpha_t by default, the paper's exponential weighting
+
+    The teacher's input and output are constants: the gradient by x is 2 c(t) (x - target) / B.
     """
     with torch.no_grad():
         target = predict(teacher, noised(fake.detach(), noise, at), at, cond)
@@ -63,20 +70,22 @@ def generator_loss(
     fake: Tensor,
     features: Features,
     heads: nn.Module,
-    teacher: Any,
+    teacher: DenoiserLike,
     noise: Tensor,
     at: Point,
     *,
-    cond: Any = None,
+    cond: Condition = None,
     distil: float = 2.5,
     weight: Callable[[Point], Array] | None = None,
 ) -> Tensor:
-    """-mean D(x) + lambda L_distil, lambda = 2.5 (Sauer et al. 2023, eq. 1).
+    """-mean D(x) + lambda L_distil (Sauer et al. 2023, eq. 1).
 
-    fake      (B, ...) the student's x0 prediction, with gradients; the heads' own parameters get some too, which
-              the discriminator's optimiser must not take
-    features  the frozen network: x -> a sequence of feature maps, through which the gradient reaches x
-    noise, at for the teacher's look at `fake`
+    fake       (B, ...) the student's x0 prediction x, with gradients
+    features   the frozen network, differentiable: x -> a sequence of feature maps
+    heads      the discriminator's heads; they receive gradients too, which their optimiser must not apply
+    noise, at  noise and points at which the teacher sees `fake`
+    distil     lambda; the paper uses 2.5
+    weight     as in `distillation_loss`
     """
     adversarial: Tensor = -heads(features(fake)).mean()
     return adversarial + distil * distillation_loss(fake, teacher, noise, at, cond=cond, weight=weight)
@@ -85,9 +94,12 @@ def generator_loss(
 def discriminator_loss(
     real: Tensor, fake: Tensor, features: Features, heads: nn.Module, *, r1: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(hinge loss, R1 penalty) of the heads (Sauer et al. 2023, eq. 3); their sum is what is minimised.
+    """The heads' hinge loss and R1 penalty (Sauer et al. 2023, eq. 3), of which the sum is minimised.
 
-    R1 is gamma |d D / d features|^2 on real data, at the input of the heads and not at the pixels.
+    real, fake  (B, ...) data and the student's output
+    r1          gamma: the penalty is gamma |d D / d features|^2 on real data, at the input of the heads
+
+    Returns two scalars.
     """
     with torch.no_grad():
         real_features, fake_features = list(features(real)), list(features(fake.detach()))

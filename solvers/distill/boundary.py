@@ -1,8 +1,8 @@
-"""Scalings that make a network a consistency function: f(x, t_min) = x exactly, whatever the network says.
+"""Boundary scalings, which make a network a consistency function: f(x, t_min) = x exactly, for any network.
 
     f(x, t) = c_skip(t) x + c_out(t) F,   c_skip(t_min) = 1, c_out(t_min) = 0
 
-Two presets that differ in what F is, and are therefore two functions.
+The two presets differ in what F is.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Prologue = Callable[[Point], tuple[float, float]]
 
 @dataclass(frozen=True)
 class ConsistencyBoundary:
-    """Consistency models (Song et al. 2023, appendix C), F a network preconditioned as in EDM.
+    """Scalings of consistency models (Song et al. 2023, appendix C); F is a network preconditioned as in EDM.
 
-    With s = sigma / alpha: c_skip = sd^2 / ((s - s_min)^2 + sd^2), c_out = sd (s - s_min) / sqrt(s^2 + sd^2).
+    c_skip = sd^2 / ((s - s_min)^2 + sd^2), c_out = sd (s - s_min) / sqrt(s^2 + sd^2), s = sigma / alpha
 
-    sigma_data  standard deviation of the data, sd
-    sigma_min   the level at which f is the identity, in units of sigma / alpha
+    sigma_data  sd, the standard deviation of the data
+    sigma_min   s_min, the sigma / alpha at which f is the identity
     """
 
     sigma_data: float = 0.5
@@ -32,8 +32,8 @@ class ConsistencyBoundary:
     def __post_init__(self) -> None:
         if not (0.0 < self.sigma_data < math.inf and 0.0 <= self.sigma_min < math.inf):
             raise ValueError(
-                f"sigma_data = {self.sigma_data}, sigma_min = {self.sigma_min}: they must be finite, the first "
-                "positive, the second not negative"
+                f"sigma_data = {self.sigma_data}, sigma_min = {self.sigma_min}: both must be finite, sigma_data "
+                "positive and sigma_min not negative"
             )
 
     def scalings(self, ratio: float) -> tuple[float, float]:
@@ -43,19 +43,22 @@ class ConsistencyBoundary:
         return skip, self.sigma_data * away / math.hypot(ratio, self.sigma_data)
 
     def __call__(self, at: Point, base: Prologue) -> tuple[float, float]:
-        """(a, b) of f = a x + b F. `base` is not used: F is no prediction of its own."""
+        """(a, b) of f = a x + b F. `base` is not used: F alone predicts nothing."""
         if at.alpha == 0.0:
-            raise ValueError(f"a consistency model has no level at alpha = 0 (t = {at.t:g}): start the grid below it")
+            raise ValueError(
+                f"a consistency model has no value at alpha = 0 (t = {at.t:g}): start the grid at a lower noise level"
+            )
         skip, out = self.scalings(at.ratio)
         return skip / at.alpha, out
 
 
 @dataclass(frozen=True)
 class LatentBoundary:
-    """Latent consistency models (Luo et al. 2023, section 4), F the x0 prediction of the teacher's own kind.
+    """Scalings of latent consistency models (Luo et al. 2023, section 4); F is the network's x0 prediction.
 
-    With tau = scale t: c_skip = sd^2 / (tau^2 + sd^2), c_out = tau / sqrt(tau^2 + sd^2); no sd in c_out, because F
-    is an x0 prediction already. f is the identity at t = 0.
+    c_skip = sd^2 / (tau^2 + sd^2), c_out = tau / sqrt(tau^2 + sd^2), tau = scale t
+
+    There is no sd in c_out because F is an x0 prediction already. f is the identity at t = 0.
     """
 
     sigma_data: float = 0.5

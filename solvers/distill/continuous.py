@@ -1,11 +1,13 @@
 """Continuous-time consistency models, sCD and sCT (Lu & Song 2024, arXiv 2410.11081, Algorithm 1).
 
-The limit of consistency distillation over ever more levels: instead of f at two neighbouring points, the slope of f
-along the trajectory, by one forward-mode derivative of the network. No grid, no average, no discretisation error.
+The limit of consistency distillation for an infinite number of levels: in place of f at two neighbouring points, the
+derivative of f along the trajectory, by one forward-mode derivative of the network. It needs no grid and no average,
+and has no discretisation error.
 
-In TrigFlow's terms, x_t = cos(t) x0 + sin(t) sd eps and tan t = sigma / (alpha sd), f = cos(t) x_t - sin(t) sd F is
-what a network F under EDM's scalings predicts of x0, up to F's sign. So the student is a plain `Denoiser(net, EDM(),
-"edm")`, a teacher's weights are its start, f is the identity at sigma = 0, and solver "consistency" samples it.
+In TrigFlow, x_t = cos(t) x0 + sin(t) sd eps with tan t = sigma / (alpha sd). Up to the sign of F, its f = cos(t) x_t -
+sin(t) sd F is the x0 prediction of a network F under EDM's scalings. So the student is a plain
+`Denoiser(net, EDM(), "edm")` that starts from a teacher's weights, f is the identity at sigma = 0, and solver
+"consistency" samples it.
 """
 
 from __future__ import annotations
@@ -21,35 +23,36 @@ from torch.autograd import forward_ad
 from fewstep.solvers.distill.losses import weighted
 from fewstep.solvers.distill.network import inputs_at, noised, predict, raw_outputs, same_dropout, spread
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.denoising import time_dtype
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, time_dtype
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
-AD: Any = forward_ad  # which torch leaves without types
+AD: Any = forward_ad  # torch does not type it
 
 
 def loss(
-    student: Any,
+    student: DenoiserLike,
     x0: Tensor,
     noise: Tensor,
     at: Point,
     *,
-    teacher: Any = None,
-    cond: Any = None,
+    teacher: DenoiserLike | None = None,
+    cond: Condition = None,
     warm: float = 1.0,
     floor: float = 0.1,
     weight: ArrayLike = 1.0,
 ) -> Tensor:
-    """weight |F - F_ + g / (|g| + floor)|^2 / D, g = cos(t) df/dt without gradients and F_ = F: mean over the batch.
+    """weight |F - stop(F) + g / (|g| + floor)|^2 / D, g = cos(t) df/dt without gradients; mean over the batch.
 
-    teacher  its prediction is the trajectory's slope (sCD); without one it is that of this x0 and noise (sCT)
-    warm     r of the tangent warm-up, 0 .. 1: at 0 it is the denoising loss's gradient, at 1 the consistency model's
-    floor    c of the tangent normalisation; |g| is over a sample's D elements
-    weight   a number or (B,): the paper learns a weight of t besides, which Adam's scale makes up for in small problems
+    x0, noise  (B, ...), D elements per sample
+    at         points of arrays (B,)
+    teacher    its prediction gives the trajectory's slope (sCD); without one, this x0 and noise do (sCT)
+    warm       r of the tangent warm-up, 0 .. 1: 0 gives the gradient of denoising, 1 that of the consistency model
+    floor      c of the tangent normalisation
+    weight     a number or (B,); the paper also learns a weight of t, for which Adam compensates in small problems
 
-    The network runs once more than in other objectives, on dual numbers: its operators need forward derivatives.
-
-    Raises ValueError for a student that is not under EDM's scalings.
+    The network runs twice, the second time on dual numbers, so its operators must have forward-mode derivatives.
+    Raises ValueError for a student without EDM's scalings.
     """
     x = noised(x0, noise, at)
     if teacher is None:
@@ -66,26 +69,37 @@ def loss(
     return weighted(square, np.asarray(weight, dtype=np.float64))
 
 
-def velocity(student: Any, x: Tensor, denoised: Tensor, at: Point) -> Tensor:
-    """dx_t/dt = (cos(t) x_t - D) / sin(t) of the flow whose x0 prediction at x is D, (B, ...), in TrigFlow's time."""
+def velocity(student: DenoiserLike, x: Tensor, denoised: Tensor, at: Point) -> Tensor:
+    """dx_t/dt = (cos(t) x_t - D) / sin(t) in TrigFlow's time, for a flow whose x0 prediction at x is D = `denoised`.
+
+    x, denoised  (B, ...)
+    at           points of arrays (B,)
+    """
     cos, sin, scale = _angles(student, at)
     return (spread(cos * scale, x) * x - denoised) / spread(sin, x)
 
 
 @torch.no_grad()
-def tangent(student: Any, x: Tensor, slope: Tensor, at: Point, *, cond: Any = None, warm: float = 1.0) -> Tensor:
-    """g = cos(t) df/dt along dx_t/dt = slope, (B, ...) like x (Lu & Song 2024, eq. 6 and section 4.1):
+def tangent(
+    student: DenoiserLike, x: Tensor, slope: Tensor, at: Point, *, cond: Condition = None, warm: float = 1.0
+) -> Tensor:
+    """The tangent g = cos(t) df/dt along dx_t/dt = slope (Lu & Song 2024, eq. 6 and section 4.1):
 
     g = -cos^2(t) (sd F - dx_t/dt) - warm cos(t) sin(t) (x_t + sd dF/dt)
 
-    with cos(t) sin(t) dF/dt by one derivative of the network, whose time ln(sigma)/4 moves by 1/4 at every level.
+    x, slope  (B, ...)
+    at        points of arrays (B,)
+    warm      as in `loss`
+
+    cos(t) sin(t) dF/dt is one directional derivative of the network, in which its time input ln(sigma) / 4 changes by
+    1/4 at every level. Returns (B, ...) like x.
     """
     inputs, sd = inputs_at(student, at), student.sigma_data
     cos, sin, scale = _angles(student, at)
     if student.predicts != "edm" or not np.allclose(inputs.b, sin * sd, rtol=1e-9):
         raise ValueError(
             f"the student predicts {student.predicts!r} as a {type(student).__name__}: a continuous-time consistency "
-            "model is a Denoiser(model, process, 'edm'), whose own scalings are its boundary"
+            "model is a Denoiser(model, process, 'edm'), whose scalings are the boundary"
         )
     frame = TorchFrame(x.device)
     call, model_dtype = student.bind(frame, len(x), cond), student.model_dtype(frame.dtype_of(x))
@@ -94,15 +108,15 @@ def tangent(student: Any, x: Tensor, slope: Tensor, at: Point, *, cond: Any = No
         u = AD.make_dual((x * spread(inputs.c_in, x)).to(dtype), (slope * spread(cos * sin / sd, x)).to(dtype))
         (out,) = call((0,), u, AD.make_dual(t, torch.full_like(t, 0.25)))
         raw, moved = AD.unpack_dual(out)
-    # The network's F is minus the paper's.
+    # Here F has the opposite sign of the paper's.
     along = spread(cos**2, x) * (sd * raw.to(x.dtype) + slope)
     across = spread(cos * sin * scale, x) * x - sd * moved.to(x.dtype)
     g: Tensor = along - warm * across
     return g
 
 
-def _angles(student: Any, at: Point) -> tuple[Array, Array, Array]:
-    """cos(t), sin(t) and x_t / x of each sample, float64 (B,)."""
+def _angles(student: DenoiserLike, at: Point) -> tuple[Array, Array, Array]:
+    """cos(t), sin(t) and x_t / x, float64 (B,) each."""
     a, s = np.asarray(at.alpha), np.asarray(at.sigma) / student.sigma_data
     norm = np.hypot(a, s)
     return a / norm, s / norm, 1.0 / norm

@@ -1,7 +1,7 @@
 """Distribution matching distillation (Yin et al. 2024, DMD2, arXiv 2405.14867; DMD, arXiv 2311.18828).
 
-The generator follows the difference of two scores, its own distribution's and the data's. The data's is the teacher;
-its own is a critic, a denoiser trained on what the generator makes, several updates for each of the generator's.
+The generator follows the difference of two scores: that of its own distribution, from a critic, and that of the data,
+from the teacher. The critic is a denoiser trained on generated samples, several updates per generator update.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from fewstep.kernels import torch_train
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.plans.registry import plan
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
 NORM_FLOOR = 1e-5
-"""Least value of the normaliser, so that a sample which the teacher reproduces does not divide by 0."""
+"""Least value of the normaliser: no division by 0 for a sample that the teacher reproduces."""
 
 
 class Matching(NamedTuple):
-    """loss: a number whose gradient with respect to each generated sample is its weight `gradient` / B, (B, ...)."""
+    """A scalar loss, and the gradient g of each sample, (B, ...): d loss / d x_i = weight_i g_i / B."""
 
     loss: Tensor
     gradient: Tensor
@@ -34,26 +35,29 @@ class Matching(NamedTuple):
 
 def generator_loss(
     fake: Tensor,
-    teacher: Any,
-    critic: Any,
+    teacher: DenoiserLike,
+    critic: DenoiserLike,
     noise: Tensor,
     at: Point,
     *,
-    cond: Any = None,
-    critic_cond: Any = None,
+    cond: Condition = None,
+    critic_cond: Condition = None,
     floor: float = NORM_FLOOR,
     weight: Array | float = 1.0,
 ) -> Matching:
-    """Move x along g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)| (Yin et al. 2024, DMD eq. 7 and 8).
+    """Distribution matching: x moves along g (Yin et al. 2024, DMD eq. 7 and 8),
 
-    fake         (B, ...) the generator's output, with gradients
-    noise, at    x_t = alpha_t x + sigma_t noise; the paper's times are 2 to 98% of the range
-    critic_cond  the critic's conditions if they are not the teacher's (an unguided critic beside a guided teacher)
-    weight       a number or (B,) on each sample's loss, not on `gradient`
+    g = (D_critic(x_t) - D_teacher(x_t)) / mean|x - D_teacher(x_t)|, the mean over a sample's elements
 
-    The mean is over a sample's elements. The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over
-    elements, mean over the batch: its gradient is g / B. Computed in float32 at least; the difference of two
-    predictions overflows or dies in float16. One kernel makes loss and gradient, see `fewstep.kernels.torch_train`.
+    fake         (B, ...) the generator's output x, with gradients
+    noise, at    x_t = alpha_t x + sigma_t noise; the paper draws times from 2 to 98% of the range
+    critic_cond  the critic's conditions, where they differ from the teacher's (no guidance, for one)
+    floor        least value of the normaliser
+    weight       a number or (B,), applied to the loss and not to the returned gradient
+
+    The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over elements, mean over the batch. The
+    predictions are in float32 or wider, because their difference overflows or vanishes in float16. One kernel computes
+    loss and gradient: `fewstep.kernels.torch_train.score_difference`.
     """
     with torch.no_grad():
         x = fake.detach()
@@ -66,53 +70,59 @@ def generator_loss(
 
 
 def critic_loss(
-    critic: Any,
+    critic: DenoiserLike,
     fake: Tensor,
     noise: Tensor,
     at: Point,
     *,
-    cond: Any = None,
+    cond: Condition = None,
     metric: Metric = squared,
     weight: Weight = truncated_snr,
 ) -> Tensor:
-    """weight(t) |x0_critic(x_t) - x|^2: plain denoising of generated data, no gradient to the generator."""
+    """The critic's loss, denoising of generated samples: weight(t) |x0_critic(x_t) - x|^2, mean over the batch.
+
+    fake       (B, ...) the generator's output x, used as a constant
+    noise, at  x_t = alpha_t x + sigma_t noise
+    """
     fake = fake.detach()
     return weighted(metric(predict(critic, noised(fake, noise, at), at, cond), fake), weight(at))
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
-    """mean softplus(-D(x)): the non-saturating loss of DMD2's optional head on the critic's bottleneck."""
+    """The non-saturating loss of DMD2's optional head on the critic's bottleneck: mean softplus(-D(x))."""
     return softplus(-fake_logits).mean()
 
 
 def gan_critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """mean softplus(-D(data)) + mean softplus(D(x)), on noised inputs of both."""
+    """The head's loss on noised data and samples: mean softplus(-D(data)) + mean softplus(D(x))."""
     return softplus(-real_logits).mean() + softplus(fake_logits).mean()
 
 
 class BackwardSimulation:
-    """simulate(latent, stop): what a multi-step student sees at step `stop` of its own sampling (Yin et al. 2024,
-    section 4.4).
+    """Inputs of a multi-step student at each step of its own sampling (Yin et al. 2024, section 4.4).
 
-    student  a denoiser; grid: its own steps, re-noised between (solver "lcm")
+    student  a denoiser
+    grid     its steps, with fresh noise between them (solver "lcm")
 
-    Samplers are made at the first call for a stop and a shape, and kept: later calls see the weights as they then are.
+    The sampler of each stop and shape is made at its first use and kept; it uses the student's current weights.
     """
 
-    def __init__(self, student: Any, grid: Grid) -> None:
+    def __init__(self, student: DenoiserLike, grid: Grid) -> None:
         self.student, self.grid = student, grid
-        self._samplers: dict[tuple[Any, ...], Sampler] = {}
+        self._samplers: dict[tuple[int, torch.Size, torch.device, torch.dtype], Sampler] = {}
 
     @torch.no_grad()
     def __call__(self, latent: Tensor, stop: int, **run: Any) -> Tensor:
-        """x at grid point `stop`, (B, ...) like latent, from which the student is then called with gradients.
+        """x at grid point `stop`, at which the student is then called with gradients.
 
         latent  (B, ...) float32 or float64, at the grid's first point
-        stop    0 .. grid.steps - 1: how many steps are made first
-        run     seed=, noise=, cond= ... as for a `fewstep.Sampler`'s call
+        stop    number of steps to make first, 0 .. grid.steps - 1
+        run     seed=, noise=, cond= ... of a `fewstep.Sampler`'s call
+
+        Returns (B, ...) like latent.
         """
         if not 0 <= stop < self.grid.steps:
-            raise ValueError(f"stop = {stop}: the grid's steps are 0 .. {self.grid.steps - 1}")
+            raise ValueError(f"stop = {stop}: it must be in 0 .. {self.grid.steps - 1}, the grid's steps")
         if stop == 0:
             return latent
         key = stop, latent.shape, latent.device, latent.dtype

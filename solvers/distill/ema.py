@@ -10,17 +10,20 @@ from torch import Tensor, nn
 
 from fewstep.solvers.run.arrays import TorchFrame
 
-# From this many elements on, reading 16-bit parameters in place is faster than converting them (bench/test_training).
+# From this many elements, reading 16-bit parameters in place is faster than converting them (bench/test_training.py).
 FUSED_ELEMENTS = 1 << 16
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
-    """average = decay average + (1 - decay) module, parameter by parameter; buffers are copied.
+    """average = decay average + (1 - decay) module, for each parameter; buffers are copied.
 
-    An average in a wider type than the module takes each parameter converted; float32 averages of large 16-bit
-    parameters on a CPU are made without a converted copy. `decay` 0 copies.
-    Raises ValueError for a decay outside 0 .. 1 or modules of different shapes.
+    average  a module like `module`, possibly of wider dtypes
+    decay    0 .. 1; 0 copies the parameters
+
+    Parameters are converted to the average's dtype first, but for float32 averages of large 16-bit parameters on a CPU,
+    which one kernel updates without a converted copy. Raises ValueError for a decay outside 0 .. 1 or parameters of
+    different shapes.
     """
     if not 0.0 <= decay <= 1.0:
         raise ValueError(f"decay = {decay}: it must be from 0 to 1")
@@ -30,13 +33,13 @@ def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
         raise ValueError("average and module have different parameters: make the average with copy.deepcopy(module)")
     rest: list[tuple[Tensor, Tensor]] = []
     for k, p in zip(kept, fresh, strict=True):
-        if decay and _fused(k, p):  # a + (p - a) would not be p to the bit
-            from fewstep.kernels import numba_train  # a compiler, which most averages do not need
+        if decay and _fused(k, p):  # for decay 0, a + (p - a) is not p to the bit
+            from fewstep.kernels import numba_train  # here, since most averages need no compiler
 
             bits = TorchFrame().bits
             numba_train.ema(bits(k).reshape(-1), bits(p).reshape(-1), np.float32(1.0 - decay))
         else:
-            # foreach raises on mixed types: convert those that differ.
+            # foreach raises on mixed dtypes.
             rest.append((k, p.to(k.dtype)))
     if rest:
         torch._foreach_lerp_([k for k, _ in rest], [p for _, p in rest], 1.0 - decay)
@@ -45,11 +48,12 @@ def update_ema(average: nn.Module, module: nn.Module, decay: float) -> None:
 
 
 def _fused(kept: Tensor, fresh: Tensor) -> bool:
+    """Whether the Numba kernel updates this average."""
     narrow = kept.dtype == torch.float32 and fresh.dtype in (torch.bfloat16, torch.float16)
     on_cpu = kept.device.type == fresh.device.type == "cpu"
     return narrow and on_cpu and kept.is_contiguous() and kept.numel() >= FUSED_ELEMENTS
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode that takes no gradients: the start of an average, or a teacher."""
+    """A copy in eval mode without gradients: the start of an average, or a teacher."""
     return copy.deepcopy(module).eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Guidance distillation (Meng et al. 2023, arXiv 2210.03142): the guidance scale becomes an input of the network.
+"""Guidance distillation (Meng et al. 2023, arXiv 2210.03142): the guidance strength as an input of the network.
 
-Stage 1, here: a student (z, t, condition, w) learns what the guided teacher predicts at scale 1 + w. Stage 2 is
-progressive distillation of that student, with w fixed along each sample (`progressive.loss(..., cond=...)`).
+Stage 1, here: a student of (z, t, condition, w) learns the prediction of a guided teacher at scale 1 + w. Stage 2 is
+progressive distillation of that student with a fixed w per sample (`progressive.loss(..., cond=...)`).
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ from torch import Tensor
 
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict, spread
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.schedule.process import Point
 
 
 def loss(
-    student: Any,
-    teacher: Any,
+    student: DenoiserLike,
+    teacher: DenoiserLike,
     x0: Tensor,
     noise: Tensor,
     at: Point,
     w: ArrayLike,
     *,
-    cond: Any,
+    cond: Condition,
     student_cond: Mapping[str, Any],
     metric: Metric = squared,
     weight: Weight = truncated_snr,
 ) -> Tensor:
     """weight(t) |x0_student(z_t, w) - [(1 + w) x0_teacher(z_t, c) - w x0_teacher(z_t)]|^2 (Meng et al. 2023, eq. 4).
 
-    at            the points of the batch, see `network.points_of`
-    w             (B,) guidance strengths, w = 0 is unguided; the paper draws them from U[0, 4]
-    cond          the teacher's, (null, condition)
-    student_cond  the student's keyword arguments; w itself is added as "w", (B,) in x0's dtype
+    x0, noise     (B, ...)
+    at            points of arrays (B,), see `network.points_of`
+    w             (B,) guidance strengths, 0 for no guidance; the paper draws them from U[0, 4]
+    cond          the teacher's conditions, (null, condition)
+    student_cond  the student's conditions, without "w", which is added as (B,) in x0's dtype
     """
     z = noised(x0, noise, at)
     with torch.no_grad():
@@ -47,17 +49,9 @@ def loss(
 
 
 def with_strength(cond: Mapping[str, Any] | None, w: ArrayLike, like: Tensor) -> dict[str, Any]:
-    """A student's conditions with its guidance strengths, (B,) or one number for all of `like`."""
+    """A student's conditions plus "w", its guidance strengths (B,) in the dtype of `like` (B, ...).
+
+    w  (B,) or one number
+    """
     strengths = np.broadcast_to(np.asarray(w, dtype=np.float64), (len(like),))
     return {**(cond or {}), "w": spread(strengths, like).flatten()}
-
-
-def embed_strength(w: Tensor, width: int = 256) -> Tensor:
-    """(B, width) sinusoidal features of w (B,), as LCM's networks are given it (Luo et al. 2023): frequencies
-    10000^(-k / (width/2 - 1)) of 1000 w, sines first."""
-    half = width // 2
-    if width < 4 or width % 2:
-        raise ValueError(f"width = {width}: it must be even and at least 4")
-    rates = torch.exp(torch.arange(half, device=w.device, dtype=torch.float32) * (-np.log(10000.0) / (half - 1)))
-    angle = 1000.0 * w.float()[:, None] * rates
-    return torch.cat([angle.sin(), angle.cos()], dim=1).to(w.dtype)

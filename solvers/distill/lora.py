@@ -1,10 +1,10 @@
-"""Low-rank adapters over linear and convolution layers (Hu et al. 2021, arXiv 2106.09685): train, save, merge, stack.
+"""Low-rank adapters for linear and convolution layers (Hu et al. 2021, arXiv 2106.09685): train, save, merge, stack.
 
-names = add_adapter(unet, "lcm", rank=64)          the network's own weights stop training
+names = add_adapter(unet, "lcm", rank=64)          freezes the network's own weights
 optimiser = torch.optim.AdamW(adapter_parameters(unet, "lcm"))
 save_adapter(unet, "lcm", path); load_adapter(other, "lcm", path)
 set_scales(unet, {"lcm": 1.0, "style": 0.6})       W x + sum_i scale_i (alpha_i / rank_i) B_i A_i x
-merge(unet); unmerge(unet)                         into the weights and, to the bit, back
+merge(unet); unmerge(unet)                         into the weights, and back to the bit
 """
 
 from __future__ import annotations
@@ -23,23 +23,19 @@ from torch import Tensor, nn
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.registry import unknown
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-
-
-def type_of(layer: nn.Module) -> type[nn.Module]:
-    """The plain kind of a layer, also of a subclass with another constructor."""
-    return next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = nn.Linear | Convolution
 
 
 class Adapter(nn.Module):
-    """up(down(x)) alpha / rank: `down` has the layer's geometry and `rank` outputs, `up` is pointwise, 0 at first."""
+    """up(down(x)) alpha / rank: `down` has the layer's geometry and `rank` outputs; `up` is pointwise, 0 at first."""
 
     def __init__(self, layer: Layer, rank: int, alpha: float) -> None:
         super().__init__()
         self.rank, self.alpha = rank, alpha
-        # Typed loosely: the three convolutions take their own tuple types, which the layer itself has right.
-        make: Any = type_of(layer)
+        # The plain class, since a subclass may have another constructor. Untyped, since each convolution has its own
+        # tuple types.
+        make: Any = next(kind for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) if isinstance(layer, kind))
         place = {"bias": False, "device": layer.weight.device, "dtype": layer.weight.dtype}
         self.down: Layer
         self.up: Layer
@@ -47,7 +43,7 @@ class Adapter(nn.Module):
             self.down = make(layer.in_features, rank, **place)
             self.up = make(rank, layer.out_features, **place)
         else:
-            # One set of `rank` filters for each group, as the layer itself has filters for each group.
+            # `rank` filters per group of a grouped convolution.
             n = layer.groups
             geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": n}
             mode = {"padding_mode": layer.padding_mode}
@@ -61,7 +57,7 @@ class Adapter(nn.Module):
         return out * (self.alpha / self.rank)
 
     def delta(self) -> Tensor:
-        """What the adapter adds to the layer's weight, in float32."""
+        """The update of the layer's weight, float32."""
         groups = getattr(self.down, "groups", 1)
         down = self.down.weight.float().flatten(1).reshape(groups, self.rank, -1)
         up = self.up.weight.float().flatten(1).reshape(groups, -1, self.rank)
@@ -70,7 +66,7 @@ class Adapter(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A layer with its adapters by name; takes the layer's place in the network."""
+    """A layer with its adapters by name; replaces the layer in the network."""
 
     def __init__(self, base: Layer) -> None:
         super().__init__()
@@ -99,30 +95,30 @@ def add_adapter(
 ) -> list[str]:
     """Put an adapter on every linear and convolution layer inside `module`, in place, and freeze everything else.
 
-    rank    at most the layer's own sizes: a smaller layer gets a smaller adapter
+    rank    capped at the layer's own sizes
     alpha   the update is alpha / rank B A; by default alpha = rank
-    wanted  wanted(layer's name, layer) picks layers; by default all
+    wanted  wanted(layer's name, layer) selects layers; by default all
 
-    The new output equals the old one to the bit until training begins (B = 0). Returns the adapted layers' names.
-    Raises ValueError for a rank below 1, a name that is taken or has a dot, or if no layer was picked.
+    Until training begins (B = 0) the output is the old one to the bit. Returns the names of the adapted layers. Raises
+    ValueError for a rank below 1, a name that is taken or contains a dot, or if no layer is selected.
     """
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank = {rank!r}: it must be an integer >= 1")
     if not name or "." in name:
-        raise ValueError(f"name = {name!r}: an adapter's name must be non-empty and without dots")
+        raise ValueError(f"name = {name!r}: an adapter's name must be non-empty and contain no dot")
     places = [
         (path, parent, child)
         for path, parent, child in _layers(module)
         if wanted is None or wanted(path, child.base if isinstance(child, Adapted) else child)
     ]
     if not places:
-        raise ValueError(f"{type(module).__name__} has no linear or convolution layer that `wanted` picks")
+        raise ValueError(f"{type(module).__name__} has no linear or convolution layer that `wanted` selects")
     taken = [p for p, _, c in places if isinstance(c, Adapted) and (name in c.adapters or c.kept is not None)]
     if taken:
-        raise ValueError(f"{taken[0]} already has an adapter {name!r}, or its adapters are merged: pick another name")
+        raise ValueError(f"{taken[0]} already has an adapter {name!r}, or its adapters are merged: rename or unmerge")
     module.requires_grad_(False)
     for path, parent, child in places:
-        adapted = child if isinstance(child, Adapted) else Adapted(child)  # type: ignore[arg-type]  # _layers
+        adapted = child if isinstance(child, Adapted) else Adapted(child)
         small = min(rank, *(adapted.base.weight.flatten(1).shape))
         adapted.adapters[name] = Adapter(adapted.base, small, float(small if alpha is None else alpha * small / rank))
         adapted.scales[name] = 1.0
@@ -130,12 +126,12 @@ def add_adapter(
     return [path for path, _, _ in places]
 
 
-def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """(name, parent, layer) of every linear or convolution layer and every adapted one."""
+def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Layer | Adapted]]:
+    """(name, parent, layer) of every linear, convolution and adapted layer, without the layers inside adapted ones."""
     inside = {id(a.base) for a in module.modules() if isinstance(a, Adapted)}
     within = {id(m) for a in module.modules() if isinstance(a, Adapter) for m in a.modules()}
     for path, child in list(module.named_modules()):
-        if id(child) in inside | within or not isinstance(child, (nn.Linear, *CONVOLUTIONS, Adapted)):
+        if id(child) in inside | within or not isinstance(child, Layer | Adapted):
             continue
         if not path:
             raise ValueError(f"module is itself a {type(child).__name__}: adapters go on layers inside a module")
@@ -143,37 +139,38 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
 
 
 def _adapted(module: nn.Module, name: str | None = None) -> dict[str, Adapted]:
+    """Adapted layers by path, those with the adapter `name` if given. Raises ValueError for an unknown name."""
     found = {path: m for path, m in module.named_modules() if isinstance(m, Adapted)}
     names = tuple(dict.fromkeys(n for m in found.values() for n in m.adapters))
     if name is not None and name not in names:
-        raise ValueError(unknown("adapter", name, names) if names else f"no adapters here, so none named {name!r}")
+        raise ValueError(unknown("adapter", name, names) if names else f"no adapter {name!r}: there are none")
     return {path: m for path, m in found.items() if name is None or name in m.adapters}
 
 
 def adapter_parameters(module: nn.Module, name: str) -> list[nn.Parameter]:
-    """What an optimiser of that adapter takes."""
+    """The parameters of one adapter, for an optimiser."""
     return [p for layer in _adapted(module, name).values() for p in layer.adapters[name].parameters()]
 
 
 def set_scales(module: nn.Module, scales: Mapping[str, float]) -> None:
-    """How much of each adapter is added; those not named keep theirs. 0 turns one off.
+    """Set the scales of the named adapters; 0 turns one off.
 
-    Raises ValueError for an unknown adapter or while adapters are merged.
+    Raises ValueError for an unknown adapter, a scale that is not finite, or while adapters are merged.
     """
     for name, scale in scales.items():
         if not math.isfinite(scale):
             raise ValueError(f"scale of {name!r} is {scale}: it must be finite")
         for path, layer in _adapted(module, name).items():
             if layer.kept is not None:
-                raise ValueError(f"the adapters of {path} are merged: unmerge first")
+                raise ValueError(f"the adapters of {path} are merged: call unmerge first")
             layer.scales[name] = float(scale)
 
 
 @torch.no_grad()
 def merge(module: nn.Module) -> None:
-    """Add the scaled adapters to the layers' weights: the network then costs what it did without them.
+    """Add the scaled adapters to the layers' weights, so that they cost nothing at inference.
 
-    The weights as they were are kept for `unmerge`. The sum is formed in float32 and rounded once.
+    The sum is formed in float32 and rounded once. The old weights are kept for `unmerge`.
     """
     for layer in _adapted(module).values():
         if layer.kept is not None:
@@ -189,7 +186,7 @@ def merge(module: nn.Module) -> None:
 
 @torch.no_grad()
 def unmerge(module: nn.Module) -> None:
-    """Put the layers' own weights back, to the bit."""
+    """Restore the layers' own weights, to the bit."""
     for layer in _adapted(module).values():
         if layer.kept is not None:
             layer.base.weight.copy_(layer.kept)
@@ -197,7 +194,7 @@ def unmerge(module: nn.Module) -> None:
 
 
 def save_adapter(module: nn.Module, name: str, path: str | Path) -> None:
-    """Write one adapter as safetensors: "<layer>.down", "<layer>.up", and ranks and alphas in the metadata."""
+    """Write one adapter as safetensors: "<layer>.down" and "<layer>.up", with ranks and alphas in the metadata."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, list[float]] = {}
     for where, layer in _adapted(module, name).items():
@@ -212,10 +209,10 @@ def save_adapter(module: nn.Module, name: str, path: str | Path) -> None:
 
 
 def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
-    """Add the adapter of a file to `module` under a name. Returns the adapted layers' names.
+    """Add the adapter in a file to `module` under a name.
 
-    Raises FileNotFoundError, or ValueError for a file that is no adapter or does not fit the module's layers, before
-    anything is changed.
+    Returns the names of the adapted layers. Raises FileNotFoundError, or ValueError for a file that is not an adapter
+    or does not fit the module; the module is then unchanged.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no adapter at {path}")
@@ -224,14 +221,14 @@ def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
             numbers: dict[str, list[float]] = json.loads((file.metadata() or {})["layers"])
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not an adapter written by save_adapter ({error})") from error
+        raise ValueError(f"{path} was not written by save_adapter ({error})") from error
     here = {where: child for where, _, child in _layers(module)}
     made: dict[str, Adapter] = {}
     for where, (rank, alpha) in numbers.items():
         if where not in here:
             raise ValueError(f"{path} adapts the layer {where!r}, which {type(module).__name__} does not have")
         child = here[where]
-        adapter = Adapter(child.base if isinstance(child, Adapted) else child, int(rank), alpha)  # type: ignore[arg-type]
+        adapter = Adapter(child.base if isinstance(child, Adapted) else child, int(rank), alpha)
         for part, layer in (("down", adapter.down), ("up", adapter.up)):
             found = tensors.get(f"{where}.{part}")
             if found is None or found.shape != layer.weight.shape:

@@ -1,6 +1,7 @@
-"""Distances between a prediction and its target, (B, ...) to one number per sample, and weights of the noise level.
+"""Distances between predictions and targets, and weights of the noise level.
 
-A metric has the signature metric(prediction, target) -> (B,). Differentiable.
+A metric maps a prediction and a target, (B, ...) each, to a distance per sample, (B,), and is differentiable. A weight
+maps points of arrays (B,) to (B,).
 """
 
 from __future__ import annotations
@@ -22,33 +23,31 @@ Weight = Callable[[Point], Array]
 
 
 def squared(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean over a sample's elements of the squared difference, (B,)."""
+    """The mean over elements of the squared difference."""
     return (prediction - target).square().flatten(1).mean(dim=1)
 
 
 def squared_sum(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared Euclidean distance, (B,)."""
+    """The squared Euclidean distance."""
     return (prediction - target).square().flatten(1).sum(dim=1)
 
 
 def pseudo_huber(c: float) -> Metric:
-    """sqrt(|d|^2 + c^2) - c, |d| the sample's Euclidean norm (Song & Dhariwal 2023, eq. 8). Differentiable once.
+    """sqrt(|d|^2 + c^2) - c, |d| the Euclidean distance (Song & Dhariwal 2023, eq. 8).
 
-    One kernel that makes the gradient along with the loss, see `fewstep.kernels.torch_train`.
+    Differentiable once: one kernel computes loss and gradient, `fewstep.kernels.torch_train.pseudo_huber`.
     """
     _positive(c)
     return lambda prediction, target: torch_train.pseudo_huber(prediction, target, c, per_sample=True)
 
 
 def pseudo_huber_elementwise(c: float) -> Metric:
-    """The mean over elements of sqrt(d^2 + c^2) - c (Luo et al. 2023's reference training, c = 1e-3); as above."""
+    """The mean over elements of sqrt(d^2 + c^2) - c (reference training code of Luo et al. 2023, c = 1e-3).
+
+    Differentiable once, as `pseudo_huber`.
+    """
     _positive(c)
     return lambda prediction, target: torch_train.pseudo_huber(prediction, target, c, per_sample=False)
-
-
-def ict_huber_constant(elements: int) -> float:
-    """c = 0.00054 sqrt(dimension) of improved consistency training (Song & Dhariwal 2023, section 3.3)."""
-    return 0.00054 * math.sqrt(elements)
 
 
 def _positive(c: float) -> None:
@@ -57,26 +56,16 @@ def _positive(c: float) -> None:
 
 
 def weighted(losses: Tensor, weights: Array | float) -> Tensor:
-    """Mean over the batch of weights (B,) times losses (B,): what an optimiser takes."""
+    """The mean over the batch of weights times losses, (B,) each."""
     return (spread(weights, losses) * losses).mean()
 
 
-# --- weights of the noise level (arrays (B,) of a batch's points) ---
+# --- weights of the noise level ---
 
 
 def truncated_snr(at: Point) -> Array:
-    """max(alpha^2 / sigma^2, 1), on the error of x0 (Salimans & Ho 2022, section 4)."""
-    return np.maximum(_snr(at), 1.0)
-
-
-def snr_plus_one(at: Point) -> Array:
-    """1 + alpha^2 / sigma^2 on the error of x0, the squared error of v in a VP process (Salimans & Ho 2022)."""
-    return _snr(at) + 1.0
-
-
-def uniform(at: Point) -> Array:
-    """1."""
-    return np.ones_like(np.asarray(at.sigma))
+    """max(alpha^2 / sigma^2, 1) on the error of x0 (Salimans & Ho 2022, section 4)."""
+    return np.asarray(np.maximum((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2, 1.0))
 
 
 def edm_weight(sigma_data: float) -> Weight:
@@ -87,10 +76,6 @@ def edm_weight(sigma_data: float) -> Weight:
         return np.asarray((ratio**2 + sigma_data**2) / (ratio * sigma_data) ** 2)
 
     return weight
-
-
-def _snr(at: Point) -> Array:
-    return np.asarray((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2)
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:

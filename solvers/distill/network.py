@@ -1,15 +1,15 @@
-"""A denoiser inside an objective: called on a batch in which each sample has its own point, with gradients.
+"""A denoiser inside an objective: called with gradients on a batch in which each sample has its own point.
 
-What a network is told and how its output becomes x0 are numbers of the points alone, float64 on the host, as in
-sampling.
+The network's inputs and the coefficients of its x0 prediction depend on the points alone and are computed in float64 on
+the host, as in sampling.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, network_inputs
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, Process
+
+D = TypeVar("D", bound=DenoiserLike)
 
 
 def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:
@@ -31,20 +33,23 @@ def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:
     return network_inputs(denoiser, points)
 
 
-def points_of(process: Any, times: ArrayLike) -> Point:
+def points_of(process: Process, times: ArrayLike) -> Point:
     """The points at times (B,), as one point of float64 arrays (B,). Raises ValueError for a time out of range."""
-    at: Point = process.point(np.atleast_1d(np.asarray(times, dtype=np.float64)))
-    return at
+    return process.point(np.atleast_1d(np.asarray(times, dtype=np.float64)))
 
 
 def spread(values: ArrayLike, like: Tensor) -> Tensor:
-    """Numbers of the samples, (B,) or one, in the dtype and on the device of `like`, shaped to broadcast with it."""
+    """Numbers per sample, (B,) or one for all, as a tensor that broadcasts with `like` (B, ...), in its dtype."""
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
     return torch.tensor(array, dtype=like.dtype, device=like.device).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def noised(x0: Tensor, noise: Tensor, at: Point) -> Tensor:
-    """alpha x0 + sigma noise, (B, ...), each sample at its own point."""
+    """alpha x0 + sigma noise, each sample at its own point.
+
+    x0, noise  (B, ...)
+    at         points of arrays (B,)
+    """
     if x0.shape != noise.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: they must be the same")
     return spread(at.alpha, x0) * x0 + spread(at.sigma, x0) * noise
@@ -106,29 +111,29 @@ def predict(
     return x0
 
 
-def with_model(denoiser: Any, model: Any) -> Any:
-    """The same denoiser around another network of the same kind: a teacher's copy, an average, a wrapped student."""
+def with_model(denoiser: D, model: Callable[..., Any]) -> D:
+    """The same denoiser around another network of the same kind: a copy, an average, a wrapped module."""
     other = copy.copy(denoiser)
     other.model = model
     return other
 
 
-def student_of(denoiser: Any) -> Any:
+def student_of(denoiser: D) -> D:
     """A student that starts as its teacher: the same denoiser around a trainable copy of its module."""
     return with_model(denoiser, copy.deepcopy(denoiser.model).train().requires_grad_(True))
 
 
 @contextlib.contextmanager
-def same_dropout(device: torch.device) -> Iterator[Any]:
-    """Yields `again()`, a context in which random numbers repeat from where this one began.
+def same_dropout(device: torch.device) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+    """Yields `again()`, a context in which random numbers repeat from the start of this one.
 
         with same_dropout(x.device) as again:
             prediction = predict(student, x, at)
             with again(), torch.no_grad():
                 target = predict(average, y, before)
 
-    So the student and its target drop the same units (Song et al. 2023, appendix C). After it, the generators of
-    the CPU and of the device stand where the first call left them.
+    So student and target drop the same units (Song et al. 2023, appendix C). Afterwards the generators of the CPU and
+    of the device are where the first call left them.
     """
     devices = [device] if device.type == "cuda" else []
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]

@@ -43,19 +43,24 @@ class Guidance(Protocol):
 class DenoiserLike(X0Prediction, Protocol):
     """A network and what its output means: what samplers, tuning and objectives use of `fewstep.Denoiser`.
 
+    model      model(x_in, t, **cond) -> raw
     bound      of a static clip of the x0 prediction, or None
     threshold  of a dynamic one, or None
     batched    whether the branches of guidance are one call on copies of the batch
     frame      the array library and device of the network, None for a plain callable
     """
 
-    model: Callable[..., Any]
+    model: Any
     batched: bool
-    null: Cond | None
-    time_dtype: str | None
 
     @property
     def process(self) -> Process: ...
+    @property
+    def predicts(self) -> str: ...
+    @property
+    def sigma_data(self) -> float: ...
+    @property
+    def time_dtype(self) -> str | None: ...
     @property
     def guidance(self) -> Guidance | None: ...
     @property

@@ -41,30 +41,3 @@ def test_score_difference(n: int, dtype: torch.dtype) -> None:
     want, slope = naive_train.score_difference(x.double().numpy(), real.numpy(), own.numpy(), 0.25)
     np.testing.assert_allclose(loss.numpy(), want, rtol=2e-6)
     np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_ema_of_many_tensors(dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(0)
-    shapes = [(1,), (5, 7), (32,), (3, 33)]
-    values = [torch.randn(s, generator=g).to(dtype) for s in shapes]
-    averages = [torch.randn(s, generator=g) for s in shapes]
-    guard = torch.full((200,), float("nan"))
-    averages.append(guard[64:164])
-    values.append(torch.randn(100, generator=g).to(dtype))
-    want = [naive_train.ema(a.numpy(), v.double().numpy(), 0.9) for a, v in zip(averages, values, strict=True)]
-    triton_train.Ema(averages, values).update(torch.tensor([0.9]))
-    for a, w in zip(averages, want, strict=True):
-        np.testing.assert_allclose(a.numpy(), w, rtol=1e-6, atol=1e-6)
-    assert guard[:64].isnan().all()
-    assert guard[164:].isnan().all()
-
-
-def test_lists_that_do_not_agree() -> None:
-    a, v = torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="1 averages for 2 values"):
-        triton_train.Ema([a], [v, v])
-    with pytest.raises(ValueError, match=r"averages\[0\] is torch.bfloat16 \(3,\)"):
-        triton_train.Ema([v], [v])
-    with pytest.raises(ValueError, match="share one dtype"):
-        triton_train.Ema([a, a], [v, a])
