@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels.triton_noise import Kernel, guard
+from fewstep.kernels.triton_noise import guard
 from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _padded, _prediction, _read
 
 # Further columns of `triton_step`'s float table, for guidance: the weights of the raws, then phi of the rescale.
@@ -369,18 +369,15 @@ def guidance_scale(
     raws: Sequence[Tensor],
     out: Tensor,
     scratch: Scratch,
-    *,
-    kernel: Kernel | None = None,
 ) -> None:
     """p times `naive.guidance_scale`, for the stage that `counter` names: see `rescale_kernel` for shapes and dtypes.
 
-    raws    two or three, the conditional one last
-    kernel  `rescale_kernel`, or a wrapper of it
+    raws  two or three, the conditional one last
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
     with guard(out):
-        (kernel or rescale_kernel)[(samples, parts)](
+        rescale_kernel[(samples, parts)](
             numbers, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
             int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS,
         )  # fmt: skip
@@ -397,16 +394,12 @@ def threshold(
     scratch: Scratch,
     *,
     rescaled: bool,
-    kernel: Kernel | None = None,
-    split: Kernel | None = None,
 ) -> None:
     """`naive.threshold` of the prediction of the stage that `counter` names.
 
     See `threshold_kernel` for shapes and dtypes.
 
     rescaled  whether p is out[:, :4], which `guidance_scale` wrote, or the stage's own
-    kernel    `threshold_kernel`, or a wrapper of it
-    split     `digit_kernel`, or a wrapper of it
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
@@ -414,10 +407,10 @@ def threshold(
     steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled
     with guard(out):
         if parts == 1:
-            (kernel or threshold_kernel)[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
+            threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
             return
         for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
-            (split or digit_kernel)[(samples, parts)](
+            digit_kernel[(samples, parts)](
                 *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK, num_warps=WARPS
             )
 
@@ -429,14 +422,11 @@ def error_norm(
     rtol: Tensor,
     atol: Tensor,
     scratch: Scratch | None = None,
-    *,
-    kernel: Kernel | None = None,
 ) -> Tensor:
     """The norm of each sample's error over its tolerance: see `naive.error_norm`.
 
     error, low, before  (B, ...) float32, contiguous
     rtol, atol          (1,) float64, on the same device
-    kernel              `error_kernel`, or a wrapper of it
 
     Returns (B,) float64.
     """
@@ -445,7 +435,7 @@ def error_norm(
     scratch = scratch or Scratch.of(samples, n, error.device)
     parts, span = _span(scratch, n)
     with guard(out):
-        (kernel or error_kernel)[(samples, parts)](
+        error_kernel[(samples, parts)](
             error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, BLOCK, num_warps=WARPS
         )
     return out

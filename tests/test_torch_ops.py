@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fewstep as fs
 from fewstep.bindings.export.sampler_module import SamplerModule
-from fewstep.kernels import layout, naive, philox, torch_ops, torch_reduce, torch_train
+from fewstep.kernels import layout, naive, philox, torch_ops, torch_train
 
 VP = fs.VP.linear()
 
@@ -238,52 +238,18 @@ def test_a_compiler_sees_the_losses_of_a_gpu():
         assert given == numbers | {"BLOCK": triton_train.BLOCK}
 
 
-class Reductions(torch.nn.Module):
-    def forward(self, a, b):
-        return (
-            torch_reduce.guidance_scale([a, b], [-2.0, 3.0], 0.7),
-            torch_reduce.threshold(a, 0.9, 2.0),
-            torch_reduce.error_norm(a, b, b, 0.1, 0.1),
-        )
-
-
-@pytest.mark.usefixtures("compiler_for_a_gpu")
-@pytest.mark.parametrize("n", [1000, 100_000])
-def test_a_compiler_sees_the_reductions_of_a_gpu(n):
-    """A long sample's threshold takes a launch a pass; everything else one."""
-    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
-
-    from fewstep.kernels import triton_reduce as reduce
-
-    with FakeTensorMode():
-        pair = [torch.empty(3, n, device="cuda") for _ in range(2)]
-        graph, _ = aot_export_module(Reductions(), pair, trace_joint=False)
-    assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
-    launches = [node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target)]
-    quantile = [reduce.threshold_kernel] if n <= reduce.SPAN else [reduce.digit_kernel] * 5
-    kernels = [reduce.rescale_kernel, *quantile, reduce.error_kernel]
-    assert [kernel_side_table.get_kernel(launch["kernel_idx"]).fn for launch in launches] == kernels
-    fresh = {"out", "partial", "arrivals", "digits"}  # an input is never written to
-    assert all(set(launch["tensors_to_clone"]) <= fresh for launch in launches)
-    assert all("out" in launch["tensors_to_clone"] for launch in launches if "digits" not in launch["kwargs"])
-
-
 def test_kernels_belong_to_their_operators():
     """By this torch's caches of compiled code tell one version of an operator's kernels from the next."""
     pytest.importorskip("triton")
     from torch._library.triton import get_triton_kernels_for_op
 
     from fewstep.kernels import triton_noise, triton_step, triton_train
-    from fewstep.kernels import triton_reduce as reduce
 
     for name, *kernels in (
         ("stage", triton_step.stage_kernel),
         ("normals", triton_noise.normals_kernel),
         ("pseudo_huber", triton_train.huber_kernel),
         ("score_difference", triton_train.difference_kernel),
-        ("guidance_scale", reduce.rescale_kernel),
-        ("threshold", reduce.threshold_kernel, reduce.digit_kernel),
-        ("error_norm", reduce.error_kernel),
     ):
         assert get_triton_kernels_for_op(f"fewstep::{name}") == kernels
 
@@ -291,7 +257,7 @@ def test_kernels_belong_to_their_operators():
 def test_a_gpu_needs_no_numba():
     code = (
         "import sys; sys.modules['numba'] = None\n"
-        "from fewstep.kernels import torch_reduce, torch_train\n"
+        "from fewstep.kernels import torch_ops, torch_train\n"
         "from fewstep.bindings import sampler_module\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

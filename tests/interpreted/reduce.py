@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep.kernels import naive, torch_reduce, triton_reduce, triton_step
+from fewstep.kernels import naive, triton_reduce, triton_step
 
 VP = fs.VP.linear()
 
@@ -110,18 +110,6 @@ def test_error_norm(n: int) -> None:
             a, b, c, *(torch.tensor([v], dtype=torch.float64) for v in (rtol, atol))
         ).numpy()
         np.testing.assert_allclose(found, naive.error_norm(a, b, c, rtol, atol), rtol=1e-5)
-
-
-@pytest.mark.parametrize("n", [1, 64, 150])
-def test_the_operators_on_a_gpu(n: int) -> None:
-    """The Triton side of `torch_reduce`, on CPU tensors of other strides."""
-    a, b, c = (draw(i, n, 3).T for i in range(3))
-    found = torch_reduce.guidance_scale_on_gpu([a, b, c], [-2.0, 1.5, 1.5], 0.7).numpy()
-    np.testing.assert_allclose(found, naive.guidance_scale([a, b, c], np.array([-2.0, 1.5, 1.5]), 0.7), rtol=2e-6)
-    limit = torch_reduce.threshold_on_gpu(a - 20.0, 0.9, 4.0).numpy()
-    np.testing.assert_allclose(limit, naive.threshold(a - 20.0, 0.9, 4.0), rtol=1.5e-7)
-    error = torch_reduce.error_norm_on_gpu(a, b, c, 0.05, 0.3).numpy()
-    np.testing.assert_allclose(error, naive.error_norm(a, b, c, 0.05, 0.3), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
