@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
     from fewstep.solvers.plans.plan import Plan as Plan
-    from fewstep.solvers.plans.plan import PlanError as PlanError
-    from fewstep.solvers.plans.plan import Stage as Stage
-    from fewstep.solvers.plans.plan import Start as Start
     from fewstep.solvers.plans.plan_file import save_plan as save_plan
     from fewstep.solvers.plans.registry import list_solvers as list_solvers
     from fewstep.solvers.plans.registry import plan as plan
     from fewstep.solvers.plans.registry import solver as solver
+    from fewstep.solvers.plans.stages import PlanError as PlanError
+    from fewstep.solvers.plans.stages import Stage as Stage
+    from fewstep.solvers.plans.stages import Start as Start
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.latents import slerp as slerp
@@ -62,8 +62,9 @@ _MODULES = {
     "bindings.denoiser": "CFG Denoiser DynamicThreshold",
     "bindings.diffusers.pipeline": "accelerate restore",
     "recommender": "Measured recommend Recommendation",
-    "solvers.plans.plan": "Plan PlanError Stage Start",
+    "solvers.plans.plan": "Plan",
     "solvers.plans.plan_file": "save_plan",
+    "solvers.plans.stages": "PlanError Stage Start",
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
     "solvers.run.latents": "slerp",

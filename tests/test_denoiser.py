@@ -16,7 +16,8 @@ import torch
 from oracles.rows import run_plan
 
 import fewstep as fs
-from fewstep.solvers.plans.plan import Plan, Stage
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import Stage
 
 SHAPE = (3, 5)
 

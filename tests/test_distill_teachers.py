@@ -10,7 +10,7 @@ import fewstep as fs
 from fewstep.solvers.distill import guided, losses, progressive
 from fewstep.solvers.distill.jumps import Jumps, intervals
 from fewstep.solvers.distill.network import noised, points_of, predict, same_dropout, student_of
-from fewstep.solvers.plans.plan import first_order
+from fewstep.solvers.plans.stages import first_order
 
 VP, EDM, FLOW = fs.VP.linear(), fs.EDM(0.002, 80.0), fs.Flow()
 PROCESSES = {"vp": VP, "edm": EDM, "flow": FLOW}

@@ -127,7 +127,7 @@ def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
         ("fewstep.bindings", True),
         ("fewstep.api", True),
         ("fewstep.kernels.naive.step", True),
-        ("fewstep.solvers.plans.plan", True),
+        ("fewstep.solvers.plan", True),
         ("fewstep.problems", True),
         ("torch", False),
         ("importlib", False),

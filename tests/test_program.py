@@ -20,6 +20,7 @@ from oracles.rows import run_plan
 
 import fewstep as fs
 from fewstep.solvers.plans.program import Program, compile_plan, live_rows
+from fewstep.solvers.plans.self_check import check_sources
 
 GRIDS = {
     "vp": fs.grid(fs.VP.linear(), 6, "karras"),
@@ -117,7 +118,7 @@ class Loose(fs.Plan):
     """A plan whose x may leave its marginals."""
 
     def __post_init__(self) -> None:
-        self._check_sources()
+        check_sources(self)
 
 
 def loose(stages: list[dict[str, dict[str, float]]], init: dict[str, float] | None = None) -> Loose:

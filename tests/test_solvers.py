@@ -337,7 +337,7 @@ def test_registered_solvers_explain_themselves():
 def test_a_new_solver_is_one_builder():
     """What CONTRIBUTING promises: a generator of stages, registered, and everything else follows."""
     from fewstep.solvers.plans import registry
-    from fewstep.solvers.plans.plan import first_order
+    from fewstep.solvers.plans.stages import first_order
 
     @fs.solver("test_ddim_twin")
     def twin(grid):

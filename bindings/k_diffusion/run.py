@@ -23,8 +23,9 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
-from fewstep.solvers.plans.plan import UNGUIDED, Plan
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid

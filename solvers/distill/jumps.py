@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fewstep.kernels import layout
 from fewstep.solvers.distill.network import branch_weights, inputs_at, raw_outputs
-from fewstep.solvers.plans.plan import PREDICTION, SOURCES, UNGUIDED, Plan, Row
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.plans.stages import PREDICTION, SOURCES, UNGUIDED, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs
 from fewstep.solvers.run.functional import stage as run_stage

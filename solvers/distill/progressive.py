@@ -15,7 +15,8 @@ from torch import Tensor
 from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
-from fewstep.solvers.plans.plan import Plan, Stage, first_order, make_plan
+from fewstep.solvers.plans.plan import Plan, make_plan
+from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point

@@ -15,8 +15,8 @@ from fewstep.solvers.families.first_order import ddim
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.singlestep import dpmpp_2s_ancestral
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plans.plan import PREDICTION, UNGUIDED, Row, Stage, Start
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import PREDICTION, UNGUIDED, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plans.plan import Row
+from fewstep.solvers.plans.stages import Row
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Flow, Point
 

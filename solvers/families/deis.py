@@ -18,8 +18,8 @@ from fewstep.solvers.families.exponential import (
 from fewstep.solvers.families.quadrature import integrate
 from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray, Process
 

@@ -11,8 +11,8 @@ from fewstep.solvers.families.exponential import FinalOrder, check_final_order, 
 from fewstep.solvers.families.quadrature import integrate
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag, one_of
-from fewstep.solvers.plans.plan import Stage, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray, Point
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from fewstep.solvers.families.rows import plus, substitute
 from fewstep.solvers.options import at_least, flag, one_of
-from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

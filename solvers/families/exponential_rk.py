@@ -21,7 +21,7 @@ from typing import NamedTuple
 from fewstep.solvers.families.exponential import FIRST_MOMENT, exponential_row, moments, noise_prediction
 from fewstep.solvers.families.renoise import renoised
 from fewstep.solvers.families.rows import plus
-from fewstep.solvers.plans.plan import Row, Stage
+from fewstep.solvers.plans.stages import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

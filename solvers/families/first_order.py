@@ -13,8 +13,8 @@ from fewstep.solvers.families.coordinates import pick_frame
 from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
 from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least, between, one_of
-from fewstep.solvers.plans.plan import Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

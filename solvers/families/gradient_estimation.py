@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from fewstep.solvers.families.coordinates import pick_coordinates
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag
-from fewstep.solvers.plans.plan import Row, Stage, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 
 

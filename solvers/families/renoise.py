@@ -12,7 +12,7 @@ from dataclasses import replace
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least
-from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
+from fewstep.solvers.plans.stages import Row, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

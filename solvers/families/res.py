@@ -15,8 +15,8 @@ from fewstep.solvers.families.exponential import (
 )
 from fewstep.solvers.families.first_order import ancestral_row
 from fewstep.solvers.options import at_least
-from fewstep.solvers.plans.plan import Stage
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Stage
 from fewstep.solvers.schedule.grid import Grid
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewstep.solvers.plans.plan import Row
+from fewstep.solvers.plans.stages import Row
 
 
 def scaled(row: Row, factor: float) -> dict[str, float]:

@@ -30,8 +30,8 @@ from fewstep.solvers.families.renoise import ancestral_split, churned_points, re
 from fewstep.solvers.families.rows import plus, scaled
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, Weights, second_order
 from fewstep.solvers.options import at_least, between, one_of
-from fewstep.solvers.plans.plan import Row, Stage, Start, first_order
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Row, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

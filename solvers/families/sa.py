@@ -19,8 +19,8 @@ from fewstep.solvers.families.exponential import (
 )
 from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
-from fewstep.solvers.plans.plan import Row, Stage
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

@@ -29,8 +29,8 @@ from fewstep.solvers.families.exponential_rk import (
 )
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
-from fewstep.solvers.plans.plan import Stage
 from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.stages import Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

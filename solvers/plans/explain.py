@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fewstep.solvers.plans.plan import NOISE, PREDICTION, UNGUIDED, Plan
 from fewstep.solvers.plans.program import compile_plan, is_rename, live_rows
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, UncheckedPlan
 
 
-def explain(plan: Plan, *, model_bytes: int = 4, state_bytes: int = 4, raws: int = 1) -> str:
+def explain(plan: UncheckedPlan, *, model_bytes: int = 4, state_bytes: int = 4, raws: int = 1) -> str:
     """What each stage reads, writes and costs, as a table in plain text.
 
     model_bytes, state_bytes  bytes per element of the network's inputs and outputs, and of the slots

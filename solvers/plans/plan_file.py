@@ -25,7 +25,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import PlanError, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point, Process
 

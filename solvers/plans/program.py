@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fewstep.solvers.plans.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, Row
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, UncheckedPlan
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Op:
 class Program:
     """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept."""
 
-    plan: Plan
+    plan: UncheckedPlan
     init: Op
     ops: tuple[Op, ...]
     buffers: int
@@ -52,7 +52,7 @@ class Program:
 X0_SLOT = "x0 prediction"
 
 
-def live_rows(plan: Plan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
+def live_rows(plan: UncheckedPlan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
     """The rows of each stage that a later one reads, without zero coefficients and identity rows."""
     live = {"x"}
     kept: list[dict[str, Row]] = []
@@ -86,7 +86,7 @@ def is_rename(slot: str, row: Row) -> bool:
     return coefficient == 1.0 and source not in SOURCES
 
 
-def compile_plan(plan: Plan, *, keep_x0: bool = False, in_place: bool = False) -> Program:
+def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool = False) -> Program:
     """Assign buffers to slots.
 
     keep_x0   also write each stage's x0 prediction, for callbacks

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fewstep.solvers.options import unknown as unknown  # re-exported
-from fewstep.solvers.plans.plan import Plan, PlanError, Stage, Start, make_plan
+from fewstep.solvers.plans.plan import Plan, make_plan
+from fewstep.solvers.plans.stages import PlanError, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 
 Builder = Callable[..., Iterator[Start | Stage]]

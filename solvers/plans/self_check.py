@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fewstep.solvers.plans.plan import NOISE, PREDICTION, SOURCES, UNGUIDED, Plan, PlanError, Row
+from fewstep.solvers.plans.program import live_rows
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, PlanError, Row, UncheckedPlan
 from fewstep.solvers.schedule.process import FloatArray, Point
 
 # Coefficients are float64: a true stage meets its marginal to this, of the larger of data and marginal.
@@ -68,7 +69,7 @@ class Followed(NamedTuple):
 class _Slots:
     """The slots as rows of one matrix: columns are x0, the noises, and the covariance with each slot's rounding."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: UncheckedPlan) -> None:
         names = plan.slots
         self.count = len(names)
         self.index = {name: i for i, name in enumerate((*names, PREDICTION, UNGUIDED, NOISE))}
@@ -189,13 +190,13 @@ class _Step:
         return _SIGNAL_GAP * max(signals) * signal, _NOISE_GAP * max(*noises, scaled) * noise
 
 
-def follow(plan: Plan) -> Iterator[Followed]:
+def follow(plan: UncheckedPlan) -> Iterator[Followed]:
     """The plan's stages in order, the init row (k = -1) first if there is one."""
     with np.errstate(over="ignore", invalid="ignore"):
         yield from _follow(plan)
 
 
-def _follow(plan: Plan) -> Iterator[Followed]:
+def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
     slots = _Slots(plan)
 
     def ended(k: int, to: Point, bound: tuple[float, float] = (0.0, 0.0)) -> Followed:
@@ -245,7 +246,34 @@ def _misses(gap: tuple[float, float], tolerance: float) -> bool:
     return not (abs(gap[0]) <= tolerance and abs(gap[1]) <= tolerance)  # NaN misses
 
 
-def check(plan: Plan) -> None:
+def check_sources(plan: UncheckedPlan) -> None:
+    """Raises PlanError for a row that reads a slot that nothing wrote, or holds NaN or inf."""
+    known = {"x"}
+    for source, value in plan.init.row.items() if plan.init else ():
+        if source not in ("x", NOISE):
+            raise PlanError(f"{plan.solver}: the init row reads {source!r}; before the first call there is x alone")
+        if not math.isfinite(value):
+            raise PlanError(f"{plan.solver}: the init row: the coefficient of {source!r} is {value}")
+    for k, stage in enumerate(plan.stages):
+        if "x" not in stage.rows:
+            raise PlanError(f"{plan.solver}: stage {k} has no row for slot 'x'")
+        for slot, row in stage.rows.items():
+            if slot in SOURCES:
+                raise PlanError(f"{plan.solver}: stage {k} writes {slot!r}, which is a source, not a slot")
+            for source, value in row.items():
+                if source not in known and source not in SOURCES:
+                    raise PlanError(
+                        f"{plan.solver}: stage {k}, row {slot!r} reads {source!r}, which no earlier stage wrote"
+                    )
+                if not math.isfinite(value):
+                    raise PlanError(
+                        f"{plan.solver}: stage {k} (t = {stage.at.t:.6g}), row {slot!r}: the coefficient of "
+                        f"{source!r} is {value}; a grid that ends at sigma 0 needs a first-order last step"
+                    )
+        known |= set(stage.rows)
+
+
+def check(plan: UncheckedPlan) -> None:
     """Raises PlanError for the first stage that leaves its marginal or amplifies the rounding of the plan's dtype."""
     for end in follow(plan):
         # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
@@ -263,14 +291,14 @@ def check(plan: Plan) -> None:
     _check_range(plan, end.largest, plan.dtype)
 
 
-def check_rounding(plan: Plan, dtype: str) -> None:
+def check_rounding(plan: UncheckedPlan, dtype: str) -> None:
     """Raises PlanError for the first stage at which a state of that dtype is too coarse for the plan's coefficients."""
     for end in follow(plan):
         _check_rounding(plan, end, dtype)
     _check_range(plan, end.largest, dtype)
 
 
-def _check_rounding(plan: Plan, end: Followed, dtype: str) -> None:
+def _check_rounding(plan: UncheckedPlan, end: Followed, dtype: str) -> None:
     limits = RESULT_LIMIT if end.k == plan.nfe - 1 else CALL_LIMIT
     wrong = {name: _DEVIATIONS * unit * end.amplification for name, unit in UNIT_ROUNDOFF.items()}
     if wrong[dtype] <= limits[dtype]:
@@ -286,12 +314,10 @@ def _check_rounding(plan: Plan, end: Followed, dtype: str) -> None:
     )
 
 
-def _check_range(plan: Plan, found: float, dtype: str) -> None:
+def _check_range(plan: UncheckedPlan, found: float, dtype: str) -> None:
     largest = float(np.finfo(dtype).max)
     if found <= largest:
         return
-    from fewstep.solvers.plans.program import live_rows
-
     for k, rows in enumerate(live_rows(plan)):
         for slot, row in rows.items():
             for source, c in row.items():
@@ -302,5 +328,5 @@ def _check_range(plan: Plan, found: float, dtype: str) -> None:
                     )
 
 
-def _where(plan: Plan, k: int) -> str:
+def _where(plan: UncheckedPlan, k: int) -> str:
     return "the init row" if k < 0 else f"stage {k} (t = {plan.stages[k].at.t:.6g} -> {plan.stages[k].to.t:.6g})"

@@ -18,8 +18,8 @@ from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
-from fewstep.solvers.plans.plan import Row, first_order
 from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.plans.stages import Row, first_order
 from fewstep.solvers.run.arrays import Array, TorchFrame, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (

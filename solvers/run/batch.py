@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fewstep.kernels import layout, philox
-from fewstep.solvers.plans.plan import NOISE, PREDICTION, Row
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
 from fewstep.solvers.run.denoising import Call, Cond, Condition, DenoiserLike, call_at, network_inputs

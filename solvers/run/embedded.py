@@ -21,7 +21,7 @@ from fewstep.solvers.families.exponential_rk import (
     third_order,
 )
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE
-from fewstep.solvers.plans.plan import Row
+from fewstep.solvers.plans.stages import Row
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.plans.plan import Plan, PlanError
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.plans.stages import PlanError
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array

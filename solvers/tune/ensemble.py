@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.plans.plan import NOISE, PREDICTION, UNGUIDED, Plan, Stage
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, Stage
 from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame

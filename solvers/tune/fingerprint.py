@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from fewstep.solvers.families.coordinates import COORDINATES
-from fewstep.solvers.plans.plan import PREDICTION, Plan
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan
+from fewstep.solvers.plans.stages import PREDICTION
 from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame

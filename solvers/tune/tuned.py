@@ -26,8 +26,9 @@ from fewstep.solvers.families.adams import history as slope_history
 from fewstep.solvers.families.coordinates import COORDINATES, pick_coordinates
 from fewstep.solvers.families.exponential import noise_prediction, shift_history, shift_noise_history
 from fewstep.solvers.options import one_of
-from fewstep.solvers.plans.plan import Plan, Row, Stage, first_order, make_plan
+from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.registry import get_solver
+from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
