@@ -81,3 +81,15 @@ def test_no_gpu_figure_without_results_of_these_kernels(generator, tmp_path):
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_design_names_every_module():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = {word.rpartition("/")[2] for word in re.findall(r"`([\w/]+)`", page)}
+    modules = {
+        path.stem
+        for folder in ("kernels", "solvers", "bindings", "api", "reports")
+        for path in (ROOT / folder).rglob("*.py")
+        if not path.stem.startswith("__")
+    }
+    assert modules <= named, sorted(modules - named)
