@@ -167,7 +167,7 @@ class _Slots:
             self.largest = max(self.largest, largest)
 
 
-class _Step:
+class _StepBound:
     """The marginal from which the step at hand started, and how far a stage of it may miss its own."""
 
     def __init__(self, x: tuple[float, float]) -> None:
@@ -210,7 +210,7 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
         slots.apply({"x": plan.init.row}, slots.draw[0])
         yield ended(-1, plan.init.to)
     before = slots.x
-    step = _Step(before)
+    step = _StepBound(before)
     for k, stage in enumerate(plan.stages):
         at, to = stage.at, stage.to
         elsewhere = at.alpha > 0.0 and _misses((before[0] - at.alpha, before[1] - at.sigma), MARGINAL_TOLERANCE)
@@ -239,7 +239,7 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
             slots.put_x(to, before[1])
             before = to.alpha, to.sigma
         if stage.done:
-            step = _Step(before)
+            step = _StepBound(before)
 
 
 def _misses(gap: tuple[float, float], tolerance: float) -> bool:

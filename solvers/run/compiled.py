@@ -19,8 +19,8 @@ from fewstep.solvers.run.graph import Graphs, capture_api
 
 
 @dataclass(frozen=True)
-class Target:
-    """What plans are laid out for: a backend, the model's frame, the batch's shape and the state's dtype."""
+class Compiler:
+    """Lays plans out for one target: a backend, the model's frame, the batch's shape and the state's dtype."""
 
     backend: str
     frame: Frame
@@ -63,19 +63,19 @@ class Prepared:
     A sampler has one at a time, which `update` replaces whole: nothing in it is edited.
     """
 
-    target: Target
+    compiler: Compiler
     denoiser: DenoiserLike
     plan: Plan
     idle: tuple[deque[Workspace], deque[Workspace]] = field(default_factory=lambda: (deque(), deque()))
 
     @cached_property
     def plain(self) -> Job:
-        return self.target.job(self.denoiser, self.plan)
+        return self.compiler.job(self.denoiser, self.plan)
 
     @cached_property
     def watched(self) -> Job:
         """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
-        return self.target.job(self.denoiser, self.plan, keep_x0=True)
+        return self.compiler.job(self.denoiser, self.plan, keep_x0=True)
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
@@ -83,7 +83,7 @@ class Prepared:
     def fill(self, watched: bool = False) -> None:
         """Have a workspace ready."""
         if not self.idle[watched]:
-            self.idle[watched].append(Workspace.of(self.target.run(self.job(watched))))
+            self.idle[watched].append(Workspace.of(self.compiler.run(self.job(watched))))
 
     @contextlib.contextmanager
     def workspace(self, watched: bool) -> Iterator[Workspace]:
@@ -92,7 +92,7 @@ class Prepared:
         try:
             taken = idle.popleft()
         except IndexError:
-            taken = Workspace.of(self.target.run(self.job(watched)))
+            taken = Workspace.of(self.compiler.run(self.job(watched)))
         try:
             yield taken
         finally:

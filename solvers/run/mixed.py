@@ -10,7 +10,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
-from fewstep.solvers.run.compiled import Target
+from fewstep.solvers.run.compiled import Compiler
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.run.engine import Job
@@ -61,7 +61,7 @@ class MixedRun:
                 )
         self.plans = tuple(plans)  # keeps the ids below alive
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
-        self._target = Target(self.backend, self.frame, lone, "float32")
+        self._compiler = Compiler(self.backend, self.frame, lone, "float32")
         self._convert = Converter(self.frame, self.backend, "float32")
         self._jobs: dict[tuple[int, Any], Job] = {}
         jobs = [self._job(plan, ...) for plan in plans]
@@ -69,7 +69,7 @@ class MixedRun:
         if self.backend == "triton":
             self.columns = TritonColumns([job for job in jobs if isinstance(job, TritonJob)], self.shape)
         else:
-            self.columns = LoneRuns(denoiser, self.frame, self.shape, "float32", self._target.run)
+            self.columns = LoneRuns(denoiser, self.frame, self.shape, "float32", self._compiler.run)
         self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job, and the calls it has had
 
     def _job(self, plan: Plan, guidance: Any) -> Job:
@@ -80,7 +80,7 @@ class MixedRun:
                 raise ValueError(
                     f"guidance = {guidance!r} has other branches than the denoiser's: {self.denoiser.guidance}"
                 )
-            self._jobs[key] = self._target.job(denoiser, plan)
+            self._jobs[key] = self._compiler.job(denoiser, plan)
         return self._jobs[key]
 
     def admit(

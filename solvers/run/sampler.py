@@ -21,7 +21,7 @@ from fewstep.solvers.run.checks import (
     model_frame,
     pick_backend,
 )
-from fewstep.solvers.run.compiled import Prepared, Target
+from fewstep.solvers.run.compiled import Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
@@ -91,7 +91,7 @@ class Sampler:
             raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
         self.graph, self.capacity = graph, capacity
         self._mode = GraphMode(graph)
-        self._target = Target(self.backend, self.frame, self.shape, self.dtype, capacity)
+        self._compiler = Compiler(self.backend, self.frame, self.shape, self.dtype, capacity)
         self._convert = Converter(self.frame, self.backend, self.dtype)
         self._seed: int | Sequence[int] | None = None
         self._cond: Any = None
@@ -106,7 +106,7 @@ class Sampler:
                 f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
-        made = Prepared(self._target, denoiser, plan)
+        made = Prepared(self._compiler, denoiser, plan)
         for kept in {False, watched}:
             made.job(kept)
         return made
@@ -148,7 +148,7 @@ class Sampler:
         """
         new = self._now
         if isinstance(plan, Prepared):
-            own = plan.target is self._target
+            own = plan.compiler is self._compiler
             if not own or guidance is not ...:
                 why = "has its guidance in it" if own else "belongs to the sampler that made it"
                 raise ValueError(f"plan is prepared, and {why}: prepare(plan, guidance=...) lays out another")
