@@ -61,7 +61,7 @@ class AttemptInfo(NamedTuple):
 
     samples   (n,) int64, which samples of the batch
     at        where each is now: at the end of its step if that was accepted, else where it was
-    x         (n, ...) there; valid until the callback returns
+    x         (n, ...) there, a copy
     error     (n,) the step's error in units of the tolerance
     accepted  (n,) bool
     h         (n,) the size of the next step, in log-SNR
@@ -235,7 +235,7 @@ class _Run:
         index, nfe = (np.array([getattr(s, name) for s in self.samples]) for name in ("index", "nfe"))
         h = np.array([sample.control.h for sample in self.samples])
         at = tuple(sample.at for sample in self.samples)
-        return AttemptInfo(index, at, self.batch.outside(x), np.array(norms), accepted, h, nfe)
+        return AttemptInfo(index, at, self.batch.outside(x * 1.0), np.array(norms), accepted, h, nfe)
 
     def _moved(
         self,

@@ -91,6 +91,8 @@ class NumpyFrame:
 
     def bits(self, array: Array) -> np.ndarray:
         stored: np.ndarray = np.ascontiguousarray(array)
+        if stored.dtype.name == "bfloat16":  # ml_dtypes
+            return stored.view(np.uint16)
         return stored.view(np.int16) if stored.dtype == np.float16 else stored
 
     def address(self, array: Array) -> tuple[int, Array]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
@@ -45,6 +48,7 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
     if tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, the sampler was made for {shape}")
+    _check_plain("x", x)
     if frame.dtype_of(x) not in FLOATS:
         raise ValueError(f"x has dtype {frame.dtype_of(x)}; it must be one of {', '.join(FLOATS)}")
     if frame.dtype_of(x) == "float64" and dtype != "float64":
@@ -58,10 +62,43 @@ def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Fr
         raise ValueError(
             f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}"
         )
+    _check_plain("out", out)
+    _check_writable(out)
     if frame.dtype_of(out) not in FLOATS:
         raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
     if frame.device_of(out) != model.device:
         raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}: move one of them")
+
+
+def _check_plain(name: str, array: Array) -> None:
+    """Raises TypeError for an array that is more than its elements."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, and a run has no masks: pass {name}.filled(value) or {name}.data")
+    layout = getattr(array, "layout", None)
+    if layout is not None and "strided" not in str(layout):
+        raise TypeError(f"{name} is a tensor of layout {layout}: pass {name}.to_dense()")
+
+
+def _check_writable(out: Array) -> None:
+    """Raises ValueError for memory that cannot hold one result."""
+    if isinstance(out, np.ndarray):
+        if not out.flags.writeable:
+            raise ValueError("out is read-only: pass an array that may be written to, or use the returned one")
+        strides = out.strides
+    else:
+        if out.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
+            raise ValueError("out is an inference tensor, which is read-only outside inference_mode: pass out.clone()")
+        if out.requires_grad and out.is_leaf:
+            raise ValueError("out is a leaf that requires grad, which cannot be written to: pass out.detach()")
+        strides = tuple(n * out.element_size() for n in out.stride())
+    # Nested axes: each one steps over everything that the axes of smaller strides span.
+    span = out.itemsize
+    for stride, size in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True) if n > 1):
+        if stride < span:
+            raise ValueError(
+                f"out of shape {tuple(out.shape)} has strides {strides}: its elements share memory, copy it"
+            )
+        span += stride * (size - 1)
 
 
 def model_frame(denoiser: DenoiserLike, device: Any) -> Frame:

@@ -55,7 +55,7 @@ class LoneRuns:
             self._waiting.setdefault(id(old.job), deque()).append(old)
         waiting = self._waiting.get(id(job))
         run = waiting.popleft() if waiting else self._make(job)
-        run.begin(x, streams, None)
+        run.begin(x, streams)
         self._runs[place], self._stage[place] = run, 0
 
     def _active(self) -> list[tuple[int, Run, int]]:
@@ -77,7 +77,7 @@ class LoneRuns:
     def advance(self, raws: Sequence[Array]) -> None:
         by_branch = dict(zip(self.branches(), raws, strict=True))
         for i, run, k in self._active():
-            run.advance(k, [by_branch[j][i : i + 1] for j in run.job.tables[k].branches], None)
+            run.advance(k, [by_branch[j][i : i + 1] for j in run.job.tables[k].branches])
             self._stage[i] = k + 1
 
     def result(self, place: int, job: Job) -> Array:

@@ -33,6 +33,11 @@ class Converter:
             return outer.wrap(values)
         return values if isinstance(outer, TorchFrame) else values.detach().cpu().numpy()
 
+    def copy(self, values: Array, outer: Frame | None) -> Array:
+        """An array of a run in the caller's library, in memory of its own."""
+        values = self.outside(values, outer)
+        return values.copy() if isinstance(values, np.ndarray) else values.clone()
+
     def result(self, values: Array, outer: Frame | None, dtype: str | None, out: Array | None = None) -> Array:
         """A run's sample as a new array of the caller's library, or in `out`. dtype: by default the state's."""
         values = self.outside(values, outer)

@@ -79,17 +79,19 @@ class Run(Protocol):
     """The memory of one run of a job's plan on one backend, used again by later runs.
 
     begin        take the latent x at the plan's first point (or draw it: None), and apply the init row
-    model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,)
+    model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
+                 so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
+    z            of both, the caller's own normals (B, ...) in place of those that the run would draw
     x, x0        the sample and the x0 prediction after stage k, (B, ...): memory of the run, valid until the next stage
     release      drop what later runs do not need
     """
 
     @property
     def job(self) -> Job: ...
-    def begin(self, x: Array | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None: ...
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None: ...
     def model_input(self, k: int) -> tuple[Array, Array]: ...
-    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None: ...
+    def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
     def x(self, k: int) -> Array: ...
     def x0(self, k: int) -> Array: ...
     def release(self) -> None: ...
@@ -173,7 +175,7 @@ class FusedRun:
         for launch in (self.init, *self.launches):
             launch.run(launch.memory, 0, 0)
 
-    def begin(self, x: np.ndarray | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+    def begin(self, x: np.ndarray | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
         """Take the latent (or draw it), and write the first model input."""
         self.times[...] = self.true_times
         first = self.job.start
@@ -185,13 +187,13 @@ class FusedRun:
             np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
         else:
             np.copyto(buffer, x)
-        noisy = noise is not None and self.job.program.init.noisy
-        (self._with_noise(self.init, 0, first, first, noise) if noisy else self.init)()
+        (self.init if z is None else self._with_noise(self.init, z))()
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        return self.views[k], self.t[k]
+        fresh = self.job.frame.detached
+        return fresh(self.views[k]), fresh(self.t[k])
 
-    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+    def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
         job, table, launch = self.job, self.job.tables[k], self.launches[k]
         address = job.frame.address
@@ -208,11 +210,13 @@ class FusedRun:
             held.append(kept)
         if table.p is not None:
             self._reduce_stage(table, raws)
-        factor = None
-        if table.variance is not None:
-            factor = job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
-        if table.draw is not None:
-            launch = self._with_noise(launch, table.draw, *table.span, noise, factor)
+        if table.variance is not None and table.draw is not None:
+            if z is None:
+                self._noise.normal_batch(self.latent, self.streams, table.draw, philox.STEP)
+                z = self.latent.reshape(job.shape)
+            z = z * job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
+        if z is not None:
+            launch = self._with_noise(launch, z)
         if self.serial:  # the compiled function itself: at small sizes every Python call shows
             launch.run(launch.memory, 0, self.units)
         else:
@@ -241,23 +245,7 @@ class FusedRun:
             x = None if table.slots[0] is None else self.buffers[table.slots[0]]
             self._reduce.threshold(x, r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
 
-    def _with_noise(
-        self,
-        launch: Launch,
-        draw: int,
-        at: Point,
-        to: Point,
-        noise: NoiseSource | None,
-        factor: np.ndarray | None = None,
-    ) -> Launch:
-        if noise is not None:
-            z = outside_noise(noise, draw, at, to, self.job.shape)
-        elif factor is None:
-            return launch  # the kernel draws it
-        else:
-            self._noise.normal_batch(self.latent, self.streams, draw, philox.STEP)
-            z = self.latent.reshape(self.job.shape)
-        z = z if factor is None else z * factor
+    def _with_noise(self, launch: Launch, z: np.ndarray) -> Launch:
         z = np.ascontiguousarray(z, self.job.dtype).reshape(self.rows)
         return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
 
@@ -281,17 +269,15 @@ class NaiveRun:
         self.buffers: list[Array] = [None] * job.program.buffers
         self.like = job.frame.empty((1,), job.model_dtype)
 
-    def begin(self, x: Any, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+    def begin(self, x: Any, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
         job, op = self.job, self.job.program.init
         self.streams = streams
-        first = job.start
         if x is None:
-            z = self._draw(0, philox.LATENT)
-            self.buffers[0] = z * first.sigma
+            self.buffers[0] = self._draw(0, philox.LATENT) * job.start.sigma
         else:
             self.buffers[0] = x if job.frame.is_array(x) else job.frame.array(x, job.dtype)
-        z = self._noise(0, first, first, noise) if op.noisy else None
-        (self.buffers[op.writes[0]],) = naive.step([self.buffers[0]], [], init_table(op, job.dtype), z=z)
+        drawn = self._normals(0, z) if op.noisy else None
+        (self.buffers[op.writes[0]],) = naive.step([self.buffers[0]], [], init_table(op, job.dtype), z=drawn)
         self.latest = self.buffers[op.writes[0]]
 
     def _draw(self, draw: int, domain: int) -> Array:
@@ -303,10 +289,8 @@ class NaiveRun:
         ]
         return job.frame.array(np.stack(rows).reshape(job.shape), job.dtype)
 
-    def _noise(self, draw: int, at: Point, to: Point, noise: NoiseSource | None) -> Array:
-        if noise is None:
-            return self._draw(draw, philox.STEP)
-        return self.job.frame.array(outside_noise(noise, draw, at, to, self.job.shape), self.job.dtype)
+    def _normals(self, draw: int, z: np.ndarray | None) -> Array:
+        return self._draw(draw, philox.STEP) if z is None else self.job.frame.array(z, self.job.dtype)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         job = self.job
@@ -314,12 +298,12 @@ class NaiveRun:
         x_in = naive.model_input(self.latest, c_in, self.like)
         return job.frame.concatenate([x_in] * job.copies(k)), job.frame.concatenate([job.times[k]])
 
-    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+    def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         job, table = self.job, self.job.tables[k]
         raws, variance = job.predictions(raws)
-        z = None if table.draw is None else self._noise(table.draw, *table.span, noise)
+        drawn = None if table.draw is None else self._normals(table.draw, z)
         if table.variance is not None:
-            z = z * job.denoiser.noise_factor(naive.cast(variance, z), table.variance)
+            drawn = drawn * job.denoiser.noise_factor(naive.cast(variance, drawn), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]
         p, limit, clip = table.p, None, job.denoiser.threshold
         if p is not None and job.denoiser.rescale and len(raws) > 1:
@@ -332,7 +316,7 @@ class NaiveRun:
             like = next(s for s in self.buffers if s is not None)
             m = naive.combine([slots[0], *(naive.cast(r, like) for r in raws)], p, like)
             limit = naive.threshold(m, clip.quantile, clip.maximum)
-        outputs = stage(slots, raws, table.w, z=z, p=p, limit=limit, backend="naive")
+        outputs = stage(slots, raws, table.w, z=drawn, p=p, limit=limit, backend="naive")
         for buffer, output in zip(table.writes, outputs, strict=True):
             self.buffers[buffer] = output
         self.latest = outputs[0]
@@ -350,9 +334,12 @@ class NaiveRun:
 
 
 def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> np.ndarray:
-    """The caller's own draw as a NumPy array. Raises ValueError unless it has the sample's shape."""
+    """A copy of the caller's own draw. Raises ValueError unless it has the sample's shape.
+
+    Ask for it before the network is called: `noise` may write to the network's outputs, or resize them.
+    """
     z = noise(draw, at, to, shape)
-    z = z.detach().cpu().double().numpy() if hasattr(z, "detach") else np.asarray(z)
+    z = np.array(z.detach().cpu().double().numpy() if hasattr(z, "detach") else z)
     if z.shape != shape:
         raise ValueError(f"noise returned shape {z.shape} for draw {draw}; the sample has shape {shape}")
-    return np.ascontiguousarray(z)
+    return z

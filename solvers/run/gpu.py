@@ -18,7 +18,7 @@ from fewstep.solvers.plans.program import Op
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.denoising import order_statistic
-from fewstep.solvers.run.engine import Job, NoiseSource, outside_noise
+from fewstep.solvers.run.engine import Job
 
 
 class DeviceTables(NamedTuple):
@@ -288,39 +288,33 @@ class TritonRun(DeviceMemory):
         if x is not None:
             self.state[0].copy_(x.reshape(self.state.shape[1:]))
 
-    def start(self, drawn: bool, noise: NoiseSource | None = None) -> None:
+    def start(self, drawn: bool, z: np.ndarray | None = None) -> None:
         """The latent, if it is drawn, and the first model input."""
         self.counter.zero_()
         if drawn:
             self._draw_latent()
-        job = self.job
-        z = None
-        if noise is not None and job.program.init.noisy:
-            z = self._outside(noise, 0, job.start, job.start)
-        self._init_stage(z)
+        self._init_stage(None if z is None else self.frame.array(z, "float32"))
 
-    def begin(self, x: Array | None, streams: np.ndarray | None, noise: NoiseSource | None) -> None:
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
         self.load(x, streams)
-        self.start(x is None, noise)
+        self.start(x is None, z)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         copies = self.job.copies(k)
         self._tick(copies)
         return self.x_in[: copies * self.job.batch], self.t[: copies * self.job.batch]
 
-    def advance(self, k: int, raws: Sequence[Array], noise: NoiseSource | None) -> None:
+    def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
         job, table = self.job, self.job.tables[k]
         raws, variance = job.predictions(raws)
-        z = None
-        if table.draw is not None and noise is not None:
-            z = self._outside(noise, table.draw, *table.span)
+        drawn = None if z is None else self.frame.array(z, "float32")
         if table.variance is not None and variance is not None and table.draw is not None:
-            if z is None:
-                z = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
-                self._noise.fill(z, self.streams.device, table.draw, philox.STEP)
-            z = z * job.denoiser.noise_factor(variance.float(), table.variance)
-        self._stage(raws, self.variant(k)[1], z)
+            if drawn is None:
+                drawn = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
+                self._noise.fill(drawn, self.streams.device, table.draw, philox.STEP)
+            drawn = drawn * job.denoiser.noise_factor(variance.float(), table.variance)
+        self._stage(raws, self.variant(k)[1], drawn)
 
     # --- launches ---
 
@@ -351,9 +345,6 @@ class TritonRun(DeviceMemory):
                 self.scratch, rescaled=p is not None,
             )  # fmt: skip
         return p, limit
-
-    def _outside(self, noise: NoiseSource, draw: int, at: Any, to: Any) -> Array:
-        return self.frame.array(outside_noise(noise, draw, at, to, self.job.shape), "float32")
 
     # --- results ---
 

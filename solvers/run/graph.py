@@ -97,11 +97,11 @@ class Graphs:
         run.start(drawn)
         for k in range(run.calls):
             stage = min(k, last)  # beyond the plan's own the tables' rows write nothing
-            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)), None)
+            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()
-        run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)), None)
+        run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
     def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
         key = self._structure, what

@@ -12,18 +12,18 @@ import numpy as np
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.compiled import Workspace
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.engine import NoiseSource
+from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.process import Point
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees after each completed step. x and x0 are valid until it returns; copy to keep them.
+    """What a callback sees after each completed step.
 
     step, steps  this step's number from 0, and how many there are
     calls        denoiser calls so far
     at, to       where the step's last call was made, and the marginal of x now
-    x, x0        the sample and the latest x0 prediction, (B, ...)
+    x, x0        the sample and the latest x0 prediction, (B, ...): copies, which the run does not read again
     """
 
     step: int
@@ -66,18 +66,22 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
     # A graph has its conditions bound into it.
     call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
     noise, callback = request.noise, request.callback
-    run.begin(request.x, request.streams, noise)
+    init = noise if job.program.init.noisy else None
+    run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
     step = 0
     with _bar(len(job.tables), request.progress) as bar:
         for k, table in enumerate(job.tables):
             if call is not None:
-                run.advance(k, call(table.branches, *run.model_input(k)), noise)
+                z = None
+                if noise is not None and table.draw is not None:
+                    z = outside_noise(noise, table.draw, *table.span, job.shape)
+                run.advance(k, call(table.branches, *run.model_input(k)), z)
             elif graphs is not None:
                 graphs.step(k)
             if bar is not None:
                 bar.update(1)
             if callback is not None and table.done:
-                x, x0 = (convert.outside(values, request.outer) for values in (run.x(k), run.x0(k)))
+                x, x0 = (convert.copy(values, request.outer) for values in (run.x(k), run.x0(k)))
                 callback(StepInfo(step, job.program.plan.steps, k + 1, table.at, table.to, x, x0))
             step += table.done
     return run.x(last)

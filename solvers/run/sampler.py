@@ -198,8 +198,8 @@ class Sampler:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
             if self.backend != "naive" and _wants_grad(x, outer):
                 raise ValueError(
-                    f"x requires grad, and backend={self.backend!r} keeps no graph: use Sampler(backend='naive') or "
-                    "SamplerModule, or pass x.detach()"
+                    f"x requires grad or has a tangent, and backend={self.backend!r} keeps no graph: use "
+                    "Sampler(backend='naive') or SamplerModule, or pass x.detach()"
                 )
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
@@ -285,4 +285,9 @@ def sample(
 
 
 def _wants_grad(x: Array, frame: Frame | None) -> bool:
-    return isinstance(frame, TorchFrame) and x.requires_grad and frame.torch.is_grad_enabled()
+    """Whether autograd, in either mode, would go on from x."""
+    if not isinstance(frame, TorchFrame):
+        return False
+    if x.requires_grad and frame.torch.is_grad_enabled():
+        return True
+    return frame.torch.autograd.forward_ad.unpack_dual(x).tangent is not None
