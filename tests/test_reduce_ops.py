@@ -75,7 +75,7 @@ def test_operators_pass_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_gradient_is_refused(name: str) -> None:
-    """A stage takes these numbers as constants: a slope of 0 through them would be a silent mistake."""
+    """A stage treats these numbers as constants: gradients through them would be silently 0."""
     operator, arguments = CALLS[name]
     tensors = [t.detach().clone().requires_grad_() for t in torch.utils._pytree.tree_leaves(arguments[0])]
     first = tensors if isinstance(arguments[0], list) else tensors[0]

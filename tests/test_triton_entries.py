@@ -118,7 +118,7 @@ def test_the_compiler_sees_one_node() -> None:
 
 
 def test_a_gpu_is_traced_without_one() -> None:
-    """Fake CUDA tensors through the named updates: shapes, dtypes and devices of what would come back."""
+    """Fake CUDA tensors through the named updates: shapes, dtypes and devices of the results."""
     with FakeTensorMode():
         x, raw = torch.empty(2, 3, 4, device="cuda"), torch.empty(2, 3, 4, device="cuda", dtype=torch.bfloat16)
         w, one = torch.empty(1, 2, layout.COLUMNS, device="cuda"), torch.ones(1, device="cuda")
