@@ -1,4 +1,4 @@
-"""The benchmark's table: every case beside its peer and its budget, printed after the run.
+"""The benchmark's table: every case with its peer and its budget, printed after the run.
 
 make bench                      medians, ratios, budgets
 make bench SAVE=1               the same, written to bench/results/cpu.json and the README

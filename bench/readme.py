@@ -1,8 +1,8 @@
 """Write the measured tables of the README and the docs from bench/results: `python bench/readme.py`.
 
 Between <!-- cpu --> and <!-- /cpu --> of README.md goes the table of `make bench SAVE=1`, between <!-- gpu --> and
-<!-- /gpu --> that of `make gpu`, or "not measured" while no results belong to the kernels as they are; between
-<!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md the first one's rows of the drop-in schedulers.
+<!-- /gpu --> that of `make gpu`, or "not measured" if no results match the current kernels. The rows of
+`make bench SAVE=1` for the drop-in schedulers go between <!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md.
 """
 
 import hashlib
@@ -109,7 +109,7 @@ def gpu_table(results=RESULTS):
 
 
 def filled(text, name, lines):
-    """The text with these lines between the name's two marks. Raises ValueError where a mark is missing."""
+    """The text with these lines between the two marks of `name`. Raises ValueError if a mark is missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     if not pattern.search(text):
         raise ValueError(f"the text has no <!-- {name} --> ... <!-- /{name} -->")

@@ -1,4 +1,4 @@
-"""What `step()` of a drop-in scheduler costs beside diffusers' own, for the caller who changes one import.
+"""The time of a drop-in scheduler's `step()` compared with diffusers', for a caller who changes one import.
 
 Both make the same call with the same arguments on one thread; the gate compares their results first.
 """
@@ -14,7 +14,7 @@ from fewstep.cli.timing import Side, clock, interleaved
 
 REPEATS, STEPS = 60, 20
 
-# Ratios of diffusers' time that must hold at (1, 4, 64, 64); the rest for information.
+# Required ratios of diffusers' time at (1, 4, 64, 64); the others are reported only.
 CASES = {
     "2M": ("DPMSolverMultistepScheduler", {}, 5),
     "UniPC": ("UniPCMultistepScheduler", {}, 15),

@@ -1,8 +1,8 @@
-"""What a stage and a loop cost on a GPU, beside the floors of the same run and beside peers. `make gpu` runs it.
+"""The time of a stage and of a loop on a GPU, compared with peers and with lower bounds: `make gpu`.
 
-Two floors: a copy that moves as many bytes, and an empty node of a CUDA graph. Sides take turns in one process; figures
-are medians, beside the 99th percentiles. Every time stands behind its gate: the case's sample is the oracle's.
-Writes bench/results/<gpu>.json with the hash of the kernels that it measured.
+There are two lower bounds: a copy of as many bytes, and an empty node of a CUDA graph. The two sides alternate in one
+process; figures are medians, with the 99th percentiles. A time is reported only if the sample equals the oracle's.
+Writes bench/results/<gpu>.json with the hash of the measured kernels.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def rows() -> Iterator[Rows]:
 def microseconds(run: Callable[[], Any], inner: int = 1) -> float:
     """GPU time of one of `inner` calls, from events around all of them."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(10**6)  # half a millisecond in which the host gets ahead: its launches are not what is timed
+    torch.cuda._sleep(10**6)  # half a millisecond for the host to get ahead, so that its launches are not timed
     start.record()
     for _ in range(inner):
         run()
@@ -99,7 +99,7 @@ def microseconds(run: Callable[[], Any], inner: int = 1) -> float:
 
 
 def turns(sides: list[Callable[[], float]], repeats: int = REPEATS) -> list[list[float]]:
-    """Each side measured in its turn, after one turn that is thrown away."""
+    """Measure the sides alternately, after one round that is discarded."""
     samples: list[list[float]] = [[] for _ in sides]
     for side in sides:
         side()
@@ -198,7 +198,7 @@ def _nothing(pointer):  # type: ignore[no-untyped-def]
 
 
 def wall(run: Callable[[], Any], steps: int, before: Callable[[], Any] = lambda: None) -> float:
-    """Microseconds a step until the GPU is done; `before` comes off the clock."""
+    """Microseconds per step until the GPU has finished, without the time of `before`."""
     before()
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -236,7 +236,7 @@ def test_a_loop_beside_eager_diffusers(rows: Rows) -> None:
 
 
 def test_a_loop_beside_an_eager_and_a_compiled_step(rows: Rows) -> None:
-    """The plain expression of a 2M step in torch: eager, and compiled with CUDA graphs in the faster of two ways."""
+    """A 2M step as a plain torch expression: eager, and compiled with CUDA graphs in the faster of two ways."""
     steps = 20
     gate("dpmpp_2m", "float16", False, {})
     made = sampler("dpmpp_2m", SMALL, free(), steps, "loop")
@@ -301,7 +301,7 @@ def test_replays_are_steady(rows: Rows) -> None:
 
 
 def host(run: Callable[[], Any]) -> float:
-    """The host's time to hand the work over, without waiting for it."""
+    """The host's time to launch the work, without waiting for it."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     run()
@@ -378,7 +378,7 @@ def test_a_small_network_end_to_end(rows: Rows) -> None:
 
 
 def marked(network: Any) -> Callable[..., Any]:
-    """A network whose outputs are read before its next call: what a recorded one needs to be told."""
+    """A network whose outputs are read before its next call, as a recorded network requires."""
 
     def call(x: Any, t: Any, **cond: Any) -> Any:
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,4 +1,4 @@
-"""What a step costs beside diffusers' scheduler, and beside the floor. Every time stands behind its gate."""
+"""The time of a step compared with diffusers' scheduler and with the lower bound, behind a correctness gate."""
 
 import statistics
 import subprocess
@@ -15,7 +15,7 @@ from fewstep.kernels.numba_noise import normal_batch
 
 REPEATS = 60
 
-# Ratios of diffusers' time to ours that must hold at (1, 4, 8, 8) and (1, 4, 64, 64); larger shapes for information.
+# Required ratios of diffusers' time to ours at (1, 4, 8, 8) and (1, 4, 64, 64); larger shapes are reported only.
 BUDGETS = {
     "euler": (6, 6),
     "ddim": (10, 8),

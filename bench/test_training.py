@@ -1,7 +1,7 @@
-"""What distillation's own arithmetic costs beside eager torch, and how many bytes it moves. The networks are free.
+"""The time and memory traffic of distillation's arithmetic compared with eager torch, without the networks.
 
-Both sides do the same job from the same batch, one thread, in turn: the gate compares both with the eager expression
-in float64. Bytes are counted, not estimated: every operator's tensors, read and written, views left out.
+Both sides compute the same result from the same batch, alternately, on one thread; the gate compares both with the
+eager expression in float64. Bytes are counted from the tensors that each operator reads and writes, except views.
 """
 
 import statistics
@@ -217,7 +217,7 @@ CASES = {
     "boundary and pseudo-Huber": boundary_and_loss,
     "noising and c_in": noising,
 }
-# Eager's time over ours that must hold beyond the cache; the rest for information.
+# Required ratios of eager's time to ours beyond the cache; the others are reported only.
 BUDGETS = {"LCM target": 2, "progressive target": 2, "consistency target by Heun": 2}
 
 
@@ -251,7 +251,7 @@ def test_training_arithmetic(name, shape, benchmark, report, one_thread, monkeyp
 @pytest.mark.parametrize("width", [128, 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_float32_average_of_16_bit_parameters(dtype, width, benchmark, report, one_thread):
-    """`update_ema` beside conversion and `_foreach_lerp_`, on a perceptron of three layers. The kernel takes the
+    """`update_ema` compared with conversion and `_foreach_lerp_`, on a perceptron of three layers. The kernel takes the
     weights of the wide one: 10 bytes an element (4 + 2 read, 4 written), 20 with the converted copy."""
     net = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(3)))
     kept = [frozen_copy(net) for _ in range(2)]

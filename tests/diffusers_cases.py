@@ -1,4 +1,4 @@
-"""Runs of a diffusers scheduler beside its fused twin, for the tests of the twins."""
+"""Runs of a diffusers scheduler and of its fused twin, for the tests of the twins."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fewstep.bindings.diffusers.update import Update
 
 SHAPE = (2, 3, 4, 4)
 
-# Relative to the largest element so far: both round in float32, in another order.
+# Relative to the largest element so far: both round in float32, but in different orders.
 ROUNDING = 2e-5
-# The parent's own float32 run is that far from its float64 run: terms that cancel.
+# The parent's float32 run differs that much from its float64 run: terms cancel.
 OWN_ROUNDING = {
     "SASolverScheduler": 2e-4,
     "DPMSolverMultistepInverseScheduler": 1e-4,
@@ -54,7 +54,7 @@ def make(library: Any, name: str, **config: Any) -> Any:
 
 @contextlib.contextmanager
 def only_fused(name: str) -> Iterator[None]:
-    """Fails where a twin falls back on its parent's own step."""
+    """Fails if a twin falls back on its parent's step."""
     twin = getattr(twins, name)
     parent = twin.__bases__[1]
     step = parent.step
@@ -86,12 +86,12 @@ def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
 
 
 def without_compiler() -> contextlib.AbstractContextManager[None]:
-    """The update's naive twin in place of the Numba kernel, which is compiled anew for every structure."""
+    """The naive update instead of the Numba kernel, which would be compiled for every structure."""
     return updated_by(Update._naive)
 
 
 def same_bits(name: str, config: dict[str, Any], steps: int, dtype: torch.dtype) -> None:
-    """The update by the operator, as on a GPU, is its naive twin's to the bit: the same terms in the same order."""
+    """The operator's update, as on a GPU, equals the naive one bit for bit: the same terms in the same order."""
     ends = []
     for update in (Update._naive, Update._operator):
         with updated_by(update):
@@ -116,7 +116,7 @@ def run(
     begin_index: bool = False,
     **options: Any,
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Every output of a run over a network that answers with a fixed sequence, and the generator's state at its end."""
+    """Every output of a run with a fixed sequence of network outputs, and the generator's state at the end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if setting is None:
@@ -150,7 +150,7 @@ def compare(name: str, parent: Any, twin: Any, *args: Any, fused: bool = True, *
     """Both make the same run, or raise the same error."""
     try:
         expected, drawn = run(parent, *args, **kwargs)
-    except Exception as error:  # whatever the parent says of these options, the twin says too
+    except Exception as error:  # the twin raises the parent's error for these options
         with pytest.raises(type(error), match=re.escape(str(error))):
             run(twin, *args, **kwargs)
         return
@@ -162,7 +162,7 @@ def compare(name: str, parent: Any, twin: Any, *args: Any, fused: bool = True, *
     dtype = kwargs.get("dtype", torch.float32)
     where = difference(name, expected, found, dtype)
     if where is not None:
-        # The parent's own float32 rounding can be the larger error by far: then its float64 run is the judge.
+        # The parent's float32 rounding can be the larger error: then its float64 run is the reference.
         deterministic = torch.equal(drawn, torch.Generator().manual_seed(2).get_state())
         assert dtype == torch.float32, where
         assert deterministic, where
@@ -189,7 +189,7 @@ def difference(name: str, expected: Any, found: Any, dtype: torch.dtype) -> tupl
             assert b[field].shape == value.shape, (k, field)
             if not value.isfinite().all():
                 assert not b[field].isfinite().all(), (k, field)
-                return None  # from here on the parent's numbers mean nothing
+                return None  # the parent's values are meaningless from here on
             scale = max(scale, float(value.abs().max()))
             error = float((value.double() - b[field].double()).abs().max()) / scale
             if not error <= tolerance(name, dtype):
@@ -198,7 +198,7 @@ def difference(name: str, expected: Any, found: Any, dtype: torch.dtype) -> tupl
 
 
 def assert_same_state(name: str, parent: Any, twin: Any) -> None:
-    """The twin's attributes are the parent's: whoever reads them, or takes over with the parent's step, can."""
+    """The twin's attributes are the parent's, so that the parent's step can continue the run."""
     ours = {n: v for n, v in vars(twin).items() if n != "_cursor"}
     assert places(vars(parent)) == places(ours)
     for attribute, value in vars(parent).items():

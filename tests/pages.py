@@ -1,4 +1,4 @@
-"""The code of a page in docs/, to be run: what a reader copies must work."""
+"""The code blocks of a page in docs/, to be executed by tests."""
 
 from __future__ import annotations
 

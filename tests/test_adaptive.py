@@ -1,4 +1,4 @@
-"""Adaptive sampling: the tolerance is kept, by each sample alone; against k-diffusion's and SciPy's loops."""
+"""Adaptive sampling: each sample meets the tolerance independently; against k-diffusion's and SciPy's loops."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_perfect_denoiser_is_solved_without_error(solver):
     assert found.accepted[0] < 10
 
 
-# --- against other people's loops ---
+# --- against published loops ---
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -164,7 +164,7 @@ def test_one_sample_is_k_diffusions_loop(order, options, backend):
     )
     np.testing.assert_allclose(found.x, expected, rtol=1e-9, atol=1e-10)
     assert (found.accepted[0], found.rejected[0]) == (accepted, rejected)
-    # k-diffusion makes `order` calls in each attempt; here a rejected one leaves its first call to the next.
+    # k-diffusion makes `order` calls in each attempt; here a rejected attempt passes its first call to the next.
     assert found.nfe[0] == order * (accepted + rejected) - rejected
 
 
@@ -191,7 +191,7 @@ def test_dormand_prince_is_scipys_pair(tol):
 
 
 def test_a_rejected_last_step_shrinks_from_what_was_tried():
-    """k-diffusion shrinks the uncut step, and tries the same cut one again until that is short enough."""
+    """k-diffusion shrinks the uncut step, and repeats the same cut step until the uncut one is shorter."""
     ours = Controller.of(8.0, 0.0, 1.0, 0.0, 2, 0.81)
     assert not ours.propose(4.0, 0.5)
     assert ours.h < 0.5
@@ -200,7 +200,7 @@ def test_a_rejected_last_step_shrinks_from_what_was_tried():
     assert theirs.h > 0.5
 
 
-# --- each sample by itself ---
+# --- independence of samples ---
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -280,7 +280,7 @@ def test_counts(solver, h_init):
     else:
         expected = PAIRS[solver].order * attempts - found.rejected
     np.testing.assert_array_equal(found.nfe, expected + 1)  # the last goes to clean data
-    # The network sees nothing of the samples that are done.
+    # The network is not called on finished samples.
     assert model.rows == found.nfe.sum()
     assert found.nfe.dtype == found.accepted.dtype == found.rejected.dtype == np.int64
     assert found._fields == ("x", "nfe", "accepted", "rejected")
@@ -544,7 +544,7 @@ def test_nan_and_endless_steps_are_errors():
         return np.sin(1e6 * v)
 
     denoiser = fs.Denoiser(rough, fs.EDM(), predicts="sample")
-    with pytest.raises(RuntimeError, match=r"sample 0 has come to t = .* in max_attempts = 50 steps, \d+ rejected"):
+    with pytest.raises(RuntimeError, match=r"sample 0 is only at t = .* after max_attempts = 50 steps, \d+ rejected"):
         fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, max_attempts=50)
 
 
@@ -552,7 +552,7 @@ def test_nan_and_endless_steps_are_errors():
 
 
 def test_outside_noise_is_asked_by_sample_and_step():
-    """Normals of a sample's own, given from outside by its draw number, are what the loop draws from the same seed."""
+    """Outside normals of each sample by draw number give the same result as the loop's own draws from the seed."""
     options = {"eta": 0.7, "rtol": 0.05, "atol": 0.01}
     x = latents(GAUSSIAN, fs.EDM(), 3)
     denoiser = GAUSSIAN.denoiser(fs.EDM())
@@ -567,7 +567,7 @@ def test_outside_noise_is_asked_by_sample_and_step():
         one = fs.sample_adaptive(denoiser, x[i : i + 1], noise=noise, **options)
         own = fs.sample_adaptive(denoiser, x[i : i + 1], seed=5, first_sample=i, **options)
         np.testing.assert_array_equal(one.x, own.x)
-        # Each accepted step but the last draws, from where it began to where it ends.
+        # Each accepted step but the last draws, for the interval from its start to its end.
         assert len(asked) == one.accepted[0] - 1
         assert asked[0][0] == fs.EDM().sigma_max
         assert all(end == start for (_, end), (start, _) in pairwise(asked))

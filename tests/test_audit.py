@@ -1,4 +1,4 @@
-"""The audit counts what a loop written here does, and says what it found."""
+"""The audit's counts and report for a loop whose cost is known."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sleeper(torch.nn.Module):
 
 
 def loop(module: torch.nn.Module, steps: int, pause: float) -> torch.Tensor:
-    """A loop of known cost: outside the denoiser one product, one sum in place, one view and one sync a step."""
+    """A loop of known cost: outside the denoiser one product, one in-place sum, one view and one sync per step."""
     x = torch.ones(4, 4)
     x = x.cos().sin()  # before the first step: not counted
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The benchmark itself: that a wrong kernel gets no time, and that its bytes are the plan's."""
+"""The benchmark itself: a wrong kernel gets no time, and the bytes are those of the plan."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ FIELDS = {
 
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
-    """Coefficients a ten-thousandth off: the gate is red, and every time is None."""
+    """Coefficients wrong by 1e-4: the gate fails, and every time is None."""
     from fewstep.kernels import numba_step
 
     true = numba_step.Launch
@@ -44,7 +44,7 @@ def test_a_wrong_kernel_gets_no_time(monkeypatch):
 
 
 def test_another_sampler_is_no_peer(monkeypatch):
-    """The gate to diffusers is on the end point: DDIM's scheduler beside DPM-Solver++ 2M is found out."""
+    """The gate compares the end point with diffusers': DDIM's scheduler does not pass for DPM-Solver++ 2M."""
     pytest.importorskip("diffusers")
     monkeypatch.setitem(microbench.PEERS, "dpmpp_2m", microbench.PEERS["ddim"])
     with pytest.raises(GateError, match="and diffusers differ"):
@@ -138,7 +138,7 @@ def test_rows_of_the_gpus_benchmark(monkeypatch):
 
 
 def test_make_gpu_starts_what_it_says():
-    """Its commands to the letter, but for what pytest would run."""
+    """The exact commands, except for the pytest run itself."""
     dry = ["make", "-n", "gpu", f"PYTHON={sys.executable}"]
     lines = subprocess.run(dry, capture_output=True, text=True, check=True, cwd=ROOT).stdout.splitlines()
     commands = [line.partition(" -m pytest ") for line in lines if " -m pytest " in line]

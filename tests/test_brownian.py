@@ -1,4 +1,4 @@
-"""The virtual Brownian tree: a path that any grid sees, with the law of Brownian motion on the SNR clock."""
+"""The virtual Brownian tree: one path for all grids, with the law of Brownian motion on the SNR clock."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_without_guidance_it_is_the_solver_itself():
         return fs.sample(guided(grid.process, guidance), x, solver=solver, grid=grid, cond=cond, dtype="float64")
 
     np.testing.assert_allclose(run("euler_cfg_pp", None), run("ddim", None), atol=1e-12)
-    # At scale 1 the step goes to the conditional prediction, and the null branch still renoises.
+    # At scale 1 the step uses the conditional prediction, and renoises with the null branch.
     assert np.abs(run("euler_cfg_pp", 1.0) - run("ddim", None)).max() > 0.05
     assert np.abs(run("euler_cfg_pp", SCALE) - run("ddim", SCALE)).max() > 0.1
 

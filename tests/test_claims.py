@@ -107,7 +107,7 @@ def test_at_6_calls_ddim_is_nearer_to_the_digits_than_ddpm(name):
 def test_churn_hurts_an_exact_denoiser_and_helps_an_imperfect_one_up_to_a_point():
     """Relative error of the variance of a Gaussian under EDM's sampler, 79 calls, without any sampling noise.
 
-    The imperfect denoiser errs at high noise (about sigma = 6); what churn draws anew there forgets it.
+    The imperfect denoiser errs at high noise (about sigma = 6); fresh noise from churn removes that error.
     """
     churns = (0.0, 2.0, 5.0, 10.0, 20.0)
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints and writes, its exit codes, and that it never leaves half a file."""
+"""The command line: its output and files, its exit codes, and that files are written atomically."""
 
 import json
 import os
@@ -283,7 +283,7 @@ def test_the_floor_is_what_chance_makes_of_real_data():
 
 
 def test_a_step_costs_the_same_whatever_the_network():
-    """The step cost leaves the network out, and counts steps: Heun's are two calls."""
+    """The cost per step excludes the network; a step of Heun is two calls."""
     import time
 
     from fewstep.cli.comparison import step_cost

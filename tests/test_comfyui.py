@@ -1,8 +1,8 @@
 """The custom nodes, on a stand-in for ComfyUI.
 
-ComfyUI itself is not here: `comfy.samplers` below is a stand-in written from its interface, with the two things that
-these nodes use of it (a KSAMPLER that is called as SamplerCustom calls it, and a wrapped model that takes the extra
-arguments). It shows that the nodes keep to that interface, and not that ComfyUI does.
+ComfyUI is not installed: `comfy.samplers` below is a fake written from its interface, with the two parts that the nodes
+use (a KSAMPLER that is called as SamplerCustom calls it, and a wrapped model that takes the extra arguments). It tests
+that the nodes follow that interface, not that ComfyUI does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Eps:
 
 
 class CONST(Eps):
-    """Stand-in for that of a flow model, under the name that it is known by."""
+    """Stand-in for ComfyUI's sampling of a flow model, under its name there."""
 
     sigma_max = 1.0
 
@@ -143,7 +143,7 @@ def test_mappings_are_what_comfyui_reads():
 
 
 def test_every_option_of_a_sampler_is_an_input():
-    """But for functions, which no widget can hold, and what the interface itself passes."""
+    """Except for functions, which no widget can hold, and the arguments of the interface."""
     passed = {"model", "x", "sigmas", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "flow"}
     functions = {"noise_sampler", "tau_func", "noise_scaler", "return_info"}
     import inspect
@@ -227,7 +227,7 @@ def test_outside_comfyui_only_making_a_sampler_fails(monkeypatch):
 
 
 def test_the_page(monkeypatch):
-    """docs/comfyui.md, whose `before` asks the stand-in for its own sampler."""
+    """docs/comfyui.md; its `before` block uses the fake's sampler."""
     page = blocks("comfyui.md")
     built_in = KSAMPLER(lambda *args, **options: k_diffusion.sample_dpmpp_2m(*args, **options))
     monkeypatch.setattr(sys.modules["comfy.samplers"], "sampler_object", lambda name: built_in, raising=False)

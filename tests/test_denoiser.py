@@ -1,7 +1,7 @@
-"""What the network is given and what is made of its output: prediction types, time, guidance, dtypes.
+"""The network's inputs and the use of its output: prediction types, time, guidance, dtypes.
 
-Everything is compared with formulas written here, on a posterior mean whose values no symmetry hides. The
-fused backend runs it unless a test says otherwise.
+Everything is compared with formulas written here, on an asymmetric posterior mean. The fused backend is used unless a
+test says otherwise.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def posterior(x: np.ndarray, alpha: Any, sigma: Any) -> np.ndarray:
 
 
 def raw_of(predicts: str, x: np.ndarray, alpha: Any, sigma: Any, sigma_data: float) -> np.ndarray:
-    """What a perfect network of each type returns, from the papers' definitions of its target."""
+    """The output of a perfect network of each type, from the papers' definitions of its target."""
     x0 = posterior(x, alpha, sigma)
     eps = (x - alpha * x0) / sigma
     if predicts == "epsilon":
@@ -50,7 +50,7 @@ def raw_of(predicts: str, x: np.ndarray, alpha: Any, sigma: Any, sigma_data: flo
 
 
 def network(process: Any, predicts: str, time_scale: float = 1.0, sigma_data: float = 0.5) -> Any:
-    """A network that knows nothing but its arguments, in float64."""
+    """A network that computes from its arguments alone, in float64."""
 
     def model(x_in: np.ndarray, t: np.ndarray) -> np.ndarray:
         assert t.shape == (len(x_in),)
@@ -327,7 +327,7 @@ def test_the_null_condition_can_live_in_the_denoiser() -> None:
     a = sample(fs.Denoiser(Recorder(), VP, guidance=2.0, null={"c": NULL}), {"c": LABELS})
     b = sample(fs.Denoiser(Recorder(), VP, guidance=2.0), ({"c": NULL}, {"c": LABELS}))
     assert a.tobytes() == b.tobytes()
-    # A pair still overrides it, and without guidance the null condition is not used.
+    # A pair of conditions overrides it; without guidance it is not used.
     c = sample(fs.Denoiser(Recorder(), VP, guidance=2.0, null={"c": LABELS}), ({"c": NULL}, {"c": LABELS}))
     assert a.tobytes() == c.tobytes()
     d = sample(fs.Denoiser(Recorder(), VP, null={"c": NULL}), ({"c": NULL}, {"c": LABELS}))

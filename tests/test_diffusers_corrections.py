@@ -1,4 +1,4 @@
-"""What diffusers gets wrong: the default has the same bug, `corrected=True` the value of a formula written here."""
+"""Bugs of diffusers: the default reproduces them, `corrected=True` gives the value of a formula written here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_nothing_changes_by_default(name: str) -> None:
 
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
 def test_the_wish_is_kept(name: str, tmp_path: Any) -> None:
-    """In the configuration, through saving, and not in a twin that was not asked."""
+    """The option is saved in the configuration, and off by default."""
     scheduler = corrected(name)
     assert scheduler.config.corrected is True
     scheduler.save_pretrained(tmp_path)
@@ -135,7 +135,7 @@ def test_ipndm_keeps_what_it_reads() -> None:
 
 
 def test_lcm_does_not_noise_its_result() -> None:
-    """With custom times and fewer of them than num_inference_steps says, the last step is the last step."""
+    """With fewer custom times than num_inference_steps, the last given time is the last step."""
     ends = []
     for scheduler in (corrected("LCMScheduler"), make(twins, "LCMScheduler")):
         scheduler.set_timesteps(timesteps=[999, 759, 499, 259])
@@ -242,7 +242,7 @@ def test_what_is_accepted_in_silence_is_refused(name: str, config: dict[str, Any
 
 
 def test_a_configuration_is_not_rewritten() -> None:
-    """For an odd number of steps the parent sets lower_order_final, and leaves it so for the even ones after it."""
+    """For an odd number of steps the parent sets lower_order_final, and does not reset it for later even numbers."""
     config = {"lower_order_final": False, "final_sigmas_type": "sigma_min", "solver_order": 2}
     name = "DPMSolverSinglestepScheduler"
     right, usual = corrected(name, **config), make(twins, name, **config)

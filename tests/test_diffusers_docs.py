@@ -1,4 +1,4 @@
-"""The code of docs/diffusers.md and docs/audit.md, as it stands there, does what the pages say."""
+"""The code of docs/diffusers.md and docs/audit.md runs, and does what the pages say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the twins' update does on a GPU, without one: its operator on CPU tensors, and a trace on fake CUDA tensors.
+"""The twins' GPU update, tested without a GPU: its operator on CPU tensors, and a trace on fake CUDA tensors.
 
 `interpreted/dropins.py` runs the Triton side of the same calls.
 """
@@ -46,7 +46,7 @@ def test_the_operator_is_its_naive_twin(name: str, config: dict[str, Any], dtype
 
 
 def test_a_source_that_no_row_reads_is_not_loaded() -> None:
-    """UniPC's first step reads nothing of its memory, and its table says so."""
+    """UniPC's first step reads none of its memory, as its table shows."""
     (launch,) = first_update("UniPCMultistepScheduler").launches
     assert launch.live == [0]
 
@@ -85,7 +85,7 @@ class Trace(TorchDispatchMode):
 def test_a_step_on_cuda_is_one_operator(
     name: str, config: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On fake CUDA tensors: once the schedule is known, no upload, no cast, nothing read back; the stage is all."""
+    """On fake CUDA tensors: once the schedule is known, a step is one stage, without upload, cast or read-back."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         x, raw, z = (torch.empty(SHAPE, dtype=dtype, device="cuda") for _ in range(3))

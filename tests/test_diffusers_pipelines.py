@@ -46,7 +46,7 @@ def test_the_same_image(name: str) -> None:
 
 
 def test_one_scheduler_in_two_threads() -> None:
-    """Each call has the image that it has alone; the state is the thread's, not the object's."""
+    """Each concurrent call gives the image that it gives alone: the state belongs to the thread, not the object."""
     make, arguments = CASES["StableDiffusion UniPC"]
     first, second = make(), make()
     fs.accelerate(first)
@@ -100,7 +100,7 @@ def test_callbacks_see_and_change_the_latents() -> None:
 
 
 def test_interrupt_and_begin_again() -> None:
-    """A run that is interrupted, or fails, leaves nothing behind."""
+    """An interrupted or failed run leaves no state behind."""
     make, arguments = CASES["StableDiffusion"]
     pipe = make()
     fs.accelerate(pipe)
@@ -129,7 +129,7 @@ def test_sixteen_bits() -> None:
 
 
 def test_saved_pipelines_come_back(tmp_path: Any) -> None:
-    """As diffusers' own; where fewstep is not installed too, if they were restored before."""
+    """A saved pipeline gives the same images; one that was restored before saving does not mention fewstep."""
     make, arguments = CASES["DDIM"]
     pipe = make()
     expected = image(pipe, arguments())

@@ -21,8 +21,8 @@ from fewstep.bindings.diffusers.transition import State
 # diffusers hands tensors to NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
-# What a configuration may hold, for every scheduler that has such an argument. Combinations that the parent refuses
-# are compared too: the twin must refuse them with the same words.
+# Configurations, for every scheduler that has the argument. Where the parent rejects a combination, the twin must
+# raise the same error.
 CHOICES: dict[str, list[Any]] = {
     "beta_schedule": ["linear", "scaled_linear", "squaredcos_cap_v2"],
     "prediction_type": ["epsilon", "sample", "v_prediction"],
@@ -147,7 +147,7 @@ def test_fused_configurations(name: str, config: dict[str, Any], options: dict[s
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_default_configuration(name: str, dtype: torch.dtype) -> None:
-    """In float64 to its last digits, wherever the parent computes in float64: the coefficients are the parent's own."""
+    """Equal to the last digits of float64, if the parent computes in float64: the coefficients are the parent's."""
     compare(name, *pair(name), dtype=dtype)
 
 
@@ -163,7 +163,7 @@ def test_default_configuration(name: str, dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits_are_nearer_to_the_truth(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """Dtypes are the parent's; the fused step rounds once where the parent rounds after every operation."""
+    """The dtypes are the parent's. The fused step rounds once, the parent after every operation."""
     parent, twin = pair(name, **config)
     exact, _ = pair(name, **config)
     for scheduler in (parent, twin, exact):
@@ -361,7 +361,7 @@ def test_sigmas_edited_in_place_in_inference_mode() -> None:
 
 
 def test_an_edit_stays_with_its_scheduler() -> None:
-    """What was probed before an edit in place is not probed again from edited tensors."""
+    """Steps that were probed before an in-place edit are not probed again with the edited tensors."""
     name = "UniPCMultistepScheduler"
     _, twin = pair(name, solver_order=3)
     twin.set_timesteps(11)
@@ -372,7 +372,7 @@ def test_an_edit_stays_with_its_scheduler() -> None:
 
 
 def test_configuration_edited_in_place() -> None:
-    """Stable Cascade does; the frozen dictionary lets attributes through."""
+    """Stable Cascade sets attributes on the frozen configuration."""
 
     def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
         scheduler.config.prediction_type = "sample"
@@ -392,7 +392,7 @@ def test_sigmas_replaced() -> None:
 
 
 def test_memory_edited_as_pipelines_do() -> None:
-    """ChronoEdit drops frames: it slices the remembered tensors in their list, and the sample with them."""
+    """ChronoEdit drops frames: it slices the sample and the remembered tensors."""
 
     def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
         scheduler.model_outputs[1] = scheduler.model_outputs[1][:1]
@@ -404,7 +404,7 @@ def test_memory_edited_as_pipelines_do() -> None:
 
 
 def test_the_parent_can_take_over() -> None:
-    """Where gradients are wanted, or a step has an argument that is no number, the parent's own step runs on."""
+    """If gradients are needed, or an argument of a step is not a number, the parent's step is used."""
     parent, twin = pair("UniPCMultistepScheduler")
     gradients = []
     for scheduler in (parent, twin):
@@ -447,7 +447,7 @@ def test_channels_last_and_slices() -> None:
 
 
 def test_tensors_that_are_views_in_more_than_memory() -> None:
-    """Expanded, and the imaginary part of a conjugate, of which torch negates each number when it reads it."""
+    """Expanded tensors, and the imaginary part of a conjugate, which torch negates lazily."""
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(1, 3, 4, 4, generator=generator, dtype=torch.float64).expand(2, 3, 4, 4)]
     for shape in ((2, 3, 4, 4), (1, 1, 1, 1)):
@@ -468,7 +468,7 @@ def test_tensors_that_are_views_in_more_than_memory() -> None:
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_inside_torch_compile(name: str) -> None:
-    """The compiler breaks its graph at a step, and the step runs as ever."""
+    """The compiler breaks its graph at a step, and the step runs uncompiled."""
     parent, twin = pair(name)
     raws = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
 
@@ -511,7 +511,7 @@ def test_what_a_step_returns_is_the_callers() -> None:
 @pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
 def test_a_second_run_knows_every_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after an interrupted one, whose leftovers a new schedule must not confuse with its own."""
+    """Also after an interrupted run, whose state must not leak into a new schedule."""
     parent, twin = pair(name)
     with without_compiler():
         for scheduler in (parent, twin):

@@ -1,4 +1,4 @@
-"""Consistency functions, their training losses, curricula, and latent consistency with adapters."""
+"""Consistency functions, training losses, curricula, and latent consistency with adapters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def noisy_net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def exact_f(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """f* = mu + sqrt((s^2 + smin^2) / (s^2 + sigma^2)) (x - mu): where the flow takes x by sigma_min."""
+    """f* = mu + sqrt((s^2 + smin^2) / (s^2 + sigma^2)) (x - mu): the end of the flow from x at sigma_min."""
     return MEAN + ((STD**2 + 0.002**2) / (STD**2 + sigma[:, None] ** 2)).sqrt() * (x - MEAN)
 
 
@@ -145,7 +145,7 @@ def test_the_exact_f_is_constant_along_the_flow() -> None:
 
 
 def test_distillation_loss_of_the_exact_f_is_the_teachers_error_alone() -> None:
-    """With f* on both sides what is left is Heun's local error: order 3 in the step, 6 in its square."""
+    """With f* on both sides the loss is the square of Heun's local error: order 6 in the step."""
     found = []
     for steps in (16, 32, 64):
         grid = fs.grid(EDM, steps, "karras", final_zero=False, sigma_max=5.0, sigma_min=0.05)
@@ -237,7 +237,7 @@ def test_pseudo_huber_is_its_formula_and_keeps_its_digits() -> None:
         torch.testing.assert_close(
             gradient, d.detach() / (d.square().sum(1, keepdim=True) + c * c).sqrt().detach(), rtol=1e-10, atol=1e-14
         )
-    # Where d is small against c it is d^2 / 2c; the difference as written has no digits in float32.
+    # For d much smaller than c it is d^2 / 2c; the difference as written cancels in float32.
     small = losses.pseudo_huber(1.0)(torch.tensor([[1e-5]]), torch.zeros(1, 1))
     assert small.item() == pytest.approx(0.5e-10, rel=1e-4)
     exact = torch.zeros(1, 2, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Continuous-time consistency against the flow of a Gaussian, which is known, and differences along trajectories."""
+"""Continuous-time consistency against the known flow of a Gaussian and finite differences along trajectories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def normals(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def exact(u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The network whose denoiser is where the flow ends: f* = mu + s / sqrt(s^2 + sigma^2) (x - mu)."""
+    """The network whose denoiser is the end point of the flow: f* = mu + s / sqrt(s^2 + sigma^2) (x - mu)."""
     sigma = (4.0 * t).exp()[:, None]
     x = u * (sigma**2 + 0.25).sqrt()
     f = MEAN + STD / (STD**2 + sigma**2).sqrt() * (x - MEAN)

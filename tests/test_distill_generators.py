@@ -1,4 +1,4 @@
-"""Objectives that train on what the student makes: rectified flow, adversarial, distribution matching; averages."""
+"""Objectives on the student's own samples: rectified flow, adversarial, distribution matching; weight averages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_matching_loss_is_its_formula_and_is_least_at_the_conditional_mean() -> 
 
 
 def test_the_flows_own_pairs_are_mu_plus_s_eps() -> None:
-    """To the solver's error, which falls with the square of the step."""
+    """Up to the solver's error, which is second order in the step."""
     eps = normals(16, 1)
     errors = []
     for steps in (100, 200):
@@ -78,7 +78,7 @@ def test_the_reflowed_gaussian_is_exact_in_one_step_and_the_first_is_not() -> No
     again = rectified.couple(flow(second_flow), eps, one, "euler")
     torch.testing.assert_close(again, MU + S * eps, rtol=0, atol=7e-16)
     first = rectified.couple(flow(first_flow), eps, one, "euler")
-    # One step of v1 lands on the mean: all of the spread is lost.
+    # One step of v1 gives the mean, with no variance.
     torch.testing.assert_close(first, torch.full_like(eps, MU), rtol=0, atol=1e-15)
     # Reflow's loss on these pairs is 0 at v2, and t = 1 alone is its distillation.
     x0 = MU + S * eps
@@ -197,7 +197,7 @@ def test_the_generators_gradient_is_its_formula() -> None:
     (found,) = torch.autograd.grad(loss, fake)
     torch.testing.assert_close(found, want * torch.tensor(weight)[:, None] / 6, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
-    # A generator that the teacher reproduces to the bit meets the floor, not a division by 0.
+    # A generator that equals the teacher bit for bit meets the floor, not a division by 0.
     loss, gradient = distribution_matching.generator_loss(
         fake, fs.Denoiser(lambda x, t: fake.detach(), EDM, "sample"), critic, noise, at
     )
@@ -222,7 +222,7 @@ def test_the_mean_difference_of_two_gaussians_is_closed_form() -> None:
 
 
 def test_the_critic_learns_the_generators_denoiser_and_sends_no_gradient_back() -> None:
-    """Least squares over a linear critic ends where the draws' own covariances say."""
+    """Least squares over a linear critic converges to the solution given by the sample covariances."""
     fake, noise = (0.2 + 0.5 * normals(200, 1)).requires_grad_(True), normals(200, 1, seed=2)
     at = points_of(EDM, [0.7] * 200)
     gain, shift = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.3, 0.0))
@@ -248,7 +248,7 @@ def test_gan_losses_are_the_non_saturating_ones() -> None:
 
 
 def test_backward_simulation_is_the_students_own_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On samplers that are made once and follow the weights."""
+    """With samplers that are made once and use the current weights."""
     made: list[int] = []
     kind = distribution_matching.Sampler
     monkeypatch.setattr(distribution_matching, "Sampler", lambda *a, **o: (made.append(1), kind(*a, **o))[1])
@@ -305,7 +305,7 @@ def test_an_average_is_its_recursion_also_in_a_wider_type(narrow: torch.dtype) -
 def test_large_and_small_16_bit_parameters_are_averaged_alike(
     narrow: torch.dtype, decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One parameter above the size at which the kernel takes over, one of another memory order, one below."""
+    """One parameter above the size from which the kernel is used, one with another memory order, one below."""
     torch.manual_seed(1)
     net = torch.nn.ParameterList(
         [

@@ -1,4 +1,4 @@
-"""The training runs: that each learns, resumes to the bit, shares a batch over processes, and says what is wrong."""
+"""The training runs: each learns, resumes bit for bit, splits a batch over processes, and reports errors."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 
 @pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].methods if m != "guided"])
 def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
-    """One-call samples of a short run against those of the network it began with. Losses would say less: they rise
-    with a curriculum, restart with a phase, or are a game."""
+    """One-call samples of a short run against those of the initial network. Losses are no measure: they rise with a
+    curriculum, restart with a phase, or belong to a min-max problem."""
     distances = []
-    long = {"adversarial": 320, "distribution_matching": 240}.get(method, 160)  # a part of the former make their start
+    long = {"adversarial": 320, "distribution_matching": 240}.get(method, 160)  # the longer ones include a warm-up
     for steps in (2, long):
         denoiser, plan = (recipe := run(method, steps)[0]).samplers()[1]
         x = sample(denoiser, plan, recipe.start_sigma, 512)
@@ -57,7 +57,7 @@ def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
 
 @pytest.mark.parametrize("options", [{"calls": 4}, {"gan": 1}], ids=str)
 def test_variants_of_distribution_matching_learn_and_resume_to_the_bit(options: dict[str, int], tmp_path: Path) -> None:
-    """At the student's most calls. The student starts as the critic at step 0, whose head moves from then on alone."""
+    """At the student's largest number of calls. The warm-up trains the critic without its head, then copies it."""
     first, whole = (run("distribution_matching", steps, options=options)[0] for steps in (2, 240))
     distances = []
     for recipe in (first, whole):
@@ -103,7 +103,7 @@ def test_the_guided_student_learns_and_a_deaf_one_cannot() -> None:
 
 
 def test_what_lacks_variety_teaches_little() -> None:
-    """Class means are recognised without a fault, and teach less than as many real images."""
+    """Class means are classified perfectly, but teach a classifier less than as many real images."""
     train = distill_digits.judge().train
     real, label = train.x[:600], train.label[:600]
     means = torch.stack([train.x[train.label == d].mean(0) for d in range(10)])[label]
@@ -141,7 +141,7 @@ def assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("method", PROBLEMS["ring"].methods)
 @pytest.mark.parametrize("cut", [7, 20])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int, tmp_path: Path) -> None:
-    """Cut inside and at the edge of phases."""
+    """Interrupted inside phases and at their ends."""
     options = {"critic_steps": 2} if method == "distribution_matching" else None
     whole, _ = run(method, 30, batch=32, options=options)
 
@@ -229,7 +229,7 @@ def arguments(out: Path, *more: str) -> list[str]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """torchrun over gloo: the same losses as one process with the joint batch, to the rounding of the sums."""
+    """torchrun over gloo: the same losses as one process with the joint batch, up to rounding of the sums."""
     script = tmp_path / "run.py"
     script.write_text(COMMAND)
     logs = []

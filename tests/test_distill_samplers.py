@@ -1,4 +1,4 @@
-"""The plans of few-step students: their times, and what they do to x, against loops written out here."""
+"""The plans of few-step students: their times and results, against loops written out here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_flow_student_takes_its_own_times_by_euler_or_by_noising_again() -> No
         x0 = again - t * net(again, torch.full((3,), t, dtype=torch.float64))
         again = (1 - s) * x0 + (s * z[k + 1] if s else 0.0)
     got = fs.sample(denoiser, z[0], solver="euler", grid=grid)
-    torch.testing.assert_close(got, euler, rtol=1e-6, atol=1e-6)  # the network is told a float32 time
+    torch.testing.assert_close(got, euler, rtol=1e-6, atol=1e-6)  # the network's time input is float32
     got = fs.sample(denoiser, z[0], solver="lcm", grid=grid, noise=lambda draw, at, to, shape: z[draw])
     torch.testing.assert_close(got, again, rtol=1e-6, atol=1e-6)
 
@@ -97,7 +97,7 @@ def test_lcm_sampling_matches_diffusers() -> None:
     ],
 )
 def test_the_loops_compile_to_one_graph_and_agree(solver: str, student: fs.Denoiser, grid: fs.Grid) -> None:
-    """No data-dependent step anywhere: what a CUDA graph captures."""
+    """No data-dependent control flow, so that a CUDA graph can capture it."""
     plan = fs.plan(solver, grid)
     module = SamplerModule(student, plan)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -123,7 +123,7 @@ def test_recommend_knows_every_family() -> None:
         assert (r.solver, fs.grid(VP, r.steps, r.spacing).t[:-1].tolist()) == (kind, [999, 759, 499, 259])
 
 
-# --- the student is the user's own module, wrapped as they like ---
+# --- the student is any module of the user, with any wrapper ---
 
 
 def discrete(module: torch.nn.Module) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_bf16_weights_give_a_finite_matching_gradient_where_differences_would_di
     ]
     exact = [m.gradient.double() for m in found]
     assert bool((exact[0].abs() > 0).all())
-    # What differs is the rounding of the samples themselves, 2^-9 of their size.
+    # The difference is the rounding of the samples, 2^-9 of their size.
     torch.testing.assert_close(exact[1], exact[0], rtol=0.05, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What objectives share: a denoiser on a batch of points, teachers' jumps, progressive and guided distillation."""
+"""The parts of objectives: a denoiser on a batch of points, jumps, progressive and guided distillation."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_jumps_refuse_what_they_cannot_stack() -> None:
         Jumps.over(teacher, grid, "ddim", stride=4)
     jumps = Jumps.over(teacher, grid, "ddim")
     for bad in ([6, 0], [-1, 0], [0.5, 1.0]):
-        with pytest.raises(ValueError, match=r"interval numbers 0 \.\. 5"):
+        with pytest.raises(ValueError, match=r"interval indices 0 \.\. 5"):
             jumps(normals(2, 2), bad)
     with pytest.raises(ValueError, match="batch of 2"):
         jumps(normals(2, 2), [0])
@@ -157,7 +157,7 @@ def test_one_student_step_with_the_target_lands_on_the_teacher(name: str, stride
         s, t = (fs.Point(*(float(v[i]) for v in p)) for p in (start, end))
         row = first_order(s, t)
         torch.testing.assert_close(row["x"] * z[i] + row["m"] * star[i], there[i], rtol=3e-15, atol=3e-15)
-    # In the interval that ends at sigma 0 the target is where the teacher ends.
+    # In the interval that ends at sigma 0 the target is the teacher's end point.
     torch.testing.assert_close(star[1], there[1], rtol=1e-15, atol=1e-15)
 
 
@@ -249,7 +249,7 @@ def test_a_guided_teacher_of_two_gaussians_is_the_discrete_product(w: float) -> 
     guidance = None if w == 0 else 1.0 + w
     got = jumps(x, [0] * 5, COND, guidance)
     torch.testing.assert_close(got, product * x, rtol=1e-11, atol=0)
-    # The continuous flow is another number: comparing with it would be comparing with a discretisation error.
+    # The continuous flow differs from this by the discretisation error.
     if w == 4.0:
         from scipy.integrate import quad
 

@@ -44,7 +44,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     commands = [words[1:] for words in lines if words[:1] == ["fewstep"]]
     assert {"sample", "compare", "bench", "recommend", "solvers", "doctor"} <= {words[0] for words in commands}
     for words in commands:
-        # The long ones with as little work as still goes through all of them.
+        # Long examples run with reduced work.
         words = [word for word in words if word != "--all"]  # test_cli.py runs all
         if words[0] == "tune":  # a minute: test_tuning.py runs it
             continue

@@ -143,7 +143,7 @@ def name_of(value):
             r"denoiser must be a fewstep.Denoiser, got function: wrap the model",
         ),
         ({"grid": [1.0, 0.5, 0.0]}, TypeError, "grid must be a fewstep.Grid, got list"),
-        ({"grid": fs.grid(fs.EDM(), 3)}, ValueError, r"laid out on EDM\(.*the denoiser was trained on VP\("),
+        ({"grid": fs.grid(fs.EDM(), 3)}, ValueError, r"made on EDM\(.*the denoiser was trained on VP\("),
         ({"callback": 3}, TypeError, "callback must be callable"),
         ({"noise": np.zeros((2, 3))}, TypeError, "noise must be callable"),
         ({"cond": torch.arange(2)}, TypeError, "cond must be a mapping .*got Tensor"),
@@ -193,7 +193,7 @@ def test_sample(wrong: dict[str, Any], error: type[Exception], text: str) -> Non
         (
             {"denoiser": fs.Denoiser(never, fs.Flow())},
             ValueError,
-            r"plan was laid out on VP\(.*trained on Flow\(",
+            r"plan was made on VP\(.*trained on Flow\(",
         ),
         ({"shape": (2,)}, ValueError, "shape must be"),
         ({"backend": "triton"}, ValueError, "backend='triton' is not available here: it runs on torch tensors"),
@@ -321,8 +321,8 @@ def test_an_unknown_spacing_option_is_named() -> None:
 @pytest.mark.parametrize("final_order", [None, 2, 3])
 @pytest.mark.parametrize("solver", ["unipc", "dpmpp_2m", "dpmpp_2m_sde"])
 def test_a_step_to_sigma_zero_cannot_be_forced_to_a_high_order(solver: str, final_order: int | None) -> None:
-    """diffusers' UniPC with lower_order_final=False makes NaN of it. Here final_order is an upper limit, and
-    the step to sigma 0 is x' = m whatever it says."""
+    """diffusers' UniPC with lower_order_final=False returns NaN. Here final_order is an upper limit, and the step to
+    sigma 0 is always x' = m."""
     options: dict[str, Any] = {"order": 3} if solver == "unipc" else {}
     if final_order == 3 and solver != "unipc":
         refused(ValueError, "final_order must be one of", lambda: fs.plan(solver, fs.grid(VP, 6), final_order=3))
@@ -364,7 +364,7 @@ def test_devices_must_agree() -> None:
         fs.Denoiser(cpu, VP), out=torch.zeros(2, 3, device="meta")))  # fmt: skip
 
 
-# --- what only the model's answer can tell: named at the first call ---
+# --- errors of the model's output, raised at the first call ---
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
@@ -383,7 +383,7 @@ def test_devices_must_agree() -> None:
 def test_what_the_model_returns(answer: Callable[[Any], Any], text: str, backend: str) -> None:
     denoiser = fs.Denoiser(lambda x, t: answer(x), VP)
     refused(ValueError, text, lambda: sampler(denoiser, backend=backend))
-    # The same when it goes wrong later on.
+    # The same error in a later call.
     calls = []
 
     def later(x: Any, t: Any) -> Any:
@@ -407,7 +407,7 @@ def test_a_tensor_without_memory_is_refused_at_any_call() -> None:
 
     calls = iter(range(9))
     model = fs.Denoiser(lambda x, t: Wrapper(x) if next(calls) else 0.1 * x, fs.VP.linear())
-    with pytest.raises(TypeError, match="Wrapper holds no memory of its own"):
+    with pytest.raises(TypeError, match="Wrapper has no memory of its own"):
         fs.sample(model, torch.ones(2, 3), steps=3)
 
 
@@ -438,12 +438,12 @@ def test_outside_noise_of_the_wrong_shape() -> None:
             lambda: sampler(denoiser, noise=noise))  # fmt: skip
 
 
-# --- traps: what the field accepts in silence ---
+# --- arguments that other libraries accept silently ---
 
 
 @pytest.mark.parametrize("solver", fs.list_solvers())
 def test_one_step_of_every_solver_works(solver: str) -> None:
-    """k-diffusion's SDE samplers crash on one step."""
+    """k-diffusion's SDE samplers fail on a single step."""
     plan = fs.plan(solver, fs.grid(VP, 1))
     rng = np.random.default_rng(0)
     x, *z = rng.standard_normal((2 + plan.nfe, 4, 3))

@@ -1,4 +1,4 @@
-"""Loops exported and compiled ahead of time: plain operators, the same numbers, no Python of this package."""
+"""Loops exported and compiled ahead of time: plain operators, the same results, without this package at run time."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_exported_program_has_torchs_operators_alone(solver, options, guidance, 
     [("ddpm", VP, {}), ("dpmpp_sde", VP, {}), ("dpmpp_2m_sde", VP, {}), ("edm", fs.EDM(), {"s_churn": 4.0})],
 )
 def test_noise_is_an_input_of_the_program(solver, process, options):
-    """A stochastic loop takes its draws as one tensor, and on those of a seed it is the sampler under that seed."""
+    """A stochastic loop takes its draws as one tensor; with those of a seed it equals the sampler of that seed."""
     denoiser = fs.Denoiser(Net(), process, "sample")
     plan = fs.plan(solver, fs.grid(process, 4), **options)
     loop, x = SamplerModule(denoiser, plan), plan.start.sigma * latent()
@@ -112,7 +112,7 @@ def test_outputs_that_are_no_prediction_are_refused():
         return torch.cat([x, x], 1)
 
     plan = fs.plan("ddim", fs.grid(VP, 2))
-    with pytest.raises(ValueError, match="SamplerModule takes no network with variance='learned_range'"):
+    with pytest.raises(ValueError, match="SamplerModule does not support variance='learned_range'"):
         SamplerModule(fs.Denoiser(wide, VP, "epsilon", variance="learned_range"), plan)
     with pytest.raises(ValueError, match=r"the model returned shape \(3, 2, 8, 8\) for x of shape \(3, 1, 8, 8\)"):
         SamplerModule(fs.Denoiser(wide, VP, "epsilon"), plan)(latent())
@@ -123,10 +123,10 @@ def test_outputs_that_are_no_prediction_are_refused():
 def test_noise_that_does_not_fit_is_named():
     loop, x = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 3))), latent()
     with pytest.raises(
-        ValueError, match=r"noise must have shape \(2, 3, 1, 8, 8\), .* ddpm's 2 draws; got \(3, 1, 8, 8\)"
+        ValueError, match=r"noise must have shape \(2, 3, 1, 8, 8\), .* per draw of ddpm; got \(3, 1, 8, 8\)"
     ):
         loop(x, noise=x)
-    with pytest.raises(ValueError, match="streams and noise both say what to draw"):
+    with pytest.raises(ValueError, match="pass streams or noise, not both"):
         loop(x, torch.zeros(3, 3, dtype=torch.int64), noise=torch.zeros(2, 3, 1, 8, 8))
 
 
@@ -162,7 +162,7 @@ def test_compiled_loop_runs_where_fewstep_cannot_be_imported(solver, tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-# --- gradients and devices: what tests/test_torch_ops.py does not have ---
+# --- gradients and devices, beyond tests/test_torch_ops.py ---
 
 
 def test_gradient_through_the_naive_loop_against_finite_differences():
@@ -189,7 +189,7 @@ def test_gradient_through_the_naive_loop_against_finite_differences():
 
 
 def test_the_naive_backend_asks_nothing_of_the_device():
-    """MPS and XPU run it: between the calls of the model it asks for torch's own operators alone."""
+    """MPS and XPU can run it: between the model's calls it uses only torch's own operators."""
     seen = []
 
     class Where(torch.utils._python_dispatch.TorchDispatchMode):

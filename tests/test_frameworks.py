@@ -1,7 +1,7 @@
 """Other libraries' arrays through DLPack: the same memory, the same numbers, the same type back.
 
-`toy` is a stand-in for a library: an array class of its own over NumPy that speaks the protocol and nothing else. It
-shows what is exchanged and when, on the CPU. JAX is tested where it is installed, CuPy on a machine with a GPU.
+`toy` is a fake library: an array class over NumPy that supports DLPack and nothing else, to test the exchange on the
+CPU. JAX is tested where it is installed, CuPy on a machine with a GPU.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def numpy_model(x, t, shift=None):
 
 
 class ToyModel:
-    """The same network on the stand-in's arrays alone; notes where its input's memory is."""
+    """The same network on the fake library's arrays; records the addresses of its inputs."""
 
     def __init__(self):
         self.memory, self.branches = [], []
@@ -82,22 +82,22 @@ def test_samples_are_numpys_to_the_bit(backend, dtype):
     assert type(got) is Toy
     assert got.dtype == dtype
     np.testing.assert_array_equal(got.values, fs.sample(fs.Denoiser(numpy_model, VP), x, **options))
-    np.testing.assert_array_equal(x, latent(dtype))  # the caller's memory is read alone
+    np.testing.assert_array_equal(x, latent(dtype))  # the caller's memory is only read
 
 
 def test_the_model_sees_the_runs_own_memory():
-    """Zero-copy: a run has two model inputs in turn, and the model is given just these, call after call."""
+    """Zero-copy: the model gets the two alternating model inputs of the run, call after call."""
     model = ToyModel()
     sampler = fs.Sampler(fs.Denoiser(InLibrary(model, toy), VP), fs.plan("unipc", fs.grid(VP, 6)), SHAPE)
     for _ in range(3):
         sampler(seed=0)
     assert len(model.memory) == 18
     assert len(set(model.memory)) == 2
-    assert all(address % 64 == 0 for address in model.memory)  # what XLA needs to take it without a copy
+    assert all(address % 64 == 0 for address in model.memory)  # XLA needs this alignment to avoid a copy
 
 
 def test_what_the_model_returns_is_read_in_place():
-    """A read-only array is viewed, not copied, and by the kernel that is compiled for NumPy's own."""
+    """A read-only array is viewed, not copied, and uses the same compiled kernel as NumPy arrays."""
     values = np.arange(6.0)
     values.flags.writeable = False
     taken = dlpack.Library(toy).take(Toy(values))
@@ -112,7 +112,7 @@ def test_samples_from_a_seed_are_the_models_arrays():
     got = sampler(seed=2)
     assert type(got) is Toy
     np.testing.assert_array_equal(got.values, own(seed=2))
-    # Like x where there is one: a NumPy latent comes back as NumPy.
+    # The result is like x: NumPy for a NumPy latent.
     assert type(sampler(latent())) is np.ndarray
     drawn = fs.sample(fs.Denoiser(InLibrary(ToyModel(), toy), VP), shape=SHAPE, solver="ddim", steps=4, seed=2)
     assert type(drawn) is Toy
@@ -177,7 +177,7 @@ def test_a_torch_network_with_a_latent_of_another_library():
 
 
 class Far:
-    """Stands for an array on a GPU: it tells device type 2 and cannot be exported here."""
+    """A fake of an array on a GPU: it reports device type 2 and cannot be exported."""
 
     def __init__(self, kind):
         self.kind, self.shape, self.ndim, self.dtype = kind, SHAPE, 2, np.dtype(np.float32)
@@ -193,14 +193,14 @@ class Far:
 
 
 def test_gpu_arrays_go_to_torch_on_the_current_stream(monkeypatch):
-    """The protocol's side of it, with a recording stand-in for torch: no GPU is needed to see who is asked for what."""
+    """The order of DLPack calls, recorded with a fake of torch, so that no GPU is needed."""
     asked = []
     torch = SimpleNamespace(from_dlpack=lambda array: asked.append(array) or "tensor")
     monkeypatch.setattr(dlpack, "TorchFrame", lambda device: SimpleNamespace(torch=torch, device=device))
     for kind in dlpack.GPUS:
         far = Far(kind)
         assert dlpack.Library(toy).take(far) == "tensor"
-        assert asked[-1] is far  # torch itself names its current stream to far.__dlpack__
+        assert asked[-1] is far  # torch passes its current stream to far.__dlpack__
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_an_immutable_output_is_refused():
     assert back.values is room
     calls = len(model.memory)
     room.flags.writeable = False
-    with pytest.raises(ValueError, match="out is Toy, which cannot be written to: use the returned array"):
+    with pytest.raises(ValueError, match="out is an immutable Toy: use the returned array"):
         sampler(seed=1, out=Toy(room))
     assert len(model.memory) == calls
 
@@ -300,7 +300,7 @@ class TestJax:
         import jax.numpy as jnp
 
         sampler = fs.Sampler(fs.Denoiser(InLibrary(self.model(), jnp), VP), fs.plan("ddim", fs.grid(VP, 2)), SHAPE)
-        with pytest.raises(ValueError, match="cannot be written to"):
+        with pytest.raises(ValueError, match="out is an immutable"):
             sampler(seed=0, out=jnp.zeros(SHAPE))
 
     def test_the_page(self):
@@ -326,7 +326,7 @@ def test_the_page_on_torch():
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed, or there is no GPU")
 def test_cupy_in_and_out_on_its_own_stream():
-    """Never run where this was written: there was no GPU."""
+    """Needs CuPy and a GPU."""
     import cupy
 
     def model(x, t):

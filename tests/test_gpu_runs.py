@@ -1,4 +1,4 @@
-"""On a GPU: the kernels against the oracle, graphs against the eager loop, and what a loop may not do.
+"""On a GPU: the kernels against the oracle, graphs against the eager loop, and no synchronisation in a loop.
 
 `make gpu` runs these; elsewhere they are skipped. Nothing here needs Numba, diffusers or hypothesis.
 """
@@ -134,7 +134,7 @@ def test_reductions(n: int) -> None:
 @pytest.mark.parametrize("n", [4097, 65_536, 65_537, 1_000_003])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_quantile_is_exact(ties: bool, n: int) -> None:
-    """The last two sizes are split: programs that count at once may not lose a value."""
+    """The last two sizes are split over programs: concurrent counting must not lose a value."""
     from fewstep.kernels import triton_reduce, triton_step
 
     raw = 3.0 * torch.randn(3, n, generator=torch.Generator().manual_seed(n))
@@ -187,7 +187,7 @@ def update_arguments(dtype: torch.dtype, device: str) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_operator_and_its_gradients(dtype: torch.dtype) -> None:
-    """Beside the oracle and autograd through it, on the CPU."""
+    """Against the oracle and autograd through it, on the CPU."""
     from fewstep.kernels import torch_ops
 
     found = []
@@ -530,7 +530,7 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
         "torch.cuda.synchronize()\n"
     )
     command = [str(SANITIZER), "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
-    # Each tensor its own allocation, or an access past one would fall into the next.
+    # One allocation per tensor, so that an access past its end does not hit another tensor.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=100)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]

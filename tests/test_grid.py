@@ -43,7 +43,7 @@ SPACINGS = [
 RATIO_TYPE = {"logsnr", "laplace", "vp"}
 SIGMA_TYPE = {"karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", *RATIO_TYPE}
 STOP_SHORT = {"leading", "ddim_uniform"}  # their first point depends on N
-TABLES = {"ays"}  # they keep ends of their own: see test_schedules.py
+TABLES = {"ays"}  # their ends differ: see test_schedules.py
 
 
 def test_names():
@@ -243,7 +243,7 @@ def test_bad_tail(start):
 @given(st.lists(st.floats(1e-3, 150.0), min_size=2, max_size=20, unique=True))
 def test_from_sigmas_and_times_agree(values):
     ratios = np.sort(values)[::-1]
-    # Neighbours one round-off apart are one time.
+    # Times that differ by rounding are equal.
     if np.any(np.diff(ratios) > -1e-9):
         return
     a = Grid.from_sigmas(VP.linear(), ratios)
@@ -343,7 +343,7 @@ def test_read_only_and_comparable():
     assert hash(g) == hash(grid(EDM(), 4))
 
 
-# --- cutting, joining, refining, turning round ---
+# --- cutting, joining, refining, reversing ---
 
 
 @given(st.integers(2, 30), st.data())
@@ -430,7 +430,7 @@ def test_flip():
 
 @pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)])
 def test_ode_solvers_encode_along_a_flipped_grid(solver, order):
-    """From data up to the latent, with the solver's own order."""
+    """From data to the latent, with the solver's order."""
     fs = pytest.importorskip("fewstep")
     problem, process = fs.problems.Gaussian(np.full(3, 0.2), np.full(3, 0.5)), VP.linear()
     x = np.random.default_rng(0).normal(size=(4, 3))

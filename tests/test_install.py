@@ -1,4 +1,4 @@
-"""The wheel, installed where there is no torch: what is in it, and that it samples the same bits."""
+"""The wheel, installed without torch: its contents, and that samples are bit-identical."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("api", "kernels", "solvers", "bindings")
-CORE = ("numpy", "numba", "llvmlite")  # all that a core install needs
+CORE = ("numpy", "numba", "llvmlite")  # the dependencies of a core install
 
 # Runs in both environments: a NumPy network of exact operations, and every kind of solver.
 PROGRAM = """
@@ -44,7 +44,7 @@ print(json.dumps({"found": found, "torch": torch, "file": fs.__file__}))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, so that neither a stale build folder nor this one's is in play."""
+    """Built from a copy, so that no stale build folder is used."""
     source = tmp_path_factory.mktemp("source")
     for folder in (*FOLDERS, "reports"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -128,7 +128,7 @@ def test_a_core_install_samples_the_same_bits(bare: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_path: Path) -> None:
-    """Without torch: its dtype and device names, the progress bar and the beta spacing are clear errors."""
+    """Without torch, its dtype and device names, the progress bar and the beta spacing raise clear errors."""
     code = (
         "import fewstep as fs, numpy as np\n"
         "d = fs.Denoiser(lambda x, t: x, fs.VP.linear())\n"

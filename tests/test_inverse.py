@@ -1,4 +1,4 @@
-"""Images to latents and back: DDIM inversion of the digits with the trained network, and the arc between latents."""
+"""Images to latents and back: DDIM inversion of the digits with the trained network, and slerp of latents."""
 
 import numpy as np
 import pytest
@@ -49,13 +49,13 @@ def test_an_image_comes_back_from_its_latent(digits):
 
 
 def test_a_latent_is_the_images_own(digits):
-    """Decoded without its own latent, an image does not come back."""
+    """Decoding from another latent does not reproduce the image."""
     latents = encode(digits, 40)
     assert rms(decode(digits, latents.roll(1, 0), 40) - digits[0]) > 0.3
 
 
 def test_the_arc_between_two_latents_is_of_digits(digits):
-    """Latents of two images of a class: every point of the arc is a digit of that class, its ends are the images."""
+    """Slerp between the latents of two images of a class gives digits of that class; the ends are the images."""
     from sklearn.svm import SVC
 
     from fewstep.digits_data import load_digits

@@ -1,4 +1,4 @@
-"""The field's samplers under their own names: numbers, noise calls and callbacks against naive loops."""
+"""k-diffusion's samplers under their own names: results, noise calls and callbacks against naive loops."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def denoise(x, alpha, sigma):
 
 
 class Noise:
-    """A noise sampler that notes what it is asked for."""
+    """A noise sampler that records its calls."""
 
     def __init__(self, dtype=torch.float64):
         generator = torch.Generator().manual_seed(5)
@@ -183,7 +183,7 @@ def test_numbers_and_noise_calls(name, options, oracle, oracle_options, flow, ow
     got = function(model, x, torch.tensor(sigmas, dtype=torch.float64), **args, **extra, **options)
     want = oracle(denoise, grid_of(sigmas, flow), x.numpy(), [z.numpy() for z in noise.draws], **oracle_options)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
-    # What the noise sampler is asked for: each step that ends above sigma 0, from its start to its end.
+    # The calls of the noise sampler: each step that ends above sigma 0, from its start to its end.
     asked = [(s, t) for s, t in pairwise(sigmas) if t > 0]
     inner = {"dpmpp_sde": [options.get("r", 0.5)], "seeds_2": [options.get("r", 0.5)],
              "seeds_3": [options.get("r_1"), options.get("r_2")]}.get(name, [])  # fmt: skip
@@ -194,7 +194,7 @@ def test_numbers_and_noise_calls(name, options, oracle, oracle_options, flow, ow
             mid = odds[0] ** (1 - r) * odds[1] ** r
             return mid / (1 + mid) if flow else mid
 
-        # dpmpp_sde asks for every draw from the start of the step, SEEDS for one piece of a path after another.
+        # dpmpp_sde requests every draw from the start of the step, SEEDS consecutive pieces of a path.
         stops = [[s, *(at(s, t, r) for r in inner), t] for s, t in asked]
         asked = [(a[0] if name == "dpmpp_sde" else u, v) for a in stops for u, v in pairwise(a)]
     assert len(noise.asked) == (len(asked) if noise.asked else 0)
@@ -385,7 +385,7 @@ def test_a_flow_starts_just_below_one_where_comfyui_does():
     model = Model(FlowSampling())
     kd.sample_lcm(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise())
     assert [sigma for _, sigma in model.calls] == [1.0, 0.5]
-    # A model that does not tell its own sigmas starts at 1 itself: the first step is exact there.
+    # A model without its own sigmas starts at 1: the first step is exact there.
     model = Model()
     out = kd.sample_dpmpp_2m_sde(model, latent([1.0]), [1.0, 0.5, 0.0], disable=True, noise_sampler=Noise(), flow=True)
     assert [sigma for _, sigma in model.calls] == [1.0, 0.5]
@@ -549,7 +549,7 @@ def test_no_step_returns_x_and_no_gradient_is_kept():
 
 
 def test_a_plan_is_laid_out_once_for_the_same_sigmas():
-    """The caller's model, callback and noise are the call's own all the same."""
+    """Each call still uses its own model, callback and noise."""
     runs._sampler.cache_clear()
     x, sigmas = latent(SIGMAS), [*SIGMAS, 0.0]
     first, second = Model(), Model()

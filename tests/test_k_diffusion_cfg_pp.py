@@ -1,4 +1,4 @@
-"""The field's CFG++ samplers, on a model that guides and tells its null branch as ComfyUI's do: against naive loops."""
+"""k-diffusion's CFG++ samplers against naive loops, on a model with the guidance hooks of ComfyUI."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def test_numbers_and_noise_calls(name, options, oracle_options, own_flow, zero, 
     if extra:
         np.testing.assert_allclose(asked, [(s, t) for s, t in pairwise(sigmas) if t > 0])
     assert args == {"model_options": {"kept": 1}, "seed": 3}  # ComfyUI leaves its own hook in them
-    assert len(model.calls) == len(fs.plan(name, grid).stages)  # both predictions are of one call
+    assert len(model.calls) == len(fs.plan(name, grid).stages)  # one call returns both predictions
 
 
 def test_hooks_that_were_there_act_before():
-    """The guided prediction is the one that leaves the last hook."""
+    """The guided prediction is the result of the last hook."""
     x = latent(SIGMAS)
 
     def half(told):
@@ -118,7 +118,7 @@ def test_the_callback_sees_the_guided_prediction():
 
 @pytest.mark.parametrize("name", ["euler_cfg_pp", "dpmpp_2m_cfg_pp", "dpmpp_2s_ancestral_cfg_pp"])
 def test_a_model_that_cannot_tell_is_refused(name):
-    """k-diffusion's wrappers guide by themselves and tell nobody the unconditional prediction."""
+    """k-diffusion's wrappers apply guidance themselves and do not expose the unconditional prediction."""
     sample, x, calls = getattr(kd, f"sample_{name}"), latent(SIGMAS), []
     with pytest.raises(TypeError, match=f"takes no model_options: use fewstep.sample with solver='{name}'"):
         sample(lambda x, sigma: calls.append(1), x, SIGMAS, disable=True)

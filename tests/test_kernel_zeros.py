@@ -1,4 +1,4 @@
-"""A launch with a fixed table, compiled for its zeros, gives the numbers of the naive twin, and reads no more."""
+"""A launch compiled for the zeros of its table gives the naive result, and reads only the needed sources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(rows: list[str], rng: Generator, dtype: str) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_numbers_are_the_oracles(name: str, dtype: str) -> None:
-    """To the bit, with a NaN in every source: it reaches the rows that read it, and no other."""
+    """Bit for bit, with a NaN in one source at a time: it reaches only the rows that read the source."""
     rng = np.random.default_rng(3)
     w = table(PATTERNS[name], rng, dtype)
     assert any(numba_step.zeros_of(w))

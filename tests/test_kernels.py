@@ -74,7 +74,7 @@ def bits(a: torch.Tensor) -> np.ndarray:
 
 
 def values(a: np.ndarray, kind: str) -> np.ndarray:
-    """What the bits stand for, in float64."""
+    """The values of the bits, in float64."""
     if kind == "bf16":
         return (a.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return (a.view(np.float16) if kind == "f16" else a).astype(np.float64)
@@ -326,7 +326,7 @@ def test_a_clip_keeps_its_bounds_and_gain_exactly() -> None:
 
 
 def test_a_nan_that_is_read_reaches_the_output() -> None:
-    """Masking is for zero coefficients alone: a network's NaN must not be hidden, not by the clip either."""
+    """Only zero coefficients mask a source: a network's NaN must not be hidden, not even by the clip."""
     raw = np.array([[1.0, np.nan, 3.0]], np.float32)
     x = np.ones_like(raw)
     w = np.zeros((1, 1, layout.COLUMNS), np.float32)

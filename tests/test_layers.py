@@ -1,4 +1,4 @@
-"""Imports go down only, and the package loads nothing that was not asked for."""
+"""Imports go down only, and importing the package loads no optional library."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def layer_of(module: str) -> str | None:
 
 
 def test_the_reader_of_imports_sees_every_form(tmp_path: Path) -> None:
-    """On a file written for it: a reader that misses a form would let everything through."""
+    """On a file with every form of import: a form that the reader misses would not be checked."""
     folder = tmp_path / "solvers"
     folder.mkdir()
     source = "\n".join(

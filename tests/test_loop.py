@@ -1,6 +1,6 @@
-"""The loop: what a seed means, what a sampler may share, what it hands out, and what it survives.
+"""The loop: seeds, shared and returned memory, threads, interruptions.
 
-The model is a rational function, so that NumPy and torch, a batch and a sample alone give the same bits.
+The model is a rational function, so that NumPy and torch, and any batch, give the same bits.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def by_definition(plan: fs.Plan, shape: tuple[int, ...], streams: list[tuple[int
     return y
 
 
-# --- a seed is a sample ---
+# --- seeds ---
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
@@ -121,7 +121,7 @@ def test_a_sampler_forgets_its_past() -> None:
         sampler(seed=seed)
         sampler(seed=seed, callback=lambda info: None)
     assert same(sampler(seed=1), first)
-    assert same(first, kept)  # nobody wrote into what was handed out
+    assert same(first, kept)  # the returned array was not overwritten
 
 
 def test_many_threads_on_one_sampler() -> None:
@@ -152,7 +152,7 @@ def test_many_threads_share_the_worker_pool(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_call_under_way_keeps_its_plan() -> None:
-    """`update` from another thread: each result is of the old plan or of the new one, never of a mixture."""
+    """`update` from another thread: each result is that of the old or of the new plan, never a mixture."""
     plans = [fs.plan("ddpm", GRID), fs.plan("ddim", fs.grid(VP, 3, "karras", sigma_max=6.0))]
     sampler = fs.Sampler(DENOISER, plans[0], (2, 5))
     valid = [fs.Sampler(DENOISER, plan, (2, 5))(seed=0).tobytes() for plan in plans]
@@ -349,7 +349,7 @@ def test_a_steady_loop_allocates_nothing_that_stays() -> None:
             grown.append(tracemalloc.get_traced_memory()[0] - before)
     finally:
         tracemalloc.stop()
-    # The interpreter's own caches fill up and empty; what a step keeps shows in every window of 5000 steps.
+    # The interpreter's caches fill and empty; memory kept by a step grows in every window of 5000 steps.
     assert min(grown) < 5000, grown
 
 
@@ -366,7 +366,7 @@ def test_resident_memory_is_flat_over_ten_thousand_steps() -> None:
     before = resident()
     for seed in range(2050):
         sampler(seed=seed, out=out)
-    assert resident() - before < 2 << 20  # one lost buffer (16 KiB) a call would be 32 MiB
+    assert resident() - before < 2 << 20  # one leaked buffer (16 KiB) per call would be 32 MiB
 
 
 # --- what models do with their arguments, and what they return ---
@@ -414,7 +414,7 @@ def test_habits_of_models(library: str, habit: str, backend: str) -> None:
         lambda v, at: 0.5 * v,
         GRID.sigma[0] * np.stack([philox.normals(60, 4, i, 0, philox.LATENT) for i in (0, 1)]).astype(float),
     )
-    for _ in range(2):  # the second call sees what the first left behind
+    for _ in range(2):  # the second call uses the memory of the first
         y = sampler(seed=4)
         y = y.detach().numpy() if library == "torch" else y
         np.testing.assert_allclose(y.reshape(2, 60), want, rtol=0, atol=1e-5)
@@ -432,11 +432,11 @@ def test_a_model_may_return_its_input(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_a_model_may_write_to_t(library: str, backend: str) -> None:
-    """Its stages, later calls and other threads are told the plan's own times all the same."""
-    told: list[float] = []
+    """Later stages, later calls and other threads still get the plan's times."""
+    times: list[float] = []
 
     def scaling(x: Any, t: Any) -> Any:
-        told.extend(float(v) for v in t)
+        times.extend(float(v) for v in t)
         t *= 0.0
         return 0.5 * x
 
@@ -444,15 +444,15 @@ def test_a_model_may_write_to_t(library: str, backend: str) -> None:
     denoiser = fs.Denoiser(scaling, VP, "sample")
     sampler = make((2, 9), "dpmpp_2m", denoiser=denoiser, backend=backend, device=device)
     for _ in range(3):
-        told.clear()
+        times.clear()
         sampler(seed=1)
-        np.testing.assert_array_equal(told, np.repeat(GRID.t[:-1].astype(np.float32), 2))
+        np.testing.assert_array_equal(times, np.repeat(GRID.t[:-1].astype(np.float32), 2))
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 @pytest.mark.parametrize("library", ["numpy", "torch"])
 def test_separate_guidance_calls_see_one_input(library: str, backend: str) -> None:
-    """batched=False: the second branch is called on what the first was, whatever the first did to it."""
+    """batched=False: the second branch gets the same input, even if the first call modified its input."""
 
     def scaling(x: Any, t: Any, c: float) -> Any:
         x *= c
@@ -536,7 +536,7 @@ def test_a_numpy_latent_for_a_torch_network_and_the_other_way() -> None:
     assert same(z, want)
 
 
-# --- starting part way ---
+# --- starting at a later step ---
 
 
 @pytest.mark.parametrize(("start", "skipped"), [(0.0, 0), (0.2, 1), (0.5, 2), (0.99, 4)])
@@ -588,7 +588,7 @@ def test_outside_noise_is_asked_for_once_a_draw_with_its_levels() -> None:
     ],
 )
 def test_an_ancestral_draw_is_asked_for_over_the_whole_step(solver: str, options: dict[str, Any], backend: str) -> None:
-    """As the published samplers ask, noise_sampler(sigmas[i], sigmas[i + 1]), wherever their calls lead in between."""
+    """As in the published samplers, noise_sampler(sigmas[i], sigmas[i + 1]), whatever points are called in between."""
     asked = []
 
     def noise(draw: int, at: fs.Point, to: fs.Point, shape: tuple[int, ...]) -> np.ndarray:
@@ -605,7 +605,7 @@ def test_an_ancestral_draw_is_asked_for_over_the_whole_step(solver: str, options
 
 @pytest.mark.parametrize("path", ["snr", None])
 def test_draws_of_one_path_are_asked_for_piece_by_piece(path: str | None) -> None:
-    """SDE-DPM-Solver++(2S) draws twice a step: over one piece after another, or each over all that it noises."""
+    """SDE-DPM-Solver++(2S) draws twice per step: over consecutive pieces, or each over its whole interval."""
     asked = []
 
     def noise(draw: int, at: fs.Point, to: fs.Point, shape: tuple[int, ...]) -> np.ndarray:
@@ -620,7 +620,7 @@ def test_draws_of_one_path_are_asked_for_piece_by_piece(path: str | None) -> Non
 
 
 def test_a_brownian_path_converges_strongly() -> None:
-    """The same path on finer and finer grids leads each sample to one end point; fresh noise does not."""
+    """On one path, refined grids converge to one end point per sample; with fresh noise they do not."""
     process = fs.EDM()
     problem = fs.problems.Gaussian(np.array([0.3, -0.5]), np.array([0.4, 0.9]))
     denoiser = problem.denoiser(process)
@@ -674,11 +674,11 @@ def test_the_fused_backend_keeps_no_graph() -> None:
     y = fs.sample(fs.Denoiser(lambda x, t: net(x), VP), torch.ones(2, 3), grid=GRID, backend="numba")
     assert not y.requires_grad
     inside = torch.is_grad_enabled()
-    assert inside  # and the caller's own setting is restored
+    assert inside  # and the caller's setting is restored
 
 
 def test_the_fused_backend_refuses_a_latent_that_requires_grad() -> None:
-    """It would detach it in silence. Where nothing records a graph, nothing is lost."""
+    """It would detach x silently. Without gradient recording nothing is lost."""
     x = torch.ones(2, 9, requires_grad=True)
     sampler = make((2, 9), device="cpu")
     with pytest.raises(

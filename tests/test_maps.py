@@ -1,4 +1,4 @@
-"""Denoisers made from other libraries' models, against these libraries' own loops and against formulas."""
+"""Denoisers made from other libraries' models, against the loops of these libraries and against formulas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch whose samples follow plans of their own, on the CPU's backends: each sample is the one it would be alone."""
+"""A batch with one plan per sample, on the CPU backends: each sample equals that of a sampler alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = ("numba", "naive")
 
 
 def net(x: Any, t: Any, c: Any = 0.0) -> Any:
-    """Maps samples one by one, with the same bits in any batch."""
+    """Maps each sample independently, bit-identical in any batch."""
     shift = c.reshape(-1, 1, 1, 1) if hasattr(c, "reshape") else c
     return x / (1.0 + x * x) + 0.3 * x + t.reshape(-1, 1, 1, 1) / 4096.0 + shift
 
@@ -37,7 +37,7 @@ def mixed(denoiser: fs.Denoiser, backend: str, device: Any = None) -> fs.MixedRu
 @pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_sample_is_the_one_it_would_be_alone(backend: str, device: str | None) -> None:
-    """Begun together and later, in a place that another has left, from seeds and from a latent of its own."""
+    """Requests started together and later, in a place that was freed, from seeds and from a given latent."""
     denoiser = fs.Denoiser(net, VP)
     run = mixed(denoiser, backend, device)
 
@@ -67,7 +67,7 @@ def test_every_sample_is_the_one_it_would_be_alone(backend: str, device: str | N
 
 GUIDED: dict[str, dict[str, Any]] = {
     "clip, half precision": {"predicts": "v", "guidance": 2.5, "clip": 1.0, "dtype": "float16"},
-    "for a part of the way": {"guidance": fs.CFG(2.0, start=0.3, stop=0.8)},
+    "for some of the steps": {"guidance": fs.CFG(2.0, start=0.3, stop=0.8)},
     "rescale": {"predicts": "v", "guidance": fs.CFG(3.0, rescale=0.5)},
     "dynamic threshold": {"predicts": "v", "guidance": 4.0, "clip": fs.DynamicThreshold(0.9, 2.0)},
     "separate calls": {"guidance": 2.0, "batched": False},
@@ -77,7 +77,7 @@ GUIDED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", GUIDED)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_guided(backend: str, case: str) -> None:
-    """Places stand at different steps, so that guidance is on in some of them alone; each has its own scale."""
+    """Places are at different steps, so that guidance is on in only some of them; each has its own scale."""
     denoiser = fs.Denoiser(net, VP, **GUIDED[case])
     run, shift = mixed(denoiser, backend), np.float32([0.5, -0.25, 0.125])
     requests = [(0, "unipc", 1, ...), (1, "edm", 2, 5.0), (2, "ddpm", 3, fs.CFG(1.0))]
@@ -101,9 +101,9 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a fewstep\.Denoiser, got function"):
         fs.MixedRun(net, plans, SHAPE)  # type: ignore[arg-type]
     run = fs.MixedRun(denoiser, plans, SHAPE)
-    with pytest.raises(ValueError, match="'heun' was not among the plans"):
+    with pytest.raises(ValueError, match="'heun' is not among the plans"):
         run.admit(0, fs.plan("heun", fs.grid(VP, 2)), seed=0)
-    with pytest.raises(ValueError, match="has other branches than the denoiser's"):
+    with pytest.raises(ValueError, match="has a different number of branches from"):
         run.admit(0, plans[0], seed=0, guidance=2.0)
     with pytest.raises(ValueError, match=r"x has shape \(1, 2\), the sampler was made for \(1, 1, 3, 5\)"):
         run.admit(0, plans[0], seed=0, x=np.zeros(2, np.float32))

@@ -1,4 +1,4 @@
-"""Multistep solvers beyond the table: diffusers' schedulers, the field's errors, options, identities."""
+"""Multistep solvers beyond the table: diffusers' schedulers, errors of published code, options, identities."""
 
 import itertools
 import math
@@ -150,7 +150,7 @@ def test_sa_solver_is_diffusers(predictor, corrector, grid, monkeypatch):
     np.testing.assert_allclose(ours, theirs, atol=1e-10, rtol=0)
 
 
-# --- where the field's code is wrong ---
+# --- errors of published code ---
 
 
 def test_the_released_vary_coeff_corrector_is_not_a_corrector():
@@ -198,7 +198,7 @@ def test_er_sdes_released_riemann_sum_is_off_by_more_than_a_part_in_a_thousand()
     ids=["unic", "deis-4"],
 )
 def test_unic_after_deis_and_deis_4_have_order_four(solver, options, process, problem):
-    """On VP the time that tAB interpolates in has corners at discrete times, and the slope stops there."""
+    """On VP the time of tAB is only piecewise smooth, with kinks at discrete times, which limit the order."""
     errors = []
     for n in (64, 128):
         grid = smooth_grid(process, 4.0, 0.25, n, True)

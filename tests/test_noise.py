@@ -1,4 +1,4 @@
-"""Addressed noise: the integer stream, the normal transform, the Numba twin, the law of what comes out."""
+"""Counter-based noise: the integer stream, the normal transform, the Numba twin, the distribution."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def pairs(words: Any, out: Any) -> None:
 
 
 def test_numba_equals_the_oracle_on_edge_words() -> None:
-    """Every word at and beside the places where the transform changes branch or rounds to the next binade."""
+    """Every word at and next to the points where the transform changes branch or rounds to the next binade."""
     centres = [
         0,
         1 << 32,
@@ -203,7 +203,7 @@ def test_the_transform_is_box_muller() -> None:
     assert (np.abs(got[:, 1::2] - radius * np.sin(angle)) < bound).all()
 
 
-# --- the law. Fixed seeds: each bound is a z-score of 5, so a right generator passes and stays passing. ---
+# --- the distribution. Fixed seeds; each bound is a z-score of 5. ---
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,7 @@ def test_tails(many: NDArray[np.float64], beyond: float) -> None:
 
 
 def test_neighbours_are_uncorrelated(many: NDArray[np.float64]) -> None:
-    """Values and squares: Box-Muller's pairs share a radius, whose trace would be in the squares."""
+    """Values and squares: Box-Muller pairs share a radius, which would correlate the squares."""
     n = len(many)
     square = (many**2 - 1.0) / math.sqrt(2.0)
     for lag in (1, 2, 3, 4, 5, 2048):

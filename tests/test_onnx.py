@@ -1,4 +1,4 @@
-"""ONNX networks: equal to torch, sampled without it, with no allocation and no surprise in dtypes or shapes."""
+"""ONNX networks: equal to torch, sampled without it, without allocation, and with checked dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_wider_output_is_the_graphs():
 
 
 def test_memory_is_bound_and_kept():
-    """Outputs come from four buffers in turn; after the first calls nothing of their size is allocated."""
+    """Outputs alternate between four buffers; after the first calls nothing of their size is allocated."""
     model = OnnxModel(shifted())
     x, t = np.zeros((4096, 3), np.float32), np.zeros(4096, np.float32)
     shift = np.zeros((4096, 1), np.float32)
@@ -189,8 +189,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, that it has another exporter, which needs a package more
-        exec(blocks("onnx.md")["export"], {"path": path})  # the page's own code
+        warnings.simplefilter("ignore")  # torch's warning about its other exporter, which needs another package
+        exec(blocks("onnx.md")["export"], {"path": path})  # the code of the page
     assert torch is not None
     return path
 

@@ -1,4 +1,4 @@
-"""Plan files: what is written comes back to the bit, and nothing else is read."""
+"""Plan files: they round-trip bit for bit, and other files are rejected."""
 
 import json
 import os

@@ -228,7 +228,7 @@ def test_digits():
     assert problem.shape == (1, 8, 8)
     assert len(problem.weights) == 1797
     assert repr(problem) == "Digits(modes=1797, shape=(1, 8, 8))"
-    # Beside an image, with little noise, its Gaussian is the only one that counts.
+    # Close to an image, at low noise, only its Gaussian matters.
     x = images[:3] + 0.05 * np.random.default_rng(0).standard_normal((3, 1, 8, 8))
     expected = images[:3] + 0.15**2 / (0.15**2 + 0.05**2) * (x - images[:3])
     np.testing.assert_allclose(problem.denoise(x, 1.0, 0.05), expected, atol=1e-9)

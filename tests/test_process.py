@@ -1,4 +1,4 @@
-"""Processes against the discrete tables they come from, closed formulas, and their own inverses."""
+"""Processes against their discrete tables, closed formulas, and their inverses."""
 
 import math
 import pickle
@@ -186,7 +186,7 @@ def test_ratio_above_vp_is_an_error():
         VP.linear().point_at_sigma(200.0)
     with pytest.raises(ValueError, match="ratio = inf"):
         VP.linear().point_at_sigma(math.inf)
-    # Round-off above the end is not: rho-th powers and exponentials of logarithms leave it.
+    # Rounding above the end is accepted: rho-th powers and exponentials of logarithms cause it.
     assert VP.linear().point_at_sigma(top * (1 + 1e-14)).t == 999.0
     assert VP.linear().point_at_sigma(VP.linear().sigma_min * (1 - 1e-15)).t == 0.0
 

@@ -1,4 +1,4 @@
-"""Compiling a plan: what is kept, where it is kept, what it costs; and the checks of a plan itself.
+"""Compiling a plan: live rows, buffers and memory traffic; and the checks of a plan.
 
 The definition is `oracles.rows.run_plan`, which evaluates every row of a plan on a dictionary of slots. A
 compiled program is run here on float64 buffers that start as NaN, so that a buffer read before it is
@@ -48,7 +48,7 @@ CASES = [(name, options) for name in fs.list_solvers() for options in [{}, *OPTI
 
 
 def denoise(x: np.ndarray, at: fs.Point) -> np.ndarray:
-    """Bounded, and of no symmetry that a wrong row could hide behind."""
+    """Bounded, and without a symmetry that could hide a wrong row."""
     return np.tanh(0.7 * x / math.hypot(at.alpha, at.sigma) + 0.1) + 0.05 * math.log1p(at.sigma)
 
 
@@ -111,7 +111,7 @@ def test_every_solver_compiled_is_its_plan(solver: str, options: dict[str, Any],
         check(plan, x, keep_x0=keep_x0, in_place=in_place)
 
 
-# --- any plan: rows that no sampler has ---
+# --- random plans ---
 
 
 class Loose(fs.Plan):
@@ -157,7 +157,7 @@ def test_any_plan_compiled_is_its_plan(plan: Loose, keep_x0: bool, in_place: boo
 @settings(max_examples=100, deadline=None)
 @given(any_rows())
 def test_only_what_is_read_later_is_written(plan: Loose) -> None:
-    """Every row of every stage, from its definition: written exactly if a chain of reads leads to the end."""
+    """Every row of every stage: written if and only if a chain of reads leads to the result."""
     needed: list[set[str]] = [{"x"}]
     for stage in reversed(plan.stages):
         after = needed[-1]

@@ -1,4 +1,4 @@
-"""The practical guide: what it says for each budget, and that the plan it names really fits it."""
+"""`recommend`: its answer for each budget, and that the recommended plan fits the budget."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_the_recommended_plan_fits_the_budget(name, guidance, distilled):
         plan = fs.plan(r.solver, fs.grid(process, r.steps, r.spacing), **r.options)
         assert plan.steps == r.steps
         assert plan.nfe * each <= nfe
-        if distilled is None:  # a solver of several calls a step says how many they are
+        if distilled is None:  # solvers with several calls per step state the number of calls
             assert (f"{r.steps} steps make {plan.nfe} calls" in r.why) == (plan.nfe != r.steps)
 
 

@@ -72,7 +72,7 @@ def test_confidence_is_that_of_the_seeds():
 
     sure = [ranked(np.full(20, 1.0)), ranked(np.full(20, 4.0))]
     assert _confidence(sure) == 1.0
-    # Two plans that take turns: about even, and the 5% leave room for more.
+    # Two plans that alternate: about even, within 5 %.
     turns = [ranked(np.tile([1.0, 9.0], 10)), ranked(np.tile([9.0, 1.0], 10))]
     assert 0.45 < _confidence(turns) < 0.75
     assert _confidence([*sure, ranked(np.full(20, np.inf))]) == 1.0

@@ -1,4 +1,4 @@
-"""Named schedules against the formulas of ComfyUI and k-diffusion, diffusers, and printed tables."""
+"""Named schedules against the formulas of ComfyUI, k-diffusion and diffusers, and published tables."""
 
 import math
 
@@ -257,7 +257,7 @@ def test_bad_shifts():
         grid(SD, 4, shift_terminal=0.1)
     with pytest.raises(ValueError, match=r"shift = 0.0: Flow takes"):
         grid(Flow(), 4, shift=0.0)
-    # diffusers makes NaN of it.
+    # diffusers returns NaN.
     with pytest.raises(ValueError, match="needs at least two noisy points"):
         grid(Flow(), 1, "linspace", shift_terminal=0.1)
     with pytest.raises(ValueError, match="shift_terminal must be a number from 0 to 1"):

@@ -1,4 +1,4 @@
-"""What the solver table does not say of the singlestep samplers: budgets, identities, bad options."""
+"""Singlestep samplers beyond the solver table: budgets, identities, bad options."""
 
 import itertools
 import math
@@ -104,7 +104,7 @@ def test_ancestral_steps_keep_their_digits_on_a_long_step():
 
 
 def test_a_large_eta_draws_all_of_the_noise():
-    """Where nothing is left to keep, the step is one call: the prediction, noised to the next level."""
+    """If the step keeps nothing of x, it is one call: the prediction, noised to the next level."""
     grid = fs.grid(VP, 4, "karras")
     for options in ({"frame": "sigma"}, {"frame": "flow"}):
         plan = fs.plan("dpmpp_2s_ancestral", grid, eta=50.0, **options)

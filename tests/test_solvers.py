@@ -54,7 +54,7 @@ def test_order(row, options, order, process, problem):
         pytest.skip(f"{row.solver} is not meant for {process}")
     process, high, low = PROCESSES[process]
     graded = row.graded and order > 2
-    # Errors of high orders meet rounding early, those of low orders their asymptote late.
+    # High-order errors reach rounding early, low-order ones their asymptote late.
     sizes = (16, 32) if order >= 4 and not graded else (64, 128) if order > 2 else (128, 256)
     start = smooth_grid(process, high, low, 4, graded).points[0]
     rng = np.random.default_rng(0)
@@ -335,7 +335,7 @@ def test_registered_solvers_explain_themselves():
 
 
 def test_a_new_solver_is_one_builder():
-    """What CONTRIBUTING promises: a generator of stages, registered, and everything else follows."""
+    """As CONTRIBUTING.md says: a registered generator of stages is a complete solver."""
     from fewstep.solvers.plans import registry
     from fewstep.solvers.plans.stages import first_order
 

@@ -124,7 +124,7 @@ def test_operators_pass_opcheck():
 
 @pytest.fixture
 def compiler_for_a_gpu(monkeypatch):
-    """What torch asks of the machine while it traces for a GPU."""
+    """The queries of torch to the device while it traces for a GPU."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
@@ -156,7 +156,7 @@ def fake_update():
 
 @pytest.mark.usefixtures("compiler_for_a_gpu")
 def test_a_compiler_sees_the_kernels_of_a_gpu():
-    """What AOTAutograd hands on for CUDA tensors: the kernels themselves, that write to fresh memory alone."""
+    """The graph that AOTAutograd passes on for CUDA tensors: the kernels, which write only to new memory."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     from fewstep.kernels import triton_noise, triton_step
@@ -188,7 +188,7 @@ def test_a_compiler_sees_the_kernels_of_a_gpu():
 
 @pytest.mark.usefixtures("compiler_for_a_gpu")
 def test_one_trace_serves_every_size():
-    """A batch and an edge that are symbols stay so: nothing on the way asks for their values."""
+    """A symbolic batch and image size stay symbolic: nothing reads their values."""
     shapes = ShapeEnv()
 
     def size(name, hint):
@@ -239,7 +239,7 @@ def test_a_compiler_sees_the_losses_of_a_gpu():
 
 
 def test_kernels_belong_to_their_operators():
-    """By this torch's caches of compiled code tell one version of an operator's kernels from the next."""
+    """The key by which torch's caches of compiled code distinguish versions of an operator's kernels."""
     pytest.importorskip("triton")
     from torch._library.triton import get_triton_kernels_for_op
 
@@ -265,7 +265,7 @@ def test_a_gpu_needs_no_numba():
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_the_definition_reads_no_table_on_the_host(batched):
-    """What a GPU does in float64: the oracle's bits, and nothing comes back from the device (meta has no numbers)."""
+    """The float64 path of a GPU: bit-identical to the oracle, without reading from the device (meta has no values)."""
     g = torch.Generator().manual_seed(5)
 
     def draw(*shape):

@@ -130,7 +130,7 @@ def test_ema(dtype: torch.dtype) -> None:
 
 
 def test_small_updates_are_not_lost() -> None:
-    """A bfloat16 average would stand still: 0.001 of a difference is below its resolution."""
+    """A bfloat16 average would not move: 0.001 of a difference is below its resolution."""
     average = torch.ones(8)
     for _ in range(1000):
         numba_train.ema(average.numpy(), np.full(8, 2.0, np.float32), np.float32(0.001))

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, for GPUs that need not be here: triton compiles off-line.
+"""The compiled kernels for several GPUs, which need not be present: triton cross-compiles.
 
 For every structure that a plan can have, on sm_80, sm_90, sm_100 and gfx942: float32 and 16-bit tensors move by 128
 bits, each live tensor is loaded and stored once, nothing spills, no register lands in local memory. The counts come
@@ -133,8 +133,8 @@ def test_every_live_tensor_moves_once_by_128_bits(name: str, target: str) -> Non
 
 
 def no_contraction(ptx: str) -> bool:
-    """Whether every fused multiply-add is a product: it adds 0 (see `triton_noise.times`)."""
-    # Two at once, on sm_100, add a register; `test_whoever_compiles_a_kernel_gets_the_same_bits` sees those.
+    """Whether every fused multiply-add adds 0, and so is a product (see `triton_noise.times`)."""
+    # Two at once, on sm_100, add a register; `test_every_compiler_gives_the_same_bits` sees those.
     return all(line.endswith(", 0f00000000;") for line in re.findall(r"\bfma\.rn\.f32 .*", ptx))
 
 
@@ -284,10 +284,10 @@ def test_the_operators_kernel(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_whoever_compiles_a_kernel_gets_the_same_bits(target: str) -> None:
-    """The machine code is one and the same, may the compiler contract to fused multiply-adds or not.
+def test_every_compiler_gives_the_same_bits(target: str) -> None:
+    """The machine code is the same whether or not the compiler may contract to fused multiply-adds.
 
-    Inductor does not pass on what a caller says of that, when it compiles a kernel into its own code.
+    Inductor ignores the caller's setting when it compiles a kernel into its own code.
     """
     for name in ("UniPC 3, guided, bf16", "EDM churn, guided, fp16", "the widest"):
         with_fusion, without = (run_kernel(VARIANTS[name], target, fusion=fusion) for fusion in (True, False))
@@ -354,7 +354,7 @@ CORNERS = {
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_corners_compile(name: str) -> None:
-    """What the interpreter runs without typing it: constants where integers are 1, absent pointers, wide integers."""
+    """Cases that the interpreter does not type-check: integers of 1 as constants, absent pointers, wide integers."""
     kernel, signature, values = CORNERS[name]
     given = signature | values
     found = compiled(kernel, {a: given[a] for a in kernel.arg_names}, "sm_90")

@@ -1,8 +1,8 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against their naive twins.
 
 The interpreter is switched on when triton is imported, so the files of `interpreted/` run in a process of their own.
-It executes a kernel's program as written, one program at a time, in NumPy: it proves the arithmetic, the addresses
-and the masks. It proves nothing about the compiler or about races; `test_triton_compile.py` and `make gpu` do.
+It executes a kernel in NumPy, one program at a time, which tests the arithmetic, the addresses and the masks, but not
+the compiler, and no races; `test_triton_compile.py` and `make gpu` test those.
 
 One file alone:  TRITON_INTERPRET=1 python -m pytest tests/interpreted/step.py
 """

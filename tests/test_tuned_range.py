@@ -19,7 +19,7 @@ COND = ({"label": np.array([-1])}, {"label": np.array([0, 1, 2])})
 
 
 def model(x, t, label):
-    """The exact posterior mean of a class, or of all for label -1."""
+    """The exact posterior mean of a class, or of all classes for label -1."""
     at = PROCESS.point(t)
     found = np.stack([p.denoise(x, at.alpha, at.sigma) for p in (*CLASSES, EVERYTHING)])
     return found[np.broadcast_to(label, len(x)), np.arange(len(x))]
@@ -35,7 +35,7 @@ def tuned(tmp_path_factory):
 
 
 def test_an_interpolated_plan_beats_its_neighbours_and_the_hand_made_one(tuned):
-    """On fresh seeds at a scale in between: against the plan of either end and of the best hand-made one there."""
+    """On new seeds at an intermediate scale: against the plans of both ends and the best hand-made plan."""
     denoiser = DENOISER.with_guidance(1.9)
     ensemble = Ensemble(denoiser, latents(96, (2,), 7), COND)
     target, _ = reference_ends(ensemble, None, (), None)

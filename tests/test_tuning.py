@@ -1,4 +1,4 @@
-"""Tuned plans: fewer calls for the same sample, and never on the wrong denoiser.
+"""Tuned plans: fewer calls for the same sample, and errors for the wrong denoiser.
 
 References here are the problems' own ODE solutions (SciPy's DOP853 or a closed form), not what `tune` solves itself.
 """
@@ -39,12 +39,12 @@ def shared(tmp_path_factory):
     return denoiser, plan, cache
 
 
-# --- the batched runner ---
+# --- the ensemble ---
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_an_ensemble_meets_the_sampler(name):
-    """Plans of several kinds and lengths of shared beginnings, batches that do not divide, two conditions."""
+    """Plans of several kinds with shared leading calls of several lengths, uneven batches, two conditions."""
     process = PROCESSES[name]
     denoiser = fs.Denoiser(lambda x, t, shift: 0.4 * np.tanh(x) + shift[:, None], process, "sample", dtype="float64")
     cond = {"shift": np.array([-0.2, 0.1, 0.3])}
@@ -117,7 +117,7 @@ def test_the_start_is_the_base_rule_itself(name, base):
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("name", PROCESSES)
 def test_any_numbers_give_a_plan_that_fits_the_kernel(name, base):
-    """Random numbers keep the marginals (the plan checks itself) and run fused as they run unrolled."""
+    """Random numbers keep the marginals (the plan checks itself), and fused and unrolled runs agree."""
     grid = lattice(PROCESSES[name], 10)
     rule = Rule.of(base, {}, grid, "all", True)
     rng = np.random.default_rng(3)
@@ -235,7 +235,7 @@ def test_references_are_kept_whole_and_under_what_they_depend_on(tmp_path):
     assert len(files) == 3
     assert all(f.suffix == ".npz" for f in files)
     for file in files:
-        file.write_bytes(file.read_bytes()[:100])  # cut short: solved again, not believed
+        file.write_bytes(file.read_bytes()[:100])  # a truncated file: solved again
     assert run(0.4)[1] == made
 
 
@@ -254,7 +254,7 @@ def test_a_reference_of_ones_own_is_the_target(tuned_vp):
 
 
 def independent_errors(denoiser, plan, seed=99, n=256):
-    """The mean square error of each sample, by the sampler and SciPy: seeds and code that the fit never saw."""
+    """The mean square error of each sample, by the sampler and SciPy, on seeds that the fit did not use."""
     first = plan.grid.points[0]
     x = fs.Sampler(denoiser, plan, (n, 2), dtype="float64")(seed=seed)
     # Each plan from its own first point: the ODE from the process's first.
@@ -330,7 +330,7 @@ def test_times_alone(tuned_vp):
     made = Rule.of("ipndm", plan.options["base_options"], plan.grid, "times", False)
     again = fs.plan("ipndm", plan.grid, **plan.options["base_options"])
     assert made.size == 4
-    # The rule's own coefficients at other times.
+    # The rule's coefficients at fitted times.
     assert np.allclose(unroll(again).w, unroll(plan).w, atol=1e-12)
     errors = plan.options["tuning"]["errors"]
     assert errors["tuned"]["validation"]["rmse"] < errors["hand"]["validation"]["rmse"]
@@ -371,7 +371,7 @@ def test_an_interruption_keeps_the_best_so_far_and_resume_goes_on(tuned_vp, monk
 
 
 def test_the_difference_quotients_are_the_derivative(tuned_vp):
-    """Against central differences of the residual: shared calls and batches change nothing."""
+    """Against central differences of the residual: shared calls and batches do not change it."""
     denoiser, plan, _ = tuned_vp
     made = study(
         denoiser,
@@ -415,7 +415,7 @@ def test_a_tuned_plan_keeps_to_its_denoiser(tuned_vp, tmp_path):
         fs.load_plan(path, other)
     with pytest.raises(ValueError, match="give denoiser="):
         fs.load_plan(path)
-    with pytest.raises(ValueError, match="was laid out on"):
+    with pytest.raises(ValueError, match="was made on"):
         fs.load_plan(path, MIXTURE.denoiser(PROCESSES["edm"]))
     with pytest.raises(ValueError, match="under guidance None"):
         fs.load_plan(path, denoiser.with_guidance(2.0))
@@ -496,7 +496,7 @@ def test_conditions_go_round_the_samples():
         ({"shape": (0,)}, "shape"),
         ({"shape": 3.5}, "shape"),
         ({"reference": 3}, "reference must be a plan or a callable"),
-        ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 4))}, "was not tuned"),
+        ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 4))}, "is not tuned"),
         ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 3))}, "3 calls, nfe = 4"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The shipped digits network: what it knows, what its loader refuses, and that its training works."""
+"""The shipped digits network: its accuracy, the checks of its loader, and its training."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_each_sample_has_its_own_time(net, held):
     together = net(x, times, label)
     alone = torch.cat([net(x[i : i + 1], times[i : i + 1], label[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    # The times do matter: rolled by one place, the answers differ by far more than the tolerance above.
+    # The times matter: rolled by one place, the outputs differ by far more than the tolerance above.
     assert (net(x, times.roll(1), label) - together).flatten(1).abs().amax(1).min() > 0.05
 
 
@@ -133,7 +133,7 @@ def good_state():
 def test_loads_what_it_saved(tmp_path, held):
     torch.manual_seed(0)
     net = UNet()
-    torch.nn.init.normal_(net.leave.weight)  # it starts at zero, and would hide the rest
+    torch.nn.init.normal_(net.leave.weight)  # initialised to zero, which would hide the other layers
     safetensors_torch.save_file(net.state_dict(), tmp_path / "w.safetensors")
     x, _, _, times = noisy(held, 500.0)
     assert torch.equal(load_unet(tmp_path / "w.safetensors")(x, times), net(x, times))

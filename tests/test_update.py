@@ -1,4 +1,4 @@
-"""What `Sampler.prepare` lays out and `Sampler.update` changes to, on a CPU; for a GPU see `interpreted/graph.py`."""
+"""`Sampler.prepare` and `Sampler.update` on a CPU; for a GPU see `interpreted/graph.py`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_prepared_plans_are_the_plans(backend: str) -> None:
 
 
 def test_a_prepared_plan_keeps_its_workspaces() -> None:
-    """Coming back to one allocates nothing and lays nothing out."""
+    """Switching back to a prepared plan allocates and compiles nothing."""
     made = sampler(plan())
     first, second = made._now, made.prepare(plan(6))
     made(seed=0)
@@ -68,7 +68,7 @@ def test_a_prepared_plan_keeps_its_workspaces() -> None:
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_memory_goes_with_the_sampler(backend: str) -> None:
-    """At once, not at the next garbage collection, whatever plans were prepared."""
+    """Memory is freed at once, not at the next garbage collection, whatever plans were prepared."""
     made = sampler(plan(), backend)
     prepared = made.prepare(plan(3))
     made.update(prepared)
@@ -105,7 +105,7 @@ def test_what_cannot_be_changed_to_is_said_and_changes_nothing() -> None:
     before = made._now
     for change, match in (
         ({"plan": stranger.prepare(plan(3))}, "belongs to the sampler that made it"),
-        ({"plan": made.prepare(plan(3)), "guidance": 3.0}, r"has its guidance in it: prepare\(plan, guidance=\.\.\.\)"),
+        ({"plan": made.prepare(plan(3)), "guidance": 3.0}, r"includes its guidance: use prepare\(plan, guidance"),
         ({"plan": plan(3), "seed": -1}, r"seed must be an integer with 0 <= seed < 2\*\*64, got -1"),
         ({"plan": plan(3), "seed": [1, 2, 3]}, "seed has 3 entries for a batch of 2"),
         ({"plan": plan(3), "seed": 1, "cond": {"c": np.zeros(2)}}, "guidance over 2 branches needs cond"),

@@ -1,9 +1,8 @@
-"""The rows of one call, run on real tensors.
+"""The update of one scheduler call, applied to tensors in one fused pass.
 
-One fused pass: every live tensor is read once, every new one written once. On the CPU it is the Numba kernel, which
-takes the tensors by their addresses; on a GPU that Triton knows the operator `fewstep::stage`, with the coefficients in
-tables that stay on the device. On any other device, and for float64 on a GPU, the oracle's expressions. None of them
-waits for the GPU.
+Every live tensor is read once, and every new one written once. On the CPU the Numba kernel reads the tensors by their
+addresses. On a GPU with Triton it is the operator `fewstep::stage`, with its tables on the device. Other devices, and
+float64 on a GPU, use the oracle's expressions. None of these synchronises with the GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 
-# Without it the operator has no kernel on a GPU, and its definition reads the tables back.
+# Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Tables(NamedTuple):
-    """The coefficients on one device, in the state's dtype: `w` for each launch, the rest as `stage` takes them."""
+    """The coefficients on one device, in the state's dtype: one `w` per launch, the rest as for `stage`."""
 
     w: list[Tensor]
     c_in: Tensor
@@ -38,13 +37,15 @@ class Tables(NamedTuple):
 
 
 class Update:
-    """Rows over [x, raw, z, m, *memory] with the tables as the kernels take them.
+    """Rows over [x, raw, z, m, *memory], with their tables for the kernels.
 
-    rows    float64, those of what the call returns first; dtypes: of these results
+    rows    float64, those of the returned tensors first
+    dtypes  of the returned tensors
     call    the dtypes of x and raw
-    memory  which tensors of the memory the rows read, in the order of the slots after x
-    noisy   whether a row reads z
-    anywhere  whether it runs on any device: a per-sample quantile is reduced on the CPU
+    clip    of the x0 prediction, or None
+
+    Attributes: `memory`, the remembered tensors that the rows read, in the order of the slots after x; `noisy`, whether
+    a row reads z; `anywhere`, whether it runs on any device (a per-sample quantile is reduced on the CPU).
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Update:
         self.anywhere = clip is None or clip.quantile is None
         self.narrow = dtypes[0] if dtypes[0].itemsize == 2 else None
         self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
-        # The kernel writes a few rows at a time; one launch does for all but the longest memories.
+        # The kernel writes a few rows at a time: one launch suffices for all but the longest memories.
         self.launches = [
             _Launch(self, call, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
             for i in range(0, len(matrix), layout.OUTPUTS)
@@ -82,7 +83,7 @@ class Update:
         self.tables: dict[torch.device, Tables] = {}
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        """The rows as new tensors: what the call returns in its own dtypes, what it remembers in the state's."""
+        """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
         if x.is_cpu:
             run = self._fused
         else:
@@ -104,7 +105,7 @@ class Update:
             sources.append(tensor if tensor.dtype is dtype else tensor.to(dtype))
         addresses = []
         for i, tensor in enumerate(sources):
-            at, sources[i] = _address(tensor)  # kept until the last launch is over
+            at, sources[i] = _address(tensor)  # kept alive until the last launch has finished
             addresses.append(at)
         x, plain = sources[0], x.dtype is dtype
         limit = None
@@ -114,7 +115,7 @@ class Update:
             numba_reduce.threshold(*m, None, None, self.p, *self.quantile, limit)
         results: list[Tensor] = []
         for launch in self.launches:
-            words = launch.words.copy()  # other threads fill theirs
+            words = launch.words.copy()  # one copy per call: calls may run in several threads
             words[SAMPLES], words[ELEMENTS] = samples, size // samples
             for j, address in zip(launch.sources, addresses, strict=True):
                 words[j] = address
@@ -133,7 +134,7 @@ class Update:
         return results
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        """The twin of `_fused` on a GPU: one operator a launch, and nothing else. For `anywhere` alone."""
+        """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
         tables = self.tables.get(x.device)
         if tables is None:
             tables = self.tables[x.device] = self._upload(x.device)
@@ -153,21 +154,21 @@ class Update:
         return results
 
     def _upload(self, device: torch.device) -> Tables:
-        """One copy to the device, which is finished on return: any stream may read the tables from then on."""
+        """Copy the tables to the device, synchronously: any stream may read them afterwards."""
         parts = [np.ones(1, self.state), self.p, self.limit, *(launch.table for launch in self.launches)]
-        # Every table begins at a multiple of 16 bytes, as a tensor of its own would: Triton compiles for that.
+        # Every table begins at a multiple of 16 bytes: Triton specialises kernels for aligned pointers.
         filled = [np.zeros(0, self.state) if part is None else part.ravel() for part in parts]
         gaps = [-part.size % 4 for part in filled]
         flat = np.concatenate([np.pad(part, (0, gap)) for part, gap in zip(filled, gaps, strict=True)])
         sizes = [size for part, gap in zip(filled, gaps, strict=True) for size in (part.size, gap)]
-        pieces = torch.from_numpy(flat).to(device).split(sizes)[::2]  # type: ignore[no-untyped-call]
+        pieces = torch.split(torch.from_numpy(flat).to(device), sizes)[::2]
         c_in, p, limit, *w = (
             None if part is None else piece.view(part.shape) for part, piece in zip(parts, pieces, strict=True)
         )
         return Tables(w, c_in, p, limit)  # type: ignore[arg-type]
 
     def _naive(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        """The twin of `_fused` on any device, by the oracle."""
+        """`_fused` on any device, by the oracle."""
         slots = [t.to(self.dtype) for t in (x, *(memory[j] for j in self.memory))]
         limit = self.limit
         if not self.anywhere:
@@ -178,9 +179,10 @@ class Update:
 
 
 class _Launch:
-    """One launch of the kernel, and which words of its memory each call writes.
+    """One launch of the kernel, and the words of its memory that each call sets.
 
-    table  its rows, (1, rows, COLUMNS); live: which of [x, *memory] they read
+    table  its rows, (1, rows, COLUMNS)
+    live   indices of the tensors of [x, *memory] that the rows read
     """
 
     def __init__(self, update: Update, call: Call, table: np.ndarray, first: int) -> None:
@@ -190,7 +192,7 @@ class _Launch:
             for j in range(1 + len(update.memory))
             if table[:, :, j].any() or (j == 0 and update.p is not None and update.p[0, 0])
         ]
-        # Stand-ins of one element for what each call brings.
+        # Placeholders of one element for the tensors of each call.
         one = np.zeros((1, 1), update.state)
         x, raw = (_bits(torch.zeros((1, 1), dtype=dtype)) for dtype in (call.x_dtype, call.raw_dtype))
         self.narrow = update.narrow if first == 0 else None
@@ -207,7 +209,7 @@ class _Launch:
             fixed=True,
         )
         self.run, self.words = launch.run, launch.memory
-        self._held = launch  # its tables lie where the words say
+        self._held = launch  # keeps the tables alive whose addresses are in `words`
         slots = range(1, 1 + len(update.memory))
         self.sources = [0, numba_step.RAW, *([numba_step.NOISE] if update.noisy else []), *slots]
         self.outputs = range(numba_step.OUTPUT, numba_step.OUTPUT + table.shape[1])

@@ -1,14 +1,14 @@
-"""A sampling loop as a torch module: compiled, exported, differentiated like any other.
+"""A sampling loop as a torch module, which can be compiled, exported and differentiated.
 
-The loop is the plan's stages unrolled, each one `fewstep::stage`, with its tables as buffers.
+The loop is the unrolled plan: one `fewstep::stage` per stage, with the tables as buffers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import init_table, stage_tables
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.denoising import check_output, copies, time_dtype
+from fewstep.solvers.run.denoising import Condition, check_output, copies, time_dtype
 from fewstep.solvers.run.functional import stage
 
 
@@ -30,24 +30,24 @@ class SamplerModule(nn.Module):
     x           (B, ...) float32 or float64 at the grid's first point; gradients flow back to it, to the network's
                 parameters and to the conditions
     streams     (B, 3) int64 from `fewstep.kernels.philox.streams(seed, B)`, for plans that draw noise
-    noise       (`len(self.draws)`, B, ...) normals in their place, one for each draw in order (`self.noise`)
+    noise       (`len(self.draws)`, B, ...) normals instead of `streams`, one per draw in order (`self.noise`)
     checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
 
-    Dynamic thresholding and guidance rescale look at whole samples between the call and the update, a network that
-    predicts its variance scales its own noise: they are not in this loop. Raises ValueError for them: use
-    `fewstep.Sampler`.
+    Raises ValueError for dynamic thresholding and guidance rescale, which need reductions over whole samples, and for
+    networks that predict their variance: use `fewstep.Sampler`.
     """
 
     def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
         super().__init__()
         if denoiser.rescale or denoiser.threshold is not None:
             raise ValueError(
-                "SamplerModule takes no guidance rescale and no DynamicThreshold: use fewstep.Sampler, or a static clip"
+                "SamplerModule does not support guidance rescale or DynamicThreshold: use fewstep.Sampler, or a static "
+                "clip"
             )
         if denoiser.variance is not None:
             raise ValueError(
-                f"SamplerModule takes no network with variance={denoiser.variance!r}: use fewstep.Sampler, or a model "
-                "that returns its prediction alone"
+                f"SamplerModule does not support variance={denoiser.variance!r}: use fewstep.Sampler, or a model that "
+                "returns only its prediction"
             )
         program = compile_plan(plan)
         self.tables = stage_tables(program, denoiser, dtype)
@@ -65,14 +65,14 @@ class SamplerModule(nn.Module):
             self._keep(f"p{k}", table.p)
             self._keep(f"c_in{k}", [table.c_in])
 
-    def _keep(self, name: str, values: Any) -> None:
+    def _keep(self, name: str, values: ArrayLike | None) -> None:
         if values is None:  # a plain attribute: torch.export miscounts buffers that are None
             setattr(self, name, None)
         else:
             self.register_buffer(name, torch.as_tensor(values, dtype=self.state), persistent=False)
 
     def noise(self, streams: Tensor, shape: Sequence[int]) -> Tensor:
-        """The draws that `streams` stand for, (`len(self.draws)`, *shape): what forward takes as `noise`."""
+        """The draws of `streams`, (`len(self.draws)`, *shape), as forward takes them in `noise`."""
         return torch.stack([self._drawn(streams, shape, draw) for draw in self.draws])
 
     def _drawn(self, streams: Tensor, shape: Sequence[int], draw: int) -> Tensor:
@@ -80,17 +80,17 @@ class SamplerModule(nn.Module):
         return drawn.to(self.state)
 
     def forward(
-        self, x: Tensor, streams: Tensor | None = None, cond: Any = None, noise: Tensor | None = None
+        self, x: Tensor, streams: Tensor | None = None, cond: Condition = None, noise: Tensor | None = None
     ) -> Tensor:
         plan, batch, frame = self.program.plan, x.shape[0], TorchFrame(x.device)
         if noise is not None:
             wanted = (len(self.draws), *x.shape)
             if streams is not None:
-                raise ValueError("streams and noise both say what to draw: pass one of them")
+                raise ValueError("pass streams or noise, not both: either gives the normals of the draws")
             if tuple(noise.shape) != wanted:
                 raise ValueError(
-                    f"noise must have shape {wanted}, one tensor like x for each of {plan.solver}'s {len(self.draws)} "
-                    f"draws; got {tuple(noise.shape)}"
+                    f"noise must have shape {wanted}, one tensor like x per draw of {plan.solver}; "
+                    f"got {tuple(noise.shape)}"
                 )
         call = self.denoiser.bind(frame, batch, cond)
         buffers: list[Tensor | None] = [None] * self.program.buffers

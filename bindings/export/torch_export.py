@@ -1,11 +1,11 @@
-"""A sampling loop as a program of plain tensor operations, and as a library that needs no Python of this package.
+"""A sampling loop as a program of plain tensor operations, and as a compiled library that runs without this package.
 
     loop = SamplerModule(denoiser, plan)
     compile_loop(loop, x, "loop.pt2")  # network, solver and tables in one file
     sample = torch._inductor.aoti_load_package("loop.pt2")  # or from C++
 
-torch.export keeps a stage as the operator `fewstep::stage`, whose kernel lives in this package. Here each stage is
-written out instead, so that the compiler may fuse it with what is around it.
+torch.export keeps a stage as the operator `fewstep::stage`, whose kernel is in this package. Here each stage is
+decomposed into torch operators, which the compiler can fuse with their neighbours.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.export.sampler_module import SamplerModule
+from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.functional import stage
 
 
@@ -35,7 +36,7 @@ def plain_stage(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
-    """`fewstep::stage` (see `kernels.torch_ops.stage`, whose arguments and results these are) in tensor operations."""
+    """`fewstep::stage` in tensor operations; arguments and results as for `kernels.torch_ops.stage`."""
     placed = dict(zip(columns, slots, strict=True))
     return stage(
         [placed.get(j) for j in range(max(columns, default=-1) + 1)], raws, w, z=z, p=p, limit=limit, c_in=c_in,
@@ -43,15 +44,14 @@ def plain_stage(
     )  # fmt: skip
 
 
-def export_loop(loop: SamplerModule, x: Tensor, cond: Any = None) -> torch.export.ExportedProgram:
-    """The loop for latents like x (B, ...), in operators of torch alone: program.module()(x, cond=..., noise=...).
+def export_loop(loop: SamplerModule, x: Tensor, cond: Condition = None) -> torch.export.ExportedProgram:
+    """The loop for latents like x (B, ...), in torch operators only: program.module()(x, cond=..., noise=...).
 
-    cond   as the loop takes it; without it the program takes none
-    noise  an input of a program whose plan draws, (`len(loop.draws)`, *x.shape) of x's dtype, from whatever generator
-           is there. `loop.noise(streams, x.shape)` are those of a seed; they are this package's own operator, which
-           the program does not hold
+    cond   as for the loop; without it the program has no such input
+    noise  an input of the program if the plan draws noise: normals (`len(loop.draws)`, *x.shape) of x's dtype from any
+           generator. `loop.noise(streams, x.shape)` returns those of a seed, outside the program
     """
-    inputs = {"cond": cond} if cond is not None else {}
+    inputs: dict[str, object] = {"cond": cond} if cond is not None else {}
     if loop.draws:
         inputs["noise"] = x.new_zeros((len(loop.draws), *x.shape))
     with torch.no_grad():
@@ -66,22 +66,22 @@ def compile_loop(
     loop: SamplerModule,
     x: Tensor,
     path: str | os.PathLike[str],
-    cond: Any = None,
+    cond: Condition = None,
     *,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Compile `export_loop` ahead of time (AOTInductor) into one package; it needs a C++ compiler.
+    """Compile `export_loop` ahead of time (AOTInductor) into one package. Needs a C++ compiler.
 
-    The package takes what the program takes, x and by name cond and noise.
+    The inputs of the package are those of the program: x, and cond and noise by name.
 
-    path     ends in ".pt2"; the file appears whole or not at all
-    options  Inductor's own settings, such as {"max_autotune": True}
+    path     ends in ".pt2"; the file is written atomically
+    options  settings of Inductor, such as {"max_autotune": True}
 
     Returns the path.
     """
     target = Path(path)
     if target.suffix != ".pt2":
-        raise ValueError(f"path must end in '.pt2', which AOTInductor asks for; got {target.name!r}")
+        raise ValueError(f"path must end in '.pt2', as AOTInductor requires; got {target.name!r}")
     program = export_loop(loop, x, cond)
     from torch._inductor import aoti_compile_and_package
 

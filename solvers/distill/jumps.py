@@ -1,7 +1,7 @@
-"""A teacher's way over the intervals of a grid: one plan per interval, run on a batch where each sample has its own.
+"""A teacher's steps over the intervals of a grid: one plan per interval, on a batch with one interval per sample.
 
-All plans make the same number of calls and differ in their numbers: a jump makes as many, and after each runs the
-same fused stage as in sampling, with a table per sample.
+All plans make the same number of calls and differ only in their coefficients. A jump makes that many calls, each
+followed by the same fused stage as in sampling, with one table per sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import PREDICTION, SOURCES, UNGUIDED, Row
 from fewstep.solvers.plans.tables import fold
-from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, NetworkInputs
 from fewstep.solvers.run.functional import stage as run_stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -42,7 +42,7 @@ def intervals(grid: Grid, stride: int = 1) -> list[Grid]:
 
 
 class Jumps:
-    """jumps(x, which, cond) -> where the teacher takes each sample over its own interval; no gradients.
+    """jumps(x, which, cond) -> the teacher's result for each sample over its interval, without gradients.
 
     teacher  a `fewstep.Denoiser`
     plans    one per interval, of the same number of calls, deterministic
@@ -55,14 +55,12 @@ class Jumps:
         if not plans:
             raise ValueError("plans is empty: a jump needs one plan for each interval")
         if any(plan.stochastic or plan.init is not None for plan in plans):
-            raise ValueError(
-                f"solver {plans[0].solver!r} draws noise or starts off its grid: a target must not (use ddim, heun ...)"
-            )
+            raise ValueError(f"solver {plans[0].solver!r} draws noise or starts off its grid: use ddim, heun ...")
         calls = {plan.nfe for plan in plans}
         if len(calls) > 1:
             raise ValueError(
-                f"the plans make {' or '.join(map(str, sorted(calls)))} calls: over an interval that ends at sigma 0 a "
-                "higher-order solver falls back; end the grid above it"
+                f"the plans make {' or '.join(map(str, sorted(calls)))} calls: a higher-order solver drops to first "
+                "order on an interval that ends at sigma 0; end the grid above it"
             )
         self.teacher = teacher
         self.plans = tuple(plans)
@@ -74,43 +72,45 @@ class Jumps:
         self.ends = _stacked([plan.stages[-1].to for plan in plans])
 
     @classmethod
-    def over(cls, teacher: Any, grid: Grid, solver: str = "ddim", stride: int = 1, **options: Any) -> Jumps:
-        """A registered solver over each `stride` steps of the grid."""
+    def over(cls, teacher: DenoiserLike, grid: Grid, solver: str = "ddim", stride: int = 1, **options: Any) -> Jumps:
+        """The jumps of a registered solver, one over each `stride` steps of the grid."""
         return cls.build(teacher, grid, lambda part: make_plan(solver, part, **options), stride)
 
     @classmethod
-    def build(cls, teacher: Any, grid: Grid, plan: Callable[[Grid], Plan], stride: int = 1) -> Jumps:
-        """`plan` of each `stride` steps of the grid."""
+    def build(cls, teacher: DenoiserLike, grid: Grid, plan: Callable[[Grid], Plan], stride: int = 1) -> Jumps:
+        """The jumps of `plan(part)`, one for each `stride` steps of the grid."""
         return cls(teacher, [plan(part) for part in intervals(grid, stride)])
 
     def __len__(self) -> int:
         return len(self.plans)
 
     def start(self, which: ArrayLike) -> Point:
-        """Where the intervals `which` (B,) start, as a point of arrays (B,)."""
+        """The starts of the intervals `which` (B,), as a point of arrays (B,)."""
         return Point(*(np.asarray(values)[self._checked(which)] for values in self.starts))
 
     def end(self, which: ArrayLike) -> Point:
-        """Where they end."""
+        """The ends of the intervals `which` (B,), as a point of arrays (B,)."""
         return Point(*(np.asarray(values)[self._checked(which)] for values in self.ends))
 
     def _checked(self, which: ArrayLike) -> np.ndarray:
         index = np.atleast_1d(np.asarray(which))
         if not np.issubdtype(index.dtype, np.integer) or index.min() < 0 or index.max() >= len(self):
-            raise ValueError(f"which must hold interval numbers 0 .. {len(self) - 1}, got {which!r}")
+            raise ValueError(f"which must hold interval indices 0 .. {len(self) - 1}, got {which!r}")
         return index
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, which: ArrayLike, cond: Any = None, guidance: ArrayLike | None = None) -> Tensor:
-        """(B, ...) at the ends of the intervals, like x.
+    def __call__(
+        self, x: Tensor, which: ArrayLike, cond: Condition = None, guidance: ArrayLike | None = None
+    ) -> Tensor:
+        """The samples (B, ...) at the ends of their intervals, like x.
 
         x         (B, ...) float32 or float64, sample i at the start of interval which[i]
         which     (B,) integers, 0 for the noisiest interval
-        guidance  (B,) scales in place of the teacher's own
+        guidance  (B,) scales, which replace the teacher's
         """
         index = self._checked(which)
         if len(index) != len(x):
-            raise ValueError(f"which holds {len(index)} intervals for a batch of {len(x)}: give one for each sample")
+            raise ValueError(f"which holds {len(index)} intervals for a batch of {len(x)}: give one per sample")
         weights = branch_weights(self.teacher, len(x), guidance)
         branches = tuple(int(j) for j in np.flatnonzero(weights.any(axis=0)))
         slots = {"x": x}
@@ -129,7 +129,7 @@ class Jumps:
 
 @dataclass(frozen=True)
 class _Stage:
-    """The k-th stage of all plans: the union of what they read and write, and rows (N, writes, COLUMNS) of `layout`."""
+    """The k-th stage of all plans: the union of their reads and writes, and rows (N, writes, COLUMNS) of `layout`."""
 
     inputs: NetworkInputs
     reads: tuple[str, ...]
@@ -142,11 +142,11 @@ class _Stage:
         sources = dict.fromkeys(source for own in rows for row in own.values() for source in row)
         reads = tuple(dict.fromkeys(["x", *(source for source in sources if source not in SOURCES)]))
         if UNGUIDED in sources:
-            raise ValueError("a solver that reads the unguided prediction (CFG++) makes no targets")
+            raise ValueError("jumps do not support solvers that read the unguided prediction (CFG++)")
         w = np.zeros((len(rows), len(writes), layout.COLUMNS))
         for n, own in enumerate(rows):
             for i, slot in enumerate(writes):
-                # A slot that this plan leaves alone while another writes it keeps its value.
+                # A slot that only other plans write keeps its value.
                 for source, value in own.get(slot, {slot: 1.0} if slot in reads else {}).items():
                     w[n, i, layout.PREDICTION if source == PREDICTION else reads.index(source)] += value
         return cls(inputs_at(teacher, _stacked(at)), reads, writes, w)

@@ -123,7 +123,7 @@ class _Slots:
         self.sizes[0] = math.hypot(to.alpha, to.sigma)
 
     def see_noise(self, at: Point) -> None:
-        """Let the prediction be the x0 that goes with the true noise in x at the level that the denoiser is told."""
+        """Let the prediction be the x0 that goes with the true noise in x at the level of the call."""
         _, noise = self.x
         row = self.values[0, : self.width].copy()
         unit = np.zeros(self.width)

@@ -44,7 +44,7 @@ class Stage:
            which a constant x0 prediction is no straight line: the check then bounds the gap by the step's size
     variance  how a network that also predicts its variance scales "z" (`bindings.denoiser.VARIANCES`): the name
            of its parametrisation and the number that goes with it; None leaves "z" as it is
-    span   the stretch of a noise path that "z" belongs to, as an outside source is told; None is from `at` to `to`
+    span   the stretch of a noise path that "z" belongs to, for an outside noise source; None is from `at` to `to`
     """
 
     at: Point

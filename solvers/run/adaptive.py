@@ -1,7 +1,7 @@
-"""Adaptive sampling: every sample of a batch chooses its own steps, by its own estimate of the error.
+"""Adaptive sampling: every sample of a batch chooses its own step sizes from its own error estimate.
 
-A step is an attempt of an embedded pair (`fewstep.solvers.run.embedded`), measured in log-SNR. A sample that is
-done leaves the batch, so that the network is called for the others alone; a rejected one keeps its call.
+A step is one attempt of an embedded pair (`fewstep.solvers.run.embedded`); its size is measured in log-SNR. A finished
+sample leaves the batch, so that the network is called only for the rest. A rejected step keeps its first call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.plans.stages import Row, first_order
-from fewstep.solvers.run.arrays import Array, TorchFrame, dtype_name, no_grad
+from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
@@ -32,7 +32,7 @@ from fewstep.solvers.run.checks import (
     pick_backend,
 )
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import DenoiserLike
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.embedded import PAIRS, Attempt, Controller, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
@@ -43,11 +43,11 @@ from fewstep.solvers.schedule.process import Point
 
 
 class AdaptiveResult(NamedTuple):
-    """What `sample_adaptive` returns.
+    """The result of `sample_adaptive`.
 
     x         (B, ...) the samples
-    nfe       (B,) int64, denoiser calls of each sample; a guided one makes two network evaluations in each
-    accepted, rejected  (B,) int64, steps of each sample
+    nfe       (B,) int64, denoiser calls of each sample; under guidance each is two network evaluations
+    accepted, rejected  (B,) int64, accepted and rejected steps of each sample
     """
 
     x: Array
@@ -57,11 +57,11 @@ class AdaptiveResult(NamedTuple):
 
 
 class AttemptInfo(NamedTuple):
-    """What a callback of `sample_adaptive` sees after each attempt, of the n samples that were under way.
+    """The argument of a `sample_adaptive` callback after each attempt, for the n samples that are not finished.
 
-    samples   (n,) int64, which samples of the batch
-    at        where each is now: at the end of its step if that was accepted, else where it was
-    x         (n, ...) there, a copy
+    samples   (n,) int64, their indices in the batch
+    at        the current point of each: the end of the step if it was accepted, else its start
+    x         (n, ...) the samples at these points, a copy
     error     (n,) the step's error in units of the tolerance
     accepted  (n,) bool
     h         (n,) the size of the next step, in log-SNR
@@ -77,13 +77,13 @@ class AttemptInfo(NamedTuple):
     nfe: np.ndarray
 
 
-# A call at the very end is guided if those before it are: progress 1 is after the last step.
+# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
 _BEFORE_END = math.nextafter(1.0, 0.0)
 
 
 @dataclass
 class _Sample:
-    """Where one sample is. `known`: whether F_1 is at hand."""
+    """The state of one sample. `known`: whether F_1 at its point has been computed."""
 
     index: int
     at: Point
@@ -95,7 +95,7 @@ class _Sample:
 
 
 class _Step(NamedTuple):
-    """A step to t: the ODE leads to `down`, and fresh noise of that standard deviation brings it up to t."""
+    """A step to t: the ODE step ends at `down`, then noise of standard deviation `fresh` raises it to t's level."""
 
     t: Point
     down: Point
@@ -104,7 +104,7 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Options:
-    """What is the same for all samples."""
+    """The options shared by all samples."""
 
     pair: Pair
     frame: str
@@ -115,32 +115,32 @@ class _Options:
     s_noise: float
     max_attempts: int
     noise: NoiseSource | None = None
-    callback: Callable[[AttemptInfo], Any] | None = None
+    callback: Callable[[AttemptInfo], object] | None = None
 
 
 def next_step(ends: Grid, s: Point, h: float, eta: float) -> _Step:
-    """From s by h in log-SNR, no further than the end."""
+    """The step from s by h in log-SNR, cut at the end of the grid."""
     end = ends.points[-1]
-    # What is left below 1e-5 is no step of its own (k-diffusion).
+    # A remainder below 1e-5 is merged into the last step (k-diffusion).
     last = s.lam + h > end.lam - 1e-5
     t = end if last else ends.process.point_at_sigma(s.ratio * math.exp(-h))
     if eta == 0.0 or last:
         return _Step(t, t, 0.0)
     keep, fresh = ancestral_split(s, t, eta, "sigma")
     floor = end.ratio / t.ratio
-    if keep < floor:  # the ODE goes no lower than the end either
+    if keep < floor:  # the ODE step also stops at the end
         keep, fresh = floor, math.sqrt((1.0 - floor) * (1.0 + floor))
     return _Step(t, Point(t.t, t.alpha, keep * t.sigma), fresh * t.sigma)
 
 
 class _Run:
-    """The loop over attempts. Slots hold the samples that are not done, in the order of `samples`."""
+    """The loop over attempts. Slots hold the unfinished samples, in the order of `samples`."""
 
     def __init__(self, batch: Batch, options: _Options, samples: list[_Sample], streams: np.ndarray) -> None:
         self.batch, self.options, self.samples, self.streams = batch, options, samples, streams
 
     def __call__(self, x: Array) -> Array:
-        """Every sample from the first point of `ends` to the last. x is not written to."""
+        """Integrate every sample from the first point of `ends` to the last. x is not modified."""
         o, batch, result = self.options, self.batch, x * 1.0
         before, f1 = x, x * 0.0
         while self.samples:
@@ -170,7 +170,7 @@ class _Run:
         return result
 
     def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
-        """The denoiser on some of the samples still here."""
+        """Call the denoiser on some of the unfinished samples."""
         chosen = [self.samples[i] for i in rows]
         for sample in chosen:
             sample.nfe += 1
@@ -179,7 +179,7 @@ class _Run:
         return self.batch.call([sample.index for sample in chosen], u, points, progress)
 
     def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> Array:
-        """F_1 of all samples: that of those that have none is found now."""
+        """F_1 of all samples; computed for those without one."""
         todo = [i for i, sample in enumerate(self.samples) if not sample.known]
         if todo:
             u, points = self.batch.take(x, todo), [self.samples[i].at for i in todo]
@@ -191,7 +191,7 @@ class _Run:
         return f1
 
     def _attempt(self, x: Array, f1: Array, attempts: Sequence[Attempt]) -> tuple[Array, Array, Array]:
-        """The steps' results, their errors, and F of the last call."""
+        """One step of every sample: the results, the errors, and F of the last call."""
         slots = {"x": x, "F1": f1}
         slots |= self.batch.map([{SEEN: _sum(a.targets[0].x, a.targets[0].f)} for a in attempts], slots)
         calls, leads = len(attempts[0].error), len(attempts[0].targets)
@@ -211,7 +211,7 @@ class _Run:
         return slots[SEEN], slots["error"], slots[f"F{calls}"]
 
     def _judge(self, sample: _Sample, t: Point, error: float) -> bool:
-        """Accept or reject; the sample moves, and so does its next step's size."""
+        """Accept or reject a step: updates the sample's point, counts and step size."""
         if not math.isfinite(error):
             raise ValueError(
                 f"the error estimate of sample {sample.index} at t = {sample.at.t:.6g} is {error}: "
@@ -224,8 +224,8 @@ class _Run:
             sample.at, sample.known = t, self.options.pair.kept
         elif sample.accepted + sample.rejected >= self.options.max_attempts:
             raise RuntimeError(
-                f"sample {sample.index} has come to t = {sample.at.t:.6g} in max_attempts = "
-                f"{self.options.max_attempts} steps, {sample.rejected} rejected: raise rtol, atol or it"
+                f"sample {sample.index} is only at t = {sample.at.t:.6g} after max_attempts = "
+                f"{self.options.max_attempts} steps, {sample.rejected} rejected: raise rtol, atol or max_attempts"
             )
         return accepted
 
@@ -245,7 +245,7 @@ class _Run:
         starts: Sequence[Point],
         steps: Sequence[_Step],
     ) -> list[Array]:
-        """Every slot of `old`, with the samples that took their step at their `new` values and ancestral noise on x."""
+        """The slots of `old`, replaced by `new` for the samples in `taken`, with ancestral noise added to x."""
         scales = [self.options.s_noise * step.fresh if i in taken else 0.0 for i, step in enumerate(steps)]
         noisy = [i for i in taken if steps[i].fresh > 0.0]
         if not noisy and len(taken) == len(steps):
@@ -262,7 +262,7 @@ class _Run:
         return [*self.batch.map(rows, slots, z=z).values()]
 
     def _noise(self, noisy: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> Array:
-        """Normals for the samples that need them; draw k of a sample belongs to its k-th accepted step."""
+        """Normals for the samples in `noisy`; draw k of a sample belongs to its k-th accepted step."""
         noise, one = self.options.noise, (1, *self.batch.sample)
         if noise is None:
             streams = self.streams[[sample.index for sample in self.samples]]
@@ -274,12 +274,12 @@ class _Run:
 
 
 def _seen(row: Row) -> dict[str, float]:
-    """A row over the sample that a call was made on, as a row of slots."""
+    """A row over the input of a call ("x"), as a row over slots."""
     return {SEEN if source == "x" else source: value for source, value in row.items()}
 
 
 def _sum(x: float, f: Sequence[float], here: Row | None = None) -> dict[str, float]:
-    """x times the step's start plus f · F. The last F may be a row, `here`, that has no slot yet."""
+    """x times the sample at the step's start, plus f · F; `here` is the row of the last F, if it has no slot yet."""
     row = {"x": x} if x else {}
     row |= {f"F{j}": value for j, value in enumerate(f if here is None else f[:-1], 1) if value}
     return row | {source: f[-1] * value for source, value in (here or {}).items()}
@@ -309,42 +309,43 @@ def sample_adaptive(
     seed: int | Sequence[int] | None = None,
     first_sample: int = 0,
     noise: NoiseSource | None = None,
-    cond: Any = None,
+    cond: Condition = None,
     backend: str = "auto",
-    device: Any = None,
-    dtype: Any = None,
-    callback: Callable[[AttemptInfo], Any] | None = None,
+    device: Device | None = None,
+    dtype: DType | None = None,
+    callback: Callable[[AttemptInfo], object] | None = None,
 ) -> AdaptiveResult:
-    """Draw samples with steps that each sample chooses to a tolerance.
+    """Draw samples with adaptive steps, chosen for each sample to meet a tolerance.
 
         x, nfe, accepted, rejected = fewstep.sample_adaptive(denoiser, shape=(16, 1, 8, 8), rtol=0.01, seed=0)
 
     x, shape  exactly one: a latent (B, ...) at sigma_max, or the shape to draw one from `seed`
     solver    "dpm_solver_12", "dpm_solver_23" (DPM-Solver-12 and -23, Lu et al. 2022a, appendix C;
               k-diffusion's sample_dpm_adaptive), or "dormand_prince", the 5(4) pair
-    rtol, atol  of a step: the root mean square over a sample of error / max(atol, rtol |x|) is about 1 at
-              most. The defaults are the paper's, for data in -1 .. 1
+    rtol, atol  per step: the RMS over a sample of error / max(atol, rtol |x|) is at most about 1. The defaults are
+              the paper's, for data in -1 .. 1
     h_init    the first step, in log-SNR lambda = log(alpha / sigma)
     pcoeff, icoeff, dcoeff, accept_safety  of the PID controller, as in k-diffusion
-    eta, s_noise  ancestral noise (DPM-Solver only) and a factor on it, as in k-diffusion; from `seed`
-    frame     of dormand_prince (see `frames`): "flow" (default, the fewest calls), "sigma" or "logsnr"
-    sigma_min, sigma_max  sigma / alpha at the ends; by default the process's smallest and largest finite one
-    final_zero  one more call at sigma_min, to the clean end: x = m. False stays at sigma_min
-    max_attempts  steps of one sample, rejected ones too, after which it is an error
-    seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" an attempt waits
-              for the device once, to read the errors
-    noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, asked for one sample after another
+    eta, s_noise  ancestral noise (DPM-Solver only) and a factor on it, as in k-diffusion; drawn from `seed`
+    frame     coordinates of dormand_prince (see `families.coordinates`): "flow" (default, the fewest calls), "sigma"
+              or "logsnr"
+    sigma_min, sigma_max  sigma / alpha at the ends; by default the process's smallest and largest finite values
+    final_zero  True makes one more call at sigma_min and returns x = m at sigma 0; False stops at sigma_min
+    max_attempts  the most steps of one sample, rejected ones included
+    seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" each attempt
+              synchronises with the device once, to read the errors
+    noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, called once per sample
     callback  called with an `AttemptInfo` after each attempt; may raise to stop
 
-    Errors are controlled step by step. On Gaussian mixtures the end is within 5 tolerances of the exact one
-    for DPM-Solver, within 100 for dormand_prince, whose long steps pay at tolerances of 1e-5 and below.
+    The error is controlled per step. On Gaussian mixtures the end point is within 5 tolerances of the exact one
+    for DPM-Solver, within 100 for dormand_prince, whose long steps pay off at tolerances of 1e-5 and below.
 
-    A sample's result and counts depend on itself alone, to the bit if the network maps samples one by one (on
-    a GPU it may not). Samples that are done are not passed to the network: the batch shrinks. Guidance that
-    is on for a part of the way counts the way in log-SNR. No gradient is kept.
+    A sample's result and counts do not depend on the rest of the batch, bit for bit if the network maps each sample
+    independently (on a GPU it may not). Finished samples are not passed to the network: the batch shrinks. Guidance
+    between `start` and `stop` measures progress in log-SNR. Gradients are not recorded.
 
     Raises ValueError or TypeError that names the argument, before the model is called; ValueError if the
-    network returns NaN, RuntimeError after max_attempts.
+    network returns NaN; RuntimeError if max_attempts is exceeded.
     """
     outer = check_source(denoiser, x, shape)
     pair = _checked_pair(solver, frame, eta)
@@ -405,7 +406,7 @@ def sample_adaptive(
 
 
 def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) -> Array:
-    """The last step of all samples at once: to sigma 0, where x = alpha m."""
+    """The last step, of all samples at once: to sigma 0, where x = alpha m."""
     n = len(samples)
     outputs = batch.call(range(n), x, [end] * n, [_BEFORE_END] * n)
     for sample in samples:
@@ -419,7 +420,7 @@ def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
         raise ValueError(unknown("adaptive solver", solver, tuple(PAIRS)))
     pair = PAIRS[solver]
     if frame is not None and not pair.kept:
-        raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} steps in log-SNR alone")
+        raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} always steps in log-SNR")
     one_of("frame", frame, (None, *COORDINATES))
     if eta and pair.kept:
         raise ValueError(f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do")

@@ -1,7 +1,7 @@
-"""Arrays in, arrays of the same kind out: the little that the loop needs of NumPy and of torch.
+"""The two array libraries that the loop computes with, NumPy and torch, behind one interface.
 
-torch is imported only when an argument already is a torch object or asks for one. Other libraries' arrays come in
-and go out as one of these two: see `dlpack`.
+torch is imported only when an argument is a torch object or a device is named. Arrays of other libraries are viewed as
+arrays of these two: see `dlpack`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-Array = Any
+if TYPE_CHECKING:
+    import torch
+
+Array = Any  # of either library
+Device = Union[str, "torch.device"]
+DType = Union[str, type, np.dtype[Any], "torch.dtype"]
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def dtype_name(dtype: Any) -> str:
-    """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32 alike; else ValueError."""
+    """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32. Raises ValueError for others."""
     try:
         name = str(dtype).rpartition(".")[2]
         name = name if "torch" in str(dtype) or name == "bfloat16" else np.dtype(dtype).name
@@ -32,10 +38,10 @@ def dtype_name(dtype: Any) -> str:
 
 
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
-    """Uninitialised memory that begins at a page, or at a cache line where it is shorter than that.
+    """Uninitialised memory aligned to a page, or to a cache line if it is smaller than a page.
 
-    A loop over several arrays is slower by a quarter where vectors cross cache lines, and as much again where a load
-    follows a store to the same place in another page: arrays that all begin at a page have neither.
+    A loop over several arrays takes a quarter longer where vectors cross cache lines, and another quarter where a load
+    follows a store at the same offset in another page. Arrays that all begin at a page avoid both.
     """
     size = math.prod(shape) * dtype.itemsize
     step = 4096 if size >= 4096 else 64
@@ -45,13 +51,13 @@ def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
 
 
 class Frame(Protocol):
-    """One array library on one device."""
+    """An array library and a device of it: makes, converts and inspects arrays there."""
 
     name: str
     device: str
 
-    def array(self, values: Any, dtype: str) -> Array:
-        """A new array of this frame from a NumPy array."""
+    def array(self, values: ArrayLike, dtype: str) -> Array:
+        """A new array of this library on this device."""
 
     def empty(self, shape: Sequence[int], dtype: str) -> Array: ...
 
@@ -59,22 +65,22 @@ class Frame(Protocol):
         """The same memory as a NumPy array: bfloat16 as uint16, float16 as int16. CPU only."""
 
     def address(self, array: Array) -> tuple[int, Array]:
-        """Where its elements lie in C order, and the array to keep alive meanwhile: itself or a copy. CPU only."""
+        """The address of its elements in C order, and the array to keep alive for it: itself or a copy. CPU only."""
 
     def wrap(self, array: np.ndarray) -> Array:
-        """The same memory as an array of this frame. CPU only."""
+        """The same memory as an array of this library. CPU only."""
 
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
     def detached(self, array: Array) -> Array:
-        """The same memory outside of autograd's graph."""
+        """The same memory, detached from autograd's graph."""
 
     def dtype_of(self, array: Array) -> str: ...
 
     def concatenate(self, arrays: Sequence[Array]) -> Array: ...
 
-    def is_array(self, value: Any) -> bool: ...
+    def is_array(self, value: object) -> bool: ...
 
     def device_of(self, array: Array) -> str: ...
 
@@ -83,11 +89,11 @@ class NumpyFrame:
     name = "numpy"
     device = "cpu"
 
-    def array(self, values: Any, dtype: str) -> Array:
+    def array(self, values: ArrayLike, dtype: str) -> Array:
         return np.array(values, dtype=self._dtype(dtype))
 
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
-        return aligned(shape, self._dtype(dtype))  # XLA asks for it before it takes memory without a copy
+        return aligned(shape, self._dtype(dtype))  # XLA takes only aligned memory without a copy
 
     def bits(self, array: Array) -> np.ndarray:
         stored: np.ndarray = np.ascontiguousarray(array)
@@ -114,7 +120,7 @@ class NumpyFrame:
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays)
 
-    def is_array(self, value: Any) -> bool:
+    def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
     def device_of(self, array: Array) -> str:
@@ -129,7 +135,7 @@ class NumpyFrame:
 class TorchFrame:
     name = "torch"
 
-    def __init__(self, device: Any = "cpu") -> None:
+    def __init__(self, device: Device = "cpu") -> None:
         try:
             import torch
         except ImportError:
@@ -144,11 +150,11 @@ class TorchFrame:
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
-    def array(self, values: Any, dtype: str) -> Array:
+    def array(self, values: ArrayLike, dtype: str) -> Array:
         host = self.torch.tensor(values, dtype=getattr(self.torch, dtype))
         if not self.device.startswith("cuda"):
             return host.to(self.device)
-        # From pinned memory the copy waits for nothing; the allocator keeps the memory until it has left.
+        # A copy from pinned memory is asynchronous; the allocator keeps the memory until the copy has finished.
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def empty(self, shape: Sequence[int], dtype: str) -> Array:
@@ -158,15 +164,16 @@ class TorchFrame:
         if array.requires_grad:
             array = array.detach()
         stored = self._bits.get(array.dtype)
-        return (array if stored is None else array.view(stored)).contiguous().numpy()  # type: ignore[no-any-return]
+        bits: np.ndarray = (array if stored is None else array.view(stored)).contiguous().numpy()
+        return bits
 
     def address(self, array: Array) -> tuple[int, Array]:
-        # A tensor of one element can be contiguous and still wait to be negated: the imaginary part of a conjugate.
+        # A contiguous tensor of one element can have the negative bit set: the imaginary part of a conjugate.
         if not (array.is_cpu and array.is_contiguous()) or array.is_neg():
             array = array.detach().cpu().resolve_neg().contiguous()
         address = array.data_ptr()
-        if not address:  # a subclass around other tensors
-            raise TypeError(f"{type(array).__name__} holds no memory of its own: return a plain torch.Tensor")
+        if not address:  # a wrapper subclass
+            raise TypeError(f"{type(array).__name__} has no memory of its own: return a plain torch.Tensor")
         return address, array
 
     def wrap(self, array: np.ndarray) -> Array:
@@ -184,7 +191,7 @@ class TorchFrame:
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return self.torch.cat(list(arrays))
 
-    def is_array(self, value: Any) -> bool:
+    def is_array(self, value: object) -> bool:
         return isinstance(value, self.torch.Tensor)
 
     def device_of(self, array: Array) -> str:
@@ -192,7 +199,7 @@ class TorchFrame:
 
 
 def no_grad(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractContextManager[object]:
-    """Without autograd's graph, where there is one; `keep_graph` for what callers differentiate."""
+    """Turn autograd off for torch, unless `keep_graph`: callers may differentiate the result."""
     if keep_graph or not isinstance(frame, TorchFrame):
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = frame.torch.no_grad()
@@ -200,20 +207,20 @@ def no_grad(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractCon
 
 
 def on_device(frame: Frame) -> contextlib.AbstractContextManager[object]:
-    """The frame's CUDA device as the current one."""
+    """Make the frame's CUDA device the current one; does nothing elsewhere."""
     if not (isinstance(frame, TorchFrame) and frame.device.startswith("cuda")):
         return contextlib.nullcontext()
     context: contextlib.AbstractContextManager[object] = frame.torch.cuda.device(frame.device)
     return context
 
 
-def frame_of(value: Any) -> Frame | None:
-    """The frame of an array, of a torch module or of a model that tells its own, None for anything else."""
+def frame_of(value: object) -> Frame | None:
+    """The library and device of an array, a torch module, or a model with a `frame` attribute; None for others."""
     if isinstance(value, np.ndarray):
         return NumpyFrame()
-    told = getattr(value, "frame", None)
-    if isinstance(told, (NumpyFrame, TorchFrame)):
-        return told
+    own = getattr(value, "frame", None)
+    if isinstance(own, (NumpyFrame, TorchFrame)):
+        return own
     torch = sys.modules.get("torch")
     if torch is None:
         return None

@@ -1,13 +1,13 @@
-"""A denoiser on a batch whose samples stand at points of their own: calls, and affine maps by sample.
+"""A denoiser on a batch in which each sample has its own point: calls, and affine maps per sample.
 
-A sample's values depend on itself alone, so with a network that maps samples one by one its result is the same to
-the bit alone, in any batch, and whatever the others do.
+No sample's values depend on the rest of the batch. If the network maps each sample independently, the result is the
+same bit for bit in any batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,23 +19,23 @@ from fewstep.solvers.run.denoising import Call, Cond, Condition, DenoiserLike, c
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
-# The slot that holds what the denoiser sees; a row reads the prediction made on it as "m".
+# The slot of the denoiser's input; rows read its x0 prediction as "m".
 SEEN = "u"
 
 Slots = Mapping[str, Array]
 
 
 class Outputs(NamedTuple):
-    """What a call returned for n samples: m = p · [u, raws], clipped by `limit`, in the state's dtype.
+    """The outputs of a call for n samples: m = p · [u, raws], clipped by `limit`, in the state's dtype.
 
-    raws   arrays (n, elements), one for each branch that was called
-    p      (n, 4) float64; where a GPU has found it, a tensor there, which cannot be folded
+    raws   arrays (n, elements), one per branch called
+    p      (n, 4) float64, or a device tensor if it was computed on a GPU, which cannot be folded
     limit  (n, 4) bound and gain of a clip, or None: then m is folded into the rows that read it
     """
 
     raws: Sequence[Array]
-    p: Any
-    limit: Any
+    p: Array
+    limit: Array | None
 
     @property
     def folds(self) -> bool:
@@ -53,7 +53,7 @@ def functions_of(backend: str) -> type[Functions]:
 class Batch:
     """A denoiser on a backend, for any subset of a batch of samples of one shape (B, ...).
 
-    Slots are arrays (n, elements) of the state's dtype: NumPy for "numba", the model's library for the others.
+    Slots are arrays (n, elements) of the state's dtype: NumPy for "numba", else of the model's library.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Batch:
         self.model_dtype = denoiser.model_dtype(dtype)
         self._conditions = denoiser.conditions(cond)
         self._bound: dict[tuple[int, ...], Call] = {}
-        self._call(range(self.size))  # errors in conditions come before any work
+        self._call(range(self.size))  # bad conditions raise before any work
 
     # --- slots ---
 
     def array(self, values: np.ndarray) -> Array:
-        """A slot, of all samples or of some."""
+        """A slot for all samples, or for some, from (n, ...)."""
         return self.inside.array(values.reshape(len(values), -1), self.dtype)
 
     def latent(self, x: Array, frame: Frame) -> Array:
-        """A copy of a latent (B, ...) of that frame, as a slot."""
+        """A latent (B, ...) of that frame, copied to a slot."""
         if type(frame) is type(self.inside) and frame.device == self.inside.device:
             slot = self.inside.empty((len(x), self.functions.elements), self.dtype)
             slot[...] = frame.detached(x).reshape(slot.shape)
@@ -88,11 +88,11 @@ class Batch:
         return values.reshape(len(slot), *self.sample)
 
     def take(self, array: Array, rows: Sequence[int]) -> Array:
-        """Some samples, in that order. The array itself where these are all."""
+        """The samples at `rows`, in that order; the array itself if these are all."""
         return array if [*rows] == [*range(len(array))] else array[self._index(array, rows)]
 
     def put(self, array: Array, rows: Sequence[int], values: Array) -> Array:
-        """The array with some samples replaced, in its memory or in that of `values`."""
+        """The array with the samples at `rows` replaced. Modifies `array`, or returns `values` if these are all."""
         if [*rows] == [*range(len(array))]:
             return values
         array[self._index(array, rows)] = values
@@ -103,20 +103,20 @@ class Batch:
         return index if isinstance(array, np.ndarray) else self.frame.array(index, "int64")
 
     def latents(self, streams: np.ndarray) -> Array:
-        """Standard normals of the latents, a sample of each stream."""
+        """Standard normals for latents, one sample per stream."""
         return self.functions.normals(streams, [0] * len(streams), philox.LATENT)
 
     def normals(self, streams: np.ndarray, draws: Sequence[int]) -> Array:
-        """Standard normals of the steps, sample i of its own stream at draw number draws[i]."""
+        """Standard normals for steps: sample i from streams[i], draw number draws[i]."""
         return self.functions.normals(streams, draws, philox.STEP)
 
     # --- the denoiser ---
 
     def call(self, samples: Sequence[int], u: Array, points: Sequence[Point], progress: Sequence[float]) -> Outputs:
-        """The denoiser on `samples`, each at its own point.
+        """Call the denoiser on `samples`, each at its own point.
 
-        samples   which of the batch's samples the rows of u are
-        progress  how far each has come, 0 to 1, for guidance that is on for a part of the way
+        samples   the indices of the rows of u in the batch
+        progress  of each sample, 0 to 1, for guidance between `start` and `stop`
         """
         weights = [self.denoiser.weights(done) for done in progress]
         branches = tuple(sorted({j for own in weights for j, g in enumerate(own) if g}))
@@ -128,21 +128,21 @@ class Batch:
         return Outputs(raws, *self.functions.adjust(u, raws, shares, p))
 
     def _inside(self, raw: Array) -> Array:
-        """(n, elements); for the CPU kernels, the bits in NumPy."""
+        """A network output as (n, elements); for the CPU kernels, its bits in NumPy."""
         rows = raw.reshape(len(raw), -1)
         return np.ascontiguousarray(self.frame.bits(rows)) if self.functions.backend == "numba" else rows
 
     def _call(self, samples: Sequence[int]) -> Call:
-        """The network with the conditions of some samples."""
+        """The network bound to the conditions of `samples`."""
         key = tuple(samples)
         if key not in self._bound:
-            self._bound.clear()  # samples only ever leave: an old subset does not come back
+            self._bound.clear()  # samples only leave: an earlier subset is never needed again
             chosen: list[Cond] = [{k: self._of(v, key) for k, v in cond.items()} for cond in self._conditions]
             self._bound[key] = self.denoiser.bind(self.frame, len(key), chosen)
         return self._bound[key]
 
-    def _of(self, value: Any, samples: tuple[int, ...]) -> Any:
-        """The part of a condition that belongs to some samples."""
+    def _of(self, value: Array, samples: tuple[int, ...]) -> Array:
+        """The rows of `samples` in a condition; values that are not arrays by sample are returned unchanged."""
         by_sample = self.frame.is_array(value) and value.ndim > 0 and len(value) == self.size > 1
         return self.take(value, samples) if by_sample else value
 
@@ -155,9 +155,9 @@ class Batch:
         outputs: Outputs | None = None,
         z: Array | None = None,
     ) -> dict[str, Array]:
-        """New slots, sample i by its own rows[i]; all samples have the same new slots, of any sources.
+        """New slots, those of sample i by rows[i]. All samples have the same new slots; their sources may differ.
 
-        Sources are slots, "m" (the prediction made on slot "u") and "z".
+        Sources are slots, "m" (the x0 prediction made on slot "u") and "z".
         """
         named = dict.fromkeys([SEEN, *(source for own in rows for row in own.values() for source in row)])
         used = [name for name in named if name in slots]

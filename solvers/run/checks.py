@@ -1,15 +1,14 @@
-"""What a caller gives, checked: every error names the argument, its value and what would work."""
+"""Checks of a caller's arguments: each error names the argument, its value and what would work."""
 
 from __future__ import annotations
 
 import operator
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from fewstep.solvers.run.arrays import FLOATS, Array, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.gpu import why_unavailable
 
@@ -32,7 +31,7 @@ def check_callable(name: str, given: object) -> None:
 
 
 def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] | None) -> Frame | None:
-    """The library of the latent, None where one is to be drawn."""
+    """The frame of the latent, None if it is to be drawn. Raises ValueError or TypeError for bad arguments."""
     if (x is None) == (shape is None):
         found = "neither" if x is None else "both"
         raise ValueError(f"give exactly one of x (a latent) and shape (to draw one), got {found}")
@@ -101,8 +100,8 @@ def _check_writable(out: Array) -> None:
         span += stride * (size - 1)
 
 
-def model_frame(denoiser: DenoiserLike, device: Any) -> Frame:
-    """The library and device of the model's arrays: its own, else the one asked for, else NumPy."""
+def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
+    """The library and device of the model's arrays: the model's own, else torch on `device`, else NumPy."""
     own = denoiser.frame
     if own is None:
         return NumpyFrame() if device is None else TorchFrame(device)
@@ -112,7 +111,7 @@ def model_frame(denoiser: DenoiserLike, device: Any) -> Frame:
 
 
 def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
-    """The backend behind a name on a device; `triton`: whether the GPU kernels can do what is asked."""
+    """The backend for a name and a device; `triton`: whether the GPU kernels support the request."""
     if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
         reason = why_unavailable(frame)
         if reason is None:

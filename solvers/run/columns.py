@@ -1,6 +1,6 @@
-"""A batch whose samples follow plans of their own, on the CPU engines: every sample is a run of one.
+"""A batch in which each sample follows its own plan, on the CPU engines: every sample is a run of batch size 1.
 
-`gpu.TritonColumns` is the same for a GPU, where one launch moves all samples.
+`gpu.TritonColumns` does the same on a GPU, where one launch advances all samples.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fewstep.solvers.run.engine import Job, Run
 class Columns(Protocol):
     """The places of a batch, each with its own plan.
 
-    begin        a request in a place: its latent (or None to draw it) and its noise stream (1, 3)
-    branches     the branches of guidance that the next call of the network must have
-    model_input  (x_in, t) of the whole batch, with a copy for each of `branches` that is batched
-    advance      one stage of every sample, from the outputs (B, ...) of `branches`
+    begin        start a request in a place, from its latent (None to draw it) and its noise stream (1, 3)
+    branches     the branches of guidance that the next network call evaluates
+    model_input  (x_in, t) of the whole batch, one copy per batched branch
+    advance      one stage of every sample, from the network's outputs (B, ...) of `branches`
     result       a copy of a finished sample, (...)
     """
 
@@ -34,7 +34,7 @@ class Columns(Protocol):
 
 
 class LoneRuns:
-    """Columns of any `Run`; a run that has finished waits to be used again by its plan."""
+    """Columns made of one `Run` per sample; a finished run is kept for the next request with its plan."""
 
     def __init__(
         self, denoiser: DenoiserLike, frame: Frame, shape: Sequence[int], dtype: str, make: Callable[[Job], Run]
@@ -43,9 +43,9 @@ class LoneRuns:
         self._make = make
         self._runs: list[Run | None] = [None] * self.batch
         self._stage = [0] * self.batch
-        self._waiting: dict[int, deque[Run]] = {}  # by the id of the job, which the run keeps alive
+        self._waiting: dict[int, deque[Run]] = {}  # keyed by the id of the job, which the run keeps alive
         model_dtype = denoiser.model_dtype(dtype)
-        # What the network sees in a place that holds no request.
+        # The network's input in a place without a request.
         self._empty = frame.array(np.zeros((1, *self.sample)), model_dtype)
         self._no_time = frame.array(np.zeros(1), time_dtype(denoiser, model_dtype))
 

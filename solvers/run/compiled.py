@@ -1,4 +1,4 @@
-"""Plans laid out for a sampler, and the workspaces that wait for them."""
+"""Plans compiled for a sampler, and their idle workspaces."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fewstep.solvers.run.graph import Graphs, capture_api
 
 @dataclass(frozen=True)
 class Compiler:
-    """Lays plans out for one target: a backend, the model's frame, the batch's shape and the state's dtype."""
+    """Compiles plans for one target: the backend, the model's frame, the batch's shape and the state's dtype."""
 
     backend: str
     frame: Frame
@@ -45,7 +45,7 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Workspace:
-    """The memory of one run, and its CUDA graphs where there are any."""
+    """The memory of one run, and its CUDA graphs on a GPU."""
 
     run: Run
     graphs: Graphs | None
@@ -58,9 +58,9 @@ class Workspace:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A plan under a guidance laid out for one sampler (`Sampler.prepare`), with the workspaces that wait for it.
+    """A plan and a guidance compiled for one sampler (`Sampler.prepare`), with its idle workspaces.
 
-    A sampler has one at a time, which `update` replaces whole: nothing in it is edited.
+    A sampler uses one at a time. `update` replaces it as a whole and never edits it.
     """
 
     compiler: Compiler
@@ -74,20 +74,20 @@ class Prepared:
 
     @cached_property
     def watched(self) -> Job:
-        """Also writes each x0 prediction, for callbacks; made when the first of them asks."""
+        """The job that also writes each x0 prediction, for callbacks; compiled on first use."""
         return self.compiler.job(self.denoiser, self.plan, keep_x0=True)
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
 
     def fill(self, watched: bool = False) -> None:
-        """Have a workspace ready."""
+        """Make sure that a workspace is idle."""
         if not self.idle[watched]:
             self.idle[watched].append(Workspace.of(self.compiler.run(self.job(watched))))
 
     @contextlib.contextmanager
     def workspace(self, watched: bool) -> Iterator[Workspace]:
-        """One that no other call uses meanwhile."""
+        """A workspace for one call; no other call uses it meanwhile."""
         idle = self.idle[watched]
         try:
             taken = idle.popleft()
@@ -96,17 +96,17 @@ class Prepared:
         try:
             yield taken
         finally:
-            # Also after an interruption: every run rewrites its memory from the start.
+            # Safe after an exception too: every run rewrites its memory from the start.
             taken.run.release()
             idle.append(taken)
 
     def take_over(self, old: Prepared) -> None:
-        """Idle runs on a GPU go over to these numbers with their memory and graphs, where those fit."""
+        """Take the idle GPU runs of `old`, with their memory and graphs, where this job's structure fits them."""
         for watched in (False, True):
             while old.idle[watched]:
                 try:
                     space = old.idle[watched].popleft()
-                except IndexError:  # another thread took it: it finishes with what it began with
+                except IndexError:  # another thread took it, and finishes with the old plan
                     break
                 job = self.job(watched)
                 if not (isinstance(space.run, TritonRun) and isinstance(job, TritonJob) and space.run.adopt(job)):

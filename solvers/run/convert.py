@@ -1,4 +1,4 @@
-"""A caller's arrays into the form that a run takes, and a run's arrays back."""
+"""Conversion of a caller's arrays to those of a run, and back."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 
 @dataclass(frozen=True)
 class Converter:
-    """model: the frame of the model's arrays; dtype: of the state."""
+    """Converts between the caller's arrays and a run's.
+
+    model    the frame of the model's arrays
+    backend  of the run
+    dtype    of the state
+    """
 
     model: Frame
     backend: str
     dtype: str
 
     def latent(self, x: Array, outer: Frame) -> Array:
-        """(B, ...) as `Run.begin` takes it: NumPy (B, elements) for the CPU kernels, else the model's own library."""
+        """A latent (B, ...) for `Run.begin`: NumPy (B, elements) for the CPU kernels, else the model's library."""
         if self.backend == "numba":
             values = x.detach().to(getattr(outer.torch, self.dtype)).numpy() if isinstance(outer, TorchFrame) else x
             return np.asarray(values).reshape(len(x), -1)
@@ -27,7 +32,7 @@ class Converter:
         return self.model.array(outer.to_numpy(x), self.dtype)
 
     def outside(self, values: Array, outer: Frame | None) -> Array:
-        """An array of a run in the caller's library, sharing memory where it can."""
+        """A run's array in the caller's library, sharing memory where possible."""
         outer = outer or self.model
         if isinstance(values, np.ndarray):
             return outer.wrap(values)
@@ -39,7 +44,7 @@ class Converter:
         return values.copy() if isinstance(values, np.ndarray) else values.clone()
 
     def result(self, values: Array, outer: Frame | None, dtype: str | None, out: Array | None = None) -> Array:
-        """A run's sample as a new array of the caller's library, or in `out`. dtype: by default the state's."""
+        """A run's sample as a new array of the caller's library, or written to `out`; dtype defaults to the state's."""
         values = self.outside(values, outer)
         if isinstance(out, np.ndarray):
             np.copyto(out, values)
@@ -48,7 +53,7 @@ class Converter:
             return out.copy_(values)
         dtype = dtype or self.dtype
         if isinstance(values, np.ndarray):
-            return values.astype(dtype)  # a copy: the run uses its memory again
+            return values.astype(dtype)  # a copy: the run reuses its memory
         import torch
 
         copied = values if self.backend == "naive" else values.clone()

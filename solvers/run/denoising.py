@@ -1,4 +1,4 @@
-"""What a run needs of a denoiser, how it is called, and the one check of what it returns."""
+"""The denoiser as runs use it: its interface, its calls, and the check of its outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Call = Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]]
 
 
 class Threshold(Protocol):
-    """Dynamic thresholding: each sample is clipped to a quantile of |x0|, held between 1 and `maximum`."""
+    """Dynamic thresholding: each sample is clipped to a quantile of |x0|, limited to 1 .. `maximum`."""
 
     @property
     def quantile(self) -> float: ...
@@ -40,18 +40,22 @@ class Guidance(Protocol):
     def stop(self) -> float: ...
 
 
+GuidanceLike = float | Guidance | None  # a scale, a `CFG`, or no guidance
+
+
 class DenoiserLike(X0Prediction, Protocol):
-    """A network and what its output means: what samplers, tuning and objectives use of `fewstep.Denoiser`.
+    """The interface of `fewstep.Denoiser` that samplers, tuning and distillation objectives use.
 
     model      model(x_in, t, **cond) -> raw
     bound      of a static clip of the x0 prediction, or None
-    threshold  of a dynamic one, or None
-    batched    whether the branches of guidance are one call on copies of the batch
+    threshold  of dynamic thresholding, or None
+    batched    whether the branches of guidance are evaluated in one call on copies of the batch
     frame      the array library and device of the network, None for a plain callable
     """
 
     model: Any
     batched: bool
+    null: Cond | None
 
     @property
     def process(self) -> Process: ...
@@ -78,7 +82,7 @@ class DenoiserLike(X0Prediction, Protocol):
 
 
 def check_denoiser(denoiser: object) -> None:
-    """Raises TypeError for what is no denoiser, such as a network that is not wrapped."""
+    """Raises TypeError unless this is a denoiser; a network must be wrapped in one."""
     if not all(hasattr(denoiser, name) for name in ("prologue", "bind", "process")):
         raise TypeError(
             f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
@@ -87,7 +91,7 @@ def check_denoiser(denoiser: object) -> None:
 
 
 def order_statistic(threshold: Threshold | None, elements: int) -> NDArray[np.float64]:
-    """(k, the fraction towards the next order statistic, maximum) of a dynamic threshold, zeros without one."""
+    """(k, fraction towards order statistic k + 1, maximum) of a dynamic threshold; zeros without one."""
     if threshold is None:
         return np.zeros(3)
     position = threshold.quantile * (elements - 1)
@@ -95,7 +99,7 @@ def order_statistic(threshold: Threshold | None, elements: int) -> NDArray[np.fl
 
 
 def time_dtype(denoiser: DenoiserLike, model_dtype: str) -> str:
-    """The dtype of the network's time input: float64 for a float64 network, else float32, unless the denoiser says."""
+    """The dtype of the network's time input: the denoiser's, else float64 for a float64 network, else float32."""
     return denoiser.time_dtype or ("float64" if model_dtype == "float64" else "float32")
 
 
@@ -107,14 +111,14 @@ def copies(denoiser: DenoiserLike, branches: Sequence[int]) -> int:
 # --- what a network returns ---
 
 
-def check_output(raw: object, shape: Sequence[int], frame: Frame) -> None:
-    """Raises ValueError unless the network returned a floating array of that shape, of the library of its input."""
+def check_output(raw: Array, shape: Sequence[int], frame: Frame) -> None:
+    """Raises ValueError unless the network returned a floating-point array of that shape and of its input's library."""
     if not frame.is_array(raw):
         raise ValueError(
             f"the model returned {type(raw).__name__}, not an array of {frame.name}: wrap it so that "
             "model(x, t) returns the raw prediction alone"
         )
-    found = tuple(raw.shape)  # type: ignore[attr-defined]  # it is an array
+    found = tuple(raw.shape)
     if found != tuple(shape):
         raise ValueError(f"the model returned shape {found} for x of shape {tuple(shape)}")
     if frame.dtype_of(raw) not in FLOATS:
@@ -142,24 +146,24 @@ def predictions(
     return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
 
 
-# --- a batch whose samples stand at points of their own ---
+# --- a batch in which each sample has its own point ---
 
 
 class NetworkInputs(NamedTuple):
-    """The network's time input and c_in, and (a, b) of its x0 prediction a x + b raw, at n points; float64 (n,)."""
+    """At n points, float64 (n,): the network's time input t, c_in, and (a, b) of the x0 prediction a x + b raw."""
 
     t: NDArray[np.float64]
     c_in: NDArray[np.float64]
     a: NDArray[np.float64]
     b: NDArray[np.float64]
 
-    def at(self, index: Any) -> NetworkInputs:
+    def at(self, index: NDArray[np.integer]) -> NetworkInputs:
         return NetworkInputs(*(values[index] for values in self))
 
 
 def network_inputs(denoiser: DenoiserLike, points: Sequence[Point]) -> NetworkInputs:
-    """Raises ValueError where the denoiser's prediction type says nothing about x0."""
-    # Samples share points more often than not: each point is worked out once.
+    """The network's inputs at each point. Raises ValueError where its prediction type does not determine x0."""
+    # Samples often share points: each distinct point is computed once.
     known = {p: (denoiser.time(p), denoiser.c_in(p), *denoiser.prologue(p)) for p in dict.fromkeys(points)}
     return NetworkInputs(*np.array([known[p] for p in points], dtype=np.float64).reshape(-1, 4).T)
 
@@ -173,7 +177,7 @@ def call_at(
     branches: tuple[int, ...],
     model_dtype: str,
 ) -> tuple[Sequence[Array], Array | None]:
-    """The network on x (n, ...), sample i with inputs[i]: `predictions` of each of `branches`."""
+    """Call the network on x (n, ...), sample i at inputs[i]. Returns the `predictions` of `branches`."""
     width = copies(denoiser, branches)
     x_in = naive.model_input(x, frame.array(inputs.c_in, frame.dtype_of(x)), frame.empty((1,), model_dtype))
     t = frame.array(np.tile(inputs.t, width), time_dtype(denoiser, model_dtype))

@@ -1,11 +1,11 @@
-"""Arrays of any library that speaks DLPack (CuPy, JAX and others) at the doors of the loop.
+"""Arrays of other libraries (CuPy, JAX and any with DLPack), converted at the loop's boundary.
 
-Inside, the loop works on NumPy arrays on a CPU and on torch tensors on a GPU. Here a caller's array becomes one of
-those, and one of those the caller's, with no copy: both see the same memory. On a GPU the exchange is ordered by the
-protocol: the consumer names its current stream, and the producer makes that stream wait for its own work.
+The loop computes on NumPy arrays on a CPU and on torch tensors on a GPU. This module views a caller's array as one of
+these, and the results as arrays of the caller's library, without a copy. On a GPU the DLPack protocol orders the two
+sides: the consumer passes its current stream, and the producer makes that stream wait for pending work.
 
-An array that a model is given is the run's own memory, good until the model's call after next. XLA takes memory
-without a copy if it is aligned to 64 bytes, which the run's is.
+The arrays passed to a model are the run's own memory, valid until the model's next call but one. XLA needs memory
+aligned to 64 bytes to avoid a copy, which the run's memory is.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
-from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
+
+if TYPE_CHECKING:
+    from fewstep.solvers.run.denoising import DenoiserLike
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# DLDeviceType of the protocol: memory that NumPy can read, and memory that torch names "cuda" (CUDA, ROCm, managed)
+# DLDeviceType values: memory that NumPy can read, and memory that torch calls "cuda" (CUDA, ROCm, managed)
 CPU, PINNED = 1, 3
 GPUS = (2, 10, 13)
 
 
 class Library:
-    """A library of arrays: a namespace with `from_dlpack`, such as jax.numpy or cupy."""
+    """An array library: a module with `from_dlpack`, such as jax.numpy or cupy."""
 
-    def __init__(self, namespace: Any) -> None:
+    def __init__(self, namespace: ModuleType) -> None:
         if not callable(getattr(namespace, "from_dlpack", None)):
             raise TypeError(f"namespace must have from_dlpack, as jax.numpy and cupy have; got {namespace!r}")
         self.namespace = namespace
 
-    def take(self, array: Any) -> Any:
-        """The loop's view of an array's memory: NumPy on a CPU, torch on a GPU. Anything else is returned as it is.
+    def take(self, array: Array) -> Array:
+        """A view of an array's memory for the loop: NumPy on a CPU, torch on a GPU. Other values pass unchanged.
 
-        Raises ValueError for a device or dtype that neither can view.
+        Raises ValueError for a device or dtype that neither library can view.
         """
         if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__") or _is_torch(array):
             return array
@@ -56,8 +60,8 @@ class Library:
             ) from error
         raise ValueError(f"{type(array).__name__} is on DLPack device type {device}: the loop runs on CPUs and GPUs")
 
-    def give(self, values: Any) -> Any:
-        """An array of the library that shares the memory of one of the loop's; others are returned as they are."""
+    def give(self, values: Array) -> Array:
+        """A view of one of the loop's arrays in this library. Other values pass unchanged."""
         if _is_torch(values):
             values = values.detach()
         elif not isinstance(values, np.ndarray):
@@ -65,38 +69,38 @@ class Library:
         return self.namespace.from_dlpack(values)
 
     def take_all(self, cond: Any) -> Any:
-        """The same for the arrays in a condition, or in a sequence of conditions."""
+        """`take` for every array in a condition, or in a sequence of conditions."""
         if isinstance(cond, Mapping):
             return {key: self.take(value) for key, value in cond.items()}
         return [self.take_all(one) for one in cond] if isinstance(cond, (tuple, list)) else cond
 
 
 class InLibrary:
-    """A model on another library's arrays: model(x, t, **cond) -> raw, all of them arrays of `namespace`.
+    """A model that takes and returns another library's arrays: model(x, t, **cond) -> raw.
 
         denoiser = fewstep.Denoiser(InLibrary(model, jax.numpy), process)
 
     namespace  a module with `from_dlpack`: jax.numpy, cupy ...
-    device     "cpu", or "cuda" for a library that works on the GPU; the loop's side of it then is torch
+    device     "cpu", or "cuda" for a library on the GPU; the loop then computes on torch tensors
 
-    Samples drawn from a seed are arrays of `namespace` too. `fewstep.sample` makes one by itself for a plain callable
-    and an x of another library.
+    Samples drawn from a seed are arrays of `namespace` too. `fewstep.sample` wraps a plain callable in this class if x
+    is an array of another library.
     """
 
-    def __init__(self, model: Callable[..., Any], namespace: Any, device: Any = "cpu") -> None:
+    def __init__(self, model: Callable[..., Array], namespace: ModuleType, device: Device = "cpu") -> None:
         if not callable(model):
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         self.model = model
         self.library = Library(namespace)
         self.frame: Frame = NumpyFrame() if str(device) == "cpu" else TorchFrame(device)
 
-    def __call__(self, x: Any, t: Any, **cond: Any) -> Any:
+    def __call__(self, x: Array, t: Array, **cond: Array) -> Array:
         give = self.library.give
         return self.library.take(self.model(give(x), give(t), **{key: give(value) for key, value in cond.items()}))
 
 
-def library_of(array: Any) -> Library | None:
-    """The library of an array that is neither NumPy's nor torch's; None for those and for what is no array.
+def library_of(array: Array) -> Library | None:
+    """The library of an array; None for arrays of NumPy and torch, and for values that are no arrays.
 
     Raises TypeError for an array whose library has no `from_dlpack`.
     """
@@ -105,7 +109,7 @@ def library_of(array: Any) -> Library | None:
     namespace = getattr(array, "__array_namespace__", None)
     root = type(array).__module__.partition(".")[0]
     found = namespace() if namespace is not None else sys.modules.get(root)
-    if not callable(getattr(found, "from_dlpack", None)):
+    if found is None or not callable(getattr(found, "from_dlpack", None)):
         raise TypeError(
             f"x is an array of {root!r}, which has no from_dlpack: convert it to NumPy or torch, or call the model "
             "through InLibrary(model, namespace)"
@@ -114,13 +118,13 @@ def library_of(array: Any) -> Library | None:
 
 
 def any_library(call: F) -> F:
-    """Let a function (denoiser or sampler, x=None, *, cond, noise, callback, out ...) take other libraries' arrays.
+    """Decorate a function (denoiser or sampler, x=None, *, cond, noise, callback, out ...) to take other arrays.
 
-    Its result is like x, or without x an array of the model's library.
+    The result is an array of x's library, or without x of the model's library.
     """
 
     @functools.wraps(call)
-    def wrapped(first: Any, x: Any = None, **options: Any) -> Any:
+    def wrapped(first: Any, x: Array | None = None, **options: Any) -> Any:
         own = _model_library(first)
         library = library_of(x) or own
         if library is None:
@@ -129,13 +133,13 @@ def any_library(call: F) -> F:
         x = library.take(x)
         if hasattr(first, "null"):
             first = _denoiser_in(first, library, x)
-        for name, inside in (("cond", library.take_all), ("noise", functools.partial(_taken, library))):
+        for name, inside in (("cond", library.take_all), ("noise", functools.partial(_noise_from, library))):
             if options.get(name) is not None:
                 options[name] = inside(options[name])
         if outside is None:
             return call(first, x, **options)
         if options.get("callback") is not None:
-            options["callback"] = _given(outside, options["callback"])
+            options["callback"] = _callback_to(outside, options["callback"])
         out = options.get("out")
         if out is not None:
             options["out"] = _output(outside, out)
@@ -147,69 +151,68 @@ def any_library(call: F) -> F:
     return cast(F, wrapped)
 
 
-def _is_torch(value: Any) -> bool:
+def _is_torch(value: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _is_inner(value: Any) -> bool:
+def _is_inner(value: object) -> bool:
     return isinstance(value, np.ndarray) or _is_torch(value)
 
 
 def _writable(array: np.ndarray) -> np.ndarray:
-    """The same memory without the read-only flag that immutable arrays set: another flag is another compiled kernel.
+    """The same memory without the read-only flag of immutable arrays, for which Numba would compile another kernel.
 
-    The loop reads what it takes, and writes to none of it.
+    The loop does not write to its input arrays.
     """
     return array if array.flags.writeable else np.asarray(_Memory(array))
 
 
 class _Memory:
-    """What an array says about its memory, but that it may be written to."""
+    """The array interface of an array, without its read-only flag."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.keeps = array
         self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
 
 
-def _output(library: Library, out: Any) -> Any:
-    """The loop's view of an array to write the result to. Raises ValueError for one of an immutable library."""
+def _output(library: Library, out: Array) -> Array:
+    """The loop's view of `out`. Raises ValueError for an array of a library whose arrays are immutable."""
     if isinstance(out, np.ndarray) or _is_torch(out):
         return out
     if int(out.__dlpack_device__()[0]) in (CPU, PINNED) and not np.from_dlpack(out).flags.writeable:
-        raise ValueError(f"out is {type(out).__name__}, which cannot be written to: use the returned array instead")
+        raise ValueError(f"out is an immutable {type(out).__name__}: use the returned array instead")
     return library.take(out)
 
 
-def _model_library(first: Any) -> Library | None:
+def _model_library(first: object) -> Library | None:
     model = getattr(getattr(first, "denoiser", first), "model", None)
     return model.library if isinstance(model, InLibrary) else None
 
 
-def _denoiser_in(denoiser: Any, library: Library, x: Array | None) -> Any:
-    """The denoiser with a plain callable wrapped for the library of x, and its null condition taken."""
+def _denoiser_in(denoiser: DenoiserLike, library: Library, x: Array | None) -> DenoiserLike:
+    """A copy of the denoiser: its plain callable wrapped for the library of x, its null condition converted."""
     other = copy.copy(denoiser)
     other.null = library.take_all(denoiser.null)
     if denoiser.frame is None:
         frame = frame_of(x)
-        assert frame is not None  # it was taken
+        assert frame is not None  # x is the loop's view
         other.model = InLibrary(denoiser.model, library.namespace, frame.device)
     return other
 
 
-def _taken(library: Library, noise: Any) -> Any:
+def _noise_from(library: Library, noise: object) -> object:
     return (lambda *args: library.take(noise(*args))) if callable(noise) else noise
 
 
-def _given(library: Library, callback: Any) -> Any:
-    """The callback with the arrays of what it is told as the library's."""
+def _callback_to(library: Library, callback: object) -> object:
+    """The callback, called with arrays of the library."""
     if not callable(callback):
         return callback
 
-    def told(info: Any) -> Any:
-        if dataclasses.is_dataclass(info) and not isinstance(info, type):
-            names = (field.name for field in dataclasses.fields(info))
-            return callback(dataclasses.replace(info, **{n: library.give(getattr(info, n)) for n in names}))
-        return callback(info._replace(x=library.give(info.x)))
+    def callback_in_library(info: Any) -> object:
+        if isinstance(info, tuple):  # the `AttemptInfo` of adaptive sampling, else a `StepInfo`
+            return callback(info._replace(x=library.give(info.x)))
+        return callback(dataclasses.replace(info, x=library.give(info.x), x0=library.give(info.x0)))
 
-    return told
+    return callback_in_library

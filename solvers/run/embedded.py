@@ -1,6 +1,6 @@
-"""Embedded pairs of methods, which solve a step twice with the same calls, and the control of the step size.
+"""Embedded pairs: two methods of different order on the same calls, and step-size control.
 
-The difference of the two results is the error of the one of lower order.
+The difference of their results estimates the error of the lower-order one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from fewstep.solvers.schedule.process import Point
 
 
 class Attempt(NamedTuple):
-    """One step from s, in F_1 (the call at s) and F_2, F_3 ... (the calls at the targets).
+    """One step from s, in terms of F_1 (the call at s) and F_2, F_3 ... (the calls at the targets).
 
-    row      F as a row over the sample that the call was made on ("x") and its prediction "m"
-    targets  where F_1 .. F_j lead, j = 1, 2 ...; the last is the step's result
-    error    lower minus higher order, in F_1, F_2 ...; one longer than `targets` if it uses F at the result
+    row      F at a point, as a row over the input of the call "x" and its prediction "m"
+    targets  the points reached from F_1 .. F_j, j = 1, 2 ...; the last is the step's result
+    error    the lower-order minus the higher-order result, in F_1, F_2 ...; longer than `targets` by one if it uses F
+             at the result
     """
 
     row: Callable[[Point], Row]
@@ -52,7 +53,7 @@ _FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 21
 
 
 def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
-    """The 5(4) pair of Dormand & Prince (1980) for y = x / scale on the frame's clock."""
+    """The 5(4) pair of Dormand & Prince (1980) for y = x / scale in the frame's time variable."""
     f, a, b = COORDINATES[frame], DORMAND_PRINCE.a, DORMAND_PRINCE.b
     u, h = f.time(s), f.time(t) - f.time(s)
     found = []
@@ -64,7 +65,12 @@ def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
 
 
 class Pair(NamedTuple):
-    """order: the estimated error is O(h^order). kept: the last call serves as the next step's first."""
+    """An embedded pair.
+
+    order    the estimated error is O(h^order)
+    attempt  one step from s to t
+    kept     whether the last call of a step is the first of the next one (first same as last)
+    """
 
     order: int
     attempt: Callable[[Grid, Point, Point, str], Attempt]
@@ -94,8 +100,8 @@ PAIRS = {
 class Controller:
     """PID control of the step size as in k-diffusion: h <- h limit(e_n^-b1 e_(n-1)^-b2 e_(n-2)^-b3).
 
-    limit(v) = 1 + atan(v - 1); the step is accepted if that is at least `accept_safety`. e_n is the error of
-    this step, e_(n-1) and e_(n-2) those of the steps that were accepted before it.
+    limit(v) = 1 + atan(v - 1); the step is accepted if the factor is at least `accept_safety`. e_n is the error of
+    this step, e_(n-1) and e_(n-2) are those of the last two accepted steps.
     """
 
     h: float
@@ -108,13 +114,13 @@ class Controller:
         return cls(h, ((p + i + d) / order, -(p + 2.0 * d) / order, d / order), accept_safety)
 
     def propose(self, error: float, taken: float) -> bool:
-        """Whether to accept a step of size `taken` with that error; sets h for the next one."""
+        """Whether to accept a step of size `taken` with that error; sets h for the next step."""
         new = 1.0 / (error + 1e-8)
         history = [new, *(self.inverse or [new, new])]
         raw = math.prod(e**b for e, b in zip(history, self.b, strict=True))
         factor = 1.0 + math.atan(raw - 1.0)
         accepted = factor >= self.accept_safety
         self.inverse = history[:2] if accepted else history[1:]
-        # A last step is cut to the end: what is too long for it was never tried.
+        # The last step is cut at the end of the grid: h itself was not tried.
         self.h = (self.h if accepted else taken) * factor
         return accepted

@@ -1,7 +1,7 @@
 """The memory of one sampling run, and how a stage's update is executed on it.
 
-`FusedRun` holds preallocated buffers and calls the CPU kernel; `NaiveRun` computes with the oracle on fresh arrays of
-any library and device, and lets gradients through; `gpu.TritonRun` does the same on a GPU. All run the same tables.
+`FusedRun` holds preallocated buffers and calls the CPU kernel; `gpu.TritonRun` does the same on a GPU. `NaiveRun`
+computes with the oracle on new arrays of any library and device, and is differentiable. All run the same tables.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -25,16 +25,16 @@ from fewstep.solvers.schedule.process import Point
 if TYPE_CHECKING:
     from fewstep.kernels.numba_step import Launch
 
-NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Any]
+NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Array]  # (draw, at, to, shape) -> z
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all runs of a plan: the tables, and the shapes and dtypes of its memory.
+    """A compiled plan, shared by its runs: the tables, and the shapes and dtypes of the memory.
 
     frame       of the model
     dtype       of the state; model_dtype of x_in, time_dtype of t
-    capacity    denoiser calls that a recorded loop makes at least
+    capacity    the least number of denoiser calls in a recorded loop
     """
 
     program: Program
@@ -56,7 +56,7 @@ class Job:
         return math.prod(self.shape[1:])
 
     def copies(self, k: int) -> int:
-        """How many copies of the batch the model input of stage k holds."""
+        """The number of copies of the batch in the model input of stage k."""
         return copies(self.denoiser, self.tables[k].branches)
 
     @cached_property
@@ -65,7 +65,7 @@ class Job:
 
     @cached_property
     def times(self) -> Sequence[Array]:
-        """t of each stage, one entry for each sample of each batched branch; models get copies."""
+        """t of each stage, one entry per sample and batched branch. Models get copies."""
         counts = [self.batch * self.copies(k) for k in range(len(self.tables))]
         return [
             self.frame.array(np.full(n, table.t), self.time_dtype) for n, table in zip(counts, self.tables, strict=True)
@@ -76,15 +76,15 @@ class Job:
 
 
 class Run(Protocol):
-    """The memory of one run of a job's plan on one backend, used again by later runs.
+    """The memory of one run of a job's plan on one backend, reused by later runs.
 
-    begin        take the latent x at the plan's first point (or draw it: None), and apply the init row
+    begin        set the latent x at the plan's first point (None draws it), and apply the init row
     model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
-    x, x0        the sample and the x0 prediction after stage k, (B, ...): memory of the run, valid until the next stage
-    release      drop what later runs do not need
+    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage
+    release      drop references that later runs do not need
     """
 
     @property
@@ -98,7 +98,7 @@ class Run(Protocol):
 
 
 class FusedRun:
-    """Preallocated memory for one run at a time; nothing is allocated after it is made."""
+    """Preallocated memory for one run at a time; a run allocates nothing."""
 
     def __init__(self, job: Job) -> None:
         from fewstep.kernels import numba_noise, numba_reduce, numba_step
@@ -115,12 +115,11 @@ class FusedRun:
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
         copies = max(job.copies(k) for k in range(len(job.tables)))
-        # Two model inputs in turn: a model may return its input, or keep it until the next call.
+        # Two model inputs alternate: a model may return its input, or keep it until the next call.
         self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
         self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
         self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
-        # What the model gets of t, each stage its own part of one block: a model may write to t as well, so the block
-        # is written anew for each run.
+        # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
         block = job.frame.concatenate(job.times)
         self.times = job.frame.bits(block)
         self.true_times = self.times.copy()
@@ -128,7 +127,7 @@ class FusedRun:
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
-        self.raw_dtypes: list[Any] = [...] * layout.RAWS  # of the network's outputs that were checked last
+        self.raw_dtypes: list[object] = [...] * layout.RAWS  # of the network outputs checked last
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
         self._warm()
@@ -146,7 +145,7 @@ class FusedRun:
         rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
         return self._step.Launch(
             [None if b is None else self.buffers[b] for b in table.slots],
-            [self.input_rows[0][0]] * len(table.branches),  # stands for the network's outputs
+            [self.input_rows[0][0]] * len(table.branches),  # placeholders for the network's outputs
             table.w,
             [self.buffers[b] for b in table.writes],
             list(self.input_rows[(k + 1) % 2][: job.copies(k + 1)]) if after else [],
@@ -171,7 +170,7 @@ class FusedRun:
         )
 
     def _warm(self) -> None:
-        """Compile every structure now: a launch of no units costs nothing but that."""
+        """Compile every kernel variant now, by a launch of no units."""
         for launch in (self.init, *self.launches):
             launch.run(launch.memory, 0, 0)
 
@@ -200,7 +199,7 @@ class FusedRun:
         variance = None
         if self.variance:
             raws, variance = job.predictions(raws)
-        held = []  # until the launch is over
+        held = []  # keeps the outputs alive until the launch has finished
         for j, raw in enumerate(raws):
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != job.shape:
                 check_output(raw, job.shape, job.frame)
@@ -217,13 +216,13 @@ class FusedRun:
             z = z * job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
         if z is not None:
             launch = self._with_noise(launch, z)
-        if self.serial:  # the compiled function itself: at small sizes every Python call shows
+        if self.serial:  # the compiled function itself: at small sizes a Python call matters
             launch.run(launch.memory, 0, self.units)
         else:
             launch()
 
     def _expect(self, j: int, raw: Array) -> None:
-        """From now on output j of the network has the dtype of `raw`."""
+        """Set the expected dtype of network output j to that of `raw`."""
         self.raw_dtypes[j] = raw.dtype
         stand_in = np.empty(0, self.job.frame.bits(raw).dtype)
         for k, table in enumerate(self.job.tables):
@@ -250,7 +249,7 @@ class FusedRun:
         return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
 
     def release(self) -> None:
-        """Nothing to drop: it keeps no array of the network's."""
+        """Nothing to drop: a run keeps no array of the network."""
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
@@ -261,7 +260,7 @@ class FusedRun:
 
 
 class NaiveRun:
-    """The oracle as a backend: fresh arrays in every stage, on the model's own library and device."""
+    """The oracle as a backend: new arrays in every stage, of the model's library and device."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -269,7 +268,7 @@ class NaiveRun:
         self.buffers: list[Array] = [None] * job.program.buffers
         self.like = job.frame.empty((1,), job.model_dtype)
 
-    def begin(self, x: Any, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
         job, op = self.job, self.job.program.init
         self.streams = streams
         if x is None:
@@ -322,7 +321,7 @@ class NaiveRun:
         self.latest = outputs[0]
 
     def release(self) -> None:
-        """Drop every array, and with them autograd's graph."""
+        """Drop every array, and autograd's graph with them."""
         self.latest = None
         self.buffers = [None] * len(self.buffers)
 

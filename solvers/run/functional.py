@@ -1,19 +1,22 @@
 """A stage as a function: new arrays from old ones, on any backend.
 
-Everything that does not own its memory runs plans through here: adaptive attempts and ensembles (by `batch.Batch`),
-distillation jumps, exported loops, the drop-ins on a GPU. Runs that reuse their memory are in `engine` and `gpu`.
+Used where memory is not reused: adaptive attempts and ensembles (through `batch.Batch`), distillation jumps, exported
+loops, the drop-ins on a GPU. Runs that reuse their memory are in `engine` and `gpu`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fewstep.kernels import layout, naive, philox
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.denoising import DenoiserLike
+
+if TYPE_CHECKING:
+    import torch
 
 
 def stage(
@@ -26,16 +29,16 @@ def stage(
     limit: Array | None = None,
     c_in: Array | None = None,
     copies: int = 0,
-    model_dtype: Any = None,
+    model_dtype: torch.dtype | None = None,
     backend: str = "operator",
 ) -> list[Array]:
-    """One stage, as `kernels.naive.step`: outputs = w · [slots, raws, m, z], then `copies` of c_in x' in `model_dtype`.
+    """One stage, as `kernels.naive.step`: w · [slots, raws, m, z], then `copies` of c_in x' in `model_dtype`.
 
-    slots        (n, ...) of the state's dtype, x first; None where the table's column is zero
+    slots        (n, ...) of the state's dtype, x first; None where the column of w is zero
     raws         (n, ...) of the model's dtype; for "numba" 16-bit floats as their bits
     w            (1 or n, rows, COLUMNS), see `kernels.layout`; p (1 or n, 4), limit (1 or n, 4)
     c_in         (1 or n,); without it there is no model input
-    backend      "operator": torch tensors of any device, differentiable, traced and compiled by torch;
+    backend      "operator": torch tensors on any device, differentiable, can be traced and compiled by torch;
                  "naive": the oracle, on NumPy or torch, differentiable in torch;
                  "numba": NumPy arrays (n, elements); "triton": float32 tensors on a GPU
 
@@ -75,9 +78,9 @@ def _numba_stage(
 
 
 class Functions:
-    """The arithmetic of a batch of samples, each with numbers of its own, by the oracle.
+    """The arithmetic of a batch in which each sample has its own coefficients, by the oracle.
 
-    Slots are arrays (n, elements) of `frame`, of the state's dtype. A backend of its own overrides what it does faster.
+    Slots are arrays (n, elements) of `frame`, of the state's dtype. Backends override what they do faster.
     """
 
     backend = "naive"
@@ -88,7 +91,7 @@ class Functions:
         self.elements = int(np.prod(shape[1:]))
 
     def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
-        """Standard normals (n, elements): sample i of its own stream, at draw number draws[i]."""
+        """Standard normals (n, elements): sample i from streams[i], draw number draws[i]."""
         drawn = []
         for stream, draw in zip(streams, draws, strict=True):
             low, high, sample = (int(v) for v in stream)
@@ -99,13 +102,14 @@ class Functions:
         """A network output (n, elements) as `stage` takes it."""
         return raw
 
-    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Any, Any]:
-        """p and the limit, once guidance rescale and the clip have seen the raws.
+    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Array, Array | None]:
+        """Apply guidance rescale to p, and compute the limit of the clip from the network's outputs.
 
-        u        (n, elements), what the network was called on
-        weights  (n, branches) of the raws in the guided output; p (n, 4) before the rescale
+        u        (n, elements), the input of the call
+        weights  (n, branches) of the raws in the guided output
+        p        (n, 4) before the rescale
 
-        Returns p (n, 4), and the limit (n, 4) or None; arrays of `frame` where they were found on its device.
+        Returns p (n, 4), and the limit (n, 4) or None; arrays of `frame` if they were computed on its device.
         """
         if self.rescale:
             for i, share in enumerate(weights):
@@ -128,9 +132,15 @@ class Functions:
         return limit
 
     def stage(
-        self, slots: Sequence[Array], raws: Sequence[Array], w: np.ndarray, z: Array | None, p: Any, limit: Any
+        self,
+        slots: Sequence[Array],
+        raws: Sequence[Array],
+        w: np.ndarray,
+        z: Array | None,
+        p: Array | None,
+        limit: Array | None,
     ) -> list[Array]:
-        """One stage, sample i by its own rows w[i]."""
+        """One stage, sample i by the rows w[i]."""
         return stage(slots, raws, w, z=z, p=p, limit=limit, backend=self.backend)
 
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
@@ -140,7 +150,7 @@ class Functions:
 
 
 class NumbaFunctions(Functions):
-    """The same by the CPU kernels. Slots are NumPy's, raws the bits of the network's outputs."""
+    """The same by the CPU kernels. Slots are NumPy arrays, raws the bits of the network's outputs."""
 
     backend = "numba"
 

@@ -1,12 +1,11 @@
-"""The arithmetic of a batch of samples on a GPU: every map one fused launch, with a row of numbers for each sample.
+"""The arithmetic of a batch of samples on a GPU: each map is one fused launch, with one row of numbers per sample.
 
-Only `error_norms` waits for the device: what the host decides goes there from pinned memory, in the stream's order.
+Only `error_norms` synchronises with the device. Tables are copied from pinned memory in stream order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -49,7 +48,7 @@ class TritonFunctions(Functions):
         """Contiguous; float64 is rounded first."""
         return (raw.float() if self.frame.dtype_of(raw) == "float64" else raw).contiguous()
 
-    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Any, Any]:
+    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Array, Array | None]:
         n, branches = weights.shape
         rescaled = bool(self.rescale) and branches > 1
         if not rescaled and self.dynamic is None:
@@ -57,7 +56,7 @@ class TritonFunctions(Functions):
         numbers = np.zeros((1, n, triton_step.NUMBERS))
         numbers[0, :, triton_step.P_AT : triton_step.P_AT + 4] = p
         numbers[0, :, triton_reduce.WEIGHTS_AT : triton_reduce.WEIGHTS_AT + branches] = weights
-        # A sample that is not guided here is not rescaled: phi = 0.
+        # Samples without guidance at this call are not rescaled: phi = 0.
         numbers[0, :, triton_reduce.PHI_AT] = self.rescale * (np.count_nonzero(weights, axis=1) > 1)
         table, reduced = self.frame.array(numbers, "float32"), self.frame.empty((n, 8), "float32")
         if rescaled:
@@ -71,16 +70,22 @@ class TritonFunctions(Functions):
         return reduced if rescaled else p, reduced[:, 4:]
 
     def stage(
-        self, slots: Sequence[Array], raws: Sequence[Array], w: np.ndarray, z: Array | None, p: Any, limit: Any
+        self,
+        slots: Sequence[Array],
+        raws: Sequence[Array],
+        w: np.ndarray,
+        z: Array | None,
+        p: Array | None,
+        limit: Array | None,
     ) -> list[Array]:
-        # A column that no sample uses is not read.
+        # Slots that no sample reads are not passed.
         read = [s if w[:, :, j].any() or (j == 0 and p is not None) else None for j, s in enumerate(slots)]
         send = self.frame.array
-        table, own_p, own_limit = (send(v, "float32") if isinstance(v, np.ndarray) else v for v in (w, p, limit))
-        return super().stage(read, raws, table, z, own_p, own_limit)
+        own_p, own_limit = (send(v, "float32") if isinstance(v, np.ndarray) else v for v in (p, limit))
+        return super().stage(read, raws, send(w, "float32"), z, own_p, own_limit)
 
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
-        """One launch, and the one wait for the device in an attempt: the host decides from these numbers."""
+        """One launch, and the only synchronisation of an attempt: the host decides from these numbers."""
         relative, absolute = (self.frame.array(np.array([v]), "float64") for v in (rtol, atol))
         norms: list[float] = triton_reduce.error_norm(error, low, before, relative, absolute, self.scratch).tolist()
         return norms

@@ -1,15 +1,15 @@
-"""Runs on a GPU: every number of a plan in device tables, every stage one launch.
+"""Runs on a GPU: the coefficients of a plan in device tables, one launch per stage.
 
-A counter on the device names the row of the tables that a stage reads, so a launch holds no numbers: the same launches
-serve every schedule, seed and guidance scale of one structure, and a graph can replay them. The tables have one column
-for all samples (`TritonRun`), or one for each (`TritonColumns`).
+A counter on the device selects the table row of a stage, so that launches carry no coefficients: the same launches
+serve every schedule, seed and guidance scale of one structure, and a CUDA graph can replay them. The tables have one
+column for all samples (`TritonRun`), or one per sample (`TritonColumns`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,9 +20,12 @@ from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.denoising import order_statistic
 from fewstep.solvers.run.engine import Job
 
+if TYPE_CHECKING:
+    from fewstep.kernels.triton_step import Structure
+
 
 class DeviceTables(NamedTuple):
-    """What `triton_step.run` reads, on the host. Row 0 is the init row, row k + 1 stage k; further rows write nothing.
+    """The tables of `triton_step.run` on the host: row 0 is the init row, row k + 1 stage k, later rows write nothing.
 
     numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
     times    float64 (stages + 1, rows), t of each stage
@@ -34,7 +37,7 @@ class DeviceTables(NamedTuple):
 
 
 def device_tables(job: Job) -> DeviceTables:
-    """A job's tables as the GPU takes them, one row for all samples."""
+    """A job's tables for the GPU kernels, with one column for all samples."""
     from fewstep.kernels import triton_reduce as reduce
     from fewstep.kernels import triton_step as kernel
 
@@ -81,11 +84,11 @@ def _fill(
     indices[kernel.DRAW_AT] = draw
 
 
-ALIGN = 16  # bytes, so that kernels read every table as they read a tensor of its own
+ALIGN = 16  # bytes: Triton specialises kernels for pointers aligned to 16
 
 
 def packed(tensors: Sequence[Array]) -> Array:
-    """Tensors side by side in one block of bytes, each at a multiple of ALIGN."""
+    """Tensors packed into one block of bytes, each at a multiple of ALIGN."""
     import torch
 
     parts = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
@@ -93,7 +96,7 @@ def packed(tensors: Sequence[Array]) -> Array:
 
 
 def unpacked(block: Array, like: Sequence[Array]) -> list[Array]:
-    """The tensors of a block that `packed` laid out for tensors like these, in its memory."""
+    """Views of the tensors in a block that `packed` made of tensors like these."""
     found, at = [], 0
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
@@ -104,15 +107,15 @@ def unpacked(block: Array, like: Sequence[Array]) -> list[Array]:
 
 @dataclass(frozen=True)
 class TritonJob(Job):
-    """A job laid out for a GPU when it is made: a run changes to it by one copy.
+    """A job with its GPU tables: a run switches to it by one copy.
 
-    structure  the kernel's, that serves every stage
-    signature  everything that a recorded graph depends on; its numbers are not part of it
-    tables_on_host, block  all that the device reads of a plan, and the same side by side in pinned memory
+    structure  the specialisation of the kernel, shared by all stages
+    signature  everything that a recorded graph depends on, which excludes the coefficients
+    tables_on_host, block  the tables of the plan, and the same packed in pinned memory
     """
 
-    structure: Any = field(init=False, repr=False)
-    signature: tuple[Any, ...] = field(init=False, repr=False)
+    structure: Structure = field(init=False, repr=False)
+    signature: tuple[Hashable, ...] = field(init=False, repr=False)
     tables_on_host: Sequence[Array] = field(init=False, repr=False)
     block: Array = field(init=False, repr=False)
 
@@ -139,7 +142,7 @@ class TritonJob(Job):
 
 
 class Mirror:
-    """A tensor on the device that the host rewrites without waiting for the device."""
+    """A tensor on the device, with a copy on the host that can be rewritten without waiting for the device."""
 
     def __init__(self, values: np.ndarray, frame: TorchFrame, dtype: str | None = None) -> None:
         self.torch = torch = frame.torch
@@ -156,7 +159,7 @@ class Mirror:
         self.send()
 
     def wait(self) -> None:
-        """Before the host's side is written to: the copy before has left it."""
+        """Wait until the last copy from the host has finished, before its memory is rewritten."""
         if self.sent is not None:
             self.sent.synchronize()
 
@@ -169,13 +172,13 @@ class Mirror:
 class DeviceMemory:
     """The state, model inputs, noise streams and counters of a batch, and the launches on them.
 
-    Samples live in one block of float32 buffers, in place where a slot dies. A model input is rewritten by the stage
-    after the call: a model may write to it and may return it, but must copy it to keep it.
+    Samples are in one block of float32 buffers, updated in place where a slot is no longer needed. The stage after a
+    call rewrites the model input: a model may modify it and may return it, but must copy it to keep it.
 
-    columns  of the tables and counters: 1 for all samples, or one for each
+    columns  of the tables and counters: 1 for all samples, or one per sample
     """
 
-    structure: Any
+    structure: Structure
     numbers: Array
     indices: Array
     times: Array
@@ -199,7 +202,7 @@ class DeviceMemory:
 
     def _launch(
         self,
-        structure: Any,
+        structure: Structure,
         copies: int,
         raws: Sequence[Array],
         z: Array | None = None,
@@ -212,13 +215,13 @@ class DeviceMemory:
         )  # fmt: skip
 
     def _plain(self, raw: Array) -> Array:
-        """A raw as the kernel reads it. Other strides (channels-last) are copied, once; float64 is rounded first."""
+        """A network output as the kernel reads it: contiguous (channels-last is copied), float64 rounded to float32."""
         raw = raw.detach()
         return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
 
 
 class TritonRun(DeviceMemory):
-    """Device memory for one run at a time; the engine of backend "triton"."""
+    """Device memory for one run at a time: the engine of backend "triton"."""
 
     def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))
@@ -236,7 +239,7 @@ class TritonRun(DeviceMemory):
         self._warm()
 
     def _warm(self) -> None:
-        """Compile every variant now, by launching each once on memory that no run has claimed yet."""
+        """Compile every kernel variant now, by one launch of each before the first run."""
         self._init_stage()
         for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
             batch = self.job.batch
@@ -248,29 +251,29 @@ class TritonRun(DeviceMemory):
         self.release()
 
     def variant(self, k: int) -> tuple[tuple[int, ...], int]:
-        """The branches that stage k calls, and the copies of the model input that it writes for the next."""
+        """The branches that stage k calls, and the number of copies of the model input that it writes."""
         job = self.job
         return job.tables[k].branches, job.copies(min(k + 1, len(job.tables) - 1))
 
     # --- a run ---
 
     def claim(self) -> None:
-        """What this stream does next waits for the run before, on whichever stream that was."""
+        """Make the current stream wait for the previous run, on whichever stream that was."""
         if self.free is not None:
             self.torch.cuda.current_stream(self.frame.device).wait_event(self.free)
 
     def adopt(self, job: TritonJob) -> bool:
-        """Take over another job whose structure fits: new numbers in the same tables, the same graphs. Or False."""
+        """Switch to another job, with the same tables and graphs. Returns False if its structure does not fit."""
         if job.signature != self.job.signature or not self._holds(job):
             return False
         self.claim()
-        self.block.copy_(job.block, non_blocking=True)  # the source is never written to: nothing to wait for
+        self.block.copy_(job.block, non_blocking=True)  # the source is never modified: no need to wait
         self.job = job
         self.release()
         return True
 
     def _holds(self, job: TritonJob) -> bool:
-        """Whether the kernel's structure and the buffers suffice for a job; it names what it does not use -1."""
+        """Whether the kernel's structure and the buffers suffice for a job; unused slots have the index -1."""
         new, own = job.structure, self.structure
         return (
             new.slots <= own.slots
@@ -281,7 +284,7 @@ class TritonRun(DeviceMemory):
         )
 
     def load(self, x: Array | None, streams: np.ndarray | None) -> None:
-        """What the host gives a run, into the device's memory."""
+        """Copy a run's latent and streams to the device."""
         self.claim()
         if streams is not None:
             self.streams.set(streams.astype(np.int64))
@@ -289,7 +292,7 @@ class TritonRun(DeviceMemory):
             self.state[0].copy_(x.reshape(self.state.shape[1:]))
 
     def start(self, drawn: bool, z: np.ndarray | None = None) -> None:
-        """The latent, if it is drawn, and the first model input."""
+        """Draw the latent if asked to, and compute the first model input."""
         self.counter.zero_()
         if drawn:
             self._draw_latent()
@@ -330,7 +333,7 @@ class TritonRun(DeviceMemory):
         self._launch(self.structure, copies, raws, z, *self._reductions(raws))
 
     def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
-        """p and the limit of each sample, where the stage must look at whole samples first."""
+        """p and the limit of each sample, computed by reductions over whole samples before the stage."""
         numbers = self.numbers
         p = limit = None
         if self.scratch is None:
@@ -361,13 +364,14 @@ class TritonRun(DeviceMemory):
 
 
 class TritonColumns(DeviceMemory):
-    """A batch whose samples follow plans of their own: each has its column in the tables, and its own counter.
+    """A batch in which each sample follows its own plan, with its own table column and counter.
 
-    One launch moves every sample by one stage of its plan. A row that writes nothing keeps a sample that waits or is
-    done as it is, and costs no memory traffic.
+    One launch advances every sample by one stage of its plan. Samples that are waiting or finished use a row that
+    writes nothing, which costs no memory traffic.
 
-    jobs   every plan that a sample may follow, laid out for batches of `shape`
-    Raises ValueError if they do not call the same branches, or need a look at whole samples between call and update.
+    jobs   one per plan that a sample may follow, compiled for batches of `shape`
+
+    Raises ValueError if the jobs call different branches, or need reductions over whole samples.
     """
 
     def __init__(self, jobs: Sequence[TritonJob], shape: Sequence[int]) -> None:
@@ -381,8 +385,8 @@ class TritonColumns(DeviceMemory):
         self._branches = job.tables[0].branches
         if any(table.branches != self._branches for job in jobs for table in job.tables):
             raise ValueError(
-                "guidance for a part of the way, or in some of the plans, calls other branches at other steps: "
-                "backend='triton' cannot mix it"
+                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
+                "at every step, or use backend='naive'"
             )
         self.copies = job.copies(0)
         super().__init__(job, shape, buffers=max(j.program.buffers for j in jobs), copies=self.copies, columns=shape[0])
@@ -395,7 +399,7 @@ class TritonColumns(DeviceMemory):
             noise=any(s.noise for s in shapes) or any(job.program.init.noisy for job in jobs),
         )
         self.shape = tuple(shape[1:])
-        rows = max(len(job.tables) for job in jobs) + 2  # the init row, the stages, one row of nothing
+        rows = max(len(job.tables) for job in jobs) + 2  # the init row, the stages, one row that writes nothing
         self.idle = rows - 1
         self._mirrors = (
             Mirror(np.zeros((rows, self.batch, self._step.NUMBERS), np.float32), self.frame),
@@ -422,7 +426,7 @@ class TritonColumns(DeviceMemory):
             here.mul_(float(np.float32(job.start.sigma)))
         else:
             here.copy_(x.reshape(-1))
-        # The init row of this sample; all others stand at the row of nothing meanwhile.
+        # The init row of this sample; all others use the row that writes nothing.
         kept = self.counter.clone()
         self.counter.fill_(self.idle)
         self.counter[place] = 0
@@ -445,11 +449,11 @@ class TritonColumns(DeviceMemory):
 
 
 def calls(job: Job) -> int:
-    """How many denoiser calls a recorded loop of a job makes."""
+    """The number of denoiser calls in a recorded loop of a job."""
     return max(len(job.tables), job.capacity)
 
 
-def structure(job: Job) -> Any:
+def structure(job: Job) -> Structure:
     """See `TritonJob`."""
     from fewstep.kernels import triton_step
 
@@ -463,7 +467,7 @@ def structure(job: Job) -> Any:
     )
 
 
-def signature(job: Job) -> tuple[Any, ...]:
+def signature(job: Job) -> tuple[Hashable, ...]:
     """See `TritonJob`."""
     program, denoiser = job.program, job.denoiser
     stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
@@ -476,7 +480,7 @@ def signature(job: Job) -> tuple[Any, ...]:
 
 
 def check(job: Job) -> None:
-    """Raises ValueError for what the GPU kernels do not do, naming what would work."""
+    """Raises ValueError for a job that the GPU kernels do not support; the message names what would work."""
     if job.dtype != "float32":
         raise ValueError(f"dtype={job.dtype!r}: backend='triton' keeps its state in float32; use backend='naive'")
     if job.model_dtype == "float64":
@@ -484,7 +488,7 @@ def check(job: Job) -> None:
 
 
 def why_unavailable(frame: Frame) -> str | None:
-    """Why the GPU kernels cannot run on a frame's device, and what would; None if they can."""
+    """Why the GPU kernels cannot run on a frame's device, and what would work; None if they can."""
     if not isinstance(frame, TorchFrame):
         return "it runs on torch tensors, and this denoiser is a NumPy one: pass device='cuda', or use backend='numba'"
     try:

@@ -1,66 +1,72 @@
-"""CUDA graphs of a run: one stage, or a whole sample, recorded once and replayed with whatever the tables then say.
+"""CUDA graphs of a run: one stage, or a whole sample, recorded once and replayed with the tables' current values.
 
-    "loop"  the latent's draw, every denoiser call and every stage in one graph: one launch a sample
-    "step"  one denoiser call and its stage: a launch a call, so that the host can look in between
+    "loop"  the latent's draw, every denoiser call and every stage in one graph: one launch per sample
+    "step"  one denoiser call and its stage: one launch per call, so that callbacks can run in between
 
-What a graph depends on is structure: which branches are called, the shapes and dtypes of conditions, and the values of
-those that are not tensors. Numbers are not: schedules, seeds, guidance scales and the contents of conditions live in
-device memory that later calls overwrite. A run has its `LIMIT` latest graphs; an older one is freed and, if it is
-wanted again, recorded again. All graphs of a run share one memory pool, because no two of them ever run at once.
+A graph depends on structure only: the branches called, the shapes and dtypes of the conditions, and the values of
+conditions that are not tensors. Schedules, seeds, guidance scales and the contents of tensors are in device memory that
+later calls overwrite. A run keeps its `LIMIT` most recently used graphs; an older one is freed, and recorded again when
+it is needed. All graphs of a run share one memory pool, because no two of them run at once.
 """
 
 from __future__ import annotations
 
+import functools
 import traceback
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
+from fewstep.solvers.run.denoising import Cond, Condition
 from fewstep.solvers.run.gpu import TritonRun
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("auto", "off", "step", "loop")
 
 LIMIT = 8
-WARM_UPS = 3  # libraries choose their algorithms, allocators grow, compilers compile: none of it may be recorded
+WARM_UPS = 3  # calls before recording, in which libraries choose algorithms, allocators grow and compilers run
 
 ADVICE = (
-    "a captured model may not wait for the GPU (.item(), .cpu(), print, an `if` on a tensor) and may not compute on "
-    "the CPU or on a stream of its own: take that out of the model, or use graph='off'"
+    "a captured model may not synchronise with the GPU (.item(), .cpu(), print, an `if` on a tensor), and may not "
+    "compute on the CPU or on another stream: remove that from the model, or use graph='off'"
 )
 
 
 class CaptureError(RuntimeError):
-    """The model cannot be recorded; the message says which line stopped it, and what to do."""
+    """The model cannot be recorded; the message names the line at fault, and what to do."""
 
 
-def capture_api(frame: Frame) -> Any:
-    """What records graphs for a frame's device: `torch.cuda`, or None where there are none."""
-    return frame.torch.cuda if frame.device.startswith("cuda") else None  # type: ignore[attr-defined]
+def capture_api(frame: Frame) -> ModuleType | None:
+    """The module that records graphs on a frame's device: `torch.cuda`, or None if it has no graphs."""
+    return frame.torch.cuda if isinstance(frame, TorchFrame) and frame.device.startswith("cuda") else None
 
 
 class Graphs:
-    """The recorded graphs of one run, and the static copies of the conditions that they read."""
+    """The recorded graphs of one run, and the static copies of the conditions that the graphs read."""
 
-    def __init__(self, run: TritonRun, cuda: Any) -> None:
+    def __init__(self, run: TritonRun, cuda: ModuleType) -> None:
         self.run, self.cuda = run, cuda
-        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
-        self._conditions: OrderedDict[Hashable, list[Mapping[str, Any]]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Hashable, Hashable], torch.cuda.CUDAGraph] = OrderedDict()
+        self._conditions: OrderedDict[Hashable, list[Cond]] = OrderedDict()
         self._structure: Hashable = None
-        self._side: Any = None
-        self._pool: Any = None
+        self._side: torch.cuda.Stream | None = None
+        self._pool: object = None
 
-    def prepare(self, mode: str, cond: Any, drawn: bool) -> None:
-        """Take the conditions, and record what `loop` or `step` will replay. Overwrites the run: `load` comes after.
+    def prepare(self, mode: str, cond: Condition, drawn: bool) -> None:
+        """Copy the conditions, and record what `loop` or `step` will replay. Call it before `load`: it uses the run.
 
         Raises CaptureError if the model cannot be recorded.
         """
         job = self.run.job
         if job.denoiser.variance is not None:
             raise CaptureError(
-                "a network that predicts its variance scales the noise of each stage by a number of its own, which a "
-                "graph would bake in: use graph='off'"
+                "a network that predicts its variance scales the noise of each stage by a different number, which a "
+                "graph would fix: use graph='off'"
             )
         self.run.claim()
         self._take(cond)
@@ -68,14 +74,14 @@ class Graphs:
             self._recorded((drawn, "loop"), lambda: self._whole(drawn))
         else:
             for k, variant in enumerate(map(self.run.variant, range(len(job.tables)))):
-                self._recorded(variant, lambda k=k: self._stage(k))  # type: ignore[misc]
+                self._recorded(variant, functools.partial(self._stage, k))
 
     def loop(self, drawn: bool) -> None:
-        """A whole sample, on what `load` brought."""
+        """Replay a whole sample, from the inputs of `load`."""
         self._graphs[self._structure, (drawn, "loop")].replay()
 
     def step(self, k: int) -> None:
-        """Stage k, after `start` and the stages before it."""
+        """Replay stage k, after `start` and the earlier stages."""
         self._graphs[self._structure, self.run.variant(k)].replay()
 
     def close(self) -> None:
@@ -88,7 +94,7 @@ class Graphs:
     # --- what is recorded ---
 
     def _call(self) -> Callable[..., tuple[Array, ...]]:
-        # Bound while recording, so that laying the branches' conditions side by side is a part of the graph.
+        # Bound while recording, so that the graph includes the concatenation of the branches' conditions.
         job = self.run.job
         return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])
 
@@ -96,7 +102,7 @@ class Graphs:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
         for k in range(run.calls):
-            stage = min(k, last)  # beyond the plan's own the tables' rows write nothing
+            stage = min(k, last)  # table rows beyond the plan's stages write nothing
             run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
 
     def _stage(self, k: int) -> None:
@@ -108,26 +114,26 @@ class Graphs:
         if key not in self._graphs:
             self._graphs[key] = self._record(body)
         self._graphs.move_to_end(key)
-        # Never one of this call's own: a run has fewer variants than LIMIT, see `TritonRun.variant`.
+        # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonRun.variant`.
         while len(self._graphs) > LIMIT:
             self._graphs.popitem(last=False)[1].reset()
 
-    def _record(self, body: Callable[[], None]) -> Any:
+    def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         cuda, run = self.cuda, self.run
         here = cuda.current_stream(run.frame.device)
-        # One stream for all graphs of a run: a pool shares its memory out by stream.
+        # One stream for all graphs of a run: a memory pool is divided by stream.
         side = self._side = self._side or cuda.Stream(run.frame.device)
         side.wait_stream(here)
         with cuda.stream(side):
             for _ in range(WARM_UPS):
-                run.counter.zero_()  # or the stages would run past the end of the tables
+                run.counter.zero_()  # or the stages would read past the end of the tables
                 body()
         here.wait_stream(side)
         self._pool = self._pool or cuda.graph_pool_handle()
-        graph = cuda.CUDAGraph()
+        graph: torch.cuda.CUDAGraph = cuda.CUDAGraph()
         try:
-            # thread_local: what other threads do on the device meanwhile is no business of this graph. And `here` is
-            # put back by hand, because a capture that fails leaves its own stream the current one.
+            # thread_local: work of other threads on the device does not break the capture. The outer context restores
+            # the stream, because a failed capture leaves its own stream current.
             with (
                 cuda.stream(here),
                 cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"),
@@ -139,8 +145,8 @@ class Graphs:
 
     # --- conditions ---
 
-    def _take(self, cond: Any) -> None:
-        """Conditions into static memory: allocated for a new structure, else overwritten."""
+    def _take(self, cond: Condition) -> None:
+        """Copy the conditions to static memory, allocated for a new structure and else overwritten."""
         given = self.run.job.denoiser.conditions(cond)
         frame = self.run.frame
         self._structure = tuple(
@@ -152,7 +158,7 @@ class Graphs:
             known = self._structure in self._conditions
         except TypeError:
             raise CaptureError(
-                "a condition is neither a tensor nor a plain value, and a graph would bake it in: pass tensors, or use "
+                "a condition is neither a tensor nor a hashable value, and a graph would fix it: pass tensors, or use "
                 "graph='off'"
             ) from None
         if known:
@@ -165,7 +171,7 @@ class Graphs:
         self._conditions.move_to_end(self._structure)
         while len(self._conditions) > LIMIT:
             old_structure, _ = self._conditions.popitem(last=False)
-            for key in [k for k in self._graphs if k[0] == old_structure]:  # type: ignore[index]
+            for key in [k for k in self._graphs if k[0] == old_structure]:
                 self._graphs.pop(key).reset()
 
 
@@ -173,8 +179,8 @@ def tensor_key(tensor: Array, frame: Frame) -> Hashable:
     return tuple(tensor.shape), frame.dtype_of(tensor), frame.device_of(tensor)
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings and sequences, with where they stand."""
+def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in nested mappings and sequences, each with its path."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield from leaves(value[key], f"{path}[{key!r}]")
@@ -186,7 +192,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def copied(value: Any, frame: Frame) -> Any:
-    """The same nest with its own copy of every tensor."""
+    """A copy of nested mappings and sequences, with every tensor cloned."""
     if isinstance(value, Mapping):
         return {key: copied(item, frame) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -195,8 +201,8 @@ def copied(value: Any, frame: Frame) -> Any:
 
 
 def culprit(error: BaseException) -> str:
-    """The first line of what went wrong, and the line of the user's code that did it."""
-    while error.__context__ is not None:  # leaving a broken capture raises on top of what broke it
+    """The first line of the error, and the line of the user's code that raised it."""
+    while error.__context__ is not None:  # leaving a broken capture raises a second error
         error = error.__context__
     stack = traceback.extract_tb(error.__traceback__)
     own = [f for f in stack if not any(part in f.filename for part in ("/torch/", "/triton/", "/solvers/run/graph.py"))]
@@ -205,30 +211,31 @@ def culprit(error: BaseException) -> str:
 
 
 class GraphMode:
-    """Which mode the calls of a sampler run in: the one asked for, or for "auto" the first that the model allows."""
+    """Chooses the graph mode of a sampler's calls: the requested one, or for "auto" the first that the model allows."""
 
     def __init__(self, asked: str) -> None:
         self.asked = asked
-        self._failed: dict[str, CaptureError] = {}  # the modes that "auto" has given up, and why
+        self._failed: dict[str, CaptureError] = {}  # modes that "auto" has given up, with the reason
         self._warned = False
 
-    def choose(self, graphs: Graphs | None, cond: Any, *, drawn: bool, noise: bool, watched: bool) -> str:
-        """ "off", "step" or "loop", with what the call will replay recorded.
+    def choose(self, graphs: Graphs | None, cond: Condition, *, drawn: bool, noise: bool, watched: bool) -> str:
+        """Choose "off", "step" or "loop", and record the graphs of the call.
 
-        drawn  whether the latent is drawn; noise: whether the caller draws it; watched: whether the host looks in
+        drawn    whether the latent is drawn
+        noise    whether the caller draws the noise of the steps
+        watched  whether there is a callback or a progress bar
         """
         if graphs is None or self.asked == "off":
             return "off"
         if self.asked == "loop" and watched:
             raise ValueError(
-                "graph='loop' runs a whole sample in one launch, where no callback or progress bar can look in: use "
-                "graph='step'"
+                "graph='loop' runs a whole sample in one launch, without callbacks or a progress bar: use graph='step'"
             )
         if noise:
             if self.asked == "auto":
                 return "off"
             raise ValueError(
-                f"noise= is called on the host for every draw, which graph={self.asked!r} cannot: use 'off'"
+                f"noise= is called on the host for every draw, which graph={self.asked!r} cannot do: use graph='off'"
             )
         for mode in [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]:
             if mode in self._failed:

@@ -1,23 +1,25 @@
-"""What is done to latents outside a sampler."""
+"""Operations on latents outside a sampler."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from types import ModuleType
+
+import numpy as np
 
 from fewstep.solvers.options import between
-from fewstep.solvers.run.arrays import FLOATS, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Array, TorchFrame, frame_of
 
 
-def slerp(a: Any, b: Any, weight: float) -> Any:
+def slerp(a: Array, b: Array, weight: float) -> Array:
     """Spherical interpolation (sin((1 - w) theta) a + sin(w theta) b) / sin(theta), by sample (Shoemake 1985).
 
-    The mean of two latents has too little noise for its level; the point between them on the arc has not.
+    Linear interpolation of two latents lowers their variance; the arc between them keeps it.
 
     a, b    (B, ...), NumPy or torch, of one floating dtype and device
     weight  0 is a, 1 is b
 
-    Returns (B, ...) like a. Samples that are parallel are interpolated on a line.
+    Returns (B, ...) like a. Parallel samples are interpolated linearly.
     """
     between("weight", weight, 0.0, 1.0)
     frame, other = frame_of(a), frame_of(b)
@@ -30,15 +32,12 @@ def slerp(a: Any, b: Any, weight: float) -> Any:
             f"a and b must be (B, ...) of one shape and floating dtype, got {tuple(a.shape)} {a.dtype} "
             f"and {tuple(b.shape)} {b.dtype}"
         )
-    lib: Any
+    lib: ModuleType = frame.torch if isinstance(frame, TorchFrame) else np
     if isinstance(frame, TorchFrame):
-        lib = frame.torch
         rows = [v.reshape(len(v), -1).to(lib.promote_types(v.dtype, lib.float32)) for v in (a, b)]
     else:
-        import numpy as lib
-
         rows = [v.reshape(len(v), -1).astype(lib.promote_types(v.dtype, lib.float32)) for v in (a, b)]
-    # 2 atan2(|u - v|, |u + v|) keeps its accuracy for nearly parallel directions, where acos has none.
+    # 2 atan2(|u - v|, |u + v|) is accurate for nearly parallel directions, where acos is not.
     u, v = ((r / lib.sqrt((r * r).sum(1))[:, None]) for r in rows)
     theta = 2.0 * lib.arctan2(*(lib.sqrt((d * d).sum(1)) for d in (u - v, u + v)))[:, None]
     flat = (theta < 1e-6) | (theta > math.pi - 1e-6)

@@ -5,24 +5,25 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.compiled import Workspace
 from fewstep.solvers.run.convert import Converter
+from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.process import Point
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback sees after each completed step.
+    """The argument of a callback after each completed step.
 
-    step, steps  this step's number from 0, and how many there are
+    step, steps  the index of this step from 0, and the number of steps
     calls        denoiser calls so far
-    at, to       where the step's last call was made, and the marginal of x now
+    at, to       the point of the step's last call, and the point of x
     x, x0        the sample and the latest x0 prediction, (B, ...): copies, which the run does not read again
     """
 
@@ -37,25 +38,26 @@ class StepInfo:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a sampler, checked.
+    """The checked arguments of one call of a sampler.
 
-    x        as `Run.begin` takes it, None to draw it; outer: the frame of the caller's latent, if there is one
-    streams  (B, 3) of the noise, None where nothing is drawn
-    mode     "off", or the graphs that the workspace replays
+    x        as for `Run.begin`, None to draw it
+    outer    the frame of the caller's latent, None without one
+    streams  (B, 3) of the noise, None if nothing is drawn
+    mode     "off", or the mode of the graphs to replay
     """
 
     x: Array | None
     outer: Frame | None
     streams: np.ndarray | None
     noise: NoiseSource | None
-    cond: Any
+    cond: Condition
     callback: Callable[[StepInfo], None] | None
     progress: bool
     mode: str
 
 
 def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
-    """Every stage of the workspace's plan. Returns the sample in the run's own memory, (B, ...)."""
+    """Run every stage of the workspace's plan. Returns the sample (B, ...) in the run's memory."""
     run, job = space.run, space.run.job
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
@@ -63,7 +65,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
         graphs.run.load(request.x, request.streams)
         graphs.loop(request.x is None)
         return run.x(last)
-    # A graph has its conditions bound into it.
+    # Graphs hold their conditions already.
     call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
     noise, callback = request.noise, request.callback
     init = noise if job.program.init.noisy else None

@@ -1,24 +1,24 @@
-"""A batch whose samples follow plans of their own: other solvers, steps and guidance scales, begun at any time."""
+"""A batch in which each sample has its own plan: solver, steps and guidance scale, started at any time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import EllipsisType
 
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import Array, frame_of, no_grad
+from fewstep.solvers.run.arrays import Array, Device, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
 from fewstep.solvers.run.compiled import Compiler
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.engine import Job
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 
 
 class MixedRun:
-    """Requests in the places of one batch: `admit` one whenever a place is free, `step` them all together.
+    """Continuous batching: `admit` a request whenever a place of the batch is free, `step` them all together.
 
         run = MixedRun(denoiser, [plan_a, plan_b], shape=(8, 4, 64, 64))
         run.admit(0, plan_a, seed=1)
@@ -26,14 +26,14 @@ class MixedRun:
             run.step()              # one call of the network on the whole batch, one stage of every request
         image = run.result(0)
 
-    plans     those that requests may follow, all on the denoiser's process
-    shape     (B, ...) of the batch; the network also sees the places that hold no request, and is ignored there
-    backend   as for `Sampler`. On "triton" one launch moves all samples; guidance for a part of the way, rescale,
-              dynamic thresholding and learned variances are for the other backends
+    plans     the plans that requests may follow, all on the denoiser's process
+    shape     (B, ...) of the batch; the network also gets the empty places, and its outputs there are ignored
+    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps, rescale,
+              dynamic thresholding and learned variances need another backend
     device    as for `Sampler`
 
-    A sample has the bits of a lone `Sampler` of its plan, guidance and seed on the same backend, if the network maps
-    samples one by one.
+    A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
+    each sample independently.
 
     Raises ValueError or TypeError that names the argument.
     """
@@ -45,7 +45,7 @@ class MixedRun:
         shape: Sequence[int],
         *,
         backend: str = "auto",
-        device: Any = None,
+        device: Device | None = None,
     ) -> None:
         check_denoiser(denoiser)
         self.shape = check_shape(shape)
@@ -56,46 +56,53 @@ class MixedRun:
         for plan in plans:
             if plan.grid.process != denoiser.process:
                 raise ValueError(
-                    f"plan {plan.solver!r} was laid out on {plan.grid.process!r}, the denoiser was trained on "
+                    f"plan {plan.solver!r} was made on {plan.grid.process!r}, the denoiser was trained on "
                     f"{denoiser.process!r}: make the grid with the denoiser's process"
                 )
         self.plans = tuple(plans)  # keeps the ids below alive
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
         self._compiler = Compiler(self.backend, self.frame, lone, "float32")
         self._convert = Converter(self.frame, self.backend, "float32")
-        self._jobs: dict[tuple[int, Any], Job] = {}
+        self._jobs: dict[tuple[int, object], Job] = {}
         jobs = [self._job(plan, ...) for plan in plans]
         self.columns: Columns
         if self.backend == "triton":
             self.columns = TritonColumns([job for job in jobs if isinstance(job, TritonJob)], self.shape)
         else:
             self.columns = LoneRuns(denoiser, self.frame, self.shape, "float32", self._compiler.run)
-        self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job, and the calls it has had
+        self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
 
-    def _job(self, plan: Plan, guidance: Any) -> Job:
+    def _job(self, plan: Plan, guidance: GuidanceLike | EllipsisType) -> Job:
         key = id(plan), guidance
         if key not in self._jobs:
             denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
             if len(denoiser.weights(0.0)) != len(self.denoiser.weights(0.0)):
                 raise ValueError(
-                    f"guidance = {guidance!r} has other branches than the denoiser's: {self.denoiser.guidance}"
+                    f"guidance = {guidance!r} has a different number of branches from {self.denoiser.guidance}"
                 )
             self._jobs[key] = self._compiler.job(denoiser, plan)
         return self._jobs[key]
 
     def admit(
-        self, place: int, plan: Plan, *, seed: int, sample: int = 0, x: Array | None = None, guidance: Any = ...
+        self,
+        place: int,
+        plan: Plan,
+        *,
+        seed: int,
+        sample: int = 0,
+        x: Array | None = None,
+        guidance: GuidanceLike | EllipsisType = ...,
     ) -> None:
-        """Begin a request in a free place.
+        """Start a request in a free place.
 
         seed, sample  its noise stream, as in `Sampler(seed=seed, first_sample=sample)`
-        x             (...) a latent at the plan's first point, instead of one drawn from the stream
-        guidance      its own scale or `CFG`, of as many branches as the denoiser's
+        x             (...) a latent at the plan's first point; without it one is drawn from the stream
+        guidance      a scale or `CFG` for this request, with as many branches as the denoiser's
 
-        Raises ValueError for a plan that was not given at the start, or a place that is taken.
+        Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """
         if not any(plan is own for own in self.plans):
-            raise ValueError(f"plan {plan.solver!r} was not among the plans that this run was made for")
+            raise ValueError(f"plan {plan.solver!r} is not among the plans that this MixedRun was made with")
         if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):
             raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
         job = self._job(plan, guidance)
@@ -109,7 +116,7 @@ class MixedRun:
         self._at[place] = job, 0
 
     def step(self, cond: Condition = None) -> list[int]:
-        """One call of the network and one stage of every request. Returns the places that this finished.
+        """One call of the network and one stage of every request. Returns the places that finished.
 
         cond  of the whole batch, (B, ...) by place
         """
@@ -125,12 +132,12 @@ class MixedRun:
         return finished
 
     def done(self, place: int) -> bool:
-        """Whether a place's request has come to its end. False for one that has had none."""
+        """Whether a place's request is finished. False for a place without a request."""
         at = self._at[place]
         return at is not None and at[1] == len(at[0].tables)
 
     def result(self, place: int) -> Array:
-        """A copy of a finished sample, (...). Raises ValueError before it is done."""
+        """A copy of a finished sample, (...). Raises ValueError if it is not finished."""
         at = self._at[place]
         if at is None or not self.done(place):
             raise ValueError(f"place {place} holds no finished request")

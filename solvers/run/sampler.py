@@ -1,16 +1,17 @@
-"""`Sampler`, a denoiser and a plan compiled for one shape, and `sample`, which makes one and calls it."""
+"""`Sampler`, a denoiser and a plan compiled for one shape, and `sample`, which makes and calls one."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import Array, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_callable,
@@ -23,7 +24,7 @@ from fewstep.solvers.run.checks import (
 )
 from fewstep.solvers.run.compiled import Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.engine import NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
@@ -42,17 +43,16 @@ class Sampler:
     plan      from `fewstep.plan`, on the denoiser's own process
     shape     (B, ...) of x
     backend   "numba" (CPU), "triton" (GPU), "naive" (any device; differentiable), "auto"
-    device    where a denoiser that is a plain callable wants its arrays: "cpu" or "cuda" make them torch tensors
+    device    of the arrays of a model that is a plain callable: "cpu" or "cuda" make them torch tensors
     dtype     of the state and of the result: float32 (default) or float64
-    graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (callbacks
-              and progress need that), "off" neither. "auto" takes the first of them that the model allows, with one
-              warning if that is not the first. Only "auto" and "off" on a CPU
+    graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (needed for
+              callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows, and
+              warns once if the model cannot be recorded. On a CPU only "auto" and "off"
+    capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
+              (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
 
-    capacity  denoiser calls that a loop graph makes at least: plans of up to so many replay in the one graph (the calls
-              beyond a plan's own are made, and change nothing); 0 records a graph for each number of calls
-
-    Memory is allocated when the sampler is made and reused by every call; a call allocates its result alone,
-    and not even that with `out`. Calls from several threads at once are safe: each takes its own workspace.
+    Memory is allocated when the sampler is made and reused by every call; a call allocates only its result, and
+    nothing with `out`. Concurrent calls from several threads are safe: each uses its own workspace.
 
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
@@ -64,8 +64,8 @@ class Sampler:
         shape: Sequence[int],
         *,
         backend: str = "auto",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device | None = None,
+        dtype: DType | None = None,
         graph: str = "auto",
         capacity: int = 0,
     ) -> None:
@@ -79,7 +79,7 @@ class Sampler:
         if graph not in MODES:
             raise ValueError(unknown("graph mode", graph, MODES))
         self.frame = model_frame(denoiser, device)
-        # What the GPU kernels do not do is an error where they are asked for, and another backend's where not.
+        # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
         self.backend = pick_backend(backend, self.frame, triton=able)
         if graph in ("step", "loop") and (self.backend != "triton" or capture_api(self.frame) is None):
@@ -94,7 +94,7 @@ class Sampler:
         self._compiler = Compiler(self.backend, self.frame, self.shape, self.dtype, capacity)
         self._convert = Converter(self.frame, self.backend, self.dtype)
         self._seed: int | Sequence[int] | None = None
-        self._cond: Any = None
+        self._cond: Condition = None
         self._now = self._prepared(denoiser, plan)
         self._now.fill()
 
@@ -103,7 +103,7 @@ class Sampler:
             raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
         if plan.grid.process != denoiser.process:
             raise ValueError(
-                f"plan was laid out on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
+                f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
                 "make the grid with the denoiser's process"
             )
         made = Prepared(self._compiler, denoiser, plan)
@@ -115,7 +115,7 @@ class Sampler:
         if self.backend == "triton":
             new.take_over(self._now)
         new.fill()
-        self._now = new  # one assignment: a call in another thread sees all of it or none
+        self._now = new  # one assignment: other threads see the old or the new one
 
     @property
     def denoiser(self) -> DenoiserLike:
@@ -125,24 +125,29 @@ class Sampler:
     def plan(self) -> Plan:
         return self._now.plan
 
-    def prepare(self, plan: Plan | None = None, *, guidance: Any = ...) -> Prepared:
-        """Lay out another plan or another guidance now, for an `update` that only has to copy it.
+    def prepare(self, plan: Plan | None = None, *, guidance: GuidanceLike | EllipsisType = ...) -> Prepared:
+        """Compile another plan or guidance in advance, so that `update` only copies its tables.
 
             fast, good = sampler.prepare(fs.plan("unipc", fs.grid(process, 6))), sampler.prepare(guidance=4.0)
             sampler.update(fast)
 
-        What is not given is the sampler's own at the moment. Raises ValueError or TypeError as making a sampler does.
+        Omitted arguments default to the sampler's current ones. Raises ValueError or TypeError as `Sampler` does.
         """
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
         return self._prepared(denoiser, self.plan if plan is None else plan, "watched" in vars(self._now))
 
     def update(
-        self, plan: Plan | Prepared | None = None, *, guidance: Any = ..., seed: Any = ..., cond: Any = ...
+        self,
+        plan: Plan | Prepared | None = None,
+        *,
+        guidance: GuidanceLike | EllipsisType = ...,
+        seed: int | Sequence[int] | EllipsisType | None = ...,
+        cond: Condition | EllipsisType = ...,
     ) -> None:
-        """Change the plan or the guidance for later calls. Calls under way finish with what they began with.
+        """Change the plan, the guidance or the defaults of later calls. Calls in progress keep the old ones.
 
-        plan        a plan, laid out first, or what `prepare` has laid out
-        seed, cond  for later calls that give none, as in a call; None goes back to giving none
+        plan        a plan, which is compiled first, or the result of `prepare`
+        seed, cond  defaults for later calls, as in a call; None removes the default
 
         Raises ValueError or TypeError that names the argument, and then changes nothing.
         """
@@ -150,8 +155,8 @@ class Sampler:
         if isinstance(plan, Prepared):
             own = plan.compiler is self._compiler
             if not own or guidance is not ...:
-                why = "has its guidance in it" if own else "belongs to the sampler that made it"
-                raise ValueError(f"plan is prepared, and {why}: prepare(plan, guidance=...) lays out another")
+                why = "includes its guidance" if own else "belongs to the sampler that made it"
+                raise ValueError(f"plan is prepared, and {why}: use prepare(plan, guidance=...) of this sampler")
             new = plan
         elif plan is not None or guidance is not ...:
             new = self.prepare(plan, guidance=guidance)
@@ -171,23 +176,23 @@ class Sampler:
         *,
         seed: int | Sequence[int] | None = None,
         noise: NoiseSource | None = None,
-        cond: Any = None,
+        cond: Condition = None,
         first_sample: int = 0,
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Array | None = None,
     ) -> Array:
-        """One batch of samples, like x in type and dtype, else an array of the model's library.
+        """Draw one batch of samples: an array like x in type and dtype, else one of the model's library.
 
         x         (B, ...) at the grid's first point; without it x is drawn from `seed`
-        seed      an int (sample i draws from stream (seed, first_sample + i)) or one int a sample (stream
-                  (seed_i, 0)); None draws one from the operating system
+        seed      an int (sample i draws from stream (seed, first_sample + i)) or one int per sample (stream
+                  (seed_i, 0)); None takes one from the operating system
         noise     noise(draw, at, to, shape) replaces the drawn normals of the steps
         cond      the model's keyword arguments; under guidance a sequence (null, condition) unless the
                   denoiser holds `null`
         callback  called with a `StepInfo` after each step; may raise to stop
-        progress  show a bar
-        out       where to write the result instead of a new array (x's or the model's library)
+        progress  show a progress bar
+        out       an array for the result, of x's or the model's library; it is returned
         """
         now = self._now
         plan = now.plan
@@ -198,7 +203,7 @@ class Sampler:
             check_latent(x, outer, self.shape, self.frame, self.dtype)
             if self.backend != "naive" and _wants_grad(x, outer):
                 raise ValueError(
-                    f"x requires grad or has a tangent, and backend={self.backend!r} keeps no graph: use "
+                    f"x requires grad or has a tangent, and backend={self.backend!r} records no gradients: use "
                     "Sampler(backend='naive') or SamplerModule, or pass x.detach()"
                 )
         if out is not None:
@@ -214,7 +219,7 @@ class Sampler:
         if x is None or (plan.stochastic and noise is None):
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
-            philox.streams(seed, self.shape[0], first_sample)  # the same complaint about a bad seed as ever
+            philox.streams(seed, self.shape[0], first_sample)  # checks the seed
         grads = no_grad(self.frame, keep_graph=self.backend == "naive")
         with now.workspace(callback is not None) as space, grads, on_device(self.frame):
             watched = callback is not None or progress
@@ -237,12 +242,12 @@ def sample(
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     noise: NoiseSource | None = None,
-    cond: Any = None,
+    cond: Condition = None,
     start: float = 0.0,
     first_sample: int = 0,
     backend: str = "auto",
-    device: Any = None,
-    dtype: Any = None,
+    device: Device | None = None,
+    dtype: DType | None = None,
     progress: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
     **solver_options: Any,
@@ -254,8 +259,9 @@ def sample(
     x, shape  exactly one: a latent (B, ...) already at the grid's first point, or the shape to draw one from `seed`
     solver    a name from `list_solvers()`; its options follow as keywords (eta=1.0, order=3, s_churn=40 ...)
     steps, spacing  the grid on the denoiser's process, unless `grid` is given
-    start     skip that fraction of the steps (1 - strength of image-to-image); x is then at the later point
-    The rest as for `Sampler`.
+    start     skip this fraction of the steps (1 - strength of image-to-image); x is then at the later point
+
+    The other arguments are those of `Sampler` and its call.
 
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
@@ -269,7 +275,7 @@ def sample(
     if device is None and isinstance(outer, TorchFrame):
         device = outer.device
     if backend == "auto" and getattr(x, "requires_grad", False):
-        backend = "naive"  # the fused kernels keep no graph
+        backend = "naive"  # the fused kernels record no gradients
     state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
     sampler = Sampler(
         denoiser,

@@ -1,1 +1,1 @@
-"""Plans fitted to one denoiser, and the ensembles of hand-made plans that they are measured against."""
+"""Plans fitted to one denoiser, and the hand-made plans that they are compared with."""

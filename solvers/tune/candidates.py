@@ -1,4 +1,4 @@
-"""Every hand-made deterministic sampler for a number of calls, and which of them is best on one denoiser."""
+"""All hand-made deterministic plans for a number of calls, ranked by their error on one denoiser."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import PlanError
+from fewstep.solvers.run.denoising import DenoiserLike
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array
+from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.schedule.spacings import SPACINGS
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, unroll
 
-# Beside each solver's own defaults: all orders, and the variants that differ at few steps.
+# In addition to each solver's defaults: all orders, and the variants that differ at few steps.
 _VARIANTS: Mapping[str, Sequence[Any]] = {"order": (1, 2, 3, 4), "variant": ("bh1", "bh2", "midpoint", "heun")}
-# Beside each spacing's own defaults.
+# In addition to each spacing's defaults.
 _GRIDS: Sequence[tuple[str, Mapping[str, Any]]] = (("karras", {"rho": 3.0}), ("polyexponential", {"rho": 0.7}))
 
-# Of several names of one plan, these.
+# Preferred names, where several solvers make the same plan.
 _COMMON = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "ipndm", "deis", "heun", "lms")
 
-# Seeds in the first round and in the second; plans that pass each.
+# (seeds, plans kept) of the first and the second round.
 ROUNDS = ((8, 48), (32, 12))
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A hand-made plan, with the names and options that make it."""
+
     solver: str
     options: Mapping[str, Any]
     spacing: str
@@ -41,7 +45,7 @@ class Candidate:
 
     @property
     def named(self) -> dict[str, Any]:
-        """What makes the plan again, as JSON's own types."""
+        """The names and options that make the plan, as JSON types."""
         return {
             "solver": self.solver,
             "options": dict(self.options),
@@ -60,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A candidate and its errors: rmse over samples and elements, `errors` the mean square of each sample."""
+    """A candidate and its errors: `errors` (n,) the mean square error of each sample, `rmse` over all samples."""
 
     candidate: Candidate
     errors: Array
@@ -70,13 +74,13 @@ class Ranked:
         return float(np.sqrt(np.mean(self.errors)))
 
 
-def grids(process: Any, steps: int) -> list[tuple[str, Mapping[str, Any], Grid]]:
-    """Every spacing that the process has at that number of steps, each grid once."""
+def grids(process: Process, steps: int) -> list[tuple[str, Mapping[str, Any], Grid]]:
+    """The grids of all spacings on the process at that number of steps, without duplicates."""
     found: list[tuple[str, Mapping[str, Any], Grid]] = []
     for name, options in [*((name, {}) for name in SPACINGS), *_GRIDS]:
         try:
             made = make_grid(process, steps, name, **options)
-        except ValueError:  # a table for another process, more steps than times
+        except ValueError:  # a table of another process, or more steps than times
             continue
         if made.sigma[-1] == 0.0 and not any(np.allclose(made.t, g.t, rtol=1e-9) for *_, g in found):
             found.append((name, options, made))
@@ -94,8 +98,8 @@ def solvers() -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def fit_steps(solver: str, process: Any, spacing: str, calls: int, options: Mapping[str, Any]) -> int:
-    """The most steps whose plan makes at most that many calls. Raises ValueError if one step needs more.
+def fit_steps(solver: str, process: Process, spacing: str, calls: int, options: Mapping[str, Any]) -> int:
+    """The largest number of steps with at most `calls` calls. Raises ValueError if one step needs more.
 
     Steps so long that the solver's coefficients amplify rounding beyond use make no plan.
     """
@@ -109,10 +113,10 @@ def fit_steps(solver: str, process: Any, spacing: str, calls: int, options: Mapp
     raise ValueError(f"solver {solver!r} needs more than {calls} calls for one step")
 
 
-def candidates(process: Any, calls: int) -> list[Candidate]:
-    """Every deterministic (solver, options, spacing) with at most that many calls, each plan once.
+def candidates(process: Process, calls: int) -> list[Candidate]:
+    """Every deterministic (solver, options, spacing) with at most `calls` calls, without duplicate plans.
 
-    Solvers of several calls a step have as many steps as fit. One that makes the same plan as another is left out.
+    A solver with several calls per step takes as many steps as fit.
     """
     found: list[Candidate] = []
     seen: set[bytes] = set()
@@ -136,7 +140,7 @@ def candidates(process: Any, calls: int) -> list[Candidate]:
 
 
 def _try(solver: str, grid: Grid, options: Mapping[str, Any]) -> Plan | None:
-    """The plan, or None if these options do not go together, or it has no end point of its own."""
+    """The plan, or None if the options do not fit together or the plan is not deterministic from noise to data."""
     try:
         plan = make_plan(solver, grid, **options)
         unroll(plan)
@@ -146,13 +150,13 @@ def _try(solver: str, grid: Grid, options: Mapping[str, Any]) -> Plan | None:
 
 
 def errors(ensemble: Ensemble, plans: Sequence[Unrolled], target: Array, samples: Sequence[int]) -> Array:
-    """The mean square error of each plan on each sample, (P, n). A plan that diverges has an infinite one."""
+    """The mean square error of each plan on each sample, (P, n); infinite for a plan that diverges."""
     out = np.empty((len(plans), len(samples)))
     by_calls: dict[int, list[int]] = {}
     for i, plan in enumerate(plans):
         by_calls.setdefault(plan.nfe, []).append(i)
     for members in by_calls.values():
-        # Few plans at a time: the end points of all together could be larger than memory.
+        # A few plans at a time: the end points of all plans may exceed memory.
         wide = max(1, min(64, (1 << 26) // (len(samples) * target.shape[1])))
         for first in range(0, len(members), wide):
             some = members[first : first + wide]
@@ -163,11 +167,11 @@ def errors(ensemble: Ensemble, plans: Sequence[Unrolled], target: Array, samples
 
 
 def rank(ensemble: Ensemble, found: Sequence[Candidate], target: Array, samples: Sequence[int]) -> list[Ranked]:
-    """The best candidates first, by RMSE on `samples`; the long tail is dropped on fewer of them.
+    """The candidates ordered by RMSE on `samples`, best first; weak ones are dropped after a part of the samples.
 
-    Each solver's best stays among the results, so that they also say what a solver can do here.
+    The best plan of each solver is always kept, so that the result shows what each solver reaches.
 
-    target  float64 (n, elements), the end point of every latent of the ensemble
+    target  float64 (n, elements), the ODE end point of every latent of the ensemble
     """
     left = list(found)
     for count, keep in ROUNDS:
@@ -182,10 +186,10 @@ def rank(ensemble: Ensemble, found: Sequence[Candidate], target: Array, samples:
     return sorted(ranked, key=lambda r: r.rmse)
 
 
-def usable(denoiser: Any, found: Sequence[Candidate]) -> list[Candidate]:
-    """Those that this denoiser can follow: it has an x0 prediction and a time at each point.
+def usable(denoiser: DenoiserLike, found: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that this denoiser supports: it has an x0 prediction and a time at each of their points.
 
-    Raises ValueError with the reason if there is none.
+    Raises ValueError with the reason if there are none.
     """
     kept, reason = [], "no solver and spacing fit so few calls"
     for candidate in found:

@@ -1,18 +1,18 @@
-"""Many plans at once: the end points of P plans on B latents, by full batches of the network.
+"""Many plans at once: the end points of P plans on B latents, in full batches of the network.
 
-A deterministic plan, unrolled, says what each call sees as a combination of the latent and the predictions so far:
+A deterministic plan, unrolled, gives the input of each call as a combination of the latent and the earlier predictions
+(the non-stationary form of Shaul et al. 2024):
 
-    x_k = w[k, 0] z + sum_{j < k} w[k, j + 1] D_j         z: unit normals, the latent over its sigma; D_j: the x0
-                                                          prediction of call j
+    x_k = w[k, 0] z + sum_{j < k} w[k, j + 1] D_j
 
-(the non-stationary form of Shaul et al. 2024). Plans of as many calls then differ in numbers alone, so that the
-network takes P B samples in each call and all updates together are one matrix product, in float64. Calls that a plan
-has in common with the first one are not made again: of the plans that make a Jacobian, most differ in late steps alone.
+with z the latent over its sigma (unit normals) and D_j the x0 prediction of call j. Plans with the same number of calls
+then differ only in w: each network call takes P B samples, and all updates are one matrix product in float64. The calls
+that a plan shares with the first one are made once: most plans of a Jacobian differ only in late steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +22,29 @@ from numpy.typing import NDArray
 from fewstep.kernels import philox
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, Stage
-from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
+from fewstep.solvers.run.arrays import Array as ModelArray
+from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
 Indices = NDArray[np.int64]
 
-# Numbers of the history that are held at a time: 2^26 are 512 MB.
+# The most float64 values of prediction history in memory: 2^26 are 512 MB.
 _HISTORY = 1 << 26
 
 
 @dataclass(frozen=True)
 class Unrolled:
-    """points: where the N calls are made; w: (N + 1, N + 1), row N is the result; done: which calls end a step."""
+    """The unrolled form of a plan of N calls.
+
+    points  of the calls
+    w       (N + 1, N + 1), see the module; row N is the result
+    done    which calls complete a step
+    """
 
     points: tuple[Point, ...]
     w: Array
@@ -53,7 +60,7 @@ def unroll(plan: Plan) -> Unrolled:
     scale = plan.start.sigma
     if plan.init is not None:
         if plan.init.row.get(NOISE):
-            raise ValueError("a plan that draws noise has no end point of its own")
+            raise ValueError("a plan that draws noise cannot be unrolled: its end point is random")
         scale *= plan.init.row.get("x", 0.0)
     return unroll_stages(plan.stages, scale)
 
@@ -69,7 +76,7 @@ def unroll_stages(stages: Sequence[Stage], sigma: float) -> Unrolled:
         new = {}
         for slot, row in stage.rows.items():
             if row.get(NOISE) or row.get(UNGUIDED):
-                raise ValueError("only plans that draw no noise and guide every prediction alike can be unrolled")
+                raise ValueError("a plan that draws noise or reads the unguided prediction cannot be unrolled")
             new[slot] = sum((c * known[source] for source, c in row.items() if c), np.zeros(n + 1))
         slots |= new
         w.append(slots["x"])
@@ -77,7 +84,7 @@ def unroll_stages(stages: Sequence[Stage], sigma: float) -> Unrolled:
 
 
 def _shared(plan: Unrolled, other: Unrolled) -> int:
-    """How many first calls of two plans are the same: made at the same point, on the same combination."""
+    """The number of leading calls that two plans share: at the same point, with the same row of w."""
     for k, (p, q) in enumerate(zip(plan.points, other.points, strict=True)):
         if p != q or not np.array_equal(plan.w[k], other.w[k]):
             return k
@@ -85,49 +92,58 @@ def _shared(plan: Unrolled, other: Unrolled) -> int:
 
 
 def latents(count: int, shape: Sequence[int], seed: int, first_sample: int = 0) -> Array:
-    """The unit normals that `Sampler` scales for (seed, first_sample + i): float64 (count, *shape)."""
+    """The unit normals that `Sampler` draws for (seed, first_sample + i): float64 (count, *shape)."""
     size = int(np.prod(shape))
     rows = [philox.normals(size, seed, first_sample + i, 0, philox.LATENT) for i in range(count)]
     return np.stack(rows).astype(np.float64).reshape(count, *shape)
 
 
-def spread_conditions(denoiser: Any, frame: Frame, cond: Any, samples: Iterable[int]) -> list[dict[str, Any]]:
-    """The condition of each branch for the given samples: an array of length L serves sample i with entry i mod L."""
+def spread_conditions(
+    denoiser: DenoiserLike, frame: Frame, cond: Condition, samples: Iterable[int]
+) -> list[dict[str, Any]]:
+    """The condition of each branch for the given samples: sample i takes entry i mod L of an array of length L."""
     index = list(samples)
 
-    def own(value: Any) -> Any:
+    def own(value: ModelArray) -> ModelArray:
         if not frame.is_array(value) or value.ndim == 0 or len(value) == 1:
             return value
         return value[[i % len(value) for i in index]]
 
-    branches: Sequence[Mapping[str, Any]] = denoiser.conditions(cond)
-    return [{name: own(value) for name, value in one.items()} for one in branches]
+    return [{name: own(value) for name, value in one.items()} for one in denoiser.conditions(cond)]
 
 
 class Ensemble:
     """A denoiser and n latents (unit normals), on which many plans are run.
 
-    denoiser  a `fewstep.Denoiser`, on its own device
-    z         (n, ...) float64 unit normals; each plan scales them to its own first point
-    cond      as for `Sampler`; arrays of length L go round the samples
-    device    as for `Sampler`, for a denoiser that is a plain callable
-    batch     samples in a call of the network, at most (and at least one)
+    denoiser  a `fewstep.Denoiser`
+    z         (n, ...) float64 unit normals, scaled to the first point of each plan
+    cond      as for `Sampler`; sample i takes entry i mod L of an array of length L
+    device    as for `Sampler`, for a model that is a plain callable
+    batch     the most samples per network call, >= 1
     """
 
-    def __init__(self, denoiser: Any, z: Array, cond: Any = None, *, device: Any = None, batch: int = 512) -> None:
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        z: Array,
+        cond: Condition = None,
+        *,
+        device: Device | None = None,
+        batch: int = 512,
+    ) -> None:
         self.denoiser, self.cond, self.batch = denoiser, cond, batch
         self.frame = model_frame(denoiser, device)
         self.sample = z.shape[1:]
         self.z = z.reshape(len(z), -1)
-        self.calls = 0  # of the denoiser, counted by sample
-        spread_conditions(denoiser, self.frame, cond, range(2))  # complaints about conditions come first
+        self.calls = 0  # of the denoiser, counted per sample
+        spread_conditions(denoiser, self.frame, cond, range(2))  # checks the conditions
 
     def ends(
         self, plans: Sequence[Unrolled], samples: Sequence[int] | Indices, elements: Indices | slice = slice(None)
     ) -> Array:
-        """The end point of each plan on each of the samples: float64 (P, n, elements). All plans have as many calls.
+        """The end point of each plan on each sample: float64 (P, n, elements). All plans have the same number of calls.
 
-        elements  which elements of a sample to keep, all by default
+        elements  the elements of a sample to return, all by default
         """
         index = np.asarray(samples)
         out = np.empty((len(plans), len(index), self.z[0][elements].size))
@@ -135,7 +151,7 @@ class Ensemble:
         for i, plan in enumerate(plans):
             groups.setdefault(plan.done, []).append(i)
         for done, members in groups.items():
-            # Those that part from the first late come last, so that those still to be run are a leading part.
+            # Plans that share the most calls with the first come last: the plans still to run are then a leading slice.
             shared = [0, *(_shared(plans[i], plans[members[0]]) for i in members[1:])]
             order = sorted(range(len(members)), key=lambda j: shared[j])
             chosen = [members[j] for j in order]
@@ -147,9 +163,9 @@ class Ensemble:
         return out
 
     def _run(self, plans: Sequence[Unrolled], shared: Sequence[int], samples: Indices) -> Array:
-        """P plans on b samples through all calls: (P, b, elements).
+        """Run P plans on b samples. Returns (P, b, elements).
 
-        shared  how many first calls each plan has in common with plans[0], ascending: they are made once
+        shared  the number of leading calls that each plan shares with plans[0], ascending; these are made once
         """
         frame, count, b = self.frame, len(plans), len(samples)
         nfe, done = plans[0].nfe, plans[0].done
@@ -172,7 +188,7 @@ class Ensemble:
             end = frame.to_numpy(self._seen(w, history, nfe))
         return end.reshape(count, b, -1)
 
-    def _predict(self, u: Any, points: Sequence[Point], samples: Sequence[int], progress: float) -> Any:
+    def _predict(self, u: ModelArray, points: Sequence[Point], samples: Sequence[int], progress: float) -> ModelArray:
         """The x0 prediction of each row of u (n, elements), row i at points[i] with the condition of samples[i]."""
         n = len(points)
         cond = spread_conditions(self.denoiser, self.frame, self.cond, samples)
@@ -182,12 +198,12 @@ class Ensemble:
         return batch.map([{"D": {PREDICTION: 1.0}}] * n, {SEEN: u}, outputs)["D"]
 
     @staticmethod
-    def _seen(w: Any, history: Any, k: int) -> Any:
-        """w[:, k] over what is known before call k; later columns are zero, and their history is not written yet."""
+    def _seen(w: ModelArray, history: ModelArray, k: int) -> ModelArray:
+        """The input of call k: w[:, k] over the history before it. Later columns of w are zero."""
         return w[:, k : k + 1, : k + 1] @ history[:, : k + 1]
 
     def reference(self, plan: Plan) -> Array:
-        """The end points of one long plan by the ordinary sampler, which keeps no history: float64 (n, elements)."""
+        """The end points of one long plan by `Sampler`, which keeps no history: float64 (n, elements)."""
         out = np.empty_like(self.z)
         for first in range(0, len(out), self.batch):
             part = range(first, min(first + self.batch, len(out)))

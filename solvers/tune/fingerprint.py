@@ -1,8 +1,8 @@
-"""What a denoiser is, in a few numbers: its predictions on fixed inputs.
+"""The fingerprint of a denoiser: its predictions on fixed inputs.
 
-A tuned plan belongs to one denoiser. Its weights, its guidance and its process all show in its x0 predictions; dtype
-and device move them by rounding only. So the predictions themselves are kept and compared with a tolerance: a hash of
-rounded ones would change whenever one of them lies near a rounding edge.
+A tuned plan belongs to one denoiser. The x0 predictions depend on the network's weights, the guidance and the process;
+dtype and device change them only by rounding. The predictions are stored and compared with a tolerance, because a hash
+of rounded values changes whenever one of them is near a rounding boundary.
 """
 
 from __future__ import annotations
@@ -18,28 +18,31 @@ from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan
 from fewstep.solvers.plans.stages import PREDICTION
-from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
+from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance
+from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
 
-# Flow times sigma / (alpha + sigma) of the probes: where a denoiser decides, from layout to detail.
+# Flow times sigma / (alpha + sigma) of the probes: the levels that decide layout to detail.
 _LEVELS = (0.9, 0.7, 0.5, 0.3)
 _SAMPLES = 2
 _ELEMENTS = 16
 _SEED = 0x66657773  # "fews"
 
-# RMS over the predictions, relative to their own. The digits network in bfloat16 makes 0.003, a change of each of its
-# weights by a fiftieth 0.013, guidance 2 instead of none 0.4.
+# Relative RMS difference of the predictions. For the digits network: 0.003 for bfloat16, 0.013 for a change of every
+# weight by 2 %, 0.4 for guidance 2 instead of none.
 TOLERANCE = 0.01
 
-# A condition with more numbers than this is not kept in a plan file.
+# Conditions with more values than this are not stored in a plan file.
 _KEPT = 4096
 
 
-def fingerprint(denoiser: Any, shape: Sequence[int], cond: Any = None, device: Any = None) -> list[float]:
-    """The x0 predictions, guided as the denoiser is, at fixed inputs: four levels, two samples, 16 elements of each.
+def fingerprint(
+    denoiser: DenoiserLike, shape: Sequence[int], cond: Condition = None, device: Device | None = None
+) -> list[float]:
+    """The guided x0 predictions at fixed inputs: four levels, two samples, 16 elements of each.
 
     shape  of a sample, without the batch axis
     cond   as for `Sampler`; the first two entries of its arrays are used
@@ -59,22 +62,22 @@ def fingerprint(denoiser: Any, shape: Sequence[int], cond: Any = None, device: A
     return [float(f"{value:.7g}") for value in values]
 
 
-def _points(process: Any) -> list[Point]:
+def _points(process: Process) -> list[Point]:
     points = [Point(*process.point_at_sigma(COORDINATES["flow"].ratio(u))) for u in _LEVELS]
-    # A network of discrete times may know no others.
+    # A network of discrete times may support no others.
     return points if process.timesteps is None else [Point(*process.point(float(round(p.t)))) for p in points]
 
 
 def difference(found: Sequence[float], kept: Sequence[float]) -> float:
-    """RMS difference over the RMS of the kept values; infinite where the two are not of one length."""
+    """RMS difference over the RMS of `kept`; infinite if the lengths differ or `found` is not finite."""
     if len(found) != len(kept) or not np.all(np.isfinite(found)):
         return float("inf")
     a, b = np.asarray(found), np.asarray(kept)
     return float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(b**2)), 1e-12))
 
 
-def digest(*parts: Any) -> str:
-    """A name for a file that depends on all parts: arrays by their bytes, the rest by their repr."""
+def digest(*parts: object) -> str:
+    """A hash of all parts, for file names: of arrays by their bytes, of other values by their repr."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
@@ -85,8 +88,8 @@ def digest(*parts: Any) -> str:
 # --- conditions of the probes in a plan file ---
 
 
-def keep_conditions(denoiser: Any, frame: Frame, cond: Any) -> list[dict[str, Any]] | None:
-    """The condition of the probes as JSON's own types; None if it is too large, or no numbers and text."""
+def keep_conditions(denoiser: DenoiserLike, frame: Frame, cond: Condition) -> list[dict[str, Any]] | None:
+    """The condition of the probes as JSON types; None if it is too large, or not made of numbers and text."""
     kept, count = [], 0
     for one in spread_conditions(denoiser, frame, cond, range(_SAMPLES)):
         own: dict[str, Any] = {}
@@ -109,7 +112,7 @@ def keep_conditions(denoiser: Any, frame: Frame, cond: Any) -> list[dict[str, An
 def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dict[str, Any]]:
     """The inverse of `keep_conditions`, in arrays of the model's library."""
 
-    def array(value: Any) -> Any:
+    def array(value: object) -> object:
         if not isinstance(value, Mapping):
             return value
         values = np.array(value["values"], dtype=value["dtype"])
@@ -120,43 +123,50 @@ def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dic
     return [{name: array(value) for name, value in one.items()} for one in kept]
 
 
-def check_plan(plan: Any, denoiser: Any, cond: Any = None, device: Any = None, where: str = "plan") -> None:
-    """Raises ValueError unless a tuned plan was fitted to this denoiser under this guidance. Other plans fit all.
+def check_plan(
+    plan: Plan, denoiser: DenoiserLike, cond: Condition = None, device: Device | None = None, where: str = "plan"
+) -> None:
+    """Raises ValueError for a tuned plan that was fitted to another denoiser or guidance. Other plans always pass.
 
-    cond  as for `tune`, where the plan does not hold the probes' own
+    cond  as for `tune`, if the plan does not hold the condition of the probes
     """
     if plan.grid.process != denoiser.process:
-        raise ValueError(f"{where} was laid out on {plan.grid.process!r}, the denoiser has {denoiser.process!r}")
+        raise ValueError(f"{where} was made on {plan.grid.process!r}, the denoiser has {denoiser.process!r}")
     record = plan.options.get("tuning")
     if record is None:
         return
-    force = "tune one for it, or load with force=True (on another denoiser a tuned plan can be far worse than none)"
+    force = "tune a plan for it, or load with force=True (a tuned plan can be far worse on another denoiser)"
     guidance = guidance_as_json(denoiser.guidance)
     if guidance != record["guidance"]:
         raise ValueError(f"{where} was tuned under guidance {record['guidance']}, the denoiser has {guidance}: {force}")
     if cond is None:
         if record["cond"] is None:
-            raise ValueError(f"{where} does not hold the condition it was tuned under: give cond= as for fewstep.tune")
+            raise ValueError(f"{where} does not hold the condition it was tuned with: give cond= as for fewstep.tune")
         cond = kept_conditions(record["cond"], model_frame(denoiser, device))
     away = difference(fingerprint(denoiser, record["shape"], cond, device), record["fingerprint"])
     if not away <= TOLERANCE:
         raise ValueError(
-            f"{where} was tuned on another denoiser: predictions on the probes differ by {away:.2g} of their size, "
-            f"and {TOLERANCE:g} is the most that dtype and device make: {force}"
+            f"{where} was tuned on another denoiser: the relative difference of the predictions on the probes is "
+            f"{away:.2g}, and dtype and device explain at most {TOLERANCE:g}: {force}"
         )
 
 
 def load_plan(
-    path: str | Path, denoiser: Any = None, *, cond: Any = None, device: Any = None, force: bool = False
+    path: str | Path,
+    denoiser: DenoiserLike | None = None,
+    *,
+    cond: Condition = None,
+    device: Device | None = None,
+    force: bool = False,
 ) -> Plan:
-    """The plan in a file that `save_plan` wrote, checked against the denoiser that it is for.
+    """The plan in a file that `save_plan` wrote, checked against its denoiser.
 
-    denoiser  needed for a tuned plan, which belongs to one denoiser and one guidance: it is called on a few fixed
-              inputs, and its predictions are compared with those kept in the file
-    cond      what `tune` was given, where the file does not hold the condition of those inputs (a large one)
-    force     skip that check
+    denoiser  needed for a tuned plan, which belongs to one denoiser and one guidance: its predictions on a few fixed
+              inputs are compared with those in the file
+    cond      the `cond` of `tune`, if it was too large to be stored in the file
+    force     skip the check
 
-    Raises FileNotFoundError, or ValueError that names the field or says what the plan was tuned for.
+    Raises FileNotFoundError, or ValueError that names the bad field or what the plan was tuned for.
     """
     plan = read_plan(path)
     if denoiser is not None and not force:
@@ -166,8 +176,8 @@ def load_plan(
     return plan
 
 
-def guidance_as_json(guidance: Any) -> dict[str, Any] | None:
-    """A `CFG` as JSON's own types."""
+def guidance_as_json(guidance: Guidance | None) -> dict[str, Any] | None:
+    """A `CFG` as JSON types."""
     if guidance is None:
         return None
     plain = {name: float(getattr(guidance, name)) for name in ("rescale", "start", "stop")}

@@ -1,15 +1,15 @@
-"""Plans with free times and free increments over a hand-made multistep rule: what `fewstep.tune` fits.
+"""The plans that `fewstep.tune` fits: a hand-made multistep rule with free times and free increments.
 
-With u = sigma / (alpha + sigma), flow time, which is finite wherever a process starts:
+With the flow time u = sigma / (alpha + sigma), which is finite wherever a process starts:
 
     u_k = u_{k-1} exp(-exp(theta_k)),  u_N = 0                     monotone times, k = 1 .. N - 1
-    x'  = base rule at these times + sum_j c_kj (d_k - d_j) w_k    increments over older features d_j
-    the network is told log u_k + shift_k                          decoupled, where asked for
+    x'  = base rule at these times + sum_j c_kj (d_k - d_j) w_k    increments over the older features d_j
+    log u of the network's time input = log u_k + shift_k          if decoupled
 
-d is what the base rule keeps of old calls: x0 predictions (DPM-Solver++, UniPC), noise predictions (DEIS) or slopes
-(iPNDM); w_k is the weight of a change of d_k in the first-order step, so that every c is of the order of one. The
-increments sum to zero: a constant prediction stays exact, and the marginals with it. The free numbers are those of
-Bespoke Non-Stationary solvers (Shaul et al. 2024); starting from a recomputed rule keeps them well conditioned.
+The features d are what the base rule keeps of earlier calls: x0 predictions (DPM-Solver++, UniPC), noise predictions
+(DEIS) or slopes (iPNDM). w_k is the weight of a change of d_k in the first-order step, so that every c is of order 1.
+The increments are zero for a constant prediction, which keeps it and the marginals exact. The free numbers are those of
+Bespoke Non-Stationary solvers (Shaul et al. 2024); relative to a recomputed rule they are well conditioned.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, Process
 
 SOLVER = "tuned"
 WHAT = ("all", "times")
 
-# Beyond these a step would be of no length, or the rest of the way (in theta), or another network (in shifts).
+# Beyond these a step has no length or covers the whole interval (theta), or the time input is far off (shift).
 _LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0)}
 
 _FLOW = COORDINATES["flow"]
@@ -44,12 +44,12 @@ _FLOW = COORDINATES["flow"]
 
 @dataclass(frozen=True)
 class Feature:
-    """What a rule keeps of each call. Slots `prefix`1, `prefix`2 ... hold the older ones.
+    """The feature that a rule keeps of each call; slots `prefix`1, `prefix`2 ... hold the older ones.
 
-    newest   the row of the feature of the call at point k over x and m
+    newest   (grid, k) -> the feature of call k as a row over x and m
     history  (grid, k, known, depth) -> the rows that shift the history after call k
-    weight   d m / d feature at point k
-    other    slots beside x and the history
+    weight   (grid, k) -> dm / d feature at point k
+    other    the number of slots other than x and the history
     """
 
     prefix: str
@@ -79,7 +79,7 @@ _SLOPE = Feature(
     lambda grid, k: -_clock(grid, k),
 )
 
-# The rules that can be tuned: one call a step, deterministic.
+# The rules that can be tuned: deterministic, one call per step.
 BASES: Mapping[str, Feature] = {
     "ddim": _PREDICTION,
     "dpmpp_2m": _PREDICTION,
@@ -93,13 +93,13 @@ BASES: Mapping[str, Feature] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """What is fitted: the base rule, where its grid starts and ends, and which numbers are free.
+    """The model that is fitted: the base rule, the ends of its grid, and which numbers are free.
 
-    base, options  a name of BASES and that solver's own options
-    first, last    the ends of the grid, which stay
-    steps          N, which is also the number of calls
-    what           "all", or "times" alone
-    decouple       whether the level that the network is told is free too
+    base, options  a name in BASES and the options of that solver
+    first, last    the fixed ends of the grid
+    steps          N, also the number of calls
+    what           "all", or only "times"
+    decouple       whether the level of the network's time input is free too
     """
 
     base: str
@@ -107,7 +107,7 @@ class Rule:
     first: Point
     last: Point
     steps: int
-    process: Any
+    process: Process
     what: str = "all"
     decouple: bool = False
 
@@ -126,18 +126,18 @@ class Rule:
 
     @property
     def depth(self) -> int:
-        """Older features that fit into the fused kernel beside x."""
+        """The most older features that fit into the slots of the fused kernel, next to x."""
         return layout.SLOTS - 1 - BASES[self.base].other
 
     def known(self, grid: Grid, k: int) -> int:
-        """Features older than call k. Where the slope's clock is infinite (alpha = 0) there is none."""
+        """The number of features before call k. A call at alpha = 0 has no slope, because its clock is infinite."""
         if BASES[self.base] is not _SLOPE:
             return k
         return sum(math.isfinite(_clock(grid, j)) for j in range(k))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers of each kind: theta, then c, then shift."""
+        """The count of each kind of number: theta, then c, then shift."""
         n = self.steps
         increments = sum(min(k, self.depth) for k in range(1, n)) if self.what == "all" else 0
         return {"theta": n - 1, "c": increments, "shift": n - 1 if self.decouple else 0}
@@ -147,13 +147,13 @@ class Rule:
         return sum(self.sizes.values())
 
     def start(self, grid: Grid) -> Array:
-        """The numbers that give the base rule on `grid`: its times, no increments, no shifts."""
+        """The numbers of the base rule on `grid`: its times, zero increments, zero shifts."""
         u = np.array([_FLOW.time(p) for p in grid.points[:-1]])
         theta = np.log(np.log(u[:-1] / u[1:]))
         return np.concatenate([theta, np.zeros(self.size - theta.size)])
 
     def widen(self, numbers: Array) -> tuple[Rule, Array]:
-        """The same plan with shifts, all zero, among the free numbers."""
+        """The same plan with free shifts, all zero at first."""
         wider = replace(self, decouple=True)
         return wider, np.concatenate([numbers, np.zeros(wider.size - self.size)])
 
@@ -183,7 +183,7 @@ class Rule:
         made = [s for s in get_solver(self.base).build(grid, **self.options) if isinstance(s, Stage)]
         if parts["c"].size:
             made = self._with_increments(grid, made, parts["c"])
-        return self._told(made, parts["shift"]) if self.decouple else made
+        return self._shifted(made, parts["shift"]) if self.decouple else made
 
     def _with_increments(self, grid: Grid, stages: list[Stage], c: Array) -> list[Stage]:
         feature, out, used = BASES[self.base], [], 0
@@ -198,14 +198,14 @@ class Rule:
             total = float(np.sum(own)) * weight
             for source, coefficient in feature.newest(grid, k).items() if own.size else ():
                 x[source] = x.get(source, 0.0) + total * coefficient
-            # The base rule's own history, only deeper.
+            # The base rule's history, extended to `depth`.
             finite = feature is not _SLOPE or math.isfinite(_clock(grid, k))
             deeper = feature.history(grid, k, known, self.depth) if finite else {}
             out.append(replace(stage, rows={**stage.rows, **deeper, "x": x}))
         return out
 
-    def _told(self, stages: list[Stage], shift: Array) -> list[Stage]:
-        """The first call stays: a process may have no noisier level to tell."""
+    def _shifted(self, stages: list[Stage], shift: Array) -> list[Stage]:
+        """Shift the level of every call but the first: a process may have no noisier level."""
         top = _FLOW.time(self.first)
         out = stages[:1]
         for stage, value in zip(stages[1:], shift.tolist(), strict=True):
@@ -214,7 +214,7 @@ class Rule:
         return out
 
     def plan(self, numbers: Array, record: Mapping[str, Any] | None = None) -> Plan:
-        """The checked plan; its options hold all that `rule_of` needs to make it again."""
+        """The checked plan; its options hold everything that `rule_of` needs."""
         options: dict[str, Any] = {
             "base": self.base,
             "base_options": dict(self.options),
@@ -230,7 +230,7 @@ class Rule:
 def rule_of(plan: Plan) -> tuple[Rule, Array]:
     """The rule and the numbers of a tuned plan. Raises ValueError for any other plan."""
     if plan.solver != SOLVER or "numbers" not in plan.options:
-        raise ValueError(f"a plan of solver {plan.solver!r} was not tuned: start from one that fewstep.tune returned")
+        raise ValueError(f"a plan of solver {plan.solver!r} is not tuned: start from a plan that fewstep.tune returned")
     o = plan.options
     rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"])
     return rule, np.array(o["numbers"], dtype=np.float64)

@@ -1,8 +1,8 @@
-"""Tuned plans for a range of guidance scales: one table of numbers a scale, interpolated between them where that pays.
+"""Tuned plans for a range of guidance scales: one plan per scale, interpolated between scales where that helps.
 
-A plan belongs to its guidance, because guidance is part of the field that it follows. Fits at neighbouring scales that
-start from each other stay near each other, so that the numbers between two scales are those of a good plan, too: it
-is measured at the middle of each pair against the best hand-made plan there, and refused where it is not better.
+A tuned plan belongs to its guidance, because guidance changes the ODE. Each fit starts from that of the previous scale
+and stays near it, so that plans with interpolated numbers are good too. The interpolated plan is compared with the best
+hand-made plan at the middle of each interval, and rejected where it is not better.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import check_format, dumps, plan_as_json, plan_from_json, read_json
+from fewstep.solvers.run.arrays import Device
+from fewstep.solvers.run.denoising import Condition, DenoiserLike
+from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.ensemble import unroll
 from fewstep.solvers.tune.fingerprint import check_plan
-from fewstep.solvers.tune.tuned import rule_of
+from fewstep.solvers.tune.tuned import Rule, rule_of
 from fewstep.solvers.tune.tuning import best_hand_made, study, tune
 
 FORMAT, VERSION = "fewstep plan range", 1
@@ -28,12 +32,12 @@ FORMAT, VERSION = "fewstep plan range", 1
 
 @dataclass(frozen=True)
 class PlanRange:
-    """Plans of increasing guidance scales. Made by `tune_range`.
+    """Tuned plans for increasing guidance scales. Made by `tune_range`.
 
     scales  increasing
-    plans   one a scale, each a `Plan` with its record in options["tuning"]
-    gains   for each pair of neighbours, the best hand-made plan's RMSE at the middle over the interpolated one's;
-            None where one of the two was not fitted, so that there is nothing to interpolate
+    plans   one per scale, each with its record in options["tuning"]
+    gains   one per pair of neighbours: the RMSE of the best hand-made plan at the middle over that of the interpolated
+            plan; None if one of the two plans was not fitted and cannot be interpolated
     """
 
     scales: tuple[float, ...]
@@ -43,16 +47,16 @@ class PlanRange:
     def __post_init__(self) -> None:
         if len(self.plans) != len(self.scales) or len(self.gains) != len(self.scales) - 1:
             raise ValueError(
-                f"a range of {len(self.scales)} scales takes as many plans and one gain less, "
-                f"got {len(self.plans)} and {len(self.gains)}"
+                f"a range needs one plan per scale and one gain less, got {len(self.scales)} scales, "
+                f"{len(self.plans)} plans and {len(self.gains)} gains"
             )
         if not all(a < b for a, b in pairwise(self.scales)):
             raise ValueError(f"scales must increase, got {self.scales}")
 
     def plan(self, scale: float) -> Plan:
-        """The plan for a scale: its own, or the one between its neighbours.
+        """The plan for a scale: the one tuned for it, or one interpolated between its neighbours.
 
-        Raises ValueError outside the range, and between two scales where the interpolated plan was no better than the
+        Raises ValueError outside the range, and between two scales where the interpolated plan is not better than the
         best hand-made one.
         """
         for own, plan in zip(self.scales, self.plans, strict=True):
@@ -72,7 +76,7 @@ class PlanRange:
         return between(self.plans[i], self.plans[i + 1], self.scales[i], self.scales[i + 1], scale)
 
     def save(self, path: str | Path) -> None:
-        """Write the range to a JSON file, whole or not at all. Raises as `save_plan` does."""
+        """Write the range to a JSON file, atomically. Raises as `save_plan` does."""
         path = Path(path)
         if path.suffix != ".json":
             raise ValueError(f"path {str(path)!r}: a range of plans is written as .json")
@@ -91,9 +95,14 @@ class PlanRange:
 
 
 def load_range(
-    path: str | Path, denoiser: Any = None, *, cond: Any = None, device: Any = None, force: bool = False
+    path: str | Path,
+    denoiser: DenoiserLike | None = None,
+    *,
+    cond: Condition = None,
+    device: Device | None = None,
+    force: bool = False,
 ) -> PlanRange:
-    """What `PlanRange.save` wrote, its first plan checked against the denoiser as in `load_plan`."""
+    """The range in a file that `PlanRange.save` wrote; its first plan is checked as in `load_plan`."""
     data = read_json(path)
     check_format(data, str(path), FORMAT, VERSION)
     for name in ("scales", "gains", "plans"):
@@ -113,14 +122,14 @@ def load_range(
 
 
 def between(low: Plan, high: Plan, a: float, b: float, scale: float) -> Plan:
-    """The plan whose numbers lie between those of two plans of one rule, tuned at scales a and b.
+    """The plan at `scale`, interpolated between two plans of one rule that were tuned at scales a and b.
 
-    The guided prediction is linear in the scale, and so is the fingerprint that the plan is bound by.
+    The guided prediction is linear in the scale, and so is the fingerprint of the plan.
     """
     (rule, first), (_, last) = rule_of(low), rule_of(high)
     share = (scale - a) / (b - a)
 
-    def mixed(x: Any, y: Any) -> Any:
+    def mixed(x: ArrayLike, y: ArrayLike) -> Array:
         return (1.0 - share) * np.asarray(x) + share * np.asarray(y)
 
     own = low.options["tuning"]
@@ -134,25 +143,25 @@ def between(low: Plan, high: Plan, a: float, b: float, scale: float) -> Plan:
 
 
 def tune_range(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     nfe: int,
     scales: Sequence[float],
     *,
     shape: Sequence[int],
-    cond: Any,
+    cond: Condition,
     seeds: int = 64,
-    device: Any = None,
+    device: Device | None = None,
     batch: int = 512,
     cache: str | Path | None = "auto",
     progress: bool | Callable[[str], None] = True,
 ) -> PlanRange:
     """Tuned plans of nfe calls for several scales of classifier-free guidance.
 
-    denoiser  its own guidance, if any, is replaced
+    denoiser  its guidance, if any, is replaced
     scales    at least two, increasing
-    The rest as for `fewstep.tune`.
 
-    The first scale is fitted from the best hand-made plans, each later one from the one before it.
+    The other arguments are those of `fewstep.tune`. The fit at the first scale starts from the best hand-made plans,
+    each later one from the plan of the previous scale.
     """
     if len(scales) < 2 or not all(a < b for a, b in pairwise(scales)):
         raise ValueError(f"scales must be at least two and increase, got {tuple(scales)}")
@@ -182,6 +191,6 @@ def tune_range(
     return PlanRange(tuple(map(float, scales)), tuple(plans), tuple(gains))
 
 
-def _rule(plan: Plan) -> Any:
-    """What two plans must share for their numbers to be mixed; None for a plan that was not fitted."""
+def _rule(plan: Plan) -> Rule | None:
+    """The rule, which two plans must share to be interpolated; None for a plan that was not fitted."""
     return rule_of(plan)[0] if plan.options["tuning"]["fitted"] else None

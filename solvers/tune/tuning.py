@@ -1,13 +1,13 @@
 """Plans fitted to one denoiser: fewer calls for the same sample.
 
-`tune` takes the best hand-made multistep plans on the user's own denoiser and fits their times and increments
-(`tuned`) so that the end points meet those of an accurate ODE solution, by Levenberg-Marquardt on a few dozen seeds
-(Bespoke Non-Stationary solvers, Shaul et al. 2024; S4S, Frankel et al. 2025). No gradients of the network are
-needed: a column of the Jacobian is one more plan in the batch (`batched`).
+`tune` takes the best hand-made multistep plans on the user's denoiser and fits their times and increments (`tuned`) to
+the end points of an accurate ODE solution, by Levenberg-Marquardt on a few dozen seeds (Bespoke Non-Stationary solvers,
+Shaul et al. 2024; S4S, Frankel et al. 2025). Gradients of the network are not needed: a column of the Jacobian is one
+more plan in the batch (`ensemble`).
 
     minimise over the plan's numbers   sum_i |x_N(z_i) - x*(z_i)|^2      x*: the end point of the ODE from latent z_i
 
-What is fitted is the ODE solution, not the look of samples: a plan that follows the ODE in fewer calls.
+The objective is the error against the ODE solution, not the visual quality of samples.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from zipfile import BadZipFile
 
@@ -28,9 +29,10 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import FLOATS
+from fewstep.solvers.run.arrays import FLOATS, Device
+from fewstep.solvers.run.arrays import Array as ModelArray
 from fewstep.solvers.run.checks import check_shape
-from fewstep.solvers.run.denoising import check_denoiser
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -40,20 +42,20 @@ from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_js
 from fewstep.solvers.tune.tuned import BASES, WHAT, Rule, rule_of
 
 REFERENCE_CALLS = 128
-# Difference quotients: large enough for the rounding of the network's dtype, small beside the numbers' size of one.
+# Steps of the difference quotients: above the rounding of the network's dtype, small against numbers of order 1.
 _DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 3e-2, "bfloat16": 3e-2}
 _STARTS = 3
-_FIRST, _POLISH = 7, 12  # evaluations of a start, and of the winner
-_DROPPED = 6  # one training seed in so many: those that the start sends to another mode
-_RIDGE = 1e-3  # of the start's loss
-_FLAT = 0.1  # numbers are scaled by what they change, down to this share of the most that one changes
-_ELEMENTS = 2048  # of a sample that the fit looks at; validation looks at all
+_FIRST, _POLISH = 7, 12  # evaluations from each start, and from the best result
+_DROPPED = 6  # one in six training seeds is dropped: the ones that the start sends to another mode
+_RIDGE = 1e-3  # as a fraction of the start's loss
+_FLAT = 0.1  # numbers are scaled by the norm of their Jacobian column, at least this fraction of the largest
+_ELEMENTS = 2048  # of each sample in the fit; validation uses all
 
-Reference = Plan | Callable[[Any], Any]
+Reference = Plan | Callable[[ModelArray], ModelArray]
 
 
 def _kept(seeds: int) -> int:
-    """How many of the training seeds a fit looks at."""
+    """The number of training seeds that a fit uses."""
     return seeds - seeds // _DROPPED
 
 
@@ -61,7 +63,7 @@ def _kept(seeds: int) -> int:
 
 
 def statistics(squares: Array) -> dict[str, float]:
-    """RMSE, its median over samples, and without the worst twentieth, from the mean square of each sample (n,)."""
+    """From the mean square error of each sample (n,): the RMSE, the median, and the RMSE without the worst 5 %."""
     kept = np.sort(squares)[: max(1, round(0.95 * len(squares)))]
     return {
         "rmse": float(np.sqrt(np.mean(squares))),
@@ -70,13 +72,13 @@ def statistics(squares: Array) -> dict[str, float]:
     }
 
 
-# --- the end points to meet ---
+# --- reference end points ---
 
 
-def reference_grid(denoiser: Any, calls: int = REFERENCE_CALLS) -> Grid:
-    """Uniform in log-SNR from the process's first point, or its largest finite ratio if nothing is predicted there.
+def reference_grid(denoiser: DenoiserLike, calls: int = REFERENCE_CALLS) -> Grid:
+    """A grid uniform in log-SNR from the process's first point, or its largest finite ratio if x0 is undefined there.
 
-    It ends with the prediction at the process's smallest level, below which no network is trained.
+    It ends with the prediction at the process's smallest level, below which networks are not trained.
     """
     process = denoiser.process
     grid = make_grid(process, calls, "logsnr")
@@ -91,16 +93,16 @@ def reference_grid(denoiser: Any, calls: int = REFERENCE_CALLS) -> Grid:
 
 
 def cache_folder() -> Path:
-    """Where reference solutions are kept: fewstep in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder of stored reference solutions: fewstep in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
 
 
 def reference_ends(
     ensemble: Ensemble, reference: Reference | None, key: Sequence[Any], cache: Path | None
 ) -> tuple[Array, float | None]:
-    """The end point of every latent, (n, elements), and an estimate of its RMS error (None for the user's own).
+    """The end point of every latent (n, elements), and an estimate of its RMS error (None for a callable or a plan).
 
-    key    what the end points depend on beside the plan: they are kept in `cache` under a digest of it
+    key    everything that the end points depend on beside the plan; they are stored in `cache` under its digest
     """
     if reference is not None and not isinstance(reference, Plan):
         grid = reference_grid(ensemble.denoiser)
@@ -130,13 +132,13 @@ def reference_ends(
             write_whole(path, lambda to: np.savez(to, ends=ends[0], error=np.array(error)))
     if not np.all(np.isfinite(kept[0])):
         raise ValueError(
-            "the reference solution is not finite: the denoiser returns NaN or inf, or cannot be integrated"
+            "the reference solution is not finite: the denoiser returns NaN or inf, or the integration diverges"
         )
     return kept[0], None if np.isnan(kept[1]) else kept[1]
 
 
 def _read(path: Path, shape: tuple[int, ...]) -> tuple[Array, float] | None:
-    """What `reference_ends` kept, None if there is nothing, or nothing whole."""
+    """The stored result of `reference_ends`; None if there is none, or the file is damaged."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             ends, error = file["ends"], float(file["error"])
@@ -145,14 +147,15 @@ def _read(path: Path, shape: tuple[int, ...]) -> tuple[Array, float] | None:
     return (ends, error) if ends.shape == shape and ends.dtype == np.float64 else None
 
 
-# --- the study of one denoiser: latents, their end points, the hand-made plans ---
+# --- the study of one denoiser: latents, end points, hand-made plans ---
 
 
 @dataclass(frozen=True)
 class Study:
-    """A denoiser with everything that fits are measured on. Made by `study`.
+    """A denoiser with the data and the hand-made plans that fits are compared with. Made by `study`.
 
-    ranked  the hand-made plans on the training seeds, best first, of all that were tried
+    ranked  the hand-made plans by their error on the training seeds, best first
+    tried   the number of hand-made plans before `rank` dropped any
     """
 
     ensemble: Ensemble
@@ -173,24 +176,24 @@ class Study:
 
 
 def study(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     nfe: int,
     *,
     shape: Sequence[int],
-    cond: Any,
+    cond: Condition,
     splits: Mapping[str, int],
     seed: int,
     reference: Reference | None,
-    device: Any,
+    device: Device | None,
     batch: int,
     cache: str | Path | None,
     say: Callable[[str], None],
 ) -> Study:
-    """Draw the latents, solve the ODE from them, rank every hand-made plan of at most nfe calls."""
+    """Draw latents, solve the ODE from them, and rank every hand-made plan of at most nfe calls."""
     if denoiser.time_dtype is not None and denoiser.time_dtype not in FLOATS:
         raise ValueError(
-            f"time_dtype={denoiser.time_dtype!r}: the reference solution and fitted times are told to the network as "
-            "fractions; use a Denoiser of float times"
+            f"time_dtype={denoiser.time_dtype!r}: the reference solution and tuned plans call the network at "
+            "fractional times; use a Denoiser with a float time_dtype"
         )
     total = sum(splits.values())
     ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch)
@@ -215,8 +218,8 @@ def study(
     return Study(ensemble, target, parts, ranked, len(found), error, identity)
 
 
-def _as_bytes(ensemble: Ensemble, cond: Any) -> list[Any]:
-    """The conditions as something that a digest can be made of."""
+def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
+    """The conditions as values whose repr identifies them, for `digest`."""
     frame = ensemble.frame
     return [
         {name: frame.to_numpy(v).tolist() if frame.is_array(v) else repr(v) for name, v in one.items()}
@@ -229,7 +232,7 @@ def _as_bytes(ensemble: Ensemble, cond: Any) -> list[Any]:
 
 @dataclass
 class Fit:
-    """A rule and its numbers, with the best of them so far."""
+    """A rule and the best numbers found so far."""
 
     study: Study
     rule: Rule
@@ -241,7 +244,7 @@ class Fit:
     def __post_init__(self) -> None:
         train = np.array(self.study.splits["train"])
         start = self.study.errors(self.form(self.numbers), "train")
-        # A latent that ends in another mode would dominate the squares and trap the fit.
+        # A latent that ends in another mode would dominate the sum of squares.
         kept = np.sort(np.argsort(start, kind="stable")[: _kept(len(train))])
         self.samples = train[kept]
         size = self.study.target.shape[1]
@@ -264,13 +267,14 @@ class Fit:
         return self._validated[1]
 
     def run(self, evaluations: int, tolerance: float) -> None:
-        """Levenberg-Marquardt from the numbers on; they are the best seen, also after an interruption.
+        """Levenberg-Marquardt from the current numbers; keeps the best numbers seen, also when interrupted.
 
-        evaluations  of the residual, at most; each accepted one takes a Jacobian, which costs as much as its columns
+        evaluations  the most evaluations of the residual; each accepted one also needs a Jacobian, which costs one
+                     evaluation per column
         """
         optimize = scipy_optimize()
         start = self.numbers.copy()
-        # Numbers that hardly matter (the level told at the last call) would run away: a move of all by one costs this.
+        # A ridge, for numbers of little effect (the shift of the last call): moving all by 1 costs _RIDGE of the loss.
         ridge = np.sqrt(_RIDGE * self.loss / len(start))
         tied = ridge * np.eye(len(start))
         first = self._jacobian(start)
@@ -280,7 +284,7 @@ class Fit:
         def residual(numbers: Array) -> Array:
             try:
                 found = self._residual(numbers)
-            except ValueError:  # out of range: a step to be taken back
+            except ValueError:  # out of range: the step is rejected
                 return outside
             loss = float(np.sum(found**2))
             if not np.isfinite(loss):
@@ -302,7 +306,7 @@ class Fit:
         )
 
     def _jacobian(self, numbers: Array) -> Array:
-        """Forward differences: all plans together fill the network's batches."""
+        """Forward differences, with all plans in one ensemble to fill the network's batches."""
         h = _DIFFERENCE[self.study.ensemble.denoiser.model_dtype("float64")]
         steps, forms = [], [self.form(numbers)]
         for i in range(len(numbers)):
@@ -311,7 +315,7 @@ class Fit:
                 moved[i] += step
                 try:
                     form = self.form(moved)
-                except ValueError:  # at the edge of the range
+                except ValueError:  # at the edge of the range: try the other direction
                     continue
                 steps.append(step)
                 forms.append(form)
@@ -321,27 +325,28 @@ class Fit:
         return np.ascontiguousarray(columns.T)
 
 
-def scipy_optimize() -> Any:
+def scipy_optimize() -> ModuleType:
     try:
         from scipy import optimize
     except ImportError:
         raise ImportError("tuning needs SciPy's least squares: pip install 'fewstep[cli]'") from None
-    return optimize
+    module: ModuleType = optimize
+    return module
 
 
 def tune(
-    denoiser: Any,
+    denoiser: DenoiserLike,
     nfe: int,
     *,
     shape: Sequence[int],
-    cond: Any = None,
+    cond: Condition = None,
     seeds: int = 64,
     base: str | Plan = "auto",
     decouple: bool | str = "auto",
     what: str = "all",
     reference: Reference | None = None,
     seed: int = 0,
-    device: Any = None,
+    device: Device | None = None,
     batch: int = 512,
     cache: str | Path | None = "auto",
     progress: bool | Callable[[str], None] = True,
@@ -354,23 +359,25 @@ def tune(
 
     nfe        calls of the denoiser, >= 2; under guidance a call is two evaluations of the network
     shape      of one sample, without the batch axis
-    cond       as for `Sampler`, guidance included; arrays of length L go round the seeds, so that all classes count
-    seeds      latents to fit to, >= 12; half as many more choose among the fits, as many again test. 32 suffice in 64
-               dimensions, 256 in two
+    cond       as for `Sampler`, guidance included; seed i takes entry i mod L of an array of length L, so that all
+               classes count
+    seeds      number of latents to fit to, >= 12; half as many more select among the fits, as many again test the
+               result. 32 suffice in 64 dimensions, 256 in two
     base       the rule to start from, one of `tuned.BASES`; "auto": the three best on this denoiser; or a tuned plan
-               to go on from
-    decouple   whether the level that the network is told may differ from the sample's; "auto": with what="all"
-    what       "all", or "times": the base rule's own coefficients at fitted times
+               to refine
+    decouple   whether the level of the network's time input may differ from the sample's; "auto": if what="all"
+    what       "all", or "times": fitted times with the base rule's coefficients
     reference  a plan, or a callable from latents (n, ...) at the process's first point to ODE end points (n, ...);
                by default UniPC-3 in 128 calls
     seed       of the latents: sample i is what `Sampler` draws for (seed, i)
-    device     as for `Sampler`; batch: samples in a call of the network
-    cache      folder of reference solutions; "auto" is the user's cache folder, None keeps none
-    progress   True writes lines to the standard error; a callable gets them
+    device     as for `Sampler`
+    batch      the most samples per network call
+    cache      folder of reference solutions; "auto" is the user's cache folder, None stores nothing
+    progress   True writes progress to the standard error; a callable gets each line
 
-    Returns a `Plan` like any other. options["tuning"] holds what it belongs to (`load_plan` checks it), the seeds and
-    the errors on train, validation and test beside the best hand-made plan's. Where no fit is better than that on the
-    validation seeds, it is the hand-made plan. Ctrl-C during the fit returns the best so far.
+    Returns a `Plan`; options["tuning"] holds the denoiser's fingerprint (checked by `load_plan`), the seeds, and the
+    errors of this plan and of the best hand-made plan on train, validation and test. If no fit is better on the
+    validation seeds, the hand-made plan is returned. Ctrl-C during the fit returns the best plan so far.
 
     Raises ValueError or TypeError that names the argument, before the model is called; ImportError without SciPy.
     """
@@ -413,14 +420,14 @@ def tune(
 
 
 def best_hand_made(made: Study) -> Ranked:
-    """The best on the validation seeds of those that lead on the training seeds."""
+    """The best plan on the validation seeds among the first twelve on the training seeds."""
     return min(made.ranked[:12], key=lambda r: made.rmse(r.candidate.unrolled))
 
 
 def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> list[tuple[Rule, Array]]:
-    """The best plan of each rule that can be tuned, on this denoiser: the three best rules, or the one asked for."""
+    """The best plan of each tunable rule on this denoiser, for the three best rules or only for `base`."""
     found: list[tuple[Rule, Array]] = []
-    # By the seeds that a fit will keep: a rule that sends a few elsewhere may well be the best start.
+    # By the seeds that a fit keeps: a rule that sends a few seeds to another mode may still be the best start.
     for ranked in sorted(made.ranked, key=lambda r: float(np.sum(np.sort(r.errors)[: _kept(len(r.errors))]))):
         c = ranked.candidate
         if c.plan.nfe != nfe or c.solver not in BASES or base not in ("auto", c.solver):
@@ -431,7 +438,7 @@ def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> li
             rule = Rule.of(c.solver, c.options, c.plan.grid, what, decouple)
             numbers = rule.start(c.plan.grid)
             rule.stages(numbers)
-        except ValueError:  # a grid that these numbers cannot describe, such as two points that nearly meet
+        except ValueError:  # the numbers cannot describe the grid, such as two points that nearly coincide
             continue
         found.append((rule, numbers))
     return found[:_STARTS]
@@ -443,9 +450,9 @@ def fit_plan(
     say: Callable[[str], None] = lambda text: None,
     evaluations: tuple[int, int] = (_FIRST, _POLISH),
 ) -> Plan:
-    """The best plan from these starts on the validation seeds, or the hand-made one if none is better.
+    """The best fit from these starts on the validation seeds, or the best hand-made plan if no fit is better.
 
-    evaluations  of the residual, at most, from each start and then from the best of their results
+    evaluations  the most evaluations of the residual from each start, and from the best of their results
     """
     hand = best_hand_made(made)
     hand_error = made.rmse(hand.candidate.unrolled)
@@ -459,7 +466,7 @@ def fit_plan(
             say(f"from {rule.base}: validation RMSE {fits[-1].validation():.5f}")
         if fits and evaluations[1]:
             leader = min(fits, key=Fit.validation)
-            # Which seeds end in another mode is asked again: the plan is another by now.
+            # A new Fit selects the seeds again: the better plan may send other seeds to another mode.
             fits.append(Fit(made, leader.rule, leader.numbers))
             fits[-1].run(evaluations[1], 2e-3)
             say(f"polished: validation RMSE {fits[-1].validation():.5f}")

@@ -1,4 +1,4 @@
-"""The update of the diffusers twins as a GPU runs it: the Triton side of its operator, through whole runs of `step`."""
+"""The update of the diffusers twins on a GPU: the Triton side of its operator, in whole runs of `step`."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_the_kernel_is_the_parents_step(name: str, config: dict[str, Any]) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "config"), CASES, ids=str)
 def test_the_kernel_is_its_naive_twin(name: str, config: dict[str, Any], dtype: torch.dtype) -> None:
-    """To the bit. Not in bfloat16, which the interpreter truncates (see `step.py`)."""
+    """Bit for bit, except in bfloat16, which the interpreter truncates (see `step.py`)."""
     same_bits(name, config, 5, dtype)

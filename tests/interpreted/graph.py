@@ -1,10 +1,10 @@
-"""Graph mode against a stand-in for CUDA's capture API. No GPU is involved, and nothing here proves that one works.
+"""Graph mode with a fake of CUDA's capture API, without a GPU; it does not prove that capture works on a GPU.
 
-The stand-in records what runs inside `cuda.graph(...)`, torch operators and Triton launches, as a tape of operations
-on the tensors that they met, and `replay` runs the tape again. So it does show what a graph would: an operation on the
-host (a Python number, a table read there) is not on the tape, and a replay with other seeds, schedules or conditions
-comes out wrong unless all of it is read from memory that the recorded operations share. It shows the order of calls on
-the API as well. What it cannot show: streams, events, memory pools, what CUDA itself refuses to record.
+The fake records torch operators and Triton launches inside `cuda.graph(...)` as a tape of operations on tensors, and
+`replay` runs the tape again. As with a real graph, operations on the host (a Python number, a table read there) are not
+on the tape, so that a replay with other seeds, schedules or conditions is wrong unless they are all read from memory
+that the recorded operations share. The fake also checks the order of API calls. It cannot check streams, events, memory
+pools, or what CUDA refuses to record.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def oracle(plan: fs.Plan, guidance: Any = None) -> fs.Sampler:
 
 
 def test_the_tape_tells_memory_from_host_values(cuda: FakeCuda) -> None:
-    """The stand-in itself: a number read from a tensor's memory follows it, one held by Python does not."""
+    """The fake itself: a replay reads current values from tensors, but not from Python numbers."""
     a, out, number = torch.ones(2), torch.zeros(2), 3.0
     g = cuda.CUDAGraph()
     with cuda.graph(g, pool="pool", stream=FakeStream(cuda, "side"), capture_error_mode="thread_local"):
@@ -222,7 +222,7 @@ def test_replays_are_the_eager_numbers(mode: str, cuda: FakeCuda) -> None:
 
 
 def test_a_prepared_plan_is_one_copy_away(cuda: FakeCuda) -> None:
-    """Schedules and scales laid out before: no capture, no table on the host, one copy to the device."""
+    """Schedules and scales prepared in advance: no capture, no tables on the host, one copy to the device."""
     net, cond = Net(), conditions(0.1, 0.5)
     made = sampler(net, plan(), "loop", guidance=2.0)
     made(seed=1, cond=cond)
@@ -317,7 +317,7 @@ def test_a_model_that_cannot_be_recorded(cuda: FakeCuda) -> None:
 
 
 def test_the_line_that_stopped_a_recording_is_named() -> None:
-    """The user's own, under torch's, and what broke the capture rather than what ending it raised on top."""
+    """The user's line below torch's, and the error that broke the capture instead of the one from ending it."""
     try:
         try:
             torch.nn.functional.linear(torch.ones(2), torch.ones(3, 3))  # the culprit
@@ -339,7 +339,7 @@ def test_noise_from_outside_runs_eagerly(cuda: FakeCuda) -> None:
 
 
 def test_old_graphs_are_freed(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Conditions of ever new kinds: the latest LIMIT recordings stay."""
+    """Conditions of many structures: only the latest LIMIT recordings are kept."""
     monkeypatch.setattr(graph_module, "LIMIT", 2)
     one = sampler(Net(), plan(1, "ddim"), "loop")
     for i in range(graph_module.LIMIT + 2):
@@ -355,7 +355,7 @@ def test_old_graphs_are_freed(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("mode", ["loop", "step"])
 def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
-    """Up to `capacity` calls; the rows beyond a plan's own leave its sample as it is."""
+    """Up to `capacity` calls; rows beyond the plan's stages leave the sample unchanged."""
     denoiser = fs.Denoiser(Net(), VP)
     made = fs.Sampler(denoiser, plan(4, "unipc"), SHAPE, backend="triton", graph=mode, capacity=4)
     for steps in (4, 2, 1, 3):
@@ -372,8 +372,8 @@ def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
         fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
 
 
-def test_another_structure_is_recorded_anew(cuda: FakeCuda) -> None:
-    """A solver that needs no more than the last one goes into its graph, one that needs more does not."""
+def test_another_structure_is_recorded_again(cuda: FakeCuda) -> None:
+    """A solver that needs no more slots than the last one reuses its graph; one that needs more does not."""
     made = sampler(Net(), plan(2, "unipc"), "loop")
     made(seed=0)
     for new, records in ((plan(2, "ddim"), 1), (plan(1), 2), (plan(1, "ddim"), 2)):

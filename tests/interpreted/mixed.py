@@ -1,4 +1,4 @@
-"""Samples of one batch on plans of their own, each against a sampler that runs it alone."""
+"""A batch with one plan per sample, each compared with a sampler that runs it alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def poisoned(denoiser: fs.Denoiser) -> MixedRun:
 
 
 def test_every_sample_is_the_one_it_would_be_alone() -> None:
-    """Begun together and later, in a place that another has left, from seeds and from a latent of its own."""
+    """Requests started together and later, in a place that was freed, from seeds and from a given latent."""
     denoiser = fs.Denoiser(net, VP)
     run = poisoned(denoiser)
     run.admit(0, PLANS["unipc"], seed=7)
@@ -60,7 +60,7 @@ def test_every_sample_is_the_one_it_would_be_alone() -> None:
     assert torch.equal(run.result(1), alone(denoiser, PLANS["edm"], seed=9, x=x[None]))
     assert torch.equal(run.result(2), alone(denoiser, PLANS["ddpm"], seed=10))
     kept = run.result(0)
-    assert run.step() == []  # nobody is left
+    assert run.step() == []  # no request is left
     assert torch.equal(run.result(0), kept)
 
 
@@ -82,10 +82,10 @@ def test_what_cannot_be_mixed_is_said_at_once() -> None:
     for options in ({"guidance": fs.CFG(2.0, rescale=0.5)}, {"clip": fs.DynamicThreshold()}):
         with pytest.raises(ValueError, match=r"cannot mix plans under guidance rescale"):
             MixedRun(fs.Denoiser(net, VP, **options), plans, SHAPE, backend="triton", device="cpu")
-    with pytest.raises(ValueError, match="calls other branches at other steps"):
+    with pytest.raises(ValueError, match="cannot mix plans that call different branches"):
         MixedRun(fs.Denoiser(net, VP, guidance=fs.CFG(2.0, start=0.5)), plans, SHAPE, backend="triton", device="cpu")
     run = MixedRun(fs.Denoiser(net, VP), plans, SHAPE, backend="triton", device="cpu")
-    with pytest.raises(ValueError, match="'heun' was not among the plans"):
+    with pytest.raises(ValueError, match="'heun' is not among the plans"):
         run.admit(0, fs.plan("heun", fs.grid(VP, 2)), seed=0)
     run.admit(0, plans[0], seed=0)
     for place in (0, 3):

@@ -22,13 +22,13 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """With a mean far from 0, where a plain sum of squares would cancel."""
+    """With a mean far from 0, where a naive sum of squares cancels."""
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=g, dtype=torch.float64) + 20.0).to(dtype)
 
 
 def tables(**rows: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Two stages of tables; the counter stands at the second, which holds the numbers."""
+    """Tables of two stages; the counter selects the second, which holds the numbers."""
     numbers = torch.full((2, 1, triton_step.NUMBERS), float("nan"))
     for name, values in rows.items():
         at = getattr(triton_step, name, None) or getattr(triton_reduce, name)
@@ -77,7 +77,7 @@ def test_the_quantile_is_exact(kind: str, n: int, quantile: float) -> None:
         raws = [raw.round() for raw in raws]
     if kind == "constant":
         raws = [torch.full_like(raw, 0.8) for raw in raws]
-    if kind == "pairs":  # the k-th and the next larger position may hold one value, or two
+    if kind == "pairs":  # the k-th and the next larger position may hold equal values or not
         raws = [1.0 + 0.01 * (torch.arange(n) // 2).repeat(2, 1)] * 2
     if kind == "neighbours":  # apart in the last eight bits alone, and in the digit before them
         raws = [(raw * 100).round() * 2.0**-21 + 0.9 for raw in raws]
@@ -87,7 +87,7 @@ def test_the_quantile_is_exact(kind: str, n: int, quantile: float) -> None:
     position = quantile * (n - 1)
     settings = torch.tensor([int(position), position - int(position), 4.0], dtype=torch.float64)
     scratch = triton_reduce.Scratch.of(2, n, "cpu")
-    for _ in range(2):  # the scratch is as it was
+    for _ in range(2):  # the scratch is unchanged
         out = torch.full((2, 8), float("nan"))
         triton_reduce.threshold(numbers, indices, counter, state, raws, out, settings, scratch, rescaled=False)
         assert not scratch.digits.any()

@@ -21,7 +21,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def net(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """Rational and bounded: the same bits in every batch."""
+    """Rational and bounded: bit-identical in every batch."""
     shift = c.reshape(-1, 1, 1, 1) if isinstance(c, torch.Tensor) else c
     return (x / (1.0 + x * x) + 0.3 * x + shift + t.reshape(-1, 1, 1, 1) / 4096.0).to(x.dtype)
 
@@ -60,7 +60,7 @@ def test_a_solver(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ("predicts", "batched", "clip"), [("epsilon", True, None), ("epsilon", False, 0.8), ("v", True, 0.8)]
 )
 def test_guidance_in_half_precision(predicts: str, batched: bool, clip: float | None) -> None:
-    """Two raws for a part of the way, one for the rest; slices of a float16 batch."""
+    """Two raws at some of the steps, one at the others; slices of a float16 batch."""
     guidance = fs.CFG(3.0, start=0.25, stop=0.8)
     denoiser = fs.Denoiser(net, VP, predicts, guidance=guidance, clip=clip, batched=batched, dtype="float16")
     ours, theirs = pair(denoiser, fs.plan("dpmpp_2m_sde", fs.grid(VP, 4)))

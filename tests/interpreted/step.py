@@ -1,4 +1,4 @@
-"""`triton_step.stage` against `naive.step`: structures, dtypes, odd sizes, NaN wherever nothing may read.
+"""`triton_step.stage` against `naive.step`: structures, dtypes, odd sizes, NaN in memory that must not be read.
 
 The state's numbers must agree to the bit: same terms, same order, one rounding each. float32 and float16 model
 inputs too; Triton's interpreter rounds to bfloat16 by truncation (the compiled kernel does not, see
@@ -86,7 +86,7 @@ def test_a_nan_that_is_read_reaches_the_output() -> None:
 
 
 def test_a_table_may_be_a_part_of_a_wider_one() -> None:
-    """Only the samples' axis has another stride, as in a reduction's row: (p, limit) of each sample side by side."""
+    """Only the sample axis has another stride, as in a reduction's row: (p, limit) of each sample adjacent."""
     g = torch.Generator().manual_seed(0)
     x, raw = torch.randn(3, 20, generator=g), torch.randn(3, 20, generator=g)
     wide = {"w": torch.randn(3, 4, layout.COLUMNS, generator=g), "c_in": torch.randn(3, 5, generator=g)}

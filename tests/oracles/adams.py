@@ -28,7 +28,7 @@ def ipndm(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zer
 
 
 def ipndm_v(denoise, grid, x, draws, order=4, frame=None, final_order=None, to_zero=False, released=False):
-    """What ComfyUI's sample_ipndm_v means: Adams-Bashforth with variable steps, by divided differences.
+    """The method that ComfyUI's sample_ipndm_v intends: Adams-Bashforth with variable steps, by divided differences.
 
     Newton's form: d(u) = d_0 + (u - u_0) d[u_0, u_1] + (u - u_0)(u - u_1) d[u_0, u_1, u_2] + ..., integrated.
     released: the code in use, see comfyui_ipndm_v.
@@ -85,7 +85,7 @@ def _newton(us, i, p):
 
 
 def comfyui_ipndm_v(us, i, p):
-    """The third- and fourth-order weights of the code that is in use, brackets as they stand (in units of the step)."""
+    """The third- and fourth-order weights of the released code, with its bracketing (in units of the step)."""
     h, h1, h2 = us[i + 1] - us[i], us[i] - us[i - 1], us[i - 1] - us[i - 2]
     w = (1 - h / (3 * (h + h1)) * (h * (h + h1)) / (h1 * (h1 + h2))) / 2
     if p == 3:

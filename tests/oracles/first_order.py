@@ -136,10 +136,10 @@ def ddim_inverse(denoise, grid, x, draws, at="next"):
     bars = [(a / c) ** 2 for a, c in zip(grid.alpha, scale, strict=True)]
     x = x / scale[-1]
     for i in range(grid.steps, 0, -1):
-        told = i if at == "current" and grid.sigma[i] > 0 else i - 1
-        # The network takes x for a sample of the level that it is told, and says which noise is in it.
-        x0 = denoise(x * scale[told], grid.alpha[told], grid.sigma[told])
-        eps = (x - math.sqrt(bars[told]) * x0) / math.sqrt(1 - bars[told])
+        level = i if at == "current" and grid.sigma[i] > 0 else i - 1
+        # The network treats x as a sample at the level of its time input, and predicts its noise.
+        x0 = denoise(x * scale[level], grid.alpha[level], grid.sigma[level])
+        eps = (x - math.sqrt(bars[level]) * x0) / math.sqrt(1 - bars[level])
         x0 = (x - math.sqrt(1 - bars[i]) * eps) / math.sqrt(bars[i])
         x = math.sqrt(bars[i - 1]) * x0 + math.sqrt(1 - bars[i - 1]) * eps
     return x * scale[0]

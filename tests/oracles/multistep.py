@@ -7,11 +7,11 @@ import numpy as np
 
 from oracles.first_order import in_sigma
 
-# --- which order step k of n has: the field's loops, one after the other ---
+# --- the order of step k of n in the published loops ---
 
 
 def taper(final_order, order, k, n, ends_at_zero):
-    """The order that the released codes' loops allow at step k of n."""
+    """The order that the released codes use at step k of n."""
     if final_order is None:
         return order
     if isinstance(final_order, int):
@@ -98,7 +98,7 @@ def dpm_solver_3m(denoise, grid, x, draws, variant="heun", halve_d2=False, final
 def _dpm_solver_multistep(denoise, grid, x, order, predict_x0, variant, halve_d2, final_order):
     """dpm-solver's multistep loop and its first, second and third update.
 
-    Its D2 is half of h^2 D'', which its phi_3 multiplies: halve_d2. The Taylor expansion has the whole.
+    Its D2 is half of h^2 D'', which its phi_3 multiplies: halve_d2. The Taylor expansion uses the full value.
     """
     alphas, sigmas, lam = grid.alpha, grid.sigma, lambdas(grid)
     preds, times = [], []
@@ -175,7 +175,7 @@ def dpmpp_3m_sde(denoise, grid, x, draws, eta=1.0, variant="heun", halve_d2=Fals
 def unipc(denoise, grid, x, draws, order=2, variant="bh2", corrector=True, predictor="unip", final_order=None):
     """Zhao et al. 2023, Algorithms 5 and 6 with x0 prediction and the released code's systems.
 
-    With another predictor, UniC is put after its oracle's single step, as in section 3.2.
+    With another predictor, UniC follows the single step of its oracle, as in section 3.2.
     """
     del draws
     alphas, sigmas, lam = grid.alpha, grid.sigma, lambdas(grid)

@@ -10,7 +10,7 @@ from oracles.first_order import churned, in_sigma
 
 
 class View:
-    """The ODE in a frame: y = to(x), clock u, slope f(y, u), x = back(y). Clock and slope know sigma / alpha alone."""
+    """The ODE in a frame: y = to(x), clock u, slope f(y, u), x = back(y). All depend only on sigma / alpha."""
 
     def __init__(self, denoise, grid, frame):
         if frame is None:

@@ -17,7 +17,7 @@ Oracle = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Row:
-    """What is expected of one solver.
+    """The tests of one solver.
 
     orders   option sets with the slope that each must show (float64, Gaussian and mixture, every process in
              `on`). Empty for a solver whose every setting is stochastic
@@ -44,7 +44,7 @@ class Row:
 
 
 def label(row: Row, options: dict[str, Any]) -> str:
-    """A test's name: the same in every process, which a function's address is not."""
+    """A test name that is the same in every process, unlike a function's address."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{row.solver}-{options}")
 
 

@@ -1,4 +1,4 @@
-"""CFG++ forms. Without guidance they are the solvers under them; test_cfgpp.py guides."""
+"""CFG++ forms. Without guidance they equal their base solvers; test_cfgpp.py tests them with guidance."""
 
 from oracles import cfgpp as paper
 
