@@ -22,7 +22,7 @@ from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.runge_kutta import rk_step
 from fewstep.solvers.families.tableaux import HEUN, Tableau
 from fewstep.solvers.options import flag, one_of
-from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.registry import Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -124,6 +124,20 @@ def _multistep(
         known += finite
 
 
+def _own(grid: Grid) -> Coordinates:
+    return pick_coordinates(grid, None)
+
+
+SLOPES = Memory(
+    "d",
+    lambda grid, k: _own(grid).slope(grid.points[k]),
+    lambda grid, k, known, depth: history(_own(grid), grid.points[k], known, depth),
+    lambda grid, k: -_own(grid).time(grid.points[k]),
+    # The time variable is infinite where alpha = 0.
+    kept=lambda grid, k: math.isfinite(_own(grid).time(grid.points[k])),
+)
+
+
 @solver("lms")
 def lms(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = True
@@ -138,7 +152,7 @@ def lms(
     yield from _multistep(grid, order, exact_weights, frame, final_order, to_zero)
 
 
-@solver("ipndm")
+@solver("ipndm", memory=SLOPES)
 def ipndm(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = False
 ) -> Iterator[Stage]:
@@ -149,7 +163,7 @@ def ipndm(
     yield from _multistep(grid, order, fixed_weights, frame, final_order, to_zero)
 
 
-@solver("ipndm_v")
+@solver("ipndm_v", memory=SLOPES)
 def ipndm_v(
     grid: Grid,
     order: int = 4,

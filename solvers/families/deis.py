@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from fewstep.solvers.families.exponential import (
+    NOISES,
     FinalOrder,
     add_differences,
     check_final_order,
@@ -31,7 +32,7 @@ VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
 }
 
 
-@solver("deis")
+@solver("deis", memory=NOISES)
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 

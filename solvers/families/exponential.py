@@ -24,7 +24,7 @@ import numpy as np
 
 from fewstep.solvers.families.rows import plus, substitute
 from fewstep.solvers.options import at_least, flag, one_of
-from fewstep.solvers.plans.registry import solver
+from fewstep.solvers.plans.registry import Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -34,7 +34,23 @@ History = dict[str, Row]
 # --- x0 prediction ---
 
 
-@solver("dpmpp_2m")
+# --- what fits may add increments over ---
+
+PREDICTIONS = Memory(
+    "h",
+    lambda grid, k: {"m": 1.0},
+    lambda grid, k, known, depth: shift_history(k, depth),
+    lambda grid, k: 1.0,
+)
+NOISES = Memory(
+    "e",
+    lambda grid, k: noise_prediction(grid.points[k]),
+    lambda grid, k, known, depth: shift_noise_history(grid.points[k], k, depth),
+    lambda grid, k: -grid.points[k].sigma / grid.points[k].alpha,
+)
+
+
+@solver("dpmpp_2m", memory=PREDICTIONS)
 def dpmpp_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
 
@@ -104,7 +120,7 @@ def dpmpp_2m_sde(
     yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
 
 
-@solver("dpmpp_3m")
+@solver("dpmpp_3m", memory=PREDICTIONS)
 def dpmpp_3m(
     grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
 ) -> Iterator[Stage]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from fewstep.solvers.families.coordinates import pick_frame
+from fewstep.solvers.families.exponential import PREDICTIONS
 from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
 from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least, between, one_of
@@ -24,7 +25,7 @@ def ancestral_row(s: Point, t: Point, eta: float, frame: str = "sigma") -> dict[
     return renoised(s, t, *ancestral_split(s, t, eta, frame))
 
 
-@solver("ddim")
+@solver("ddim", memory=PREDICTIONS)
 def ddim(grid: Grid, eta: float = 0.0) -> Iterator[Stage]:
     """DDIM (Song, Meng & Ermon 2021, eq. 12). eta = 0 is the probability-flow ODE, eta = 1 is DDPM."""
     at_least("eta", eta, 0.0)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from fewstep.solvers.families.deis import deis_row
 from fewstep.solvers.families.exponential import (
+    PREDICTIONS,
     FinalOrder,
     add_differences,
     check_final_order,
@@ -56,7 +58,7 @@ PREDICTORS: Mapping[str, Predictor] = {
 }
 
 
-@solver("unipc")
+@solver("unipc", memory=replace(PREDICTIONS, other=1))
 def unipc(
     grid: Grid,
     order: int = 2,

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fewstep.solvers.options import unknown as unknown  # re-exported
 from fewstep.solvers.plans.plan import Plan, make_plan
-from fewstep.solvers.plans.stages import PlanError, Stage, Start
+from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 
 Builder = Callable[..., Iterator[Start | Stage]]
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a deterministic rule of one call per step keeps of each call: `fewstep.tune` adds increments over it.
+
+    prefix  of the slots that hold the older features: prefix1, prefix2 ...
+    newest  (grid, k) -> the feature of call k as a row over x and m
+    shift   (grid, k, known, depth) -> the rows that shift the history after call k
+    weight  (grid, k) -> d m / d feature at point k
+    kept    (grid, k) -> whether call k has a feature
+    other   how many slots the rule has beside x and the history
+    """
+
+    prefix: str
+    newest: Callable[[Grid, int], Row]
+    shift: Callable[[Grid, int, int, int], Mapping[str, Row]]
+    weight: Callable[[Grid, int], float]
+    kept: Callable[[Grid, int], bool] = lambda grid, k: True
+    other: int = 0
+
+
+@dataclass(frozen=True)
 class Solver:
-    """A registered builder."""
+    """A registered builder. memory: what it keeps of its calls, where `fewstep.tune` can fit it."""
 
     name: str
     build: Builder
+    memory: Memory | None = None
 
     @property
     def options(self) -> dict[str, object]:
@@ -38,11 +59,11 @@ class Solver:
 _SOLVERS: dict[str, Solver] = {}
 
 
-def solver(name: str) -> Callable[[Builder], Builder]:
-    """Register a builder: a generator of stages that takes the grid and then its options."""
+def solver(name: str, *, memory: Memory | None = None) -> Callable[[Builder], Builder]:
+    """Register a builder: a generator of stages that takes the grid and then its options. memory: see `Solver`."""
 
     def register(build: Builder) -> Builder:
-        _SOLVERS[name] = Solver(name, build)
+        _SOLVERS[name] = Solver(name, build, memory)
         return build
 
     return register

@@ -15,20 +15,18 @@ Bespoke Non-Stationary solvers (Shaul et al. 2024); relative to a recomputed rul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from fewstep.kernels import layout
-from fewstep.solvers.families.adams import history as slope_history
-from fewstep.solvers.families.coordinates import COORDINATES, pick_coordinates
-from fewstep.solvers.families.exponential import noise_prediction, shift_history, shift_noise_history
+from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan, make_plan
-from fewstep.solvers.plans.registry import get_solver
-from fewstep.solvers.plans.stages import Row, Stage, first_order
+from fewstep.solvers.plans.registry import Memory, get_solver, list_solvers
+from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point, Process
@@ -42,60 +40,16 @@ _LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0)}
 _FLOW = COORDINATES["flow"]
 
 
-@dataclass(frozen=True)
-class Feature:
-    """The feature that a rule keeps of each call; slots `prefix`1, `prefix`2 ... hold the older ones.
-
-    newest   (grid, k) -> the feature of call k as a row over x and m
-    history  (grid, k, known, depth) -> the rows that shift the history after call k
-    weight   (grid, k) -> dm / d feature at point k
-    other    the number of slots other than x and the history
-    """
-
-    prefix: str
-    newest: Callable[[Grid, int], Row]
-    history: Callable[[Grid, int, int, int], Mapping[str, Row]]
-    weight: Callable[[Grid, int], float]
-    other: int = 0
-
-
-def _clock(grid: Grid, k: int) -> float:
-    return pick_coordinates(grid, None).time(grid.points[k])
-
-
-_PREDICTION = Feature(
-    "h", lambda grid, k: {"m": 1.0}, lambda grid, k, known, depth: shift_history(k, depth), lambda grid, k: 1.0
-)
-_NOISE = Feature(
-    "e",
-    lambda grid, k: noise_prediction(grid.points[k]),
-    lambda grid, k, known, depth: shift_noise_history(grid.points[k], k, depth),
-    lambda grid, k: -grid.points[k].sigma / grid.points[k].alpha,
-)
-_SLOPE = Feature(
-    "d",
-    lambda grid, k: pick_coordinates(grid, None).slope(grid.points[k]),
-    lambda grid, k, known, depth: slope_history(pick_coordinates(grid, None), grid.points[k], known, depth),
-    lambda grid, k: -_clock(grid, k),
-)
-
-# The rules that can be tuned: deterministic, one call per step.
-BASES: Mapping[str, Feature] = {
-    "ddim": _PREDICTION,
-    "dpmpp_2m": _PREDICTION,
-    "dpmpp_3m": _PREDICTION,
-    "unipc": replace(_PREDICTION, other=1),
-    "deis": _NOISE,
-    "ipndm": _SLOPE,
-    "ipndm_v": _SLOPE,
-}
+def bases() -> dict[str, Memory]:
+    """The solvers that can be tuned, those registered with a `Memory`."""
+    return {name: memory for name in list_solvers() if (memory := get_solver(name).memory) is not None}
 
 
 @dataclass(frozen=True)
 class Rule:
     """The model that is fitted: the base rule, the ends of its grid, and which numbers are free.
 
-    base, options  a name in BASES and the options of that solver
+    base, options  a name in `bases()` and the options of that solver
     first, last    the fixed ends of the grid
     steps          N, also the number of calls
     what           "all", or only "times"
@@ -112,7 +66,7 @@ class Rule:
     decouple: bool = False
 
     def __post_init__(self) -> None:
-        one_of("base", self.base, tuple(BASES))
+        one_of("base", self.base, tuple(bases()))
         one_of("what", self.what, WHAT)
         if self.last.sigma != 0.0:
             raise ValueError(f"a tuned plan ends at sigma 0; this grid ends at sigma = {self.last.sigma:g}")
@@ -125,15 +79,17 @@ class Rule:
     # --- the free numbers ---
 
     @property
+    def memory(self) -> Memory:
+        return bases()[self.base]
+
+    @property
     def depth(self) -> int:
         """The most older features that fit into the slots of the fused kernel, next to x."""
-        return layout.SLOTS - 1 - BASES[self.base].other
+        return layout.SLOTS - 1 - self.memory.other
 
     def known(self, grid: Grid, k: int) -> int:
-        """The number of features before call k. A call at alpha = 0 has no slope, because its clock is infinite."""
-        if BASES[self.base] is not _SLOPE:
-            return k
-        return sum(math.isfinite(_clock(grid, j)) for j in range(k))
+        """The number of features before call k."""
+        return sum(self.memory.kept(grid, j) for j in range(k))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -186,21 +142,20 @@ class Rule:
         return self._shifted(made, parts["shift"]) if self.decouple else made
 
     def _with_increments(self, grid: Grid, stages: list[Stage], c: Array) -> list[Stage]:
-        feature, out, used = BASES[self.base], [], 0
+        memory, out, used = self.memory, [], 0
         for k, (stage, (s, t)) in enumerate(zip(stages, grid.pairs, strict=True)):
             count, known = min(k, self.depth), self.known(grid, k)
             own = c[used : used + count][:known]
             used += count
-            weight = first_order(s, t)["m"] * (feature.weight(grid, k) if own.size else 0.0)
+            weight = first_order(s, t)["m"] * (memory.weight(grid, k) if own.size else 0.0)
             x = dict(stage.rows["x"])
             for j, value in enumerate((own * weight).tolist(), 1):
-                x[f"{feature.prefix}{j}"] = x.get(f"{feature.prefix}{j}", 0.0) - value
+                x[f"{memory.prefix}{j}"] = x.get(f"{memory.prefix}{j}", 0.0) - value
             total = float(np.sum(own)) * weight
-            for source, coefficient in feature.newest(grid, k).items() if own.size else ():
+            for source, coefficient in memory.newest(grid, k).items() if own.size else ():
                 x[source] = x.get(source, 0.0) + total * coefficient
             # The base rule's history, extended to `depth`.
-            finite = feature is not _SLOPE or math.isfinite(_clock(grid, k))
-            deeper = feature.history(grid, k, known, self.depth) if finite else {}
+            deeper = memory.shift(grid, k, known, self.depth) if memory.kept(grid, k) else {}
             out.append(replace(stage, rows={**stage.rows, **deeper, "x": x}))
         return out
 

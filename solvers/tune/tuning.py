@@ -39,7 +39,7 @@ from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Indices, Unrolled, latents, unroll, unroll_stages
 from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
-from fewstep.solvers.tune.tuned import BASES, WHAT, Rule, rule_of
+from fewstep.solvers.tune.tuned import WHAT, Rule, bases, rule_of
 
 REFERENCE_CALLS = 128
 # Steps of the difference quotients: above the rounding of the network's dtype, small against numbers of order 1.
@@ -363,7 +363,7 @@ def tune(
                classes count
     seeds      number of latents to fit to, >= 12; half as many more select among the fits, as many again test the
                result. 32 suffice in 64 dimensions, 256 in two
-    base       the rule to start from, one of `tuned.BASES`; "auto": the three best on this denoiser; or a tuned plan
+    base       the rule to start from, one of `tuned.bases()`; "auto": the three best on this denoiser; or a tuned plan
                to refine
     decouple   whether the level of the network's time input may differ from the sample's; "auto": if what="all"
     what       "all", or "times": fitted times with the base rule's coefficients
@@ -388,8 +388,8 @@ def tune(
             raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
     check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
     one_of("what", what, WHAT)
-    if not isinstance(base, Plan) and base != "auto" and base not in BASES:
-        raise ValueError(unknown("base", base, ("auto", *BASES)))
+    if not isinstance(base, Plan) and base != "auto" and base not in bases():
+        raise ValueError(unknown("base", base, ("auto", *bases())))
     if isinstance(base, Plan) and base.nfe != nfe:
         raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: they must agree")
     if decouple not in ("auto", True, False):
@@ -430,7 +430,7 @@ def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> li
     # By the seeds that a fit keeps: a rule that sends a few seeds to another mode may still be the best start.
     for ranked in sorted(made.ranked, key=lambda r: float(np.sum(np.sort(r.errors)[: _kept(len(r.errors))]))):
         c = ranked.candidate
-        if c.plan.nfe != nfe or c.solver not in BASES or base not in ("auto", c.solver):
+        if c.plan.nfe != nfe or c.solver not in bases() or base not in ("auto", c.solver):
             continue
         if any(rule.base == c.solver for rule, _ in found):
             continue
