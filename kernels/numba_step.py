@@ -30,6 +30,7 @@ from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
 from fewstep.kernels.numba_noise import fill_normals
 from fewstep.kernels.philox import STEP
+from fewstep.kernels.threads import threads as _workers
 
 # Elements of a sample per pass: their noise (4 bytes each) stays in L1.
 CHUNK = 2048
@@ -471,11 +472,6 @@ def launch(run: Compiled, memory: np.ndarray, count: int, size: int) -> None:
     run(memory, 0, cuts[1])
     for future in waiting:
         future.result()
-
-
-@cache
-def _workers() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @cache

@@ -20,6 +20,7 @@ from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, 
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
 from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
@@ -45,6 +46,7 @@ class Update:
     memory  which tensors of the memory the rows read, in the order of the slots after x
     noisy   whether a row reads z
     anywhere  whether it runs on any device: a per-sample quantile is reduced on the CPU
+    compiled  whether the CPU kernels can run
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Update:
                 self.limit = np.array([[clip.bound, 1.0, 0.0, 0.0]], state)
         self.quantile = (0.0, 0.0) if clip is None or clip.quantile is None else clip.quantile
         self.anywhere = clip is None or clip.quantile is None
+        self.compiled = pick_backend("auto", TorchFrame("cpu")) == "numba"
         self.narrow = dtypes[0] if dtypes[0].itemsize == 2 else None
         self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
         # The kernel writes a few rows at a time; one launch does for all but the longest memories.
@@ -83,7 +86,7 @@ class Update:
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: what the call returns in its own dtypes, what it remembers in the state's."""
-        if x.is_cpu:
+        if x.is_cpu and self.compiled:
             run = self._fused
         else:
             run = self._operator if _TRITON and x.is_cuda and self.dtype is torch.float32 else self._naive
