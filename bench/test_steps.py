@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fewstep.cli.microbench import Case
-from fewstep.cli.timing import Side, clock, copy_side, cores, interleaved
+from fewstep.cli.timing import Side, clock, copy_side, interleaved
 from fewstep.kernels import layout, naive, numba_step, philox
 from fewstep.kernels.numba_noise import normal_batch
+from fewstep.kernels.threads import threads
 
 REPEATS = 60
 
@@ -42,7 +43,7 @@ def test_step_beside_diffusers(solver, shape, benchmark, report, one_thread):
 
 
 def test_fused_step_beside_a_parallel_copy(benchmark, report):
-    """DPM-Solver++ 2M at 2^24 elements on all cores: read x, history and raw, write x, history and model input."""
+    """DPM-Solver++ 2M at 2^24 elements on all threads: read x, history and raw, write x, history and model input."""
     n = 1 << 24
     rng = np.random.default_rng(0)
     x, h, raw = (rng.standard_normal((1, n), dtype=np.float32) for _ in range(3))
@@ -56,9 +57,9 @@ def test_fused_step_beside_a_parallel_copy(benchmark, report):
     for got, want in zip((out, new), naive.step([x[:, part], h[:, part]], [raw[:, part]], w), strict=True):
         np.testing.assert_array_equal(got[:, part], want)
     assert np.isfinite(model).all()
-    sides = [Side("step", step), copy_side(6 * 4 * n, cores())]
+    sides = [Side("step", step), copy_side(6 * 4 * n, threads())]
     a, b = (1e3 * statistics.median(s) for s in interleaved(sides, 15, time.perf_counter))
-    report(f"2M step, 2^24 elements, {cores()} cores / copy of its bytes", a, b, a / b, ("<=", 1.25), "ms")
+    report(f"2M step, 2^24 elements, {threads()} threads / copy of its bytes", a, b, a / b, ("<=", 1.25), "ms")
     benchmark.pedantic(sides[0].run, rounds=5)
 
 

@@ -7,26 +7,113 @@ because NumPy has no bfloat16, and Numba no float16 on the CPU.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pickle
+import warnings
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NoReturn, cast
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
 
 Kernel = Callable[..., Any]
 
 
+def why_unavailable() -> str | None:
+    """Why kernels cannot be compiled, None where they can."""
+    return "NUMBA_DISABLE_JIT turns Numba's compiler off: unset it" if numba.config.DISABLE_JIT else None
+
+
+@cache
+def _not_cached(reason: str) -> None:
+    warnings.warn(
+        f"fewstep's compiled kernels are not cached ({reason}), so that this process compiles them itself: set "
+        "NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+class _CacheFiles(IndexDataCacheFile):
+    """Numba's cache files with a checksum before the data. A damaged file counts as absent and is written anew."""
+
+    def __init__(self, cache_path, filename_base, source_stamp):
+        super().__init__(cache_path, filename_base, source_stamp)
+        self._version = f"{numba.__version__}, SHA-256"
+
+    def _load_index(self):
+        try:
+            return super()._load_index()
+        except Exception:  # unpickling a damaged file fails in many ways
+            _not_cached(f"a file in {self._cache_path} cannot be read")
+            return {}
+
+    def _load_data(self, name):
+        with open(self._data_path(name), "rb") as file:
+            digest, data = file.read(32), file.read()
+        if hashlib.sha256(data).digest() != digest:
+            _not_cached(f"a file in {self._cache_path} is damaged")
+            raise OSError(f"{name} is damaged")  # to Numba, a file that is absent
+        return pickle.loads(data)
+
+    def _save_data(self, name, data):
+        stored = self._dump(data)
+        with self._open_for_write(self._data_path(name)) as file:
+            file.write(hashlib.sha256(stored).digest() + stored)
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a function, which may fail to be written."""
+
+    def __init__(self, function):
+        super().__init__(function)
+        locator = self._impl.locator
+        self._cache_file = _CacheFiles(self._cache_path, self._impl.filename_base, locator.get_source_stamp())
+
+    def save_overload(self, sig, data):
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            _not_cached(f"{self._cache_path}: {os.strerror(error.errno or 0)}")
+
+
+def cache_folder() -> Path | None:
+    """The folder of the kernels' cache, None where no folder can be written."""
+    found = getattr(f32_from_bf16, "_cache", None)
+    return Path(found.cache_path) if isinstance(found, _Cache) else None
+
+
+def _uncompiled(*arguments: object) -> NoReturn:
+    raise ValueError(f"the CPU kernels cannot run: {why_unavailable()}, or use backend='naive'")
+
+
 def jit(*, forceinline: bool = False, error_model: Literal["python", "numpy"] = "python") -> Callable[[Kernel], Kernel]:
-    """`numba.njit` without the GIL and with a cache on disk. Numba infers the types of compiled functions.
+    """`numba.njit` without the GIL and, where a folder can be written, with a cache on disk.
 
     Without fastmath, LLVM neither reorders float operations nor contracts them into fused multiply-adds. Numba's cache
     watches only a function's own file: after an edit here, clear the caches of its callers.
     """
-    decorator = njit(nogil=True, cache=True, forceinline=forceinline, error_model=error_model)
-    return cast(Callable[[Kernel], Kernel], decorator)
+
+    def decorate(function: Kernel) -> Kernel:
+        compiled = njit(nogil=True, forceinline=forceinline, error_model=error_model)(function)
+        if not isinstance(compiled, Dispatcher):  # NUMBA_DISABLE_JIT
+            return _uncompiled
+        try:
+            compiled._cache = _Cache(function)  # not `cache=True`, which fails without a folder
+        except RuntimeError:  # Numba found no folder
+            _not_cached("no folder for them can be written")
+        return cast(Kernel, compiled)
+
+    return decorate
 
 
 def _bitcast(source, target):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -30,6 +31,7 @@ from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
 from fewstep.kernels.numba_noise import fill_normals
 from fewstep.kernels.philox import STEP
+from fewstep.kernels.threads import threads as _workers
 
 # Elements of a sample per pass: their noise (4 bytes each) stays in L1.
 CHUNK = 2048
@@ -448,8 +450,9 @@ class Launch:
         other._compile()
         return other
 
-    def __call__(self) -> None:
-        launch(self.run, self.memory, self.units, self.size)
+    def __call__(self, keep: object = None) -> None:
+        """keep: what holds the arrays alive that `memory` was pointed to."""
+        launch(self.run, self.memory, self.units, self.size, (self.held, keep))
 
 
 def units(samples: int, elements: int) -> int:
@@ -457,25 +460,79 @@ def units(samples: int, elements: int) -> int:
     return samples * -(-elements // CHUNK)
 
 
-def launch(run: Compiled, memory: np.ndarray, count: int, size: int) -> None:
+def launch(run: Compiled, memory: np.ndarray, count: int, size: int, keep: object = None) -> None:
     """Run a stage of `count` units over `size` elements, on all cores if it is large.
 
-    Each element is computed from its own inputs only, so the split does not change a bit of the result.
+    Each element is computed from its own inputs only, so the split does not change a bit of the result. No share of the
+    work is running after the return, whatever interrupts it.
+
+    keep  what holds the arrays alive; every share holds it, too
     """
     if size <= SERIAL_ELEMENTS:
         run(memory, 0, count)
         return
     workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
-    waiting = [_pool().submit(run, memory, a, b) for a, b in pairwise(cuts[1:])]
-    run(memory, 0, cuts[1])
-    for future in waiting:
-        future.result()
+    # All shares exist before the first is submitted, so that an interruption at any place knows them.
+    shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]
+    try:
+        for share in shares[1:]:
+            _pool().submit(share)
+        for share in shares:  # the pool may be busy with other work: what it has not begun is done here
+            share.run_here()
+    finally:
+        _settle(shares)
+    for share in shares:
+        if share.error is not None:
+            raise share.error
 
 
-@cache
-def _workers() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+class _Share:
+    """A range of units, for the thread that claims it first."""
+
+    def __init__(self, run: Compiled, memory: np.ndarray, first: int, last: int, keep: object) -> None:
+        self._run, self._memory, self._first, self._last, self._keep = run, memory, first, last, keep
+        self._claims: list[str] = []
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+
+    def _claim(self, who: str) -> bool:
+        self._claims.append(who)  # atomic: the first claim counts
+        return self._claims[0] is who
+
+    def __call__(self) -> None:
+        """In the pool, whose threads no signal interrupts."""
+        if self._claim("pool"):
+            try:
+                self._run(self._memory, self._first, self._last)
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._done.set()
+
+    def run_here(self) -> None:
+        if self._claim("here"):
+            self._run(self._memory, self._first, self._last)
+
+    def settle(self) -> None:
+        """Wait for the pool if it runs this share; otherwise nobody will."""
+        if not self._claim("dropped") and self._claims[0] == "pool":
+            self._done.wait()
+
+
+def _settle(shares: Sequence[_Share]) -> None:
+    """Returns when no share is running or will be. An interruption meanwhile is raised afterwards."""
+    interruption: BaseException | None = None
+    settled = False
+    while not settled:
+        try:
+            for share in shares:
+                share.settle()
+            settled = True
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 @cache

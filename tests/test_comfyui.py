@@ -153,7 +153,6 @@ def test_every_option_of_a_sampler_is_an_input():
         assert options == set(nodes.inputs(name, function)) - {"noise"}, name
 
 
-@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
 @pytest.mark.parametrize("sampling", [Eps, CONST])
 @pytest.mark.parametrize("name", list(nodes.SAMPLERS))
 def test_each_node_is_its_sampler(name, sampling):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import diffusers
@@ -239,6 +240,45 @@ def test_what_is_accepted_in_silence_is_refused(name: str, config: dict[str, Any
     make(twins, name, **config)  # as the parent does
     with pytest.raises(ValueError, match=message):
         corrected(name, **config)
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "clip_sample": False, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("DPMSolverMultistepInverseScheduler", {"algorithm_type": "sde-dpmsolver++"}, "use 'dpmsolver\\+\\+'"),
+        ("DDIMInverseScheduler", {"prediction_type": "sample", "clip_sample": False}, "prediction_type='sample'"),
+        ("DDIMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
+        ("DDPMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
+        ("LCMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
+        ("TCDScheduler", ZERO_SNR, "prediction_type='epsilon'"),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "use 'bh2'"),
+        *(
+            (name, {"use_flow_sigmas": True, "use_karras_sigmas": True}, "use one of them")
+            for name in (
+                "DPMSolverMultistepScheduler",
+                "DPMSolverSinglestepScheduler",
+                "DEISMultistepScheduler",
+                "SASolverScheduler",
+            )
+        ),
+    ],
+)
+def test_what_is_nan_in_diffusers_is_refused(name: str, config: dict[str, Any], message: str) -> None:
+    if "use_flow_sigmas" in config:
+        config = {"prediction_type": "flow_prediction", **config}
+    parent = getattr(diffusers, name)(**config)
+    parent.set_timesteps(6)
+    x = torch.ones(1, 1, 2, 2)
+    for t in parent.timesteps:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            x = parent.step(torch.tanh(x), t, x).prev_sample
+    assert not torch.isfinite(x).all()
+    with pytest.raises(ValueError, match=message):
+        getattr(twins, name)(corrected=True, **config).set_timesteps(6)
 
 
 def test_a_configuration_is_not_rewritten() -> None:

@@ -308,7 +308,7 @@ def test_bad_arrays():
         Grid(EDM(), one, one, one)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.0, True, "4", None])
+@pytest.mark.parametrize("steps", [0, -1, 2.0, 2**31, True, "4", None])
 def test_bad_steps(steps):
     with pytest.raises(ValueError, match="an int >= 1"):
         grid(EDM(), steps)
@@ -333,6 +333,34 @@ def test_bad_names_and_options():
         grid(VP.linear(), 1001, "simple")
     with pytest.raises(ValueError, match=r"steps = 1200: coordinates\[\d+\].* is not below"):
         grid(VP.linear(), 1200, "linspace", round_times=True)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_more_steps_than_discrete_times_lay_a_grid_or_name_steps(spacing):
+    few = VP(VP.linear().alphas_cumprod[::100])
+    for steps in (10, 11, 40):
+        try:
+            assert grid(few, steps, spacing).steps == steps
+        except ValueError as error:
+            assert f"spacing {spacing!r} with steps = {steps}: " in str(error)  # noqa: PT017
+
+
+def test_leading_takes_as_many_steps_as_there_are_times():
+    few = VP(VP.linear().alphas_cumprod[::100])
+    np.testing.assert_allclose(grid(few, 10, "leading").t, np.arange(9.0, -2.0, -1.0))
+    with pytest.raises(ValueError, match=r"spacing 'leading' with steps = 11: t\[0\] = 9.09"):
+        grid(few, 11, "leading")
+
+
+@pytest.mark.parametrize("make", [Grid.from_sigmas, Grid.from_times])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_numbers_of_torch_in_any_floating_dtype(make, dtype):
+    torch = pytest.importorskip("torch")
+    levels = torch.tensor([80.0, 3.0, 0.5, 0.0], dtype=getattr(torch, dtype), requires_grad=True)
+    for given_ in (levels, list(levels)):
+        np.testing.assert_array_equal(make(EDM(), given_).sigma, [80.0, 3.0, 0.5, 0.0])
+    np.testing.assert_array_equal(Grid(EDM(), levels, levels * 0 + 1, levels).t, [80.0, 3.0, 0.5, 0.0])
+    assert EDM().point(levels[1]).sigma == 3.0
 
 
 def test_read_only_and_comparable():

@@ -392,7 +392,6 @@ def test_a_flow_starts_just_below_one_where_comfyui_does():
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
 def test_the_tree_of_a_flow_spans_the_sigmas_as_given():
     """Its path depends on its ends: in ComfyUI they are the sigmas' own, also where the first one is moved."""
     pytest.importorskip("torchsde")
@@ -430,7 +429,7 @@ def test_default_noise_is_torchs_own():
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, about ends that it rounds itself
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # of the oracle's tree, which rounds its ends
 @pytest.mark.parametrize("seed", [4, [4, 5, 6]])
 def test_default_noise_of_the_sdes_is_a_torchsde_tree(seed):
     torchsde = pytest.importorskip("torchsde")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -201,3 +203,71 @@ def test_a_callback_has_copies(backend: str, library: str) -> None:
     for _, x0, _, then in kept:
         np.testing.assert_array_equal(array(x0), then)
     assert len({array(x).ctypes.data for x, *_ in kept}) == 4
+
+
+# --- interrupted launches ---
+
+
+@pytest.fixture
+def two_workers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from fewstep.kernels import numba_step
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(numba_step, "_workers", lambda: 2)
+        monkeypatch.setattr(numba_step, "_pool", lambda: pool)
+        yield numba_step, pool
+
+
+def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> None:
+    numba_step, _ = two_workers
+    begun, written = threading.Event(), []
+
+    def run(memory: np.ndarray, first: int, last: int) -> None:
+        if first == 0:
+            begun.wait()
+            raise KeyboardInterrupt
+        begun.set()
+        time.sleep(0.05)
+        written.append(first)
+
+    with pytest.raises(KeyboardInterrupt):
+        numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+    assert written == [2]
+
+
+def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
+    """The pool is busy with another sampler's work: without an interruption its share is done here."""
+    numba_step, pool = two_workers
+    free, ran = threading.Event(), []
+    busy = pool.submit(free.wait)
+
+    def run(memory: np.ndarray, first: int, last: int) -> None:
+        ran.append((first, last))
+        if memory[0]:
+            raise KeyboardInterrupt
+
+    numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+    assert ran == [(0, 2), (2, 4)]
+    ran.clear()
+    with pytest.raises(KeyboardInterrupt):
+        numba_step.launch(run, np.ones(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+    free.set()
+    busy.result()
+    pool.submit(lambda: None).result()  # everything submitted before has had its turn
+    assert ran == [(0, 2)]
+
+
+def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
+    numba_step, _ = two_workers
+    begun = threading.Event()
+
+    def run(memory: np.ndarray, first: int, last: int) -> None:
+        if first:
+            begun.set()
+            raise MemoryError("in the pool")
+        begun.wait()
+
+    with pytest.raises(MemoryError, match="in the pool"):
+        numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)

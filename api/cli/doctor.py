@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from fewstep.cli.app import OUT, AsJson
-from fewstep.cli.timing import cores
+from fewstep.kernels.threads import LIMITS, SETTING, cores, threads
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,19 @@ PACKAGES = {
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order of the report."""
-    return [*_versions(), *_devices(), *_backends(), *_files()]
+    """All findings, in the order of the report. A check that fails is a finding itself."""
+    return [finding for check in (_versions, _devices, _backends, _files) for finding in _guarded(check)]
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # what is broken fails in many ways
+        yield Finding(check.__name__.strip("_"), "bad", _said(error))
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _versions() -> Iterator[Finding]:
@@ -58,7 +68,7 @@ def _versions() -> Iterator[Finding]:
     yield Finding("python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     yield Finding("fewstep", "ok", fewstep.__version__)
     for package, (module, use, fix) in PACKAGES.items():
-        if importlib.util.find_spec(module) is None:
+        if not _present(module):
             yield Finding(package, "missing", use, fix)
             continue
         try:
@@ -67,11 +77,23 @@ def _versions() -> Iterator[Finding]:
             yield Finding(package, "ok", use)
 
 
+def _present(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # already loaded, without a spec
+        return sys.modules.get(module) is not None
+
+
 def _devices() -> Iterator[Finding]:
     yield Finding("cores", "ok", f"{cores()} usable")
-    if importlib.util.find_spec("torch") is None:
+    yield Finding("threads", "ok", f"{threads()}; {SETTING} sets them, {' and '.join(LIMITS)} limit them")
+    if not _present("torch"):
         return
-    import torch
+    try:
+        import torch
+    except Exception as error:
+        yield Finding("torch", "bad", _said(error), "pip install --force-reinstall torch")
+        return
 
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -83,15 +105,18 @@ def _devices() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     yield Finding("backend naive", "ok", "NumPy and torch, any device, differentiable")
     try:
+        from fewstep.kernels.numba_bits import why_unavailable
+
+        reason = why_unavailable()
+        if reason is not None:
+            yield Finding("backend numba", "bad", reason, "unset NUMBA_DISABLE_JIT")
+            return
         _try_numba()
         yield Finding("backend numba", "ok", "fused kernels on the CPU")
     except Exception as error:  # a broken compiler fails in many ways
-        yield Finding(
-            "backend numba",
-            "bad",
-            f"{type(error).__name__}: {error}",
-            "pip install --force-reinstall numba llvmlite",
-        )
+        yield Finding("backend numba", "bad", _said(error), "pip install --force-reinstall numba llvmlite")
+        return
+    yield _cache()
 
 
 def _try_numba() -> None:
@@ -114,27 +139,23 @@ def _files() -> Iterator[Finding]:
     yield Finding(
         "digits network", "ok" if present else "missing", "shipped weights", "" if present else "make weights"
     )
-    yield _cache()
 
 
 def _cache() -> Finding:
     """Whether Numba can cache compiled kernels on disk."""
-    import fewstep.kernels as kernels
+    from fewstep.kernels.numba_bits import cache_folder
 
-    places = [os.environ.get("NUMBA_CACHE_DIR"), str(Path(kernels.__file__).parent / "__pycache__")]
-    for place in filter(None, places):
-        try:
-            Path(place).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                return Finding("kernel cache", "ok", "writable")
-        except OSError:
-            continue
-    return Finding(
-        "kernel cache",
-        "bad",
-        "not writable: every process compiles the kernels again",
-        "export NUMBA_CACHE_DIR=~/.cache/fewstep",
-    )
+    fix = "export NUMBA_CACHE_DIR=<a folder that can be written>"
+    folder = cache_folder()
+    if folder is None:
+        return Finding("kernel cache", "bad", "no folder can be written: every process compiles the kernels", fix)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 20))  # more than a kernel takes
+    except OSError as error:
+        return Finding("kernel cache", "bad", f"{folder}: {error.strerror}: every process compiles the kernels", fix)
+    return Finding("kernel cache", "ok", str(folder))
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -147,6 +168,6 @@ def doctor(as_json: AsJson = False) -> None:
     table = Table(show_header=False, box=None)
     marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "bad": "[bold red]bad[/]"}
     for f in findings:
-        table.add_row(marks[f.status], f.what, f.detail + (f"\n[bold]{escape(f.fix)}[/]" if f.fix else ""))
+        table.add_row(marks[f.status], f.what, escape(f.detail) + (f"\n[bold]{escape(f.fix)}[/]" if f.fix else ""))
     OUT.print(table)
     raise typer.Exit(int(bad))

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.cli.timing import Side, clock, copy_side, cores, has, interleaved, machine, torch_threads, versions
+from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, machine, torch_threads, versions
+from fewstep.kernels.threads import threads
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import get_solver, plan, unknown
@@ -106,10 +107,10 @@ class Case:
 
     @cached_property
     def threads(self) -> int:
-        """1 up to the size from which the kernel uses the other cores."""
+        """1 up to the size from which the kernel uses more threads."""
         from fewstep.kernels import numba_step
 
-        return 1 if self.elements <= numba_step.SERIAL_ELEMENTS else cores()
+        return 1 if self.elements <= numba_step.SERIAL_ELEMENTS else threads()
 
     @cached_property
     def grid(self) -> Grid:
@@ -420,7 +421,7 @@ def table(records: Sequence[dict[str, Any]], repeats: int) -> Table:
     made = Table(
         title=f"a step without the network, us, medians of {repeats}",
         caption="floor: the larger of a copy of the same bytes and an empty kernel launch. "
-        f"One thread; *: {cores()} threads.",
+        f"One thread; *: {threads()} threads.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

@@ -11,7 +11,6 @@ import contextlib
 import gc
 import importlib.util
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+
+from fewstep.kernels.threads import cores
 
 WINDOW = 5e-3  # seconds at least: one run of 20 steps of diffusers' slowest scheduler
 
@@ -94,10 +95,6 @@ def copy_side(moved: int, threads: int) -> Side:
             future.result()
 
     return Side("copy", run)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

@@ -76,9 +76,35 @@ def _step_index(scheduler: Scheduler, timestep: Timestep) -> int:
     return index
 
 
+def _check_noisy_end(scheduler: Scheduler) -> None:
+    """An epsilon prediction says nothing of x0 at alpha = 0: the parents divide by it."""
+    times = scheduler.timesteps.long().cpu()
+    if (
+        scheduler.corrected
+        and scheduler.config.prediction_type == "epsilon"
+        and not scheduler.alphas_cumprod[times].all()
+    ):
+        raise ValueError(
+            "the schedule begins at alpha = 0 (rescale_betas_zero_snr=True), where prediction_type='epsilon' gives "
+            "NaN: use a network that predicts 'v_prediction' or 'sample'"
+        )
+
+
+def _one_schedule(config: Any) -> None:
+    """The other schedules take logarithms of a flow's sigmas as if they were sigma / alpha, from inf."""
+    others = ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas", "use_beta_sigmas")
+    both = [name for name in others if getattr(config, name, False)]
+    if getattr(config, "use_flow_sigmas", False) and both:
+        raise ValueError(f"use_flow_sigmas=True with {both[0]}=True gives NaN: use one of them")
+
+
 @corrects("DDIMScheduler")
 class DDIM(Scheduler):
     """The parent steps to t - T // N whatever its schedule says; corrected, it steps to the schedule's next time."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        _check_noisy_end(self)
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
         if not self.corrected:
@@ -97,6 +123,10 @@ class DDIM(Scheduler):
 @corrects("DDPMScheduler")
 class DDPM(Scheduler):
     """variance_type="fixed_large_log": the parent takes the square root of log(beta), a NaN; corrected, of beta."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        _check_noisy_end(self)
 
     def _get_variance(
         self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
@@ -165,10 +195,49 @@ class IPNDM(Scheduler):
 class LCM(Scheduler):
     """The parent finds the last step by num_inference_steps, so it adds noise to the result of a shorter schedule."""
 
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        _check_noisy_end(self)
+
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
         steps = len(self.timesteps) if self.corrected else self.num_inference_steps
         with _replaced(self, num_inference_steps=steps):
             return super().step(model_output, timestep, sample, *args, **kwargs)
+
+
+@corrects("TCDScheduler")
+class TCD(Scheduler):
+    """Corrected, raises for options of which the parent makes NaN."""
+
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        _check_noisy_end(self)
+
+
+@corrects("DDIMInverseScheduler")
+class DDIMInverse(Scheduler):
+    """Corrected, raises for a prediction from which the parent derives the noise of a clean image, a 0 / 0."""
+
+    def correct(self, asked: dict[str, Any]) -> None:
+        if self.config.prediction_type == "sample":
+            raise ValueError(
+                "prediction_type='sample' says nothing of the noise of a clean image, where inversion begins, and "
+                "gives NaN: use a network that predicts 'epsilon' or 'v_prediction'"
+            )
+
+
+@corrects("DPMSolverMultistepInverseScheduler")
+class DPMSolverMultistepInverse(Scheduler):
+    """Corrected, raises for a stochastic algorithm, which cannot run towards noise: the parent makes NaN of it."""
+
+    def correct(self, asked: dict[str, Any]) -> None:
+        kind = self.config.algorithm_type
+        if kind.startswith("sde"):
+            raise ValueError(
+                f"algorithm_type={kind!r} draws noise, which no inversion can undo, and gives NaN: use "
+                f"{kind.removeprefix('sde-')!r}"
+            )
+        _one_schedule(self.config)
 
 
 @contextlib.contextmanager
@@ -185,6 +254,15 @@ def _keeping_configuration(scheduler: Scheduler) -> Iterator[None]:
 @corrects("UniPCMultistepScheduler")
 class UniPCMultistep(Scheduler):
     """lower_order_final=False with a last sigma of 0 ends in NaN; corrected, the last step is first-order."""
+
+    def correct(self, asked: dict[str, Any]) -> None:
+        config = self.config
+        _one_schedule(config)
+        if config.solver_type == "bh1" and config.final_sigmas_type == "zero":
+            raise ValueError(
+                "solver_type='bh1' is infinite in a last step to sigma = 0 and gives NaN: use 'bh2', or "
+                "final_sigmas_type='sigma_min'"
+            )
 
     def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> object:
         if self.corrected:
@@ -204,6 +282,7 @@ class DPMSolverMultistep(Scheduler):
     def correct(self, asked: dict[str, Any]) -> None:
         config = self.config
         _solver_order(config.solver_order)
+        _one_schedule(config)
         if config.solver_order == 3 and config.algorithm_type.startswith("sde"):
             raise ValueError(
                 f"solver_order=3 has no stochastic form in diffusers: algorithm_type={config.algorithm_type!r} takes "
@@ -223,6 +302,7 @@ class DPMSolverSinglestep(Scheduler):
 
     def correct(self, asked: dict[str, Any]) -> None:
         _solver_order(self.config.solver_order)
+        _one_schedule(self.config)
         _solver_type(asked)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -249,6 +329,9 @@ class EndsAtZero(Scheduler):
 
     Corrected, the last sigma is 0 and the last step goes to the x0 prediction, its exact limit.
     """
+
+    def correct(self, asked: dict[str, Any]) -> None:
+        _one_schedule(self.config)
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         with _keeping_configuration(self):

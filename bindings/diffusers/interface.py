@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         corrected: bool
         config: Any  # a FrozenDict, whose entries are attributes too
         timesteps: Tensor
+        alphas_cumprod: Tensor
         sigmas: Tensor
         sigma_min: float
         sigma_max: float

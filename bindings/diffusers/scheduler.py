@@ -356,7 +356,15 @@ def _draw(
     if self.noise_sampler is None:  # made in the first step, when the sample is known
         path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
         levels = self.sigmas[self.sigmas > 0]
-        self.__dict__["noise_sampler"] = path(sample, levels.min().item(), levels.max().item(), self.noise_sampler_seed)
+        low, high = levels.min().item(), levels.max().item()
+        sampler = self.__dict__["noise_sampler"] = path(sample, low, high, self.noise_sampler_seed)
+        sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
     sampler = self.noise_sampler
     assert sampler is not None
     return sampler(*draw.interval)
+
+
+def _increment(tree: Callable[[float, float], Tensor], low: float, high: float, a: float, b: float) -> Tensor:
+    """The path's increment from a to b. torchsde rounds the tree's ends, and warns of what lies beyond them."""
+    first, last = round(low, 6), round(high, 6)
+    return tree(*(min(max(float(t), first), last) for t in (a, b)))

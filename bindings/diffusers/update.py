@@ -19,6 +19,7 @@ from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, 
 from fewstep.kernels import layout, naive, numba_reduce, numba_step
 from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
@@ -45,7 +46,8 @@ class Update:
     clip    of the x0 prediction, or None
 
     Attributes: `memory`, the remembered tensors that the rows read, in the order of the slots after x; `noisy`, whether
-    a row reads z; `anywhere`, whether it runs on any device (a per-sample quantile is reduced on the CPU).
+    a row reads z; `anywhere`, whether it runs on any device (a per-sample quantile is reduced on the CPU); `compiled`,
+    whether the CPU kernels can run.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Update:
                 self.limit = np.array([[clip.bound, 1.0, 0.0, 0.0]], state)
         self.quantile = (0.0, 0.0) if clip is None or clip.quantile is None else clip.quantile
         self.anywhere = clip is None or clip.quantile is None
+        self.compiled = pick_backend("auto", TorchFrame("cpu")) == "numba"
         self.narrow = dtypes[0] if dtypes[0].itemsize == 2 else None
         self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
         # The kernel writes a few rows at a time: one launch suffices for all but the longest memories.
@@ -84,7 +87,7 @@ class Update:
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
-        if x.is_cpu:
+        if x.is_cpu and self.compiled:
             run = self._fused
         else:
             run = self._operator if _TRITON and x.is_cuda and self.dtype is torch.float32 else self._naive
@@ -129,7 +132,9 @@ class Update:
             if launch.narrow is not None:
                 results[0] = torch.empty_like(x, dtype=launch.narrow)
                 words[numba_step.INPUT] = results[0].data_ptr()
-            numba_step.launch(launch.run, words, numba_step.units(samples, size // samples), size)
+            numba_step.launch(
+                launch.run, words, numba_step.units(samples, size // samples), size, (sources, results, wide)
+            )
             del wide
         return results
 

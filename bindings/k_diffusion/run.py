@@ -29,7 +29,7 @@ from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Flow, Point, Process
+from fewstep.solvers.schedule.process import Flow, Point, Process, float64
 
 if TYPE_CHECKING:
     import torch
@@ -88,8 +88,7 @@ class SamplerCall:
     @cached_property
     def given(self) -> np.ndarray:
         """The sigmas as given, float64 (steps + 1,)."""
-        sigmas = self.sigmas.detach().double().cpu().numpy() if hasattr(self.sigmas, "detach") else self.sigmas
-        levels = np.array(sigmas, dtype=np.float64)
+        levels = float64(self.sigmas)
         if levels.ndim != 1:
             raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
         return levels

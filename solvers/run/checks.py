@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import sys
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -120,6 +122,27 @@ def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
             raise ValueError(f"backend='triton' is not available here: {reason}")
     if backend == "numba" and frame.device != "cpu":
         raise ValueError(f"backend='numba' runs on the CPU, the model is on {frame.device}: use backend='naive'")
-    if backend == "auto":
-        return "numba" if frame.device == "cpu" else "naive"
-    return backend
+    if backend == "naive" or frame.device != "cpu":
+        return "naive"
+    reason = _why_no_numba()
+    if reason is None:
+        return "numba"
+    if backend == "numba":
+        raise ValueError(f"backend='numba' is not available here: {reason}, or use backend='naive'")
+    _falls_back(reason)
+    return "naive"
+
+
+def _why_no_numba() -> str | None:
+    """Why the CPU kernels cannot be compiled, None where they can."""
+    try:
+        from fewstep.kernels.numba_bits import why_unavailable
+    except ImportError as error:
+        return f"Numba cannot be imported ({error}): install a version that fits this NumPy"
+    return why_unavailable()
+
+
+@cache
+def _falls_back(reason: str) -> None:
+    """Say once per process that "auto" does without the CPU kernels."""
+    warnings.warn(f"backend='auto' runs the slower 'naive' on the CPU: {reason}", RuntimeWarning, stacklevel=2)

@@ -219,7 +219,7 @@ class FusedRun:
         if self.serial:  # the compiled function itself: at small sizes a Python call matters
             launch.run(launch.memory, 0, self.units)
         else:
-            launch()
+            launch(held)
 
     def _expect(self, j: int, raw: Array) -> None:
         """Set the expected dtype of network output j to that of `raw`."""

@@ -16,8 +16,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.options import between, one_of, unknown
-from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process
+from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, float64
 from fewstep.solvers.schedule.spacings import SPACINGS
+
+# More steps than any sampler takes: an error instead of gigabytes.
+MAX_STEPS = 1_000_000
 
 # Options of every spacing.
 _COMMON = ("final_zero", "sigma_min", "sigma_max", "shift", "shift_terminal")
@@ -238,7 +241,7 @@ def _fixed(array: FloatArray) -> FloatArray:
 def _vector(name: str, value: ArrayLike) -> FloatArray:
     """A float64 copy of a 1-D array with at least two entries."""
     try:
-        array = np.array(value, dtype=np.float64)
+        array = float64(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} = {value!r} is not an array of numbers") from error
     if array.ndim != 1 or array.size < 2:
@@ -281,7 +284,7 @@ def grid(
     """A grid of N = steps steps from the noisiest point to clean data.
 
     process  any process
-    steps    N >= 1
+    steps    N, 1 to a million
     spacing  a name of `list_spacings`
     options  those of the spacing, listed below
 
@@ -339,8 +342,8 @@ def grid(
     """
     if not isinstance(spacing, str) or spacing not in SPACINGS:
         raise ValueError(unknown("spacing", spacing, list_spacings()))
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-        raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1")
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1 and <= {MAX_STEPS}")
     axis, rule = SPACINGS[spacing]
     own = list(inspect.signature(rule).parameters)[1:]
     others = sorted(set(options) - set(own))
@@ -357,12 +360,15 @@ def grid(
         raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
     _check_ends(process, sigma_min, sigma_max)
     layout = axis.layout(process, int(steps), bool(final_zero), sigma_min, sigma_max)
-    coordinates = rule(layout, **options)
-    _decreasing(f"spacing {spacing!r} with steps = {steps}: coordinates", coordinates)
-    points = axis.points(process, coordinates)
-    if shift_terminal is not None:
-        points = _stretch(process, points, shift_terminal)
-    return Grid(owner, *(map(np.append, points, process.clean) if final_zero else map(np.asarray, points)))
+    try:
+        coordinates = rule(layout, **options)
+        _decreasing("coordinates", coordinates)
+        points = axis.points(process, coordinates)
+        if shift_terminal is not None:
+            points = _stretch(process, points, shift_terminal)
+        return Grid(owner, *(map(np.append, points, process.clean) if final_zero else map(np.asarray, points)))
+    except ValueError as error:
+        raise ValueError(f"spacing {spacing!r} with steps = {steps}: {error}") from None
 
 
 def _stretch(process: Process, points: Point, terminal: float) -> Point:

@@ -101,6 +101,16 @@ class Process(Protocol):
         """The point at a value of `level`."""
 
 
+def float64(value: ArrayLike) -> FloatArray:
+    """A float64 copy of numbers of any library; torch's may be bfloat16, require grad, or lie on a device."""
+
+    def on_host(each: Any) -> Any:
+        return each.detach().cpu().double().numpy() if hasattr(each, "detach") else each
+
+    values = [on_host(each) for each in value] if isinstance(value, (list, tuple)) else on_host(value)
+    return np.array(values, dtype=np.float64)
+
+
 def _plain(value: ArrayLike) -> Any:
     """A Python float for a 0-d value, the float64 array otherwise."""
     array = np.asarray(value, dtype=np.float64)
@@ -114,7 +124,7 @@ def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
 def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> FloatArray:
     """`value` as float64. Raises ValueError that names the first entry outside [low, high]."""
     try:
-        array = np.asarray(value, dtype=np.float64)
+        array = float64(value)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} = {value!r} is not a number or an array of numbers") from error
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
@@ -172,7 +182,7 @@ class VP(_Unwarped):
     _log_ratio: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        acp = np.array(self.alphas_cumprod, dtype=np.float64)
+        acp = float64(self.alphas_cumprod)
         if acp.ndim != 1 or acp.size < 2:
             raise ValueError(f"alphas_cumprod has shape {acp.shape}; VP takes (T,) with T >= 2")
         bad = np.flatnonzero(~((acp >= 0.0) & (acp < 1.0)))

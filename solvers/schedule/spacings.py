@@ -184,7 +184,7 @@ def _sgm_uniform(a: Layout) -> FloatArray:
 @spacing("simple", _TIME)
 def _simple(a: Layout) -> FloatArray:
     if a.steps >= a.table:
-        raise ValueError(f"steps = {a.steps}: simple picks from {a.table} times, so it takes fewer steps")
+        raise ValueError(f"simple picks from {a.table} times, so it takes fewer steps")
     picked = np.floor(np.arange(a.steps) * (a.table / a.steps))
     return a.close(a.at_index(a.table - 1 - picked))
 
@@ -198,7 +198,7 @@ def _normal(a: Layout, *, round_times: bool = False) -> FloatArray:
 @spacing("ddim_uniform", _TIME)
 def _ddim_uniform(a: Layout) -> FloatArray:
     if a.steps >= a.table:
-        raise ValueError(f"steps = {a.steps}: ddim_uniform picks from {a.table} times, and takes fewer steps")
+        raise ValueError(f"ddim_uniform picks from {a.table} times, and takes fewer steps")
     # Where N does not divide T, ComfyUI's loop runs on to T and has more than N steps; this is the first N.
     return a.close(a.at_index(1.0 + a.table // a.steps * np.arange(a.steps - 1, -1, -1.0)))
 
