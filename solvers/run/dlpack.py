@@ -14,12 +14,13 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.conditions import mapped
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -66,9 +67,7 @@ class Library:
 
     def take_all(self, cond: Any) -> Any:
         """The same for the arrays in a condition, or in a sequence of conditions."""
-        if isinstance(cond, Mapping):
-            return {key: self.take(value) for key, value in cond.items()}
-        return [self.take_all(one) for one in cond] if isinstance(cond, (tuple, list)) else cond
+        return mapped(self.take, cond)
 
 
 class InLibrary:
@@ -92,7 +91,7 @@ class InLibrary:
 
     def __call__(self, x: Any, t: Any, **cond: Any) -> Any:
         give = self.library.give
-        return self.library.take(self.model(give(x), give(t), **{key: give(value) for key, value in cond.items()}))
+        return self.library.take(self.model(give(x), give(t), **mapped(give, cond)))
 
 
 def library_of(array: Any) -> Library | None:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 from fewstep.solvers.run.arrays import Array, Frame
+from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.gpu import TritonRun
 
 MODES = ("auto", "off", "step", "loop")
@@ -143,25 +144,25 @@ class Graphs:
         """Conditions into static memory: allocated for a new structure, else overwritten."""
         given = self.run.job.denoiser.conditions(cond)
         frame = self.run.frame
-        self._structure = tuple(
+        structure = self._structure = tuple(
             (j, path, tensor_key(leaf, frame) if frame.is_array(leaf) else (type(leaf), leaf))
             for j, branch in enumerate(given)
             for path, leaf in leaves(branch)
         )
-        try:
-            known = self._structure in self._conditions
-        except TypeError:
-            raise CaptureError(
-                "a condition is neither a tensor nor a plain value, and a graph would bake it in: pass tensors, or use "
-                "graph='off'"
-            ) from None
+        for _, path, leaf in structure:
+            if not isinstance(leaf[1], Hashable):
+                raise CaptureError(
+                    f"{name_of(path)} is neither a tensor nor a plain value, and a graph would bake it in: pass "
+                    "tensors, or use graph='off'"
+                )
+        known = self._structure in self._conditions
         if known:
             for old, new in zip(self._conditions[self._structure], given, strict=True):
                 for (_, to), (_, value) in zip(leaves(old), leaves(new), strict=True):
                     if frame.is_array(to):
                         to.copy_(value)
         else:
-            self._conditions[self._structure] = [copied(branch, frame) for branch in given]
+            self._conditions[self._structure] = mapped(lambda v: v.detach().clone() if frame.is_array(v) else v, given)
         self._conditions.move_to_end(self._structure)
         while len(self._conditions) > LIMIT:
             old_structure, _ = self._conditions.popitem(last=False)
@@ -171,27 +172,6 @@ class Graphs:
 
 def tensor_key(tensor: Array, frame: Frame) -> Hashable:
     return tuple(tensor.shape), frame.dtype_of(tensor), frame.device_of(tensor)
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested mappings and sequences, with where they stand."""
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from leaves(value[key], f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{path}[{i}]")
-    else:
-        yield path, value
-
-
-def copied(value: Any, frame: Frame) -> Any:
-    """The same nest with its own copy of every tensor."""
-    if isinstance(value, Mapping):
-        return {key: copied(item, frame) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(item, frame) for item in value)
-    return value.detach().clone() if frame.is_array(value) else value
 
 
 def culprit(error: BaseException) -> str:

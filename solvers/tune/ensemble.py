@@ -12,7 +12,7 @@ has in common with the first one are not made again: of the plans that make a Ja
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, Stage
 from fewstep.solvers.run.arrays import Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
+from fewstep.solvers.run.conditions import spread
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
@@ -93,15 +94,7 @@ def latents(count: int, shape: Sequence[int], seed: int, first_sample: int = 0) 
 
 def spread_conditions(denoiser: Any, frame: Frame, cond: Any, samples: Iterable[int]) -> list[dict[str, Any]]:
     """The condition of each branch for the given samples: an array of length L serves sample i with entry i mod L."""
-    index = list(samples)
-
-    def own(value: Any) -> Any:
-        if not frame.is_array(value) or value.ndim == 0 or len(value) == 1:
-            return value
-        return value[[i % len(value) for i in index]]
-
-    branches: Sequence[Mapping[str, Any]] = denoiser.conditions(cond)
-    return [{name: own(value) for name, value in one.items()} for one in branches]
+    return spread(denoiser.conditions(cond), frame, list(samples))
 
 
 class Ensemble:

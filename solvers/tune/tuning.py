@@ -30,6 +30,7 @@ from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS
 from fewstep.solvers.run.checks import check_shape
+from fewstep.solvers.run.conditions import leaves, name_of
 from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -219,7 +220,7 @@ def _as_bytes(ensemble: Ensemble, cond: Any) -> list[Any]:
     """The conditions as something that a digest can be made of."""
     frame = ensemble.frame
     return [
-        {name: frame.to_numpy(v).tolist() if frame.is_array(v) else repr(v) for name, v in one.items()}
+        {name_of(path): frame.to_numpy(v).tolist() if frame.is_array(v) else repr(v) for path, v in leaves(one)}
         for one in ensemble.denoiser.conditions(cond)
     ]
 
