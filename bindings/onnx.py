@@ -74,9 +74,9 @@ class OnnxModel:
     providers  ONNX Runtime's execution providers, in order of preference; arrays stay on the host
     threads    per operator; None is ONNX Runtime's default
 
-    All other inputs are conditions under their own names. A nested
-    condition is an input per leaf: cond={"added": {"pooled": p}} feeds "added.pooled". x is (B, ...), t is (B,), or a scalar if the graph's t has
-    no axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
+    All other inputs are conditions under their own names. A nested condition is an input per leaf:
+    cond={"added": {"pooled": p}} feeds "added.pooled". x is (B, ...), t is (B,), or a scalar if the graph's t has no
+    axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
 
     A returned array is overwritten by the fourth call after it in the same thread.
 
