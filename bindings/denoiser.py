@@ -13,6 +13,7 @@ from typing import Any, Self, TypeGuard
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
+from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.schedule.process import Point, Process
 
 Cond = Mapping[str, Any]
@@ -89,14 +90,6 @@ def _positive(name: str, value: object) -> float:
     return float(value)
 
 
-def _same(values: Sequence[Any]) -> bool:
-    """Whether the values are one object, or equal and no arrays (which compare element by element)."""
-    first = values[0]
-    if all(v is first for v in values):
-        return True
-    return not any(hasattr(v, "shape") for v in values) and all(v == first for v in values)
-
-
 def _epsilon(at: Point, sigma_data: float) -> tuple[float, float]:
     if at.alpha == 0.0:
         raise ValueError(
@@ -166,6 +159,9 @@ class Denoiser:
     sigma_data  for "edm"; by default the process's
     variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
                 variance; only the solver ddpm with that option uses the variance
+
+    Conditions may nest mappings, lists and tuples of arrays; an array at any depth has the batch (or 1) as its first
+    axis. What cannot be batched so, such as a list with an entry per sample, needs batched=False.
 
     The network's inputs are x and the process's time t; with "edm" they are c_in x and ln(sigma) / 4.
     """
@@ -311,20 +307,9 @@ class Denoiser:
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
         conds = self.conditions(cond)
-        for j, one in enumerate(conds):
-            for key, value in one.items():
-                if frame.is_array(value) and (value.ndim == 0 or len(value) not in (1, batch)):
-                    raise ValueError(
-                        f"cond[{key!r}] of branch {j} has shape {tuple(value.shape)}; its first axis must be the "
-                        f"batch of {batch} (or 1)"
-                    )
-                if frame.is_array(value) and frame.device_of(value) != frame.device:
-                    raise ValueError(
-                        f"cond[{key!r}] of branch {j} is on {frame.device_of(value)}, the model on {frame.device}: "
-                        "move one of them"
-                    )
+        check_arrays(conds, frame, batch, nested=False)
         model = self.model
-        stacked: dict[tuple[int, ...], Cond] = {}
+        together: dict[tuple[int, ...], Cond] = {}
 
         def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
             if len(branches) == 1:
@@ -333,9 +318,9 @@ class Denoiser:
                 # A model may modify or return its arguments: all calls but the last get copies.
                 copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
                 return tuple(model(*own, **conds[j]) for own, j in zip([*copies, (x_in, t)], branches, strict=True))
-            if branches not in stacked:
-                stacked[branches] = self._stack(frame, batch, [conds[j] for j in branches])
-            raw = model(x_in, t, **stacked[branches])
+            if branches not in together:
+                together[branches] = stacked([conds[j] for j in branches], frame, batch)
+            raw = model(x_in, t, **together[branches])
             if not frame.is_array(raw) or len(raw) != len(branches) * batch:
                 found = f"shape {tuple(raw.shape)}" if frame.is_array(raw) else f"{type(raw).__name__}"
                 raise ValueError(
@@ -346,30 +331,5 @@ class Denoiser:
 
         if self.batched and len(conds) > 1:
             full = tuple(range(len(conds)))
-            stacked[full] = self._stack(frame, batch, conds)
+            together[full] = stacked(conds, frame, batch)
         return call
-
-    def _stack(self, frame: Frame, batch: int, conds: Sequence[Cond]) -> Cond:
-        keys = [sorted(c) for c in conds]
-        if any(k != keys[0] for k in keys):
-            raise ValueError(f"the branches of guidance take different conditions, {keys}: use Denoiser(batched=False)")
-        out: dict[str, Any] = {}
-        for key in keys[0]:
-            values = [c[key] for c in conds]
-            if all(frame.is_array(v) for v in values):
-                wide = [v if len(v) == batch else frame.concatenate([v] * batch) for v in values]
-                shapes = {tuple(v.shape[1:]) for v in wide}
-                if len(shapes) > 1:
-                    raise ValueError(
-                        f"cond[{key!r}] has different shapes in the branches, {sorted(shapes)}: pad them or use "
-                        "Denoiser(batched=False)"
-                    )
-                out[key] = frame.concatenate(wide)
-            elif _same(values):
-                out[key] = values[0]
-            else:
-                raise ValueError(
-                    f"cond[{key!r}] differs between the branches and is not an array of {frame.name}, so it "
-                    "cannot be batched: convert it or use Denoiser(batched=False)"
-                )
-        return out

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.solvers.run.arrays import NumpyFrame
+from fewstep.solvers.run.conditions import Keys, leaves, mapped
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ class OnnxModel:
     providers  ONNX Runtime's execution providers, in order of preference; arrays stay on the host
     threads    per operator; None is ONNX Runtime's default
 
-    All other inputs are conditions under their own names. x is (B, ...), t is (B,), or a scalar if the graph's t has
-    no axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
+    All other inputs are conditions under their own names. A nested condition is an input per leaf:
+    cond={"added": {"pooled": p}} feeds "added.pooled". x is (B, ...), t is (B,), or a scalar if the graph's t has no
+    axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
 
     A returned array is overwritten by the fourth call after it in the same thread.
 
@@ -119,8 +121,9 @@ class OnnxModel:
 
     def __call__(self, x: np.ndarray, t: np.ndarray, **cond: Any) -> np.ndarray:
         """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
-        if cond.keys() != self.cond.keys():
-            raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(cond)}")
+        given = _by_name(cond)
+        if given.keys() != self.cond.keys():
+            raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(given)}")
         work = self._work(x.shape)
         time = np.asarray(t)
         if self.t.dtype.kind == "i" and np.any(time != np.rint(time)):
@@ -132,7 +135,7 @@ class OnnxModel:
         work.bind(self.t, time if self.t.shape else time[0])
         work.bind(self.x, x)
         for name, port in self.cond.items():
-            work.bind(port, cond[name])
+            work.bind(port, given[name])
         return work.run()
 
     def _work(self, shape: tuple[int, ...]) -> _Work:
@@ -172,6 +175,15 @@ class _Work:
         return out
 
 
+def _dotted(path: Keys) -> str:
+    return ".".join(map(str, path))
+
+
+def _by_name(cond: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a condition by their names in a graph."""
+    return {_dotted(path): value for path, value in leaves(cond)}
+
+
 def _named(what: str, asked: str | None, names: Sequence[str], default: int) -> str:
     if asked is None:
         return names[default]
@@ -191,22 +203,35 @@ def export_onnx(
     """Write a torch module, module(x, t, **cond) -> raw, as an ONNX file with a free batch axis.
 
     x     (B, ...) an example of the sample
-    cond  examples of the conditions, in the order of the module's arguments after t
+    cond  examples of the conditions by the names of the module's arguments; a nested one ({"added": {"pooled": p}})
+          becomes inputs of its leaves ("added.pooled")
 
     Uses torch's TorchScript exporter, which needs no further package. The file is written atomically.
     """
     import torch
 
-    cond = dict(cond or {})
-    t = torch.zeros(len(x), dtype=x.dtype)
-    names = ["x", "t", *cond]
+    given = _by_name(cond or {})
+    t = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+    names = ["x", "t", *given]
+
+    class Flat(torch.nn.Module):
+        """The module with the leaves of its conditions as arguments."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> Any:
+            own = dict(zip(given, values, strict=True))
+            return self.module(x, t, **mapped(lambda path, _: own[_dotted(path)], dict(cond or {}), path=()))
+
     target = Path(path)
     with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".onnx", delete=False) as file:
         made = Path(file.name)
     try:
         torch.onnx.export(
-            module,
-            (x, t, *cond.values()),
+            Flat().train(module.training),
+            (x, t, *given.values()),
             str(made),
             input_names=names,
             output_names=["raw"],

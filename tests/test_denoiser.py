@@ -17,6 +17,7 @@ from oracles.rows import run_plan
 
 import fewstep as fs
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.self_check import check_sources
 from fewstep.solvers.plans.stages import Stage
 
 SHAPE = (3, 5)
@@ -377,7 +378,7 @@ class Loose(Plan):
     """A plan that need not keep the marginals."""
 
     def __post_init__(self) -> None:
-        self._check_sources()
+        check_sources(self)
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])

@@ -195,6 +195,35 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, that it has another exporter
+def test_a_nested_condition_is_inputs_of_its_leaves(tmp_path):
+    torch = pytest.importorskip("torch")
+    from fewstep.bindings.onnx import export_onnx
+
+    class Net(torch.nn.Module):
+        def forward(self, x, t, added):
+            return expression(x, t, added)
+
+    def expression(x, t, added):
+        return 0.1 * x + added["pooled"] + 2.0 * added["ids"][0] + t[:, None] / 1024.0
+
+    def cond(seed):
+        g = np.random.default_rng(seed)
+        pooled, ids = (g.standard_normal((4, 3)).astype(np.float32) for _ in range(2))
+        return {"added": {"pooled": pooled, "ids": [ids]}}
+
+    example = {"added": {"pooled": torch.zeros(2, 3), "ids": [torch.ones(2, 3)]}}
+    export_onnx(Net(), tmp_path / "net.onnx", torch.zeros(2, 3), example)
+    model = OnnxModel(tmp_path / "net.onnx")
+    assert sorted(model.cond) == ["added.ids.0", "added.pooled"]
+    options = {"steps": 4, "cond": (cond(1), cond(2))}
+    got = fs.sample(fs.Denoiser(model, VP, guidance=2.0), latent(), **options)
+    want = fs.sample(fs.Denoiser(expression, VP, guidance=2.0), latent(), **options)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-3)
+    with pytest.raises(ValueError, match=r"the conditions \['added.ids.0', 'added.pooled'\], got \['added.pooled'\]"):
+        model(latent(), np.zeros(4), added={"pooled": latent()})
+
+
 def test_export_leaves_one_whole_file(digits):
     assert [p.name for p in digits.parent.iterdir()] == ["digits.onnx"]
     onnx.checker.check_model(str(digits))

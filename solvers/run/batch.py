@@ -15,7 +15,8 @@ from fewstep.kernels import layout, philox
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
-from fewstep.solvers.run.denoising import Call, Cond, Condition, DenoiserLike, call_at, network_inputs
+from fewstep.solvers.run.conditions import check_arrays, mapped
+from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, network_inputs
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
@@ -65,6 +66,7 @@ class Batch:
         self.functions = functions_of(backend)(denoiser, self.inside, dtype, shape)
         self.model_dtype = denoiser.model_dtype(dtype)
         self._conditions = denoiser.conditions(cond)
+        check_arrays(self._conditions, frame, self.size)
         self._bound: dict[tuple[int, ...], Call] = {}
         self._call(range(self.size))  # bad conditions raise before any work
 
@@ -137,14 +139,12 @@ class Batch:
         key = tuple(samples)
         if key not in self._bound:
             self._bound.clear()  # samples only leave: an earlier subset is never needed again
-            chosen: list[Cond] = [{k: self._of(v, key) for k, v in cond.items()} for cond in self._conditions]
-            self._bound[key] = self.denoiser.bind(self.frame, len(key), chosen)
-        return self._bound[key]
 
-    def _of(self, value: Array, samples: tuple[int, ...]) -> Array:
-        """The rows of `samples` in a condition; values that are not arrays by sample are returned unchanged."""
-        by_sample = self.frame.is_array(value) and value.ndim > 0 and len(value) == self.size > 1
-        return self.take(value, samples) if by_sample else value
+            def of_samples(value: Array) -> Array:
+                return self.take(value, key) if self.frame.is_array(value) and len(value) > 1 else value
+
+            self._bound[key] = self.denoiser.bind(self.frame, len(key), mapped(of_samples, self._conditions))
+        return self._bound[key]
 
     # --- maps ---
 

@@ -14,13 +14,14 @@ import copy
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from fewstep.solvers.run.arrays import Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.conditions import mapped
 
 if TYPE_CHECKING:
     from fewstep.solvers.run.denoising import DenoiserLike
@@ -70,9 +71,7 @@ class Library:
 
     def take_all(self, cond: Any) -> Any:
         """`take` for every array in a condition, or in a sequence of conditions."""
-        if isinstance(cond, Mapping):
-            return {key: self.take(value) for key, value in cond.items()}
-        return [self.take_all(one) for one in cond] if isinstance(cond, (tuple, list)) else cond
+        return mapped(self.take, cond)
 
 
 class InLibrary:
@@ -96,7 +95,7 @@ class InLibrary:
 
     def __call__(self, x: Array, t: Array, **cond: Array) -> Array:
         give = self.library.give
-        return self.library.take(self.model(give(x), give(t), **{key: give(value) for key, value in cond.items()}))
+        return self.library.take(self.model(give(x), give(t), **mapped(give, cond)))
 
 
 def library_of(array: Array) -> Library | None:
@@ -211,7 +210,7 @@ def _callback_to(library: Library, callback: object) -> object:
         return callback
 
     def callback_in_library(info: Any) -> object:
-        if isinstance(info, tuple):  # the `AttemptInfo` of adaptive sampling, else a `StepInfo`
+        if hasattr(info, "_replace"):  # the `AttemptInfo` of adaptive sampling, else a `StepInfo`
             return callback(info._replace(x=library.give(info.x)))
         return callback(dataclasses.replace(info, x=library.give(info.x), x0=library.give(info.x0)))
 

@@ -15,11 +15,12 @@ import functools
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
+from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.denoising import Cond, Condition
 from fewstep.solvers.run.gpu import TritonRun
 
@@ -149,25 +150,24 @@ class Graphs:
         """Copy the conditions to static memory, allocated for a new structure and else overwritten."""
         given = self.run.job.denoiser.conditions(cond)
         frame = self.run.frame
+        found = [(j, path, leaf) for j, branch in enumerate(given) for path, leaf in leaves(branch)]
+        for _, path, leaf in found:
+            if not (frame.is_array(leaf) or isinstance(leaf, Hashable)):
+                raise CaptureError(
+                    f"{name_of(path)} is neither a tensor nor a hashable value, and a graph would fix it: pass "
+                    "tensors, or use graph='off'"
+                )
         self._structure = tuple(
             (j, path, tensor_key(leaf, frame) if frame.is_array(leaf) else (type(leaf), leaf))
-            for j, branch in enumerate(given)
-            for path, leaf in leaves(branch)
+            for j, path, leaf in found
         )
-        try:
-            known = self._structure in self._conditions
-        except TypeError:
-            raise CaptureError(
-                "a condition is neither a tensor nor a hashable value, and a graph would fix it: pass tensors, or use "
-                "graph='off'"
-            ) from None
-        if known:
+        if self._structure in self._conditions:
             for old, new in zip(self._conditions[self._structure], given, strict=True):
                 for (_, to), (_, value) in zip(leaves(old), leaves(new), strict=True):
                     if frame.is_array(to):
                         to.copy_(value)
         else:
-            self._conditions[self._structure] = [copied(branch, frame) for branch in given]
+            self._conditions[self._structure] = mapped(lambda v: v.detach().clone() if frame.is_array(v) else v, given)
         self._conditions.move_to_end(self._structure)
         while len(self._conditions) > LIMIT:
             old_structure, _ = self._conditions.popitem(last=False)
@@ -177,27 +177,6 @@ class Graphs:
 
 def tensor_key(tensor: Array, frame: Frame) -> Hashable:
     return tuple(tensor.shape), frame.dtype_of(tensor), frame.device_of(tensor)
-
-
-def leaves(value: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The values in nested mappings and sequences, each with its path."""
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            yield from leaves(value[key], f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{path}[{i}]")
-    else:
-        yield path, value
-
-
-def copied(value: Any, frame: Frame) -> Any:
-    """A copy of nested mappings and sequences, with every tensor cloned."""
-    if isinstance(value, Mapping):
-        return {key: copied(item, frame) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copied(item, frame) for item in value)
-    return value.detach().clone() if frame.is_array(value) else value
 
 
 def culprit(error: BaseException) -> str:

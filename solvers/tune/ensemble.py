@@ -26,6 +26,7 @@ from fewstep.solvers.run.arrays import Array as ModelArray
 from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
+from fewstep.solvers.run.conditions import spread
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -102,14 +103,7 @@ def spread_conditions(
     denoiser: DenoiserLike, frame: Frame, cond: Condition, samples: Iterable[int]
 ) -> list[dict[str, Any]]:
     """The condition of each branch for the given samples: sample i takes entry i mod L of an array of length L."""
-    index = list(samples)
-
-    def own(value: ModelArray) -> ModelArray:
-        if not frame.is_array(value) or value.ndim == 0 or len(value) == 1:
-            return value
-        return value[[i % len(value) for i in index]]
-
-    return [{name: own(value) for name, value in one.items()} for one in denoiser.conditions(cond)]
+    return spread(denoiser.conditions(cond), frame, list(samples))
 
 
 class Ensemble:

@@ -21,6 +21,7 @@ from fewstep.solvers.plans.stages import PREDICTION
 from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
+from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
@@ -88,39 +89,53 @@ def digest(*parts: object) -> str:
 # --- conditions of the probes in a plan file ---
 
 
+class _NotKeptError(ValueError):
+    """The condition has a leaf that JSON cannot hold."""
+
+
 def keep_conditions(denoiser: DenoiserLike, frame: Frame, cond: Condition) -> list[dict[str, Any]] | None:
     """The condition of the probes as JSON types; None if it is too large, or not made of numbers and text."""
-    kept, count = [], 0
-    for one in spread_conditions(denoiser, frame, cond, range(_SAMPLES)):
-        own: dict[str, Any] = {}
-        for name, value in one.items():
-            if frame.is_array(value):
-                dtype = frame.dtype_of(value)
-                if dtype.removeprefix("u").rstrip("0123456789") not in ("int", "float", "bool"):
-                    return None
-                values = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-                count += values.size
-                own[name] = {"dtype": dtype, "values": values.tolist()}
-            elif value is None or isinstance(value, (str, int, float, bool)):
-                own[name] = value
-            else:
-                return None
-        kept.append(own)
-    return kept if count <= _KEPT else None
+    given = spread_conditions(denoiser, frame, cond, range(_SAMPLES))
+    if sum(frame.to_numpy(leaf).size for _, leaf in leaves(given) if frame.is_array(leaf)) > _KEPT:
+        return None
+    try:
+        return [{name: _as_json(value, frame) for name, value in one.items()} for one in given]
+    except _NotKeptError:
+        return None
+
+
+def _as_json(value: Any, frame: Frame) -> Any:
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"mapping": {key: _as_json(item, frame) for key, item in value.items()}}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_as_json(item, frame) for item in value]}
+    if frame.is_array(value):
+        dtype = frame.dtype_of(value)
+        if dtype.removeprefix("u").rstrip("0123456789") in ("int", "float", "bool"):
+            values = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+            return {"dtype": dtype, "values": values.tolist()}
+    elif value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise _NotKeptError
 
 
 def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dict[str, Any]]:
     """The inverse of `keep_conditions`, in arrays of the model's library."""
 
-    def array(value: object) -> object:
+    def value_of(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
+        if "mapping" in value:
+            return {key: value_of(item) for key, item in value["mapping"].items()}
+        if "dtype" not in value:
+            kind, items = next(iter(value.items()))
+            return {"list": list, "tuple": tuple}[kind](map(value_of, items))
         values = np.array(value["values"], dtype=value["dtype"])
         if isinstance(frame, TorchFrame):
             return frame.torch.from_numpy(values).to(frame.device)
         return values
 
-    return [{name: array(value) for name, value in one.items()} for one in kept]
+    return [{name: value_of(value) for name, value in one.items()} for one in kept]
 
 
 def check_plan(

@@ -32,6 +32,7 @@ from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Device
 from fewstep.solvers.run.arrays import Array as ModelArray
 from fewstep.solvers.run.checks import check_shape
+from fewstep.solvers.run.conditions import leaves, name_of
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -222,7 +223,7 @@ def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
     """The conditions as values whose repr identifies them, for `digest`."""
     frame = ensemble.frame
     return [
-        {name: frame.to_numpy(v).tolist() if frame.is_array(v) else repr(v) for name, v in one.items()}
+        {name_of(path): frame.to_numpy(v).tolist() if frame.is_array(v) else repr(v) for path, v in leaves(one)}
         for one in ensemble.denoiser.conditions(cond)
     ]
 

@@ -238,6 +238,30 @@ def test_a_prepared_plan_is_one_copy_away(cuda: FakeCuda) -> None:
     assert cuda.log.count("record") == 1
 
 
+def test_nested_conditions_are_copied_as_deep_as_they_go(cuda: FakeCuda) -> None:
+    class Nested(Net):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, added: Any = None) -> torch.Tensor:
+            return super().forward(x, t, added["shift"][0] * added["scale"])
+
+    def nested(a: float, scale: float) -> list[dict[str, Any]]:
+        return [{"added": {"shift": (torch.tensor([s * a, a]),), "scale": scale}} for s in (0.0, -1.0)]
+
+    def made(backend: str, graph: str) -> fs.Sampler:
+        return sampler(Nested(), plan(), graph, 2.0, backend)
+
+    recorded, want = made("triton", "loop"), made("naive", "auto")
+    for a, scale in ((0.3, 1.0), (0.7, 1.0), (0.7, 2.0), (0.1, 1.0)):
+        assert torch.equal(recorded(seed=1, cond=nested(a, scale)), want(seed=1, cond=nested(a, scale)))
+    assert cuda.log.count("record") == 2  # one for each plain value
+    cond = nested(0.3, 1.0)
+    for one in cond:
+        one["added"]["scale"] = {1.0}
+    with pytest.raises(
+        graph_module.CaptureError, match=r"cond\['added'\]\['scale'\] is neither a tensor nor a plain value"
+    ):
+        recorded(seed=1, cond=cond)
+
+
 def test_a_condition_of_another_kind_is_checked_again(cuda: FakeCuda) -> None:
     made = sampler(Net(), plan(), "loop", guidance=2.0)
     cond = conditions(0.1, 0.5)
