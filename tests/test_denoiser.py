@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 import torch
 from oracles.rows import run_plan
+from test_program import Loose
 
 import fewstep as fs
-from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.self_check import check_sources
 from fewstep.solvers.plans.stages import Stage
 
 SHAPE = (3, 5)
@@ -372,13 +371,6 @@ def test_clipping_acts_on_the_guided_prediction(clip: Any, backend: str) -> None
     denoiser = fs.Denoiser(Recorder(), VP, guidance=3.0, clip=clip)
     y = sample(denoiser, ({"c": NULL}, {"c": LABELS}), backend=backend)
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-11)
-
-
-class Loose(Plan):
-    """A plan that need not keep the marginals."""
-
-    def __post_init__(self) -> None:
-        check_sources(self)
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])

@@ -98,7 +98,7 @@ def test_a_consistency_denoiser_samples_as_algorithm_1() -> None:
 
 
 def test_boundaries_refuse_what_they_cannot_hold() -> None:
-    with pytest.raises(ValueError, match="predicts='epsilon' under a ConsistencyBoundary"):
+    with pytest.raises(ValueError, match="predicts='epsilon' does not fit a ConsistencyBoundary"):
         ConsistencyDenoiser(noisy_net, EDM, "epsilon")
     with pytest.raises(TypeError, match="boundary must be"):
         ConsistencyDenoiser(noisy_net, EDM, boundary="lcm")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fewstep.kernels import naive, numba_reduce
@@ -58,6 +58,7 @@ def test_guidance_rescale_is_diffusers(
     """p's raw columns times the factor, applied to the raws, is the rescaled guided output."""
     null, text = draw(seed, 2, batch, n, dtype)
     cfg = null.double() + scale * (text.double() - null.double())
+    assume(bool((cfg.std(1) > 1e-4 * cfg.abs().amax(1)).all()))  # diffusers' factor of a constant is infinite
     want = rescale_noise_cfg(cfg, text.double(), phi).numpy()
     weights = [1.0 - scale, scale]
     p = np.array([[7.0, *weights, 0.0]])
