@@ -177,5 +177,5 @@ def column(c: Array, like: Array) -> Array:
 
 def as_float64(a: Array) -> np.ndarray:
     """a as (B, elements), float64, on the CPU."""
-    values = a.detach().double().cpu().numpy() if is_torch(a) else np.asarray(a, dtype=np.float64)
+    values = a.detach().cpu().double().numpy() if is_torch(a) else np.asarray(a, dtype=np.float64)
     return np.asarray(values).reshape(len(values), -1)

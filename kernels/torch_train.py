@@ -39,7 +39,7 @@ def _pseudo_huber_elsewhere(x: Tensor, y: Tensor, c: float, per_sample: bool) ->
 
 
 def _wide(t: Tensor) -> np.ndarray:
-    values: np.ndarray = t.detach().double().cpu().numpy()
+    values: np.ndarray = t.detach().cpu().double().numpy()
     return values
 
 

@@ -687,3 +687,42 @@ def test_the_fused_backend_refuses_a_latent_that_requires_grad() -> None:
         sampler(x, seed=0)
     with torch.no_grad():
         assert same(sampler(x, seed=0), sampler(x.detach(), seed=0))
+
+
+class NoDoubles(torch.overrides.TorchFunctionMode):
+    """A device without float64, such as MPS: a tensor may be widened only once it is on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_host: list[torch.Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name == "double" and not any(args[0] is tensor for tensor in self.on_host):
+            raise TypeError("this device has no float64")
+        out = func(*args, **(kwargs or {}))
+        if name == "cpu":
+            self.on_host.append(out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip": 1.0},
+        {"guidance": fs.CFG(3.0, rescale=0.7)},
+        {"clip": fs.DynamicThreshold(0.9, 2.0)},
+    ],
+    ids=["plain", "clip", "rescale", "threshold"],
+)
+def test_the_naive_backend_asks_no_device_for_float64(options: dict[str, Any]) -> None:
+    denoiser = fs.Denoiser(lambda x, t: torch.tanh(x), VP, **options)
+    cond = ({}, {}) if "guidance" in options else None
+    sampler = fs.Sampler(denoiser, fs.plan("dpmpp_2m", fs.grid(VP, 3)), (2, 4), backend="naive", device="cpu")
+    want = sampler(seed=0, cond=cond)
+    with NoDoubles():
+        found = sampler(seed=0, cond=cond)
+        adaptive = fs.sample_adaptive(denoiser, shape=(2, 4), seed=0, cond=cond, backend="naive", device="cpu")
+    assert torch.equal(found, want)
+    assert adaptive.x.isfinite().all()

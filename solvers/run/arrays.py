@@ -180,7 +180,7 @@ class TorchFrame:
         return self.torch.from_numpy(array)
 
     def to_numpy(self, array: Array) -> np.ndarray:
-        return np.array(array.detach().double().cpu().numpy())
+        return np.array(array.detach().cpu().double().numpy())
 
     def detached(self, array: Array) -> Array:
         return array.detach()
