@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classifier import guided_and_exact
 from torch.autograd import forward_ad
 
 import fewstep as fs
@@ -271,3 +272,9 @@ def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
 
     with pytest.raises(MemoryError, match="in the pool"):
         numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_classifier_guidance_is_the_sampler_of_the_posterior(backend: str) -> None:
+    found, exact = guided_and_exact(backend)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)

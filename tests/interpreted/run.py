@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classifier import guided_and_exact
 
 import fewstep as fs
 from fewstep.kernels import triton_step
@@ -125,3 +126,8 @@ def test_a_float64_state_is_refused() -> None:
         fs.Sampler(fs.Denoiser(net, VP), plan, SHAPE, backend="triton", device="cpu", dtype="float64")
     with pytest.raises(ValueError, match="takes models of 16 or 32 bits, this one is float64"):
         fs.Sampler(fs.Denoiser(net, VP, dtype="float64"), plan, SHAPE, backend="triton", device="cpu")
+
+
+def test_classifier_guidance_is_the_sampler_of_the_posterior() -> None:
+    found, exact = guided_and_exact("triton")
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
