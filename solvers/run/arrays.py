@@ -74,6 +74,9 @@ class Frame(Protocol):
 
     def concatenate(self, arrays: Sequence[Array]) -> Array: ...
 
+    def repeat(self, array: Array, n: int) -> Array:
+        """An array (1, ...) as (n, ...)."""
+
     def is_array(self, value: Any) -> bool: ...
 
     def device_of(self, array: Array) -> str: ...
@@ -111,6 +114,9 @@ class NumpyFrame:
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays)
+
+    def repeat(self, array: Array, n: int) -> Array:
+        return np.repeat(array, n, axis=0)
 
     def is_array(self, value: Any) -> bool:
         return isinstance(value, np.ndarray)
@@ -181,6 +187,9 @@ class TorchFrame:
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return self.torch.cat(list(arrays))
+
+    def repeat(self, array: Array, n: int) -> Array:
+        return array.expand(n, *array.shape[1:])
 
     def is_array(self, value: Any) -> bool:
         return isinstance(value, self.torch.Tensor)
