@@ -46,7 +46,7 @@ def test_the_same_image(name: str) -> None:
 
 
 def test_one_scheduler_in_two_threads() -> None:
-    """Each call has the image that it has alone; the state is the thread's, not the object's."""
+    """Each call has the image that it has alone; a run is the thread's, not the object's."""
     make, arguments = CASES["StableDiffusion UniPC"]
     first, second = make(), make()
     fs.accelerate(first)
