@@ -149,7 +149,7 @@ class TorchFrame:
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
     def array(self, values: Any, dtype: str) -> Array:
-        host = self.torch.tensor(values, dtype=getattr(self.torch, dtype))
+        host = self.torch.tensor(values, dtype=getattr(self.torch, dtype), device="cpu")
         if not self.device.startswith("cuda"):
             return host.to(self.device)
         # From pinned memory the copy waits for nothing; the allocator keeps the memory until it has left.
