@@ -321,7 +321,7 @@ class Denoiser:
             if branches not in together:
                 together[branches] = stacked([conds[j] for j in branches], frame, batch)
             raw = model(x_in, t, **together[branches])
-            if not frame.is_array(raw) or len(raw) != len(branches) * batch:
+            if not frame.is_array(raw) or raw.shape[0] != len(branches) * batch:
                 found = f"shape {tuple(raw.shape)}" if frame.is_array(raw) else f"{type(raw).__name__}"
                 raise ValueError(
                     f"the model returned {found} for a batch of {len(branches)} branches of {batch}: model(x, t) "

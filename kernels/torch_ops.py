@@ -268,7 +268,7 @@ def _gain(kept: Sequence[Tensor], p: Tensor, limit: Tensor, has_x: bool) -> Tens
     shape = (-1, *[1] * (kept[-1].ndim - 1))
     m = sum(
         (p[:, 1 + j].reshape(shape) * raw.to(p.dtype) for j, raw in enumerate(raws)),
-        p[:, 0].reshape(shape) * x if x is not None else torch.zeros((), dtype=p.dtype),
+        p[:, 0].reshape(shape) * x if x is not None else torch.zeros((), dtype=p.dtype, device=p.device),
     )
     bound, gain = limit[:, 0].reshape(shape), limit[:, 1].reshape(shape)
     return torch.where(m.abs() <= bound, gain, torch.zeros_like(gain))

@@ -61,8 +61,8 @@ def _pseudo_huber(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Ten
 def _pseudo_huber_on_cpu(x: Tensor, y: Tensor, c: float, per_sample: bool) -> tuple[Tensor, Tensor]:
     from fewstep.kernels import numba_train  # here, so that a GPU does not need Numba
 
-    loss = torch.empty(len(x), dtype=torch.float64)
-    grad = torch.empty(x.shape, dtype=x.dtype)
+    loss = torch.empty(len(x), dtype=torch.float64, device="cpu")
+    grad = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     # Outside this range c^2 overflows or underflows float32.
     terms = _scratch(x, wide=x.dtype == torch.float64 or not 1e-15 < c < 1e15)
     numba_train.pseudo_huber(_rows(x), _rows(y), terms.dtype.type(c), per_sample, terms, loss.numpy(), _rows(grad))
@@ -164,8 +164,8 @@ def _score_difference(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tup
 def _score_difference_on_cpu(x: Tensor, real: Tensor, own: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     from fewstep.kernels import numba_train  # here, so that a GPU does not need Numba
 
-    loss = torch.empty(len(x), dtype=torch.float64)
-    gradient = torch.empty(real.shape, dtype=real.dtype)
+    loss = torch.empty(len(x), dtype=torch.float64, device="cpu")
+    gradient = torch.empty(real.shape, dtype=real.dtype, device="cpu")
     terms = _scratch(x, wide=real.dtype == torch.float64)
     numba_train.score_difference(_rows(x), _rows(real), _rows(own), floor, terms, loss.numpy(), _rows(gradient))
     return loss.to(real.dtype), gradient

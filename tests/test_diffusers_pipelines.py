@@ -46,7 +46,7 @@ def test_the_same_image(name: str) -> None:
 
 
 def test_one_scheduler_in_two_threads() -> None:
-    """Each concurrent call gives the image that it gives alone: the state belongs to the thread, not the object."""
+    """Each concurrent call gives the image that it gives alone: a run belongs to the thread, not to the object."""
     make, arguments = CASES["StableDiffusion UniPC"]
     first, second = make(), make()
     fs.accelerate(first)

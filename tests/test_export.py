@@ -136,6 +136,71 @@ def test_path_is_checked_before_the_work(tmp_path):
         compile_loop(loop, latent(), tmp_path / "loop.so")
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize(("solver", "guidance"), [("dpmpp_2m", None), ("dpmpp_2m_sde", 2.0)])
+def test_the_batch_is_free_between_the_bounds(solver, guidance):
+    """With nested conditions, for each sample or for all of them."""
+
+    class Nested(Net):
+        def forward(self, x, t, added):
+            return super().forward(x, t, added["shift"]) + added["more"][0]
+
+    def inputs(n):
+        g = torch.Generator().manual_seed(n)
+        x, shift, noise = (torch.randn(*s, generator=g) for s in ((n, 1, 8, 8), (n,), (len(loop.draws), n, 1, 8, 8)))
+        conds = [{"added": {"shift": k * shift, "more": [torch.full((1, 1, 1, 1), 0.1 * k)]}} for k in (0.0, 1.0)]
+        return x, {"cond": conds if guidance else conds[1]} | ({"noise": noise} if loop.draws else {})
+
+    loop = SamplerModule(fs.Denoiser(Nested(), VP, "v", guidance=guidance), fs.plan(solver, fs.grid(VP, 2)))
+    x, own = inputs(3)
+    run = export_loop(loop, x, own["cond"], batch=(1, 8)).module()
+    with torch.no_grad():
+        for n in (1, 2, 7, 8):
+            x, own = inputs(n)
+            torch.testing.assert_close(run(x, **own), loop(x, **own), rtol=1e-5, atol=1e-5)
+        for bad in (inputs(9)[0], x[:, :, :4], x[:, :, :, :4].contiguous(), x.double()):
+            with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|dtype mismatch"):
+                run(bad, **inputs(9 if len(bad) == 9 else 8)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_fixed_batch_is_held_to():
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2)))
+    run = export_loop(loop, latent(4)).module()
+    for n in (2, 7):
+        with pytest.raises(AssertionError, match=r"Guard failed: x.size\(\)\[0\] == 4"):
+            run(latent(n))
+    with pytest.raises(ValueError, match=r"batch must be \(smallest, largest\).*got \(0, 3\)"):
+        export_loop(loop, latent(), batch=(0, 3))
+    with pytest.raises(ValueError, match="batch= needs an example x of two samples or more"):
+        export_loop(loop, latent(1), batch=(1, 8))
+    fixed = fs.Denoiser(lambda x, t: x.reshape(len(x), 1, 8, 8), VP, "v")
+    with pytest.raises(ValueError, match=r"for a batch of 1 to 8.*the network's code fixes the batch, by len\(x\)"):
+        export_loop(SamplerModule(fixed, fs.plan("ddim", fs.grid(VP, 2))), latent(), batch=(1, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler (g++)")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
+@pytest.mark.parametrize("batch", [None, (1, 8)])
+def test_a_compiled_loop_checks_its_inputs(batch, tmp_path, monkeypatch):
+    """A smaller batch would be read past its end, a larger one cut."""
+    monkeypatch.delenv("AOTI_RUNTIME_CHECK_INPUTS", raising=False)
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("dpmpp_2m", fs.grid(VP, 2)))
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    run = torch._inductor.aoti_load_package(
+        str(compile_loop(loop, latent(4), tmp_path / "loop.pt2", batch=batch, options=quick))
+    )
+    with torch.no_grad():
+        for n in (1, 2, 4, 7, 8) if batch else (4,):
+            torch.testing.assert_close(run(latent(n)), loop(latent(n)), rtol=1e-5, atol=1e-5)
+        wide = torch.zeros(4, 1, 8, 16)
+        wrong = (latent(9), latent(4).double(), wide, wide[..., ::2], torch.zeros(4, 2, 8, 8), torch.zeros(4, 1, 4, 4))
+        for bad in wrong if batch else (latent(1), latent(2), latent(7), *wrong):
+            with pytest.raises(RuntimeError, match=r"unmatched|too large"):
+                run(bad)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler (g++)")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself

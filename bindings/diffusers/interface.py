@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         lower_order_nums: int
         noise_sampler: Callable[..., Tensor] | None
         noise_sampler_seed: int | list[int] | None
+        _shared: Any  # of a twin
         _step_index: int
         _internal_dict: dict[str, Any]
 

@@ -147,13 +147,16 @@ def _twin(scheduler: Scheduler, corrected: bool) -> Scheduler:
 
 def _moved(scheduler: Scheduler, cls: type[Scheduler], options: dict[str, bool]) -> Scheduler:
     """A scheduler of another class with this one's attributes; to or from a corrected one, only its configuration."""
-    from fewstep.bindings.diffusers.scheduler import parent_attributes
+    from fewstep.bindings.diffusers.scheduler import adopt, parent_attributes
 
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k != "corrected"}, **options)
     if not options and not getattr(scheduler, "corrected", False):
-        made.__dict__.update({k: v for k, v in parent_attributes(scheduler.__dict__).items() if k != "_internal_dict"})
+        own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k != "_internal_dict"}
         vars(made.config).update(vars(scheduler.config))
-        if not _is_twin(made):
+        if _is_twin(made):
+            adopt(made, {**made.__dict__, **own})
+        else:
+            made.__dict__.update(own)
             made.__dict__.pop("corrected", None)
     return made
 

@@ -13,7 +13,8 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep
-from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, unshared
-from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition
+from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
+from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 
 Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
@@ -55,29 +56,130 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
 # The attribute that holds a twin's own bookkeeping.
 CURSOR = "_cursor"
 
+# Schedules and probes are made on the CPU, as without `torch.set_default_device`.
+HOST = torch.device("cpu")
+
 # torch leaves it untyped.
 _disable: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 
 
 class PerThread(threading.local):
-    """An object with separate attributes in each thread, initially a copy of those of the thread that made it."""
+    """A scheduler whose settings are the object's and whose runs are the threads'.
 
-    __slots__ = ("_origin",)  # unlike attributes, slots are shared by the threads
+    Attributes written from outside (by the caller, a pipeline, `set_timesteps`) are settings: they act at once on this
+    thread and on every thread that is between two runs, and on the others at their next `set_timesteps`. What `step`
+    writes belongs to the run of its thread, which begins with `set_timesteps` or a first step and ends with the last
+    timestep.
+    """
+
+    __slots__ = ("_shared",)  # unlike attributes, slots are shared by the threads
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        origin: dict[str, Any] | None = getattr(self, "_origin", None)
-        if origin is None:
+        shared: Shared | None = getattr(self, "_shared", None)
+        if shared is None:
             self._begin(*args, **kwargs)
-            self._origin = self.__dict__
+            self._shared = Shared(self.__dict__)
         else:
-            self.__dict__.update(parent_attributes(origin))
+            shared.join(self.__dict__)
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
 
 
+class _Thread:
+    """Lives as long as its thread does."""
+
+
+class Shared:
+    """The settings of one scheduler object, without tensors of its memory, and the attributes that each thread sees.
+
+    version   counts the changes of the settings
+    finished  the attributes of the thread that ended a run last: the only one between two runs that keeps its memory
+    """
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        self.lock = threading.RLock()
+        self.here = threading.local()
+        self.threads: weakref.WeakKeyDictionary[_Thread, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self.version = 0
+        self.finished: dict[str, Any] | None = None
+        self.new = attributes[CURSOR].new
+        self.adopt(attributes)
+
+    def adopt(self, attributes: dict[str, Any]) -> None:
+        """Take the settings from the attributes of this thread."""
+        with self.lock:
+            cursor: Cursor = attributes.setdefault(CURSOR, Cursor(self.new))
+            self.settings = unshared({name: value for name, value in attributes.items() if name != CURSOR})
+            for place in places(self.settings):
+                put(self.settings, place, None)
+            self.fresh = cursor.fresh
+            self.version += 1
+            cursor.version = self.version
+            self._register(attributes)
+            self._spread()
+
+    def join(self, attributes: dict[str, Any]) -> None:
+        """Give a new thread its attributes."""
+        with self.lock:
+            self._sync(attributes)
+            self._register(attributes)
+
+    def change(self, attributes: dict[str, Any], name: str, value: object) -> None:
+        """Take a setting that this thread has written."""
+        if places({name: value}):
+            return  # memory of this thread's run
+        with self.lock:
+            cursor: Cursor = attributes[CURSOR]
+            known = cursor.version == self.version
+            self.settings[name] = list(value) if isinstance(value, list) else value
+            self.fresh = self.fresh and name == "_begin_index"
+            self.version += 1
+            cursor.version = self.version if known else cursor.version
+            self._spread()
+
+    def begin(self, attributes: dict[str, Any], *, anew: bool = False) -> Cursor:
+        """This thread is in a run from now on. anew: in a new one, on the settings as they are now."""
+        with self.lock:
+            if anew and attributes[CURSOR].version != self.version:
+                self._sync(attributes)
+            cursor: Cursor = attributes[CURSOR]
+            cursor.live = True
+            return cursor
+
+    def end(self, attributes: dict[str, Any]) -> None:
+        """This thread's run is over."""
+        with self.lock:
+            cursor: Cursor = attributes[CURSOR]
+            cursor.live = False
+            last, self.finished = self.finished, attributes
+            if last is not None and last is not attributes and not last[CURSOR].live:
+                self._sync(last)  # drops its memory
+            if cursor.version != self.version:
+                self._sync(attributes)
+
+    def _register(self, attributes: dict[str, Any]) -> None:
+        if not hasattr(self.here, "thread"):
+            self.here.thread = _Thread()
+        self.threads[self.here.thread] = attributes
+
+    def _spread(self) -> None:
+        for attributes in list(self.threads.values()):
+            cursor: Cursor = attributes[CURSOR]
+            if not cursor.live and cursor.version != self.version:
+                self._sync(attributes)
+
+    def _sync(self, attributes: dict[str, Any]) -> None:
+        # Never empty on the way: its thread may be reading it.
+        cursor = Cursor(self.new)
+        cursor.fresh, cursor.version = self.fresh, self.version
+        attributes.update(unshared(self.settings), **{CURSOR: cursor})
+        for name in attributes.keys() - self.settings.keys() - {CURSOR}:
+            del attributes[name]
+
+
 def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A twin's attributes without its own bookkeeping, copied for another owner."""
+    """A twin's attributes without its own bookkeeping, copied for another object."""
     own = {name: value for name, value in unshared(values).items() if name != CURSOR}
     if "_internal_dict" in own:  # some schedulers write into it
         own["_internal_dict"] = copy.copy(own["_internal_dict"])
@@ -85,20 +187,26 @@ def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Cursor:
-    """The current state of a scheduler, valid until one of its attributes is written.
+    """The current state of a scheduler in one thread, valid until one of its attributes is written.
 
-    memory  the tensors that the scheduler remembers, all of one shape
-    fresh   whether nothing has happened since the schedule was set
-    new     a new scheduler's values of the leftovers
+    memory   the tensors that the scheduler remembers, all of one shape
+    fresh    whether nothing has happened since the schedule was set
+    new      a new scheduler's values of the leftovers
+    live     whether the thread is in a run
+    inside   whether it is in the scheduler's own code, whose writes are no settings
+    version  of the settings that the thread has
     """
 
-    __slots__ = ("digests", "fresh", "memory", "new", "schedule", "shape", "state", "times")
+    __slots__ = (
+        "digests", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "times", "version",
+    )  # fmt: skip
 
-    def __init__(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> None:
+    def __init__(self, new: Mapping[str, Any]) -> None:
         self.digests = Digests()
         self.state: State | None = None
-        self.fresh = False
-        self.new = unshared({name: attributes[name] for name in _leftovers(parent) if name in attributes})
+        self.fresh = self.live = self.inside = False
+        self.version = 0
+        self.new = new
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
@@ -182,12 +290,16 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
 
     def begin(self: Any, *args: Any, corrected: bool, **kwargs: Any) -> None:
         self.corrected = corrected
-        parent.__init__(self, *args, **kwargs)
-        if corrected:
-            self.register_to_config(corrected=True)
-            if hasattr(parent, "correct"):
-                names = list(own.parameters)[1:]
-                parent.correct(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        with HOST:
+            parent.__init__(self, *args, **kwargs)
+            if corrected:
+                self.register_to_config(corrected=True)
+                if hasattr(parent, "correct"):
+                    names = list(own.parameters)[1:]
+                    parent.correct(self, {**dict(zip(names, args, strict=False)), **kwargs})
+        attributes = self.__dict__
+        new = {name: attributes[name] for name in _leftovers(parent) if name in attributes}
+        attributes[CURSOR] = Cursor(unshared(new))
 
     @functools.wraps(parent.step)
     def step(self: Any, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
@@ -199,16 +311,29 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         given = None if noise is None or z is None else (noise, z)
         done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
         if done is None:
-            done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
+            attributes, shared = self.__dict__, self._shared
+            with _inside(shared.begin(attributes)):
+                done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
+            if is_over(attributes, timestep):
+                shared.end(attributes)
         return done
 
     @functools.wraps(parent.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        if is_dynamo_compiling():
+            _disable(set_timesteps)(self, *args, **kwargs)
+            return
         attributes = self.__dict__
-        cursor = attributes.get(CURSOR) or Cursor(parent, attributes)
-        with torch.inference_mode(False):  # inference tensors do not count their in-place edits
+        if CURSOR not in attributes:  # some constructors set a schedule
             parent.set_timesteps(self, *args, **kwargs)
-        attributes[CURSOR], cursor.fresh = cursor, True
+            return
+        shared = self._shared
+        with shared.lock:  # some parents write into the configuration here, which all threads read
+            cursor = shared.begin(attributes, anew=True)
+            with _inside(cursor), torch.inference_mode(False):  # inference tensors do not count their in-place edits
+                parent.set_timesteps(self, *args, **kwargs)
+            cursor.fresh = True
+            shared.adopt(attributes)
         with contextlib.suppress(NotAffineError):  # here rather than in the first step
             cursor.locate(parent, attributes)
 
@@ -233,10 +358,13 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 return scaled
             timestep: Any = args[0] if args else kwargs.get("timestep")
             attributes, found = self.__dict__, None
+            if not attributes[CURSOR].live:
+                self._shared.begin(attributes)
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
                 found = _find(attributes, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
             if found is None or found[1].scale_dtype != sample.dtype:
-                return parent.scale_model_input(self, sample, *args, **kwargs)
+                with _inside(attributes[CURSOR]):
+                    return parent.scale_model_input(self, sample, *args, **kwargs)
             cursor, transition = found
             attributes.update(transition.changed)
             cursor.state, cursor.fresh = transition.after, False
@@ -249,16 +377,39 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
 def _set(self: PerThread, name: str, value: object) -> None:
     """Set an attribute. The write may have changed the state, which is looked up again at the next call."""
     threading.local.__setattr__(self, name, value)
-    cursor = self.__dict__.get(CURSOR)
+    attributes = self.__dict__
+    cursor = attributes.get(CURSOR)
     if cursor is not None:
         cursor.state = None
         cursor.fresh = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
+        if not cursor.inside:
+            self._shared.change(attributes, name, value)
+
+
+@contextlib.contextmanager
+def _inside(cursor: Cursor) -> Iterator[None]:
+    """The parent's own code, whose writes are no settings and which makes its tensors on the CPU."""
+    before, cursor.inside = cursor.inside, True
+    try:
+        with HOST:
+            yield
+    finally:
+        cursor.inside = before
+
+
+def adopt(scheduler: Scheduler, attributes: Mapping[str, Any]) -> None:
+    """Replace a twin's attributes, in all its threads."""
+    own = scheduler.__dict__
+    cursor = own.pop(CURSOR)
+    own.clear()
+    own.update(attributes, **{CURSOR: Cursor(cursor.new)})
+    shared: Shared = scheduler._shared
+    shared.adopt(own)
 
 
 def _rebuild(cls: type[Scheduler], attributes: dict[str, Any]) -> Scheduler:
     twin = cls()
-    twin.__dict__.clear()
-    twin.__dict__.update(attributes)
+    adopt(twin, attributes)
     return twin
 
 
@@ -279,9 +430,7 @@ def _find(
     """The cursor, and the transition that the call makes from its state; None if the call is no such transition."""
     if isinstance(timestep, Tensor) and timestep.ndim:
         return None
-    cursor = attributes.get(CURSOR)
-    if cursor is None:
-        cursor = attributes[CURSOR] = Cursor(parent, attributes)
+    cursor: Cursor = attributes[CURSOR]
     try:
         state = cursor.state
         if state is None or not cursor.is_current(attributes):
@@ -297,7 +446,8 @@ def _find(
         if not all(isinstance(value, _NUMBERS) for value in options.values()):
             return None
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
-        transition = state.probe(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
+        with HOST:
+            transition = state.probe(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
     return None if isinstance(transition, NotAffineError) else (cursor, transition)
 
 
@@ -328,6 +478,8 @@ def _fused_step(
             return None
         given = (name, z.dtype)
     attributes = self.__dict__  # read once: each read looks up this thread's own
+    if not attributes[CURSOR].live:
+        self._shared.begin(attributes)
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -343,6 +495,8 @@ def _fused_step(
         z = _draw(self, parent, transition.draw, raw, x, generator)
     rows = transition.update(x, raw, z, memory)
     cursor.advance(attributes, transition, (x, raw, z, None, *memory, *rows))
+    if transition.last:
+        self._shared.end(attributes)
     return transition.wrap(rows)
 
 
@@ -353,15 +507,16 @@ def _draw(
     if draw.interval is None:
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
-    if self.noise_sampler is None:  # made in the first step, when the sample is known
-        path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
-        levels = self.sigmas[self.sigmas > 0]
-        low, high = levels.min().item(), levels.max().item()
-        sampler = self.__dict__["noise_sampler"] = path(sample, low, high, self.noise_sampler_seed)
-        sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
-    sampler = self.noise_sampler
-    assert sampler is not None
-    return sampler(*draw.interval)
+    with HOST:
+        if self.noise_sampler is None:  # made in the first step, when the sample is known
+            path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
+            levels = self.sigmas[self.sigmas > 0]
+            low, high = levels.min().item(), levels.max().item()
+            sampler = self.__dict__["noise_sampler"] = path(sample, low, high, self.noise_sampler_seed)
+            sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
+        sampler = self.noise_sampler
+        assert sampler is not None
+        return sampler(*draw.interval)
 
 
 def _increment(tree: Callable[[float, float], Tensor], low: float, high: float, a: float, b: float) -> Tensor:

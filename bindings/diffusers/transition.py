@@ -21,7 +21,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import Size, Tensor
 
-from fewstep.bindings.diffusers.interface import Scheduler
+from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe, put
 from fewstep.bindings.diffusers.update import Update
 
@@ -60,6 +60,7 @@ class Transition:
     after    the state after the call
     sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
     changed  the attributes, other than memory, that the call changes
+    last     whether it is the last step of the schedule
     scale    the factor of scale_model_input; scale_dtype is the dtype of its result
     """
 
@@ -77,6 +78,7 @@ class Transition:
         self.update = Update(rows, found.dtypes, call, found.clip)
         self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
         self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
+        self.last = call.method == "step" and is_over(after.attributes, call.time)
         self.changed = {
             name: value
             for name, value in after.attributes.items()
@@ -102,6 +104,17 @@ class Transition:
             attributes[name] = pool[i]
         for (name, at), i in self._listed:
             attributes[name][at] = pool[i]
+
+
+def is_over(attributes: Mapping[str, Any], time: Timestep) -> bool:
+    """Whether a step at that time, which has left these attributes, was the schedule's last."""
+    times = attributes.get("timesteps")
+    if times is None or not len(times):
+        return False
+    if "_step_index" in attributes:
+        index = attributes["_step_index"]
+        return index is not None and index >= len(times)
+    return float(time) == float(times[-1])
 
 
 class _States:

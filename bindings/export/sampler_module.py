@@ -69,7 +69,7 @@ class SamplerModule(nn.Module):
         if values is None:  # a plain attribute: torch.export miscounts buffers that are None
             setattr(self, name, None)
         else:
-            self.register_buffer(name, torch.as_tensor(values, dtype=self.state), persistent=False)
+            self.register_buffer(name, torch.as_tensor(values, dtype=self.state, device="cpu"), persistent=False)
 
     def noise(self, streams: Tensor, shape: Sequence[int]) -> Tensor:
         """The draws of `streams`, (`len(self.draws)`, *shape), as forward takes them in `noise`."""

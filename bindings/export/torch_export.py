@@ -10,9 +10,12 @@ decomposed into torch operators, which the compiler can fuse with their neighbou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import unittest.mock
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,11 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.export.sampler_module import SamplerModule
+from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.functional import stage
+
+_WRITING = threading.Lock()
 
 
 def plain_stage(
@@ -44,18 +50,48 @@ def plain_stage(
     )  # fmt: skip
 
 
-def export_loop(loop: SamplerModule, x: Tensor, cond: Condition = None) -> torch.export.ExportedProgram:
+def export_loop(
+    loop: SamplerModule, x: Tensor, cond: Condition = None, *, batch: tuple[int, int] | None = None
+) -> torch.export.ExportedProgram:
     """The loop for latents like x (B, ...), in torch operators only: program.module()(x, cond=..., noise=...).
 
-    cond   as for the loop; without it the program has no such input
-    noise  an input of the program if the plan draws noise: normals (`len(loop.draws)`, *x.shape) of x's dtype from any
-           generator. `loop.noise(streams, x.shape)` returns those of a seed, outside the program
+    cond   as for the loop, nested or not; without it the program has no such input
+    noise  an input of a program whose plan draws, (`len(loop.draws)`, *x.shape) of x's dtype, from whatever generator
+           is there. `loop.noise(streams, x.shape)` are those of a seed; they are this package's own operator, which
+           the program does not hold
+    batch  the smallest and the largest batch that the program takes, (1, 64) say; None is that of x alone. x then
+           has two samples or more, and arrays of `cond` whose first axis is x's batch follow it
+
+    The program refuses inputs of other shapes or dtypes than these.
+
+    Raises ValueError for bounds that are none, and for a network whose code fixes the batch.
     """
     inputs: dict[str, object] = {"cond": cond} if cond is not None else {}
     if loop.draws:
         inputs["noise"] = x.new_zeros((len(loop.draws), *x.shape))
-    with torch.no_grad():
-        program = torch.export.export(loop, (x,), inputs or None)
+    shapes: dict[str, Any] | None = None
+    if batch is not None:
+        if len(batch) != 2 or not 1 <= batch[0] < batch[1]:
+            raise ValueError(f"batch must be (smallest, largest) with 1 <= smallest < largest, got {batch!r}")
+        if x.shape[0] < 2:
+            raise ValueError("batch= needs an example x of two samples or more: an axis of 1 may be the batch or not")
+        free, given = torch.export.Dim("batch", min=batch[0], max=batch[1]), x.shape[0]
+
+        def axes(value: object) -> dict[int, Any] | None:
+            return {0: free} if isinstance(value, Tensor) and value.ndim and value.shape[0] == given else None
+
+        shapes = {"x": {0: free}, "cond": mapped(axes, cond), "noise": {1: free}}
+        shapes = {name: own for name, own in shapes.items() if name in ("x", *inputs)}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(loop, (x,), inputs or None, dynamic_shapes=shapes)
+    except torch._dynamo.exc.UserError as error:
+        if batch is None:
+            raise
+        raise ValueError(
+            f"the loop cannot be exported for a batch of {batch[0]} to {batch[1]} ({str(error).splitlines()[0]}): the "
+            "network's code fixes the batch, by len(x) or int(x.shape[0]) say; use x.shape[0] there, or batch=None"
+        ) from error
     decomposed: torch.export.ExportedProgram = program.run_decompositions(
         {torch.ops.fewstep.stage.default: plain_stage}
     )
@@ -68,13 +104,16 @@ def compile_loop(
     path: str | os.PathLike[str],
     cond: Condition = None,
     *,
+    batch: tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Path:
     """Compile `export_loop` ahead of time (AOTInductor) into one package. Needs a C++ compiler.
 
-    The inputs of the package are those of the program: x, and cond and noise by name.
+    The inputs of the package are those of the program: x, and cond and noise by name. Each call checks their dtypes, shapes,
+    strides and devices, also from C++, and raises RuntimeError (std::runtime_error) for others.
 
     path     ends in ".pt2"; the file is written atomically
+    batch    as for `export_loop`
     options  settings of Inductor, such as {"max_autotune": True}
 
     Returns the path.
@@ -82,12 +121,39 @@ def compile_loop(
     target = Path(path)
     if target.suffix != ".pt2":
         raise ValueError(f"path must end in '.pt2', as AOTInductor requires; got {target.name!r}")
-    program = export_loop(loop, x, cond)
+    program = export_loop(loop, x, cond, batch=batch)
     from torch._inductor import aoti_compile_and_package
 
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    # Inductor takes 2 for the smallest free size, and its kernels are right for 1.
+    bounds = {"aot_inductor.check_lowerbound": batch is None or batch[0] > 1}
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, _checked_inputs():
         made = aoti_compile_and_package(
-            program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs=dict(options or {})
+            program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs={**bounds, **(options or {})}
         )
         Path(made).replace(target)
     return target
+
+
+@contextlib.contextmanager
+def _checked_inputs() -> Iterator[None]:
+    """Compile AOTInductor's input checks in for good.
+
+    It writes them into every package, but behind a variable of the environment (AOTI_RUNTIME_CHECK_INPUTS), without
+    which a package reads past the end of a smaller input. There is no option for this: the condition is replaced in
+    the source that is about to be compiled.
+    """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
+    asked, own = 'getenv("AOTI_RUNTIME_CHECK_INPUTS")', CppWrapperCpu.generate_input_output_runtime_checks
+
+    def always(self: CppWrapperCpu) -> None:
+        own(self)
+        lines = self.prefix._lines
+        found = [i for i, line in enumerate(lines) if isinstance(line, str) and asked in line]
+        if not found:
+            raise RuntimeError(f"torch {torch.__version__} writes no input checks that compile_loop can switch on")
+        for i in found:
+            lines[i] = str(lines[i]).replace(asked, '"1"')
+
+    with _WRITING, unittest.mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", always):
+        yield

@@ -66,23 +66,25 @@ def torchsde_noise(
         ) from None
     import torch
 
-    low, high = (torch.as_tensor(s).cpu() for s in (sigma_min, sigma_max))
-    # torchsde rounds the ends of its tree, to this tolerance. What is asked beyond them it moves there, with a warning.
-    tolerance, digits = 1e-6, 6
-    first, last = (round(float(s), digits) for s in (low, high))
-    if seed is None:
-        seed = int(torch.randint(0, 2**63 - 1, []))
-    shared = isinstance(seed, int)
-    seeds: Sequence[int] = [seed] if isinstance(seed, int) else seed
-    start = torch.zeros(x.shape if shared else x.shape[1:], dtype=x.dtype)
-    trees = [torchsde.BrownianTree(low, start, high, entropy=int(s), tol=tolerance) for s in seeds]
+    with torch.device("cpu"):  # whatever the default device is
+        low, high = (torch.as_tensor(s).cpu() for s in (sigma_min, sigma_max))
+        # torchsde rounds the ends of its tree, to this tolerance. What is asked beyond them it moves there, with a warning.
+        tolerance, digits = 1e-6, 6
+        first, last = (round(float(s), digits) for s in (low, high))
+        if seed is None:
+            seed = int(torch.randint(0, 2**63 - 1, []))
+        shared = isinstance(seed, int)
+        seeds: Sequence[int] = [seed] if isinstance(seed, int) else seed
+        start = torch.zeros(x.shape if shared else x.shape[1:], dtype=x.dtype)
+        trees = [torchsde.BrownianTree(low, start, high, entropy=int(s), tol=tolerance) for s in seeds]
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        t0, t1 = (torch.as_tensor(s).cpu() for s in (sigma, sigma_next))
-        # The tree only takes rising intervals; a falling one has the opposite increment.
-        sign, a, b = (1.0, t0, t1) if t0 < t1 else (-1.0, t1, t0)
-        begin, end = (min(max(float(t), first), last) for t in (a, b))
-        w = torch.stack([tree(begin, end) for tree in trees]) * sign
-        return ((w[0] if shared else w) / (t1 - t0).abs().sqrt()).to(x.device)
+        with torch.device("cpu"):
+            t0, t1 = (torch.as_tensor(s).cpu() for s in (sigma, sigma_next))
+            # The tree only takes rising intervals; a falling one has the opposite increment.
+            sign, a, b = (1.0, t0, t1) if t0 < t1 else (-1.0, t1, t0)
+            begin, end = (min(max(float(t), first), last) for t in (a, b))
+            w = torch.stack([tree(begin, end) for tree in trees]) * sign
+            return ((w[0] if shared else w) / (t1 - t0).abs().sqrt()).to(x.device)
 
     return sampler

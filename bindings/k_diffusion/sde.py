@@ -77,7 +77,7 @@ def sample_er_sde(
         import torch
 
         assert noise_scaler is not None
-        return np.asarray(noise_scaler(torch.as_tensor(rho, dtype=torch.float64)))
+        return np.asarray(noise_scaler(torch.as_tensor(rho, dtype=torch.float64, device="cpu")))
 
     scale = "sde_5" if noise_scaler is None else noise_scale
     return call("er_sde", call.gaussian(noise_sampler), order=max_stage, noise_scale=scale, s_noise=s_noise)

@@ -90,7 +90,7 @@ def straightness(denoiser: DenoiserLike, eps: Tensor, steps: int = 50, cond: Con
 
     Summed over a sample's elements; 0 for straight trajectories.
     """
-    times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    times = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64, device="cpu")
     x, velocities = eps, []
     for t in times[:-1]:
         at = points_of(denoiser.process, [float(t)] * len(eps))

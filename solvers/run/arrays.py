@@ -80,6 +80,9 @@ class Frame(Protocol):
 
     def concatenate(self, arrays: Sequence[Array]) -> Array: ...
 
+    def repeat(self, array: Array, n: int) -> Array:
+        """An array (1, ...) as (n, ...)."""
+
     def is_array(self, value: object) -> bool: ...
 
     def device_of(self, array: Array) -> str: ...
@@ -120,6 +123,9 @@ class NumpyFrame:
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays)
 
+    def repeat(self, array: Array, n: int) -> Array:
+        return np.repeat(array, n, axis=0)
+
     def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
@@ -151,7 +157,7 @@ class TorchFrame:
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
-        host = self.torch.tensor(values, dtype=getattr(self.torch, dtype))
+        host = self.torch.tensor(values, dtype=getattr(self.torch, dtype), device="cpu")
         if not self.device.startswith("cuda"):
             return host.to(self.device)
         # A copy from pinned memory is asynchronous; the allocator keeps the memory until the copy has finished.
@@ -190,6 +196,9 @@ class TorchFrame:
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return self.torch.cat(list(arrays))
+
+    def repeat(self, array: Array, n: int) -> Array:
+        return array.expand(n, *array.shape[1:])
 
     def is_array(self, value: object) -> bool:
         return isinstance(value, self.torch.Tensor)

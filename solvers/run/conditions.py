@@ -79,7 +79,8 @@ def check_arrays(
         for path, value in leaves(one):
             if not frame.is_array(value) or (len(path) > 1 and not nested):
                 continue
-            if value.ndim == 0 or len(value) not in (1, batch):
+            # By .shape and with the batch first: torch.export keeps a batch that is free so.
+            if value.ndim == 0 or (value.shape[0] != batch and value.shape[0] != 1):
                 raise ValueError(
                     f"{name_of(path)} of branch {j} has shape {tuple(value.shape)}; its first axis must be the "
                     f"batch of {batch} (or 1){hint and ', or ' + hint}"
@@ -100,7 +101,7 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):
-            wide = [v if len(v) == batch else frame.concatenate([v] * batch) for v in values]
+            wide = [v if v.shape[0] == batch else frame.repeat(v, batch) for v in values]
             shapes = {tuple(v.shape[1:]) for v in wide}
             if len(shapes) > 1:
                 raise ValueError(

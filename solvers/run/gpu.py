@@ -128,7 +128,7 @@ class TritonJob(Job):
             torch.from_numpy(tables.indices),
             torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
             torch.from_numpy(order_statistic(self.denoiser.threshold, self.elements)),
-            torch.tensor([self.start.sigma], dtype=torch.float32),
+            torch.tensor([self.start.sigma], dtype=torch.float32, device="cpu"),
         )
         block = packed(own)
         laid_out = {

@@ -1,0 +1,182 @@
+"""A twin's settings are the object's, its runs the threads': as diffusers' own between requests, apart within them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers_cases import make, run
+
+import fewstep.bindings.diffusers as twins
+
+SHAPE = (1, 4, 9, 9)
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore:__array_:DeprecationWarning", "ignore:The `scale_model_input`:UserWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        diffusers.logging.set_verbosity_error()
+        yield
+        diffusers.logging.set_verbosity_warning()
+
+
+def steps(scheduler: Any, times: Any = None) -> torch.Tensor:
+    x = torch.linspace(-1.0, 1.0, 324).reshape(SHAPE)
+    for t in scheduler.timesteps if times is None else times:
+        x = scheduler.step(torch.tanh(2.0 * x), t, x, return_dict=False)[0]
+    return x
+
+
+def request(scheduler: Any) -> torch.Tensor:
+    scheduler.set_timesteps(5)
+    return steps(scheduler)
+
+
+def scheduled(scheduler: Any) -> torch.Tensor:
+    """A request on the schedule that is there."""
+    return steps(scheduler)
+
+
+def edited(scheduler: Any) -> None:
+    scheduler.config.use_karras_sigmas = True  # in place
+
+
+def sigmas(scheduler: Any) -> None:
+    scheduler.set_timesteps(4)
+    scheduler.sigmas = scheduler.sigmas * 0.9
+
+
+def in_place(scheduler: Any) -> None:
+    scheduler.set_timesteps(4)
+    scheduler.sigmas[1] *= 0.9
+
+
+def later(scheduler: Any) -> None:
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(0)
+
+
+FLOW, UNIPC = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+CHANGES: list[tuple[str, Callable[[Any], object], Callable[[Any], torch.Tensor]]] = [
+    (FLOW, lambda s: s.set_shift(3.0), request),
+    (FLOW, lambda s: s.register_to_config(use_karras_sigmas=True), request),
+    (FLOW, edited, request),
+    (UNIPC, edited, request),
+    (UNIPC, lambda s: s.register_to_config(final_sigmas_type="sigma_min"), request),
+    (UNIPC, lambda s: setattr(s, "disable_corrector", [0, 1]), request),
+    (UNIPC, lambda s: s.set_timesteps(7), scheduled),
+    (UNIPC, sigmas, scheduled),
+    (UNIPC, in_place, scheduled),
+    (UNIPC, later, scheduled),
+    ("DDIMScheduler", lambda s: s.set_timesteps(3), scheduled),
+    ("DDIMScheduler", lambda s: setattr(s, "final_alpha_cumprod", torch.tensor(0.99995)), request),
+]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("name", "change", "ask"), CHANGES)
+def test_a_change_acts_on_the_next_request_in_any_thread(
+    name: str, change: Callable[[Any], object], ask: Callable[[Any], torch.Tensor], finished: bool
+) -> None:
+    ends = []
+    for scheduler in (make(diffusers, name), make(twins, name)):
+        with ThreadPoolExecutor(1) as there, ThreadPoolExecutor(1) as elsewhere:
+            plain = there.submit(request, scheduler).result()
+            elsewhere.submit(request, scheduler).result()
+            if not finished and ask is request:  # interrupted
+
+                def part(scheduler: Any = scheduler) -> None:
+                    scheduler.set_timesteps(8)
+                    steps(scheduler, scheduler.timesteps[:3])
+
+                there.submit(part).result()
+            change(scheduler)
+            ends.append(there.submit(ask, scheduler).result())
+            again = ask(copy.deepcopy(scheduler)) if ask is request else ends[-1]
+            torch.testing.assert_close(again, ends[-1], rtol=0.0, atol=0.0)
+    assert not torch.equal(plain, ends[0])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [FLOW, UNIPC, "DDIMScheduler", "LMSDiscreteScheduler"])
+def test_a_run_under_way_is_not_disturbed(name: str) -> None:
+    """While one thread is in the middle of a run, another sets another schedule, runs it and changes settings."""
+    scheduler, alone = make(twins, name), request(make(twins, name))
+    scheduler.set_timesteps(5)
+    x = torch.linspace(-1.0, 1.0, 324).reshape(SHAPE)
+    with ThreadPoolExecutor(1) as there:
+        for t in scheduler.timesteps:
+            there.submit(lambda: (scheduler.set_timesteps(9), steps(scheduler))).result()
+            there.submit(setattr, scheduler, "num_inference_steps", 9).result()
+            x = scheduler.step(torch.tanh(2.0 * x), t, x, return_dict=False)[0]
+    torch.testing.assert_close(x, alone, rtol=0.0, atol=0.0)
+    assert len(scheduler.timesteps) >= 9  # between two runs, the object's
+
+
+@pytest.mark.parametrize("name", [UNIPC, "LMSDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
+def test_idle_threads_keep_no_latents(name: str) -> None:
+    held = {}
+    for module in (diffusers, twins):
+        scheduler, gate, lock = make(module, name), threading.Barrier(6), threading.Lock()
+
+        def job(scheduler: Any = scheduler, gate: Any = gate, lock: Any = lock) -> None:
+            gate.wait()
+            with lock:
+                request(scheduler)
+
+        with ThreadPoolExecutor(6) as pool:
+            for future in [pool.submit(job) for _ in range(6)]:
+                future.result()
+            gc.collect()
+            held[module.__name__] = sum(type(o) is torch.Tensor and tuple(o.shape) == SHAPE for o in gc.get_objects())
+        del scheduler
+    assert held["fewstep.bindings.diffusers"] <= held["diffusers"]
+
+
+def test_a_thread_that_ends_leaves_nothing() -> None:
+    scheduler = make(twins, UNIPC)
+    for _ in range(20):
+        thread = threading.Thread(target=request, args=(scheduler,))
+        thread.start()
+        thread.join()
+    assert len(scheduler._shared.threads) <= 2  # this one, and the last
+
+
+# --- the default device ---
+
+
+@contextlib.contextmanager
+def default_device(name: str) -> Iterator[None]:
+    torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("name", twins.SCHEDULERS)
+def test_the_default_device_is_not_the_steps(name: str) -> None:
+    config = {"noise_sampler_seed": 0} if name == "DPMSolverSDEScheduler" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected, _ = run(make(twins, name, **config), 4)
+        randn = torch.randn
+        with default_device("meta"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randn", lambda *a, **k: randn(*a, **{"device": "cpu", **k}))
+            found, _ = run(make(twins, name, **config), 4)
+    for a, b in zip(expected, found, strict=True):
+        for field, value in a.items():
+            torch.testing.assert_close(b[field], value, rtol=0.0, atol=0.0, equal_nan=True)
