@@ -30,7 +30,7 @@ Kernel = Callable[..., Any]
 
 def why_unavailable() -> str | None:
     """Why kernels cannot be compiled, None where they can."""
-    return "NUMBA_DISABLE_JIT turns Numba's compiler off: unset it" if numba.config.DISABLE_JIT else None
+    return "NUMBA_DISABLE_JIT turns Numba's compiler off: unset it" if getattr(numba.config, "DISABLE_JIT", 0) else None
 
 
 @cache
@@ -104,11 +104,11 @@ def jit(*, forceinline: bool = False, error_model: Literal["python", "numpy"] = 
     """
 
     def decorate(function: Kernel) -> Kernel:
-        compiled = njit(nogil=True, forceinline=forceinline, error_model=error_model)(function)
+        compiled: Any = njit(nogil=True, forceinline=forceinline, error_model=error_model)(function)
         if not isinstance(compiled, Dispatcher):  # NUMBA_DISABLE_JIT
             return _uncompiled
         try:
-            compiled._cache = _Cache(function)  # not `cache=True`, which fails without a folder
+            cast(Any, compiled)._cache = _Cache(function)  # not `cache=True`, which fails without a folder
         except RuntimeError:  # Numba found no folder
             _not_cached("no folder for them can be written")
         return cast(Kernel, compiled)

@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import unittest.mock
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ def compile_loop(
 ) -> Path:
     """Compile `export_loop` ahead of time (AOTInductor) into one package. Needs a C++ compiler.
 
-    The inputs of the package are those of the program: x, and cond and noise by name. Each call checks their dtypes, shapes,
-    strides and devices, also from C++, and raises RuntimeError (std::runtime_error) for others.
+    The inputs of the package are those of the program: x, and cond and noise by name. Each call checks their dtypes,
+    shapes, strides and devices, also from C++, and raises RuntimeError (std::runtime_error) for others.
 
     path     ends in ".pt2"; the file is written atomically
     batch    as for `export_loop`
@@ -144,7 +144,8 @@ def _checked_inputs() -> Iterator[None]:
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
-    asked, own = 'getenv("AOTI_RUNTIME_CHECK_INPUTS")', CppWrapperCpu.generate_input_output_runtime_checks
+    asked = 'getenv("AOTI_RUNTIME_CHECK_INPUTS")'
+    own: Callable[[CppWrapperCpu], None] = CppWrapperCpu.generate_input_output_runtime_checks
 
     def always(self: CppWrapperCpu) -> None:
         own(self)

@@ -68,7 +68,8 @@ def torchsde_noise(
 
     with torch.device("cpu"):  # whatever the default device is
         low, high = (torch.as_tensor(s).cpu() for s in (sigma_min, sigma_max))
-        # torchsde rounds the ends of its tree, to this tolerance. What is asked beyond them it moves there, with a warning.
+        # torchsde rounds the ends of its tree, to this tolerance, and moves what is asked beyond them there with a
+        # warning.
         tolerance, digits = 1e-6, 6
         first, last = (round(float(s), digits) for s in (low, high))
         if seed is None:
