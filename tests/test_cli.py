@@ -306,6 +306,7 @@ def test_a_step_costs_the_same_whatever_the_network():
     assert step_cost(denoiser, plan, shape, cond, repeats=3) > 0
 
 
+@pytest.mark.slow
 def test_compare_all_runs_every_solver_that_starts_from_noise(cli, tmp_path):
     pytest.importorskip("matplotlib")
     words = ("compare", "--model", "gaussian", "--all", "--nfe", "2,5", "--n", 8)

@@ -42,6 +42,7 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 # --- the methods ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].methods if m != "guided"])
 def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
     """One-call samples of a short run against those of the initial network. Losses are no measure: they rise with a
@@ -55,6 +56,7 @@ def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
     assert distances[1] < 0.9 * distances[0], distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"calls": 4}, {"gan": 1}], ids=str)
 def test_variants_of_distribution_matching_learn_and_resume_to_the_bit(options: dict[str, int], tmp_path: Path) -> None:
     """At the student's largest number of calls. The warm-up trains the critic without its head, then copies it."""
@@ -166,6 +168,7 @@ def test_the_joint_batch_in_parts_gives_the_same_losses() -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_autocast_trains_to_nearly_the_same_loss() -> None:
     losses = [np.mean([v["loss"] for v in run("rectified", 60, bf16=b)[1][10:20]]) for b in (False, True)]
     assert losses[0] != losses[1]
@@ -228,6 +231,7 @@ def arguments(out: Path, *more: str) -> list[str]:
     return ["distill", "consistency", "--out", str(out), "--batch", "32", *more]
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """torchrun over gloo: the same losses as one process with the joint batch, up to rounding of the sums."""
     script = tmp_path / "run.py"
@@ -243,6 +247,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [sys.executable, "-c", COMMAND, *arguments(out, "--steps", "100000", "--every", "20", "--json")]

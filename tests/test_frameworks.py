@@ -249,6 +249,7 @@ def test_library_without_from_dlpack_is_named():
 # --- the libraries themselves ---
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="JAX is not installed (pip install jax)")
 class TestJax:
     def model(self):

@@ -334,6 +334,7 @@ def test_the_latent_is_not_written_to(backend: str) -> None:
     assert same(x, kept)
 
 
+@pytest.mark.slow
 def test_a_steady_loop_allocates_nothing_that_stays() -> None:
     sampler = make((2, 64), "unipc")
     out = np.empty((2, 64), np.float32)

@@ -261,6 +261,7 @@ def test_kernels_belong_to_their_operators():
         assert get_triton_kernels_for_op(f"fewstep::{name}") == kernels
 
 
+@pytest.mark.slow
 def test_a_gpu_needs_no_numba():
     code = (
         "import sys; sys.modules['numba'] = None\n"

@@ -283,6 +283,7 @@ def test_the_operators_kernel(target: str) -> None:
         assert no_contraction(ptx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_compiler_gives_the_same_bits(target: str) -> None:
     """The machine code is the same whether or not the compiler may contract to fused multiply-adds.

@@ -14,9 +14,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parent / "interpreted"
 
 
+@pytest.mark.slow
 def test_in_the_interpreter() -> None:
     files = sorted(map(str, FOLDER.glob("*.py")))
     assert len(files) >= 8

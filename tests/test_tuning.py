@@ -536,6 +536,7 @@ def test_a_rule_must_end_clean():
 # --- the report ---
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers with NumPy 2
 def test_the_report_in_its_short_version(tmp_path, capsys):
     pytest.importorskip("diffusers")

@@ -19,9 +19,11 @@ WEIGHTS = Path(train_digits.__file__).parent.parent / "api" / "weights"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_validation():
+def quick_training():
+    """One noise draw per image in the validation, and the one thread that each process of pytest has."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_digits, "VALIDATION_DRAWS", 1)
+        patch.setattr(torch, "set_num_threads", lambda threads: None)
         yield
 
 
