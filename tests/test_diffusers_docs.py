@@ -80,6 +80,9 @@ def test_every_corrected_scheduler_is_in_the_table() -> None:
         "FlowMatchHeunDiscreteScheduler": "| FlowMatch Euler, Heun, LCM |",
         "FlowMatchLCMScheduler": "| FlowMatch Euler, Heun, LCM |",
         "EDMEulerScheduler": "| EDM Euler |",
+        "DDIMInverseScheduler": "| DDIM inverse |",
+        "DPMSolverMultistepInverseScheduler": "| DPM-Solver multistep inverse |",
+        "TCDScheduler": "| DDIM, DDPM, LCM, TCD |",
     }
     assert set(words) == set(CORRECTED)
     for word in words.values():

@@ -257,7 +257,7 @@ def test_nested_conditions_are_copied_as_deep_as_they_go(cuda: FakeCuda) -> None
     for one in cond:
         one["added"]["scale"] = {1.0}
     with pytest.raises(
-        graph_module.CaptureError, match=r"cond\['added'\]\['scale'\] is neither a tensor nor a plain value"
+        graph_module.CaptureError, match=r"cond\['added'\]\['scale'\] is neither a tensor nor a hashable value"
     ):
         recorded(seed=1, cond=cond)
 
