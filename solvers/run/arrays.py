@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import numpy as np
@@ -73,6 +74,10 @@ class Frame(Protocol):
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
+    @property
+    def fresh(self) -> Callable[[Array], Array]:
+        """Another object on an array's memory, outside of autograd's graph; cheap, for every call of a network."""
+
     def detached(self, array: Array) -> Array:
         """The same memory, detached from autograd's graph."""
 
@@ -91,6 +96,7 @@ class Frame(Protocol):
 class NumpyFrame:
     name = "numpy"
     device = "cpu"
+    fresh = staticmethod(np.ndarray.view)
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
         return np.array(values, dtype=self._dtype(dtype))
@@ -140,6 +146,7 @@ class NumpyFrame:
 
 class TorchFrame:
     name = "torch"
+    fresh = staticmethod(operator.attrgetter("data"))  # half the time of detach()
 
     def __init__(self, device: Device = "cpu") -> None:
         try:

@@ -76,7 +76,7 @@ def _check_plain(name: str, array: Array) -> None:
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name} is a masked array, and a run has no masks: pass {name}.filled(value) or {name}.data")
     layout = getattr(array, "layout", None)
-    if layout is not None and "strided" not in str(layout):
+    if layout is not None and layout is not sys.modules["torch"].strided:
         raise TypeError(f"{name} is a tensor of layout {layout}: pass {name}.to_dense()")
 
 
@@ -85,13 +85,16 @@ def _check_writable(out: Array) -> None:
     if isinstance(out, np.ndarray):
         if not out.flags.writeable:
             raise ValueError("out is read-only: pass an array that may be written to, or use the returned one")
-        strides = out.strides
+        plain, strides = out.flags.c_contiguous, out.strides
     else:
         if out.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
             raise ValueError("out is an inference tensor, which is read-only outside inference_mode: pass out.clone()")
         if out.requires_grad and out.is_leaf:
             raise ValueError("out is a leaf that requires grad, which cannot be written to: pass out.detach()")
-        strides = tuple(n * out.element_size() for n in out.stride())
+        plain = out.is_contiguous()
+        strides = () if plain else tuple(n * out.element_size() for n in out.stride())
+    if plain:
+        return
     # Nested axes: each one steps over everything that the axes of smaller strides span.
     span = out.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True) if n > 1):

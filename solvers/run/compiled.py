@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,20 +83,17 @@ class Prepared:
         if not self.idle[watched]:
             self.idle[watched].append(Workspace.of(self.compiler.run(self.job(watched))))
 
-    @contextlib.contextmanager
-    def workspace(self, watched: bool) -> Iterator[Workspace]:
-        """A workspace for one call; no other call uses it meanwhile."""
-        idle = self.idle[watched]
+    def take(self, watched: bool) -> Workspace:
+        """A workspace that no other call uses until `give`. No context manager: a small call would notice."""
         try:
-            taken = idle.popleft()
+            return self.idle[watched].popleft()
         except IndexError:
-            taken = Workspace.of(self.compiler.run(self.job(watched)))
-        try:
-            yield taken
-        finally:
-            # Safe after an exception too: every run rewrites its memory from the start.
-            taken.run.release()
-            idle.append(taken)
+            return Workspace.of(self.compiler.run(self.job(watched)))
+
+    def give(self, watched: bool, taken: Workspace) -> None:
+        """Also after an interruption: every run rewrites its memory from the start."""
+        taken.run.release()
+        self.idle[watched].append(taken)
 
     def take_over(self, old: Prepared) -> None:
         """Take the idle GPU runs of `old`, with their memory and graphs, where this job's structure fits them."""

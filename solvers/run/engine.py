@@ -125,6 +125,9 @@ class FusedRun:
         self.true_times = self.times.copy()
         ends = np.cumsum([len(t) for t in job.times]).tolist()
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        # Looked up once: a small step would notice.
+        self._fresh, self._address, self._raw_at = job.frame.fresh, job.frame.address, numba_step.RAW
+        self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtypes: list[object] = [...] * layout.RAWS  # of the network outputs checked last
@@ -189,23 +192,22 @@ class FusedRun:
         (self.init if z is None else self._with_noise(self.init, z))()
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        fresh = self.job.frame.detached
-        return fresh(self.views[k]), fresh(self.t[k])
+        return self._fresh(self.views[k]), self._fresh(self.t[k])
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
-        job, table, launch = self.job, self.job.tables[k], self.launches[k]
-        address = job.frame.address
+        job, table, launch, shape = self.job, self.tables[k], self.launches[k], self.shape
         variance = None
         if self.variance:
             raws, variance = job.predictions(raws)
         held = []  # keeps the outputs alive until the launch has finished
+        at = self._raw_at
         for j, raw in enumerate(raws):
-            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != job.shape:
-                check_output(raw, job.shape, job.frame)
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != shape:
+                check_output(raw, shape, job.frame)
                 self._expect(j, raw)
                 launch = self.launches[k]
-            launch.memory[self._step.RAW + j], kept = address(raw)
+            launch.memory[at + j], kept = self._address(raw)
             held.append(kept)
         if table.p is not None:
             self._reduce_stage(table, raws)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -36,8 +36,7 @@ class StepInfo:
     x0: Array
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """The checked arguments of one call of a sampler.
 
     x        as for `Run.begin`, None to draw it

@@ -220,14 +220,18 @@ class Sampler:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.streams(seed, self.shape[0], first_sample)  # checks the seed
-        grads = no_grad(self.frame, keep_graph=self.backend == "naive")
-        with now.workspace(callback is not None) as space, grads, on_device(self.frame):
-            watched = callback is not None or progress
-            mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
-            latent = None if x is None or outer is None else self._convert.latent(x, outer)
-            request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
-            dtype = None if x is None or outer is None else outer.dtype_of(x)
-            return self._convert.result(run_plan(space, request, self._convert), outer, dtype, out)
+        kept = callback is not None
+        space = now.take(kept)
+        try:
+            with no_grad(self.frame, keep_graph=self.backend == "naive"), on_device(self.frame):
+                watched = kept or progress
+                mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
+                latent = None if x is None or outer is None else self._convert.latent(x, outer)
+                request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
+                dtype = None if x is None or outer is None else outer.dtype_of(x)
+                return self._convert.result(run_plan(space, request, self._convert), outer, dtype, out)
+        finally:
+            now.give(kept, space)
 
 
 @any_library
