@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fewstep as fs
 from fewstep.bindings.consistency import ConsistencyDenoiser
@@ -422,6 +423,16 @@ def test_adapters_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"not one")
     with pytest.raises(ValueError, match="not written by save_adapter"):
         lora.load_adapter(Net(), "b", tmp_path / "bad.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    for layers, text in (
+        ('{"first": [1000000000000, 1.0]}', r"first\.down has shape .* too small for rank 1000000000000"),
+        ('{"first": [true, 1.0]}', r"layers\['first'\] must be a rank"),
+        ('{"first": [2, 1.0], "first": [2, 1.0]}', "'first' is there twice"),
+        ("[]", "must be a rank"),
+    ):
+        save_file(tensors, tmp_path / "bad.safetensors", {"layers": layers})
+        with pytest.raises(ValueError, match=text):
+            lora.load_adapter(Net(), "b", tmp_path / "bad.safetensors")
     with pytest.raises(FileNotFoundError):
         lora.load_adapter(Net(), "b", tmp_path / "none.safetensors")
     before = torch.nn.Sequential(torch.nn.Linear(4, 4))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,6 +107,136 @@ def test_what_is_no_plan_is_named(change, text, tmp_path):
     path.write_text(json.dumps(broken(change)))
     with pytest.raises(ValueError, match=text):
         fs.load_plan(path)
+
+
+VP_BASE = {"kind": "VP", "betas": "linear", "beta_start": 1e-12, "beta_end": 1e-11}
+TUNING = {"guidance": None, "cond": [{}, {}], "shape": [2], "fingerprint": [0.0] * 16}
+
+
+def tuned(**change):
+    return lambda d: d.update(options={"tuning": {**TUNING, **change}})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda d: d.update(version=True), "version True"),
+        (lambda d: d.update(version=1.0), r"version 1\.0"),
+        (lambda d: d.update(process={**VP_BASE, "timesteps": 2_000_000_000}), "process: timesteps = 2000000000"),
+        (lambda d: d.update(process={**VP_BASE, "timesteps": 10**18}), "process: timesteps"),
+        (lambda d: d.update(noise_scale=10**400), "too large for a whole number"),
+        (lambda d: d.update(solver=""), "solver takes names"),
+        (lambda d: d.update(solver="\x1b[2J"), r"solver takes names .* printable"),
+        (lambda d: d.update(solver="a" * 10_000_000), "solver takes names of 1 to 200"),
+        (lambda d: d.update(options={"a\n": 1.0}), "options takes names"),
+        (lambda d: d["stages"][0]["rows"].update({"\0": {"m": 1.0}}), r"stages\[0\]: rows takes names"),
+        (lambda d: d["stages"][0].update(at=[5.0, -0.1, 0.9]), r"stages\[0\]: at must have alpha >= 0"),
+        (lambda d: d["stages"][0].update(variance=["__import__", 1.0]), r"stages\[0\]: variance\[0\] must be one of"),
+        (lambda d: [s.update(done=False) for s in d["stages"]], "no stage is done"),
+        (lambda d: d.update(options={"eta": {"infinite": "x"}}), r"options\['eta'\]: infinite must be a finite number"),
+        (lambda d: d.update(options={"tuning": []}), r"options\['tuning'\] must be an object"),
+        (lambda d: d.update(options={"tuning": {}}), "'guidance' is missing"),
+        (tuned(shape=[10**10]), "shape must be sizes"),
+        (tuned(shape=[2**20, 2**20]), "shape must be of at most"),
+        (tuned(shape="abc"), "shape must be sizes"),
+        (tuned(fingerprint=[0.0]), "fingerprint must be"),
+        (tuned(fingerprint=["a"] * 16), r"fingerprint\[0\] must be a finite number"),
+        (tuned(cond="x"), "cond must be objects"),
+        (tuned(cond=[{"a": {"dtype": "S2000000000", "values": ["a"]}}] * 2), r"cond\['a'\] must be an array"),
+        (tuned(cond=[{"a": {"dtype": "float32"}}] * 2), r"cond\['a'\] must be an array"),
+        (tuned(cond=[{"a": {"mapping": {"b": {"list": [[1]]}}}}] * 2), r"cond\['a'\]\['b'\]\[0\] must be an array"),
+        (tuned(cond=[{"a": {"dtype": "float32", "values": ["a"]}}] * 2), r"cond\['a'\] must be a finite number"),
+        (tuned(cond=[{"x": 1}] * 2), "does not take the plan's probes"),
+        (tuned(), "tuned on another denoiser"),
+    ],
+)
+def test_a_hostile_file_is_one_short_error_with_its_name(change, text, tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(broken(change)))
+    denoiser = fs.Denoiser(lambda x, t: 0.1 * x, fs.EDM())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=text) as found:
+            fs.load_plan(path, denoiser)
+        assert tracemalloc.get_traced_memory()[1] < 256 << 20
+    finally:
+        tracemalloc.stop()
+    assert str(path) in str(found.value)
+    assert len(str(found.value)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ('"noise_scale": 1.0', '"noise_scale": 1.0, "noise_scale": 0.0', "'noise_scale' is there twice"),
+        ('"rows": {"x": {', '"rows": {"x": {"m": 5.0, ', "'m' is there twice"),
+        ('"noise_scale": 1.0', '"noise_scale": 1e999', "1e999 is not a finite number"),
+        ('"noise_scale": 1.0', '"noise_scale": 1' + "0" * 5000, "too large for a whole number"),
+        ('"noise_scale": 1.0', '"noise_scale": ' + "[" * 200_000 + "]" * 200_000, "is not a plan file"),
+    ],
+)
+def test_text_that_json_takes_and_a_plan_does_not(old, new, text, tmp_path):
+    path = tmp_path / "p.json"
+    whole = json.dumps(BASE)
+    assert old in whole
+    path.write_text(whole.replace(old, new, 1))
+    with pytest.raises(ValueError, match=text) as found:
+        fs.load_plan(path)
+    assert str(path) in str(found.value)
+    assert len(str(found.value)) < 2000
+
+
+def test_what_is_no_regular_file_is_named_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 2))
+    for name in ("pipe.json", "folder.json", "loop.json", "a\0b.json", "a" * 5000 + ".json"):
+        for call in (lambda path: fs.load_plan(path), lambda path: fs.save_plan(plan, path)):
+            with pytest.raises(ValueError, match=r"regular file|folder|null|too long|symbolic links") as found:
+                call(tmp_path / name)
+            assert name[:100].replace("\0", "\\x00") in str(found.value)
+            assert len(str(found.value)) < 2000
+    with pytest.raises(ValueError, match="/dev/zero: that is no regular file"):
+        fs.load_plan("/dev/zero")
+    big = tmp_path / "big.json"
+    with big.open("wb") as file:
+        file.truncate(1 << 40)  # a hole
+    with pytest.raises(ValueError, match="more than"):
+        fs.load_plan(big)
+
+
+def test_a_new_file_has_the_mode_of_the_umask_and_an_old_one_its_own(tmp_path):
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 2))
+    before = os.umask(0o027)
+    try:
+        fs.save_plan(plan, tmp_path / "new.json")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o640
+    (tmp_path / "new.json").chmod(0o600)
+    fs.save_plan(plan, tmp_path / "new.json")
+    assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(there, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "target.json", tmp_path / "link.json"
+    if there:
+        target.write_text("old")
+    link.symlink_to(target)
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 2))
+    fs.save_plan(plan, link)
+    assert link.is_symlink()
+    assert fs.load_plan(target).stages == plan.stages
+    assert os.listdir(tmp_path / "elsewhere") == ["target.json"]
+
+
+def test_a_name_of_the_longest_allowed_length(tmp_path):
+    path = tmp_path / ("a" * 250 + ".json")
+    fs.save_plan(fs.plan("ddim", fs.grid(fs.EDM(), 2)), path)
+    assert fs.load_plan(path).nfe == 2
 
 
 def test_text_that_is_no_json_and_nan(tmp_path):

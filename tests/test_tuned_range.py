@@ -87,10 +87,14 @@ def test_a_range_comes_back_to_the_bit(tuned, tmp_path):
         load_range(path, shifted)
     data = json.loads(path.read_text())
     for change, text in (
-        ({"scales": [1.5, "2"]}, "scales must be numbers"),
+        ({"scales": [1.5, "2"]}, r"scales\[1\] must be a finite number"),
+        ({"scales": [1.5, True]}, r"scales\[1\] must be a finite number"),
+        ({"gains": ["1"]}, r"gains\[0\] must be a finite number"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"version": True}, "version True"),
         ({"scales": [2.5, 1.5]}, "must increase"),
         ({"gains": []}, "one gain less"),
-        ({"plans": {}}, "plans must be a list"),
+        ({"plans": {}}, "plans must be list"),
         ({"version": 9}, "version 9"),
     ):
         path.write_text(json.dumps({**data, **change}))

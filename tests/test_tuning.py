@@ -486,7 +486,7 @@ def test_conditions_go_round_the_samples():
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"nfe": 1}, "nfe must be an integer >= 2, got 1"),
+        ({"nfe": 1}, "nfe must be an integer >= 2 and <= 1000, got 1"),
         ({"nfe": True}, "nfe"),
         ({"seeds": 4}, "seeds must be an integer >= 12"),
         ({"batch": 0}, "batch"),

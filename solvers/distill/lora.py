@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan_file import finite, parse_json
 from fewstep.solvers.plans.registry import unknown
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -208,6 +209,16 @@ def save_adapter(module: nn.Module, name: str, path: str | Path) -> None:
     write_whole(Path(path), lambda to: to.write_bytes(data))
 
 
+def _layer_numbers(data: object) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer. Raises ValueError for anything else."""
+    found: dict[str, tuple[int, float]] = {}
+    for where, pair in (data if isinstance(data, dict) else {"": data}).items():
+        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and pair[0] >= 1):
+            raise ValueError(f"layers[{where!r:.80}] must be a rank >= 1 and an alpha, got {pair!r:.80}")
+        found[where] = pair[0], finite(pair[1], f"layers[{where!r:.80}]: alpha")
+    return found
+
+
 def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
     """Add the adapter in a file to `module` under a name.
 
@@ -218,9 +229,9 @@ def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
         raise FileNotFoundError(f"no adapter at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            numbers: dict[str, list[float]] = json.loads((file.metadata() or {})["layers"])
+            numbers = _layer_numbers(parse_json((file.metadata() or {})["layers"]))
             tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} was not written by save_adapter ({error})") from error
     here = {where: child for where, _, child in _layers(module)}
     made: dict[str, Adapter] = {}
@@ -228,7 +239,12 @@ def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
         if where not in here:
             raise ValueError(f"{path} adapts the layer {where!r}, which {type(module).__name__} does not have")
         child = here[where]
-        adapter = Adapter(child.base if isinstance(child, Adapted) else child, int(rank), alpha)
+        for part, sizes in (("down", 0), ("up", 1)):  # before anything of that rank is allocated
+            found = tensors.get(f"{where}.{part}")
+            if found is None or found.ndim < 2 or found.shape[sizes] < rank:
+                shape = None if found is None else tuple(found.shape)
+                raise ValueError(f"{path}: {where}.{part} has shape {shape}, too small for rank {rank}")
+        adapter = Adapter(child.base if isinstance(child, Adapted) else child, rank, alpha)
         for part, layer in (("down", adapter.down), ("up", adapter.up)):
             found = tensors.get(f"{where}.{part}")
             if found is None or found.shape != layer.weight.shape:

@@ -15,7 +15,7 @@ from fewstep.solvers.families.renoise import ancestral_split, churned_points, re
 from fewstep.solvers.families.rows import scaled
 from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import solver
-from fewstep.solvers.plans.stages import Stage, Start, first_order
+from fewstep.solvers.plans.stages import LEARNED, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
@@ -73,7 +73,7 @@ def ddpm(grid: Grid, variance: str = "fixed_small") -> Iterator[Stage]:
 
     The step to sigma 0 draws no noise.
     """
-    one_of("variance", variance, ("fixed_small", "fixed_large", "learned", "learned_range"))
+    one_of("variance", variance, ("fixed_small", "fixed_large", *LEARNED))
     for s, t in grid.pairs:
         # Posterior of x_t given x_s and x0, from its precision: 1/var = 1/sigma_t^2 + a^2/b^2,
         # where x_s = a x_t + b eps is the forward step from t to s.

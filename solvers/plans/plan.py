@@ -35,6 +35,8 @@ class Plan(UncheckedPlan):
             raise PlanError(f"s_noise must be finite and >= 0, got {self.noise_scale!r}")
         if not self.stages:
             raise PlanError(f"solver {self.solver!r} made a plan without stages")
+        if not self.steps:
+            raise PlanError(f"solver {self.solver!r} made a plan in which no stage is done")
         one_of("dtype", self.dtype, ("float32", "float64"))
         check_sources(self)
         check(self)

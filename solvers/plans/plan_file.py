@@ -24,15 +24,19 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import check_target, read_whole, shown, write_whole
+from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.stages import PlanError, Stage, Start
+from fewstep.solvers.plans.stages import LEARNED, PlanError, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point, Process
 
 T = TypeVar("T")
 
 FORMAT, VERSION = "fewstep plan", 1
+
+# Bounds of what is read: bytes of a file, characters of a name, digits of a whole number.
+MAX_BYTES, MAX_NAME, MAX_DIGITS = 1 << 26, 200, 20
 
 _PLAIN: Mapping[str, type[VE] | type[Flow]] = {"VE": VE, "EDM": EDM, "Flow": Flow}
 _NAMED: Mapping[str, Callable[..., VP]] = {"linear": VP.linear, "scaled_linear": VP.scaled_linear}
@@ -44,15 +48,16 @@ _NAMED: Mapping[str, Callable[..., VP]] = {"linear": VP.linear, "scaled_linear":
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Write a plan to a JSON file, completely or not at all.
 
-    Raises ValueError for a suffix other than .json, a process that is not fewstep's own, or an option that JSON cannot
-    hold; FileNotFoundError if the folder does not exist.
+    Raises ValueError for a suffix other than .json, what is no regular file, a process that is not fewstep's own, or an
+    option that JSON cannot hold; FileNotFoundError if the folder does not exist; OSError if it cannot be written.
     """
-    path = Path(path)
-    if path.suffix != ".json":
-        raise ValueError(f"path {str(path)!r}: the name of a plan file must end in .json")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
-    text = dumps(plan_as_json(plan))
+    write_json(plan_as_json(plan), Path(path))
+
+
+def write_json(data: Mapping[str, object], path: Path) -> None:
+    """Write fields to a .json file, completely or not at all."""
+    check_target(path, (".json",))
+    text = dumps(data)
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
@@ -142,30 +147,59 @@ def read_plan(path: str | Path) -> Plan:
     Raises FileNotFoundError; ValueError for a file that is not JSON, another format or a newer version, or that names a
     field which is missing, unknown or of the wrong type; PlanError (a ValueError) if the stages are not a sampler.
     """
-    return plan_from_json(read_json(path), str(path))
+    return plan_from_json(read_json(path), shown(path))
 
 
 def read_json(path: str | Path) -> Any:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no plan file {str(path)!r}; write one with fewstep.save_plan(plan, path)")
+    """The data of a JSON file of at most `MAX_BYTES`, without duplicate keys, NaN, infinities or huge numbers."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+        data = read_whole(path, MAX_BYTES)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; write one with fewstep.save_plan(plan, path)") from None
+    try:
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a plan file: {error}") from None
+        raise ValueError(f"{shown(path)} is not a plan file: {error}") from None
 
 
-def _constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+def parse_json(text: str | bytes) -> Any:
+    """JSON without duplicate keys, NaN, infinities or huge numbers. Raises ValueError or RecursionError."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    return json.loads(
+        text, parse_constant=_float, parse_float=_float, parse_int=_integer, object_pairs_hook=_without_duplicates
+    )
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"{text:.40}... is too large for a whole number")
+    return int(text)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r:.80} is there twice")
+    return found
 
 
 def plan_from_json(data: object, where: str = "plan") -> Plan:
     """The inverse of `plan_as_json`; `where` names the source in errors."""
     check_format(data, where, FORMAT, VERSION)
     names = ("format", "version", "solver", "options", "noise_scale", "process", "grid", "init", "stages")
-    top = _Fields(data, where, names, ("dtype",))
+    top = Fields(data, where, names, ("dtype",))
     process = process_from_json(top.get("process", dict), f"{where}: process")
-    arrays = _Fields(top.get("grid", dict), f"{where}: grid", ("t", "alpha", "sigma"))
+    arrays = Fields(top.get("grid", dict), f"{where}: grid", ("t", "alpha", "sigma"))
     try:
         grid = Grid(process, *(np.array(arrays.numbers(name)) for name in ("t", "alpha", "sigma")))
     except ValueError as error:
@@ -179,7 +213,10 @@ def plan_from_json(data: object, where: str = "plan") -> Plan:
             grid,
             tuple(stages),
             start,
-            {name: _option_from(value) for name, value in top.get("options", dict).items()},
+            {
+                _name(name, f"{where}: options"): _option_from(value, f"{where}: options[{name!r}]")
+                for name, value in top.get("options", dict).items()
+            },
             top.number("noise_scale"),
             top.get("dtype", str) if "dtype" in top.data else "float32",
         )
@@ -193,10 +230,11 @@ def check_format(data: object, where: str, kind: str, version: int) -> None:
     """Raises ValueError unless `data` declares this format, in a version that can be read."""
     if not isinstance(data, dict) or data.get("format") != kind:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{where} is not a {kind} file: its format is {found!r}")
-    if data.get("version") != version:
+        raise ValueError(f"{where} is not a {kind} file: its format is {found!r:.80}")
+    if type(data.get("version")) is not int or data["version"] != version:
         raise ValueError(
-            f"{where} has version {data.get('version')!r} of the format, this fewstep reads {version}: upgrade fewstep"
+            f"{where} has version {data.get('version')!r:.80} of the format, this fewstep reads {version}: "
+            "upgrade fewstep"
         )
 
 
@@ -206,30 +244,32 @@ def process_from_json(data: object, where: str) -> Process:
     kind = given.get("kind")
     try:
         if kind == "VP" and "betas" in given:
-            own = _Fields(data, where, ("kind", "betas", "beta_start", "beta_end", "timesteps"))
+            own = Fields(data, where, ("kind", "betas", "beta_start", "beta_end", "timesteps"))
             name = own.get("betas", str)
             if name not in _NAMED:
-                raise ValueError(f"betas {name!r} is not one of {', '.join(_NAMED)}")
+                raise ValueError(f"betas {name!r:.80} is not one of {', '.join(_NAMED)}")
             count = own.get("timesteps", int)
             return _NAMED[name](own.number("beta_start"), own.number("beta_end"), count)
         if kind == "VP":
-            return VP(np.array(_Fields(data, where, ("kind", "alphas_cumprod")).numbers("alphas_cumprod")))
+            return VP(np.array(Fields(data, where, ("kind", "alphas_cumprod")).numbers("alphas_cumprod")))
         if isinstance(kind, str) and kind in _PLAIN:
             names = [f.name for f in fields(_PLAIN[kind])]
-            own = _Fields(data, where, ("kind", *names))
+            own = Fields(data, where, ("kind", *names))
             return _PLAIN[kind](*(own.number(name) for name in names))
     except ValueError as error:
         text = str(error)
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
-    raise ValueError(f"{where}: kind {kind!r} is not one of VP, {', '.join(_PLAIN)}")
+    raise ValueError(f"{where}: kind {kind!r:.80} is not one of VP, {', '.join(_PLAIN)}")
 
 
 def _stage(data: object, where: str) -> Stage:
-    own = _Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
+    own = Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
     rows = own.get("rows", dict)
     variance = own.optional("variance", list)
-    if variance is not None and (len(variance) != 2 or not isinstance(variance[0], str)):
-        raise ValueError(f"{where}: variance = {variance!r} must be a name and a number")
+    if variance is not None:
+        if len(variance) != 2:
+            raise ValueError(f"{where}: variance must be a name and a number, got {len(variance)} values")
+        one_of(f"{where}: variance[0]", variance[0], LEARNED)
     span = None
     if "span" in own.data:
         ends = own.get("span", list)
@@ -238,46 +278,58 @@ def _stage(data: object, where: str) -> Stage:
         span = (_point_from(ends[0], f"{where}: span[0]"), _point_from(ends[1], f"{where}: span[1]"))
     return Stage(
         own.point("at"),
-        {slot: _row_from(row, f"{where}: rows[{slot!r}]") for slot, row in rows.items()},
+        {_name(slot, f"{where}: rows"): _row_from(row, f"{where}: rows[{slot!r:.80}]") for slot, row in rows.items()},
         own.point("to"),
         own.get("done", bool),
         own.number("noise"),
         own.get("exact", bool),
-        None if variance is None else (variance[0], _number(variance[1], f"{where}: variance[1]")),
+        None if variance is None else (variance[0], finite(variance[1], f"{where}: variance[1]")),
         span,
     )
 
 
 def _start(data: object, where: str) -> Start:
-    own = _Fields(data, where, ("row", "to", "at"))
+    own = Fields(data, where, ("row", "to", "at"))
     at = None if own.optional("at", list) is None else own.point("at")
     return Start(_row_from(own.get("row", dict), f"{where}: row"), own.point("to"), at)
 
 
-def _option_from(value: object) -> object:
+def _option_from(value: object, where: str) -> object:
     """An option from JSON, which has no infinity: the default of some options."""
-    return math.copysign(math.inf, value["infinite"]) if isinstance(value, dict) and [*value] == ["infinite"] else value
+    if isinstance(value, dict) and [*value] == ["infinite"]:
+        return math.copysign(math.inf, finite(value["infinite"], f"{where}: infinite"))
+    return _name(value, where) if isinstance(value, str) else value
+
+
+def _name(value: str, where: str) -> str:
+    if not (0 < len(value) <= MAX_NAME and value.isprintable()):
+        raise ValueError(f"{where} takes names of 1 to {MAX_NAME} printable characters, got {value[:40]!r}")
+    return value
 
 
 def _row_from(data: object, where: str) -> dict[str, float]:
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object of numbers, got {type(data).__name__}")
-    return {source: _number(value, f"{where}[{source!r}]") for source, value in data.items()}
+    return {_name(source, where): finite(value, f"{where}[{source!r:.80}]") for source, value in data.items()}
 
 
-def _number(value: object, where: str) -> float:
+def finite(value: object, where: str) -> float:
+    """A number of the file as a float. Raises ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{where} must be a finite number, got {value!r}")
+        raise ValueError(f"{where} must be a finite number, got {value!r:.80}")
     return float(value)
 
 
 def _point_from(data: object, where: str) -> Point:
     if not isinstance(data, list) or len(data) != 3:
         raise ValueError(f"{where} must be [t, alpha, sigma], got {data!r:.80}")
-    return Point(*(_number(value, f"{where}[{i}]") for i, value in enumerate(data)))
+    point = Point(*(finite(value, f"{where}[{i}]") for i, value in enumerate(data)))
+    if not (point.alpha >= 0.0 and point.sigma >= 0.0 and point.alpha + point.sigma > 0.0):
+        raise ValueError(f"{where} must have alpha >= 0 and sigma >= 0, not both 0, got {data!r:.80}")
+    return point
 
 
-class _Fields:
+class Fields:
     """The fields of one JSON object: all of `names`, any of `optional` and no others."""
 
     def __init__(self, data: object, where: str, names: Sequence[str], optional: Sequence[str] = ()) -> None:
@@ -288,13 +340,15 @@ class _Fields:
                 raise ValueError(f"{where}: the field {name!r} is missing")
         for name in data:
             if name not in (*names, *optional):
-                raise ValueError(f"{where}: unknown field {name!r}; it takes {', '.join((*names, *optional))}")
+                raise ValueError(f"{where}: unknown field {name!r:.80}; it takes {', '.join((*names, *optional))}")
         self.data, self.where = data, where
 
     def get(self, name: str, kind: type[T], wanted: str = "") -> T:
         value = self.data[name]
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{self.where}: {name} must be {wanted or kind.__name__}, got {value!r:.80}")
+        if isinstance(value, str):
+            _name(value, f"{self.where}: {name}")
         return value
 
     def optional(self, name: str, kind: type[T]) -> T | None:
@@ -302,10 +356,10 @@ class _Fields:
         return None if self.data[name] is None else self.get(name, kind, f"{kind.__name__} or null")
 
     def number(self, name: str) -> float:
-        return _number(self.data[name], f"{self.where}: {name}")
+        return finite(self.data[name], f"{self.where}: {name}")
 
     def numbers(self, name: str) -> list[float]:
-        return [_number(v, f"{self.where}: {name}[{i}]") for i, v in enumerate(self.get(name, list))]
+        return [finite(v, f"{self.where}: {name}[{i}]") for i, v in enumerate(self.get(name, list))]
 
     def point(self, name: str) -> Point:
         return _point_from(self.get(name, list), f"{self.where}: {name}")

@@ -28,6 +28,10 @@ Row = Mapping[str, float]
 PREDICTION, UNGUIDED, NOISE = SOURCES = ("m", "u", "z")
 
 
+# Parametrisations of a variance that the network predicts (`Stage.variance`).
+LEARNED = ("learned", "learned_range")
+
+
 class PlanError(ValueError):
     """A plan whose rows are not a sampler: unknown sources, bad numbers, or a broken marginal."""
 

@@ -21,6 +21,9 @@ FloatArray = NDArray[np.float64]
 # Times and ratios outside the valid range by less than this (relative) are round-off and moved to its end.
 _SLACK = 1e-9
 
+# More discrete times than any network was trained on: an error instead of gigabytes.
+_MAX_TIMES = 1_000_000
+
 
 class Point(NamedTuple):
     """One marginal x = alpha x0 + sigma eps, eps ~ N(0, I).
@@ -305,8 +308,8 @@ class VP(_Unwarped):
 
 
 def _count(timesteps: int) -> None:
-    if not isinstance(timesteps, (int, np.integer)) or timesteps < 2:
-        raise ValueError(f"timesteps = {timesteps!r}: VP takes an int >= 2")
+    if not isinstance(timesteps, (int, np.integer)) or not 2 <= timesteps <= _MAX_TIMES:
+        raise ValueError(f"timesteps = {timesteps!r}: VP takes an int >= 2 and <= {_MAX_TIMES}")
 
 
 def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]:

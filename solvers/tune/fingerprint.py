@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fewstep.solvers.families.coordinates import COORDINATES
+from fewstep.solvers.files import shown
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import read_plan
+from fewstep.solvers.plans.plan_file import finite, read_plan
 from fewstep.solvers.plans.stages import PREDICTION
 from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
@@ -38,6 +40,9 @@ TOLERANCE = 0.01
 
 # Conditions with more values than this are not stored in a plan file.
 _KEPT = 4096
+
+# Elements of a sample above which a plan file cannot have been made for it.
+_MOST = 1 << 26
 
 
 def fingerprint(
@@ -138,6 +143,65 @@ def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dic
     return [{name: value_of(value) for name, value in one.items()} for one in kept]
 
 
+def check_record(plan: Plan, where: str) -> None:
+    """Raises ValueError unless options["tuning"], where there is one, is what `tune` records."""
+    if "tuning" not in plan.options:
+        return
+    record, where = plan.options["tuning"], f"{where}: options['tuning']"
+
+    def want(good: bool, name: str, kind: str) -> None:
+        if not good:
+            raise ValueError(f"{where}: {name} must be {kind}, got {record[name]!r:.80}")
+
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be an object, got {type(record).__name__}")
+    for name in ("guidance", "cond", "shape", "fingerprint"):
+        if name not in record:
+            raise ValueError(f"{where}: the field {name!r} is missing")
+    guidance, cond, shape, values = (record[name] for name in ("guidance", "cond", "shape", "fingerprint"))
+    want(guidance is None or isinstance(guidance, dict), "guidance", "an object or null")
+    want(isinstance(shape, (list, tuple)) and all(type(n) is int and 0 < n <= _MOST for n in shape), "shape", "sizes")
+    want(prod(shape) <= _MOST, "shape", f"of at most {_MOST} elements")
+    probes = len(_LEVELS) * _SAMPLES * min(_ELEMENTS, prod(shape))
+    want(isinstance(values, list) and len(values) == probes, "fingerprint", "the probes' numbers")
+    for i, value in enumerate(values):
+        finite(value, f"{where}: fingerprint[{i}]")
+    want(cond is None or (isinstance(cond, list) and all(isinstance(one, dict) for one in cond)), "cond", "objects")
+    for one in cond or ():
+        for name, value in one.items():
+            _check_kept(value, f"{where}: cond[{name!r:.80}]")
+
+
+_DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float16", "float32")
+_DTYPES += ("float64",)
+
+
+def _check_kept(value: object, where: str) -> None:
+    """Raises ValueError unless `keep_conditions` could have written it."""
+    if not isinstance(value, (dict, list)):
+        return
+    kind, items = next(iter(value.items())) if isinstance(value, dict) and len(value) == 1 else ("", None)
+    if kind == "mapping" and isinstance(items, dict):
+        for name, item in items.items():
+            _check_kept(item, f"{where}[{name!r:.80}]")
+    elif kind in ("list", "tuple") and isinstance(items, list):
+        for i, item in enumerate(items):
+            _check_kept(item, f"{where}[{i}]")
+    elif isinstance(value, dict) and value.keys() == {"dtype", "values"} and value["dtype"] in _DTYPES:
+        _check_numbers(value["values"], where)
+    else:
+        raise ValueError(f"{where} must be an array with a dtype, a mapping, a list or a tuple, got {value!r:.80}")
+
+
+def _check_numbers(value: object, where: str) -> None:
+    """Raises ValueError for anything but numbers, truth values and nested lists of them."""
+    if isinstance(value, list):
+        for each in value:
+            _check_numbers(each, where)
+    elif not isinstance(value, bool):
+        finite(value, where)
+
+
 def check_plan(
     plan: Plan, denoiser: DenoiserLike, cond: Condition = None, device: Device | None = None, where: str = "plan"
 ) -> None:
@@ -151,14 +215,20 @@ def check_plan(
     if record is None:
         return
     force = "tune a plan for it, or load with force=True (a tuned plan can be far worse on another denoiser)"
+    check_record(plan, where)
     guidance = guidance_as_json(denoiser.guidance)
     if guidance != record["guidance"]:
-        raise ValueError(f"{where} was tuned under guidance {record['guidance']}, the denoiser has {guidance}: {force}")
+        own = f"{record['guidance']!r:.200}"
+        raise ValueError(f"{where} was tuned under guidance {own}, the denoiser has {guidance}: {force}")
     if cond is None:
         if record["cond"] is None:
             raise ValueError(f"{where} does not hold the condition it was tuned with: give cond= as for fewstep.tune")
         cond = kept_conditions(record["cond"], model_frame(denoiser, device))
-    away = difference(fingerprint(denoiser, record["shape"], cond, device), record["fingerprint"])
+    try:
+        found = fingerprint(denoiser, record["shape"], cond, device)
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{where}: this denoiser does not take the plan's probes ({error!s:.300}): {force}") from error
+    away = difference(found, record["fingerprint"])
     if not away <= TOLERANCE:
         raise ValueError(
             f"{where} was tuned on another denoiser: the relative difference of the predictions on the probes is "
@@ -184,8 +254,9 @@ def load_plan(
     Raises FileNotFoundError, or ValueError that names the bad field or what the plan was tuned for.
     """
     plan = read_plan(path)
+    check_record(plan, shown(path))
     if denoiser is not None and not force:
-        check_plan(plan, denoiser, cond, device, str(path))
+        check_plan(plan, denoiser, cond, device, shown(path))
     elif "tuning" in plan.options and not force:
         raise ValueError(f"{path} holds a tuned plan, which belongs to one denoiser: give denoiser=, or force=True")
     return plan

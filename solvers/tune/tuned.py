@@ -187,5 +187,9 @@ def rule_of(plan: Plan) -> tuple[Rule, Array]:
     if plan.solver != SOLVER or "numbers" not in plan.options:
         raise ValueError(f"a plan of solver {plan.solver!r} is not tuned: start from a plan that fewstep.tune returned")
     o = plan.options
-    rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"])
-    return rule, np.array(o["numbers"], dtype=np.float64)
+    try:
+        rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"])
+        numbers = np.array(o["numbers"], dtype=np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"the options of this tuned plan are not those that fewstep.tune writes: {error}") from None
+    return rule, numbers

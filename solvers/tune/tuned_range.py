@@ -16,14 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import shown
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import check_format, dumps, plan_as_json, plan_from_json, read_json
+from fewstep.solvers.plans.plan_file import (
+    Fields,
+    check_format,
+    finite,
+    plan_as_json,
+    plan_from_json,
+    read_json,
+    write_json,
+)
 from fewstep.solvers.run.arrays import Device
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.ensemble import unroll
-from fewstep.solvers.tune.fingerprint import check_plan
+from fewstep.solvers.tune.fingerprint import check_plan, check_record
 from fewstep.solvers.tune.tuned import Rule, rule_of
 from fewstep.solvers.tune.tuning import best_hand_made, study, tune
 
@@ -77,21 +85,16 @@ class PlanRange:
 
     def save(self, path: str | Path) -> None:
         """Write the range to a JSON file, atomically. Raises as `save_plan` does."""
-        path = Path(path)
-        if path.suffix != ".json":
-            raise ValueError(f"path {str(path)!r}: a range of plans is written as .json")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"path {str(path)!r}: there is no folder {path.parent}; make it first")
-        text = dumps(
+        write_json(
             {
                 "format": FORMAT,
                 "version": VERSION,
                 "scales": list(self.scales),
                 "gains": list(self.gains),
                 "plans": [plan_as_json(plan) for plan in self.plans],
-            }
+            },
+            Path(path),
         )
-        write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def load_range(
@@ -103,21 +106,24 @@ def load_range(
     force: bool = False,
 ) -> PlanRange:
     """The range in a file that `PlanRange.save` wrote; its first plan is checked as in `load_plan`."""
-    data = read_json(path)
-    check_format(data, str(path), FORMAT, VERSION)
-    for name in ("scales", "gains", "plans"):
-        if not isinstance(data.get(name), list):
-            raise ValueError(f"{path}: {name} must be a list")
-    for name, empty in (("scales", ()), ("gains", (None,))):
-        for value in data[name]:
-            if value not in empty and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                raise ValueError(f"{path}: {name} must be numbers, got {value!r}")
-    plans = tuple(plan_from_json(plan, f"{path}: plans[{i}]") for i, plan in enumerate(data["plans"]))
-    found = PlanRange(tuple(data["scales"]), plans, tuple(data["gains"]))
+    data, where = read_json(path), shown(path)
+    check_format(data, where, FORMAT, VERSION)
+    top = Fields(data, where, ("format", "version", "scales", "gains", "plans"))
+    scales, values = top.numbers("scales"), top.get("gains", list)
+    gains = [None if value is None else finite(value, f"{where}: gains[{i}]") for i, value in enumerate(values)]
+    plans = [plan_from_json(plan, f"{where}: plans[{i}]") for i, plan in enumerate(top.get("plans", list))]
+    if not plans:
+        raise ValueError(f"{where}: plans is empty")
+    try:
+        found = PlanRange(tuple(scales), tuple(plans), tuple(gains))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    for i, plan in enumerate(plans):
+        check_record(plan, f"{where}: plans[{i}]")
     if not force:
         if denoiser is None:
-            raise ValueError(f"{path} holds tuned plans, which belong to one denoiser: give denoiser=, or force=True")
-        check_plan(found.plans[0], denoiser.with_guidance(found.scales[0]), cond, device, str(path))
+            raise ValueError(f"{where} holds tuned plans, which belong to one denoiser: give denoiser=, or force=True")
+        check_plan(found.plans[0], denoiser.with_guidance(found.scales[0]), cond, device, where)
     return found
 
 

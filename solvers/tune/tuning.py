@@ -384,20 +384,12 @@ def tune(
     """
     begin = time.perf_counter()
     check_denoiser(denoiser)
-    for name, value, low in (("nfe", nfe, 2), ("seeds", seeds, 12), ("batch", batch, 1)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
+    resumed = check_arguments(base, nfe, seeds, what, batch)
     check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
-    one_of("what", what, WHAT)
-    if not isinstance(base, Plan) and base != "auto" and base not in bases():
-        raise ValueError(unknown("base", base, ("auto", *bases())))
-    if isinstance(base, Plan) and base.nfe != nfe:
-        raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: they must agree")
     if decouple not in ("auto", True, False):
         raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r}")
     if not (reference is None or isinstance(reference, Plan) or callable(reference)):
         raise TypeError(f"reference must be a plan or a callable, got {type(reference).__name__}")
-    resumed = rule_of(base) if isinstance(base, Plan) else None
     scipy_optimize()
     say = progress if callable(progress) else _to_stderr if progress else _silent
     made = study(
@@ -418,6 +410,21 @@ def tune(
     plan = fit_plan(made, starts, say)
     record = {**plan.options["tuning"], "seconds": round(time.perf_counter() - begin, 1)}
     return replace(plan, options={**plan.options, "tuning": record})
+
+
+def check_arguments(base: str | Plan, nfe: int, seeds: int, what: str, batch: int = 1) -> tuple[Rule, Array] | None:
+    """Raises ValueError for what needs no denoiser to be wrong. Returns the rule of a plan to resume."""
+    for name, value, low, high in (("nfe", nfe, 2, 1000), ("seeds", seeds, 12, 10**6), ("batch", batch, 1, 10**6)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            raise ValueError(f"{name} must be an integer >= {low} and <= {high}, got {value!r}")
+    one_of("what", what, WHAT)
+    if isinstance(base, Plan):
+        if base.nfe != nfe:
+            raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: they must agree")
+        return rule_of(base)
+    if base != "auto" and base not in bases():
+        raise ValueError(unknown("base", base, ("auto", *bases())))
+    return None
 
 
 def best_hand_made(made: Study) -> Ranked:
