@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.denoiser import CFG, Denoiser
 from fewstep.digits_data import load_digits
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.plans.registry import unknown
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Condition: TypeAlias = "Mapping[str, Tensor] | None"
 
+PROCESS = VP.linear()  # of every model here
+CLASSES = {"digits": 10}  # the others have none
 DRAWN = 4096  # samples that stand for the data of an exact problem
 
 
@@ -49,10 +51,23 @@ class Model:
         return self.cond(np.arange(self.classes))
 
 
-def load_model(name: str) -> Model:
-    """Raises ValueError with the closest names for an unknown one."""
+def check_model(name: str, guidance: float | None = None, label: int | None = None) -> None:
+    """Raises ValueError for an unknown model (with the closest names) or what it cannot do, without loading it."""
     if name not in MODELS:
         raise ValueError(unknown("model", name, tuple(MODELS)))
+    classes = CLASSES.get(name, 0)
+    if guidance is not None:
+        CFG(guidance)
+        if not classes and guidance != 1.0:
+            raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
+    if label is not None and not 0 <= label < classes:
+        have = f"has classes 0 to {classes - 1}" if classes else "has no classes"
+        raise ValueError(f"--class {label}: model {name!r} {have}")
+
+
+def load_model(name: str) -> Model:
+    """Raises ValueError with the closest names for an unknown one."""
+    check_model(name)
     return MODELS[name]()
 
 
@@ -66,19 +81,18 @@ def _digits_network() -> Model:
     network = digits_model()
 
     def denoiser(guidance: float | None) -> Denoiser:
-        return Denoiser(network, VP.linear(), "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
+        return Denoiser(network, PROCESS, "v", guidance=guidance, null={"label": torch.tensor([NO_CLASS])})
 
     def cond(labels: np.ndarray) -> Condition:
         return {"label": torch.from_numpy(labels)}
 
-    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), 10)
+    return Model("digits", (1, 8, 8), denoiser, cond, lambda seed: load_digits(), CLASSES["digits"])
 
 
 def _exact_problem(name: str, problem: Problem) -> Model:
     def denoiser(guidance: float | None) -> Denoiser:
-        if guidance not in (None, 1.0):
-            raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
-        return problem.denoiser(VP.linear())
+        check_model(name, guidance)
+        return problem.denoiser(PROCESS)
 
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return problem.draw(DRAWN, seed), np.zeros(DRAWN, int)

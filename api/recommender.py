@@ -6,6 +6,7 @@ The guide is a table of budgets and model classes; it knows nothing of the netwo
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,12 +84,12 @@ class Measured(Recommendation):
 class Choice:
     """One line of the guide: for up to `calls` denoiser calls, `solver` with `options`, or `flow` for flow models."""
 
-    calls: int
+    calls: float
     solver: str
     options: Mapping[str, Any]
     flow: str
     why: str
-    used: int = 10**9  # calls beyond these gain nothing
+    used: float = math.inf  # calls beyond these gain nothing
 
 
 CHURN = {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0}
@@ -119,7 +120,7 @@ GUIDE = (
         "EDM's Heun with a little churn: adding noise and removing it corrects the network's own errors.",
     ),
     Choice(
-        10**9,
+        math.inf,
         "edm",
         CHURN,
         "heun",
@@ -225,7 +226,7 @@ def recommend(
     choice = next(line for line in GUIDE if calls <= line.calls)
     solver, options = (choice.flow, {}) if family == "flow" else (choice.solver, choice.options)
     spacing = SPACINGS[family]
-    steps = fit_steps(solver, example, spacing, min(calls, choice.used), options)
+    steps = fit_steps(solver, example, spacing, int(min(calls, choice.used)), options)
     made = make_plan(solver, make_grid(example, steps, spacing), **options).nfe
     more = f"{steps} steps make {made} calls. " if made != steps else ""
     own = " A flow model uses its own grid, with its shift." if family == "flow" else ""

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from fewstep.cli.distill import finish
 from fewstep.distill_runs.evaluate import DIGITS_MEASURES
 from fewstep.distill_runs.methods import make_recipe
-from fewstep.distill_runs.training import CHECKPOINT, train
+from fewstep.distill_runs.training import CHECKPOINT, Stopped, train
 from fewstep.solvers.files import write_whole
 
 SEEDS = (0, 1, 2)
@@ -67,9 +67,13 @@ def execute(runs: Iterable[PlannedRun], work: Path) -> None:
             continue
         out.mkdir(parents=True, exist_ok=True)
         recipe = make_recipe(run.method, run.problem, seed=run.seed, options=dict(run.options))
-        done = train(recipe, out, resume=(out / CHECKPOINT).exists())
-        if done < recipe.settings.steps:
-            sys.exit(f"stopped in {run.name} after {done} steps; run the same command to continue")
+        try:
+            train(recipe, out, resume=(out / CHECKPOINT).exists())
+        except Stopped as stopped:
+            print(
+                f"stopped in {run.name} after {stopped.done} steps; run the same command to continue", file=sys.stderr
+            )
+            raise
         outcome = finish(recipe, out)
         met = sum(check.met for check in outcome.checks)
         seconds = json.loads((out / RESULTS).read_text())["seconds"]

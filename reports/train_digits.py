@@ -6,8 +6,8 @@ plain squared error. The class is dropped at random for classifier-free guidance
 average of the weights.
 
 Two files are written at the end: digits.safetensors, and digits.json with the settings, the losses and an evaluation of
-DDIM samples. The result depends only on the seed, the number of threads and the torch build. Ctrl-C stops early and
-writes the weights so far, without the evaluation.
+DDIM samples. Those that they replace are kept as digits.previous.*. The result depends only on the seed, the number of
+threads and the torch build. Ctrl-C stops early, writes the weights so far, without the evaluation, and exits with 130.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 from fewstep.bindings.unet import NO_CLASS, UNet
 from fewstep.digits_data import Split, load_split
+from fewstep.distill_runs.training import clip_gradients
 from fewstep.problems import energy_distance
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import keep_previous, write_whole
 from fewstep.solvers.schedule.process import VP
 
 BANDS = (0.0, 50.0, 200.0, 400.0, 600.0, 800.0, 999.0)  # edges in t of the noise bands of the validation loss
@@ -195,6 +196,8 @@ def train(settings: TrainingSettings, out: Path) -> dict[str, Any]:
     }
     metadata = {key: log[key] for key in ("architecture", "process", "prediction", "data")}
     weights = safetensors.torch.save(net.state_dict(), metadata)
+    for name in ("digits.safetensors", "digits.json"):
+        keep_previous(out / name)
     write_whole(out / "digits.safetensors", lambda path: path.write_bytes(weights))
     if settings.samples and done == settings.steps:
         log["evaluation"] = evaluate(net, data, held, settings.samples, settings.seed)
@@ -239,6 +242,7 @@ def _train_network(
                 optimiser.zero_grad()
                 loss = (net(x, t, label) - v).square().mean()
                 loss.backward()
+                clip_gradients([p.grad for p in net.parameters() if p.grad is not None])
                 optimiser.step()
                 done += 1
                 memory = min(settings.ema, done / (done + 9))  # short at first, to forget the initial weights
@@ -272,6 +276,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"validation loss {log['validation']['loss']:.4f} after {log['steps_done']} steps -> {args.out}")
     for name, value in log.get("evaluation", {}).items():
         print(f"  {name}: {value}")
+    if log["steps_done"] < args.steps:
+        raise SystemExit(130)
 
 
 def _positive_steps(text: str) -> int:

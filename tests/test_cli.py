@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -151,6 +152,91 @@ def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypa
     code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
     assert code == 1
     assert text in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("sample", "--steps", 0), "steps = 0"),
+        (("sample", "--steps", 2**31), "steps = 2147483648"),
+        (("sample", "--n", 2**31), "--n must be at least 1 and at most"),
+        (("sample", "--seed", -1), "--seed must be an integer"),
+        (("sample", "--guidance", "nan"), "guidance scale must be a finite number"),
+        (("sample", "--class", 10), "has classes 0 to 9"),
+        (("sample", "--spacing", "karas"), "did you mean 'karras'"),
+        (("sample", "--option", "eta=1"), "no option 'eta'"),
+        (("sample", "--backend", "triton"), "unknown backend"),
+        (("sample-plan", "/dev/zero"), "no regular file"),
+        (("sample-plan", "absent.json"), "no file absent.json"),
+        (("tune", "--nfe", 1), "nfe must be an integer >= 2"),
+        (("tune", "--base", "dpmpp"), "unknown base 'dpmpp'"),
+        (("tune", "--resume", "absent.json"), "no file absent.json"),
+        (("compare", "--nfe", 2**31), "--nfe must be at least 1 and at most 10000"),
+        (("compare", "--spacing", "karas"), "did you mean 'karras'"),
+        (("compare", "--guidance", "inf"), "guidance scale must be a finite number"),
+    ],
+)
+def test_everything_is_checked_before_the_model_is_loaded(cli, tmp_path, monkeypatch, words, text):
+    loaded = []
+    monkeypatch.setattr("fewstep.models.MODELS", {"digits": lambda: loaded.append(1)})
+    out = {"tune": ("--out", tmp_path / "p.json"), "compare": ()}.get(words[0], ("--out", tmp_path / "x.npz"))
+    code, printed, errors = cli(*words, *out)
+    assert (code, printed, loaded) == (1, "", [])
+    assert text in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("/proc/x.npz", "cannot be written"), ("a" * 300 + ".npz", "too long"), ("pipe.npz", "regular")]
+)
+def test_a_place_that_takes_no_file_is_named_at_once(cli, tmp_path, monkeypatch, name, text):
+    monkeypatch.setattr("fewstep.cli.sample.load_model", lambda name: pytest.fail("the model was loaded"))
+    os.mkfifo(tmp_path / "pipe.npz")
+    code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
+    assert code == 1
+    assert text in errors
+    assert errors.count("\n") == 1
+
+
+def program(*words, **options):
+    """The program itself, started by `python -m`."""
+    return subprocess.run([sys.executable, "-m", "fewstep", *words], stderr=subprocess.PIPE, timeout=60, **options)
+
+
+def test_a_reader_that_leaves_ends_it_as_it_ends_others():
+    read, write = os.pipe()
+    os.close(read)
+    done = program("solvers", stdout=write)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")  # 141 in a shell
+
+
+@pytest.mark.parametrize("words", [("solvers",), ("recommend", "--nfe", "8", "--json")])
+def test_a_full_output_is_one_line_and_exit_code_1(words):
+    with open("/dev/full", "wb") as full:
+        done = program(*words, stdout=full)
+    assert (done.returncode, done.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_an_ascii_terminal_gets_the_whole_table(variables, tmp_path):
+    env = os.environ | variables | {"PYTHONUTF8": "0", "COLUMNS": "200"}
+    words = ("compare", "--model", "gaussian", "--nfe", "2", "--n", "8", "--solvers", "ddim")
+    done = program(*words, stdout=subprocess.PIPE, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode("ascii")
+    assert "?s per step" in text  # microseconds
+    assert "fewstep sample --model gaussian --solver ddim" in text
+
+
+def test_a_name_with_brackets_is_printed_as_it_is(cli, tmp_path):
+    (tmp_path / "[").mkdir()
+    out = tmp_path / "[" / "x].npz"
+    code, printed, _ = cli("sample", "--model", "ring", "--steps", 2, "--n", 4, "--out", out)
+    assert code == 0
+    assert "[/x].npz" in printed.replace("\n", "")
 
 
 def test_usage_errors_exit_2(cli):
@@ -368,6 +454,11 @@ def test_recommend_as_json_is_fs_recommend(cli):
         "why": r.why,
         "options": dict(r.options),
     }
+
+
+def test_recommend_takes_any_budget():
+    assert fs.recommend(2**31) == fs.recommend(10**9)
+    assert fs.recommend(2**31, process="flow").steps == 25
 
 
 def test_recommend_refuses_a_budget_that_guidance_cannot_have(cli):

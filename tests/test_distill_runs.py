@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from safetensors import safe_open
 
 from fewstep.cli.commands import app
 from fewstep.distill_runs import digits as distill_digits
@@ -23,7 +27,7 @@ from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
 from fewstep.distill_runs.ring import RING
-from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, load, save, train
+from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, clip_gradients, load, save, train
 from fewstep.problems import Mixture
 
 # torch's own set-up, at the first forward-mode derivative.
@@ -182,7 +186,7 @@ def test_the_log_has_the_losses_and_survives_resumption(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(r["step"]) for r in rows] == [10, 20, 30, 40, 50, 60]
     assert all(float(r["loss"]) > 0.0 for r in rows)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.previous.safetensors", CHECKPOINT, LOG]
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -221,6 +225,68 @@ def test_a_diverging_run_stops_with_its_step() -> None:
         train(recipe)
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_checkpoint(tmp_path: Path) -> None:
+    """The loss of the step is finite: only its gradient is not."""
+    recipe = make_recipe("rectified", "ring", 9, 32)
+    bias = recipe.modules["student"].leave.bias
+
+    def poison(k: int, values: Mapping[str, float]) -> None:
+        if k == 4:
+            bias.register_hook(lambda gradient: gradient * math.inf)
+
+    with pytest.raises(ValueError, match=r"step 5 of rectified diverged \(a gradient is not finite\)"):
+        train(recipe, tmp_path, every=2, watch=poison)
+    assert torch.isfinite(bias).all()
+    clean = make_recipe("rectified", "ring", 9, 32)
+    assert load(clean, tmp_path / CHECKPOINT) == 4
+    assert load(clean, tmp_path / "checkpoint.previous.safetensors") == 2
+
+
+def test_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    recipe = make_recipe("consistency", "ring", 9, 32)
+    save(recipe, 1, tmp_path / CHECKPOINT)
+    with torch.no_grad():
+        next(recipe.modules["student"].parameters()).view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match=r"module.student.* is not finite after 2 steps"):
+        save(recipe, 2, tmp_path / CHECKPOINT)
+    assert load(recipe, tmp_path / CHECKPOINT) == 1
+
+
+def test_gradients_are_clipped_by_their_joint_norm() -> None:
+    large, small = [torch.tensor([300.0]), torch.tensor([400.0])], [torch.tensor([30.0]), torch.tensor([40.0])]
+    clip_gradients(large)
+    clip_gradients(small)
+    assert [g.item() for g in large] == pytest.approx([60.0, 80.0])  # of norm 500, to 100
+    assert [g.item() for g in small] == [30.0, 40.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"settings": "[]"}, "of the wrong type"),
+        ({"settings": '{"seed": 0, "seed": 1}'}, "'seed' is there twice"),
+        ({"settings": "[" * 100_000}, "not a checkpoint"),
+        ({"step": "true"}, "of the wrong type"),
+        ({"step": "-1"}, "of step -1 of 9"),
+        ({"step": "1" + "0" * 5000}, "too large"),
+        ({"seconds": "NaN"}, "NaN is not a finite number"),
+        ({"seconds": None}, "'seconds'"),
+    ],
+)
+def test_a_checkpoint_with_broken_metadata_is_one_error(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    recipe = make_recipe("consistency", "ring", 9, 32)
+    path = tmp_path / CHECKPOINT
+    save(recipe, 1, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {k: v for k, v in (file.metadata() | change).items() if v is not None}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
+    with pytest.raises(ValueError, match=text) as found:
+        load(recipe, path)
+    assert str(path) in str(found.value)
+    assert len(str(found.value)) < 2000
+
+
 # --- processes ---
 
 COMMAND = "from fewstep.cli import main; main()"
@@ -248,16 +314,17 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = [sys.executable, "-c", COMMAND, *arguments(out, "--steps", "100000", "--every", "20", "--json")]
     process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 90
     while not (out / CHECKPOINT).exists() and time.time() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "continue with --resume" in errors
     recipe = make_recipe("consistency", "ring", 100000, 32)
     done = load(recipe, out / CHECKPOINT)

@@ -2,27 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import signal
 import sys
 
-# Errors that a user can cause. Anything else is a defect and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError, PermissionError)
+# Errors that a user or the machine can cause. Anything else is a defect and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, OverflowError)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. Exits with 1 and one line for a user's error, with 2 for bad usage, with 130 after Ctrl-C."""
+    """Run a command.
+
+    Exits with 1 and one line on stderr for a user's error, with 2 for bad usage, with 130 after Ctrl-C; the program
+    ends by SIGPIPE (141 in a shell) where nobody reads its output.
+    """
+    if argv is None and hasattr(signal, "SIGPIPE"):
+        with contextlib.suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        # An ASCII terminal has no sigma, and a file's name may not be text at all.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            unicode = stream.encoding.lower().startswith("utf")
+            stream.reconfigure(errors="backslashreplace" if unicode else "replace")
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError:
         print("error: the command line needs typer and rich: pip install 'fewstep[cli]'", file=sys.stderr)
         raise SystemExit(1) from None
-    from rich.markup import escape
-
-    from fewstep.cli.app import ERR
-    from fewstep.cli.commands import app
-
     try:
-        app(argv)
+        from fewstep.cli.commands import app
+
+        try:
+            app(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except USER_ERRORS as error:
-        ERR.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        _drop_output()
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _drop_output() -> None:
+    """Throw away what stdout does not take, or Python would try again when it exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,6 +23,12 @@ app = typer.Typer(
 )
 
 
+def check_count(flag: str, value: int, low: int = 1, high: int = 1_000_000) -> None:
+    """Raises ValueError for a number out of range."""
+    if not low <= value <= high:
+        raise ValueError(f"{flag} must be at least {low} and at most {high}, got {value}")
+
+
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """The values of `--option name=value` as numbers, booleans, None or text.
 
@@ -62,7 +68,8 @@ def parse_counts(text: str, flag: str) -> list[int]:
     """The positive whole numbers of a comma-separated list. Raises ValueError for anything else."""
     counts = []
     for name in parse_list(text, flag):
-        if not name.isdigit() or int(name) < 1:
-            raise ValueError(f"{flag}: {name!r} is not a whole number >= 1")
+        if not (name.isascii() and name.isdigit() and len(name) < 20 and int(name) >= 1):
+            raise ValueError(f"{flag}: {name[:40]!r} is not a whole number >= 1")
+        check_count(flag, int(name), high=10_000)
         counts.append(int(name))
     return counts

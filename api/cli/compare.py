@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, parse_counts, parse_list
+from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, check_count, parse_counts, parse_list
 from fewstep.cli.output import check_out
-from fewstep.models import load_model
+from fewstep.kernels.philox import check_seed
+from fewstep.models import check_model, load_model
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.options import unknown
 from fewstep.solvers.plans.registry import get_solver, list_solvers
+from fewstep.solvers.schedule.grid import list_spacings
 
 
 def compare(
@@ -37,12 +41,16 @@ def compare(
     for path, suffixes, flag in ((plot, (".png",), "--plot"), (page, (".md",), "--markdown")):
         if path is not None:
             check_out(path, suffixes, flag)
-    if n < 4:
-        raise ValueError(f"--n must be at least 4 to compare distributions, got {n}")
+    check_count("--n", n, 4, 100_000)
+    check_model(model, guidance)
+    check_seed(seed, "--seed")
     names = list(list_solvers()) if every else parse_list(solvers, "--solvers")
     for name in names:
         get_solver(name)
     budgets, spacings = parse_counts(nfe, "--nfe"), parse_list(spacing, "--spacing")
+    for chosen in spacings:
+        if chosen not in list_spacings():
+            raise ValueError(unknown("spacing", chosen, list_spacings()))
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,7 +88,7 @@ def compare(
         OUT.print(f"left out: {name} {why}")
     for path in (plot, page):
         if path is not None:
-            OUT.print(f"wrote [bold]{path}[/]")
+            OUT.print(f"wrote [bold]{escape(str(path))}[/]")
     best = result.best()
     OUT.print(
         f"sample with the best: [bold]fewstep sample --model {model} --solver {best.solver} --steps {best.steps} "

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, parse_options
-from fewstep.cli.output import write_samples
+from fewstep.cli.app import ERR, OUT, AsJson, check_count, parse_options
+from fewstep.cli.output import check_out, write_samples
 from fewstep.solvers.files import write_whole
 
 if TYPE_CHECKING:
     from fewstep.distill_runs.evaluate import Outcome
     from fewstep.distill_runs.training import Recipe
-
-EXIT_STOPPED = 130
 
 
 def distill(
@@ -46,36 +46,43 @@ def distill(
     as_json: AsJson = False,
 ) -> None:
     """Distil a few-step student from an exact or a trained teacher, and check it against the method's thresholds."""
+    for flag, value in (("--steps", steps), ("--batch", batch), ("--parts", parts), ("--every", every)):
+        if value is not None:
+            check_count(flag, value, high=1_000_000_000)
+    if lr is not None and not 0.0 < lr < math.inf:
+        raise ValueError(f"--lr must be positive and finite, got {lr}")
+    options = parse_options(option)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: that is a file; name a folder")
     try:
         from fewstep.distill_runs import training
         from fewstep.distill_runs.methods import make_recipe
     except ImportError:
         raise ImportError("distillation needs torch and safetensors: pip install 'fewstep[torch]'") from None
 
-    if every < 1:
-        raise ValueError(f"--every must be at least 1, got {every}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: that is a file; name a folder")
     if not resume and (out / training.CHECKPOINT).exists():
         raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")
     with training.processes():
-        recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, parse_options(option))
         first = training.rank() == 0
         if first:
             out.mkdir(parents=True, exist_ok=True)
+            check_out(out / training.CHECKPOINT, (".safetensors",))
+        recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, options)
         with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
-            done = training.train(recipe, out, resume=resume, every=every, watch=watch)
+            try:
+                training.train(recipe, out, resume=resume, every=every, watch=watch)
+            except training.Stopped as stopped:
+                if first:
+                    ERR.print(f"stopped after {stopped.done} of {recipe.settings.steps} steps; continue with --resume")
+                raise
         if not first:
             return
-        if done < recipe.settings.steps:
-            ERR.print(f"stopped after {done} of {recipe.settings.steps} steps; continue with --resume")
-            raise typer.Exit(EXIT_STOPPED)
         outcome = finish(recipe, out)
     if as_json:
         typer.echo(json.dumps(outcome.as_json()))
         return
     show(outcome)
-    OUT.print(f"student, log and samples in [bold]{out}[/]")
+    OUT.print(f"student, log and samples in [bold]{escape(str(out))}[/]")
 
 
 @contextlib.contextmanager

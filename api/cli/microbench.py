@@ -365,8 +365,8 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, ...]:
         sizes = tuple(int(n) for n in (shape.lower().split("x") if isinstance(shape, str) else shape))
     except (TypeError, ValueError):
         sizes = ()
-    if len(sizes) < 2 or min(sizes) < 1:
-        raise ValueError(f"shape must be sizes like 1x4x64x64, batch first, got {shape!r}")
+    if len(sizes) < 2 or min(sizes) < 1 or math.prod(sizes) > 1 << 30:
+        raise ValueError(f"shape must be sizes like 1x4x64x64, batch first, of at most 2^30 elements, got {shape!r}")
     return sizes
 
 
@@ -390,8 +390,8 @@ def run(
 
     Raises ValueError for a bad argument before anything is measured.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ValueError(f"repeats must be an int >= 1, got {repeats!r}")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= 100_000:
+        raise ValueError(f"repeats must be an int >= 1 and <= 100000, got {repeats!r}")
     wanted = cases(shapes, dtypes, solvers, backends)
     if as_json:
         records = [measure(case, repeats) for case in wanted]

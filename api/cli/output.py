@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,19 +10,17 @@ from types import ModuleType
 
 import numpy as np
 
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import check_target, write_whole
 
+NO_MATPLOTLIB = "pictures and plots need matplotlib: pip install 'fewstep[plot]'"
 SUFFIXES = (".png", ".npz")
 
 
 def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--out") -> None:
-    """Raises ValueError for an unknown suffix or for a folder, FileNotFoundError if the parent folder is missing."""
-    if path.suffix not in suffixes:
-        raise ValueError(f"{flag} {path}: the file must end in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"{flag} {path}: that is a folder; name a file in it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; create it first")
+    """Raises an error unless the file can be written (`check_target`) and matplotlib is there for a picture."""
+    check_target(path, suffixes, flag)
+    if path.suffix == ".png" and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(NO_MATPLOTLIB)
 
 
 def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, object]) -> None:
@@ -65,5 +64,5 @@ def plotting() -> ModuleType:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError:
-        raise ImportError("pictures and plots need matplotlib: pip install 'fewstep[plot]'") from None
+        raise ImportError(NO_MATPLOTLIB) from None
     return pyplot

@@ -9,10 +9,15 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.markup import escape
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, parse_options
+from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, check_count, parse_options
 from fewstep.cli.output import check_out, write_samples
-from fewstep.models import load_model
+from fewstep.kernels.philox import check_seed
+from fewstep.models import PROCESS, check_model, load_model
+from fewstep.solvers.options import unknown
+
+BACKENDS = ("auto", "numba", "naive")
 
 
 def sample(
@@ -31,20 +36,23 @@ def sample(
 ) -> None:
     """Draw samples from a model and write them to a file."""
     from fewstep.solvers.plans.registry import plan as make_plan
+    from fewstep.solvers.run.arrays import NumpyFrame
+    from fewstep.solvers.run.checks import pick_backend
     from fewstep.solvers.run.sampler import Sampler
     from fewstep.solvers.schedule.grid import grid as make_grid
 
     check_out(out_path)
-    if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+    check_count("--n", n)
+    check_model(model, guidance, label)
+    check_seed(seed, "--seed")
+    if backend not in BACKENDS:
+        raise ValueError(unknown("backend", backend, BACKENDS))
+    pick_backend(backend, NumpyFrame())
+    options = parse_options(option)
+    plan = make_plan(solver, make_grid(PROCESS, steps, spacing), **options)
     chosen = load_model(model)
-    if label is not None and not 0 <= label < chosen.classes:
-        have = f"has classes 0 to {chosen.classes - 1}" if chosen.classes else "has no classes"
-        raise ValueError(f"--class {label}: model {model!r} {have}")
     labels = chosen.labels(n) if label is None else np.full(n, label)
     denoiser = chosen.denoiser(guidance)
-    options = parse_options(option)
-    plan = make_plan(solver, make_grid(denoiser.process, steps, spacing), **options)
     sampler = Sampler(denoiser, plan, (n, *chosen.shape), backend=backend)
     begin = time.perf_counter()
     x = np.asarray(sampler(seed=seed, cond=chosen.cond(labels), progress=ERR.is_terminal and not as_json))
@@ -68,6 +76,6 @@ def sample(
         return
     OUT.print(
         f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations per sample, "
-        f"{seconds:.2f} s, in [bold]{out_path}[/]"
+        f"{seconds:.2f} s, in [bold]{escape(str(out_path))}[/]"
     )
     OUT.print("compare it with other solvers: [bold]fewstep compare --plot compare.png[/]")

@@ -7,10 +7,12 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from rich.markup import escape
 
-from fewstep.cli.app import OUT, Guidance, ModelName
+from fewstep.cli.app import OUT, Guidance, ModelName, check_count
 from fewstep.cli.output import check_out, write_samples
-from fewstep.models import load_model
+from fewstep.kernels.philox import check_seed
+from fewstep.models import check_model, load_model
 
 
 def sample_plan(
@@ -24,14 +26,17 @@ def sample_plan(
 ) -> None:
     """Draw samples by a plan from a file, after checking that the plan was tuned for this model."""
     from fewstep.solvers.run.sampler import Sampler
-    from fewstep.solvers.tune.fingerprint import load_plan
+    from fewstep.solvers.tune.fingerprint import check_plan, load_plan
 
     check_out(out)
-    if n < 1:
-        raise ValueError(f"--n must be at least 1, got {n}")
+    check_count("--n", n)
+    check_model(model, guidance)
+    check_seed(seed, "--seed")
+    plan = load_plan(plan_path, force=True)
     chosen = load_model(model)
     denoiser = chosen.denoiser(guidance)
-    plan = load_plan(plan_path, denoiser, force=force)
+    if not force:
+        check_plan(plan, denoiser, where=str(plan_path))
     labels = chosen.labels(n)
     x = np.asarray(Sampler(denoiser, plan, (n, *chosen.shape))(seed=seed, cond=chosen.cond(labels)))
     settings = {
@@ -44,4 +49,4 @@ def sample_plan(
         "n": n,
     }
     write_samples(out, x, labels if chosen.classes else None, settings)
-    OUT.print(f"{n} samples of {model} by {plan_path}: {plan.nfe} calls, in [bold]{out}[/]")
+    OUT.print(f"{n} samples of {model} by {escape(str(plan_path))}: {plan.nfe} calls, in [bold]{escape(str(out))}[/]")

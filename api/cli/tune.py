@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName
 from fewstep.cli.output import check_out
-from fewstep.models import load_model
+from fewstep.kernels.philox import check_seed
+from fewstep.models import check_model, load_model
 
 
 def tune(
@@ -33,22 +35,30 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C keeps the best plan so far."""
+    from fewstep.solvers.plans.plan import Plan
     from fewstep.solvers.plans.plan_file import save_plan
-    from fewstep.solvers.tune.fingerprint import load_plan
+    from fewstep.solvers.tune.fingerprint import check_plan, load_plan
+    from fewstep.solvers.tune.tuning import check_arguments
     from fewstep.solvers.tune.tuning import tune as fit
 
     check_out(out, (".json",))
-    chosen = load_model(model)
-    denoiser = chosen.denoiser(guidance)
+    check_model(model, guidance)
+    check_seed(seed, "--seed")
     if resume is not None and base != "auto":
         raise ValueError(f"--base {base!r} and --resume: the plan to resume has its own base")
+    start = base if resume is None else load_plan(resume, force=True)
+    check_arguments(start, nfe, seeds, what)
+    chosen = load_model(model)
+    denoiser = chosen.denoiser(guidance)
+    if isinstance(start, Plan):
+        check_plan(start, denoiser, where=str(resume))
     plan = fit(
         denoiser,
         nfe,
         shape=chosen.shape,
         cond=chosen.all_classes(),
         seeds=seeds,
-        base=base if resume is None else load_plan(resume, denoiser),
+        base=start,
         what=what,
         decouple=decouple and what == "all",
         seed=seed,
@@ -67,11 +77,12 @@ def tune(
             tuned, by_hand = (record["errors"][name][split][kind] for name in ("tuned", "hand"))
             table.add_row(f"{split}, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
     OUT.print(table)
+    name = escape(str(out))
     if not record["complete"]:
-        OUT.print(f"interrupted; continue with [bold]fewstep tune --resume {out} --out {out}[/]")
+        OUT.print(f"interrupted; continue with [bold]fewstep tune --resume {name} --out {name}[/]")
     if not record["fitted"]:
         OUT.print("no fit was better on the validation latents: this is the hand-made plan")
     OUT.print(
-        f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{out}[/]; "
-        f"sample with it: [bold]fewstep sample-plan {out} --model {model}[/]"
+        f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{name}[/]; "
+        f"sample with it: [bold]fewstep sample-plan {name} --model {model}[/]"
     )

@@ -28,12 +28,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import keep_previous, write_whole
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.plan_file import parse_json
 
 Samplers: TypeAlias = dict[int, tuple[Denoiser, Plan]]
 
 CHECKPOINT, LOG, STUDENT = "checkpoint.safetensors", "log.csv", "student.safetensors"
+
+# Gradients of a larger norm are scaled down to it. No step of a healthy run comes near.
+MAX_NORM = 100.0
+
+
+class Stopped(SystemExit):
+    """A signal has stopped a run after `done` steps, which are saved. The code is 128 and the signal's number."""
+
+    def __init__(self, number: int, done: int) -> None:
+        super().__init__(128 + number)
+        self.done = done
 
 
 @dataclass(frozen=True)
@@ -157,9 +169,20 @@ class Recipe(ABC):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad + g
             total += loss.detach() / s.parts
-        average([p.grad for p in parameters if p.grad is not None] + [total])
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        average([*gradients, total])
+        clip_gradients(gradients)
         optimiser.step()
         return float(total)
+
+
+def clip_gradients(gradients: list[Tensor]) -> None:
+    """Scale gradients down to `MAX_NORM`, in place. Raises FloatingPointError if one is not finite."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        raise FloatingPointError("a gradient is not finite")
+    if norm > MAX_NORM:
+        torch._foreach_mul_(gradients, MAX_NORM / norm)
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -173,28 +196,35 @@ def average(tensors: list[Tensor]) -> None:
         t.copy_(values.reshape(t.shape))
 
 
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set in any process: if one stopped alone, the others would wait for its gradients."""
+def anywhere(number: int) -> int:
+    """The largest number of any process: if one stopped alone, the others would wait for its gradients."""
     if world() == 1:
-        return flag
-    flags = torch.tensor([float(flag)])
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor([number])
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 # --- files ---
 
 
 def save(recipe: Recipe, step: int, path: Path) -> None:
-    """Write all state after `step` steps as safetensors."""
+    """Write all state after `step` steps as safetensors; the file before it is kept beside it, as `.previous`.
+
+    Raises ValueError for state that is not finite, which is not written.
+    """
     tensors: dict[str, Tensor] = {}
     for name, module in recipe.modules.items():
         tensors |= {f"module.{name}.{key}": value for key, value in module.state_dict().items()}
     for name, optimiser in recipe.optimisers.items():
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{name}.{i}.{key}": value for key, value in state.items()}
+    bad = next((key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad} is not finite after {step} steps: the checkpoint before them is kept")
     metadata = {"settings": json.dumps(asdict(recipe.settings)), "step": str(step), "seconds": repr(recipe.seconds)}
     data = safetensors.torch.save({key: t.detach().clone().contiguous() for key, t in tensors.items()}, metadata)
+    keep_previous(path)
     write_whole(path, lambda to: to.write_bytes(data))
 
 
@@ -209,13 +239,27 @@ def load(recipe: Recipe, path: Path) -> int:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        theirs, step, seconds = json.loads(metadata["settings"]), int(metadata["step"]), float(metadata["seconds"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        theirs, step, seconds = (parse_json(metadata[name]) for name in ("settings", "step", "seconds"))
+        if not (isinstance(theirs, dict) and type(step) is int and type(seconds) in (int, float) and seconds >= 0.0):
+            raise ValueError("its settings, step or seconds are of the wrong type")
+        if not 0 <= step <= recipe.settings.steps:
+            raise ValueError(f"it is of step {step} of {recipe.settings.steps}")
+    except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a checkpoint of a distillation run ({error})") from error
     ours = json.loads(json.dumps(asdict(recipe.settings)))
-    changed = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+    changed = [f"{key} was {theirs.get(key)!r:.80}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
     if changed:
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
+    try:
+        _restore(recipe, tensors)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not hold the state of this run ({reason})") from error
+    recipe.seconds = float(seconds)
+    return step
+
+
+def _restore(recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
     for name, module in recipe.modules.items():
         prefix = f"module.{name}."
         module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -227,8 +271,6 @@ def load(recipe: Recipe, path: Path) -> int:
                 index, _, what = key.removeprefix(prefix).partition(".")
                 state.setdefault(int(index), {})[what] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    recipe.seconds = seconds
-    return step
 
 
 class Log:
@@ -254,8 +296,8 @@ class Log:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yields stopped(): whether SIGINT or SIGTERM has arrived. A second signal interrupts at once.
+def stop_signal() -> Iterator[Callable[[], int]]:
+    """Yields stopped(): the number of the SIGINT or SIGTERM that has arrived, or 0. A second signal exits at once.
 
     The first one lets the current step finish: interrupted, an optimiser step would be half in the weights.
     """
@@ -263,14 +305,14 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if seen:
-            raise KeyboardInterrupt
+            raise SystemExit(128 + number)
         seen.append(number)
 
     before = {}
     with contextlib.suppress(ValueError):  # outside the main thread handlers cannot be set
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(seen)
+        yield lambda: seen[0] if seen else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -288,10 +330,11 @@ def train(
     """Run a recipe to its last step.
 
     out    folder for checkpoint and log, or None for neither; only the first process writes
-    every  steps between checkpoints; one more is written at the end and after Ctrl-C
+    every  steps between checkpoints; one more is written at the end and after SIGINT or SIGTERM
     watch  called after each step with the number of steps done and what the step returned
 
-    Returns the number of steps done, fewer after Ctrl-C.
+    Returns the number of steps done. Raises Stopped, a SystemExit, after SIGINT or SIGTERM; ValueError if a loss, a
+    gradient or the state is not finite, with the last good state in the checkpoint.
     """
     first = load(recipe, out / CHECKPOINT) if resume and out is not None else 0
     log = Log(out / LOG, first) if out is not None and rank() == 0 else None
@@ -304,9 +347,14 @@ def train(
             log.write()
 
     done = first
+    number = 0
     with stop_signal() as stopped:
-        while done < recipe.settings.steps and not anywhere(stopped()):
-            values = recipe.step(done)
+        while done < recipe.settings.steps and not (number := anywhere(stopped())):
+            try:
+                values = recipe.step(done)
+            except FloatingPointError as error:
+                where = f"step {done + 1} of {recipe.settings.method}"
+                raise ValueError(f"{where} diverged ({error}): lower --lr") from error
             done += 1
             if not all(math.isfinite(v) for v in values.values()):
                 raise ValueError(f"step {done} of {recipe.settings.method} diverged ({values}): lower --lr")
@@ -318,4 +366,6 @@ def train(
                 watch(done, values)
         if done > first:
             keep(done)
+    if number:
+        raise Stopped(number, done)
     return done
