@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-fast lint format bench gpu ranking weights distill-report tune-report clean
+.PHONY: help setup demo test test-fast lint format bench gpu ranking default-spacings weights distill-report tune-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -49,6 +49,9 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 	mkdir -p docs/ranking
 	for model in $(RANKED); do $(BIN)/fewstep compare --model $$model --all --nfe 8,16 --n 200 \
 		--markdown docs/ranking/$$model.md --plot docs/ranking/$$model.png > /dev/null || exit 1; done
+
+default-spacings: setup  ## measure every solver's default spacing, into docs/ranking/spacings.md (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.default_spacings
 
 # No network, and nothing is installed into the machine's own python3, which brings torch, triton and pytest. Under 8
 # minutes: what runs out of time is interrupted, and the benchmark writes what it has by then.

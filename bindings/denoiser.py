@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
 from typing import Any, Self, TypeGuard
 
-from fewstep.solvers.options import at_least, between, one_of
+from fewstep.solvers.options import at_least, between, one_of, warn
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
-from fewstep.solvers.schedule.process import Point, Process
+from fewstep.solvers.run.denoising import check_output
+from fewstep.solvers.schedule.process import Flow, Point, Process
 
 Cond = Mapping[str, Any]
 
@@ -133,6 +135,17 @@ PREDICTIONS: dict[str, Callable[[Point, float], tuple[float, float]]] = {
 }
 
 
+# Names of other libraries -> what to write here.
+_ELSEWHERE = {
+    **dict.fromkeys(("x0", "x_0", "x_start", "x0_prediction", "data", "denoised"), "pass predicts='sample' (x0)"),
+    **dict.fromkeys(("noise", "eps", "epsilon_prediction"), "pass predicts='epsilon'"),
+    **dict.fromkeys(("v_prediction", "v-prediction"), "pass predicts='v' (alpha eps - sigma x0)"),
+    **dict.fromkeys(("flow_prediction", "rectified_flow", "flow_matching"), "pass predicts='flow' (eps - x0)"),
+    "velocity": "pass predicts='flow' (eps - x0) for a flow model, predicts='v' (alpha eps - sigma x0) for a VP one",
+    "score": "pass predicts='epsilon' and a model that returns -sigma * score",
+}
+
+
 # Noise factor of a network that predicts its variance: (its variance output, the stage's noise number) -> factor
 VARIANCES: dict[str, Callable[[Any, float], Any]] = {
     "learned": lambda v, number: number * v**0.5,  # v is the variance of x scaled to VP
@@ -186,6 +199,8 @@ class Denoiser:
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         if not (hasattr(process, "point") and hasattr(process, "point_at_sigma")):
             raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {type(process).__name__}")
+        if isinstance(predicts, str) and predicts in _ELSEWHERE:
+            raise ValueError(f"unknown prediction type {predicts!r}: {_ELSEWHERE[predicts]}")
         if not isinstance(predicts, str) or predicts not in PREDICTIONS:
             raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
         if not (clip is None or isinstance(clip, DynamicThreshold)):
@@ -238,6 +253,11 @@ class Denoiser:
 
     def prologue(self, at: Point) -> tuple[float, float]:
         """(a, b) of the x0 prediction a x + b raw. Raises ValueError where raw does not determine x0."""
+        if self.predicts == "epsilon" and at.alpha == 0.0 and isinstance(self.process, Flow):
+            raise ValueError(
+                f"predicts='epsilon' does not determine x0 at alpha = 0 (t = {at.t:g}): a rectified-flow network "
+                "predicts the velocity eps - x0, predicts='flow'; else use a grid that starts below it (Grid.tail)"
+            )
         return PREDICTIONS[self.predicts](at, self.sigma_data)
 
     def c_in(self, at: Point) -> float:
@@ -291,6 +311,11 @@ class Denoiser:
         if branches > 1 and len(given) == 1 and branches == 2 and self.null is not None:
             return [dict(self.null), *given]
         if branches == 1 and len(given) == 2:
+            if self.guidance is None:
+                warn(
+                    "cond holds a null condition and another one, but the denoiser has no guidance: only the second is "
+                    "used. Pass guidance= to Denoiser (or denoiser.with_guidance(scale)), or the condition alone"
+                )
             return given[1:]  # type: ignore[return-value]
         raise ValueError(
             f"guidance over {branches} branches needs cond as a sequence of {branches} mappings, the null condition "
@@ -308,7 +333,7 @@ class Denoiser:
         """
         conds = self.conditions(cond)
         check_arrays(conds, frame, batch, nested=False)
-        model = self.model
+        model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
         together: dict[tuple[int, ...], Cond] = {}
 
         def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
@@ -321,15 +346,35 @@ class Denoiser:
             if branches not in together:
                 together[branches] = stacked([conds[j] for j in branches], frame, batch)
             raw = model(x_in, t, **together[branches])
-            if not frame.is_array(raw) or raw.shape[0] != len(branches) * batch:
-                found = f"shape {tuple(raw.shape)}" if frame.is_array(raw) else f"{type(raw).__name__}"
+            if not frame.is_array(raw):
+                check_output(raw, x_in.shape, frame)
+            if raw.ndim == 0 or raw.shape[0] != len(branches) * batch:
                 raise ValueError(
-                    f"the model returned {found} for a batch of {len(branches)} branches of {batch}: model(x, t) "
-                    "must return an array like x, or use Denoiser(batched=False)"
+                    f"the model returned shape {tuple(raw.shape)} for a batch of {len(branches)} branches of {batch}: "
+                    "model(x, t) must return an array like x, or use Denoiser(batched=False)"
                 )
             return tuple(raw[i * batch : (i + 1) * batch] for i in range(len(branches)))
 
         if self.batched and len(conds) > 1:
             full = tuple(range(len(conds)))
             together[full] = stacked(conds, frame, batch)
+        return call
+
+    def _on_numpy(self) -> Callable[..., Any]:
+        """The model, with an error that names the remedy if it is a torch model that gets NumPy arrays."""
+        model = self.model
+        if self.frame is not None:
+            return model
+
+        def call(x_in: Any, t: Any, **cond: Any) -> Any:
+            try:
+                return model(x_in, t, **cond)
+            except (AttributeError, TypeError) as error:
+                if "numpy" not in str(error):
+                    raise
+                raise TypeError(
+                    f"the model failed on NumPy arrays ({error}). If it is a torch model, pass device='cpu' or "
+                    "'cuda', or give x as a torch tensor"
+                ) from error
+
         return call

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from types import NoneType
@@ -34,6 +36,14 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def warn(message: str) -> None:
+    """A RuntimeWarning at the line of the caller outside this package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fewstep."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
 def unknown(what: str, name: object, known: Sequence[str]) -> str:

@@ -488,12 +488,12 @@ def test_x_is_not_written_to():
             ValueError,
             "unknown adaptive solver 'dpm_solver_32': did you mean 'dpm_solver_",
         ),
-        ({"rtol": -1.0}, ValueError, "rtol must be a number >= 0"),
-        ({"rtol": 0.0, "atol": 0.0}, ValueError, r"rtol \+ atol must be a positive number"),
-        ({"h_init": 0.0}, ValueError, "h_init must be a positive number"),
-        ({"accept_safety": math.nan}, ValueError, "accept_safety must be a positive number"),
-        ({"icoeff": math.nan}, ValueError, "icoeff must be a number"),
-        ({"eta": -0.5}, ValueError, "eta must be a number >= 0"),
+        ({"rtol": -1.0}, ValueError, "rtol must be a number from 0 to 1, got -1.0"),
+        ({"rtol": 0.0, "atol": 0.0}, ValueError, r"rtol \+ atol must be a number from 1e-15 to inf"),
+        ({"h_init": 0.0}, ValueError, "h_init must be a number from 1e-06 to 1000"),
+        ({"accept_safety": math.nan}, ValueError, "accept_safety must be a number from 0.01 to 2"),
+        ({"icoeff": math.nan}, ValueError, "icoeff must be a number from 0 to 10"),
+        ({"eta": -0.5}, ValueError, "eta must be a number from 0 to 10"),
         ({"solver": "dormand_prince", "eta": 1.0}, ValueError, "dormand_prince has no stochastic form"),
         ({"frame": "sigma"}, ValueError, "frame = 'sigma' is an option of dormand_prince"),
         (
@@ -501,9 +501,22 @@ def test_x_is_not_written_to():
             ValueError,
             "frame must be one of None, 'sigma', 'flow'",
         ),
-        ({"sigma_min": 0.0}, ValueError, "log-SNR must be finite at both ends"),
-        ({"sigma_min": 9.0, "sigma_max": 8.0}, ValueError, r"ratios\[1\] = 9.0 is not below"),
+        ({"sigma_min": 0.0}, ValueError, "sigma_min = 0.0, sigma_max = 80.0: they must be increasing"),
+        ({"sigma_min": 9.0, "sigma_max": 8.0}, ValueError, "sigma_min = 9.0, sigma_max = 8.0: they must be increasing"),
         ({"max_attempts": 0}, ValueError, "max_attempts must be an int >= 1"),
+        ({"max_calls": True}, ValueError, "max_calls must be an int >= 1, got True"),
+        *(
+            ({name: value}, ValueError, f"{name} must be a number from .*, got {value!r}")
+            for name in ("pcoeff", "icoeff", "dcoeff", "rtol", "atol", "h_init", "accept_safety", "eta", "s_noise")
+            for value in (math.inf, -1, 2**31, "1")
+        ),
+        ({"h_init": 1e-320}, ValueError, "h_init must be a number from 1e-06"),
+        (
+            {"sigma_min": 1e-320},
+            ValueError,
+            "sigma_min = 1e-320, sigma_max = 80.0: they must be increasing",
+        ),
+        ({"sigma_max": 1e300}, ValueError, "sigma_max = 1e.300: they must be increasing, from 1e-12 to 1e.12"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of 'float32', 'float64'"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
         ({"x": None}, ValueError, "exactly one of x .* got neither"),
@@ -544,8 +557,20 @@ def test_nan_and_endless_steps_are_errors():
         return np.sin(1e6 * v)
 
     denoiser = fs.Denoiser(rough, fs.EDM(), predicts="sample")
-    with pytest.raises(RuntimeError, match=r"sample 0 is only at t = .* after max_attempts = 50 steps, \d+ rejected"):
+    with pytest.raises(RuntimeError, match=r"sample 0 has come to t = .* in max_attempts = 50 steps, \d+ of 50"):
         fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, max_attempts=50)
+    calls = []
+
+    def counted(v: Any, t: Any) -> Any:
+        calls.append(len(v))
+        return rough(v, t)
+
+    denoiser = fs.Denoiser(counted, fs.EDM(), predicts="sample")
+    for options, most in (({}, 1000), ({"max_calls": 40}, 40)):
+        calls.clear()
+        with pytest.raises(RuntimeError, match=rf"sample \d has come to t = .* in max_calls = {most} calls"):
+            fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, **options)
+        assert most <= len(calls) <= most + 2  # the attempt under way is finished
 
 
 # --- outside noise and callbacks ---

@@ -106,11 +106,11 @@ def _failed(case):
     ("call", "message"),
     [
         (lambda: parse_shape("4"), "shape must be sizes like 1x4x64x64"),
-        (lambda: parse_shape("4x0"), "batch first, got '4x0'"),
+        (lambda: parse_shape("4x0"), "batch first, .*got '4x0'"),
         (lambda: cases(solvers=["eular"]), "did you mean 'euler'"),
         (lambda: cases(dtypes=["int8"]), "int8"),
         (lambda: cases(backends=["cuda"]), "unknown backend 'cuda'"),
-        (lambda: microbench.run(repeats=0), "repeats must be an int >= 1, got 0"),
+        (lambda: microbench.run(repeats=0), "repeats must be an int >= 1 and <= 100000, got 0"),
     ],
 )
 def test_bad_arguments(call, message):

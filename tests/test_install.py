@@ -128,7 +128,7 @@ def test_a_core_install_samples_the_same_bits(bare: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_path: Path) -> None:
-    """Without torch, its dtype and device names, the progress bar and the beta spacing raise clear errors."""
+    """Without torch: its device names and the progress bar are clear errors; the beta spacing needs no SciPy."""
     code = (
         "import fewstep as fs, numpy as np\n"
         "d = fs.Denoiser(lambda x, t: x, fs.VP.linear())\n"
@@ -136,14 +136,14 @@ def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_p
         "    try: f()\n"
         "    except Exception as e: print(type(e).__name__, e)\n"
         "tell(lambda: fs.sample(d, shape=(1, 4), steps=2, seed=0, progress=True))\n"
-        "tell(lambda: fs.grid(fs.VP.linear(), 5, 'beta'))\n"
+        "tell(lambda: print(fs.grid(fs.VP.linear(), 4, 'beta').t.round(3).tolist()))\n"
         "tell(lambda: fs.sample(d, shape=(1, 4), steps=2, seed=0, device='cpu'))\n"
     )
     done = run(bare, code, tmp_path)
     assert done.returncode == 0, done.stderr
     progress, beta, device = done.stdout.splitlines()
     assert progress == "ImportError progress=True needs tqdm: pip install 'fewstep[cli]'"
-    assert beta == "ImportError the beta spacing needs SciPy: pip install 'fewstep[cli]'"
+    assert beta == "[999.0, 823.495, 499.5, 175.505, -1.0]"  # as SciPy has it
     assert device == "ImportError device= needs torch: pip install 'fewstep[torch]'"
 
 

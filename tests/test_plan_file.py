@@ -117,6 +117,7 @@ def tuned(**change):
     return lambda d: d.update(options={"tuning": {**TUNING, **change}})
 
 
+@pytest.mark.filterwarnings("ignore:cond holds a null condition")
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -148,7 +148,7 @@ def test_bad_options_are_named(tmp_path):
         run("tune", "--out", tmp_path / "plan.txt")
     with pytest.raises(ValueError, match="nfe"):
         run("tune", "--out", tmp_path / "p.json", "--model", "ring", "--nfe", "1")
-    with pytest.raises(FileNotFoundError, match="no plan file"):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*write one with fewstep.save_plan"):
         run("sample-plan", tmp_path / "absent.json", "--model", "ring", "--out", tmp_path / "x.png")
     with pytest.raises(ValueError, match="--resume"):
         run("tune", "--out", tmp_path / "p.json", "--base", "deis", "--resume", tmp_path / "q.json")

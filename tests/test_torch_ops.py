@@ -78,7 +78,7 @@ def test_exported_program_runs_without_the_solvers_python():
 @pytest.mark.parametrize("solver", ["unipc", "heun"])
 def test_gradients_against_finite_differences(solver, clip):
     denoiser = fs.Denoiser(Net(torch.float64), VP, "v", clip=clip)
-    loop = SamplerModule(denoiser, fs.plan(solver, fs.grid(VP, 3)), dtype="float64")
+    loop = SamplerModule(denoiser, fs.plan(solver, fs.grid(VP, 3, "karras")), dtype="float64")
     x = torch.randn(2, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
     assert torch.autograd.gradcheck(loop, (x,))
     again = SamplerModule(denoiser, loop.program.plan, dtype="float64", checkpoint=True)

@@ -30,6 +30,7 @@ def sampler(a_plan: fs.Plan, backend: str = "numba", guidance: Any = None) -> fs
 COND = {"c": np.array([0.0, 0.0])}, {"c": np.array([1.0, -1.0])}
 
 
+@pytest.mark.filterwarnings("ignore:cond holds a null condition")
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_prepared_plans_are_the_plans(backend: str) -> None:
     made = sampler(plan(), backend, 2.0)

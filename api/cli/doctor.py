@@ -39,7 +39,7 @@ PACKAGES = {
     "cupy": ("cupy", "CuPy denoisers", "pip install 'fewstep[gpu]'"),
     "diffusers": ("diffusers", "fused schedulers, benchmarks", "pip install 'fewstep[diffusers]'"),
     "onnxruntime": ("onnxruntime", "ONNX denoisers", "pip install 'fewstep[onnx]'"),
-    "scipy": ("scipy", "the beta spacing, reference solutions", "pip install 'fewstep[cli]'"),
+    "scipy": ("scipy", "reference solutions, tuning", "pip install 'fewstep[cli]'"),
     "scikit-learn": ("sklearn", "the digits data", "pip install 'fewstep[cli]'"),
     "tqdm": ("tqdm", "progress bars", "pip install 'fewstep[cli]'"),
     "matplotlib": ("matplotlib", "pictures and plots", "pip install 'fewstep[plot]'"),

@@ -24,7 +24,7 @@ def sample(
     model: ModelName = "digits",
     solver: Annotated[str, typer.Option(help="A name from `fewstep solvers`.")] = "dpmpp_2m",
     steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 15,
-    spacing: Annotated[str, typer.Option(help="Spacing of the grid.")] = "karras",
+    spacing: Annotated[str | None, typer.Option(help="Spacing of the grid; by default the solver's own.")] = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
     n: Annotated[int, typer.Option(help="Number of samples.")] = 64,
@@ -35,6 +35,7 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw samples from a model and write them to a file."""
+    from fewstep.solvers.plans.registry import get_solver
     from fewstep.solvers.plans.registry import plan as make_plan
     from fewstep.solvers.run.arrays import NumpyFrame
     from fewstep.solvers.run.checks import pick_backend
@@ -49,6 +50,7 @@ def sample(
         raise ValueError(unknown("backend", backend, BACKENDS))
     pick_backend(backend, NumpyFrame())
     options = parse_options(option)
+    spacing = spacing or get_solver(solver).spacing(PROCESS)
     plan = make_plan(solver, make_grid(PROCESS, steps, spacing), **options)
     chosen = load_model(model)
     labels = chosen.labels(n) if label is None else np.full(n, label)

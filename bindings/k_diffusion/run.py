@@ -194,7 +194,7 @@ def _sampler(
     kind = _NullFirstDenoiser if _reads_unguided(plan) else Denoiser
     denoiser = kind(_call_model, process, "sample", dtype=dtype, batched=False)
     # No CUDA graph: it would skip the caller's model and callback, which are Python.
-    return Sampler(denoiser, plan, shape, device=device, dtype=state, graph="off")
+    return Sampler(denoiser, plan, shape, device=device, dtype=state, graph="off", check=False)
 
 
 def _call_model(x: Tensor, t: Tensor, tracker: _Tracker) -> Tensor:

@@ -25,7 +25,7 @@ from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.registry import Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Flow, Point
 
 # (u_0 at the start of the step, u_1, u_2 ... of the older slopes; u at its end) -> c_0, c_1, ...
 Weights = Callable[[Sequence[float], float], list[float]]
@@ -138,7 +138,7 @@ SLOPES = Memory(
 )
 
 
-@solver("lms")
+@solver("lms", spacing={Flow: "beta"})
 def lms(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = True
 ) -> Iterator[Stage]:
@@ -152,7 +152,7 @@ def lms(
     yield from _multistep(grid, order, exact_weights, frame, final_order, to_zero)
 
 
-@solver("ipndm", memory=SLOPES)
+@solver("ipndm", memory=SLOPES, spacing={Flow: "beta"})
 def ipndm(
     grid: Grid, order: int = 4, frame: str | None = None, final_order: int | None = None, to_zero: bool = False
 ) -> Iterator[Stage]:
@@ -163,7 +163,7 @@ def ipndm(
     yield from _multistep(grid, order, fixed_weights, frame, final_order, to_zero)
 
 
-@solver("ipndm_v", memory=SLOPES)
+@solver("ipndm_v", memory=SLOPES, spacing={Flow: "beta"})
 def ipndm_v(
     grid: Grid,
     order: int = 4,
@@ -196,7 +196,7 @@ def _pseudo_rk4(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Ta
     return Tableau(((), (c,), (0.0, c), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)), [mid, mid, t]
 
 
-@solver("pndm")
+@solver("pndm", spacing={Flow: "quadratic"})
 def pndm(grid: Grid, skip_prk: bool = False, frame: str | None = None) -> Iterator[Stage]:
     """PNDM (Liu et al. 2022, Algorithm 2): three pseudo Runge-Kutta steps, then pseudo linear multistep of order four.
 

@@ -18,6 +18,7 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import PREDICTION, UNGUIDED, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import VP
 
 
 def unguided(row: Row) -> dict[str, float]:
@@ -52,7 +53,7 @@ def euler_ancestral_cfg_pp(grid: Grid, eta: float = 1.0) -> Iterator[Stage]:
     yield from cfg_pp(ddim(grid, eta))
 
 
-@solver("dpmpp_2m_cfg_pp")
+@solver("dpmpp_2m_cfg_pp", spacing={VP: "logsnr"})
 def dpmpp_2m_cfg_pp(grid: Grid, difference: str = "unguided") -> Iterator[Stage]:
     """CFG++ of DPM-Solver++(2M) (Chung et al. 2024, appendix and released code; ComfyUI's sample_dpmpp_2m_cfg_pp).
 

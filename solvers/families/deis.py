@@ -22,7 +22,7 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import FloatArray, Process
+from fewstep.solvers.schedule.process import FloatArray, Flow, Process
 
 # The variable of the polynomial, from log(sigma / alpha).
 VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
@@ -32,7 +32,7 @@ VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
 }
 
 
-@solver("deis", memory=NOISES)
+@solver("deis", memory=NOISES, spacing={Flow: "beta"})
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 

@@ -27,7 +27,7 @@ from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.registry import Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import VP, Flow, Point
 
 History = dict[str, Row]
 
@@ -50,7 +50,7 @@ NOISES = Memory(
 )
 
 
-@solver("dpmpp_2m", memory=PREDICTIONS)
+@solver("dpmpp_2m", memory=PREDICTIONS, spacing={VP: "logsnr"})
 def dpmpp_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
 
@@ -112,7 +112,7 @@ def exponential_row(s: Point, t: Point, h: float, eta: float) -> dict[str, float
     }
 
 
-@solver("dpmpp_2m_sde")
+@solver("dpmpp_2m_sde", spacing={VP: "logsnr"})
 def dpmpp_2m_sde(
     grid: Grid, eta: float = 1.0, variant: str = "midpoint", final_order: FinalOrder = None
 ) -> Iterator[Stage]:
@@ -120,7 +120,7 @@ def dpmpp_2m_sde(
     yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
 
 
-@solver("dpmpp_3m", memory=PREDICTIONS)
+@solver("dpmpp_3m", memory=PREDICTIONS, spacing={VP: "logsnr"})
 def dpmpp_3m(
     grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
 ) -> Iterator[Stage]:
@@ -133,7 +133,7 @@ def dpmpp_3m(
     yield from _data_multistep(grid, 3, variant, final_order, halve_d2=halve_d2)
 
 
-@solver("dpmpp_3m_sde")
+@solver("dpmpp_3m_sde", spacing={VP: "logsnr"})
 def dpmpp_3m_sde(
     grid: Grid,
     eta: float = 1.0,
@@ -168,7 +168,7 @@ def noise_row(grid: Grid, k: int, order: int, rule: str, *, halve_d2: bool = Fal
     return row
 
 
-@solver("dpm_solver_2m")
+@solver("dpm_solver_2m", spacing={Flow: "beta"})
 def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DPM-Solver-2 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
 
@@ -177,7 +177,7 @@ def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder
     yield from _noise_multistep(grid, 2, variant, False, final_order)
 
 
-@solver("dpm_solver_3m")
+@solver("dpm_solver_3m", spacing={Flow: "beta"})
 def dpm_solver_3m(
     grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
 ) -> Iterator[Stage]:

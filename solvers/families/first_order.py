@@ -17,7 +17,7 @@ from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import LEARNED, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import VE, VP, Point
 
 
 def ancestral_row(s: Point, t: Point, eta: float, frame: str = "sigma") -> dict[str, float]:
@@ -116,14 +116,14 @@ def euler_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> I
         yield Stage(s, {"x": ancestral_row(s, t, eta, frame)}, t)
 
 
-@solver("lcm")
+@solver("lcm", spacing={VP: "lcm", VE: "consistency"})
 def lcm(grid: Grid) -> Iterator[Stage]:
     """Latent consistency sampling (Luo et al. 2023, Algorithm 3): predict x0, then noise it to the next level."""
     for s, t in grid.pairs:
         yield Stage(s, {"x": {"m": t.alpha, "z": t.sigma}}, t)
 
 
-@solver("tcd")
+@solver("tcd", spacing={VP: "lcm", VE: "consistency"})
 def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
     """Strategic stochastic sampling of TCD (Zheng et al. 2024, Algorithm 4): DDIM to (1 - gamma) t', then noise up.
 
@@ -142,7 +142,7 @@ def tcd(grid: Grid, gamma: float = 0.3) -> Iterator[Stage]:
         yield Stage(s, {"x": renoised(s, t, keep, math.sqrt((1.0 - keep) * (1.0 + keep)))}, t)
 
 
-@solver("consistency")
+@solver("consistency", spacing={VP: "consistency", VE: "consistency"})
 def consistency(grid: Grid, sigma_min: float | None = None) -> Iterator[Stage]:
     """Multistep consistency sampling (Song et al. 2023, Algorithm 1): x = f(x) + sqrt(rho'^2 - rho_min^2) z.
 

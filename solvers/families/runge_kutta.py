@@ -33,7 +33,8 @@ from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Row, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import EDM, VP, Flow, Point
+from fewstep.solvers.schedule.process import VE as Exploding  # noqa: N811
 
 
 def rk_step(
@@ -125,7 +126,7 @@ def _second_order(alpha: object) -> Tableau:
 # --- fixed tableaux ---
 
 
-@solver("heun")
+@solver("heun", spacing={Flow: "beta"})
 def heun(
     grid: Grid,
     alpha: float = 1.0,
@@ -143,13 +144,13 @@ def heun(
     yield from _integrate(grid, _steps(grid, s_churn, s_tmin, s_tmax), method, _coordinates(grid, frame))
 
 
-@solver("rk4")
+@solver("rk4", spacing={EDM: "consistency", Exploding: "karras", Flow: "quadratic"})
 def rk4(grid: Grid, frame: str | None = None) -> Iterator[Start | Stage]:
     """The classical Runge-Kutta method of order four (Kutta 1901); Euler on a step to sigma 0."""
     yield from _integrate(grid, _steps(grid), always(RK4), _coordinates(grid, frame))
 
 
-@solver("runge_kutta")
+@solver("runge_kutta", spacing={Flow: "quadratic"})
 def runge_kutta(
     grid: Grid, tableau: str | Tableau | Weights = "bogacki_shampine", frame: str | None = None
 ) -> Iterator[Start | Stage]:
@@ -176,7 +177,7 @@ def _midpoint(grid: Grid, coords: Coordinates, s: Point, t: Point) -> tuple[Tabl
     return Tableau(((), ((u - u0) / (u1 - u0),)), (0.0, 1.0)), [coords.point(grid, u)]
 
 
-@solver("dpm2")
+@solver("dpm2", spacing={Flow: "quadratic"})
 def dpm2(
     grid: Grid,
     frame: str | None = None,
@@ -190,7 +191,7 @@ def dpm2(
     yield from _integrate(grid, steps, lambda k, s, t: _midpoint(grid, coords, s, t), coords)
 
 
-@solver("dpm2_ancestral")
+@solver("dpm2_ancestral", spacing={VP: "trailing", EDM: "kl_optimal"})
 def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
     """k-diffusion's sample_dpm_2_ancestral (Crowson 2022): dpm2 down to a lower noise level, then noise up to sigma'.
 
@@ -245,7 +246,7 @@ def heunpp2(
 # --- EDM ---
 
 
-@solver("edm")
+@solver("edm", spacing={VP: "beta", Exploding: "kl_optimal"})
 def edm(
     grid: Grid, s_churn: float = 40.0, s_tmin: float = 0.05, s_tmax: float = 50.0, alpha: float = 1.0
 ) -> Iterator[Start | Stage]:

@@ -22,12 +22,12 @@ from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import VP, Point
 
 Tau = float | tuple[float, float, float] | Callable[[Point], float]
 
 
-@solver("sa_solver")
+@solver("sa_solver", spacing={VP: "logsnr"})
 def sa_solver(
     grid: Grid,
     tau: Tau = 1.0,

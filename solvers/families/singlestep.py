@@ -32,7 +32,7 @@ from fewstep.solvers.options import at_least, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import EDM, Flow, Point
 
 # The field's names for the weights of the prediction's slope in a step.
 VARIANTS = {"dpmsolver": "midpoint", "taylor": "heun"}
@@ -48,7 +48,7 @@ def dpm_solver_1s(grid: Grid) -> Iterator[Stage]:
         yield from step(grid, s, t, FIRST_ORDER, EPS)
 
 
-@solver("dpm_solver_2s")
+@solver("dpm_solver_2s", spacing={Flow: "quadratic"})
 def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-2 (Lu et al. 2022a, Algorithm 1; the general r1 and "taylor" are the released code's).
 
@@ -61,7 +61,7 @@ def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> It
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]), EPS)
 
 
-@solver("dpm_solver_3s")
+@solver("dpm_solver_3s", spacing={Flow: "beta"})
 def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-3 (Lu et al. 2022a, Algorithm 2; "taylor" of the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -70,7 +70,7 @@ def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str
         yield from step(grid, s, t, third_order(r1, r2, variant), EPS)
 
 
-@solver("dpm_solver_fast")
+@solver("dpm_solver_fast", spacing={EDM: "ddim_uniform"})
 def dpm_solver_fast(grid: Grid, order: int = 3, eta: float = 0.0) -> Iterator[Stage]:
     """DPM-Solver-fast (Lu et al. 2022a; k-diffusion's sample_dpm_fast): a budget of `grid.steps` calls.
 
@@ -119,7 +119,7 @@ def _fast_steps(grid: Grid, order: int) -> Iterator[tuple[Point, Point, int]]:
 # --- DPM-Solver++: x0 prediction ---
 
 
-@solver("dpmpp_2s")
+@solver("dpmpp_2s", spacing={Flow: "beta"})
 def dpmpp_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(2S) (Lu et al. 2022b, Algorithm 1; "taylor" as in the released code).
 
@@ -131,7 +131,7 @@ def dpmpp_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> Iterato
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]))
 
 
-@solver("dpmpp_3s")
+@solver("dpmpp_3s", spacing={Flow: "beta"})
 def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(3S) (Lu et al. 2022b, as in the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -205,7 +205,7 @@ def _inner_share(grid: Grid, s: Point, p: Point, t: Point, path: str | None) -> 
 # --- other exponential Runge-Kutta methods ---
 
 
-@solver("res_2s")
+@solver("res_2s", spacing={Flow: "beta"})
 def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     """Refined exponential solver of order 2 (Zhang et al. 2023, Table 3).
 
@@ -233,7 +233,7 @@ def seeds_2(grid: Grid, eta: float = 1.0, r1: float = 0.5, variant: str = "phi_1
         yield from step(grid, s, t, second_order(r1, PHI_VARIANTS[variant]), X0, eta)
 
 
-@solver("seeds_3")
+@solver("seeds_3", spacing={Flow: "quadratic"})
 def seeds_3(grid: Grid, eta: float = 1.0, r1: float = 1 / 3, r2: float = 2 / 3) -> Iterator[Stage]:
     """SEEDS-3 (Gonzalez et al. 2023, in x0 prediction as ComfyUI's sample_seeds_3). eta = 0 is the ODE."""
     at_least("eta", eta, 0.0)

@@ -27,7 +27,7 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import VP, Point
 
 # B(h) cancels unless there is only one difference, for which the released code does not solve the 1 x 1 system but
 # sets rho = 1/2. bh1: B(h) = h; bh2: B(h) = e^h - 1 (section 3.1); vary_coeff solves the system.
@@ -58,7 +58,7 @@ PREDICTORS: Mapping[str, Predictor] = {
 }
 
 
-@solver("unipc", memory=replace(PREDICTIONS, other=1))
+@solver("unipc", memory=replace(PREDICTIONS, other=1), spacing={VP: "logsnr"})
 def unipc(
     grid: Grid,
     order: int = 2,

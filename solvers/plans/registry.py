@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from fewstep.solvers.options import unknown as unknown  # re-exported
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Process
 
 Builder = Callable[..., Iterator[Start | Stage]]
 
@@ -43,6 +44,12 @@ class Solver:
     name: str
     build: Builder
     memory: Memory | None = None
+    spacings: Mapping[type, str] = field(default_factory=dict)
+
+    def spacing(self, process: Process) -> str:
+        """The default spacing of its grids: the solver's own for that kind of process, else the process's."""
+        own = (self.spacings[kind] for kind in type(process).__mro__ if kind in self.spacings)
+        return next(own, process.spacing)
 
     @property
     def options(self) -> dict[str, object]:
@@ -59,11 +66,17 @@ class Solver:
 _SOLVERS: dict[str, Solver] = {}
 
 
-def solver(name: str, *, memory: Memory | None = None) -> Callable[[Builder], Builder]:
-    """Register a builder: a generator of stages that takes the grid and then its options. memory: see `Solver`."""
+def solver(
+    name: str, *, memory: Memory | None = None, spacing: Mapping[type, str] | None = None
+) -> Callable[[Builder], Builder]:
+    """Register a builder: a generator of stages that takes the grid and then its options.
+
+    memory   see `Solver`
+    spacing  kind of process -> default spacing, where the process's own does not suit the solver
+    """
 
     def register(build: Builder) -> Builder:
-        _SOLVERS[name] = Solver(name, build, memory)
+        _SOLVERS[name] = Solver(name, build, memory, spacing or {})
         return build
 
     return register

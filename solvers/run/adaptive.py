@@ -17,10 +17,10 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
-from fewstep.solvers.options import at_least, one_of
+from fewstep.solvers.options import between, one_of
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.plans.stages import Row, first_order
-from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name, no_grad
+from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
@@ -28,6 +28,7 @@ from fewstep.solvers.run.checks import (
     check_latent,
     check_shape,
     check_source,
+    device_of_inputs,
     model_frame,
     pick_backend,
 )
@@ -77,6 +78,20 @@ class AttemptInfo(NamedTuple):
     nfe: np.ndarray
 
 
+# Of every number that a caller sets. Beyond them steps shrink or grow without bound, or none is ever accepted.
+_RANGES = {
+    "rtol": (0.0, 1.0),
+    "atol": (0.0, 1e6),
+    "h_init": (1e-6, 1e3),
+    "pcoeff": (0.0, 10.0),
+    "icoeff": (0.0, 10.0),
+    "dcoeff": (0.0, 10.0),
+    "accept_safety": (0.01, 2.0),
+    "eta": (0.0, 10.0),
+    "s_noise": (0.0, 10.0),
+}
+_LEVELS = (1e-12, 1e12)  # of sigma_min and sigma_max
+
 # The progress of a call at the very end: 1 would be after the last step, where guidance is off.
 _BEFORE_END = math.nextafter(1.0, 0.0)
 
@@ -114,6 +129,7 @@ class _Options:
     eta: float
     s_noise: float
     max_attempts: int
+    max_calls: int
     noise: NoiseSource | None = None
     callback: Callable[[AttemptInfo], object] | None = None
 
@@ -222,11 +238,17 @@ class _Run:
         sample.rejected += not accepted
         if accepted:
             sample.at, sample.known = t, self.options.pair.kept
-        elif sample.accepted + sample.rejected >= self.options.max_attempts:
-            raise RuntimeError(
-                f"sample {sample.index} is only at t = {sample.at.t:.6g} after max_attempts = "
-                f"{self.options.max_attempts} steps, {sample.rejected} rejected: raise rtol, atol or max_attempts"
-            )
+        at_end = accepted and t == self.options.ends.points[-1]
+        for name, unit, made in (
+            ("max_attempts", "steps", sample.accepted + sample.rejected),
+            ("max_calls", "calls", sample.nfe),
+        ):
+            most: int = getattr(self.options, name)
+            if made >= most and not at_end:
+                raise RuntimeError(
+                    f"sample {sample.index} has come to t = {sample.at.t:.6g} in {name} = {most} {unit}, "
+                    f"{sample.rejected} of {sample.accepted + sample.rejected} steps rejected: raise rtol, atol or it"
+                )
         return accepted
 
     def _info(self, x: Array, norms: Sequence[float], taken: Sequence[int]) -> AttemptInfo:
@@ -306,6 +328,7 @@ def sample_adaptive(
     sigma_max: float | None = None,
     final_zero: bool = True,
     max_attempts: int = 10_000,
+    max_calls: int = 1_000,
     seed: int | Sequence[int] | None = None,
     first_sample: int = 0,
     noise: NoiseSource | None = None,
@@ -331,7 +354,7 @@ def sample_adaptive(
               or "logsnr"
     sigma_min, sigma_max  sigma / alpha at the ends; by default the process's smallest and largest finite values
     final_zero  True makes one more call at sigma_min and returns x = m at sigma 0; False stops at sigma_min
-    max_attempts  the most steps of one sample, rejected ones included
+    max_attempts, max_calls  the most steps of one sample, rejected ones included, and the most denoiser calls
     seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" each attempt
               synchronises with the device once, to read the errors
     noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, called once per sample
@@ -345,35 +368,38 @@ def sample_adaptive(
     between `start` and `stop` measures progress in log-SNR. Gradients are not recorded.
 
     Raises ValueError or TypeError that names the argument, before the model is called; ValueError if the
-    network returns NaN; RuntimeError if max_attempts is exceeded.
+    network returns NaN; RuntimeError if max_attempts or max_calls is exceeded.
     """
     outer = check_source(denoiser, x, shape)
     pair = _checked_pair(solver, frame, eta)
-    for name, value in (("rtol", rtol), ("atol", atol), ("eta", eta), ("s_noise", s_noise)):
-        at_least(name, value, 0.0)
-    for name, value in (("pcoeff", pcoeff), ("icoeff", icoeff), ("dcoeff", dcoeff)):
-        at_least(name, value, -math.inf)
-    for name, value in (("h_init", h_init), ("rtol + atol", rtol + atol), ("accept_safety", accept_safety)):
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {value!r}")
+    given: dict[str, object] = {
+        **{"rtol": rtol, "atol": atol, "h_init": h_init, "pcoeff": pcoeff, "icoeff": icoeff, "dcoeff": dcoeff},
+        **{"accept_safety": accept_safety, "eta": eta, "s_noise": s_noise},
+    }
+    for name, value in given.items():
+        between(name, value, *_RANGES[name])
+    between("rtol + atol", rtol + atol, 1e-15, math.inf)
     check_callable("noise", noise)
     check_callable("callback", callback)
-    if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
-        raise ValueError(f"max_attempts must be an int >= 1, got {max_attempts!r}")
+    for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
 
     process = denoiser.process
     high = process.sigma_max if sigma_max is None else sigma_max
     low = process.sigma_min if sigma_min is None else sigma_min
+    if not _LEVELS[0] <= low < high <= _LEVELS[1]:
+        raise ValueError(
+            f"sigma_min = {low}, sigma_max = {high}: they must be increasing, from {_LEVELS[0]:g} to {_LEVELS[1]:g}"
+        )
     ends = Grid.from_sigmas(process, [high, low])
-    if not (math.isfinite(high) and low > 0.0):
-        raise ValueError(f"sigma_min = {low}, sigma_max = {high}: log-SNR must be finite at both ends")
-    if device is None and isinstance(outer, TorchFrame):
-        device = outer.device
+    if device is None:
+        device = device_of_inputs(denoiser, outer, cond)
     model = model_frame(denoiser, device)
     wide = outer is not None and outer.dtype_of(x) == "float64"
     state = dtype_name(dtype or ("float64" if wide else "float32"))
     one_of("dtype", state, ("float32", "float64"))
-    sizes = check_shape(x.shape if x is not None else shape or ())
+    sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
     if x is not None:
         check_latent(x, outer, sizes, model, state)
     if backend not in BACKENDS:
@@ -389,7 +415,7 @@ def sample_adaptive(
         _Sample(i, ends.points[0], Controller.of(h_init, pcoeff, icoeff, dcoeff, order, accept_safety))
         for i in range(sizes[0])
     ]
-    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, noise, callback)
+    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, max_calls, noise, callback)
     run = _Run(batch, options, list(samples), streams)
     with no_grad(model):
         if x is None or outer is None:

@@ -11,8 +11,10 @@ from functools import cache
 import numpy as np
 
 from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.gpu import why_unavailable
+from fewstep.solvers.run.network import frame_reached
 
 BACKENDS = ("auto", "naive", "numba", "triton")
 
@@ -25,6 +27,16 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     if len(sizes) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
     return sizes
+
+
+def device_of_inputs(denoiser: DenoiserLike, outer: Frame | None, cond: object) -> str | None:
+    """The device of torch inputs: of x, else of the conditions of a plain callable; None if there are none."""
+    if isinstance(outer, TorchFrame):
+        return outer.device
+    if outer is not None or denoiser.frame is not None:
+        return None
+    frames = (frame_of(leaf) for _, leaf in leaves(cond))
+    return next((frame.device for frame in frames if isinstance(frame, TorchFrame)), None)
 
 
 def check_callable(name: str, given: object) -> None:
@@ -106,10 +118,10 @@ def _check_writable(out: Array) -> None:
 
 
 def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
-    """The library and device of the model's arrays: the model's own, else torch on `device`, else NumPy."""
+    """The library and device of the model's arrays: its own, torch on `device`, what the model reaches, else NumPy."""
     own = denoiser.frame
     if own is None:
-        return NumpyFrame() if device is None else TorchFrame(device)
+        return (frame_reached(denoiser.model) or NumpyFrame()) if device is None else TorchFrame(device)
     if device is not None and TorchFrame(device).device != own.device:
         raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
     return own

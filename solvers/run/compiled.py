@@ -14,6 +14,7 @@ from fewstep.solvers.run.denoising import DenoiserLike, time_dtype
 from fewstep.solvers.run.engine import FusedRun, Job, NaiveRun, Run
 from fewstep.solvers.run.gpu import TritonJob, TritonRun
 from fewstep.solvers.run.graph import Graphs, capture_api
+from fewstep.solvers.run.sanity import Limits
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Prepared:
     denoiser: DenoiserLike
     plan: Plan
     idle: tuple[deque[Workspace], deque[Workspace]] = field(default_factory=lambda: (deque(), deque()))
+
+    @cached_property
+    def limits(self) -> Limits:
+        return Limits.of(self.plan, self.compiler.shape)
 
     @cached_property
     def plain(self) -> Job:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fewstep.kernels import naive
 from fewstep.solvers.plans.tables import X0Prediction
-from fewstep.solvers.run.arrays import FLOATS, Array, Frame
+from fewstep.solvers.run.arrays import FLOATS, Array, Frame, frame_of
 from fewstep.solvers.schedule.process import Point, Process
 
 Cond = Mapping[str, Any]
@@ -114,15 +114,28 @@ def copies(denoiser: DenoiserLike, branches: Sequence[int]) -> int:
 def check_output(raw: Array, shape: Sequence[int], frame: Frame) -> None:
     """Raises ValueError unless the network returned a floating-point array of that shape and of its input's library."""
     if not frame.is_array(raw):
-        raise ValueError(
-            f"the model returned {type(raw).__name__}, not an array of {frame.name}: wrap it so that "
-            "model(x, t) returns the raw prediction alone"
-        )
+        raise ValueError(f"the model returned {type(raw).__name__}, not an array of {frame.name}: {_part(raw, frame)}")
     found = tuple(raw.shape)
     if found != tuple(shape):
         raise ValueError(f"the model returned shape {found} for x of shape {tuple(shape)}")
     if frame.dtype_of(raw) not in FLOATS:
         raise ValueError(f"the model returned dtype {frame.dtype_of(raw)}; it must be one of {', '.join(FLOATS)}")
+
+
+def _part(raw: object, frame: Frame) -> str:
+    """How to get the prediction out of what a network returned instead of it."""
+    other = frame_of(raw)
+    if other is not None:
+        return f"pass device={other.device!r} for a model on torch tensors" if other.name == "torch" else "convert it"
+    named: dict[str, object] = dict(raw) if isinstance(raw, Mapping) else getattr(raw, "__dict__", {})
+    arrays = [name for name, value in named.items() if frame.is_array(value)]
+    part = ".sample" if "sample" in arrays else f".{arrays[0]}" if arrays else ""
+    if isinstance(raw, Mapping) and not hasattr(raw, "sample") and arrays:
+        part = f"[{arrays[0]!r}]"
+    elif isinstance(raw, (tuple, list)):
+        part = "[0]"
+    wrapper = f"lambda x, t, **cond: model(x, t, **cond){part}" if part else "a function that returns it"
+    return f"the raw prediction alone is needed, wrap the model as {wrapper}"
 
 
 def predictions(

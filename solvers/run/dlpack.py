@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -122,8 +123,15 @@ def any_library(call: F) -> F:
     The result is an array of x's library, or without x of the model's library.
     """
 
+    keyword = next(iter(inspect.signature(call).parameters))
+
     @functools.wraps(call)
-    def wrapped(first: Any, x: Array | None = None, **options: Any) -> Any:
+    def wrapped(*given: Any, **options: Any) -> Any:
+        if not given and keyword in options:
+            given = (options.pop(keyword),)
+        if not 1 <= len(given) <= 2:
+            return call(*given, **options)  # Python's own complaint
+        first, x = given if len(given) == 2 else (*given, options.pop("x", None))
         own = _model_library(first)
         library = library_of(x) or own
         if library is None:

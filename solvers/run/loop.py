@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -55,28 +55,33 @@ class Request(NamedTuple):
     mode: str
 
 
-def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
-    """Run every stage of the workspace's plan. Returns the sample (B, ...) in the run's memory."""
+def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Array, Sequence[Array]]:
+    """Run every stage of the workspace's plan.
+
+    Returns the sample (B, ...) in the run's memory, and the network's last outputs (none under a graph).
+    """
     run, job = space.run, space.run.job
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
     if graphs is not None and request.mode == "loop":
         graphs.run.load(request.x, request.streams)
         graphs.loop(request.x is None)
-        return run.x(last)
+        return run.x(last), ()
     # Graphs hold their conditions already.
     call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
     noise, callback = request.noise, request.callback
     init = noise if job.program.init.noisy else None
     run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
     step = 0
+    raws: Sequence[Array] = ()
     with _bar(len(job.tables), request.progress) as bar:
         for k, table in enumerate(job.tables):
             if call is not None:
                 z = None
                 if noise is not None and table.draw is not None:
                     z = outside_noise(noise, table.draw, *table.span, job.shape)
-                run.advance(k, call(table.branches, *run.model_input(k)), z)
+                raws = call(table.branches, *run.model_input(k))
+                run.advance(k, raws, z)
             elif graphs is not None:
                 graphs.step(k)
             if bar is not None:
@@ -85,7 +90,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> Array:
                 x, x0 = (convert.copy(values, request.outer) for values in (run.x(k), run.x0(k)))
                 callback(StepInfo(step, job.program.plan.steps, k + 1, table.at, table.to, x, x0))
             step += table.done
-    return run.x(last)
+    return run.x(last), raws
 
 
 class _Bar(Protocol):

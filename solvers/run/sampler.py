@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
+from fewstep.solvers.options import flag
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import get_solver, unknown
 from fewstep.solvers.plans.registry import plan as make_plan
-from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
     BACKENDS,
@@ -19,6 +21,7 @@ from fewstep.solvers.run.checks import (
     check_out,
     check_shape,
     check_source,
+    device_of_inputs,
     model_frame,
     pick_backend,
 )
@@ -29,6 +32,8 @@ from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.engine import NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
 from fewstep.solvers.run.loop import Request, StepInfo, run_plan
+from fewstep.solvers.run.network import warn_if_training
+from fewstep.solvers.run.sanity import report
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 
@@ -50,6 +55,9 @@ class Sampler:
               warns once if the model cannot be recorded. On a CPU only "auto" and "off"
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
+    check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
+              a result that is not finite or far too large. On by default on a CPU, where each is one reduction; on a
+              GPU True makes every call wait for the device
 
     Memory is allocated when the sampler is made and reused by every call; a call allocates only its result, and
     nothing with `out`. Concurrent calls from several threads are safe: each uses its own workspace.
@@ -68,6 +76,7 @@ class Sampler:
         dtype: DType | None = None,
         graph: str = "auto",
         capacity: int = 0,
+        check: bool | None = None,
     ) -> None:
         check_denoiser(denoiser)
         self.shape = check_shape(shape)
@@ -89,7 +98,13 @@ class Sampler:
             )
         if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
             raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
+        if check is not None:
+            flag("check", check)
+        warn_if_training(denoiser.model)
         self.graph, self.capacity = graph, capacity
+        self.check = self.frame.device == "cpu" if check is None else check
+        self._options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "graph": graph}
+        self._options |= {"capacity": capacity, "check": check}
         self._mode = GraphMode(graph)
         self._compiler = Compiler(self.backend, self.frame, self.shape, self.dtype, capacity)
         self._convert = Converter(self.frame, self.backend, self.dtype)
@@ -227,11 +242,39 @@ class Sampler:
                 watched = kept or progress
                 mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
                 latent = None if x is None or outer is None else self._convert.latent(x, outer)
+                if self.check and latent is not None:
+                    now.limits.check_latent(latent)
                 request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
                 dtype = None if x is None or outer is None else outer.dtype_of(x)
-                return self._convert.result(run_plan(space, request, self._convert), outer, dtype, out)
+                values, outputs = run_plan(space, request, self._convert)
+                if self.check and not now.limits.usual(values, outputs):
+                    values = values * 1  # the run is made again, in the same memory
+                    report(now.limits, values, space.run, latent, streams, cond, noise is not None)
+                return self._convert.result(values, outer, dtype, out)
         finally:
             now.give(kept, space)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made anew from the same arguments: memory and graphs stay with this sampler."""
+        made = functools.partial(Sampler, **self._options)
+        return made, (self.denoiser, self.plan, self.shape), {"_seed": self._seed, "_cond": self._cond}
+
+
+# Names of other libraries' arguments -> what to write here.
+_ELSEWHERE = {
+    "guidance": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
+    "guidance_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
+    "cfg_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
+    "num_inference_steps": "steps={value!r}",
+    "num_steps": "steps={value!r}",
+    "sigmas": "grid=fs.Grid.from_sigmas(denoiser.process, sigmas), with the end, 0, included",
+    "timesteps": "grid=fs.Grid.from_times(denoiser.process, timesteps), with the clean end (process.clean.t) included",
+    "generator": "seed=0 (an int, or one per sample)",
+    "latents": "x=latents, at the level of the grid's first point",
+    "scheduler": "solver= (fs.list_solvers()) and spacing= (fs.list_spacings())",
+    "sampler": "solver= (fs.list_solvers())",
+    "batch_size": "shape=(batch_size, ...)",
+}
 
 
 @any_library
@@ -242,16 +285,18 @@ def sample(
     shape: Sequence[int] | None = None,
     solver: str = "dpmpp_2m",
     steps: int = 20,
-    spacing: str = "karras",
+    spacing: str | None = None,
     grid: Grid | None = None,
     seed: int | Sequence[int] | None = None,
     noise: NoiseSource | None = None,
     cond: Condition = None,
     start: float = 0.0,
+    strength: float | None = None,
     first_sample: int = 0,
     backend: str = "auto",
     device: Device | None = None,
     dtype: DType | None = None,
+    check: bool | None = None,
     progress: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
     **solver_options: Any,
@@ -262,32 +307,38 @@ def sample(
 
     x, shape  exactly one: a latent (B, ...) already at the grid's first point, or the shape to draw one from `seed`
     solver    a name from `list_solvers()`; its options follow as keywords (eta=1.0, order=3, s_churn=40 ...)
-    steps, spacing  the grid on the denoiser's process, unless `grid` is given
-    start     skip this fraction of the steps (1 - strength of image-to-image); x is then at the later point
+    steps, spacing  the grid on the denoiser's process, unless `grid` is given; the solver's default spacing if None
+    start     skip this fraction of the steps, rounded down: 1 - k / steps runs k steps; x is then at the later point
+    strength  instead of `start`: run this fraction of the steps, int(steps * strength), as diffusers does
 
     The other arguments are those of `Sampler` and its call.
 
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
+    for name, value in solver_options.items():
+        if name in _ELSEWHERE:
+            raise TypeError(f"sample has no argument {name!r}: pass {_ELSEWHERE[name].format(value=value)}")
     outer = check_source(denoiser, x, shape)
     if grid is None:
-        grid = make_grid(denoiser.process, steps, spacing)
-    if start:
-        grid = grid.tail(start)
+        own = get_solver(solver).spacing(denoiser.process) if spacing is None else spacing
+        grid = make_grid(denoiser.process, steps, own)
+    if start or strength is not None:
+        grid = grid.tail(start, strength=strength)
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"
-    if device is None and isinstance(outer, TorchFrame):
-        device = outer.device
+    if device is None:
+        device = device_of_inputs(denoiser, outer, cond)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients
     state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
     sampler = Sampler(
         denoiser,
         make_plan(solver, grid, dtype=state, **solver_options),
-        tuple(x.shape) if x is not None else shape or (),
+        tuple(x.shape) if x is not None else () if shape is None else shape,
         backend=backend,
         device=device,
         dtype=dtype,
+        check=check,
     )
     return sampler(
         x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, callback=callback, progress=progress

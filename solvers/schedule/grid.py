@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, one_of, unknown
+from fewstep.solvers.options import between, number, one_of, unknown
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, float64
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -127,16 +127,27 @@ class Grid:
         """(s, t) of each step: the points at its start and at its end."""
         return tuple(pairwise(self.points))
 
-    def tail(self, start: float) -> Grid:
-        """The grid without its first int(start * steps) steps (img2img with strength 1 - start).
+    def tail(self, start: float = 0.0, *, strength: float | None = None) -> Grid:
+        """The last steps of the grid, for image-to-image: give `start` or `strength`.
 
-        Raises ValueError unless 0 <= start < 1 and at least one step is left.
+        start     fraction of the steps to skip: the first floor(start * steps). 1 - k / steps leaves k steps
+        strength  fraction of the steps to run: the last int(steps * strength), as diffusers' pipelines do
+
+        Raises ValueError unless 0 <= start < 1 and 0 < strength <= 1, and at least one step is left.
         """
-        if not (isinstance(start, (int, float)) and 0.0 <= start < 1.0):
-            raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
-        skip = int(start * self.steps)
-        if skip >= self.steps:
-            raise ValueError(f"start = {start} leaves none of the {self.steps} steps")
+        if strength is None:
+            if not 0.0 <= number(start) < 1.0:
+                raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
+            # 1 - k / steps, rounded, may be just below a whole number of steps.
+            skip = min(math.floor(start * self.steps + max(1e-9, 1e-15 * self.steps)), self.steps - 1)
+        else:
+            if start:
+                raise ValueError(f"start = {start!r} and strength = {strength!r}: give one of them")
+            if not 0.0 < number(strength) <= 1.0:
+                raise ValueError(f"strength = {strength!r}: tail takes 0 < strength <= 1")
+            skip = self.steps - int(self.steps * strength)
+            if skip == self.steps:
+                raise ValueError(f"strength = {strength} runs none of the {self.steps} steps")
         return self._cut(slice(skip, None))
 
     def split(self, step: int) -> tuple[Grid, Grid]:
@@ -272,7 +283,7 @@ def list_spacings() -> list[str]:
 def grid(
     process: Process,
     steps: int,
-    spacing: str = "karras",
+    spacing: str | None = None,
     *,
     final_zero: bool = True,
     sigma_min: float | None = None,
@@ -285,7 +296,7 @@ def grid(
 
     process  any process
     steps    N, 1 to a million
-    spacing  a name of `list_spacings`
+    spacing  a name of `list_spacings`; by default the process's own, `process.spacing`
     options  those of the spacing, listed below
 
     Returns a Grid of N + 1 points. Raises ValueError for an unknown spacing (with the closest names), steps that is not
@@ -299,7 +310,7 @@ def grid(
     - ``leading``: t_last + k (t_first - t_clean) / N + ``steps_offset`` (= 0). N = 1 is t_last alone.
     - ``trailing``: N equal steps from t_first to t_clean.
     - ``quadratic``: N points linear in sqrt(t) (DDIM, arXiv 2010.02502, appendix D.2).
-    - ``beta``: quantiles 1 - k/N of Beta(``alpha`` = 0.6, ``beta`` = 0.6) (arXiv 2407.12173). Needs SciPy.
+    - ``beta``: quantiles 1 - k/N of Beta(``alpha`` = 0.6, ``beta`` = 0.6) (arXiv 2407.12173).
     - ``sgm_uniform``: N + 1 points from t_first to t_last, without the last (ComfyUI).
     - ``normal``: N points from t_first to t_last, on Flow too (ComfyUI).
     - ``simple``: every (T/N)-th of the T discrete times, from the top (ComfyUI). T = 1000 if continuous.
@@ -309,6 +320,8 @@ def grid(
     Sigma-type spacings act on sigma / alpha, and on t = sigma on Flow, where sigma / alpha is unbounded:
 
     - ``karras``: linear in sigma^(1/``rho``), ``rho`` = 7 (EDM, arXiv 2206.00364, equation 5).
+    - ``consistency``: the N + 1 points of ``karras`` without the last, at which a consistency model is the identity
+      (arXiv 2303.01469, Algorithm 1).
     - ``exponential``: linear in log sigma.
     - ``polyexponential``: log sigma linear in ramp^``rho``, ``rho`` = 1 (k-diffusion).
     - ``kl_optimal``: linear in arctan sigma (Align Your Steps, arXiv 2404.14507, for Gaussian data).
@@ -340,6 +353,7 @@ def grid(
     - ``round_times`` = False (linspace, leading, trailing, quadratic, beta, normal): True rounds to whole times, as
       diffusers' schedulers and ComfyUI's beta do; only on processes with discrete times.
     """
+    spacing = process.spacing if spacing is None else spacing
     if not isinstance(spacing, str) or spacing not in SPACINGS:
         raise ValueError(unknown("spacing", spacing, list_spacings()))
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:

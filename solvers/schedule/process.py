@@ -82,6 +82,10 @@ class Process(Protocol):
         """Whether uniform time runs on to the clean end (Flow) or stops before it, at t_last."""
 
     @property
+    def spacing(self) -> str:
+        """The default spacing of its grids."""
+
+    @property
     def timesteps(self) -> int | None:
         """The number of discrete training times; None where time is continuous."""
 
@@ -183,6 +187,7 @@ class VP(_Unwarped):
 
     alphas_cumprod: FloatArray
     _log_ratio: FloatArray = field(init=False)
+    spacing: ClassVar[str] = "quadratic"
 
     def __post_init__(self) -> None:
         acp = float64(self.alphas_cumprod)
@@ -335,6 +340,7 @@ class VE(_Unwarped):
 
     sigma_min: float
     sigma_max: float
+    spacing: ClassVar[str] = "exponential"
     timesteps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -403,6 +409,7 @@ class Flow:
 
     shift: float = 1.0
     gapless: ClassVar[bool] = True
+    spacing: ClassVar[str] = "linspace"
     timesteps: ClassVar[None] = None
 
     def __post_init__(self) -> None:

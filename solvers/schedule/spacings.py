@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -164,14 +164,42 @@ def _quadratic(a: Layout, *, round_times: bool = False) -> FloatArray:
     return np.rint(u) if round_times else u
 
 
+def _beta_quantiles(q: FloatArray, a: float, b: float) -> FloatArray:
+    """x with I_x(a, b) = q, the quantiles of a Beta distribution, 0 < q <= 1."""
+    norm = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+
+    def below(x: FloatArray, a: float, b: float) -> FloatArray:
+        """I_x(a, b) for x <= 1/2, by the power series of the integrand."""
+        term, total = np.ones_like(x), np.full_like(x, 1.0 / a)
+        for k in range(1, 64):
+            term = term * x * ((k - b) / k)
+            total += term / (a + k)
+        return norm * x**a * total
+
+    def solve(q: FloatArray, a: float, b: float) -> FloatArray:
+        # Newton's method for log I in log x, which is nearly linear.
+        x = np.minimum((q * a / norm) ** (1.0 / a), 0.5)
+        for _ in range(20):
+            value = below(x, a, b)
+            slope = norm * x**a * (1.0 - x) ** (b - 1.0) / value
+            x = np.minimum(x * np.exp(np.log(q / value) / slope), 0.5)
+        return x
+
+    # Above the median of x = 1/2 the mirrored distribution is solved.
+    low = q <= below(np.array(0.5), a, b)
+    found = np.ones_like(q)
+    found[low] = solve(q[low], a, b)
+    high = ~low & (q < 1.0)
+    found[high] = 1.0 - solve(1.0 - q[high], b, a)
+    return found
+
+
 @spacing("beta", _TIME)
 def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool = False) -> FloatArray:
     _positive(alpha=alpha, beta=beta)
-    try:
-        from scipy.special import betaincinv
-    except ImportError as error:
-        raise ImportError("the beta spacing needs SciPy: pip install 'fewstep[cli]'") from error
-    quantiles = betaincinv(alpha, beta, 1.0 - np.arange(a.steps) / a.steps)
+    if max(alpha, beta) > 10.0:
+        raise ValueError(f"alpha = {alpha}, beta = {beta}: they must be at most 10")
+    quantiles = _beta_quantiles(1.0 - np.arange(a.steps) / a.steps, alpha, beta)
     u = a.close(a.last + quantiles * (a.first - a.last))
     return np.rint(u) if round_times else u
 
@@ -216,6 +244,11 @@ def _karras(a: Layout, *, rho: float = 7.0) -> FloatArray:
     _positive(rho=rho)
     low, high = a.last ** (1.0 / rho), a.first ** (1.0 / rho)
     return a.pin((high + np.linspace(0.0, 1.0, a.noisy) * (low - high)) ** rho)
+
+
+@spacing("consistency", _LEVEL)
+def _consistency(a: Layout, *, rho: float = 7.0) -> FloatArray:
+    return a.close(_karras(replace(a, final_zero=False), rho=rho)[:-1])
 
 
 @spacing("exponential", _LEVEL)

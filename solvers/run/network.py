@@ -1,0 +1,96 @@
+"""The torch network behind a callable, which decides on the arrays that the callable wants."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fewstep.solvers.options import warn
+from fewstep.solvers.run.arrays import Frame, TorchFrame, frame_of
+
+if TYPE_CHECKING:
+    import torch
+
+_DEPTH = 3
+# A function that uses one of these makes its own arrays, whatever library its network is in.
+_CONVERSIONS = {"numpy", "from_numpy", "as_tensor", "tensor", "from_dlpack", "asarray", "array", "__array__"}
+
+
+def frame_reached(model: object) -> Frame | None:
+    """The library and device of what a plain callable reaches: None unless it is torch's.
+
+    Looked at are the closure, the globals that it names, the object it is bound to, the arguments of a partial. None as
+    well for a function that converts arrays itself.
+    """
+    if sys.modules.get("torch") is None or _converts(model):
+        return None
+    found = (frame_of(part) for part in _torch_parts(model))
+    return next((frame for frame in found if isinstance(frame, TorchFrame)), None)
+
+
+def warn_if_training(model: object) -> None:
+    """One warning for a network that would draw dropout masks, or update batch statistics, while it samples."""
+    if sys.modules.get("torch") is None:
+        return
+    import torch
+
+    for part in _torch_parts(model):
+        if isinstance(part, torch.nn.Module) and part.training:
+            random = next((type(m).__name__ for m in part.modules() if m.training and _is_random(m)), None)
+            if random is not None:
+                warn(
+                    f"the network {type(part).__name__} is in training mode, in which its {random} makes samples "
+                    "random: call network.eval() first"
+                )
+                return
+
+
+def _is_random(module: torch.nn.Module) -> bool:
+    import torch
+
+    dropout = module.p if isinstance(module, torch.nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0.0)
+    return (isinstance(dropout, float) and dropout > 0.0) or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+def _torch_parts(model: object) -> Iterator[Any]:
+    """The modules and tensors that a callable reaches, breadth first, each once."""
+    torch = sys.modules["torch"]
+    level, seen = [model], set[int]()
+    for _ in range(_DEPTH + 1):
+        following: list[object] = []
+        for value in level:
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, (torch.nn.Module, torch.Tensor)):
+                yield value
+            else:
+                following += _reached(value)
+        level = following
+
+
+def _reached(value: object) -> list[object]:
+    """What a function, a method, a partial or an object refers to."""
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if inspect.isfunction(value):
+        closed = inspect.getclosurevars(value)
+        defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        return [*closed.nonlocals.values(), *closed.globals.values(), *defaults]
+    if inspect.isclass(value) or inspect.ismodule(value):
+        return []
+    own = getattr(value, "__dict__", {})
+    return [*own.values()] if isinstance(own, dict) else []
+
+
+def _converts(model: object) -> bool:
+    while isinstance(model, functools.partial):
+        model = model.func
+    call = model if inspect.isroutine(model) else type(model).__dict__.get("__call__")
+    code = getattr(inspect.unwrap(call), "__code__", None) if callable(call) else None
+    return code is not None and not _CONVERSIONS.isdisjoint(code.co_names)

@@ -1,0 +1,146 @@
+"""Checks of the numbers that a run takes and gives: latents of another level, samples that are not finite or too large.
+
+Each is one reduction over the array. On a GPU reading its result would wait for the device, so there they are only made
+on request (`Sampler(check=True)`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fewstep.solvers.options import warn
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.run.arrays import Array, no_grad
+from fewstep.solvers.run.denoising import Condition
+from fewstep.solvers.run.engine import Run
+
+# Data are taken to have a standard deviation of at most this (or this many times EDM's sigma_data).
+_DATA = 5.0
+# Beyond what noise of the right level can have. Latents of a deterministic inversion come to 0.7 of it.
+_BELOW, _ABOVE = 1.6, 1.15
+_DEVIATIONS = 5.0  # of a sample variance from its mean, as chance
+# Samples and network outputs are about 1; this is far too much for either.
+_LARGE = 5e3
+# Elements of the last output that are looked at: one that is not finite is not finite in the result either.
+_LOOK = 1024
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is usual for the runs of a plan.
+
+    low, high  between them lies the RMS of a latent at the plan's start
+    result     above it is no RMS of a result, or of a network's output; square is its square
+    """
+
+    plan: Plan
+    low: float
+    high: float
+    result: float
+    square: float
+
+    @classmethod
+    def of(cls, plan: Plan, shape: Sequence[int]) -> Limits:
+        """shape: of the latent, (B, ...)."""
+        at, process = plan.start, plan.grid.process
+        # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
+        spread = 2.0 / (9.0 * math.prod(shape))
+        low, high = (max(0.0, 1.0 - spread + z * math.sqrt(spread)) ** 1.5 for z in (-_DEVIATIONS, _DEVIATIONS))
+        data = at.alpha * _DATA * max(1.0, getattr(process, "sigma_data", 1.0))
+        largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
+        return cls(plan, at.sigma * low / _BELOW, math.hypot(at.sigma, data) * high * _ABOVE, largest, largest**2)
+
+    def check_latent(self, x: Array) -> None:
+        """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
+
+        x  the latent as a run takes it, NumPy or torch
+        """
+        flat, plan = _flat(x), self.plan
+        if self.low**2 * len(flat) <= float(flat @ flat) <= self.high**2 * len(flat):
+            return
+        if not bool((abs(flat) < math.inf).all()):
+            raise ValueError("x holds NaN or inf: no sample can come of it")
+        at = plan.start
+        if at != plan.grid.points[0] or plan.grid.rising:
+            return  # it starts from data
+        std = float(flat.std())
+        if std <= 1e-3 * _rms(x):
+            return  # a constant is a probe, not a draw
+        given = f"x has a standard deviation of {std:.4g}, but the plan starts at sigma = {at.sigma:.6g}"
+        if at.alpha > 0.05 * at.sigma:
+            warn(f"{given}, alpha = {at.alpha:.6g}: pass x = {at.alpha:.6g} * data + {at.sigma:.6g} * standard_normal")
+        else:
+            warn(f"{given}: pass x = {at.sigma:.6g} * standard_normal (plan.start.sigma), or shape= to draw it")
+
+    def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
+        """Whether a run's result is finite and not far too large, and the network's last outputs are not either."""
+        for values in (_flat(x), *[_flat(output)[:_LOOK] for output in outputs]):
+            if not values @ values <= self.square * len(values):
+                return False
+        return True
+
+
+def report(
+    limits: Limits,
+    x: Array,
+    run: Run,
+    latent: Array | None,
+    streams: np.ndarray | None,
+    cond: Condition,
+    outside: bool,
+) -> None:
+    """Warn of a result that is not usual, and name the call: the run is made again, which calls the network again.
+
+    x                      the result, in memory that the second run does not use
+    latent, streams, cond  of the first run
+    outside                whether the caller's `noise` gave its draws; the second run has zeros instead
+    """
+    bad = sum(not bool((abs(row) < math.inf).all()) for row in x.reshape(len(x), -1))
+    what = f"{bad} of {len(x)} samples hold NaN or inf" if bad else f"the samples have an RMS of {_rms(x):.3g}"
+    try:
+        where = _first_unusual(limits, run, latent, streams, cond, outside)
+    except Exception:  # a network that cannot be called twice
+        where = None
+    warn(f"{what}: " + (where or "calling the network again did not show where they came from"))
+
+
+def _first_unusual(
+    limits: Limits, run: Run, latent: Any, streams: np.ndarray | None, cond: Condition, outside: bool
+) -> str | None:
+    """The first call whose output, or whose step, is not finite or above the limit."""
+    job, plan, limit = run.job, limits.plan, limits.result
+    with no_grad(job.frame):
+        call = job.denoiser.bind(job.frame, job.batch, cond)
+        zeros = np.zeros(job.shape)
+        run.begin(latent, streams, zeros if outside and job.program.init.noisy else None)
+        for k, table in enumerate(job.tables):
+            step = 1 + sum(stage.done for stage in plan.stages[:k])
+            where = f"call {k + 1} of {len(job.tables)}, step {step} of {plan.steps} (t = {table.at.t:.6g})"
+            raws = call(table.branches, *run.model_input(k))
+            size = max(map(_rms, raws), key=lambda v: math.inf if math.isnan(v) else v)
+            if not size <= limit:
+                found = f"has an RMS of {size:.3g}" if math.isfinite(size) else "is not finite"
+                return f"the network's output {found} at {where}"
+            run.advance(k, raws, zeros if outside and table.draw is not None else None)
+            if not _rms(run.x(k)) <= limit * max(1.0, table.to.sigma):
+                return f"the network's outputs are in range, but its sample is not after {where}"
+    return None
+
+
+def _flat(x: Array) -> Array:
+    """One axis, at least float32, outside of autograd's graph."""
+    flat = x.reshape(-1)
+    if isinstance(flat, np.ndarray):
+        return flat if flat.itemsize >= 4 else flat.astype(np.float32)
+    flat = flat.detach()
+    return flat if flat.itemsize >= 4 else flat.float()
+
+
+def _rms(x: Array) -> float:
+    flat = _flat(x)
+    return math.sqrt(float(flat @ flat) / len(flat))

@@ -1,0 +1,539 @@
+"""Settings that would cost a user everything in silence: defaults, starts, latents, conditions, networks, names."""
+
+import copy
+import functools
+import math
+import pickle
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.solvers.options import warn
+from fewstep.solvers.plans.registry import get_solver, solver
+from reports import default_spacings
+
+VP = fs.VP.linear()
+RING = fs.problems.Mixture.ring()
+PROCESSES = {"vp": VP, "edm": fs.EDM(), "ve": fs.VE(0.01, 50.0), "flow": fs.Flow()}
+
+
+def unit(n: int, *shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, *shape)).astype(np.float32)
+
+
+def half(x: Any, t: Any, **cond: Any) -> Any:
+    return 0.5 * x
+
+
+# --- default spacings ---
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_default_spacing_is_the_process_s(name: str) -> None:
+    process = PROCESSES[name]
+    assert fs.grid(process, 7) == fs.grid(process, 7, process.spacing)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "consistency", "lcm", "tcd", "unipc"])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_sample_lays_out_the_solver_s_default(name: str, process: str) -> None:
+    denoiser = RING.denoiser(PROCESSES[process])
+    spacing = get_solver(name).spacing(PROCESSES[process])
+    run = functools.partial(fs.sample, denoiser, shape=(3, 2), solver=name, steps=5, seed=1)
+    np.testing.assert_array_equal(run(), run(spacing=spacing))
+
+
+def test_a_builder_declares_its_spacing_by_kind_of_process() -> None:
+    from fewstep.solvers.plans import registry
+
+    try:
+
+        @solver("test_spacing", spacing={fs.VE: "vp"})
+        def build(grid: fs.Grid) -> Any:
+            """Nothing (2025)."""
+
+        found = {name: get_solver("test_spacing").spacing(process) for name, process in PROCESSES.items()}
+        # EDM is a kind of VE.
+        assert found == {"vp": VP.spacing, "edm": "vp", "ve": "vp", "flow": "linspace"}
+    finally:
+        registry._SOLVERS.pop("test_spacing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", default_spacings.PROCESSES)
+def test_no_spacing_is_much_better_than_the_default(name: str) -> None:
+    """docs/ranking/spacings.md has every solver; here are the default one and one that is stochastic."""
+    process = default_spacings.PROCESSES[name]
+    among = default_spacings.cases(process)
+    for solver_name in ("dpmpp_2m", "euler_ancestral"):
+        rows = default_spacings.errors(solver_name, process, among)
+        scores = {k: default_spacings.score(v) for k, v in rows.items() if k not in default_spacings.TABLES}
+        assert scores[get_solver(solver_name).spacing(process)] <= 1.5 * min(scores.values()), scores
+
+
+def test_the_page_of_defaults_is_of_today_and_within_its_limit() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "ranking" / "spacings.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+) \| (.+) \|$", text, re.MULTILINE))
+    names = [name.strip() for name in rows.pop("solver").split("|")]
+    assert set(rows) == set(fs.list_solvers()) - {"ddim_inverse"}
+    for solver_name, row in rows.items():
+        for name, cell in zip(names, row.split("|"), strict=True):
+            spacing, ratio = re.findall(r"\w[\w.]*", cell)[:2]
+            assert spacing == get_solver(solver_name).spacing(default_spacings.PROCESSES[name])
+            why = re.search(rf"^- {solver_name} in {name}: {ratio} times \w+\. \w.+", text, re.MULTILINE)
+            assert float(ratio) <= 1.5 or why, cell
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("name", ["consistency", "lcm", "tcd"])
+def test_every_call_of_a_distilled_model_changes_the_sample(process: str, name: str) -> None:
+    """A consistency model is the identity at sigma_min: a call there would be spent on nothing."""
+    p = PROCESSES[process]
+    grid = fs.grid(p, 2, get_solver(name).spacing(p))
+    assert grid.ratio[1] > 5.0 * p.sigma_min
+
+    def change(spacing: str | None) -> float:
+        run = functools.partial(fs.sample, RING.denoiser(p), shape=(64, 2), solver=name, seed=0, spacing=spacing)
+        return float(np.sqrt(np.mean((run(steps=1) - run(steps=2)) ** 2)))
+
+    assert change(None) > 0.04
+    if process != "flow":  # whose karras ends at a time of 0.001
+        assert change("karras") < 0.4 * change(None)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_consistency_spacing_is_karras_without_its_last_noisy_point(steps: int) -> None:
+    whole = fs.grid(fs.EDM(), steps + 1, "karras").sigma
+    np.testing.assert_allclose(fs.grid(fs.EDM(), steps, "consistency").sigma, [*whole[:steps], 0.0], rtol=1e-12)
+
+
+# --- start and strength ---
+
+
+@pytest.mark.parametrize("steps", [*range(1, 60), 100, 333, 1000, 4096])
+def test_one_minus_k_over_n_leaves_k_steps(steps: int) -> None:
+    whole = fs.Grid.from_sigmas(fs.EDM(), np.arange(steps, -1.0, -1.0))
+    for k in range(1, steps + 1):
+        assert whole.tail(1 - k / steps).steps == k
+        assert whole.tail((steps - k) / steps).steps == k
+        if int(steps * (k / steps)):
+            assert whole.tail(strength=k / steps).steps == int(steps * (k / steps))
+
+
+def test_strength_runs_the_steps_that_diffusers_runs() -> None:
+    for steps in (1, 7, 10, 25, 50):
+        whole = fs.Grid.from_sigmas(fs.EDM(), np.arange(steps, -1.0, -1.0))
+        for strength in (0.05, 0.1, 0.29, 0.3, 0.55, 0.57, 0.8, 0.999, 1.0):
+            # StableDiffusionImg2ImgPipeline.get_timesteps
+            run = steps - max(steps - min(int(steps * strength), steps), 0)
+            if run:
+                assert whole.tail(strength=strength).points == whole.points[steps - run :]
+            else:
+                with pytest.raises(ValueError, match=rf"strength = {strength} runs none of the {steps} steps"):
+                    whole.tail(strength=strength)
+
+
+def test_strength_in_sample() -> None:
+    times = []
+
+    def model(x: Any, t: Any) -> Any:
+        times.append(t[0])
+        return 0.1 * x
+
+    grid = fs.grid(VP, 10, "quadratic")
+    at = grid.tail(strength=0.8).points[0]
+    x = at.alpha * 0.3 + at.sigma * unit(4, 3, 3)
+    fs.sample(fs.Denoiser(model, VP), x, grid=grid, solver="ddim", strength=0.8)
+    np.testing.assert_allclose(times, grid.t[2:-1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [0.0, -0.1, 1.5, math.nan, "0.5"])
+def test_bad_strength(strength: Any) -> None:
+    with pytest.raises(ValueError, match=r"strength = .* takes 0 < strength <= 1"):
+        fs.sample(fs.Denoiser(half, VP), unit(2, 2), strength=strength)
+    with pytest.raises(ValueError, match=r"start = 0.5 and strength = 0.5: give one of them"):
+        fs.grid(VP, 4).tail(0.5, strength=0.5)
+
+
+# --- given latents ---
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_latent_that_is_not_finite_is_refused_before_a_call(backend: str, bad: float, library: str) -> None:
+    def model(x: Any, t: Any) -> Any:
+        raise AssertionError("called")
+
+    x: Any = unit(2, 4)
+    x[1, 2] = bad
+    x = torch.from_numpy(x) if library == "torch" else x
+    with pytest.raises(ValueError, match="x holds NaN or inf"):
+        fs.sample(fs.Denoiser(model, VP), x, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_latent_of_another_level_is_named_with_the_right_scale(backend: str) -> None:
+    """ComfyUI's ddim_uniform begins at 40, not at sigma_max = 80."""
+    grid = fs.grid(fs.EDM(), 2, "ddim_uniform")
+    run = functools.partial(fs.sample, RING.denoiser(fs.EDM()), grid=grid, backend=backend)
+    for scale in (80.0, 1.0):
+        found = r"standard deviation of [\d.]+, but the plan starts at sigma = 40\.\d+: pass x = 40\.\d+ \* standard"
+        with pytest.warns(RuntimeWarning, match=found):
+            run(scale * unit(500, 2))
+    x = unit(500, 2)
+    right = run(grid.sigma[0] * x)  # warnings are errors here
+    with pytest.warns(RuntimeWarning, match=r"standard deviation of 0\.9\d") as caught:
+        wrong = run(x)
+    assert caught[0].filename == __file__
+    # What the warning is about: samples of a wrong level end far from where the exact solution takes them.
+    exact = fs.sample(RING.denoiser(fs.EDM()), 80.0 * x, solver="heun", steps=200, dtype="float64")
+    errors = [float(np.sqrt(np.mean((got - exact) ** 2))) for got in (right, wrong)]
+    assert errors[0] < 0.2 < 2.0 * errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("n", [2, 8, 64, 1000])
+@pytest.mark.parametrize("data", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_latents_of_the_right_level_pass(n: int, data: float, name: str) -> None:
+    process = PROCESSES[name]
+    for start in (0.0, 0.3, 0.6, 0.9):
+        grid = fs.grid(process, 10).tail(start)
+        at = grid.points[0]
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            x = at.alpha * data * rng.standard_normal((n // 2, 2)) + at.sigma * rng.standard_normal((n // 2, 2))
+            fs.sample(fs.Denoiser(half, process, "sample"), x, grid=grid, backend="naive")
+
+
+def test_data_to_encode_have_no_level_to_check() -> None:
+    x = 0.01 * unit(64, 2)
+    fs.sample(fs.Denoiser(half, VP), x, solver="ddim_inverse", steps=4)
+    fs.sample(fs.Denoiser(half, VP), x, solver="ddim", grid=fs.grid(VP, 4).flip())
+    x[3] = math.nan
+    with pytest.raises(ValueError, match="NaN or inf"):
+        fs.sample(fs.Denoiser(half, VP), x, solver="ddim_inverse", steps=4)
+
+
+def test_checks_can_be_switched_off() -> None:
+    out = fs.sample(fs.Denoiser(half, fs.EDM(), "sample"), 1e-3 * unit(64, 2), check=False)
+    assert np.isfinite(out).all()
+    fs.sample(fs.Denoiser(lambda x, t: x * np.nan, VP), shape=(2, 2), check=False)
+    with pytest.raises(ValueError, match="check must be True or False, got 1"):
+        fs.Sampler(fs.Denoiser(half, VP), fs.plan("ddim", fs.grid(VP, 2)), (2, 2), check=1)  # type: ignore[arg-type]
+
+
+# --- conditions, devices, outputs ---
+
+
+def test_two_conditions_without_guidance_are_named() -> None:
+    def model(x: Any, t: Any, y: Any) -> Any:
+        return y[:, None] * x
+
+    pair = ({"y": np.zeros(2, np.float32)}, {"y": np.full(2, 0.5, np.float32)})
+    with pytest.warns(RuntimeWarning, match=r"the denoiser has no guidance: only the second is used. Pass guidance="):
+        both = fs.sample(fs.Denoiser(model, VP), shape=(2, 3), steps=3, seed=0, cond=pair)
+    np.testing.assert_array_equal(both, fs.sample(fs.Denoiser(model, VP), shape=(2, 3), steps=3, seed=0, cond=pair[1]))
+
+
+NET = torch.nn.Linear(3, 3).eval()
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.net = NET
+
+    def predict(self, x: Any, t: Any, **cond: Any) -> Any:
+        return self.net(x.to(torch.float32))
+
+    def __call__(self, x: Any, t: Any, **cond: Any) -> Any:
+        return self.predict(x, t)
+
+
+def global_model(x: Any, t: Any, **cond: Any) -> Any:
+    return NET(x.to(torch.float32))
+
+
+def closure() -> Any:
+    net = NET
+    return lambda x, t, **cond: net(x.to(torch.float32))
+
+
+def nested() -> Any:
+    inner = closure()
+    return lambda x, t, **cond: inner(x, t)
+
+
+def converting() -> Any:
+    net = NET
+    return lambda x, t, **cond: net(torch.from_numpy(x)).detach().numpy()
+
+
+TORCH_MODELS = {
+    "global": global_model,
+    "closure": closure(),
+    "nested": nested(),
+    "method": Holder().predict,
+    "object": Holder(),
+    "partial": functools.partial(global_model, y=1),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_MODELS)
+def test_a_torch_closure_gets_tensors_without_device(name: str) -> None:
+    denoiser = fs.Denoiser(TORCH_MODELS[name], VP)
+    out = fs.sample(denoiser, shape=(2, 3), steps=4, seed=0)
+    assert isinstance(out, torch.Tensor)
+    want = fs.sample(fs.Denoiser(lambda x, t: NET(x), VP), shape=(2, 3), steps=4, seed=0, device="cpu")
+    assert torch.equal(out, want)
+    sampler = fs.Sampler(denoiser, fs.plan("ddim", fs.grid(VP, 3)), (2, 3))
+    assert isinstance(sampler(unit(2, 3)), np.ndarray)  # like x
+    adaptive = fs.sample_adaptive(denoiser, shape=(2, 3), seed=0, rtol=0.5)
+    assert isinstance(adaptive.x, torch.Tensor)
+
+
+def test_a_function_that_converts_arrays_itself_keeps_numpy() -> None:
+    out = fs.sample(fs.Denoiser(converting(), VP), shape=(2, 3), steps=4, seed=0)
+    assert isinstance(out, np.ndarray)
+    want = fs.sample(fs.Denoiser(closure(), VP), shape=(2, 3), steps=4, seed=0)
+    np.testing.assert_allclose(out, want.detach(), atol=1e-5)
+
+
+def test_the_conditions_tell_the_library_too() -> None:
+    def model(x: Any, t: Any, y: Any) -> Any:
+        return x.to(torch.float64) * y[:, None]
+
+    out = fs.sample(fs.Denoiser(model, VP), shape=(2, 3), steps=3, seed=0, cond={"y": torch.ones(2)})
+    assert isinstance(out, torch.Tensor)
+
+
+def test_a_model_that_fails_on_numpy_says_what_to_pass() -> None:
+    with pytest.raises(TypeError, match=r"failed on NumPy arrays \(.*'to'.*\)\. If it is a torch model, pass device="):
+        fs.sample(fs.Denoiser(lambda x, t: x.to("cpu"), VP), shape=(2, 3))
+
+
+class Output:
+    def __init__(self, sample: Any) -> None:
+        self.sample = sample
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda v: (v, None), r"returned tuple, not an array of numpy.*model\(x, t, \*\*cond\)\[0\]"),
+        (Output, r"returned Output, .*model\(x, t, \*\*cond\)\.sample"),
+        (lambda v: {"logits": v}, r"returned dict, .*model\(x, t, \*\*cond\)\['logits'\]"),
+        (torch.from_numpy, r"returned Tensor, .*pass device='cpu'"),
+        (lambda v: None, r"returned NoneType, .*a function that returns it"),
+    ],
+)
+def test_outputs_that_hold_the_prediction(wrap: Any, message: str, guided: bool) -> None:
+    denoiser = fs.Denoiser(lambda x, t: wrap(0.1 * x), VP, guidance=2.0 if guided else None)
+    with pytest.raises(ValueError, match=message):
+        fs.sample(denoiser, shape=(2, 3), steps=2, cond=({}, {}) if guided else None)
+
+
+# --- networks in training, outputs that are no samples ---
+
+
+class Dropped(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(3, 3), layer)
+
+    def forward(self, x: Any, t: Any) -> Any:
+        return self.layers(x)
+
+
+def test_a_network_in_training_mode_warns_once() -> None:
+    plan = fs.plan("ddim", fs.grid(VP, 2))
+    for layer, name in ((torch.nn.Dropout(0.1), "Dropout"), (torch.nn.BatchNorm1d(3), "BatchNorm1d")):
+        net = Dropped(layer)
+        for model in (net, lambda x, t, net=net: net(x, t)):
+            with pytest.warns(RuntimeWarning, match=rf"Dropped is in training mode.* its {name} .*eval") as caught:
+                fs.Sampler(fs.Denoiser(model, VP), plan, (4, 3))
+            assert len(caught) == 1
+        fs.Sampler(fs.Denoiser(net.eval(), VP), plan, (4, 3))
+    fs.Sampler(fs.Denoiser(Dropped(torch.nn.Dropout(0.0)), VP), plan, (4, 3))  # it drops nothing
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_result_that_is_not_finite_names_the_call(backend: str, drawn: bool) -> None:
+    grid = fs.grid(VP, 6)
+
+    def model(x: Any, t: Any) -> Any:
+        out = 0.5 * x
+        out[1] = np.where(t[1] < grid.t[2] + 1, np.nan, out[1])
+        return out
+
+    source: dict[str, Any] = {"shape": (3, 4), "seed": 0} if drawn else {"x": unit(3, 4)}
+    message = r"1 of 3 samples hold NaN or inf: the network's output is not finite at call 3 of 6, step 3 of 6 \(t = "
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        out = fs.sample(fs.Denoiser(model, VP), grid=grid, backend=backend, **source)
+    assert len(caught) == 1
+    assert np.isnan(out).all(axis=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "sample", "v", "flow", "edm"])
+def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
+    process = fs.EDM() if predicts == "edm" else VP
+    message = r"the samples have an RMS of .*: the network's output has an RMS of .* at call 1 of"
+    with pytest.warns(RuntimeWarning, match=message):
+        fs.sample(fs.Denoiser(lambda x, t: 1e4 * np.tanh(x), process, predicts), shape=(4, 8), steps=8, seed=0)
+
+
+def test_the_second_run_asks_nobody_again() -> None:
+    asked = []
+
+    def noise(draw: int, at: Any, to: Any, shape: tuple[int, ...]) -> np.ndarray:
+        asked.append(draw)
+        return unit(*shape, seed=draw)
+
+    def model(x: Any, t: Any) -> Any:
+        return np.where(t[:, None] < 500, np.nan, 0.1 * x)
+
+    seen: list[int] = []
+    denoiser = fs.Denoiser(model, VP)
+    with pytest.warns(RuntimeWarning, match="not finite at call"):
+        fs.sample(
+            denoiser, shape=(2, 3), solver="ddpm", steps=6, seed=0, noise=noise, callback=lambda s: seen.append(s.step)
+        )
+    assert asked == sorted(set(asked))
+    assert seen == list(range(6))
+
+
+@pytest.mark.slow
+def test_the_checks_cost_less_than_two_percent() -> None:
+    """At 1x4x64x64, against a run of a network that costs nothing."""
+    x, shape = unit(1, 4, 64, 64), (1, 4, 64, 64)
+    plan = fs.plan("dpmpp_2m", fs.grid(VP, 20))
+    samplers = [fs.Sampler(fs.Denoiser(lambda x, t: x, VP), plan, shape, check=check) for check in (False, True)]
+    out = np.empty(shape, np.float32)
+    times: list[list[float]] = [[], []]
+    for _ in range(200):
+        for sampler, own in zip(samplers, times, strict=True):
+            begin = time.perf_counter()
+            sampler(x, seed=0, out=out)
+            own.append(time.perf_counter() - begin)
+    bare, checked = (float(np.median(own)) for own in times)
+    # The latent's check and the result's. A busy machine doubles what the median sees.
+    assert checked < 1.10 * bare
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("velocity", "predicts='flow' .* predicts='v'"),
+        ("x0", "predicts='sample'"),
+        ("noise", "predicts='epsilon'"),
+        ("score", r"predicts='epsilon' and a model that returns -sigma \* score"),
+        ("v_prediction", "predicts='v'"),
+        ("flow_matching", "predicts='flow'"),
+    ],
+)
+def test_other_names_of_predictions_lead_to_ours(name: str, ours: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown prediction type '{name}': pass {ours}"):
+        fs.Denoiser(half, VP, name)
+
+
+def test_epsilon_on_a_flow_suggests_flow() -> None:
+    with pytest.raises(ValueError, match=r"predicts='epsilon' does not determine x0 .*predicts='flow'"):
+        fs.sample(fs.Denoiser(half, fs.Flow(), "epsilon"), shape=(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("guidance", 2.0, r"denoiser=denoiser.with_guidance\(2.0\)"),
+        ("guidance_scale", 7.5, r"denoiser=denoiser.with_guidance\(7.5\)"),
+        ("num_inference_steps", 30, "pass steps=30"),
+        ("sigmas", [1.0, 0.0], r"grid=fs.Grid.from_sigmas\(denoiser.process, sigmas\)"),
+        ("timesteps", [9, 0], r"grid=fs.Grid.from_times\(denoiser.process, timesteps\)"),
+        ("generator", torch.Generator(), "pass seed="),
+    ],
+)
+def test_other_names_of_arguments_lead_to_ours(name: str, value: Any, line: str) -> None:
+    with pytest.raises(TypeError, match=f"sample has no argument '{name}': pass .*{line.removeprefix('pass ')}"):
+        fs.sample(fs.Denoiser(half, VP), shape=(2, 3), **{name: value})
+
+
+def test_the_lines_to_write_run() -> None:
+    denoiser = fs.Denoiser(lambda x, t: 0.1 * x, VP)
+    fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_sigmas(VP, [10.0, 1.0, 0.0]))
+    fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_times(VP, [900, 400, VP.clean.t]))
+    fs.sample(denoiser=denoiser.with_guidance(2.0), shape=(2, 3), cond=({}, {}))
+
+
+# --- the denoiser by its name; shapes; copies ---
+
+
+def test_the_denoiser_by_its_name() -> None:
+    denoiser, x = RING.denoiser(VP), unit(3, 2)
+    want = fs.sample(denoiser, x, steps=4)
+    np.testing.assert_array_equal(want, fs.sample(denoiser=denoiser, x=x, steps=4))
+    np.testing.assert_array_equal(want, fs.sample(x=x, denoiser=denoiser, steps=4))
+    drawn = fs.sample(denoiser, shape=(3, 2), seed=0)
+    np.testing.assert_array_equal(drawn, fs.sample(denoiser=denoiser, shape=(3, 2), seed=0))
+    adaptive = fs.sample_adaptive(denoiser, shape=(3, 2), seed=0).x
+    np.testing.assert_array_equal(adaptive, fs.sample_adaptive(denoiser=denoiser, shape=(3, 2), seed=0).x)
+    for call in (fs.sample, fs.sample_adaptive):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'denoiser'"):
+            call(shape=(3, 2))
+        with pytest.raises(TypeError, match=r"positional arguments? .*but 3"):
+            call(denoiser, x, (3, 2))
+    with pytest.raises(TypeError, match="multiple values for argument 'x'"):
+        fs.sample(denoiser, x, x=x)
+
+
+@pytest.mark.parametrize("shape", [np.array((3, 2)), [3, 2], torch.Size((3, 2)), (np.int64(3), np.int32(2))])
+def test_shapes_of_any_library(shape: Any) -> None:
+    denoiser = RING.denoiser(VP)
+    want = fs.sample(denoiser, shape=(3, 2), seed=0, steps=4)
+    np.testing.assert_array_equal(want, fs.sample(denoiser, shape=shape, seed=0, steps=4))
+    plan = fs.plan("dpmpp_2m", fs.grid(VP, 4, get_solver("dpmpp_2m").spacing(VP)))
+    np.testing.assert_array_equal(want, fs.Sampler(denoiser, plan, shape)(seed=0))
+    np.testing.assert_array_equal(
+        fs.sample_adaptive(denoiser, shape=(3, 2), seed=0).x, fs.sample_adaptive(denoiser, shape=shape, seed=0).x
+    )
+
+
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_copies_of_a_sampler_are_samplers(way: Any) -> None:
+    denoiser = fs.Denoiser(half, VP, guidance=1.5)
+    sampler = fs.Sampler(denoiser, fs.plan("dpmpp_2m_sde", fs.grid(VP, 4)), (3, 5), dtype="float64")
+    sampler.update(seed=7, cond=({}, {}))
+    other = way(sampler)
+    want = sampler()
+    for seed in (1, None):  # each has memory of its own
+        sampler(seed=seed), other(seed=seed)
+    np.testing.assert_array_equal(want, other())
+    assert other.dtype == "float64"
+    other.update(fs.plan("ddim", fs.grid(VP, 3)))
+    np.testing.assert_array_equal(want, sampler())
+
+
+def test_a_sampler_whose_model_cannot_be_pickled_says_so() -> None:
+    sampler = fs.Sampler(fs.Denoiser(lambda x, t: x, VP), fs.plan("ddim", fs.grid(VP, 2)), (2, 3))
+    with pytest.raises((pickle.PicklingError, AttributeError), match="lambda"):
+        pickle.dumps(sampler)
+    np.testing.assert_array_equal(copy.deepcopy(sampler)(seed=0), sampler(seed=0))
+
+
+def test_warnings_point_at_the_caller() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn("here")
+        fs.sample(fs.Denoiser(half, fs.EDM(), "sample"), unit(64, 2))
+    assert [w.filename for w in caught] == [__file__, __file__]
