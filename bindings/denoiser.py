@@ -334,6 +334,9 @@ class Denoiser:
         conds = self.conditions(cond)
         check_arrays(conds, frame, batch, nested=False)
         model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
+        if len(conds) == 1:
+            (own,) = conds
+            return lambda branches, x_in, t: (model(x_in, t, **own),)
         together: dict[tuple[int, ...], Cond] = {}
 
         def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ arrays of these two: see `dlpack`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import sys
@@ -230,19 +231,20 @@ def on_device(frame: Frame) -> contextlib.AbstractContextManager[object]:
     return context
 
 
+_torch_frame = functools.cache(TorchFrame)  # of a tensor's device: there are few
+
+
 def frame_of(value: object) -> Frame | None:
     """The library and device of an array, a torch module, or a model with a `frame` attribute; None for others."""
     if isinstance(value, np.ndarray):
         return NumpyFrame()
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return _torch_frame(value.device)
     own = getattr(value, "frame", None)
     if isinstance(own, (NumpyFrame, TorchFrame)):
         return own
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        return TorchFrame(value.device)
-    if isinstance(value, torch.nn.Module):
+    if torch is not None and isinstance(value, torch.nn.Module):
         first = next((t for t in [*value.parameters(), *value.buffers()]), None)
         return TorchFrame("cpu" if first is None else first.device)
     return None

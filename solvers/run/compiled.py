@@ -69,7 +69,8 @@ class Prepared:
 
     @cached_property
     def limits(self) -> Limits:
-        return Limits.of(self.plan, self.compiler.shape)
+        clips = self.denoiser.bound is not None or self.denoiser.threshold is not None
+        return Limits.of(self.plan, self.compiler.shape, clips)
 
     @cached_property
     def plain(self) -> Job:

@@ -74,7 +74,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
     step = 0
     raws: Sequence[Array] = ()
-    with _bar(len(job.tables), request.progress) as bar:
+    with _bar(len(job.tables)) if request.progress else _NO_BAR as bar:
         for k, table in enumerate(job.tables):
             if call is not None:
                 z = None
@@ -97,11 +97,11 @@ class _Bar(Protocol):
     def update(self, n: int) -> object: ...
 
 
+_NO_BAR: contextlib.AbstractContextManager[_Bar | None] = contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[_Bar | None]:
-    if not wanted:
-        yield None
-        return
+def _bar(total: int) -> Iterator[_Bar | None]:
     try:
         from tqdm.auto import tqdm
     except ImportError:

@@ -26,7 +26,7 @@ _BELOW, _ABOVE = 1.6, 1.15
 _DEVIATIONS = 5.0  # of a sample variance from its mean, as chance
 # Samples and network outputs are about 1; this is far too much for either.
 _LARGE = 5e3
-# Elements of the last output that are looked at: one that is not finite is not finite in the result either.
+# Elements of the last output that are looked at where clipping may hide how large it is.
 _LOOK = 1024
 
 
@@ -34,18 +34,19 @@ _LOOK = 1024
 class Limits:
     """What is usual for the runs of a plan.
 
-    low, high  between them lies the RMS of a latent at the plan's start
-    result     above it is no RMS of a result, or of a network's output; square is its square
+    low, high  between them lies the mean square of a latent at the plan's start
+    result     above it is no RMS of a result, or of a network's output
+    clips      whether x0 predictions are clipped, which would hide how large an output is
     """
 
     plan: Plan
     low: float
     high: float
     result: float
-    square: float
+    clips: bool
 
     @classmethod
-    def of(cls, plan: Plan, shape: Sequence[int]) -> Limits:
+    def of(cls, plan: Plan, shape: Sequence[int], clips: bool) -> Limits:
         """shape: of the latent, (B, ...)."""
         at, process = plan.start, plan.grid.process
         # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
@@ -53,16 +54,16 @@ class Limits:
         low, high = (max(0.0, 1.0 - spread + z * math.sqrt(spread)) ** 1.5 for z in (-_DEVIATIONS, _DEVIATIONS))
         data = at.alpha * _DATA * max(1.0, getattr(process, "sigma_data", 1.0))
         largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
-        return cls(plan, at.sigma * low / _BELOW, math.hypot(at.sigma, data) * high * _ABOVE, largest, largest**2)
+        return cls(plan, (at.sigma * low / _BELOW) ** 2, (at.sigma**2 + data**2) * (high * _ABOVE) ** 2, largest, clips)
 
     def check_latent(self, x: Array) -> None:
         """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
 
         x  the latent as a run takes it, NumPy or torch
         """
-        flat, plan = _flat(x), self.plan
-        if self.low**2 * len(flat) <= float(flat @ flat) <= self.high**2 * len(flat):
+        if self.low <= _mean_square(x) <= self.high:
             return
+        flat, plan = _flat(x), self.plan
         if not bool((abs(flat) < math.inf).all()):
             raise ValueError("x holds NaN or inf: no sample can come of it")
         at = plan.start
@@ -78,11 +79,11 @@ class Limits:
             warn(f"{given}: pass x = {at.sigma:.6g} * standard_normal (plan.start.sigma), or shape= to draw it")
 
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
-        """Whether a run's result is finite and not far too large, and the network's last outputs are not either."""
-        for values in (_flat(x), *[_flat(output)[:_LOOK] for output in outputs]):
-            if not values @ values <= self.square * len(values):
-                return False
-        return True
+        """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
+        square = self.result**2
+        if self.clips and not all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs):
+            return False
+        return _mean_square(x) <= square
 
 
 def report(
@@ -141,6 +142,12 @@ def _flat(x: Array) -> Array:
     return flat if flat.itemsize >= 4 else flat.float()
 
 
-def _rms(x: Array) -> float:
+def _mean_square(x: Array) -> float:
+    if isinstance(x, np.ndarray) and x.itemsize >= 4:
+        return float(np.vdot(x, x)) / x.size
     flat = _flat(x)
-    return math.sqrt(float(flat @ flat) / len(flat))
+    return float(flat @ flat) / len(flat)
+
+
+def _rms(x: Array) -> float:
+    return math.sqrt(_mean_square(x))
