@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fewstep.solvers.cache import Cache
 from fewstep.solvers.run.arrays import NumpyFrame
 from fewstep.solvers.run.conditions import Keys, leaves, mapped
 
@@ -40,6 +41,8 @@ DTYPES = {
 
 # Output buffers: one per branch of guidance, and one in reserve.
 _KEPT = 4
+# Shapes of samples for which a thread keeps them.
+_SHAPES = 4
 
 
 class _NodeArg(Protocol):
@@ -140,10 +143,10 @@ class OnnxModel:
 
     def _work(self, shape: tuple[int, ...]) -> _Work:
         """This thread's buffers for samples of that shape."""
-        works: dict[tuple[int, ...], _Work] = self._local.__dict__.setdefault("works", {})
-        if shape not in works:
-            works[shape] = _Work(self, shape)
-        return works[shape]
+        works: Cache[_Work] | None = getattr(self._local, "works", None)
+        if works is None:
+            works = self._local.works = Cache(_SHAPES)
+        return works.get(shape, lambda: _Work(self, shape))
 
 
 class _Work:
@@ -154,17 +157,18 @@ class _Work:
         stated = model.output.shape if len(model.output.shape) == len(shape) else shape
         sizes = [size if isinstance(size, int) else own for size, own in zip(stated, shape, strict=True)]
         self.outputs = itertools.cycle([model.frame.empty(sizes, model.output.dtype.name) for _ in range(_KEPT)])
-        self.inputs: dict[str, np.ndarray] = {}
+        self.casts: dict[str, np.ndarray] = {}
+        self.held: list[np.ndarray] = []  # until the run
 
     def bind(self, port: _Port, value: ArrayLike) -> None:
         array = np.asarray(value)
         if array.dtype != port.dtype or not array.flags.c_contiguous:
-            own = self.inputs.get(port.name)
+            own = self.casts.get(port.name)
             if own is None or own.shape != array.shape:
-                own = self.inputs[port.name] = np.empty(array.shape, port.dtype)
+                own = self.casts[port.name] = np.empty(array.shape, port.dtype)
             np.copyto(own, array, casting="unsafe")
             array = own
-        self.inputs[port.name] = array  # alive until the run
+        self.held.append(array)
         self.binding.bind_input(port.name, "cpu", 0, port.dtype, array.shape, array.ctypes.data)
 
     def run(self) -> np.ndarray:
@@ -172,6 +176,7 @@ class _Work:
         port = self.model.output
         self.binding.bind_output(port.name, "cpu", 0, port.dtype, out.shape, out.ctypes.data)
         self.model.session.run_with_iobinding(self.binding)
+        self.held.clear()
         return out
 
 

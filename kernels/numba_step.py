@@ -19,7 +19,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -284,7 +284,7 @@ Kind = type[np.generic] | None  # of an array; None where it is absent
 Marks = tuple[int | None, ...]  # per column of a row: None for a number known to be 0
 
 
-@cache
+@lru_cache(maxsize=1024)  # one for each pattern of zeros, which schedules bring along
 def kernel(kinds: tuple[Kind, ...], zeros: tuple[Marks | None, ...] = (None,) * layout.OUTPUTS) -> Compiled:
     """The fused stage for arrays of these kinds, one per address.
 

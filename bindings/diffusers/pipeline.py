@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.solvers.cache import Cache
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 # Components that a pipeline may call in every step.
 DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
+
+
+# Graphs that one network keeps: an argument that is a new number in every request would record without end.
+GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -187,7 +192,7 @@ def _graphs(components: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, Grap
 
 
 class GraphedCall:
-    """A function on CUDA tensors, replayed from CUDA graphs, one per set of shapes.
+    """A function on CUDA tensors, replayed from CUDA graphs, one per set of shapes; the `GRAPHS` used last are kept.
 
     Tensor arguments may change from call to call; any other change of the arguments captures a new graph. The result
     is a copy, because the next replay overwrites the graph's memory. Calls that record gradients run the function
@@ -196,7 +201,7 @@ class GraphedCall:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.graphs: dict[Hashable, _Captured] = {}
+        self.graphs: Cache[_Captured] = Cache(GRAPHS)
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         import torch
@@ -207,9 +212,7 @@ class GraphedCall:
         if torch.is_grad_enabled() or not tensors:
             return self.function(*args, **kwargs)
         key = (spec, *[_leaf_key(leaf) for leaf in leaves])
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(leaves, spec)
-        graph, inputs, outputs, form = self.graphs[key]
+        graph, inputs, outputs, form, _ = self.graphs.get(key, lambda: self._capture(leaves, spec))
         for held, given in zip(inputs, tensors, strict=True):
             held.copy_(given)
         graph.replay()
@@ -231,16 +234,20 @@ class GraphedCall:
         with torch.cuda.graph(graph):
             result = self.function(*args, **kwargs)
         outputs, form = pytree.tree_flatten(result)
-        return _Captured(graph, [leaf for leaf in held if isinstance(leaf, torch.Tensor)], outputs, form)
+        inputs = [leaf for leaf in held if isinstance(leaf, torch.Tensor)]
+        others = [leaf for leaf in held if not isinstance(leaf, torch.Tensor)]
+        return _Captured(graph, inputs, outputs, form, others)
 
 
 class _Captured(NamedTuple):
-    """A CUDA graph, its input tensors, its flattened outputs and their tree."""
+    """A CUDA graph, its input tensors, its flattened outputs and their tree, and the other arguments, whose ids it has
+    in its key."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[torch.Tensor]
     outputs: list[Any]
     form: TreeSpec
+    others: list[Any]
 
 
 def _leaf_key(leaf: object) -> Hashable:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import operator
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import count
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Size, Tensor
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place, X, probe, put
 from fewstep.bindings.diffusers.update import Update
+from fewstep.solvers.cache import MIB, Cache
 
 _PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
@@ -50,7 +49,13 @@ class State:
         except NotAffineError as reason:
             found = reason
         self.calls[key] = found
+        STATES.keep(self, key, found)
         return found
+
+    @property
+    def bytes(self) -> int:
+        held = [*self.attributes.values(), *vars(self.attributes.get("_internal_dict", self)).values()]
+        return 4096 + sum(v.nbytes for v in held if isinstance(v, (Tensor, np.ndarray)))
 
 
 class Transition:
@@ -118,11 +123,19 @@ def is_over(attributes: Mapping[str, Any], time: Timestep) -> bool:
 
 
 class _States:
-    """The most recently used states of all schedulers, by content."""
+    """The most recently used states of all schedulers, by content, and their latest transitions.
 
-    def __init__(self, room: int = 4096) -> None:
-        self.room, self.lock = room, threading.Lock()
-        self.known: OrderedDict[str, State] = OrderedDict()
+    A state's transitions lead to further states, so that both are bounded: neither eta nor sigmas, which may be new in
+    every request, make them grow.
+    """
+
+    def __init__(self, room: int = 4096, size: int = 256 * MIB) -> None:
+        self.known: Cache[State] = Cache(room, size, lambda state: state.bytes)
+        self.transitions: Cache[_Kept] = Cache(room, size, _bytes, _forget)
+
+    def keep(self, state: State, key: Hashable, found: Transition | NotAffineError) -> None:
+        """Count a new transition of a state; the oldest are forgotten."""
+        self.transitions.put((id(state), key), (state, key, found))
 
     def find(
         self,
@@ -145,17 +158,25 @@ class _States:
         for place in memory:
             put(plain, place, None)
         key = (digests or Digests()).of(cls, plain, memory)
-        with self.lock:
-            found = self.known.get(key)
-            if found is None:
-                if digests is not None:
-                    plain = {name: _copy(value) for name, value in plain.items()}
-                found = self.known[key] = State(cls, plain, memory)
-                if len(self.known) > self.room:
-                    self.known.popitem(last=False)
-            else:
-                self.known.move_to_end(key)
-        return found
+
+        def make() -> State:
+            own = plain if digests is None else {name: _copy(value) for name, value in plain.items()}
+            return State(cls, own, memory)
+
+        return self.known.get(key, make)
+
+
+_Kept = tuple[State, Hashable, Transition | NotAffineError]
+
+
+def _bytes(kept: _Kept) -> int:
+    """Of a transition: its tables and launches, and the state that it leads to."""
+    found = kept[2]
+    return 16384 + (found.after.bytes if isinstance(found, Transition) else 0)
+
+
+def _forget(kept: _Kept) -> None:
+    kept[0].calls.pop(kept[1], None)
 
 
 STATES = _States()

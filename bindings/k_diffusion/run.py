@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
+from fewstep.solvers.cache import MIB, Cache
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
@@ -152,17 +155,12 @@ class SamplerCall:
             options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
         wide = self.x.dtype == torch.float64
         own: Any = process or self.process  # every process is hashable, which its protocol does not say
-        reusable = not any(map(callable, options.values()))  # each call brings a new function
-        sampler = (_sampler if reusable else _sampler.__wrapped__)(
-            solver,
-            own,
-            self.levels.tobytes(),
-            tuple(self.x.shape),
-            self.x.dtype,
-            self.x.device,
-            "float64" if wide else "float32",
-            **options,
-        )
+        state = "float64" if wide else "float32"
+        key = solver, own, self.levels.tobytes(), tuple(self.x.shape), self.x.dtype, self.x.device, state
+        if any(map(callable, options.values())):  # each call brings a new function
+            sampler = _sampler(*key, **options)
+        else:
+            sampler = SAMPLERS.get((key, *sorted(options.items())), lambda: _sampler(*key, **options))
         tracker = _Tracker(self, sampler.plan, starts)
         if isinstance(noise_sampler, KernelNoise):
             drawn = noise_sampler._asdict()
@@ -175,7 +173,16 @@ class SamplerCall:
         return sample
 
 
-@functools.lru_cache(maxsize=4)
+def _bytes(sampler: Sampler) -> int:
+    """Of a sampler's memory: its slots, latent, outputs and inputs of the network."""
+    buffers = compile_plan(sampler.plan).buffers + 4
+    return buffers * math.prod(sampler.shape) * np.dtype(sampler.dtype).itemsize
+
+
+# Kept, because making a plan costs more than running it without the network, and callers reuse their sigmas.
+SAMPLERS: Cache[Sampler] = Cache(4, 256 * MIB, _bytes)
+
+
 def _sampler(
     solver: str,
     process: Process,
@@ -186,10 +193,7 @@ def _sampler(
     state: str,
     **options: Any,
 ) -> Sampler:
-    """A solver compiled for some sigmas and a shape.
-
-    Kept, because making a plan costs more than running it without the network, and callers reuse their sigmas.
-    """
+    """A solver compiled for some sigmas and a shape."""
     plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), dtype=state, **options)
     kind = _NullFirstDenoiser if _reads_unguided(plan) else Denoiser
     denoiser = kind(_call_model, process, "sample", dtype=dtype, batched=False)

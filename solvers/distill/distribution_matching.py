@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fewstep.kernels import torch_train
+from fewstep.solvers.cache import Cache
 from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
 from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.plans.registry import plan
@@ -104,12 +105,13 @@ class BackwardSimulation:
     student  a denoiser
     grid     its steps, with fresh noise between them (solver "lcm")
 
-    The sampler of each stop and shape is made at its first use and kept; it uses the student's current weights.
+    The sampler of each stop and shape is made at its first use, and the latest are kept; they use the student's current
+    weights.
     """
 
     def __init__(self, student: DenoiserLike, grid: Grid) -> None:
         self.student, self.grid = student, grid
-        self._samplers: dict[tuple[int, torch.Size, torch.device, torch.dtype], Sampler] = {}
+        self._samplers: Cache[Sampler] = Cache(2 * grid.steps)  # each stop in two shapes
 
     @torch.no_grad()
     def __call__(self, latent: Tensor, stop: int, **run: Any) -> Tensor:
@@ -125,12 +127,13 @@ class BackwardSimulation:
             raise ValueError(f"stop = {stop}: it must be in 0 .. {self.grid.steps - 1}, the grid's steps")
         if stop == 0:
             return latent
-        key = stop, latent.shape, latent.device, latent.dtype
-        if key not in self._samplers:
+
+        def make() -> Sampler:
             g = self.grid
             head = Grid(g.process, g.t[: stop + 1], g.alpha[: stop + 1], g.sigma[: stop + 1])
-            self._samplers[key] = Sampler(
+            return Sampler(
                 self.student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
             )
-        x: Tensor = self._samplers[key](latent, **run)
+
+        x: Tensor = self._samplers.get((stop, latent.shape, latent.device, latent.dtype), make)(latent, **run)
         return x

@@ -43,7 +43,7 @@ class LoneRuns:
         self._make = make
         self._runs: list[Run | None] = [None] * self.batch
         self._stage = [0] * self.batch
-        self._waiting: dict[int, deque[Run]] = {}  # keyed by the id of the job, which the run keeps alive
+        self._waiting: deque[Run] = deque(maxlen=self.batch)  # finished, for later requests of their jobs
         model_dtype = denoiser.model_dtype(dtype)
         # The network's input in a place without a request.
         self._empty = frame.array(np.zeros((1, *self.sample)), model_dtype)
@@ -52,9 +52,13 @@ class LoneRuns:
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
         old = self._runs[place]
         if old is not None:
-            self._waiting.setdefault(id(old.job), deque()).append(old)
-        waiting = self._waiting.get(id(job))
-        run = waiting.popleft() if waiting else self._make(job)
+            self._waiting.append(old)
+        found = next((i for i, waiting in enumerate(self._waiting) if waiting.job is job), None)
+        if found is None:
+            run = self._make(job)
+        else:
+            run = self._waiting[found]
+            del self._waiting[found]
         run.begin(x, streams)
         self._runs[place], self._stage[place] = run, 0
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import EllipsisType
 
 from fewstep.kernels import philox
+from fewstep.solvers.cache import Cache
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
@@ -63,7 +64,7 @@ class MixedRun:
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
         self._compiler = Compiler(self.backend, self.frame, lone, "float32")
         self._convert = Converter(self.frame, self.backend, "float32")
-        self._jobs: dict[tuple[int, object], Job] = {}
+        self._jobs: Cache[Job] = Cache(max(32, 2 * len(plans)))  # requests bring guidance scales of their own
         jobs = [self._job(plan, ...) for plan in plans]
         self.columns: Columns
         if self.backend == "triton":
@@ -73,15 +74,15 @@ class MixedRun:
         self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
 
     def _job(self, plan: Plan, guidance: GuidanceLike | EllipsisType) -> Job:
-        key = id(plan), guidance
-        if key not in self._jobs:
+        def make() -> Job:
             denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
             if len(denoiser.weights(0.0)) != len(self.denoiser.weights(0.0)):
                 raise ValueError(
                     f"guidance = {guidance!r} has a different number of branches from {self.denoiser.guidance}"
                 )
-            self._jobs[key] = self._compiler.job(denoiser, plan)
-        return self._jobs[key]
+            return self._compiler.job(denoiser, plan)
+
+        return self._jobs.get((id(plan), guidance), make)
 
     def admit(
         self,
