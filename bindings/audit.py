@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import torch
     from rich.table import Table
 
@@ -27,6 +30,13 @@ SMALL = 0.05
 # Microseconds per kernel launch: a denoiser whose kernels are shorter gains from a CUDA graph.
 LAUNCH_BOUND_US = 12.0
 
+# Modules of fewstep that are on the stack where its loop calls the denoiser, or its twin of a scheduler an operator.
+USES = {
+    "fewstep.solvers.run.": "loop",
+    "fewstep.bindings.export.sampler_module": "loop",
+    "fewstep.bindings.diffusers.scheduler": "scheduler",
+}
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -35,6 +45,7 @@ class Audit:
     steps              calls of the denoiser
     denoiser_s         one call of the denoiser
     outside_s          the rest of a step: scheduler, guidance, copies, Python
+    floor_s            a copy of the denoiser's output, a lower bound of outside_s; None if the output has no tensor
     share              outside_s / (outside_s + denoiser_s)
     launches           torch operators outside the denoiser that launch a kernel; fewstep's CPU kernel is none
     syncs              those that wait for the device
@@ -43,7 +54,7 @@ class Audit:
     once_s             before the first and after the last step (prompt encoding, decoding)
     top                the most frequent operators outside the denoiser, as (name, number per step)
     device             of the denoiser
-    verdict            whether fewstep, or a CUDA graph, would help
+    verdict            whether fewstep, or a CUDA graph, would help; what is left where they are in use
     """
 
     steps: int
@@ -58,6 +69,7 @@ class Audit:
     device: str
     verdict: str
     top: tuple[tuple[str, float], ...] = field(default=())
+    floor_s: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as numbers, strings and lists, for JSON."""
@@ -72,6 +84,8 @@ class Audit:
         table.add_column("denoiser", justify="right")
         table.add_column("outside", justify="right")
         table.add_row("time, ms", f"{1e3 * self.denoiser_s:.3f}", f"{1e3 * self.outside_s:.3f}")
+        if self.floor_s is not None:
+            table.add_row("  floor: a copy of its output", "", f"{1e3 * self.floor_s:.3f}")
         table.add_row("share", f"{1 - self.share:.1%}", f"{self.share:.1%}")
         table.add_row("kernel launches", f"{self.denoiser_launches:.1f}", f"{self.launches:.1f}")
         table.add_row("host syncs", "", f"{self.syncs:.1f}")
@@ -118,8 +132,13 @@ def audit(
     pipe_or_fn(*args, **kwargs)  # warm up
     counts = _count_operators(lambda: pipe_or_fn(*args, **kwargs), module)
     if not counts.calls:
-        raise ValueError(f"denoiser was never called: {type(module).__name__} is not what the loop samples with")
+        raise ValueError(
+            f"denoiser was never called: {type(module).__name__} is not what the loop samples with, or a CUDA graph "
+            "replays it: audit fewstep's loops with graph='off'"
+        )
     inside, outside, once = _time(lambda: pipe_or_fn(*args, **kwargs), module, device)
+    floor = None if counts.output is None else _copy_time(counts.output, device)
+    used = counts.used | ({"graph"} if _is_graphed(module) else set())
     steps = counts.calls
     share = outside / (outside + inside)
     between = max(1, steps - 1)  # counts cover what lies between two calls of the denoiser
@@ -134,32 +153,60 @@ def audit(
         denoiser_launches=counts.inside / steps,
         once_s=once,
         device=str(device),
-        verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type),
+        verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type, used, floor),
         top=tuple((n, c / between) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
+        floor_s=floor,
     )
 
 
-def _verdict(pipe: object, inside: float, share: float, launches: float, device: str) -> str:
-    """Whether fewstep or a CUDA graph would help; most large models gain nothing."""
+def _verdict(
+    pipe: object,
+    inside: float,
+    share: float,
+    launches: float,
+    device: str,
+    used: Collection[str] = (),
+    floor: float | None = None,
+) -> str:
+    """Whether fewstep or a CUDA graph would help; most large models gain nothing.
+
+    used   what is in use already: "loop" (fewstep's), "scheduler" (its twin of one) and "graph"
+    floor  seconds of a copy of the denoiser's output
+    """
+    from fewstep.bindings.diffusers.pipeline import is_twin
+
     said = []
+    part = f"{share:.1%} of a step is outside the denoiser"
+    if floor is not None:
+        left = f"{1e6 * inside * share / (1.0 - share):.1f} us, where a copy of the denoiser's output takes"
+        part += f" ({left} {1e6 * floor:.1f} us)"
     scheduler = getattr(pipe, "scheduler", None)
-    if share < SMALL:
+    fused = "scheduler" in used or is_twin(scheduler)
+    if share < SMALL and ("loop" in used or fused):
         said.append(
-            f"{share:.1%} of a step is outside the denoiser: fewstep could save at most that. Not worth it here; "
-            "fewer steps or a faster denoiser would help."
+            f"fewstep is in use, and {part}: nothing is left to save; fewer steps or a faster denoiser would help."
         )
-    elif _is_fused(scheduler):
-        said.append(f"{share:.1%} of a step is outside the denoiser; its scheduler is fused already.")
+    elif share < SMALL:
+        said.append(
+            f"{part}: fewstep could save at most that. Not worth it here; fewer steps or a faster denoiser would help."
+        )
+    elif "loop" in used:
+        said.append(
+            f"{part}; fewstep runs this loop already. What is left is its Python and its kernel, and any callback: a "
+            "larger batch spreads it over more samples."
+        )
+    elif fused:
+        said.append(
+            f"{part}; its scheduler is fused already. What is left is the loop's own: guidance, copies, Python."
+        )
     elif _has_twin(scheduler):
-        said.append(
-            f"{share:.1%} of a step is outside the denoiser: fewstep.accelerate(pipe) saves the scheduler's part of it."
-        )
+        said.append(f"{part}: fewstep.accelerate(pipe) saves the scheduler's part of it.")
     else:
-        said.append(
-            f"{share:.1%} of a step is outside the denoiser: fewstep.sample would save most of the solver's part."
-        )
+        said.append(f"{part}: fewstep.sample would save most of the solver's part.")
     if device != "cuda":
         said.append("A graph needs CUDA.")
+    elif "graph" in used:
+        said.append("The denoiser runs as a CUDA graph already.")
     elif launches and 1e6 * inside / launches < LAUNCH_BOUND_US:
         said.append(
             f"The denoiser takes {1e6 * inside / launches:.1f} us a kernel, launch-bound: a CUDA graph would help."
@@ -169,8 +216,21 @@ def _verdict(pipe: object, inside: float, share: float, launches: float, device:
     return " ".join(said)
 
 
-def _is_fused(scheduler: object) -> bool:
-    return type(scheduler).__module__ == "fewstep.bindings.diffusers"
+def _is_graphed(module: torch.nn.Module) -> bool:
+    from fewstep.bindings.diffusers.pipeline import GraphedCall
+
+    return isinstance(module.forward, GraphedCall)
+
+
+def _uses() -> set[str]:
+    """What of fewstep is on the stack (`USES`)."""
+    found: set[str] = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        found |= {use for prefix, use in USES.items() if name.startswith(prefix)}
+        frame = frame.f_back
+    return found
 
 
 def _has_twin(scheduler: object) -> bool:
@@ -187,20 +247,25 @@ def _denoiser(pipe: object) -> object:
 
 @dataclass
 class _Counts:
-    """Calls of the denoiser, and operators inside and outside it."""
+    """Calls of the denoiser, operators inside and outside it, its largest output, and what of fewstep is in use."""
 
     calls: int = 0
     inside: int = 0
     syncs: int = 0
     allocations: int = 0
     outside: dict[str, int] = field(default_factory=dict)
+    output: torch.Tensor | None = None
+    used: set[str] = field(default_factory=set)
 
 
 @contextlib.contextmanager
-def _hooked(module: torch.nn.Module, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
-    """Run `before` and `after` around every call of the module, also where a CUDA graph has replaced its `forward`."""
+def _hooked(module: torch.nn.Module, before: Callable[[], None], after: Callable[[object], None]) -> Iterator[None]:
+    """Run `before` and `after` around every call of the module, also where a CUDA graph has replaced its `forward`.
+
+    `after` takes the module's output.
+    """
     first = module.register_forward_pre_hook(lambda *_: before())
-    last = module.register_forward_hook(lambda *_: after())
+    last = module.register_forward_hook(lambda _, args, output: after(output))
     try:
         yield
     finally:
@@ -210,7 +275,9 @@ def _hooked(module: torch.nn.Module, before: Callable[[], None], after: Callable
 
 def _count_operators(run: Callable[[], object], module: torch.nn.Module) -> _Counts:
     """Operators by kind, from the first call of the denoiser to the last."""
+    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     counts = _Counts()
     inside = False
@@ -226,6 +293,7 @@ def _count_operators(run: Callable[[], object], module: torch.nn.Module) -> _Cou
                 counts.inside += name not in FREE
             elif counts.calls:
                 pending.append((name, _allocates(func, name)))
+                counts.used |= _uses() - {"loop"}  # an operator in fewstep's own code is not yet its loop
             return result
 
     def before() -> None:
@@ -238,12 +306,15 @@ def _count_operators(run: Callable[[], object], module: torch.nn.Module) -> _Cou
                 counts.outside[name] = counts.outside.get(name, 0) + 1
             counts.allocations += new
         pending.clear()
+        counts.used |= _uses() - {"scheduler"}
         inside = True
 
-    def after() -> None:
+    def after(output: object) -> None:
         nonlocal inside
         inside = False
         counts.calls += 1
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        counts.output = max(tensors, key=lambda tensor: tensor.nbytes, default=None)
 
     with _hooked(module, before, after), Count():  # type: ignore[no-untyped-call]
         run()
@@ -256,22 +327,36 @@ def _allocates(func: torch._ops.OpOverload, name: str) -> bool:
     return bool(returns) and name not in FREE and all(r.alias_info is None and str(r.type) == "Tensor" for r in returns)
 
 
-def _time(run: Callable[[], object], module: torch.nn.Module, device: torch.device) -> tuple[float, float, float]:
-    """Median seconds of a denoiser call and between two calls, and the seconds before the first and after the last."""
+def _now(device: torch.device) -> float:
     import torch
 
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _copy_time(source: torch.Tensor, device: torch.device) -> float:
+    """Median seconds of a copy of the tensor."""
+    import torch
+
+    source = source.detach()
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(20):
+        began = _now(device)
+        target.copy_(source)
+        seconds.append(_now(device) - began)
+    return statistics.median(seconds)
+
+
+def _time(run: Callable[[], object], module: torch.nn.Module, device: torch.device) -> tuple[float, float, float]:
+    """Median seconds of a denoiser call and between two calls, and the seconds before the first and after the last."""
     starts: list[float] = []
     ends: list[float] = []
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    with _hooked(module, lambda: starts.append(now()), lambda: ends.append(now())):
-        began = now()
+    with _hooked(module, lambda: starts.append(_now(device)), lambda _: ends.append(_now(device))):
+        began = _now(device)
         run()
-        ended = now()
+        ended = _now(device)
     inside = statistics.median(b - a for a, b in zip(starts, ends, strict=True))
     gaps = [b - a for a, b in zip(ends, starts[1:], strict=False)]
     outside = statistics.median(gaps) if gaps else 0.0

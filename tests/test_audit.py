@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -13,7 +14,9 @@ from diffusers_pipelines import CASES
 
 import fewstep as fs
 from fewstep.bindings import diffusers as twins
+from fewstep.bindings import k_diffusion
 from fewstep.bindings.audit import _verdict
+from fewstep.bindings.export.sampler_module import SamplerModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 
@@ -86,6 +89,7 @@ class _Pipe:
         (diffusers.DDIMScheduler(), 0.01, "cpu", 5.0, ["Not worth it here", "A graph needs CUDA"]),
         (diffusers.DDIMScheduler(), 0.30, "cpu", 5.0, ["30.0%", "fewstep.accelerate(pipe) saves the scheduler's part"]),
         (twins.DDIMScheduler(), 0.30, "cpu", 5.0, ["its scheduler is fused already"]),
+        (twins.DDIMScheduler(), 0.01, "cpu", 5.0, ["fewstep is in use", "nothing is left to save"]),
         (None, 0.30, "cuda", 5.0, ["fewstep.sample", "launch-bound: a CUDA graph would help"]),
         (None, 0.30, "cuda", 80.0, ["a CUDA graph would gain little"]),
     ],
@@ -95,6 +99,105 @@ def test_the_verdict(scheduler: Any, share: float, device: str, us_a_kernel: flo
     said = _verdict(_Pipe(scheduler), 1e-6 * us_a_kernel * kernels, share, kernels, device)
     for word in words:
         assert word in said
+
+
+# What advises the use of fewstep, or of what a loop runs already.
+ADVICE = ("fewstep could save", "would save", "fewstep.sample", "accelerate", "Not worth it")
+
+
+def by_sample(net: torch.nn.Module) -> object:
+    return fs.sample(fs.Denoiser(net, fs.EDM()), shape=(2, 8), steps=5, seed=0)
+
+
+def by_sampler(net: torch.nn.Module) -> object:
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 5))
+    return fs.Sampler(fs.Denoiser(net, fs.EDM()), plan, (2, 8), backend="naive")(seed=0)
+
+
+def by_module(net: torch.nn.Module) -> object:
+    module = SamplerModule(fs.Denoiser(net, fs.EDM()), fs.plan("ddim", fs.grid(fs.EDM(), 5)))
+    return module(80.0 * torch.ones(2, 8))
+
+
+def by_adaptive(net: torch.nn.Module) -> object:
+    return fs.sample_adaptive(fs.Denoiser(net, fs.EDM()), shape=(2, 8), seed=0)
+
+
+def by_k_diffusion(net: torch.nn.Module) -> object:
+    sigmas = [5.0, 3.0, 2.0, 1.0, 0.5, 0.0]
+    return k_diffusion.sample_dpmpp_2m(lambda x, sigma: net(x), 5.0 * torch.ones(2, 8), sigmas, disable=True)
+
+
+def by_scheduler(scheduler: Any) -> Callable[[torch.nn.Module], object]:
+    def run(net: torch.nn.Module) -> object:
+        scheduler.set_timesteps(5)
+        x = torch.ones(2, 8)
+        for t in scheduler.timesteps:
+            x = scheduler.step(net(x), t, x).prev_sample
+        return x
+
+    return run
+
+
+class Net(torch.nn.Module):
+    def forward(self, x: torch.Tensor, t: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("run", [by_sample, by_sampler, by_module, by_adaptive, by_k_diffusion])
+def test_it_knows_fewsteps_own_loops(run: Callable[[torch.nn.Module], object]) -> None:
+    net = Net()
+    found = fs.audit(run, net, denoiser=net)
+    assert found.steps >= 5
+    assert "fewstep runs this loop already" in found.verdict  # a network of one kernel: the share is far above 5%
+    assert not any(words in found.verdict for words in ADVICE)
+
+
+@torch.no_grad()
+def test_it_knows_a_twin_in_a_loop_of_ones_own() -> None:
+    net = Net()
+    ours = fs.audit(by_scheduler(twins.DDIMScheduler()), net, denoiser=net)
+    assert "its scheduler is fused already" in ours.verdict
+    assert not any(words in ours.verdict for words in ADVICE)
+    theirs = fs.audit(by_scheduler(diffusers.DDIMScheduler()), net, denoiser=net)
+    assert "fewstep.sample would save most" in theirs.verdict
+
+
+def test_a_slow_denoiser_leaves_fewstep_nothing_to_save() -> None:
+    net = Sleeper(0.05)
+    model = fs.Denoiser(lambda x, t: net(x), fs.EDM())
+    found = fs.audit(lambda: fs.sample(model, shape=(2, 8), steps=5, seed=0, device="cpu"), denoiser=net)
+    assert found.share < 0.05
+    assert "fewstep is in use" in found.verdict
+    assert not any(words in found.verdict for words in ADVICE)
+
+
+def test_the_floor_is_a_copy_of_the_output() -> None:
+    """Between two calls this loop copies the output twice, to new memory."""
+
+    class Wide(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"few": x[:3], "sample": x.neg()}
+
+    net = Wide()
+
+    def run() -> None:
+        x = torch.ones(1 << 22)
+        for _ in range(4):
+            x = net(x)["sample"].clone().clone()
+
+    found = fs.audit(run, denoiser=net)
+    assert found.floor_s is not None
+    assert 0.0 < found.floor_s < found.outside_s
+    assert f"a copy of the denoiser's output takes {1e6 * found.floor_s:.1f} us" in found.verdict
+    assert "floor: a copy of its output" in str(found)
+    assert json.loads(json.dumps(found.as_dict()))["floor_s"] == found.floor_s
+
+
+def test_a_recorded_denoiser_is_not_told_to_be_recorded() -> None:
+    said = _verdict(_Pipe(None), 5e-4, 0.3, 100.0, "cuda", {"graph"})
+    assert "The denoiser runs as a CUDA graph already." in said
+    assert "would help" not in said
 
 
 def test_on_a_pipeline_before_and_after() -> None:

@@ -84,18 +84,75 @@ def test_json_report(capsys):
     assert {name: type(record[name]) for name in FIELDS} == FIELDS
     assert record["failed"] is None
     assert record["floor_us"] == max(record["copy_us"], record["empty_launch_us"])
-    assert record["over_floor"] == pytest.approx(record["us_per_step"] / record["floor_us"])
     assert record["over_floor"] > 1.0
+    for name in microbench.MEASURED:
+        if record[name] is None:  # without diffusers
+            assert record["spread"][name] is None
+        else:
+            low, high = record["spread"][name]
+            assert low <= record[name] <= high
+
+
+ROUNDS = {  # microseconds per step, of five rounds
+    "step": [12.0, 8.0, 10.0, 9.0, 40.0],
+    "copy": [4.0, 4.0, 2.0, 5.0, 4.0],
+    "launch": [1.0, 1.0, 1.0, 1.0, 1.0],
+    "diffusers": [120.0, 160.0, 150.0, 90.0, 100.0],
+}
+
+
+def timed(monkeypatch, **changed):
+    """A record of euler made of these rounds instead of a clock's."""
+    monkeypatch.setattr(Case, "has_peer", True)
+    monkeypatch.setattr(Case, "gate_peer", lambda self: None)
+    monkeypatch.setattr(Case, "theirs", lambda self: None)
+    rounds = ROUNDS | changed
+    monkeypatch.setattr(microbench, "interleaved", lambda *_: [[1e-6 * v for v in side] for side in rounds.values()])
+    return measure(Case("euler", SMALL), 5)
+
+
+def test_every_figure_has_its_spread(monkeypatch):
+    """Medians and quartiles of the rounds; ratios are of a round: 3, 2, 5, 1.8, 10 and 10, 20, 15, 10, 2.5."""
+    record = timed(monkeypatch)
+    moved = record["bytes_per_step"]
+    expected = {
+        "us_per_step": (9.0, 10.0, 12.0),
+        "copy_us": (4.0, 4.0, 4.0),
+        "copy_gb_per_s": (moved / 4e3, moved / 4e3, moved / 4e3),
+        "empty_launch_us": (1.0, 1.0, 1.0),
+        "floor_us": (4.0, 4.0, 4.0),
+        "over_floor": (2.0, 3.0, 5.0),
+        "diffusers_us_per_step": (100.0, 120.0, 150.0),
+        "ratio": (10.0, 10.0, 15.0),
+    }
+    assert set(expected) == set(microbench.MEASURED)
+    for name, (low, middle, high) in expected.items():
+        assert record[name] == pytest.approx(middle)
+        assert record["spread"][name] == pytest.approx([low, high])
+    from rich.console import Console
+
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(microbench.table([record], 5))
+    for words in ("10.0", "9.0-12.0", "4.0", "4.0-4.0", "3.0", "2.0-5.0", "120", "100-150", "10.0-15.0"):
+        assert words in text.get()
+
+
+@pytest.mark.parametrize(("side", "floor"), [("copy", "a copy of the same bytes"), ("launch", "an empty launch")])
+def test_a_time_below_the_floor_is_no_speed(monkeypatch, side, floor):
+    record = timed(monkeypatch, **{side: [10.5, 11.0, 9.5, 11.0, 12.0]})
+    assert f"measured wrongly, 10 us a step is below the floor, {floor} in 11 us" in record["failed"]
+    assert all(record[name] is record["spread"][name] is None for name in microbench.MEASURED)
 
 
 def test_a_red_gate_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(microbench, "measure", lambda case, repeats: _failed(case))
-    assert microbench.run(shapes=["1x4x8x8"], solvers=["euler"], repeats=1) == 1
+    assert microbench.run(shapes=["1x4x8x8"], solvers=["euler"], repeats=2) == 1
     assert "FAILED because" in capsys.readouterr().out
 
 
 def _failed(case):
-    record = dict.fromkeys([*FIELDS, *microbench.MEASURED])
+    record = dict.fromkeys([*FIELDS, *microbench.MEASURED, "spread"])
     sizes = {"shape": list(case.shape), "threads": 1, "bytes_per_step": 1}
     return (
         record | {"solver": case.solver, "model_dtype": "float32", "backend": "numba"} | sizes | {"failed": "because"}
@@ -110,7 +167,7 @@ def _failed(case):
         (lambda: cases(solvers=["eular"]), "did you mean 'euler'"),
         (lambda: cases(dtypes=["int8"]), "int8"),
         (lambda: cases(backends=["cuda"]), "unknown backend 'cuda'"),
-        (lambda: microbench.run(repeats=0), "repeats must be an int >= 1 and <= 100000, got 0"),
+        (lambda: microbench.run(repeats=0), r"repeats must be an int from 2 .*to 100000, got 0"),
     ],
 )
 def test_bad_arguments(call, message):

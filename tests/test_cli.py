@@ -443,6 +443,35 @@ def test_recommend_prints_a_command_that_runs(cli, tmp_path):
     assert printed.rstrip().endswith("--guidance 2.5")
 
 
+@pytest.mark.parametrize(
+    ("asked", "unlike"),
+    [
+        ("--nfe 4", None),
+        ("--nfe 12 --guidance 3.25", None),
+        ("--nfe 20 --process flow", "of process flow"),
+        ("--nfe 60 --process edm", "of process edm"),
+        ("--nfe 4 --distilled lcm", "of kind lcm"),
+        ("--nfe 6 --distilled tcd --process edm", "of process edm and of kind tcd"),
+        ("--nfe 8 --guidance 3 --guidance-distilled", "that takes the scale as an input"),
+    ],
+)
+def test_recommends_commands_run_and_say_what_they_run(cli, tmp_path, asked, unlike):
+    pytest.importorskip("torch")
+    _, printed, _ = cli("recommend", *asked.split())
+    said = f"no model {unlike}: this command runs the digits model instead." if unlike else "no model"
+    assert (said in printed) == (unlike is not None)
+    words = printed.split("try it: fewstep ")[-1].split()
+    assert ("--guidance" in words) == ("3.25" in asked)
+    code, _, errors = cli(*words, "--n", 2, "--out", tmp_path / "x.npz")
+    assert (code, errors) == (0, "")
+    steps = int(words[words.index("--steps") + 1])
+    with np.load(tmp_path / "x.npz") as saved:
+        settings = json.loads(str(saved["settings"]))
+        assert saved["x"].shape == (2, 1, 8, 8)
+    assert settings["solver"] == words[words.index("--solver") + 1]
+    assert settings["steps"] == steps <= int(asked.split()[1])
+
+
 def test_recommend_as_json_is_fs_recommend(cli):
     code, printed, _ = cli("recommend", "--nfe", 16, "--guidance", 7.5, "--process", "flow", "--json")
     told, r = json.loads(printed), fs.recommend(16, guidance=7.5, process="flow")

@@ -48,7 +48,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
         words = [word for word in words if word != "--all"]  # test_cli.py runs all
         if words[0] == "tune":  # a minute: test_tuning.py runs it
             continue
-        short = {"compare": ["--model", "gaussian", "--n", "8"], "bench": ["--repeats", "1", "--solvers", "euler"]}
+        short = {"compare": ["--model", "gaussian", "--n", "8"], "bench": ["--repeats", "5", "--solvers", "euler"]}
         with pytest.raises(SystemExit) as stopped:
             main([*words, *short.get(words[0], [])])
         assert not stopped.value.code, words

@@ -4,15 +4,17 @@ The denoiser returns a preset array, so that only the solver is timed. Two times
 from below: a copy of as many bytes as it must move, and the launch of its kernel over no elements. The larger one is
 the floor.
 
+Every figure is the median of the rounds, with its quartiles; ratios are taken within a round.
+
 A case reports its time only if its result is correct: it must agree with the naive backend and, where a scheduler of
-diffusers takes the same steps, with that scheduler to fp32 rounding.
+diffusers takes the same steps, with that scheduler to fp32 rounding. A time below the floor was measured wrongly, and
+is not reported either.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, machine, torch_threads, versions
+from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, machine, quartiles, torch_threads, versions
 from fewstep.kernels.threads import threads
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
@@ -303,7 +305,10 @@ MEASURED = (
 
 
 def measure(case: Case, repeats: int) -> dict[str, Any]:
-    """One record of the report. If the result is wrong, every time is None and "failed" says why."""
+    """One record of the report: medians, and in "spread" the quartiles (low, high) of each.
+
+    If the result is wrong, or the time below the floor, every time is None and "failed" says why.
+    """
     record: dict[str, Any] = {
         "solver": case.solver,
         "shape": list(case.shape),
@@ -314,6 +319,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "threads": case.threads,
         "bytes_per_step": case.bytes_moved // case.plan.steps,
         **dict.fromkeys(MEASURED),
+        "spread": dict.fromkeys(MEASURED),
         "failed": None,
     }
     with torch_threads(case.threads):
@@ -325,14 +331,27 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             return record | {"failed": str(error)}
         sides = [case.ours().repeated(), case.copy().repeated(), case.launch().repeated()]
         sides += [case.theirs()] if case.has_peer else []
-        step, copy, launch, *theirs = (
-            1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(case.threads))
-        )
-    floor = max(copy, launch)
-    record |= {"us_per_step": step, "empty_launch_us": launch, "copy_us": copy, "floor_us": floor}
-    record |= {"copy_gb_per_s": record["bytes_per_step"] / copy / 1e3, "over_floor": step / floor}
+        rounds = 1e6 * np.array(interleaved(sides, repeats, clock(case.threads)))
+    step, copy, launch, *theirs = rounds
+    floor = copy if np.median(copy) >= np.median(launch) else launch
+    figures = {
+        "us_per_step": step,
+        "copy_us": copy,
+        "copy_gb_per_s": record["bytes_per_step"] / copy / 1e3,
+        "empty_launch_us": launch,
+        "floor_us": floor,
+        "over_floor": step / floor,
+    }
     if theirs:
-        record |= {"diffusers_us_per_step": theirs[0], "ratio": theirs[0] / step}
+        figures |= {"diffusers_us_per_step": theirs[0], "ratio": theirs[0] / step}
+    for name, values in figures.items():
+        low, record[name], high = quartiles(values)
+        record["spread"][name] = [low, high]
+    if record["over_floor"] < 1.0 or record["us_per_step"] < record["floor_us"]:
+        what = "a copy of the same bytes" if floor is copy else "an empty launch"
+        wrong = f"{case.label}: measured wrongly, {record['us_per_step']:.3g} us a step is below the floor, {what} in "
+        wrong += f"{record['floor_us']:.3g} us; measure again with more repeats and nothing else running"
+        return record | dict.fromkeys(MEASURED) | {"spread": dict.fromkeys(MEASURED), "failed": wrong}
     return record
 
 
@@ -379,19 +398,19 @@ def run(
     backends: Sequence[str] | None = None,
     repeats: int = 50,
 ) -> int:
-    """Measure and print every case. Returns 0, or 1 if a result was wrong.
+    """Measure and print every case. Returns 0, or 1 if a result was wrong or a time below its floor.
 
     console   a rich console; a new one on standard output by default
     as_json   print one JSON object instead of the table
     shapes    such as "1x4x64x64"; here and below, None is a short default
     dtypes    of the model
     solvers, backends  names
-    repeats   timed windows per median; 50 or more for figures to publish
+    repeats   timed windows per median, >= 2; 50 or more for figures to publish
 
     Raises ValueError for a bad argument before anything is measured.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 1 <= repeats <= 100_000:
-        raise ValueError(f"repeats must be an int >= 1 and <= 100000, got {repeats!r}")
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 2 <= repeats <= 100_000:
+        raise ValueError(f"repeats must be an int from 2 (one window has no spread) to 100000, got {repeats!r}")
     wanted = cases(shapes, dtypes, solvers, backends)
     if as_json:
         records = [measure(case, repeats) for case in wanted]
@@ -419,27 +438,31 @@ def table(records: Sequence[dict[str, Any]], repeats: int) -> Table:
     from rich.table import Table
 
     made = Table(
-        title=f"a step without the network, us, medians of {repeats}",
-        caption="floor: the larger of a copy of the same bytes and an empty kernel launch. "
+        title=f"a step without the network, us: medians of {repeats} and quartiles",
+        caption="B: bytes moved by a step. floor: the larger of a copy of the same bytes and an empty kernel launch. "
         f"One thread; *: {threads()} threads.",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
+
+    def short(value: float) -> str:
+        return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
+
     several = len({r["backend"] for r in records}) > 1
-    for name in ("solver", "shape", "model", *(["backend"] if several else [])):
+    for name in ("solver", "shape"):
         made.add_column(name, no_wrap=True)
-    for name in ("step", "bytes", "floor", "x floor", "diffusers", "ratio"):
+    for name in ("step", "floor", "x floor", "diffusers", "ratio"):
         made.add_column(name, justify="right", no_wrap=True)
     for r in records:
-        figures = (r["floor_us"], r["over_floor"], r["diffusers_us_per_step"], r["ratio"])
+        step, *figures = (
+            "-" if r[name] is None else f"{short(r[name])}\n{'-'.join(map(short, r['spread'][name]))}"
+            for name in ("us_per_step", "floor_us", "over_floor", "diffusers_us_per_step", "ratio")
+        )
         made.add_row(
-            r["solver"],
-            "x".join(map(str, r["shape"])) + "*" * (r["threads"] > 1),
-            r["model_dtype"],
-            *([r["backend"]] if several else []),
-            "FAILED" if r["failed"] else f"{r['us_per_step']:.1f}",
-            f"{r['bytes_per_step']:,}",
-            *("-" if value is None else f"{value:.1f}" for value in figures),
+            f"{r['solver']}\n{r['model_dtype']}" + several * f" {r['backend']}",
+            "x".join(map(str, r["shape"])) + "*" * (r["threads"] > 1) + f"\n{r['bytes_per_step']:,} B",
+            "FAILED" if r["failed"] else step,
+            *figures,
         )
     return made

@@ -35,5 +35,14 @@ def recommend(
     OUT.print(r.why, soft_wrap=True)
     words = ["fewstep sample", f"--solver {r.solver}", f"--steps {r.steps}", f"--spacing {r.spacing}"]
     words += [f"--option {option}" for option in options]
-    words += [] if guidance is None else [f"--guidance {guidance:g}"]
+    words += [] if guidance is None or guidance_distilled else [f"--guidance {guidance}"]
+    # The command line's models: `fewstep.models`.
+    unlike = [] if process == "vp" else [f"of process {process}"]
+    unlike += [] if distilled is None else [f"of kind {distilled}"]
+    unlike += ["that takes the scale as an input"] if guidance_distilled else []
+    if unlike:
+        OUT.print(
+            f"The command line has no model {' and '.join(unlike)}: this command runs the digits model instead.",
+            soft_wrap=True,
+        )
     OUT.print(f"try it: [bold]{' '.join(words)}[/]", soft_wrap=True)

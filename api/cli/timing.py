@@ -76,6 +76,12 @@ def interleaved(sides: Sequence[Side], repeats: int, clock: Callable[[], float])
     return samples
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return low, middle, high
+
+
 def has(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 

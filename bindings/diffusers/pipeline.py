@@ -61,10 +61,10 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False) ->
         if reason is None:
             twins[name] = _twin(scheduler, corrected)
             done.append((name, f"{kind} runs fused{', corrected' if corrected else ''}"))
-        elif _is_twin(scheduler) and bool(scheduler.corrected) == corrected:
+        elif is_twin(scheduler) and bool(scheduler.corrected) == corrected:
             twins[name] = scheduler
             done.append((name, f"{kind} was fused already"))
-        elif _is_twin(scheduler):
+        elif is_twin(scheduler):
             raise ValueError(f"{name} runs fused with corrected={scheduler.corrected}: fewstep.restore(pipe) first")
         else:
             done.append((name, f"left as it is: {reason}"))
@@ -90,7 +90,7 @@ def restore(pipe: object) -> Report:
     components = _components(pipe)
     done = []
     for name, scheduler in _schedulers(components).items():
-        if _is_twin(scheduler):
+        if is_twin(scheduler):
             kind = type(scheduler).__name__
             setattr(pipe, name, _moved(scheduler, getattr(diffusers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
@@ -124,7 +124,7 @@ def _schedulers(components: dict[str, Any]) -> dict[str, Scheduler]:
     return {name: c for name, c in components.items() if isinstance(c, kind)}
 
 
-def _is_twin(scheduler: object) -> bool:
+def is_twin(scheduler: object) -> bool:
     from fewstep.bindings.diffusers.scheduler import PerThread
 
     return isinstance(scheduler, PerThread)
@@ -135,7 +135,7 @@ def _why_no_twin(scheduler: object) -> str | None:
     import diffusers
 
     kind = type(scheduler)
-    if _is_twin(scheduler):
+    if is_twin(scheduler):
         return "it is fused"
     if kind.__name__ not in SCHEDULERS:
         return f"there is no fused {kind.__name__}"
@@ -158,7 +158,7 @@ def _moved(scheduler: Scheduler, cls: type[Scheduler], options: dict[str, bool])
     if not options and not getattr(scheduler, "corrected", False):
         own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k != "_internal_dict"}
         vars(made.config).update(vars(scheduler.config))
-        if _is_twin(made):
+        if is_twin(made):
             adopt(made, {**made.__dict__, **own})
         else:
             made.__dict__.update(own)

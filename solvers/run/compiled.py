@@ -69,8 +69,7 @@ class Prepared:
 
     @cached_property
     def limits(self) -> Limits:
-        clips = self.denoiser.bound is not None or self.denoiser.threshold is not None
-        return Limits.of(self.plan, self.compiler.shape, clips)
+        return Limits.of(self.plan, self.compiler.shape)
 
     @cached_property
     def plain(self) -> Job:

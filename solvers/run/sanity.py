@@ -26,7 +26,7 @@ _BELOW, _ABOVE = 1.6, 1.15
 _DEVIATIONS = 5.0  # of a sample variance from its mean, as chance
 # Samples and network outputs are about 1; this is far too much for either.
 _LARGE = 5e3
-# Elements of the last output that are looked at where clipping may hide how large it is.
+# Elements of the last outputs that are looked at: what is not finite there shows in the result, too.
 _LOOK = 1024
 
 
@@ -36,17 +36,15 @@ class Limits:
 
     low, high  between them lies the mean square of a latent at the plan's start
     result     above it is no RMS of a result, or of a network's output
-    clips      whether x0 predictions are clipped, which would hide how large an output is
     """
 
     plan: Plan
     low: float
     high: float
     result: float
-    clips: bool
 
     @classmethod
-    def of(cls, plan: Plan, shape: Sequence[int], clips: bool) -> Limits:
+    def of(cls, plan: Plan, shape: Sequence[int]) -> Limits:
         """shape: of the latent, (B, ...)."""
         at, process = plan.start, plan.grid.process
         # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
@@ -54,16 +52,16 @@ class Limits:
         low, high = (max(0.0, 1.0 - spread + z * math.sqrt(spread)) ** 1.5 for z in (-_DEVIATIONS, _DEVIATIONS))
         data = at.alpha * _DATA * max(1.0, getattr(process, "sigma_data", 1.0))
         largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
-        return cls(plan, (at.sigma * low / _BELOW) ** 2, (at.sigma**2 + data**2) * (high * _ABOVE) ** 2, largest, clips)
+        return cls(plan, (at.sigma * low / _BELOW) ** 2, (at.sigma**2 + data**2) * (high * _ABOVE) ** 2, largest)
 
     def check_latent(self, x: Array) -> None:
         """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
 
         x  the latent as a run takes it, NumPy or torch
         """
-        if self.low <= _mean_square(x) <= self.high:
-            return
         flat, plan = _flat(x), self.plan
+        if self.low <= _mean_square(flat) <= self.high:
+            return
         if not bool((abs(flat) < math.inf).all()):
             raise ValueError("x holds NaN or inf: no sample can come of it")
         at = plan.start
@@ -81,9 +79,10 @@ class Limits:
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
         """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
         square = self.result**2
-        if self.clips and not all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs):
-            return False
-        return _mean_square(x) <= square
+        for raw in outputs:
+            if not _mean_square(_flat(raw)[:_LOOK]) <= square:
+                return False
+        return _mean_square(_flat(x)) <= square
 
 
 def report(
@@ -134,20 +133,21 @@ def _first_unusual(
 
 
 def _flat(x: Array) -> Array:
-    """One axis, at least float32, outside of autograd's graph."""
-    flat = x.reshape(-1)
-    if isinstance(flat, np.ndarray):
-        return flat if flat.itemsize >= 4 else flat.astype(np.float32)
-    flat = flat.detach()
-    return flat if flat.itemsize >= 4 else flat.float()
+    """One axis, at least float32, outside of autograd's graph, in NumPy if it is on the CPU."""
+    if not isinstance(x, np.ndarray):
+        if x.requires_grad:
+            x = x.detach()
+        if x.itemsize < 4:
+            x = x.float()
+        if not x.is_cpu:
+            return x.reshape(-1)
+        x = x.numpy()
+    return x.reshape(-1) if x.itemsize >= 4 else x.reshape(-1).astype(np.float32)
 
 
-def _mean_square(x: Array) -> float:
-    if isinstance(x, np.ndarray) and x.itemsize >= 4:
-        return float(np.vdot(x, x)) / x.size
-    flat = _flat(x)
+def _mean_square(flat: Array) -> float:
     return float(flat @ flat) / len(flat)
 
 
 def _rms(x: Array) -> float:
-    return math.sqrt(_mean_square(x))
+    return math.sqrt(_mean_square(_flat(x)))
