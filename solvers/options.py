@@ -11,7 +11,10 @@ from types import NoneType
 
 def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
-    return float(value) if isinstance(value, Real) else math.nan
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an int beyond float's range
+        return math.nan
 
 
 def at_least(name: str, value: object, low: float) -> None:

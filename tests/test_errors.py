@@ -301,7 +301,7 @@ def test_guidance_and_clip(make: Callable[[], Any], text: str) -> None:
         (lambda: fs.Grid.from_times(VP, [999, 500, 500, -1]), r"t\[2\] = 500.0 is not below t\[1\] = 500.0"),
         (lambda: fs.Grid.from_times(VP, [999, math.inf]), r"t\[1\] = inf is not finite"),
         (lambda: fs.Grid.from_times(VP, [1500, 0]), r"t\[0\] = 1500.0 is outside"),
-        (lambda: fs.Grid.from_times(VP, "all"), "t = 'all' is not an array of numbers"),
+        (lambda: fs.Grid.from_times(VP, "all"), "t = 'all' is not a number or an array of numbers"),
         (lambda: fs.grid(fs.VP.linear(timesteps=10), 15, "linspace", round_times=True), "steps = 15"),
         (lambda: fs.grid(VP, 5, "karras", sigma_min=math.nan), "sigma_min = nan"),
         (lambda: fs.grid(VP, 5, "karras", rho=0.0), "rho = 0.0: it must be positive"),

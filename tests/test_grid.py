@@ -271,7 +271,7 @@ def test_from_sigmas_takes_both_ends():
         ([2.0, -1.0], r"ratio\[1\] = -1.0 is outside"),
         ([1.0], r"ratios has shape \(1,\)"),
         ([[1.0, 0.0]], r"ratios has shape \(1, 2\)"),
-        (["a", "b"], "not an array of numbers"),
+        (["a", "b"], "not a number or an array of numbers"),
     ],
 )
 def test_bad_ratios(ratios, message):
@@ -331,7 +331,7 @@ def test_bad_names_and_options():
         grid(EDM(), 4, "trailing", round_times=True)
     with pytest.raises(ValueError, match="fewer steps"):
         grid(VP.linear(), 1001, "simple")
-    with pytest.raises(ValueError, match=r"steps = 1200: coordinates\[\d+\].* is not below"):
+    with pytest.raises(ValueError, match=r"steps = 1200, round_times = True: coordinates\[\d+\].* is not below"):
         grid(VP.linear(), 1200, "linspace", round_times=True)
 
 
