@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.solvers.options import between, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Process
 from fewstep.solvers.tune.candidates import Ranked, fit_steps
@@ -201,7 +203,11 @@ def recommend(
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise ValueError(f"nfe must be an integer >= 1 (network evaluations per sample), got {nfe!r}")
+    if guidance is not None:
+        between("guidance", guidance, -math.inf, math.inf)
+    one_of("distilled", distilled, (None, *DISTILLED))
     if denoiser is not None:
+        check_denoiser(denoiser)
         facts = {"process": process, "guidance": guidance, "distilled": distilled}
         given = [name for name, value in facts.items() if value is not None]
         given += ["guidance_distilled"] if guidance_distilled else []
@@ -219,8 +225,6 @@ def recommend(
         )
     budget = f"{nfe} evaluations are {calls} calls, because under guidance each makes two. " if guided else ""
     if distilled is not None:
-        if distilled not in DISTILLED:
-            raise ValueError(unknown("distilled model class", distilled, tuple(DISTILLED)))
         solver, spacing, most, why = DISTILLED[distilled]
         return Recommendation(solver, spacing if family == "vp" else SPACINGS[family], min(calls, most), budget + why)
     choice = next(line for line in GUIDE if calls <= line.calls)

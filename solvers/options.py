@@ -39,6 +39,11 @@ def flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
+
+
 def unknown(what: str, name: object, known: Sequence[str]) -> str:
     """The error message for an unknown name: the closest known names, or all of them if none is close."""
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
