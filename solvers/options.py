@@ -44,6 +44,11 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: st
         raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r:.80}")
+
+
 def unknown(what: str, name: object, known: Sequence[str]) -> str:
     """The error message for an unknown name: the closest known names, or all of them if none is close."""
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
