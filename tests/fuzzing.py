@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -364,6 +365,13 @@ _RUNS = "(sample|Sampler|sample_adaptive|MixedRun)(/.*)?"
 KNOWN: list[tuple[str, str, Callable[[Any], bool], str]] = [
     (".*", ".*", lambda v: v in (Odd, int) if isinstance(v, type) else False, "a class counts as a callable, a number"),
     (_RUNS, "backend|start|progress|graph|dtype|solver|shape|x", _array, "an array is refused for its truth value"),
+    (_RUNS, "first_sample", _array, "an array is refused for its truth value"),
+    (
+        "sample/.*",
+        "grid|start",
+        lambda v: v is not None and not isinstance(v, float),
+        "grid is not checked",
+    ),
     (_RUNS, "device", lambda v: isinstance(v, int), "an index that torch cannot hold is refused without the name"),
     (_RUNS, "cond", lambda v: isinstance(v, dict), "keys that are no strings fail in the call of the model"),
     ("sample_adaptive", ".*", _any, "coefficients without a range, ratios for sigma_min: see issue 13, point 13"),

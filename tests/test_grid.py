@@ -485,3 +485,11 @@ def test_eta_0_follows_a_flipped_grid():
         assert not fs.plan(solver, up, eta=0.0).stochastic
     found, wanted = ([s.rows["x"]["m"] for s in fs.plan(name, up).stages] for name in ("ddim", "dpm_solver_1s"))
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_processes_compute_in_float64_from_numbers_of_numpy():
+    half = np.float16(3.0)
+    assert Flow(half) == Flow(3.0)
+    assert Flow(half).point(0.1) == Flow(3.0).point(0.1)
+    assert EDM(np.float32(0.5), 1e300).sigma_max == 1e300
+    assert type(EDM(np.float32(0.5)).sigma_min) is float

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -133,6 +133,14 @@ def _plain(value: ArrayLike) -> Any:
     """A Python float for a 0-d value, the float64 array otherwise."""
     array = np.asarray(value, dtype=np.float64)
     return float(array) if array.ndim == 0 else array
+
+
+def _plain_fields(process: VE | Flow) -> None:
+    """Make NumPy's numbers Python's: arithmetic in float16 or float32 would overflow or round."""
+    for each in fields(process):
+        value = getattr(process, each.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(process, each.name, value.item())
 
 
 def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
@@ -363,6 +371,7 @@ class VE(_Unwarped):
                 f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
                 f"{type(self).__name__} takes 0 < sigma_min < sigma_max < inf"
             )
+        _plain_fields(self)
 
     @property
     def t_first(self) -> float:
@@ -428,6 +437,7 @@ class Flow:
     def __post_init__(self) -> None:
         if not 1e-30 <= number(self.shift) <= 1e30:
             raise ValueError(f"shift = {self.shift}: Flow takes 1e-30 <= shift <= 1e30")
+        _plain_fields(self)
 
     @classmethod
     def dynamic(cls, mu: float, kind: str = "exponential") -> Flow:
