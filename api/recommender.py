@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import between, one_of
+from fewstep.solvers.options import between, flag, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
@@ -206,6 +206,7 @@ def recommend(
     if guidance is not None:
         between("guidance", guidance, -math.inf, math.inf)
     one_of("distilled", distilled, (None, *DISTILLED))
+    flag("guidance_distilled", guidance_distilled)
     if denoiser is not None:
         check_denoiser(denoiser)
         facts = {"process": process, "guidance": guidance, "distilled": distilled}
