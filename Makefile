@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-fast lint format bench gpu ranking default-spacings weights distill-report tune-report clean
+.PHONY: help setup demo test test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,6 +27,10 @@ test: setup      ## every test
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+SEED ?= $(shell date +%s)
+fuzz: setup      ## the long fuzz profile, from a printed seed (SEED=7 repeats one): an hour or more
+	FUZZ=long $(BIN)/python -m pytest tests/test_fuzz.py -n 0 --hypothesis-seed=$(SEED)
 
 # mypy cannot follow the editable install's import hook, so it reads a real installation.
 lint: setup      ## ruff, ruff format --check, mypy --strict on the installed package and the reports

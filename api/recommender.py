@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fewstep.solvers.options import flag, number, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Process
 from fewstep.solvers.tune.candidates import Ranked, fit_steps
@@ -206,7 +208,13 @@ def recommend(
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise ValueError(f"nfe must be an integer >= 1 (network evaluations per sample), got {nfe!r}")
+    if guidance is not None:
+        if not math.isfinite(number(guidance)):
+            raise ValueError(f"guidance must be a finite scale or None, got {guidance!r:.80}")
+    one_of("distilled", distilled, (None, *DISTILLED))
+    flag("guidance_distilled", guidance_distilled)
     if denoiser is not None:
+        check_denoiser(denoiser)
         facts = {"process": process, "guidance": guidance, "distilled": distilled}
         given = [name for name, value in facts.items() if value is not None]
         given += ["guidance_distilled"] if guidance_distilled else []
@@ -216,8 +224,6 @@ def recommend(
     if shape is not None or cond is not None:
         raise TypeError("shape and cond belong to a measurement: give denoiser= too")
     family, example = _family("vp" if process is None else process)
-    if guidance is not None and not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite scale or None, got {guidance!r}")
     guided = guidance not in (None, 1, 1.0) and not guidance_distilled
     calls = nfe // 2 if guided else nfe
     if calls < 1:
@@ -226,8 +232,6 @@ def recommend(
         )
     budget = f"{nfe} evaluations are {calls} calls, because under guidance each makes two. " if guided else ""
     if distilled is not None:
-        if distilled not in DISTILLED:
-            raise ValueError(unknown("distilled model class", distilled, tuple(DISTILLED)))
         solver, spacing, most, why = DISTILLED[distilled]
         steps = min(calls, most)
         if distilled == "progressive":

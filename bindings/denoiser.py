@@ -11,7 +11,7 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, Self, TypeGuard
 
-from fewstep.solvers.options import at_least, between, one_of, warn
+from fewstep.solvers.options import between, flag, number, one_of, warn
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
@@ -19,6 +19,10 @@ from fewstep.solvers.run.denoising import check_output
 from fewstep.solvers.schedule.process import Flow, Point, Process
 
 Cond = Mapping[str, Any]
+
+
+# Guidance scales, bounds and factors beyond it overflow float32 in the run.
+_LARGEST = 1e12
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,14 @@ class CFG:
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        scales = self.scale if isinstance(self.scale, (tuple, list)) else (self.scale,)
-        if not all(_is_number(value) and math.isfinite(value) for value in scales):
-            raise ValueError(f"guidance scale must be a finite number or a pair of them, got {self.scale!r}")
+        given: object = self.scale
+        if isinstance(given, list):
+            object.__setattr__(self, "scale", tuple(given))  # hashable
+        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
+        if not all(_is_number(value) and abs(number(value)) <= _LARGEST for value in scales):
+            raise ValueError(
+                f"guidance scale must be a finite number or a pair of them, up to {_LARGEST:g}, got {self.scale!r:.80}"
+            )
         if not 1 <= len(scales) <= 2:
             raise ValueError(f"guidance scale takes one number or a pair, got {self.scale!r}")
         between("guidance rescale", self.rescale, 0.0, 1.0)
@@ -50,7 +59,7 @@ class CFG:
 
     @property
     def scales(self) -> tuple[float, ...]:
-        return tuple(map(float, self.scale if isinstance(self.scale, (tuple, list)) else (self.scale,)))
+        return tuple(map(float, self.scale if isinstance(self.scale, tuple) else (self.scale,)))
 
     def weights(self, progress: float) -> tuple[float, ...]:
         """The weights of the raw outputs, null branch first; they sum to 1. progress: finished steps / steps."""
@@ -70,7 +79,7 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         between("quantile", self.quantile, 0.0, 1.0)
-        at_least("maximum", self.maximum, 1.0)
+        between("maximum", self.maximum, 1.0, _LARGEST)
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -87,8 +96,8 @@ def _as_guidance(value: object) -> CFG | None:
 
 
 def _positive(name: str, value: object) -> float:
-    if not (_is_number(value) and 0.0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    if not (_is_number(value) and 0.0 < number(value) <= _LARGEST):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r:.80}")
     return float(value)
 
 
@@ -195,8 +204,11 @@ class Denoiser:
         sigma_data: float | None = None,
         variance: str | None = None,
     ) -> None:
-        if not callable(model):
-            raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
+        if not callable(model) or isinstance(model, type):
+            found = (
+                f"the class {model.__name__}: make an object of it" if isinstance(model, type) else type(model).__name__
+            )
+            raise TypeError(f"model must be callable as model(x, t, **cond), got {found}")
         if not (hasattr(process, "point") and hasattr(process, "point_at_sigma")):
             raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {type(process).__name__}")
         if isinstance(predicts, str) and predicts in _ELSEWHERE:
@@ -204,8 +216,8 @@ class Denoiser:
         if not isinstance(predicts, str) or predicts not in PREDICTIONS:
             raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
         if not (clip is None or isinstance(clip, DynamicThreshold)):
-            if not (_is_number(clip) and 0.0 < clip < math.inf):
-                raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r}")
+            if not (_is_number(clip) and 0.0 < number(clip) <= _LARGEST):
+                raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r:.80}")
             clip = float(clip)
         if not (null is None or isinstance(null, Mapping)):
             raise TypeError(f"null must be a mapping of the model's keyword arguments, got {type(null).__name__}")
@@ -215,12 +227,13 @@ class Denoiser:
         self.guidance = _as_guidance(guidance)
         self.clip = clip
         self.null = null
+        flag("batched", batched)
         self.batched = batched
         self.time_scale = _positive("time_scale", time_scale)
         self.dtype = None if dtype is None else dtype_name(dtype)
         if self.dtype is not None and self.dtype not in FLOATS:
             raise ValueError(f"dtype of x_in must be one of {', '.join(FLOATS)}, got {self.dtype}")
-        self.time_dtype = None if time_dtype is None else dtype_name(time_dtype)
+        self.time_dtype = None if time_dtype is None else dtype_name(time_dtype, "time_dtype")
         own = getattr(process, "sigma_data", 0.5)
         self.sigma_data = own if sigma_data is None else _positive("sigma_data", sigma_data)
         one_of("variance", variance, (None, *VARIANCES))
@@ -305,6 +318,9 @@ class Denoiser:
                 "cond must be a mapping of the model's keyword arguments, such as {'labels': labels}, or a "
                 f"sequence of them, the null condition first; got {kinds}"
             )
+        odd = next((key for c in listed for key in c if not isinstance(key, str)), None)
+        if odd is not None:
+            raise TypeError(f"cond has the key {odd!r:.80}: its keys are the names of the model's keyword arguments")
         given = [dict(c) for c in listed]
         if len(given) == branches:
             return given  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.k_diffusion.noise import BARE, FLOW
 from fewstep.bindings.k_diffusion.run import is_flow
+from fewstep.solvers.options import flag, function
 from fewstep.solvers.run.arrays import Array, Frame, frame_of
 from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.schedule.process import EDM, VP, Flow, Process
@@ -64,6 +65,7 @@ def from_edm(
 
     For the raw network F inside the preconditioning use `Denoiser(F, EDM(), predicts="edm")`.
     """
+    function("network", network)
     data = float(getattr(network, "sigma_data", 0.5)) if sigma_data is None else sigma_data
     return Denoiser(Mapped(network, network), EDM(sigma_min, sigma_max, data), "sample", **options)
 
@@ -76,6 +78,9 @@ def from_k_diffusion(model: SigmaModel, *, flow: bool | None = None, **options: 
 
     Make grids with `Grid.from_sigmas(denoiser.process, sigmas)`, for flow models with `Grid.from_times`.
     """
+    function("model", model)
+    if flow is not None:
+        flag("flow", flow)
     flow = is_flow(model) if flow is None else flow
     return Denoiser(Mapped(model, model), FLOW if flow else BARE, "sample", **options)
 

@@ -111,7 +111,7 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
     if isinstance(seed, (Sequence, np.ndarray)) and not isinstance(seed, (str, bytes)) and np.ndim(seed) > 0:
         if len(seed) != batch:
             raise ValueError(f"seed has {len(seed)} entries for a batch of {batch}: give one int, or one per sample")
-        if first_sample != 0:
+        if check_seed(first_sample, "first_sample") != 0:
             raise ValueError(
                 f"first_sample={first_sample} needs an int seed: a sequence already gives each sample its stream"
             )

@@ -13,7 +13,10 @@ from types import NoneType
 
 def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
-    return float(value) if isinstance(value, Real) else math.nan
+    try:
+        return float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an int beyond float's range
+        return math.nan
 
 
 def at_least(name: str, value: object, low: float) -> None:
@@ -46,8 +49,24 @@ def warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
+def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
+
+
+def function(name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {value!r:.80}")
+
+
+def named(what: str, value: object, known: Sequence[str]) -> None:
+    """Raises ValueError, with the closest names, unless the value is one of the known ones."""
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(unknown(what, value, known))
+
+
 def unknown(what: str, name: object, known: Sequence[str]) -> str:
     """The error message for an unknown name: the closest known names, or all of them if none is close."""
     close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r}: {hint}"
+    return f"unknown {what} {name!r:.80}: {hint}"

@@ -285,7 +285,7 @@ def test_denoiser(wrong: dict[str, Any], error: type[Exception], text: str) -> N
         (lambda: fs.CFG(2.0, start=-0.1), "guidance start"),
         (lambda: fs.CFG(2.0, start=0.6, stop=0.5), "guidance stop must be a number from 0.6 to 1, got 0.5"),
         (lambda: fs.DynamicThreshold(1.5), "quantile must be a number from 0 to 1, got 1.5"),
-        (lambda: fs.DynamicThreshold(0.9, 0.5), "maximum must be a number >= 1, got 0.5"),
+        (lambda: fs.DynamicThreshold(0.9, 0.5), r"maximum must be a number from 1 to 1e\+12, got 0.5"),
     ],
 )
 def test_guidance_and_clip(make: Callable[[], Any], text: str) -> None:
@@ -306,7 +306,7 @@ def test_guidance_and_clip(make: Callable[[], Any], text: str) -> None:
         (lambda: fs.Grid.from_times(VP, [999, 500, 500, -1]), r"t\[2\] = 500.0 is not below t\[1\] = 500.0"),
         (lambda: fs.Grid.from_times(VP, [999, math.inf]), r"t\[1\] = inf is not finite"),
         (lambda: fs.Grid.from_times(VP, [1500, 0]), r"t\[0\] = 1500.0 is outside"),
-        (lambda: fs.Grid.from_times(VP, "all"), "t = 'all' is not an array of numbers"),
+        (lambda: fs.Grid.from_times(VP, "all"), "t = 'all' is not a number or an array of numbers"),
         (lambda: fs.grid(fs.VP.linear(timesteps=10), 15, "linspace", round_times=True), "steps = 15"),
         (lambda: fs.grid(VP, 5, "karras", sigma_min=math.nan), "sigma_min = nan"),
         (lambda: fs.grid(VP, 5, "karras", rho=0.0), "rho = 0.0: it must be positive"),

@@ -268,7 +268,7 @@ def test_from_sigmas_takes_both_ends():
         ([2.0, -1.0], r"ratio\[1\] = -1.0 is outside"),
         ([1.0], r"ratios has shape \(1,\)"),
         ([[1.0, 0.0]], r"ratios has shape \(1, 2\)"),
-        (["a", "b"], "not an array of numbers"),
+        (["a", "b"], "not a number or an array of numbers"),
     ],
 )
 def test_bad_ratios(ratios, message):
@@ -328,7 +328,7 @@ def test_bad_names_and_options():
         grid(EDM(), 4, "trailing", round_times=True)
     with pytest.raises(ValueError, match="fewer steps"):
         grid(VP.linear(), 1001, "simple")
-    with pytest.raises(ValueError, match=r"steps = 1200: coordinates\[\d+\].* is not below"):
+    with pytest.raises(ValueError, match=r"steps = 1200, round_times = True: coordinates\[\d+\].* is not below"):
         grid(VP.linear(), 1200, "linspace", round_times=True)
 
 
@@ -482,3 +482,11 @@ def test_eta_0_follows_a_flipped_grid():
         assert not fs.plan(solver, up, eta=0.0).stochastic
     found, wanted = ([s.rows["x"]["m"] for s in fs.plan(name, up).stages] for name in ("ddim", "dpm_solver_1s"))
     np.testing.assert_allclose(found, wanted, rtol=1e-9)
+
+
+def test_processes_compute_in_float64_from_numbers_of_numpy():
+    half = np.float16(3.0)
+    assert Flow(half) == Flow(3.0)
+    assert Flow(half).point(0.1) == Flow(3.0).point(0.1)
+    assert EDM(np.float32(0.5), 1e300).sigma_max == 1e300
+    assert type(EDM(np.float32(0.5)).sigma_min) is float

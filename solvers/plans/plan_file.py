@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fewstep.solvers.files import check_target, read_whole, shown, write_whole
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import instance, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import LEARNED, PlanError, Stage, Start
 from fewstep.solvers.schedule.grid import Grid
@@ -51,6 +52,8 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Raises ValueError for a suffix other than .json, what is no regular file, a process that is not fewstep's own, or an
     option that JSON cannot hold; FileNotFoundError if the folder does not exist; OSError if it cannot be written.
     """
+    instance("plan", plan, Plan, "a Plan")
+    instance("path", path, (str, os.PathLike), "a path")
     write_json(plan_as_json(plan), Path(path))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -100,6 +101,13 @@ RISING = (
 )
 
 
+def _given(options: Mapping[str, object], error: Exception) -> str:
+    """The caller's options, for an error that names none of them."""
+    if not options or any(re.search(rf"\b{re.escape(name)}\b", str(error)) for name in options):
+        return ""
+    return f" (options: {', '.join(f'{name} = {value!r}' for name, value in options.items())})"
+
+
 def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32", **options: object) -> Plan:
     """Lay a solver out on a grid.
 
@@ -125,8 +133,8 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
     options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
     try:
         made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)
-    except PlanError:
-        raise
+    except PlanError as error:
+        raise PlanError(f"{error}{_given(options, error)}") from None
     except np.linalg.LinAlgError as error:
         raise PlanError(
             f"{solver}: points of the grid coincide to rounding in the variable of the solver's polynomial, so that it "
@@ -135,7 +143,9 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
     except ValueError as error:
         if grid.rising:
             raise ValueError(f"{solver} {RISING} ({error})") from error
-        raise
+        raise ValueError(f"{error}{_given(options, error)}") from None
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"{solver} does not take these options: {error}{_given(options, error)}") from error
     if grid.rising and made.stochastic:
         raise ValueError(f"{solver} {RISING}")
     return made

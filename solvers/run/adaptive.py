@@ -17,7 +17,7 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
-from fewstep.solvers.options import between, one_of
+from fewstep.solvers.options import between, named, one_of
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.plans.stages import Row, first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
@@ -397,13 +397,12 @@ def sample_adaptive(
         device = device_of_inputs(denoiser, outer, cond)
     model = model_frame(denoiser, device)
     wide = outer is not None and outer.dtype_of(x) == "float64"
-    state = dtype_name(dtype or ("float64" if wide else "float32"))
+    state = dtype_name(("float64" if wide else "float32") if dtype is None else dtype)
     one_of("dtype", state, ("float32", "float64"))
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
     if x is not None:
         check_latent(x, outer, sizes, model, state)
-    if backend not in BACKENDS:
-        raise ValueError(unknown("backend", backend, BACKENDS))
+    named("backend", backend, BACKENDS)
     wide = "float64" in (state, denoiser.model_dtype(state))
     if wide and backend == "triton":
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")

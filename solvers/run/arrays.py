@@ -27,7 +27,7 @@ DType = Union[str, type, np.dtype[Any], "torch.dtype"]
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
-def dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any, argument: str = "dtype") -> str:
     """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32. Raises ValueError for others."""
     try:
         name = str(dtype).rpartition(".")[2]
@@ -35,7 +35,7 @@ def dtype_name(dtype: Any) -> str:
     except (TypeError, ValueError, SyntaxError):  # NumPy parses strings as structured dtypes
         name = ""
     if name not in (*FLOATS, "int64", "int32"):
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(FLOATS)}")
+        raise ValueError(f"{argument} {dtype!r} is not one of {', '.join(FLOATS)}")
     return name
 
 
@@ -159,7 +159,7 @@ class TorchFrame:
             where = torch.device(device)
             if str(where) == "cuda":  # tensors name their index
                 where = torch.device("cuda", torch.cuda.current_device())
-        except (RuntimeError, AssertionError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError, OverflowError) as error:
             raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}

@@ -32,6 +32,11 @@ def slerp(a: Array, b: Array, weight: float) -> Array:
             f"a and b must be (B, ...) of one shape and floating dtype, got {tuple(a.shape)} {a.dtype} "
             f"and {tuple(b.shape)} {b.dtype}"
         )
+    for name, value in (("a", a), ("b", b)):
+        if not bool((abs(value) < math.inf).all()):
+            raise ValueError(f"{name} holds NaN or inf")
+        if not bool((value.reshape(len(value), -1) != 0.0).any(1).all()):
+            raise ValueError(f"{name} holds a sample of zeros, which has no direction")
     lib: ModuleType = frame.torch if isinstance(frame, TorchFrame) else np
     if isinstance(frame, TorchFrame):
         rows = [v.reshape(len(v), -1).to(lib.promote_types(v.dtype, lib.float32)) for v in (a, b)]

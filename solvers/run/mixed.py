@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import EllipsisType
 
+import numpy as np
+
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.options import instance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
@@ -52,6 +55,9 @@ class MixedRun:
         self.shape = check_shape(shape)
         self.denoiser, self.frame = denoiser, model_frame(denoiser, device)
         self.backend = pick_backend(backend, self.frame, triton=denoiser.model_dtype("float32") != "float64")
+        instance("plans", plans, Sequence, "a sequence of Plans")
+        for plan in plans:
+            instance("plans", plan, Plan, "a sequence of Plans")
         if not plans:
             raise ValueError("plans is empty: give every plan that a request may follow")
         for plan in plans:
@@ -74,15 +80,16 @@ class MixedRun:
         self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
 
     def _job(self, plan: Plan, guidance: GuidanceLike | EllipsisType) -> Job:
+        denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
+
         def make() -> Job:
-            denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
             if len(denoiser.weights(0.0)) != len(self.denoiser.weights(0.0)):
                 raise ValueError(
                     f"guidance = {guidance!r} has a different number of branches from {self.denoiser.guidance}"
                 )
             return self._compiler.job(denoiser, plan)
 
-        return self._jobs.get((id(plan), guidance), make)
+        return self._jobs.get((id(plan), denoiser.guidance), make)
 
     def admit(
         self,
@@ -102,6 +109,8 @@ class MixedRun:
 
         Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """
+        instance("plan", plan, Plan, "a Plan")
+        instance("place", place, (int, np.integer), "an int")
         if not any(plan is own for own in self.plans):
             raise ValueError(f"plan {plan.solver!r} is not among the plans that this MixedRun was made with")
         if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):

@@ -9,9 +9,9 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag
+from fewstep.solvers.options import flag, named, number
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.registry import get_solver, unknown
+from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
@@ -80,13 +80,11 @@ class Sampler:
     ) -> None:
         check_denoiser(denoiser)
         self.shape = check_shape(shape)
-        self.dtype = dtype_name(dtype or "float32")
+        self.dtype = dtype_name("float32" if dtype is None else dtype)
         if self.dtype not in ("float32", "float64"):
             raise ValueError(f"dtype is the state's, float32 or float64, got {self.dtype}; 16-bit belongs to the model")
-        if backend not in BACKENDS:
-            raise ValueError(unknown("backend", backend, BACKENDS))
-        if graph not in MODES:
-            raise ValueError(unknown("graph mode", graph, MODES))
+        named("backend", backend, BACKENDS)
+        named("graph mode", graph, MODES)
         self.frame = model_frame(denoiser, device)
         # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
@@ -225,6 +223,7 @@ class Sampler:
             check_out(out, outer, self.shape, self.frame)
         check_callable("callback", callback)
         check_callable("noise", noise)
+        flag("progress", progress)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
@@ -322,7 +321,9 @@ def sample(
     if grid is None:
         own = get_solver(solver).spacing(denoiser.process) if spacing is None else spacing
         grid = make_grid(denoiser.process, steps, own)
-    if start or strength is not None:
+    elif not isinstance(grid, Grid):
+        raise TypeError(f"grid must be a fewstep.Grid, got {type(grid).__name__}")
+    if strength is not None or number(start) != 0.0:
         grid = grid.tail(start, strength=strength)
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels.philox import BROWNIAN, check_seed, streams
+from fewstep.solvers.options import number
 from fewstep.solvers.schedule.process import FloatArray
 
 # Draw numbers of the BROWNIAN domain. Those of the nodes are heap numbers (root 1, children 2k and 2k + 1) below 2^31.
@@ -65,10 +66,11 @@ class BrownianTree:
         log_snr_range: tuple[float, float] = (-50.0, 50.0),
         tolerance: float = 1e-4,
     ) -> None:
-        low, high = (float(v) for v in log_snr_range)
+        pair = isinstance(log_snr_range, (tuple, list)) and len(log_snr_range) == 2
+        low, high = map(number, log_snr_range) if pair else (math.nan, math.nan)
         if not (math.isfinite(low) and math.isfinite(high) and low < high and max(-low, high) <= 300.0):
             raise ValueError(f"log_snr_range must be (low, high) with -300 <= low < high <= 300, got {log_snr_range}")
-        if not (tolerance > 0.0 and (high - low) / tolerance <= 2.0**_MAX_DEPTH):
+        if not (0.0 < number(tolerance) < math.inf and (high - low) / tolerance <= 2.0**_MAX_DEPTH):
             least = (high - low) / 2.0**_MAX_DEPTH
             raise ValueError(f"tolerance must be at least {least:.3g} for this range, got {tolerance}")
         if np.ndim(seed) == 0:

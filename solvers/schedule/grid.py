@@ -15,8 +15,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, number, one_of, unknown
-from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, float64
+from fewstep.solvers.options import between, flag, number, one_of, unknown
+from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, check_process, numbers
 from fewstep.solvers.schedule.spacings import SPACINGS
 
 # More steps than any sampler takes: an error instead of gigabytes.
@@ -51,6 +51,7 @@ class Grid:
     sigma: FloatArray
 
     def __post_init__(self) -> None:
+        check_process(self.process)
         for name in ("t", "alpha", "sigma"):
             array = _vector(name, getattr(self, name))
             _reject(name, array, ~np.isfinite(array), "is not finite")
@@ -75,6 +76,7 @@ class Grid:
 
         Raises ValueError that names the first entry that is NaN, out of range or not below the one before it.
         """
+        check_process(process)
         array = _vector("ratios", ratios)
         _reject("ratios", array, np.isnan(array), "is NaN")
         _decreasing("ratios", array)
@@ -88,6 +90,7 @@ class Grid:
 
         Raises ValueError that names the first entry that is NaN, out of range or not below the one before it.
         """
+        check_process(process)
         array = _vector("t", t)
         _reject("t", array, ~np.isfinite(array), "is not finite")
         _decreasing("t", array)
@@ -141,7 +144,7 @@ class Grid:
             # 1 - k / steps, rounded, may be just below a whole number of steps.
             skip = min(math.floor(start * self.steps + max(1e-9, 1e-15 * self.steps)), self.steps - 1)
         else:
-            if start:
+            if number(start) != 0.0:
                 raise ValueError(f"start = {start!r} and strength = {strength!r}: give one of them")
             if not 0.0 < number(strength) <= 1.0:
                 raise ValueError(f"strength = {strength!r}: tail takes 0 < strength <= 1")
@@ -190,8 +193,10 @@ class Grid:
 
         Raises ValueError for an argument out of range, or if a step from alpha = 0 has an infinite level (VP).
         """
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
-            raise ValueError(f"steps = {steps!r}: extend takes an int >= 1")
+        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"steps = {steps!r}: extend takes an int >= 1 and <= {MAX_STEPS}")
+        between("start_at_sigma", start_at_sigma, -math.inf, math.inf)
+        between("end_at_sigma", end_at_sigma, -math.inf, math.inf)
         one_of("spacing", spacing, tuple(_DIVISIONS))
         shares = _DIVISIONS[spacing](np.linspace(0.0, 1.0, steps + 1)[1:-1]).tolist()
         levels = [self.process.level(ratio) for ratio in self.ratio.tolist()]
@@ -216,7 +221,7 @@ class Grid:
         """
         t, alpha, sigma = (array[::-1].copy() for array in (self.t, self.alpha, self.sigma))
         if sigma[0] == 0.0:
-            if not 0.0 < sigma_min < self.ratio[-2]:
+            if not 0.0 < number(sigma_min) < self.ratio[-2]:
                 raise ValueError(
                     f"sigma_min = {sigma_min}: it must be above 0 and below the next point's sigma / alpha, "
                     f"{self.ratio[-2]:.6g}"
@@ -251,10 +256,7 @@ def _fixed(array: FloatArray) -> FloatArray:
 
 def _vector(name: str, value: ArrayLike) -> FloatArray:
     """A float64 copy of a 1-D array with at least two entries."""
-    try:
-        array = float64(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} = {value!r} is not an array of numbers") from error
+    array = numbers(name, value)
     if array.ndim != 1 or array.size < 2:
         raise ValueError(f"{name} has shape {array.shape}: a grid takes (steps + 1,) with steps >= 1")
     return array
@@ -364,6 +366,15 @@ def grid(
     if others:
         raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")
 
+    check_process(process)
+    flag("final_zero", final_zero)
+    ends = {"sigma_min": sigma_min, "sigma_max": sigma_max, "shift": shift, "shift_terminal": shift_terminal}
+    given = {name: value for name, value in ends.items() if value is not None} | options
+    for name, value in given.items():
+        if name == "round_times":
+            flag(name, value)
+        elif name != "variant" and math.isnan(number(value)):
+            raise ValueError(f"{name} = {value!r}: it must be a number")
     owner = process
     for name, value in (("shift", shift), ("shift_terminal", shift_terminal)):
         if value is not None and not isinstance(process, Flow):
@@ -375,14 +386,16 @@ def grid(
     _check_ends(process, sigma_min, sigma_max)
     layout = axis.layout(process, int(steps), bool(final_zero), sigma_min, sigma_max)
     try:
-        coordinates = rule(layout, **options)
+        with np.errstate(all="ignore"):  # an option out of range gives NaN or inf, which are not below their neighbours
+            coordinates = rule(layout, **options)
         _decreasing("coordinates", coordinates)
         points = axis.points(process, coordinates)
         if shift_terminal is not None:
             points = _stretch(process, points, shift_terminal)
         return Grid(owner, *(map(np.append, points, process.clean) if final_zero else map(np.asarray, points)))
-    except ValueError as error:
-        raise ValueError(f"spacing {spacing!r} with steps = {steps}: {error}") from None
+    except (ValueError, ArithmeticError) as error:
+        named = "".join(f", {name} = {value!r}" for name, value in given.items())
+        raise ValueError(f"spacing {spacing!r} with steps = {steps}{named}: {error}") from None
 
 
 def _stretch(process: Process, points: Point, terminal: float) -> Point:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import between, number, one_of
 
 FloatArray = NDArray[np.float64]
 
@@ -118,10 +118,33 @@ def float64(value: ArrayLike) -> FloatArray:
     return np.array(values, dtype=np.float64)
 
 
+def check_process(process: object) -> None:
+    if not hasattr(type(process), "point_at_sigma"):
+        raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {process!r:.80}")
+
+
+def numbers(name: str, value: ArrayLike) -> FloatArray:
+    """`float64(value)`. Raises ValueError that names what holds no real numbers."""
+    try:
+        if "complex" not in str(getattr(value, "dtype", "")):
+            return float64(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} = {value!r} is not a number or an array of numbers")
+
+
 def _plain(value: ArrayLike) -> Any:
     """A Python float for a 0-d value, the float64 array otherwise."""
     array = np.asarray(value, dtype=np.float64)
     return float(array) if array.ndim == 0 else array
+
+
+def _plain_fields(process: VE | Flow) -> None:
+    """Make NumPy's numbers Python's: arithmetic in float16 or float32 would overflow or round."""
+    for each in fields(process):
+        value = getattr(process, each.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(process, each.name, value.item())
 
 
 def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
@@ -130,10 +153,7 @@ def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
 
 def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> FloatArray:
     """`value` as float64. Raises ValueError that names the first entry outside [low, high]."""
-    try:
-        array = float64(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} = {value!r} is not a number or an array of numbers") from error
+    array = numbers(name, value)
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
     # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
@@ -190,7 +210,7 @@ class VP(_Unwarped):
     spacing: ClassVar[str] = "quadratic"
 
     def __post_init__(self) -> None:
-        acp = float64(self.alphas_cumprod)
+        acp = numbers("alphas_cumprod", self.alphas_cumprod)
         if acp.ndim != 1 or acp.size < 2:
             raise ValueError(f"alphas_cumprod has shape {acp.shape}; VP takes (T,) with T >= 2")
         bad = np.flatnonzero(~((acp >= 0.0) & (acp < 1.0)))
@@ -212,22 +232,34 @@ class VP(_Unwarped):
     @classmethod
     def linear(cls, beta_start: float = 1e-4, beta_end: float = 2e-2, timesteps: int = 1000) -> VP:
         """beta linear in the index (DDPM, arXiv 2006.11239, section 4). Betas in (0, 1), increasing."""
-        return cls(_cumprod(np.linspace(*_betas(beta_start, beta_end, timesteps))))
+        betas = np.linspace(*_betas(beta_start, beta_end, timesteps))
+        return cls._of(betas, beta_start=beta_start, beta_end=beta_end, timesteps=timesteps)
 
     @classmethod
     def scaled_linear(cls, beta_start: float = 0.00085, beta_end: float = 0.012, timesteps: int = 1000) -> VP:
         """sqrt(beta) linear in the index (latent diffusion, arXiv 2112.10752). Betas in (0, 1)."""
         low, high, count = _betas(beta_start, beta_end, timesteps)
-        return cls(_cumprod(np.linspace(low**0.5, high**0.5, count) ** 2))
+        betas = np.linspace(low**0.5, high**0.5, count) ** 2
+        return cls._of(betas, beta_start=beta_start, beta_end=beta_end, timesteps=timesteps)
 
     @classmethod
     def cosine(cls, timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VP:
         """alpha-bar = cos^2 of time, each beta at most max_beta (arXiv 2102.09672, equation 17)."""
         _count(timesteps)
-        if not (s > 0.0 and 0.0 < max_beta < 1.0):
-            raise ValueError(f"s = {s} and max_beta = {max_beta}: VP.cosine takes s > 0 and 0 < max_beta < 1")
+        if not (0.0 < number(s) < math.inf and 0.0 < number(max_beta) < 1.0):
+            raise ValueError(f"s = {s} and max_beta = {max_beta}: VP.cosine takes 0 < s < inf and 0 < max_beta < 1")
         bar = np.cos((np.arange(timesteps + 1) / timesteps + s) / (1.0 + s) * (math.pi / 2.0)) ** 2
-        return cls(_cumprod(np.minimum(1.0 - bar[1:] / bar[:-1], max_beta)))
+        betas = np.minimum(1.0 - bar[1:] / bar[:-1], max_beta)
+        return cls._of(betas, timesteps=timesteps, s=s, max_beta=max_beta)
+
+    @classmethod
+    def _of(cls, betas: FloatArray, **given: float) -> VP:
+        """The process of these betas. Raises ValueError that names what they were made from."""
+        try:
+            return cls(np.cumprod(1.0 - betas).astype(np.float64))
+        except ValueError as error:
+            made_from = ", ".join(f"{name} = {value}" for name, value in given.items())
+            raise ValueError(f"{made_from}: a beta is lost in rounding ({error})") from None
 
     def zero_terminal_snr(self) -> VP:
         """This process with sqrt(acp) shifted and scaled to end at 0 (arXiv 2305.08891, Algorithm 1)."""
@@ -319,13 +351,9 @@ def _count(timesteps: int) -> None:
 
 def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]:
     _count(timesteps)
-    if not 0.0 < start <= end < 1.0:
+    if not 0.0 < number(start) <= number(end) < 1.0:
         raise ValueError(f"beta_start = {start}, beta_end = {end}: VP takes 0 < beta_start <= beta_end < 1")
     return start, end, timesteps
-
-
-def _cumprod(betas: FloatArray) -> FloatArray:
-    return np.cumprod(1.0 - betas).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -344,11 +372,12 @@ class VE(_Unwarped):
     timesteps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.sigma_min < self.sigma_max < math.inf:
+        if not 0.0 < number(self.sigma_min) < number(self.sigma_max) < math.inf:
             raise ValueError(
                 f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
                 f"{type(self).__name__} takes 0 < sigma_min < sigma_max < inf"
             )
+        _plain_fields(self)
 
     @property
     def t_first(self) -> float:
@@ -393,7 +422,7 @@ class EDM(VE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 < self.sigma_data < math.inf:
+        if not 0.0 < number(self.sigma_data) < math.inf:
             raise ValueError(f"sigma_data = {self.sigma_data}: EDM takes 0 < sigma_data < inf")
 
 
@@ -413,8 +442,9 @@ class Flow:
     timesteps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.shift < math.inf:
-            raise ValueError(f"shift = {self.shift}: Flow takes 0 < shift < inf")
+        if not 1e-30 <= number(self.shift) <= 1e30:
+            raise ValueError(f"shift = {self.shift}: Flow takes 1e-30 <= shift <= 1e30")
+        _plain_fields(self)
 
     @classmethod
     def dynamic(cls, mu: float, kind: str = "exponential") -> Flow:
@@ -424,6 +454,7 @@ class Flow:
         kind  "exponential" (s = exp(mu)) or "linear" (s = mu): diffusers' time_shift_type
         """
         one_of("kind", kind, ("exponential", "linear"))
+        between("mu", mu, -69.0, 69.0)
         return cls(math.exp(mu) if kind == "exponential" else mu)
 
     @staticmethod
@@ -439,6 +470,12 @@ class Flow:
         It is base_shift at base_image_seq_len and max_shift at max_image_seq_len. The defaults are FLUX's; LTX-Video
         has 1024, 4096, 0.95, 2.05.
         """
+        for name, length in (("image_seq_len", image_seq_len), ("base_image_seq_len", base_image_seq_len)):
+            between(name, length, 0.0, 1e15)
+        if not base_image_seq_len < number(max_image_seq_len) < math.inf:
+            raise ValueError(f"max_image_seq_len must exceed base_image_seq_len, got {max_image_seq_len!r}")
+        for name, shift in (("base_shift", base_shift), ("max_shift", max_shift)):
+            between(name, shift, -700.0, 700.0)
         slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
         return base_shift + slope * (image_seq_len - base_image_seq_len)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from fewstep.solvers.options import between, one_of
+from fewstep.solvers.options import between, number, one_of
 from fewstep.solvers.schedule.process import FloatArray, Point, Process
 from fewstep.solvers.schedule.schedule_tables import AYS
 
@@ -126,7 +126,7 @@ def spacing(name: str, axis: Axis) -> Callable[[Rule], Rule]:
 
 def _positive(**values: float) -> None:
     for name, value in values.items():
-        if not 0.0 < value < math.inf:
+        if not 0.0 < number(value) < math.inf:
             raise ValueError(f"{name} = {value}: it must be positive and finite")
 
 
@@ -302,7 +302,7 @@ def _vp(a: Layout, *, beta_d: float = 19.9, beta_min: float = 0.1) -> FloatArray
 @spacing("laplace", _RATIO)
 def _laplace(a: Layout, *, mu: float = 0.0, beta: float = 0.5) -> FloatArray:
     _positive(beta=beta)
-    if not math.isfinite(mu):
+    if not math.isfinite(number(mu)):
         raise ValueError(f"mu = {mu}: it must be finite")
     x = np.linspace(0.0, 1.0, a.noisy)
     with np.errstate(divide="ignore"):

@@ -8,6 +8,7 @@ of rounded values changes whenever one of them is near a rounding boundary.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.files import shown
+from fewstep.solvers.options import instance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import finite, read_plan
 from fewstep.solvers.plans.stages import PREDICTION
@@ -24,7 +26,7 @@ from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.conditions import leaves
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance, check_denoiser
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
 
@@ -253,6 +255,9 @@ def load_plan(
 
     Raises FileNotFoundError, or ValueError that names the bad field or what the plan was tuned for.
     """
+    instance("path", path, (str, os.PathLike), "a path")
+    if denoiser is not None:
+        check_denoiser(denoiser)
     plan = read_plan(path)
     check_record(plan, shown(path))
     if denoiser is not None and not force:
