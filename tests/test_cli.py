@@ -487,7 +487,7 @@ def test_recommend_as_json_is_fs_recommend(cli):
 
 def test_recommend_takes_any_budget():
     assert fs.recommend(2**31) == fs.recommend(10**9)
-    assert fs.recommend(2**31, process="flow").steps == 25
+    assert fs.recommend(2**31, process="flow").steps == 50
 
 
 def test_recommend_refuses_a_budget_that_guidance_cannot_have(cli):

@@ -131,7 +131,7 @@ def test_laplace_options():
     with pytest.raises(ValueError, match=r"mu = nan"):
         grid(EDM(), 4, "laplace", mu=math.nan)
     # Everything above sigma_max is cut to it: two points in one place are refused.
-    with pytest.raises(ValueError, match=r"'laplace' with steps = 10: coordinates\[1\] = 80.0 is not below"):
+    with pytest.raises(ValueError, match=r"'laplace' with steps = 10, mu = 9.0: coordinates\[1\] = 80.0 is not below"):
         grid(EDM(), 10, "laplace", mu=9.0)
 
 
