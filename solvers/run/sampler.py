@@ -56,8 +56,8 @@ class Sampler:
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
-              a result that is not finite or far too large. On by default on a CPU, where each is one reduction; on a
-              GPU True makes every call wait for the device
+              a result that is not finite or far too large, and of such outputs of the network in the first call. On by
+              default on a CPU, where each is one reduction; on a GPU True makes every call wait for the device
 
     Memory is allocated when the sampler is made and reused by every call; a call allocates only its result, and
     nothing with `out`. Concurrent calls from several threads are safe: each uses its own workspace.
@@ -108,6 +108,7 @@ class Sampler:
         self._convert = Converter(self.frame, self.backend, self.dtype)
         self._seed: int | Sequence[int] | None = None
         self._cond: Condition = None
+        self._tried: Prepared | None = None  # its network's outputs were looked at: their scale is the model's
         self._now = self._prepared(denoiser, plan)
         self._now.fill()
 
@@ -246,9 +247,11 @@ class Sampler:
                 request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
                 dtype = None if x is None or outer is None else outer.dtype_of(x)
                 values, outputs = run_plan(space, request, self._convert)
-                if self.check and not now.limits.usual(values, outputs):
+                if self.check and not now.limits.usual(values, () if self._tried is now else outputs):
                     values = values * 1  # the run is made again, in the same memory
                     report(now.limits, values, space.run, latent, streams, cond, noise is not None)
+                else:
+                    self._tried = now
                 return self._convert.result(values, outer, dtype, out)
         finally:
             now.give(kept, space)
