@@ -247,7 +247,8 @@ class _Run:
             if made >= most and not at_end:
                 raise RuntimeError(
                     f"sample {sample.index} has come to t = {sample.at.t:.6g} in {name} = {most} {unit}, "
-                    f"{sample.rejected} of {sample.accepted + sample.rejected} steps rejected: raise rtol, atol or it"
+                    f"{sample.rejected} of {sample.accepted + sample.rejected} steps rejected: "
+                    f"raise rtol, atol or {name}"
                 )
         return accepted
 
