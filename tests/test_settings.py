@@ -412,20 +412,20 @@ def test_the_second_run_asks_nobody_again() -> None:
 
 
 @pytest.mark.slow
-def test_the_checks_cost_less_than_two_percent() -> None:
+def test_the_checks_cost_little() -> None:
     """At 1x4x64x64, against a run of a network that costs nothing."""
     x, shape = unit(1, 4, 64, 64), (1, 4, 64, 64)
     plan = fs.plan("dpmpp_2m", fs.grid(VP, 20))
     samplers = [fs.Sampler(fs.Denoiser(lambda x, t: x, VP), plan, shape, check=check) for check in (False, True)]
     out = np.empty(shape, np.float32)
     times: list[list[float]] = [[], []]
-    for _ in range(200):
+    for _ in range(400):
         for sampler, own in zip(samplers, times, strict=True):
             begin = time.perf_counter()
             sampler(x, seed=0, out=out)
             own.append(time.perf_counter() - begin)
-    bare, checked = (float(np.median(own)) for own in times)
-    # The latent's check and the result's. A busy machine doubles what the median sees.
+    # The latent's check and the result's. The shortest runs are those that nothing else on the machine disturbed.
+    bare, checked = (min(own) for own in times)
     assert checked < 1.10 * bare
 
 
