@@ -64,7 +64,8 @@ SOLVERS = fs.list_solvers() if LONG else ("ddim", "euler", "dpmpp_2m")
 
 
 def network(x: Any, t: Any, shift: Any = 0.0) -> Any:
-    """Rational, so that every backend gets the same bits from the same input; without overflow in half precision."""
+    """Rational, so that every backend gets the same bits from the same input, and finite on an input of inf."""
+    x = np.clip(x, -64.0, 64.0)
     return 0.5 * x / (1.0 + abs(x)) + (shift if isinstance(shift, float) else shift[:, None].astype(x.dtype))
 
 
@@ -111,7 +112,9 @@ def test_numba_is_naive_to_the_bit(
     runs = []
     for backend in ("numba", "naive"):
         try:
-            runs.append(fs.Sampler(denoiser, plan, shape, backend=backend, dtype=dtype)(x, seed=seed, cond=cond))
+            # Without checks: some plans rightly warn that their samples are far too large.
+            sampler = fs.Sampler(denoiser, plan, shape, backend=backend, dtype=dtype, check=False)
+            runs.append(sampler(x, seed=seed, cond=cond))
         except ValueError as error:  # the prediction, or a half-precision input, does not allow this plan
             runs.append(str(error))
     if isinstance(runs[0], str):
