@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
     from fewstep.bindings.diffusers.pipeline import restore as restore
+    from fewstep.kernels.cpu import warmup as warmup
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
     from fewstep.recommender import recommend as recommend
@@ -61,6 +62,7 @@ _MODULES = {
     "bindings.audit": "audit",
     "bindings.denoiser": "CFG Denoiser DynamicThreshold",
     "bindings.diffusers.pipeline": "accelerate restore",
+    "kernels.cpu": "warmup",
     "recommender": "Measured recommend Recommendation",
     "solvers.plans.plan": "Plan",
     "solvers.plans.plan_file": "save_plan",

@@ -10,7 +10,8 @@ import pytest
 
 from fewstep.cli.microbench import Case
 from fewstep.cli.timing import Side, clock, copy_side, interleaved
-from fewstep.kernels import layout, naive, numba_step, philox
+from fewstep.kernels import cpu, layout, naive, philox
+from fewstep.kernels.launch import Launch
 from fewstep.kernels.numba_noise import normal_batch
 from fewstep.kernels.threads import threads
 
@@ -51,7 +52,12 @@ def test_fused_step_beside_a_parallel_copy(benchmark, report):
     w = np.zeros((1, 2, layout.COLUMNS), np.float32)
     w[0, 0, [0, 1, layout.RAW]] = 0.7, -0.2, 0.5
     w[0, 1, [0, layout.RAW]] = 1.1, -0.4
-    step = numba_step.Launch([x, h], [raw], w, [out, new], [model], c_in=np.ones(1, np.float32))
+    cpu.STAGE["float32"].compile()
+    launch = Launch([x, h], [raw], w, [out, new], [model], c_in=np.ones(1, np.float32))
+
+    def step() -> None:
+        launch(cpu.STAGE["float32"].run)
+
     step()
     part = slice(0, 4096)
     for got, want in zip((out, new), naive.step([x[:, part], h[:, part]], [raw[:, part]], w), strict=True):

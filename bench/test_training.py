@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from fewstep.bindings.consistency import ConsistencyDenoiser  # noqa: E402
-from fewstep.kernels import layout, numba_step, torch_ops, torch_train  # noqa: E402
+from fewstep.kernels import launch, layout, torch_ops, torch_train  # noqa: E402
 from fewstep.solvers.distill import distribution_matching, latent_consistency, progressive  # noqa: E402
 from fewstep.solvers.distill.ema import frozen_copy, update_ema  # noqa: E402
 from fewstep.solvers.distill.jumps import Jumps  # noqa: E402
@@ -232,7 +232,7 @@ def agree(found, expected, tolerance=3e-5):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_training_arithmetic(name, shape, benchmark, report, one_thread, monkeypatch):
-    monkeypatch.setattr(numba_step, "SERIAL_ELEMENTS", 1 << 62)  # a stage stays on one thread
+    monkeypatch.setattr(launch, "SERIAL_ELEMENTS", 1 << 62)  # a stage stays on one thread
     exact = CASES[name](shape, torch.float64)[1]()
     ours, eager = CASES[name](shape, torch.float32)
     agree(ours(), exact)

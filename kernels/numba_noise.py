@@ -15,6 +15,7 @@ from fewstep.kernels import philox as ref
 from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
 
 CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
+PADDING = 4  # elements of room behind a buffer, whose last block of four may reach beyond it
 
 _MASK = np.uint64(ref.MASK)
 _HALF_WORD = np.uint64(32)
@@ -87,42 +88,29 @@ def normal_pair(word_a, word_b):
 
 
 @jit()
-def fill_normals(out, lo, seed_lo, seed_hi, sample, draw, domain):
-    """Write standard normals of elements lo .. lo + n - 1 at one address to `out`, without allocation.
+def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
+    """Write standard normals of elements lo .. lo + 4 blocks - 1 at one address to `out`, without allocation.
 
-    out  (n,) float32, contiguous, overwritten
-    lo   a multiple of 4, lo + n <= 2^34
+    out     (at least 4 blocks,) float32, contiguous, overwritten
+    blocks  at most CHUNK / 4
+    lo      a multiple of 4, lo + 4 blocks <= 2^34
 
     The others are integers in 0 .. 2^32 - 1, not checked: see `philox` for the address and the equations.
     """
-    n = len(out)
     first = np.uint64(lo) >> np.uint64(2)
     key_lo, key_hi = np.uint64(seed_lo), np.uint64(seed_hi)
     w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
-    full = n // 4
-    for start in range(0, full, CHUNK // 4):
-        stop = min(start + CHUNK // 4, full)
-        part = out[4 * start : 4 * stop]
-        # Pass 1 stores the words in `out` as bit patterns, pass 2 turns each pair into normals in place.
-        for i in range(stop - start):
-            w0, w1, w2, w3 = philox_block(first + np.uint64(start + i), w_draw, w_sample, w_domain, key_lo, key_hi)
-            part[4 * i] = f32_from_bits(np.uint32(w0))
-            part[4 * i + 1] = f32_from_bits(np.uint32(w1))
-            part[4 * i + 2] = f32_from_bits(np.uint32(w2))
-            part[4 * i + 3] = f32_from_bits(np.uint32(w3))
-        for i in range(2 * (stop - start)):
-            a, b = normal_pair(bits_from_f32(part[2 * i]), bits_from_f32(part[2 * i + 1]))
-            part[2 * i] = a
-            part[2 * i + 1] = b
-    tail = n - 4 * full
-    if tail > 0:
-        w0, w1, w2, w3 = philox_block(first + np.uint64(full), w_draw, w_sample, w_domain, key_lo, key_hi)
-        a, b = normal_pair(np.uint32(w0), np.uint32(w1))
-        out[4 * full] = a
-        if tail > 1:
-            out[4 * full + 1] = b
-        if tail > 2:
-            out[4 * full + 2] = normal_pair(np.uint32(w2), np.uint32(w3))[0]
+    # Pass 1 stores the words in `out` as bit patterns, pass 2 turns each pair into normals in place.
+    for i in range(blocks):
+        w0, w1, w2, w3 = philox_block(first + np.uint64(i), w_draw, w_sample, w_domain, key_lo, key_hi)
+        out[4 * i] = f32_from_bits(np.uint32(w0))
+        out[4 * i + 1] = f32_from_bits(np.uint32(w1))
+        out[4 * i + 2] = f32_from_bits(np.uint32(w2))
+        out[4 * i + 3] = f32_from_bits(np.uint32(w3))
+    for i in range(2 * blocks):
+        a, b = normal_pair(bits_from_f32(out[2 * i]), bits_from_f32(out[2 * i + 1]))
+        out[2 * i] = a
+        out[2 * i + 1] = b
 
 
 @jit()
@@ -132,8 +120,16 @@ def normal_batch(out, streams, draw, domain):
     out      (B, n) float32, C-contiguous, overwritten
     streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
+    n = out.shape[1]
+    last = np.empty(min(CHUNK, n + PADDING), np.float32)  # of a row's last chunk, whose blocks may reach beyond it
     for i in range(len(out)):
-        fill_normals(out[i], 0, streams[i, 0], streams[i, 1], streams[i, 2], draw, domain)
+        for lo in range(0, n, CHUNK):
+            size = min(CHUNK, n - lo)
+            whole = size % 4 == 0
+            part = out[i, lo : lo + size] if whole else last
+            fill_blocks(part, (size + 3) // 4, lo, streams[i, 0], streams[i, 1], streams[i, 2], draw, domain)
+            if not whole:
+                out[i, lo : lo + size] = last[:size]
 
 
 @jit()
@@ -151,7 +147,7 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
     right          (L,) bool
     """
     n = out.shape[1]
-    z = np.empty(min(CHUNK, n), dtype=np.float32)
+    z = np.empty(min(CHUNK, n) + PADDING, dtype=np.float32)
     a = np.empty(len(z), dtype=np.float64)
     b = np.empty(len(z), dtype=np.float64)
     last = len(draws) - 1
@@ -160,15 +156,16 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
         for lo in range(0, n, CHUNK):
             part = out[i, lo : min(lo + CHUNK, n)]
             m = len(part)
-            fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[0], domain)
+            blocks = (m + 3) // 4
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], domain)
             for j in range(m):
                 a[j] = stds[0] * z[j]
-            fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[1], domain)
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], domain)
             for j in range(m):
                 b[j] = a[j] + stds[1] * z[j]
             for k in range(2, last + 1):
                 weight, std = weights[k], stds[k]
                 target = part if k == last else (a if right[k] else b)
-                fill_normals(z[:m], lo, lo_key, hi_key, sample, draws[k], domain)
+                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], domain)
                 for j in range(m):
                     target[j] = a[j] + weight * (b[j] - a[j]) + std * z[j]

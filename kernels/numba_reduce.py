@@ -3,14 +3,19 @@
 Bytes per element: each input once at its own size, and the sample's float64 scratch (16 for guidance rescale, 8 for a
 threshold, none for an error norm), which is read again; a few numbers are written per sample. Sums are in float64 in
 element order, so a sample's numbers do not depend on the batch.
+
+Network outputs come as addresses and positions in `launch.KINDS`, so that all their dtypes share one compiled function.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import jit
-from fewstep.kernels.numba_step import _add, _at, _numbers, _part, _prediction
+from fewstep.kernels.numba_step import combine, load, prediction_terms
+
+_SLOTS, _RAWS = layout.SLOTS, layout.RAWS
 
 
 @jit()
@@ -27,48 +32,53 @@ def _deviation(values):
 
 
 @jit()
-def guidance_scale(r1, r2, r3, weights, phi, p, out):
-    """out[b] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi (Lin et al. 2023).
+def guidance_scale(raws, kinds, sizes, n, weights, phi, out):
+    """out[b] = phi std(conditional) / std(guided) + 1 - phi, 1 where guided is constant (Lin et al. 2023).
 
-    r1 .. r3  (B, n) raw outputs, the conditional one last, or None
-    weights   (3,) float64, of the raws in the guided output
-    p         (1, 4) of the state's dtype
-    out       (B, 4) of the state's dtype, overwritten
+    raws     (R,) int64 addresses of (B, n) network outputs, the conditional one last
+    kinds    (R,) int64, their dtypes, of `sizes` bytes
+    weights  (R,) float64, of the raws in the guided output
+    out      (B,) float64, overwritten
     """
-    samples, n = r1.shape
-    guided, conditional = np.empty(n), np.empty(n)
-    for b in range(samples):
-        y1, y2, y3 = _part(r1, b, 0, n), _part(r2, b, 0, n), _part(r3, b, 0, n)
-        for i in range(n):
-            total = _add(0.0, weights[0], _at(y1, i))
-            total = _add(total, weights[1], _at(y2, i))
-            guided[i] = _add(total, weights[2], _at(y3, i))
-            conditional[i] = _last(_at(y1, i), _at(y2, i), _at(y3, i))
+    guided, raw = np.empty(n), np.empty(n)
+    for b in range(len(out)):
+        guided[:] = 0.0
+        for j in range(len(raws)):
+            load(raws[j] + b * n * sizes[j], kinds[j], raw)
+            if weights[j] != 0.0:
+                for i in range(n):
+                    guided[i] += weights[j] * raw[i]
         spread = _deviation(guided)
         # A constant output, such as that of a zero-initialised last layer, would give 0 / 0.
-        factor = phi * _deviation(conditional) / spread + (1.0 - phi) if spread != 0.0 else 1.0
-        out[b, 0] = p[0, 0]
-        for j in range(1, 4):
-            out[b, j] = p[0, j] * factor
+        out[b] = phi * _deviation(raw) / spread + (1.0 - phi) if spread != 0.0 else 1.0
 
 
 @jit()
-def threshold(x, r1, r2, r3, p, quantile, maximum, out):
+def threshold(x, raws, kinds, sizes, n, p, quantile, maximum, out):
     """out[b, :2] = (s, 1 / s), s the quantile of |m|, clamped to 1 .. maximum (Saharia et al. 2022, section 2.3).
 
-    x, r1 .. r3  (B, n), or None
-    p            (1 or B, 4) of the state's dtype
-    out          (B, 4) of the state's dtype
+    x      the address of (B, n) of the state's dtype, or 0
+    raws   as in `guidance_scale`
+    p      (1 or B, 4) of the state's dtype
+    out    (B, 4) of the state's dtype
     """
-    samples, n = r1.shape
-    size = np.empty(n)
+    dtype = p.dtype.type
+    size, width = np.empty(n), p.itemsize
+    m, scratch = np.empty(n, dtype), np.empty((_RAWS, n), dtype)
+    flat, counts = p.reshape(-1), np.zeros(1, np.int64)
+    c, source = np.empty((1, layout.COLUMNS), dtype), np.zeros((1, layout.COLUMNS), np.int64)
+    at = np.zeros(layout.COLUMNS, np.int64)
     position = quantile * (n - 1)
     k = int(position)
-    for b in range(samples):
-        xs, y1, y2, y3 = _part(x, b, 0, n), _part(r1, b, 0, n), _part(r2, b, 0, n), _part(r3, b, 0, n)
-        row = _numbers(p, b)
+    for b in range(len(out)):
+        at[0] = x + b * n * width if x != 0 else 0
+        for j in range(len(raws)):
+            load(raws[j] + b * n * sizes[j], kinds[j], scratch[j])
+            at[_SLOTS + j] = scratch[j].ctypes.data
+        prediction_terms(flat, b if len(p) > 1 else 0, at, counts, c, source)
+        combine(m.ctypes.data, n, 0, counts, c, source, at)
         for i in range(n):
-            size[i] = abs(_prediction(row, None, _at(xs, i), _at(y1, i), _at(y2, i), _at(y3, i)))
+            size[i] = abs(m[i])
         order = np.partition(size, k)
         s = order[k]
         if k + 1 < n:  # interpolate to the next larger value; partition leaves these unsorted
@@ -94,9 +104,3 @@ def error_norm(error, low, before, rtol, atol, out):
                 delta = max(atol, rtol * max(abs(np.float64(low[b, i])), abs(np.float64(before[b, i]))))
                 total += (e / delta) ** 2 if delta != 0.0 else np.inf
         out[b] = np.sqrt(total / n)
-
-
-@jit()
-def _last(a, b, c):
-    """The last that is not None."""
-    return c if c is not None else (b if b is not None else a)

@@ -12,9 +12,49 @@ length are added up in float64. error_model="numpy" omits the check for division
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-from fewstep.kernels.numba_bits import jit
-from fewstep.kernels.numba_step import _at, _put
+from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit
+
+# A function without a body declares what its `overload` below implements for each combination of types.
+
+
+def _at(a, i):
+    """Element i as a number; 16-bit floats are stored as their bits."""
+
+
+@overload(_at)
+def _at_typed(a, i):
+    if a.dtype == types.uint16:
+        return lambda a, i: f32_from_bf16(a[i])
+    if a.dtype == types.int16:
+        return lambda a, i: f32_from_f16(a[i])
+    return lambda a, i: a[i]
+
+
+def _put(a, i, v):
+    """Store v as element i, rounded once to the storage type."""
+
+
+@overload(_put)
+def _put_typed(a, i, v):
+    if a.dtype == types.uint16:
+
+        def put(a, i, v):
+            a[i] = bf16_from_f32(np.float32(v))
+
+    elif a.dtype == types.int16:
+
+        def put(a, i, v):
+            a[i] = f16_from_f32(np.float32(v))
+
+    else:
+
+        def put(a, i, v):
+            a[i] = v
+
+    return put
 
 
 @jit()

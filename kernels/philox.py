@@ -130,24 +130,24 @@ def philox4x32(counter: U32, key: U32) -> U32:
     """Philox4x32-10 (Salmon et al. 2011, section 3.3 and table 2).
 
     counter  (..., 4) uint32
-    key      (2,) uint32
+    key      (2,) or (..., 2) uint32
 
     Each round maps (c0, c1, c2, c3) to (hi(M1 c2) ^ c1 ^ k0, lo(M1 c2), hi(M0 c0) ^ c3 ^ k1, lo(M0 c0)), then adds the
     Weyl constants to the key. Returns (..., 4) uint32.
     """
     c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint32).astype(np.uint64), -1, 0)
-    k0, k1 = (int(k) for k in key)
+    k0, k1 = np.moveaxis(np.asarray(key, dtype=np.uint32).astype(np.uint64), -1, 0)
     for _ in range(ROUNDS):
         p0 = np.uint64(M0) * c0  # below 2^64: no wrap-around
         p1 = np.uint64(M1) * c2
         c0, c1, c2, c3 = (
-            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            (p1 >> np.uint64(32)) ^ c1 ^ k0,
             p1 & np.uint64(MASK),
-            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            (p0 >> np.uint64(32)) ^ c3 ^ k1,
             p0 & np.uint64(MASK),
         )
-        k0 = (k0 + W0) & MASK
-        k1 = (k1 + W1) & MASK
+        k0 = (k0 + np.uint64(W0)) & np.uint64(MASK)
+        k1 = (k1 + np.uint64(W1)) & np.uint64(MASK)
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
 
@@ -223,3 +223,21 @@ def normals(n: int, seed: int, sample: int, draw: int, domain: int, first: int =
     key = np.array([seed & MASK, seed >> 32], dtype=np.uint32)
     skip = first % 4
     return words_to_normals(philox4x32(counter, key)).reshape(-1)[skip : skip + n]
+
+
+def normal_rows(n: int, streams: U32, draw: int, domain: int, first: int = 0) -> F32:
+    """`normals` of every sample of a batch: row i has stream streams[i].
+
+    streams  (B, 3) uint32, rows (seed low, seed high, sample)
+    first    a multiple of 4
+
+    Returns (B, n) float32.
+    """
+    blocks = np.arange(first // 4, (first + n + 3) // 4, dtype=np.uint64).astype(np.uint32)
+    counter = np.empty((len(streams), len(blocks), 4), dtype=np.uint32)
+    counter[..., 0] = blocks
+    counter[..., 1] = draw
+    counter[..., 2] = streams[:, 2:]
+    counter[..., 3] = domain
+    words = philox4x32(counter, streams[:, None, :2])
+    return words_to_normals(words).reshape(len(streams), -1)[:, :n]

@@ -3,7 +3,7 @@
     fewstep::stage    one fused update, differentiable
     fewstep::normals  the normals of an address
 
-Each runs the Numba kernel on a CPU and the Triton kernel on a GPU, with the kernel's traffic: see `numba_step`,
+Each runs the kernel of `cpu` on a CPU and the Triton kernel on a GPU, with the kernel's traffic: see `numba_step`,
 `triton_step` (4 bytes per element and slot or row, the model's size per raw and model input), `numba_noise` and
 `triton_noise` (4 bytes per element). A tensor that is not contiguous is copied first, at twice its size.
 
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from fewstep.kernels import layout, naive
+from fewstep.kernels import cpu, layout, naive
+from fewstep.kernels.launch import Launch
 
 if TYPE_CHECKING:
     from torch._library.custom_ops import CustomOpDef
@@ -178,12 +179,10 @@ def _on_cpu(
     limit: Tensor | None,
     z: Tensor | None,
 ) -> list[Tensor]:
-    from fewstep.kernels import numba_step  # here, so that a GPU does not need Numba
-
     outputs = _empty(slots, raws, w, copies, model_dtype)
     states = outputs[:-1] if copies else outputs
     inputs = np.split(_rows(outputs[-1]), copies) if copies else []
-    numba_step.Launch(
+    launch = Launch(
         [None if s is None else _rows(s) for s in _ordered(slots, columns)],
         [_rows(raw) for raw in raws],
         w.detach().contiguous().numpy(),
@@ -193,7 +192,8 @@ def _on_cpu(
         z=None if z is None else _rows(z),
         p=None if p is None else p.detach().contiguous().numpy(),
         limit=None if limit is None else limit.detach().contiguous().numpy(),
-    )()
+    )
+    launch(cpu.stage(str(w.dtype).rpartition(".")[2]).run)
     return outputs
 
 
@@ -298,10 +298,9 @@ def normals_on_gpu(streams: Tensor, shape: Sequence[int], draw: int, domain: int
 
 @torch.library.custom_op("fewstep::normals_elsewhere", mutates_args=())
 def _normals_elsewhere(streams: Tensor, shape: Sequence[int], draw: int, domain: int) -> Tensor:
-    from fewstep.kernels import numba_noise
 
     out = np.empty((shape[0], int(np.prod(shape[1:]))), np.float32)
-    numba_noise.normal_batch(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
+    cpu.normals(out, streams.cpu().numpy().astype(np.uint32), draw, domain)
     return torch.from_numpy(out).reshape(tuple(shape)).to(streams.device)
 
 

@@ -45,7 +45,7 @@ def _wide(t: Tensor) -> np.ndarray:
 
 def _scratch(x: Tensor, *, wide: bool) -> np.ndarray:
     """The `terms` of `numba_train`'s losses."""
-    from fewstep.kernels.numba_step import CHUNK
+    from fewstep.kernels.numba_noise import CHUNK
 
     return np.empty(min(CHUNK, x.numel()), np.float64 if wide else np.float32)
 

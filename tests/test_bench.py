@@ -29,15 +29,15 @@ FIELDS = {
 
 def test_a_wrong_kernel_gets_no_time(monkeypatch):
     """Coefficients wrong by 1e-4: the gate fails, and every time is None."""
-    from fewstep.kernels import numba_step
+    from fewstep.solvers.run import engine
 
-    true = numba_step.Launch
+    true = engine.Launch
 
     def wrong(slots, raws, w, *args, **options):
         return true(slots, raws, w * np.float32(1.0 + 1e-4), *args, **options)
 
     assert measure(Case("dpmpp_2m", SMALL), 1)["failed"] is None
-    monkeypatch.setattr(numba_step, "Launch", wrong)
+    monkeypatch.setattr(engine, "Launch", wrong)
     record = measure(Case("dpmpp_2m", SMALL), 1)
     assert "and the naive backend differ" in record["failed"]
     assert [record[name] for name in microbench.MEASURED] == [None] * len(microbench.MEASURED)

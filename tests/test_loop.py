@@ -21,7 +21,7 @@ import torch
 from oracles.rows import run_plan
 
 import fewstep as fs
-from fewstep.kernels import numba_step, philox
+from fewstep.kernels import launch, philox
 
 VP = fs.VP.linear()
 GRID = fs.grid(VP, 5, "karras", sigma_max=6.0)
@@ -96,8 +96,8 @@ def test_a_sample_is_the_same_bits_in_any_company(solver: str, dtype: str, monke
 
     assert same(make(solver=solver, dtype=dtype, backend="naive")(seed=11), whole)
     assert same(make(solver=solver, dtype=dtype, backend="naive", device="cpu")(seed=11), whole)  # torch
-    monkeypatch.setattr(numba_step, "SERIAL_ELEMENTS", 0)
-    monkeypatch.setattr(numba_step, "_workers", lambda: 3)
+    monkeypatch.setattr(launch, "SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "_workers", lambda: 3)
     assert same(make(solver=solver, dtype=dtype)(seed=11), whole)
 
 
@@ -142,8 +142,8 @@ def test_many_threads_on_one_sampler() -> None:
 
 
 def test_many_threads_share_the_worker_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numba_step, "SERIAL_ELEMENTS", 0)
-    monkeypatch.setattr(numba_step, "_workers", lambda: 3)
+    monkeypatch.setattr(launch, "SERIAL_ELEMENTS", 0)
+    monkeypatch.setattr(launch, "_workers", lambda: 3)
     sampler = make((3, 2049))
     want = [sampler(seed=i) for i in range(12)]
     with ThreadPoolExecutor(4) as pool:

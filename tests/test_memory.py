@@ -213,16 +213,16 @@ def test_a_callback_has_copies(backend: str, library: str) -> None:
 def two_workers(monkeypatch: pytest.MonkeyPatch) -> Any:
     from concurrent.futures import ThreadPoolExecutor
 
-    from fewstep.kernels import numba_step
+    from fewstep.kernels import launch
 
     with ThreadPoolExecutor(1) as pool:
-        monkeypatch.setattr(numba_step, "_workers", lambda: 2)
-        monkeypatch.setattr(numba_step, "_pool", lambda: pool)
-        yield numba_step, pool
+        monkeypatch.setattr(launch, "_workers", lambda: 2)
+        monkeypatch.setattr(launch, "_pool", lambda: pool)
+        yield launch, pool
 
 
 def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> None:
-    numba_step, _ = two_workers
+    launch, _ = two_workers
     begun, written = threading.Event(), []
 
     def run(memory: np.ndarray, first: int, last: int) -> None:
@@ -234,13 +234,13 @@ def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> No
         written.append(first)
 
     with pytest.raises(KeyboardInterrupt):
-        numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+        launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
     assert written == [2]
 
 
 def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
     """The pool is busy with another sampler's work: without an interruption its share is done here."""
-    numba_step, pool = two_workers
+    launch, pool = two_workers
     free, ran = threading.Event(), []
     busy = pool.submit(free.wait)
 
@@ -249,11 +249,11 @@ def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
         if memory[0]:
             raise KeyboardInterrupt
 
-    numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+    launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
     assert ran == [(0, 2), (2, 4)]
     ran.clear()
     with pytest.raises(KeyboardInterrupt):
-        numba_step.launch(run, np.ones(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+        launch.launch(run, np.ones(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
     free.set()
     busy.result()
     pool.submit(lambda: None).result()  # everything submitted before has had its turn
@@ -261,7 +261,7 @@ def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
 
 
 def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
-    numba_step, _ = two_workers
+    launch, _ = two_workers
     begun = threading.Event()
 
     def run(memory: np.ndarray, first: int, last: int) -> None:
@@ -271,7 +271,7 @@ def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
         begun.wait()
 
     with pytest.raises(MemoryError, match="in the pool"):
-        numba_step.launch(run, np.zeros(1, np.int64), 4, numba_step.SERIAL_ELEMENTS + 1)
+        launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

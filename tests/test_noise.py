@@ -32,12 +32,13 @@ KNOWN_ANSWERS = [
 
 def fill(n: int, seed: int, sample: int, draw: int, domain: int, first: int = 0) -> NDArray[np.float32]:
     """The Numba twin of `philox.normals`, between poisoned guards that must survive."""
-    room = np.full(n + 16, np.nan, dtype=np.float32)
-    out = room[8 : 8 + n]
-    numba_noise.fill_normals(out, first, seed & philox.MASK, seed >> 32, sample, draw, domain)
+    blocks = -(-n // 4)
+    room = np.full(4 * blocks + 16, np.nan, dtype=np.float32)
+    out = room[8 : 8 + 4 * blocks]
+    numba_noise.fill_blocks(out, blocks, first, seed & philox.MASK, seed >> 32, sample, draw, domain)
     assert np.isnan(room[:8]).all()
-    assert np.isnan(room[8 + n :]).all()
-    return out.copy()
+    assert np.isnan(room[8 + 4 * blocks :]).all()
+    return out[:n].copy()
 
 
 def same_bits(a: NDArray[Any], b: NDArray[Any]) -> bool:
@@ -135,13 +136,14 @@ def test_an_element_depends_on_its_index_alone(seed: int, sample: int, draw: int
     assert same_bits(fill(n, seed, sample, draw, philox.STEP, lo), whole[lo : lo + n].copy())
 
 
-def test_a_sample_does_not_depend_on_its_batch() -> None:
-    n = 2500
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 2047, 2048, 2049, 2500, 6151])
+def test_a_sample_does_not_depend_on_its_batch(n: int) -> None:
     table = philox.streams(SEED, 5, first_sample=2)
     batch = np.full((5, n), np.nan, dtype=np.float32)
     numba_noise.normal_batch(batch, table, 9, philox.LATENT)
     for i in range(5):
         assert same_bits(batch[i], philox.normals(n, SEED, 2 + i, 9, philox.LATENT))
+    assert same_bits(philox.normal_rows(n, table, 9, philox.LATENT).copy(), batch)
     turned = np.empty((3, n), dtype=np.float32)
     numba_noise.normal_batch(turned, np.ascontiguousarray(table[[4, 0, 2]]), 9, philox.LATENT)
     assert same_bits(turned, batch[[4, 0, 2]])
@@ -154,8 +156,8 @@ def test_the_hot_loops_are_vector_code() -> None:
 
     if not llvm.get_process_triple().startswith("x86_64") or not llvm.get_host_cpu_features().get("avx2", False):
         pytest.skip("reads x86 assembly with AVX2")
-    compiled = njit(nogil=True)(numba_noise.fill_normals.py_func)  # type: ignore[attr-defined]
-    compiled(np.empty(64, dtype=np.float32), 0, 1, 2, 3, 4, 5)
+    compiled = njit(nogil=True)(numba_noise.fill_blocks.py_func)  # type: ignore[attr-defined]
+    compiled(np.empty(64, dtype=np.float32), 16, 0, 1, 2, 3, 4, 5)
     (assembly,) = compiled.inspect_asm().values()
     wide = [line for line in assembly.splitlines() if "ymm" in line or "zmm" in line]
     for instruction in ("vpmul", "vmulps", "vsqrtps"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fewstep.kernels import naive, numba_reduce
+from fewstep.kernels import cpu, interpreted, naive
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -27,6 +28,18 @@ def rescale_noise_cfg(cfg: torch.Tensor, text: torch.Tensor, phi: float) -> torc
     return phi * rescaled + (1 - phi) * cfg
 
 
+def both(run: Callable[[], np.ndarray]) -> np.ndarray:
+    """What a kernel returns compiled, after a check that it returns the same bits interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in (cpu._GUIDANCE, cpu._THRESHOLD, cpu._ERROR_NORM):
+            kernel.compile()
+        compiled = run()
+        for kernel in (cpu._GUIDANCE, cpu._THRESHOLD, cpu._ERROR_NORM):
+            patch.setattr(kernel, "run", getattr(interpreted, kernel.twin))
+        assert run().tobytes() == compiled.tobytes()
+    return compiled
+
+
 def draw(seed: int, count: int, batch: int, n: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Raws with a mean far from 0 in some samples, where a sum of squares would cancel."""
     g = torch.Generator().manual_seed(seed)
@@ -35,11 +48,10 @@ def draw(seed: int, count: int, batch: int, n: int, dtype: torch.dtype) -> list[
 
 
 def fused_scale(raws: list[torch.Tensor], weights: list[float], phi: float, p: np.ndarray) -> np.ndarray:
-    padded = [bits(r) for r in raws] + [None] * (3 - len(raws))
-    out = np.full((len(raws[0]), 4), np.nan, p.dtype)
-    g = np.zeros(3)
-    g[: len(weights)] = weights
-    numba_reduce.guidance_scale(*padded, g, phi, p, out)
+    """p with its raw columns times the factor, as runs multiply it."""
+    factor = both(lambda: cpu.guidance_scale([bits(r) for r in raws], np.array(weights), phi))
+    out = np.repeat(p, len(factor), axis=0)
+    out[:, 1:] = out[:, 1:] * factor[:, None]
     return out
 
 
@@ -96,10 +108,13 @@ def test_a_constant_output_is_not_rescaled(n: int) -> None:
 def fused_threshold(
     x: torch.Tensor | None, raws: list[torch.Tensor], p: np.ndarray, quantile: float, maximum: float
 ) -> np.ndarray:
-    padded = [bits(r) for r in raws] + [None] * (3 - len(raws))
     out = np.full((len(raws[0]), 4), np.nan, p.dtype)
-    numba_reduce.threshold(None if x is None else x.numpy(), *padded, p, quantile, maximum, out)
-    return out[:, :2]
+
+    def run() -> np.ndarray:
+        cpu.threshold(None if x is None else x.numpy(), [bits(r) for r in raws], p, quantile, maximum, out)
+        return out[:, :2].copy()
+
+    return both(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from fewstep.cli.sample import sample
 from fewstep.cli.sample_plan import sample_plan
 from fewstep.cli.solvers import solvers
 from fewstep.cli.tune import tune
+from fewstep.cli.warmup import warmup
 
-for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, doctor):
+for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, doctor, warmup):
     app.command()(command)

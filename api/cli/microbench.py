@@ -27,6 +27,8 @@ import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, machine, quartiles, torch_threads, versions
+from fewstep.kernels import cpu
+from fewstep.kernels.launch import SERIAL_ELEMENTS, Launch
 from fewstep.kernels.threads import threads
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
@@ -110,9 +112,7 @@ class Case:
     @cached_property
     def threads(self) -> int:
         """1 up to the size from which the kernel uses more threads."""
-        from fewstep.kernels import numba_step
-
-        return 1 if self.elements <= numba_step.SERIAL_ELEMENTS else threads()
+        return 1 if self.elements <= SERIAL_ELEMENTS else threads()
 
     @cached_property
     def grid(self) -> Grid:
@@ -210,13 +210,11 @@ class Case:
 
     def launch(self) -> Side:
         """The kernel of a middle stage over no elements."""
-        from fewstep.kernels import numba_step
-
         table = self.tables[len(self.tables) // 2]
         raws = len(table.branches)
         state = [np.zeros((1, 4), self.state) for _ in range(2)]
         model = np.zeros((1, 4), {"bfloat16": "uint16", "float16": "int16"}.get(self.dtype, self.dtype))
-        launch = numba_step.Launch(
+        launch = Launch(
             [None if slot is None else state[0] for slot in table.slots],
             [model] * raws,
             table.w,
@@ -226,7 +224,8 @@ class Case:
             streams=None if table.draw is None else np.zeros((1, 3), np.uint32),
             draw=table.draw or 0,
         )
-        return Side("empty launch", lambda: launch.run(launch.memory, 0, 0))
+        kernel = cpu.stage(self.state)
+        return Side("empty launch", lambda: kernel.run(launch.memory, 0, 0))
 
     # --- the gate ---
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
-from fewstep.kernels import layout, naive, numba_reduce, numba_step
-from fewstep.kernels.numba_step import ELEMENTS, SAMPLES
+from fewstep.kernels import cpu, layout, naive
+from fewstep.kernels import launch as words
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
@@ -83,6 +83,9 @@ class Update:
             _Launch(self, call, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
+        self.stage = cpu.STAGE[state.name]
+        if self.compiled:
+            self.stage.request()
         self.tables: dict[torch.device, Tables] = {}
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
@@ -115,26 +118,26 @@ class Update:
         if not self.anywhere:
             limit = np.zeros((samples, 4), self.state)
             m = [_bits(source).reshape(samples, -1) for source in sources[:2]]
-            numba_reduce.threshold(*m, None, None, self.p, *self.quantile, limit)
+            assert self.p is not None
+            x32 = m[0] if m[0].dtype == self.state else x.to(dtype).reshape(samples, -1).numpy()
+            cpu.threshold(x32, m[1:], self.p, *self.quantile, limit)
         results: list[Tensor] = []
-        for launch in self.launches:
-            words = launch.words.copy()  # one copy per call: calls may run in several threads
-            words[SAMPLES], words[ELEMENTS] = samples, size // samples
-            for j, address in zip(launch.sources, addresses, strict=True):
-                words[j] = address
+        for own in self.launches:
+            vector = own.words.copy()  # one copy per call: calls may run in several threads
+            for j, address in zip(own.sources, addresses, strict=True):
+                vector[j] = address
             if limit is not None:
-                words[numba_step.LIMIT], words[numba_step.OWN_LIMIT] = limit.ctypes.data, samples
-            for j in launch.outputs:
+                vector[words.LIMIT], vector[words.OWN_LIMIT] = limit.ctypes.data, samples
+            units = words.resize(vector, samples, size // samples)
+            for j in own.outputs:
                 out = torch.empty_like(x) if plain else torch.empty_like(x, dtype=dtype)
-                words[j] = out.data_ptr()
+                vector[j] = out.data_ptr()
                 results.append(out)
             wide = results[0]  # written by the kernel too
-            if launch.narrow is not None:
-                results[0] = torch.empty_like(x, dtype=launch.narrow)
-                words[numba_step.INPUT] = results[0].data_ptr()
-            numba_step.launch(
-                launch.run, words, numba_step.units(samples, size // samples), size, (sources, results, wide)
-            )
+            if own.narrow is not None:
+                results[0] = torch.empty_like(x, dtype=own.narrow)
+                vector[words.INPUT] = results[0].data_ptr()
+            words.launch(self.stage.run, vector, units, size, (sources, results, wide))
             del wide
         return results
 
@@ -201,7 +204,7 @@ class _Launch:
         one = np.zeros((1, 1), update.state)
         x, raw = (_bits(torch.zeros((1, 1), dtype=dtype)) for dtype in (call.x_dtype, call.raw_dtype))
         self.narrow = update.narrow if first == 0 else None
-        launch = numba_step.Launch(
+        bound = words.Launch(
             [x, *[one] * len(update.memory)],
             [raw],
             table,
@@ -211,10 +214,9 @@ class _Launch:
             z=one if update.noisy else None,
             p=update.p,
             limit=update.limit if update.anywhere else np.zeros((1, 4), update.state),
-            fixed=True,
         )
-        self.run, self.words = launch.run, launch.memory
-        self._held = launch  # keeps the tables alive whose addresses are in `words`
+        self.words = bound.memory
+        self._held = bound  # keeps the tables alive whose addresses are in `words`
         slots = range(1, 1 + len(update.memory))
-        self.sources = [0, numba_step.RAW, *([numba_step.NOISE] if update.noisy else []), *slots]
-        self.outputs = range(numba_step.OUTPUT, numba_step.OUTPUT + table.shape[1])
+        self.sources = [0, words.RAW, *([words.NOISE] if update.noisy else []), *slots]
+        self.outputs = range(words.OUTPUT, words.OUTPUT + table.shape[1])

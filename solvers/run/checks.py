@@ -10,6 +10,7 @@ from functools import cache
 
 import numpy as np
 
+from fewstep.kernels import cpu
 from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
@@ -141,6 +142,8 @@ def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
         return "naive"
     reason = _why_no_numba()
     if reason is None:
+        if backend == "numba":  # asked for by name: no NumPy in the meantime
+            cpu.warmup()
         return "numba"
     if backend == "numba":
         raise ValueError(f"backend='numba' is not available here: {reason}, or use backend='naive'")

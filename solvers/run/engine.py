@@ -10,20 +10,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from fewstep.kernels import layout, naive, philox
+from fewstep.kernels import cpu, layout, naive, philox
+from fewstep.kernels import launch as words
+from fewstep.kernels.launch import Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, aligned
 from fewstep.solvers.run.denoising import DenoiserLike, check_output, copies, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
-
-if TYPE_CHECKING:
-    from fewstep.kernels.numba_step import Launch
 
 NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Array]  # (draw, at, to, shape) -> z
 
@@ -101,16 +100,12 @@ class FusedRun:
     """Preallocated memory for one run at a time; a run allocates nothing."""
 
     def __init__(self, job: Job) -> None:
-        from fewstep.kernels import numba_noise, numba_reduce, numba_step
-
         self.job = job
-        self._step, self._noise, self._reduce = numba_step, numba_noise, numba_reduce
         batch, elements = job.batch, job.elements
         state = np.dtype(job.dtype)
         self.size = batch * elements
         self.rows = (batch, elements)
-        self.units = numba_step.units(batch, elements)
-        self.serial = self.size <= numba_step.SERIAL_ELEMENTS
+        self.serial = self.size <= words.SERIAL_ELEMENTS
         self.buffers = [aligned((batch, elements), state) for _ in range(job.program.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
@@ -126,14 +121,14 @@ class FusedRun:
         ends = np.cumsum([len(t) for t in job.times]).tolist()
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         # Looked up once: a small step would notice.
-        self._fresh, self._address, self._raw_at = job.frame.fresh, job.frame.address, numba_step.RAW
+        self._fresh, self._address, self._raw_at = job.frame.fresh, job.frame.address, words.RAW
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtypes: list[object] = [...] * layout.RAWS  # of the network outputs checked last
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
-        self._warm()
+        self.stage = cpu.stage(job.dtype)  # runs without compiled code until that is ready
 
     def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]
@@ -146,7 +141,7 @@ class FusedRun:
         elif job.denoiser.threshold is not None:
             limit = self.limit
         rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
-        return self._step.Launch(
+        return Launch(
             [None if b is None else self.buffers[b] for b in table.slots],
             [self.input_rows[0][0]] * len(table.branches),  # placeholders for the network's outputs
             table.w,
@@ -157,12 +152,11 @@ class FusedRun:
             draw=table.draw or 0,
             p=self.p if rescaled else table.p,
             limit=limit,
-            fixed=True,
         )
 
     def _init_launch(self) -> Launch:
         op = self.job.program.init
-        return self._step.Launch(
+        return Launch(
             [self.buffers[0]],
             [],
             init_table(op, self.job.dtype),
@@ -172,11 +166,6 @@ class FusedRun:
             streams=self.streams if op.noisy else None,
         )
 
-    def _warm(self) -> None:
-        """Compile every kernel variant now, by a launch of no units."""
-        for launch in (self.init, *self.launches):
-            launch.run(launch.memory, 0, 0)
-
     def begin(self, x: np.ndarray | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
         """Take the latent (or draw it), and write the first model input."""
         self.times[...] = self.true_times
@@ -185,11 +174,11 @@ class FusedRun:
         if streams is not None:
             self.streams[...] = streams
         if x is None:
-            self._noise.normal_batch(self.latent, self.streams, 0, philox.LATENT)
+            cpu.normals(self.latent, self.streams, 0, philox.LATENT)
             np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
         else:
             np.copyto(buffer, x)
-        (self.init if z is None else self._with_noise(self.init, z))()
+        (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         return self._fresh(self.views[k]), self._fresh(self.t[k])
@@ -206,49 +195,45 @@ class FusedRun:
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != shape:
                 check_output(raw, shape, job.frame)
                 self._expect(j, raw)
-                launch = self.launches[k]
             launch.memory[at + j], kept = self._address(raw)
             held.append(kept)
         if table.p is not None:
             self._reduce_stage(table, raws)
         if table.variance is not None and table.draw is not None:
             if z is None:
-                self._noise.normal_batch(self.latent, self.streams, table.draw, philox.STEP)
+                cpu.normals(self.latent, self.streams, table.draw, philox.STEP)
                 z = self.latent.reshape(job.shape)
             z = z * job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
         if z is not None:
             launch = self._with_noise(launch, z)
         if self.serial:  # the compiled function itself: at small sizes a Python call matters
-            launch.run(launch.memory, 0, self.units)
+            self.stage.run(launch.memory, 0, launch.units)
         else:
-            launch(held)
+            launch(self.stage.run, held)
 
     def _expect(self, j: int, raw: Array) -> None:
         """Set the expected dtype of network output j to that of `raw`."""
         self.raw_dtypes[j] = raw.dtype
-        stand_in = np.empty(0, self.job.frame.bits(raw).dtype)
-        for k, table in enumerate(self.job.tables):
-            if j < len(table.branches):
-                self.launches[k] = self.launches[k].replaced({self._step.RAW + j: stand_in})
+        for launch in self.launches:
+            launch.memory[words.RAW_KIND + j] = words.kind_of(self.job.frame.bits(raw))
 
     def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
         denoiser = self.job.denoiser
         bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
-        r1, r2, r3 = [*bits, None, None][: layout.RAWS]
         p = table.p
+        assert p is not None
         if denoiser.rescale and len(table.branches) > 1:
-            weights = np.zeros(3)
-            weights[: len(table.weights)] = table.weights
-            self._reduce.guidance_scale(r1, r2, r3, weights, denoiser.rescale, p, self.p)
+            self.p[...] = p
+            self.p[:, 1:] = p[:, 1:] * cpu.guidance_scale(bits, table.weights, denoiser.rescale)[:, None]
             p = self.p
         clip = denoiser.threshold
         if clip is not None:
             x = None if table.slots[0] is None else self.buffers[table.slots[0]]
-            self._reduce.threshold(x, r1, r2, r3, p, clip.quantile, float(clip.maximum), self.limit)
+            cpu.threshold(x, bits, p, clip.quantile, clip.maximum, self.limit)
 
     def _with_noise(self, launch: Launch, z: np.ndarray) -> Launch:
         z = np.ascontiguousarray(z, self.job.dtype).reshape(self.rows)
-        return launch.replaced({self._step.NOISE: z, self._step.STREAMS: None})
+        return launch.replaced({words.NOISE: z, words.STREAMS: None})
 
     def release(self) -> None:
         """Nothing to drop: a run keeps no array of the network."""

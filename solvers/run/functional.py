@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.kernels import layout, naive, philox
+from fewstep.kernels import cpu, naive, philox
+from fewstep.kernels.launch import Launch
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.denoising import DenoiserLike
 
@@ -69,11 +70,10 @@ def _numba_stage(
     p: Array | None,
     limit: Array | None,
 ) -> list[Array]:
-    from fewstep.kernels import numba_step
-
     like = next(a for a in (*slots, *raws) if a is not None)
     new = [np.empty(like.shape, w.dtype) for _ in range(w.shape[1])]
-    numba_step.Launch(slots, raws, w, new, c_in=np.ones(1, w.dtype), z=z, p=p, limit=limit)()
+    launch = Launch(slots, raws, w, new, c_in=np.ones(1, w.dtype), z=z, p=p, limit=limit)
+    launch(cpu.stage(w.dtype.name).run)
     return new
 
 
@@ -154,35 +154,20 @@ class NumbaFunctions(Functions):
 
     backend = "numba"
 
-    def __init__(self, denoiser: DenoiserLike, frame: Frame, dtype: str, shape: Sequence[int]) -> None:
-        from fewstep.kernels import numba_noise, numba_reduce
-
-        super().__init__(denoiser, frame, dtype, shape)
-        self._noise, self._reduce = numba_noise, numba_reduce
-
     def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
         out = np.empty((len(draws), self.elements), np.float32)
         for row, stream, draw in zip(out, streams, draws, strict=True):
-            self._noise.normal_batch(row[None], stream[None], draw, domain)
+            cpu.normals(row[None], stream[None], draw, domain)
         return out.astype(self.dtype)
 
     def _guidance_scale(self, raws: Sequence[Array], weights: np.ndarray) -> float:
-        shares, p, out = np.zeros(layout.RAWS), np.array([[0.0, 1.0, 0.0, 0.0]]), np.empty((1, 4))
-        shares[: len(weights)] = weights
-        self._reduce.guidance_scale(*_three(raws), shares, self.rescale, p, out)
-        return float(out[0, 1])
+        return float(cpu.guidance_scale(raws, weights, self.rescale)[0])
 
     def _threshold(self, u: Array, raws: Sequence[Array], p: np.ndarray, quantile: float, maximum: float) -> np.ndarray:
         limit = np.zeros((len(p), 4), self.dtype)
-        self._reduce.threshold(u, *_three(raws), p, quantile, float(maximum), limit)
+        cpu.threshold(u, raws, p, quantile, maximum, limit)
         return limit
 
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
-        out = np.empty(len(error))
-        self._reduce.error_norm(error, low, before, rtol, atol, out)
-        norms: list[float] = out.tolist()
+        norms: list[float] = cpu.error_norm(error, low, before, rtol, atol).tolist()
         return norms
-
-
-def _three(raws: Sequence[Array]) -> list[Array | None]:
-    return [*raws, *[None] * (layout.RAWS - len(raws))]

@@ -22,6 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.kernels import cpu
 from fewstep.kernels.philox import BROWNIAN, check_seed, streams
 from fewstep.solvers.options import number
 from fewstep.solvers.schedule.process import FloatArray
@@ -124,8 +125,6 @@ class BrownianTree:
 
     def _path(self, level: float, shape: tuple[int, ...]) -> FloatArray:
         """W at a log-SNR, (B, n), read-only. The last two are cached, so that a sweep visits each level once."""
-        from fewstep.kernels.numba_noise import bridge_batch  # lazily: plans need no compiler
-
         batch, n = shape[0], math.prod(shape[1:])
         key = (level, batch, n)
         recent = self._recent
@@ -134,13 +133,13 @@ class BrownianTree:
                 return value
         draws, weights, stds, right = self._descent(level)
         out = np.empty((batch, n))
-        bridge_batch(out, self._streams(batch), BROWNIAN, draws, weights, stds, right)
+        cpu.bridges(out, self._streams(batch), BROWNIAN, draws, weights, stds, right)
         out.flags.writeable = False
         self._recent = (*recent[-1:], (key, out))  # one assignment: a race costs time, not correctness
         return out
 
     def _descent(self, level: float) -> tuple[NDArray[np.uint32], FloatArray, FloatArray, NDArray[np.bool_]]:
-        """The bridges from the whole range down to `level`, as the arguments of `bridge_batch`."""
+        """The bridges from the whole range down to `level`, as the arguments of `cpu.bridges`."""
         leaf = self._leaf(level)
         draws = [_FIRST, _LAST]
         weights = [0.0, 0.0]
@@ -171,10 +170,8 @@ class BrownianTree:
         return min(max(int((level - self._low) / (self._high - self._low) * leaves), 0), leaves - 1)
 
     def _clean(self, shape: tuple[int, ...]) -> FloatArray:
-        from fewstep.kernels.numba_noise import normal_batch
-
         out = np.empty((shape[0], math.prod(shape[1:])), dtype=np.float32)
-        normal_batch(out, self._streams(shape[0]), _CLEAN, BROWNIAN)
+        cpu.normals(out, self._streams(shape[0]), _CLEAN, BROWNIAN)
         return out.astype(np.float64).reshape(shape)
 
     def _streams(self, batch: int) -> NDArray[np.uint32]:

@@ -1,0 +1,233 @@
+"""The CPU kernels by name: interpreted by NumPy at first, compiled by Numba as soon as that is done, with equal bits.
+
+Compiling all takes seconds, once per machine: a cache on disk keeps the result. No call waits for it. The first use of
+a kernel asks a thread to compile it, or to load it from the cache, and calls run its NumPy twin in the meantime.
+`warmup` does the work at once, for an image build, a test, or a service before its first request.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from fewstep.kernels import interpreted
+from fewstep.kernels.launch import KINDS, kind_of
+
+
+class Kernel:
+    """One function of a Numba module. `run` calls it, or its twin of `interpreted` until it is compiled."""
+
+    def __init__(self, module: str, name: str, twin: Callable[..., None], *signatures: str, key: str = "") -> None:
+        self._module, self.name, self._key, self._signatures = module, name, key, signatures
+        self.run, self.twin = twin, twin.__name__
+        self.compiled = self._asked = False
+
+    def __repr__(self) -> str:
+        return f"{self._module}.{self.name}" + (f"[{self._key}]" if self._key else "")
+
+    def request(self) -> None:
+        """Have it compiled in the background, if nobody has asked before."""
+        if not self._asked:
+            self._asked = True
+            _BACKGROUND.submit(self)
+
+    def compile(self) -> None:
+        """Compile it, or load it from the cache, in the calling thread."""
+        with _LOCK:
+            if self.compiled:
+                return
+            reason = import_module("fewstep.kernels.numba_bits").why_unavailable()
+            if reason is not None:
+                raise ValueError(reason)
+            function = getattr(import_module(f"fewstep.kernels.{self._module}"), self.name)
+            function = function[self._key] if self._key else function
+            for signature in self._signatures:
+                function.compile(signature)
+            self.run, self.compiled, self._asked = function, True, True
+
+    def forget(self) -> None:
+        """In a forked child: the thread that was to compile it is not here."""
+        self._asked = self.compiled
+
+
+class _Background:
+    """A thread that compiles what was asked for. When the program ends, it finishes at most the kernel in work."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[Kernel] = deque()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, kernel: Kernel) -> None:
+        with self._lock:
+            self._waiting.append(kernel)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="fewstep-compile")
+                self._thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting or not threading.main_thread().is_alive():
+                    self._thread = None
+                    return
+                kernel = self._waiting.popleft()
+            try:
+                kernel.compile()
+            except Exception as error:  # the twin goes on
+                warnings.warn(f"{kernel} cannot be compiled, NumPy runs it: {error}", RuntimeWarning, stacklevel=1)
+
+
+_LOCK = threading.RLock()  # held while a kernel is compiled
+_BACKGROUND = _Background()
+
+_BATCH = "float32[:,::1], uint32[:,::1]"
+_OUTPUTS = "int64[::1], int64[::1], int64[::1], int64"
+_STAGE = "void(int64[::1], int64, int64)"
+
+STAGE = {dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype) for dtype in ("float32", "float64")}
+_NORMALS = Kernel("numba_noise", "normal_batch", interpreted.normal_batch, f"void({_BATCH}, int64, int64)")
+_BRIDGES = Kernel(
+    "numba_noise",
+    "bridge_batch",
+    interpreted.bridge_batch,
+    "void(float64[:,::1], uint32[:,::1], int64, uint32[::1], float64[::1], float64[::1], boolean[::1])",
+)
+_GUIDANCE = Kernel(
+    "numba_reduce",
+    "guidance_scale",
+    interpreted.guidance_scale,
+    f"void({_OUTPUTS}, float64[::1], float64, float64[::1])",
+)
+_THRESHOLD = Kernel(
+    "numba_reduce",
+    "threshold",
+    interpreted.threshold,
+    *(f"void(int64, {_OUTPUTS}, {s}[:,::1], float64, float64, {s}[:,::1])" for s in ("float32", "float64")),
+)
+_ERROR_NORM = Kernel(
+    "numba_reduce",
+    "error_norm",
+    interpreted.error_norm,
+    *(f"void({', '.join([f'{s}[:,::1]'] * 3)}, float64, float64, float64[::1])" for s in ("float32", "float64")),
+)
+KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _THRESHOLD, _ERROR_NORM)
+
+
+def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
+    """Compile every CPU kernel now, or load it from the cache on disk: afterwards nothing is compiled while sampling.
+
+        RUN python -c "import fewstep; fewstep.warmup()"
+
+    All solvers, dtypes and shapes share these kernels. Without this call the first runs in a new environment use the
+    slower NumPy versions, with the same results, until a thread has compiled the kernels.
+
+    progress  called with the name and the seconds of each kernel
+
+    Returns the seconds of each kernel. Raises ImportError where Numba cannot be imported, and ValueError where its
+    compiler is turned off.
+    """
+    seconds: dict[str, float] = {}
+    for kernel in KERNELS:
+        begin = time.perf_counter()
+        kernel.compile()
+        seconds[repr(kernel)] = time.perf_counter() - begin
+        if progress is not None:
+            progress(repr(kernel), seconds[repr(kernel)])
+    return seconds
+
+
+def stage(dtype: str) -> Kernel:
+    """The fused stage for states of a dtype, asked to be compiled."""
+    STAGE[dtype].request()
+    return STAGE[dtype]
+
+
+def normals(out: np.ndarray, streams: np.ndarray, draw: int, domain: int) -> None:
+    """Write the normals of each sample of a batch, see `philox`. Row i depends only on streams[i], draw and domain.
+
+    out      (B, n) float32, C-contiguous, overwritten
+    streams  (B, 3) uint32, rows (seed low, seed high, sample)
+    """
+    _NORMALS.request()
+    _NORMALS.run(out, streams, draw, domain)
+
+
+def bridges(
+    out: np.ndarray,
+    streams: np.ndarray,
+    domain: int,
+    draws: np.ndarray,
+    weights: np.ndarray,
+    stds: np.ndarray,
+    right: np.ndarray,
+) -> None:
+    """See `numba_noise.bridge_batch`."""
+    _BRIDGES.request()
+    _BRIDGES.run(out, streams, domain, draws, weights, stds, right)
+
+
+def guidance_scale(raws: Sequence[np.ndarray], weights: np.ndarray, phi: float) -> np.ndarray:
+    """The factor of guidance rescale on each sample's guided output, (B,) float64: see `naive.guidance_scale`.
+
+    raws     (B, n), 16-bit floats as their bits, the conditional output last
+    weights  (len(raws),) of the raws in the guided output
+    """
+    out = np.empty(len(raws[0]))
+    shares = np.ascontiguousarray(weights, np.float64)
+    _GUIDANCE.request()
+    _GUIDANCE.run(*_addresses(raws), raws[0].shape[1], shares, float(phi), out)
+    return out
+
+
+def threshold(
+    x: np.ndarray | None, raws: Sequence[np.ndarray], p: np.ndarray, quantile: float, maximum: float, out: np.ndarray
+) -> None:
+    """Bound and gain of dynamic thresholding in out[:, :2]: see `naive.threshold`.
+
+    x     (B, n) of the state's dtype, or None
+    raws  (B, n), 16-bit floats as their bits
+    p     (1 or B, 4) of the state's dtype
+    out   (B, 4) of the state's dtype
+    """
+    address = 0 if x is None else x.ctypes.data
+    _THRESHOLD.request()
+    _THRESHOLD.run(address, *_addresses(raws), raws[0].shape[1], p, float(quantile), float(maximum), out)
+
+
+def error_norm(error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float) -> np.ndarray:
+    """`naive.error_norm` of each sample, (B,) float64, of C-contiguous (B, n) of the state's dtype."""
+    out = np.empty(len(error))
+    _ERROR_NORM.request()
+    _ERROR_NORM.run(error, low, before, float(rtol), float(atol), out)
+    return out
+
+
+def _addresses(raws: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Addresses of C-contiguous arrays, positions in KINDS, and bytes per element."""
+    kinds = [kind_of(raw) for raw in raws]
+    sizes = [np.dtype(KINDS[kind]).itemsize for kind in kinds]
+    numbers: Any = ([raw.ctypes.data for raw in raws], kinds, sizes)
+    addresses, kinds_of, sizes_of = (np.array(row, np.int64) for row in numbers)
+    return addresses, kinds_of, sizes_of
+
+
+def _forked() -> None:
+    global _BACKGROUND
+    _LOCK.release()
+    _BACKGROUND = _Background()
+    for kernel in KERNELS:
+        kernel.forget()
+
+
+# A child must not inherit a compilation that is half done: a fork waits for the kernel in work.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_forked)

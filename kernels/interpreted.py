@@ -1,0 +1,190 @@
+"""The CPU kernels as NumPy expressions on the same arguments: what runs until Numba has compiled them.
+
+Each function takes what its compiled twin takes and gives the same bits; the stage is `naive.step` on the launch's
+memory. Bytes per element: those of `naive`. Overflow is no warning here, because it is none in compiled code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from fewstep.kernels import launch as words
+from fewstep.kernels import layout, naive, philox
+
+_INT16 = words.KINDS.index(np.int16)
+_UINT16 = words.KINDS.index(np.uint16)
+
+
+def _at(address: int, dtype: type[np.generic], *shape: int) -> np.ndarray:
+    """The array at an address."""
+    count = int(np.prod(shape))
+    memory = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
+
+
+def _floats(bits: np.ndarray) -> np.ndarray:
+    """An array as stored for a kernel, as floats: 16-bit ones from their bits."""
+    if bits.dtype == np.uint16:
+        return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return bits.view(np.float16) if bits.dtype == np.int16 else bits
+
+
+def _stored(x: np.ndarray, kind: int) -> np.ndarray:
+    """x rounded to launch.KINDS[kind]; to 16 bits from float32."""
+    if kind == _INT16:
+        return x.astype(np.float32).astype(np.float16).view(np.int16)
+    if kind != _UINT16:
+        return x.astype(words.KINDS[kind])
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # a NaN stays one
+    return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
+
+
+def stage(memory: np.ndarray, first: int, last: int) -> None:
+    """Units first .. last - 1 of a launch, see `launch.Launch`."""
+    m = memory.tolist()
+    samples, n, chunk, group = m[words.SAMPLES], m[words.ELEMENTS], m[words.CHUNK], m[words.GROUP]
+    chunks = -(-n // chunk) if group == 1 else 1
+    unit = first
+    while unit < last:
+        b = unit // chunks * group
+        if unit % chunks == 0 and unit + chunks <= last:  # whole samples
+            unit = unit + (last - unit) // chunks * chunks
+            _part(m, b, min(unit // chunks * group, samples), 0, n)
+        else:
+            lo = unit % chunks * chunk
+            _part(m, b, b + 1, lo, min(lo + chunk, n))
+            unit += 1
+
+
+def _part(m: list[int], b0: int, b1: int, lo: int, hi: int) -> None:
+    """Elements lo .. hi of samples b0 .. b1."""
+    samples, n, rows = m[words.SAMPLES], m[words.ELEMENTS], m[words.ROWS]
+    state = words.KINDS[m[words.STATE]]
+
+    def array(j: int, dtype: type[np.generic] = state) -> np.ndarray:
+        return _at(m[j], dtype, samples, n)[b0:b1, lo:hi]
+
+    def table(j: int, own: int, *shape: int) -> np.ndarray | None:
+        if not m[j]:
+            return None
+        whole = _at(m[j], state, m[own], *shape)
+        return whole[b0:b1] if m[own] > 1 else whole
+
+    slots = [array(j) if m[j] else None for j in range(layout.SLOTS)]
+    if m[0]:
+        slots[0] = _floats(array(0, words.KINDS[m[words.X_KIND]])).astype(state, copy=False)
+    raws = [
+        _floats(array(words.RAW + j, words.KINDS[m[words.RAW_KIND + j]])) if m[words.RAW + j] else None
+        for j in range(layout.RAWS)
+    ]
+    z = array(words.NOISE) if m[words.NOISE] else None
+    if m[words.STREAMS]:
+        streams = _at(m[words.STREAMS], np.uint32, samples, 3)[b0:b1]
+        z = philox.normal_rows(hi - lo, streams, m[words.DRAW], philox.STEP, lo)
+    w, c_in = table(words.W, words.OWN_W, rows, layout.COLUMNS), table(words.C_IN, words.OWN_C_IN)
+    p, limit = table(words.P, words.OWN_P, 4), table(words.LIMIT, words.OWN_LIMIT, 4)
+    assert w is not None
+    assert c_in is not None
+    present = [raw for raw in raws if raw is not None]  # the first ones: a launch has no gaps
+    with np.errstate(all="ignore"):
+        outputs = naive.step(slots, present, w, z=z, p=p, limit=limit)
+        for k, output in enumerate(outputs):
+            array(words.OUTPUT + k)[...] = output
+        scaled = outputs[0] * naive.column(c_in, outputs[0])
+        for j in range(words.INPUT, words.INPUT + layout.INPUTS):
+            if m[j]:
+                array(j, words.KINDS[m[words.MODEL]])[...] = _stored(scaled, m[words.MODEL])
+
+
+def normal_batch(out: np.ndarray, streams: np.ndarray, draw: int, domain: int) -> None:
+    out[...] = philox.normal_rows(out.shape[1], streams, draw, domain)
+
+
+def bridge_batch(
+    out: np.ndarray,
+    streams: np.ndarray,
+    domain: int,
+    draws: np.ndarray,
+    weights: np.ndarray,
+    stds: np.ndarray,
+    right: np.ndarray,
+) -> None:
+    def z(k: int) -> np.ndarray:
+        return philox.normal_rows(out.shape[1], streams, int(draws[k]), domain).astype(np.float64)
+
+    a = stds[0] * z(0)
+    b = a + stds[1] * z(1)
+    for k in range(2, len(draws)):
+        w = a + weights[k] * (b - a) + stds[k] * z(k)
+        if k == len(draws) - 1:
+            out[...] = w
+        elif right[k]:
+            a = w
+        else:
+            b = w
+
+
+def _deviation(values: np.ndarray) -> np.ndarray:
+    """The standard deviation of each row, its sums in element order."""
+    mean = np.cumsum(values, axis=1)[:, -1] / values.shape[1]
+    square = (values - mean[:, None]) ** 2
+    result: np.ndarray = np.sqrt(np.cumsum(square, axis=1)[:, -1] / values.shape[1])
+    return result
+
+
+def _outputs(raws: np.ndarray, kinds: np.ndarray, samples: int, n: int) -> list[np.ndarray]:
+    return [
+        _floats(_at(int(address), words.KINDS[kind], samples, n)) for address, kind in zip(raws, kinds, strict=True)
+    ]
+
+
+def guidance_scale(
+    raws: np.ndarray, kinds: np.ndarray, sizes: np.ndarray, n: int, weights: np.ndarray, phi: float, out: np.ndarray
+) -> None:
+    with np.errstate(all="ignore"):
+        values = [raw.astype(np.float64) for raw in _outputs(raws, kinds, len(out), n)]
+        guided = np.zeros_like(values[0])
+        for weight, value in zip(weights, values, strict=True):
+            if weight != 0.0:
+                guided = guided + weight * value
+        spread = _deviation(guided)
+        out[...] = np.where(spread != 0.0, phi * _deviation(values[-1]) / spread + (1.0 - phi), 1.0)
+
+
+def threshold(
+    x: int,
+    raws: np.ndarray,
+    kinds: np.ndarray,
+    sizes: np.ndarray,
+    n: int,
+    p: np.ndarray,
+    quantile: float,
+    maximum: float,
+    out: np.ndarray,
+) -> None:
+    like = np.empty((len(out), n), p.dtype)
+    with np.errstate(all="ignore"):
+        values = [raw.astype(p.dtype) for raw in _outputs(raws, kinds, len(out), n)]
+        m = naive.combine([_at(x, p.dtype.type, len(out), n) if x else None, *values], p, like)
+        position = quantile * (n - 1)
+        k = int(position)
+        order = np.partition(np.abs(m).astype(np.float64), k, axis=1)
+        s = order[:, k]
+        if k + 1 < n:
+            s = s + (position - k) * (order[:, k + 1 :].min(axis=1) - s)
+        s = np.minimum(np.maximum(s, 1.0), maximum)
+        out[:, 0], out[:, 1] = s, 1.0 / s
+
+
+def error_norm(
+    error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float, out: np.ndarray
+) -> None:
+    with np.errstate(all="ignore"):
+        e, a, b = (v.astype(np.float64) for v in (error, low, before))
+        delta = np.maximum(atol, rtol * np.maximum(np.abs(a), np.abs(b)))
+        share = np.where(e != 0.0, np.where(delta != 0.0, (e / delta) ** 2, np.inf), 0.0)
+        out[...] = np.sqrt(np.cumsum(share, axis=1)[:, -1] / e.shape[1])

@@ -1,0 +1,227 @@
+"""Launches of the fused stage on the CPU: the memory that one binds, and the threads that share it.
+
+The stage itself comes from `tiers`: compiled, or interpreted until it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+
+from fewstep.kernels import layout
+from fewstep.kernels.threads import threads as _workers
+
+Stage = Callable[[np.ndarray, int, int], None]
+
+# The memory of a launch is one int64 vector: the addresses of slots, raws, noise, tables, outputs and model inputs, 0
+# where absent; then the numbers of the launch.
+RAW = layout.SLOTS
+NOISE = RAW + layout.RAWS
+STREAMS, P, LIMIT, W, C_IN = range(NOISE + 1, NOISE + 6)
+OUTPUT = C_IN + 1
+INPUT = OUTPUT + layout.OUTPUTS
+ADDRESSES = INPUT + layout.INPUTS
+SAMPLES, ELEMENTS, CHUNK, GROUP, ROWS, DRAW = range(ADDRESSES, ADDRESSES + 6)
+OWN_P, OWN_LIMIT, OWN_W, OWN_C_IN = range(DRAW + 1, DRAW + 5)  # lengths of the tables' first axes
+STATE, MODEL, X_KIND = range(OWN_C_IN + 1, OWN_C_IN + 4)  # dtypes: of the state, of the model inputs, of x
+RAW_KIND = X_KIND + 1  # and of each raw
+WORDS = RAW_KIND + layout.RAWS
+
+# The dtypes of arrays; a position here stands for one. bfloat16 as uint16 and float16 as int16, their bits.
+KINDS = (np.float32, np.float64, np.uint16, np.int16)
+
+# Up to this many elements, one thread is faster than waking others.
+SERIAL_ELEMENTS = 1 << 17
+
+
+def kind_of(array: np.ndarray) -> int:
+    return KINDS.index(array.dtype.type)
+
+
+class Launch:
+    """One stage bound to its memory, for `stage(memory, 0, units)`; addresses may be replaced between calls.
+
+    Arrays are (B, elements), C-contiguous; an output must not share memory with an input.
+
+    slots    of the state's dtype (float32 or float64), x, which may be of any dtype, first; None where the column of
+             w is zero
+    raws     of the model's dtype: float32, float64, uint16 (bfloat16 bits) or int16 (float16 bits)
+    w        (1 or B, rows, COLUMNS) of the state's dtype, see `layout`
+    outputs  one per row of w, of the state's dtype, the new x first
+    inputs   of the model's dtype, each receives c_in x'
+    c_in     (1 or B,) of the state's dtype
+    z        noise from outside, of the state's dtype, or None
+    streams  (B, 3) uint32, rows (seed low, seed high, sample): noise is drawn for them, or None
+    draw     the draw number of that noise
+    p        (1 or B, 4), the prediction, or None where it is folded into w
+    limit    (1 or B, 4), rows (bound, gain, 0, 0), or None
+
+    Attributes:
+    memory  the vector that the stage takes; an address written to `memory[RAW + j]` binds another array of the same
+            shape, which the caller keeps alive until the call returns, and of dtype KINDS[memory[RAW_KIND + j]]
+    units   of the stage, which may run in any order and on any thread
+
+    Raises ValueError for more arrays than `layout` has room for.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[np.ndarray | None],
+        raws: Sequence[np.ndarray],
+        w: np.ndarray,
+        outputs: Sequence[np.ndarray],
+        inputs: Sequence[np.ndarray] = (),
+        *,
+        c_in: np.ndarray,
+        z: np.ndarray | None = None,
+        streams: np.ndarray | None = None,
+        draw: int = 0,
+        p: np.ndarray | None = None,
+        limit: np.ndarray | None = None,
+    ) -> None:
+        for name, arrays, room in (
+            ("slots", slots, layout.SLOTS),
+            ("raws", raws, layout.RAWS),
+            ("outputs", outputs, layout.OUTPUTS),
+            ("inputs", inputs, layout.INPUTS),
+        ):
+            if len(arrays) > room:
+                raise ValueError(f"a fused stage takes at most {room} {name}, got {len(arrays)}")
+        self.memory = np.zeros(WORDS, np.int64)
+        self.held: list[np.ndarray | None] = [None] * ADDRESSES
+        tables = {P: p, LIMIT: limit, W: w, C_IN: c_in}
+        given = {NOISE: z, STREAMS: streams, **tables}
+        for first, arrays in ((0, slots), (RAW, raws), (OUTPUT, outputs), (INPUT, inputs)):
+            given |= dict(enumerate(arrays, first))
+        for j, array in given.items():
+            self._hold(j, array)
+        samples, elements = outputs[0].shape
+        own = [0 if table is None else len(table) for table in tables.values()]
+        kinds = kind_of(w), kind_of(inputs[0]) if inputs else 0
+        self.memory[ROWS:X_KIND] = w.shape[1], draw, *own, *kinds
+        self.units, self.size = resize(self.memory, samples, elements), samples * elements
+
+    def _hold(self, j: int, array: np.ndarray | None) -> None:
+        self.held[j] = array  # keeps the memory alive
+        self.memory[j] = 0 if array is None else array.ctypes.data
+        if array is not None and (j == 0 or RAW <= j < NOISE):
+            self.memory[X_KIND if j == 0 else RAW_KIND + j - RAW] = kind_of(array)
+
+    def replaced(self, arrays: Mapping[int, np.ndarray | None]) -> Launch:
+        """A launch with other arrays at these addresses, of any dtype or None; it shares the rest."""
+        other = copy.copy(self)
+        other.memory, other.held = self.memory.copy(), self.held.copy()
+        for j, array in arrays.items():
+            other._hold(j, array)
+        return other
+
+    def __call__(self, stage: Stage, keep: object = None) -> None:
+        """keep: what holds the arrays alive that `memory` was pointed to."""
+        launch(stage, self.memory, self.units, self.size, (self.held, keep))
+
+
+def resize(memory: np.ndarray, samples: int, elements: int) -> int:
+    """Set the shape of a launch, and how it is split. Returns its units.
+
+    A unit is a chunk of a sample, of a multiple of 4 elements, or a group of whole samples, if they share the
+    coefficients. The chunks of a stage's arrays stay in L1, or in L2 where the arrays come from memory, which long runs
+    suit better.
+    """
+    chunk = 2048 if samples * elements <= SERIAL_ELEMENTS else 16384
+    own = max(memory[OWN_P : OWN_C_IN + 1].tolist()) > 1
+    group = 1 if own else max(1, chunk // elements)
+    memory[SAMPLES : GROUP + 1] = samples, elements, chunk, group
+    return -(-samples // group) * -(-elements // chunk)
+
+
+def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object = None) -> None:
+    """Run a stage of `count` units over `size` elements, on all cores if it is large.
+
+    Each element is computed from its own inputs only, so the split does not change a bit of the result. No share of the
+    work is running after the return, whatever interrupts it.
+
+    keep  what holds the arrays alive; every share holds it, too
+    """
+    if size <= SERIAL_ELEMENTS:
+        run(memory, 0, count)
+        return
+    workers = min(_workers(), count)
+    cuts = [count * i // workers for i in range(workers + 1)]
+    # All shares exist before the first is submitted, so that an interruption at any place knows them.
+    shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]
+    try:
+        for share in shares[1:]:
+            _pool().submit(share)
+        for share in shares:  # the pool may be busy with other work: what it has not begun is done here
+            share.run_here()
+    finally:
+        _settle(shares)
+    for share in shares:
+        if share.error is not None:
+            raise share.error
+
+
+class _Share:
+    """A range of units, for the thread that claims it first."""
+
+    def __init__(self, run: Stage, memory: np.ndarray, first: int, last: int, keep: object) -> None:
+        self._run, self._memory, self._first, self._last, self._keep = run, memory, first, last, keep
+        self._claims: list[str] = []
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+
+    def _claim(self, who: str) -> bool:
+        self._claims.append(who)  # atomic: the first claim counts
+        return self._claims[0] is who
+
+    def __call__(self) -> None:
+        """In the pool, whose threads no signal interrupts."""
+        if self._claim("pool"):
+            try:
+                self._run(self._memory, self._first, self._last)
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._done.set()
+
+    def run_here(self) -> None:
+        if self._claim("here"):
+            self._run(self._memory, self._first, self._last)
+
+    def settle(self) -> None:
+        """Wait for the pool if it runs this share; otherwise nobody will."""
+        if not self._claim("dropped") and self._claims[0] == "pool":
+            self._done.wait()
+
+
+def _settle(shares: Sequence[_Share]) -> None:
+    """Returns when no share is running or will be. An interruption meanwhile is raised afterwards."""
+    interruption: BaseException | None = None
+    settled = False
+    while not settled:
+        try:
+            for share in shares:
+                share.settle()
+            settled = True
+        except BaseException as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Worker threads. Numba's own pool must not be entered from several Python threads at once."""
+    return ThreadPoolExecutor(max(1, _workers() - 1), thread_name_prefix="fewstep")
+
+
+# A forked child inherits the pool object but not its threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,145 @@
+"""The first call of a process: interpreted until the kernels are compiled, with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fewstep as fs
+from fewstep.kernels import cpu, interpreted, philox
+
+HEAD = """
+import json, time
+import numpy as np
+import fewstep as fs
+from fewstep.kernels import cpu
+D = fs.Denoiser(lambda x, t: 0.1 * x, fs.VP.linear(), clip=1.0)
+def draw(solver="dpmpp_2m_sde", **options):
+    return fs.sample(D, shape=(2, 4, 8, 8), solver=solver, steps=6, seed=3, **options)
+"""
+
+
+def run(code: str, cache: Path, **environment: str) -> dict[str, object]:
+    """What a fresh process prints last, as JSON."""
+    own = {**os.environ, "NUMBA_CACHE_DIR": str(cache), **environment}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", HEAD + code], env=own, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.slow
+def test_the_first_sample_does_not_wait_for_a_compiler(tmp_path: Path) -> None:
+    """And the bits stay when the compiled kernels take over, here or in a process that finds them in the cache."""
+    code = """
+begin = time.perf_counter()
+first = draw()
+seconds = time.perf_counter() - begin
+interpreted = not any(kernel.compiled for kernel in cpu.KERNELS)
+while not cpu.STAGE["float32"].compiled: time.sleep(0.01)
+later = draw()
+print(json.dumps({"seconds": seconds, "interpreted": interpreted, "same": bool((first == later).all()),
+                  "sum": first.tobytes().hex()[:64]}))
+"""
+    cold = run(code, tmp_path)
+    assert cold["interpreted"]
+    assert cold["same"]
+    assert cold["seconds"] < 1.0
+    warm = run(code, tmp_path)
+    assert warm["sum"] == cold["sum"]
+    assert warm["seconds"] < 1.0
+
+
+@pytest.mark.slow
+def test_a_named_backend_and_warmup_compile_at_once(tmp_path: Path) -> None:
+    found = run(
+        """
+taken = fs.warmup()
+ready = all(kernel.compiled for kernel in cpu.KERNELS)
+again = sum(fs.warmup().values())
+print(json.dumps({"names": list(taken), "ready": ready, "again": again}))
+""",
+        tmp_path,
+    )
+    assert found["ready"]
+    assert found["names"] == [repr(kernel) for kernel in cpu.KERNELS]
+    assert found["again"] < 0.01
+    found = run(
+        "draw(backend='numba'); print(json.dumps({'ready': all(kernel.compiled for kernel in cpu.KERNELS)}))",
+        tmp_path,
+    )
+    assert found["ready"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_while_kernels_are_compiled_samples_and_ends(tmp_path: Path) -> None:
+    found = run(
+        """
+import os
+first = draw()
+read, write = os.pipe()
+if os.fork() == 0:
+    os.write(write, draw().tobytes()[:64])
+    os._exit(0)
+os.close(write)
+child = os.read(read, 64)
+os.wait()
+print(json.dumps({"same": child == first.tobytes()[:64]}))
+""",
+        tmp_path,
+    )
+    assert found["same"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("clip", [None, 0.5, fs.DynamicThreshold(0.9)])
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "unipc", "dpmpp_3m_sde", "edm"])
+def test_a_run_changes_tiers_without_changing_bits(
+    solver: str, clip: object, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guided, on an uneven shape: a swap after any step leaves the sample as it is."""
+
+    def network(x: np.ndarray, t: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        return 0.3 * x + shift[:, None].astype(x.dtype)
+
+    process = fs.VP.linear()
+    denoiser = fs.Denoiser(network, process, guidance=fs.CFG(2.5, 0.5), clip=clip)
+    cond = ({"shift": np.zeros(3)}, {"shift": np.full(3, 0.25)})
+    sampler = fs.Sampler(denoiser, fs.plan(solver, fs.grid(process, 5), dtype=dtype), (3, 37), dtype=dtype)
+    want = sampler(seed=5, cond=cond).tobytes()
+    compiled = {kernel: kernel.run for kernel in cpu.KERNELS}
+    twins = {kernel: getattr(interpreted, kernel.twin) for kernel in cpu.KERNELS}
+    for swap in range(6):
+        for kernel in cpu.KERNELS:
+            monkeypatch.setattr(kernel, "run", twins[kernel])
+
+        def change(info: fs.StepInfo, at: int = swap) -> None:
+            if info.step == at:
+                for kernel in cpu.KERNELS:
+                    monkeypatch.setattr(kernel, "run", compiled[kernel])
+
+        assert sampler(seed=5, cond=cond, callback=change).tobytes() == want
+
+
+def test_bridges_and_normals_are_the_same_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = fs.BrownianTree(11, log_snr_range=(-6.0, 6.0))
+    point = fs.VP.linear().point(400.0)
+    want = tree.path(point, (3, 41))
+    monkeypatch.setattr(cpu._BRIDGES, "run", interpreted.bridge_batch)
+    found = fs.BrownianTree(11, log_snr_range=(-6.0, 6.0)).path(point, (3, 41))
+    assert found.tobytes() == want.tobytes()
+    streams = philox.streams([5, 2**63, 9], 3)
+    out, twin = np.empty((3, 41), np.float32), np.empty((3, 41), np.float32)
+    cpu.normals(out, streams, 4, philox.STEP)
+    interpreted.normal_batch(twin, streams, 4, philox.STEP)
+    assert out.tobytes() == twin.tobytes()
