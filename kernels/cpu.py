@@ -107,11 +107,11 @@ _GUIDANCE = Kernel(
     interpreted.guidance_scale,
     f"void({_OUTPUTS}, float64[::1], float64, float64[::1])",
 )
-_THRESHOLD = Kernel(
+_MAGNITUDES = Kernel(
     "numba_reduce",
-    "threshold",
-    interpreted.threshold,
-    *(f"void(int64, {_OUTPUTS}, {s}[:,::1], float64, float64, {s}[:,::1])" for s in ("float32", "float64")),
+    "magnitudes",
+    interpreted.magnitudes,
+    *(f"void(int64, {_OUTPUTS}, {s}[:,::1], {s}[:,::1])" for s in ("float32", "float64")),
 )
 _ERROR_NORM = Kernel(
     "numba_reduce",
@@ -119,7 +119,7 @@ _ERROR_NORM = Kernel(
     interpreted.error_norm,
     *(f"void({', '.join([f'{s}[:,::1]'] * 3)}, float64, float64, float64[::1])" for s in ("float32", "float64")),
 )
-KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _THRESHOLD, _ERROR_NORM)
+KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _MAGNITUDES, _ERROR_NORM)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -198,9 +198,18 @@ def threshold(
     p     (1 or B, 4) of the state's dtype
     out   (B, 4) of the state's dtype
     """
-    address = 0 if x is None else x.ctypes.data
-    _THRESHOLD.request()
-    _THRESHOLD.run(address, *_addresses(raws), raws[0].shape[1], p, float(quantile), float(maximum), out)
+    n = raws[0].shape[1]
+    m = np.empty(raws[0].shape, p.dtype)
+    _MAGNITUDES.request()
+    _MAGNITUDES.run(0 if x is None else x.ctypes.data, *_addresses(raws), n, p, m)
+    position = quantile * (n - 1)
+    k = int(position)
+    m.partition(k, axis=1)
+    s = m[:, k].astype(np.float64)
+    if k + 1 < n:  # interpolate to the next larger value; partition leaves these unsorted
+        s += (position - k) * (m[:, k + 1 :].min(axis=1) - s)
+    s = np.minimum(np.maximum(s, 1.0), maximum)
+    out[:, 0], out[:, 1] = s, 1.0 / s
 
 
 def error_norm(error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float) -> np.ndarray:

@@ -155,29 +155,12 @@ def guidance_scale(
         out[...] = np.where(spread != 0.0, phi * _deviation(values[-1]) / spread + (1.0 - phi), 1.0)
 
 
-def threshold(
-    x: int,
-    raws: np.ndarray,
-    kinds: np.ndarray,
-    sizes: np.ndarray,
-    n: int,
-    p: np.ndarray,
-    quantile: float,
-    maximum: float,
-    out: np.ndarray,
+def magnitudes(
+    x: int, raws: np.ndarray, kinds: np.ndarray, sizes: np.ndarray, n: int, p: np.ndarray, out: np.ndarray
 ) -> None:
-    like = np.empty((len(out), n), p.dtype)
     with np.errstate(all="ignore"):
         values = [raw.astype(p.dtype) for raw in _outputs(raws, kinds, len(out), n)]
-        m = naive.combine([_at(x, p.dtype.type, len(out), n) if x else None, *values], p, like)
-        position = quantile * (n - 1)
-        k = int(position)
-        order = np.partition(np.abs(m).astype(np.float64), k, axis=1)
-        s = order[:, k]
-        if k + 1 < n:
-            s = s + (position - k) * (order[:, k + 1 :].min(axis=1) - s)
-        s = np.minimum(np.maximum(s, 1.0), maximum)
-        out[:, 0], out[:, 1] = s, 1.0 / s
+        out[...] = np.abs(naive.combine([_at(x, p.dtype.type, len(out), n) if x else None, *values], p, out))
 
 
 def error_norm(

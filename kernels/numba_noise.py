@@ -127,9 +127,18 @@ def normal_batch(out, streams, draw, domain):
             size = min(CHUNK, n - lo)
             whole = size % 4 == 0
             part = out[i, lo : lo + size] if whole else last
-            fill_blocks(part, (size + 3) // 4, lo, streams[i, 0], streams[i, 1], streams[i, 2], draw, domain)
-            if not whole:
-                out[i, lo : lo + size] = last[:size]
+            fill_blocks(
+                part,
+                (size + 3) // 4,
+                lo,
+                streams[i, 0],
+                streams[i, 1],
+                streams[i, 2],
+                np.uint32(draw),
+                np.uint32(domain),
+            )
+            for j in range(0 if whole else size):  # a loop: the copy of a slice takes longer to compile
+                out[i, lo + j] = last[j]
 
 
 @jit()
@@ -157,15 +166,15 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
             part = out[i, lo : min(lo + CHUNK, n)]
             m = len(part)
             blocks = (m + 3) // 4
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], domain)
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], np.uint32(domain))
             for j in range(m):
                 a[j] = stds[0] * z[j]
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], domain)
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], np.uint32(domain))
             for j in range(m):
                 b[j] = a[j] + stds[1] * z[j]
             for k in range(2, last + 1):
                 weight, std = weights[k], stds[k]
                 target = part if k == last else (a if right[k] else b)
-                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], domain)
+                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], np.uint32(domain))
                 for j in range(m):
                     target[j] = a[j] + weight * (b[j] - a[j]) + std * z[j]

@@ -1,8 +1,8 @@
 """Per-sample reductions on the CPU: the numbers of a whole sample that a stage needs before it can map elements.
 
-Bytes per element: each input once at its own size, and the sample's float64 scratch (16 for guidance rescale, 8 for a
-threshold, none for an error norm), which is read again; a few numbers are written per sample. Sums are in float64 in
-element order, so a sample's numbers do not depend on the batch.
+Bytes per element: each input once at its own size; guidance rescale reads and writes 16 of scratch, magnitudes write the
+state's size, an error norm writes a number per sample. Sums are in float64 in element order, so a sample's numbers do
+not depend on the batch.
 
 Network outputs come as addresses and positions in `launch.KINDS`, so that all their dtypes share one compiled function.
 """
@@ -54,38 +54,27 @@ def guidance_scale(raws, kinds, sizes, n, weights, phi, out):
 
 
 @jit()
-def threshold(x, raws, kinds, sizes, n, p, quantile, maximum, out):
-    """out[b, :2] = (s, 1 / s), s the quantile of |m|, clamped to 1 .. maximum (Saharia et al. 2022, section 2.3).
+def magnitudes(x, raws, kinds, sizes, n, p, out):
+    """out[b] = |m|, m = p · [x, raws], the x0 prediction of sample b, computed in the state's dtype.
 
     x      the address of (B, n) of the state's dtype, or 0
     raws   as in `guidance_scale`
     p      (1 or B, 4) of the state's dtype
-    out    (B, 4) of the state's dtype
+    out    (B, n) of the state's dtype, overwritten
     """
-    dtype = p.dtype.type
-    size, width = np.empty(n), p.itemsize
-    m, scratch = np.empty(n, dtype), np.empty((_RAWS, n), dtype)
+    scratch = np.empty((_RAWS, n), p.dtype)
     flat, counts = p.reshape(-1), np.zeros(1, np.int64)
-    c, source = np.empty((1, layout.COLUMNS), dtype), np.zeros((1, layout.COLUMNS), np.int64)
-    at = np.zeros(layout.COLUMNS, np.int64)
-    position = quantile * (n - 1)
-    k = int(position)
+    c, source = np.empty((1, layout.COLUMNS), p.dtype), np.zeros((1, layout.COLUMNS), np.int64)
+    at, row = np.zeros(layout.COLUMNS, np.int64), len(c) - 1
     for b in range(len(out)):
-        at[0] = x + b * n * width if x != 0 else 0
+        at[0] = x + b * n * p.itemsize if x != 0 else 0
         for j in range(len(raws)):
             load(raws[j] + b * n * sizes[j], kinds[j], scratch[j])
-            at[_SLOTS + j] = scratch[j].ctypes.data
+            at[_SLOTS + j] = scratch.ctypes.data + j * n * p.itemsize
         prediction_terms(flat, b if len(p) > 1 else 0, at, counts, c, source)
-        combine(m.ctypes.data, n, 0, counts, c, source, at)
+        combine(out.ctypes.data + b * n * p.itemsize, n, row, counts, c, source, at)
         for i in range(n):
-            size[i] = abs(m[i])
-        order = np.partition(size, k)
-        s = order[k]
-        if k + 1 < n:  # interpolate to the next larger value; partition leaves these unsorted
-            s += (position - k) * (order[k + 1 :].min() - s)
-        s = min(max(s, 1.0), maximum)
-        out[b, 0] = s
-        out[b, 1] = 1.0 / s
+            out[b, i] = abs(out[b, i])
 
 
 @jit()

@@ -118,17 +118,17 @@ def combine(address, n, row, counts, c, source, at):
 
 
 @jit()
-def _combine_scaled(address, scaled, scale, n, row, counts, c, source, at):
-    """`combine` of 1 .. 6 terms, and `scale` times the result at another address."""
+def _combine_scaled(address, scaled, scale, n, counts, c, source, at):
+    """`combine` of the first row, which has 1 .. 6 terms, and `scale` times the result at another address."""
     dtype = c.dtype.type
     zero = dtype(0.0)
-    out, q, count = carray(pointer(address, dtype), (n,)), carray(pointer(scaled, dtype), (n,)), counts[row]
-    a0, c0 = carray(pointer(at[source[row, 0]], dtype), (n,)), c[row, 0]
-    a1, c1 = carray(pointer(at[source[row, 1]], dtype), (n,)), c[row, 1]
-    a2, c2 = carray(pointer(at[source[row, 2]], dtype), (n,)), c[row, 2]
-    a3, c3 = carray(pointer(at[source[row, 3]], dtype), (n,)), c[row, 3]
-    a4, c4 = carray(pointer(at[source[row, 4]], dtype), (n,)), c[row, 4]
-    a5, c5 = carray(pointer(at[source[row, 5]], dtype), (n,)), c[row, 5]
+    out, q, count = carray(pointer(address, dtype), (n,)), carray(pointer(scaled, dtype), (n,)), counts[0]
+    a0, c0 = carray(pointer(at[source[0, 0]], dtype), (n,)), c[0, 0]
+    a1, c1 = carray(pointer(at[source[0, 1]], dtype), (n,)), c[0, 1]
+    a2, c2 = carray(pointer(at[source[0, 2]], dtype), (n,)), c[0, 2]
+    a3, c3 = carray(pointer(at[source[0, 3]], dtype), (n,)), c[0, 3]
+    a4, c4 = carray(pointer(at[source[0, 4]], dtype), (n,)), c[0, 4]
+    a5, c5 = carray(pointer(at[source[0, 5]], dtype), (n,)), c[0, 5]
     if count == 1:
         for i in range(n):
             v = zero + c0 * a0[i]
@@ -162,18 +162,18 @@ def _combine_scaled(address, scaled, scale, n, row, counts, c, source, at):
 
 
 @jit()
-def _combine_pair(address, other, scaled, scale, n, row, second, counts, c, source, at):
-    """`_combine_scaled` of two rows of 2 .. 6 terms with the same sources, which are read once."""
+def _combine_pair(address, other, scaled, scale, n, second, counts, c, source, at):
+    """`_combine_scaled` with row `second` besides, which has the same sources: they are read once. 2 .. 6 terms."""
     dtype = c.dtype.type
     zero = dtype(0.0)
-    out, q, count = carray(pointer(address, dtype), (n,)), carray(pointer(scaled, dtype), (n,)), counts[row]
+    out, q, count = carray(pointer(address, dtype), (n,)), carray(pointer(scaled, dtype), (n,)), counts[0]
     out2 = carray(pointer(other, dtype), (n,))
-    a0, c0 = carray(pointer(at[source[row, 0]], dtype), (n,)), c[row, 0]
-    a1, c1 = carray(pointer(at[source[row, 1]], dtype), (n,)), c[row, 1]
-    a2, c2 = carray(pointer(at[source[row, 2]], dtype), (n,)), c[row, 2]
-    a3, c3 = carray(pointer(at[source[row, 3]], dtype), (n,)), c[row, 3]
-    a4, c4 = carray(pointer(at[source[row, 4]], dtype), (n,)), c[row, 4]
-    a5, c5 = carray(pointer(at[source[row, 5]], dtype), (n,)), c[row, 5]
+    a0, c0 = carray(pointer(at[source[0, 0]], dtype), (n,)), c[0, 0]
+    a1, c1 = carray(pointer(at[source[0, 1]], dtype), (n,)), c[0, 1]
+    a2, c2 = carray(pointer(at[source[0, 2]], dtype), (n,)), c[0, 2]
+    a3, c3 = carray(pointer(at[source[0, 3]], dtype), (n,)), c[0, 3]
+    a4, c4 = carray(pointer(at[source[0, 4]], dtype), (n,)), c[0, 4]
+    a5, c5 = carray(pointer(at[source[0, 5]], dtype), (n,)), c[0, 5]
     d0 = c[second, 0]
     d1 = c[second, 1]
     d2 = c[second, 2]
@@ -276,25 +276,24 @@ def _stage(dtype, size):
         for j in range(_PREDICTION):
             present[j] = memory[j]
         present[_PREDICTION], present[_PREDICTION + 1] = memory[words.P], memory[words.NOISE] | memory[words.STREAMS]
-        if own_w == 1:
-            for k in range(rows):
-                _terms(w, k * _COLUMNS, k, present, counts, c, source)
-        if own_p == 1:
-            prediction_terms(p, 0, present, counts, c, source)
         scales = memory[words.INPUT] != 0 and model == own_kind
-        twin = 0  # a row that reads what the first one reads
-        if own_w == 1 and 2 <= counts[0] <= 6:
-            for k in range(1, rows):
-                same = counts[k] == counts[0]
-                for j in range(counts[0]):
-                    same = same and source[k, j] == source[0, j]
-                if same:
-                    twin = k
+        twin = np.int64(0)  # a row that reads what the first one reads
+        x0_row = len(c) - 1
         for unit in range(first, last):
             b = unit // chunks * group
             lo = unit % chunks * chunk
             m = min(n - lo, chunk) if group == 1 else min(group, samples - b) * n
             offset = b * n + lo
+            if own_w > 1 or unit == first:
+                for k in range(rows):
+                    _terms(w, (b * rows + k if own_w > 1 else k) * _COLUMNS, k, present, counts, c, source)
+                    same = k > 0 and counts[k] == counts[0] and 2 <= counts[0] <= 6
+                    for j in range(counts[0] if same else 0):
+                        same = same and source[k, j] == source[0, j]
+                    if same and own_w == 1:
+                        twin = k
+            if own_p > 1 or (own_p == 1 and unit == first):
+                prediction_terms(p, b if own_p > 1 else 0, present, counts, c, source)
             for j in range(_PREDICTION):
                 at[j] = memory[j] + offset * size
             if converts:
@@ -310,7 +309,7 @@ def _stage(dtype, size):
                 for k in range(max(m // n, 1)):
                     s = b + k
                     fill_blocks(normals[k * n :], (min(n, m) + 3) // 4, lo, streams[s, 0], streams[s, 1], streams[s, 2],
-                                np.uint32(memory[words.DRAW]), STEP)  # fmt: skip
+                                np.uint32(memory[words.DRAW]), np.uint32(STEP))  # fmt: skip
                 at[_PREDICTION + 1] = normals.ctypes.data
                 if size == 8:
                     at[_PREDICTION + 1] = kept + (_RAWS + 2) * room * size
@@ -318,9 +317,7 @@ def _stage(dtype, size):
                     for i in range(m):
                         z[i] = normals[i]
             if predicts:
-                if own_p > 1:
-                    prediction_terms(p, b, present, counts, c, source)
-                combine(at[_PREDICTION], m, _OUTPUTS, counts, c, source, at)
+                combine(at[_PREDICTION], m, x0_row, counts, c, source, at)
                 if own_limit > 0:
                     x0 = carray(pointer(at[_PREDICTION], dtype), (m,))
                     j = 4 * b if own_limit > 1 else 0
@@ -330,18 +327,15 @@ def _stage(dtype, size):
                         v = bound if v > bound else v
                         v = -bound if v < -bound else v
                         x0[i] = v * gain
-            if own_w > 1:
-                for k in range(rows):
-                    _terms(w, (b * rows + k) * _COLUMNS, k, present, counts, c, source)
             scale, done = c_in[b if own_c_in > 1 else 0], 0
             new, scaled = memory[words.OUTPUT] + offset * size, memory[words.INPUT] + offset * size
             if scales and 0 < counts[0] <= 6:  # the first row with the first model input
                 done = 1
                 if twin > 0:
                     other = memory[words.OUTPUT + twin] + offset * size
-                    _combine_pair(new, other, scaled, scale, m, 0, twin, counts, c, source, at)
+                    _combine_pair(new, other, scaled, scale, m, twin, counts, c, source, at)
                 else:
-                    _combine_scaled(new, scaled, scale, m, 0, counts, c, source, at)
+                    _combine_scaled(new, scaled, scale, m, counts, c, source, at)
             for k in range(done, rows):
                 if k != twin or done == 0:
                     combine(memory[words.OUTPUT + k] + offset * size, m, k, counts, c, source, at)

@@ -31,10 +31,10 @@ def rescale_noise_cfg(cfg: torch.Tensor, text: torch.Tensor, phi: float) -> torc
 def both(run: Callable[[], np.ndarray]) -> np.ndarray:
     """What a kernel returns compiled, after a check that it returns the same bits interpreted."""
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in (cpu._GUIDANCE, cpu._THRESHOLD, cpu._ERROR_NORM):
+        for kernel in (cpu._GUIDANCE, cpu._MAGNITUDES, cpu._ERROR_NORM):
             kernel.compile()
         compiled = run()
-        for kernel in (cpu._GUIDANCE, cpu._THRESHOLD, cpu._ERROR_NORM):
+        for kernel in (cpu._GUIDANCE, cpu._MAGNITUDES, cpu._ERROR_NORM):
             patch.setattr(kernel, "run", getattr(interpreted, kernel.twin))
         assert run().tobytes() == compiled.tobytes()
     return compiled
