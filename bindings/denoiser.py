@@ -347,9 +347,11 @@ class Denoiser:
 
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
+        model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
+        if cond is None and self.guidance is None:
+            return lambda branches, x_in, t: (model(x_in, t),)
         conds = self.conditions(cond)
         check_arrays(conds, frame, batch, nested=False)
-        model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
         if len(conds) == 1:
             (own,) = conds
             return lambda branches, x_in, t: (model(x_in, t, **own),)

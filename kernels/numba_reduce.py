@@ -1,6 +1,6 @@
 """Per-sample reductions on the CPU: the numbers of a whole sample that a stage needs before it can map elements.
 
-Bytes per element: each input once at its own size; guidance rescale reads and writes 16 of scratch, magnitudes write the
+Bytes per element: each input once at its own size; guidance rescale moves 16 of scratch, magnitudes write the
 state's size, an error norm writes a number per sample. Sums are in float64 in element order, so a sample's numbers do
 not depend on the batch.
 

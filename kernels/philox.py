@@ -99,6 +99,13 @@ def check_seed(seed: object, name: str = "seed") -> int:
     return value
 
 
+def check_streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_sample: int = 0) -> None:
+    """Raises what `streams` raises, for a call that draws nothing."""
+    if type(seed) is int and 0 <= seed <= MASK and type(first_sample) is int and 0 <= first_sample <= MASK - batch:
+        return  # the common case, for less than a microsecond
+    streams(seed, batch, first_sample)
+
+
 def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_sample: int = 0) -> U32:
     """The noise streams of a batch.
 

@@ -25,8 +25,11 @@ class Converter:
     def latent(self, x: Array, outer: Frame) -> Array:
         """A latent (B, ...) for `Run.begin`: NumPy (B, elements) for the CPU kernels, else the model's library."""
         if self.backend == "numba":
-            values = x.detach().to(getattr(outer.torch, self.dtype)).numpy() if isinstance(outer, TorchFrame) else x
-            return np.asarray(values).reshape(len(x), -1)
+            if isinstance(outer, TorchFrame):
+                if outer.dtype_of(x) != self.dtype:
+                    x = x.to(getattr(outer.torch, self.dtype))
+                x = x.numpy(force=x.requires_grad or x.is_neg())
+            return x.reshape(len(x), -1)
         if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
             return x.to(getattr(outer.torch, self.dtype))
         return self.model.array(outer.to_numpy(x), self.dtype)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fewstep.kernels import cpu, layout, naive, philox
+from fewstep.kernels import cpu, naive, philox
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import Launch
 from fewstep.solvers.plans.program import Program
@@ -121,11 +121,13 @@ class FusedRun:
         ends = np.cumsum([len(t) for t in job.times]).tolist()
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         # Looked up once: a small step would notice.
-        self._fresh, self._address, self._raw_at = job.frame.fresh, job.frame.address, words.RAW
+        self._fresh, self._address = job.frame.fresh, job.frame.address
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
-        self.raw_dtypes: list[object] = [...] * layout.RAWS  # of the network outputs checked last
+        self.raw_dtypes: list[object] = [...] * words.NOISE  # of the network outputs checked last, by their words
+        # Stages that need nothing of the network's outputs but their addresses.
+        self.plain = [table.p is None and table.variance is None for table in job.tables]
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
         self.stage = cpu.stage(job.dtype)  # runs without compiled code until that is ready
@@ -178,25 +180,39 @@ class FusedRun:
             np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
         else:
             np.copyto(buffer, x)
-        (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
+        if z is None and self.serial:
+            self.stage.run(self.init.memory, 0, self.init.units)
+        else:
+            (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         return self._fresh(self.views[k]), self._fresh(self.t[k])
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
-        job, table, launch, shape = self.job, self.tables[k], self.launches[k], self.shape
-        variance = None
+        launch, shape, variance = self.launches[k], self.shape, None
+        memory = launch.memory
         if self.variance:
-            raws, variance = job.predictions(raws)
-        held = []  # keeps the outputs alive until the launch has finished
-        at = self._raw_at
-        for j, raw in enumerate(raws):
+            raws, variance = self.job.predictions(raws)
+        held = raws  # keeps the outputs, or their copies, alive until the launch has finished
+        for j, raw in enumerate(raws, words.RAW):
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != shape:
-                check_output(raw, shape, job.frame)
+                check_output(raw, shape, self.job.frame)
                 self._expect(j, raw)
-            launch.memory[at + j], kept = self._address(raw)
-            held.append(kept)
+            memory[j], kept = self._address(raw)
+            if kept is not raw:
+                held = (*held, kept)
+        if self.plain[k] and z is None:
+            if self.serial:  # at small sizes a Python call matters
+                self.stage.run(memory, 0, launch.units)
+                return
+        else:
+            launch = self._special(k, raws, z, variance)
+        launch(self.stage.run, held)
+
+    def _special(self, k: int, raws: Sequence[Array], z: np.ndarray | None, variance: Array | None) -> Launch:
+        """The launch of a stage whose numbers depend on the network's outputs, or with noise from outside."""
+        job, table, launch = self.job, self.tables[k], self.launches[k]
         if table.p is not None:
             self._reduce_stage(table, raws)
         if table.variance is not None and table.draw is not None:
@@ -204,18 +220,13 @@ class FusedRun:
                 cpu.normals(self.latent, self.streams, table.draw, philox.STEP)
                 z = self.latent.reshape(job.shape)
             z = z * job.denoiser.noise_factor(job.frame.to_numpy(variance), table.variance)
-        if z is not None:
-            launch = self._with_noise(launch, z)
-        if self.serial:  # the compiled function itself: at small sizes a Python call matters
-            self.stage.run(launch.memory, 0, launch.units)
-        else:
-            launch(self.stage.run, held)
+        return launch if z is None else self._with_noise(launch, z)
 
     def _expect(self, j: int, raw: Array) -> None:
         """Set the expected dtype of network output j to that of `raw`."""
         self.raw_dtypes[j] = raw.dtype
         for launch in self.launches:
-            launch.memory[words.RAW_KIND + j] = words.kind_of(self.job.frame.bits(raw))
+            launch.memory[words.RAW_KIND + j - words.RAW] = words.kind_of(self.job.frame.bits(raw))
 
     def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
         denoiser = self.job.denoiser

@@ -175,7 +175,7 @@ class Sampler:
         elif plan is not None or guidance is not ...:
             new = self.prepare(plan, guidance=guidance)
         if seed is not ... and seed is not None:
-            philox.streams(seed, self.shape[0], 0)
+            philox.check_streams(seed, self.shape[0])
         if cond is not ... and cond is not None:
             new.denoiser.bind(self.frame, self.shape[0], cond)
         self._seed = self._seed if seed is ... else seed
@@ -234,7 +234,7 @@ class Sampler:
         if x is None or (plan.stochastic and noise is None):
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
-            philox.streams(seed, self.shape[0], first_sample)  # checks the seed
+            philox.check_streams(seed, self.shape[0], first_sample)
         kept = callback is not None
         space = now.take(kept)
         try:

@@ -79,10 +79,7 @@ class Limits:
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
         """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
         square = self.result**2
-        for raw in outputs:
-            if not _mean_square(_flat(raw)[:_LOOK]) <= square:
-                return False
-        return _mean_square(_flat(x)) <= square
+        return all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs) and _mean_square(_flat(x)) <= square
 
 
 def report(
