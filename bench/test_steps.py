@@ -94,19 +94,45 @@ def test_import_beside_numpy(benchmark, report):
     benchmark.pedantic(lambda: seconds_of(timed.format("fewstep")), rounds=3)
 
 
-def test_first_step_with_a_warm_cache(benchmark, report):
-    code = """
-import time
-t = time.perf_counter()
+FIRST = """
+import os, time
 import numpy as np, fewstep as fs
 denoiser = fs.Denoiser(lambda x, t: 0.1 * x, fs.VP.linear())
-fs.sample(denoiser, np.ones((1, 4, 8, 8), np.float32), steps=1)
-print(time.perf_counter() - t)
+begin = time.perf_counter()
+fs.sample(denoiser, shape=(1, 4, 8, 8), solver="{}", steps=20, seed=0, dtype="{}")
+print(time.perf_counter() - begin, flush=True)
+os._exit(0)  # without the rest of the compilation
 """
-    seconds_of(code)
-    a = statistics.median(seconds_of(code) for _ in range(5))
-    report("first step, compiled kernels on disk", a, 1.0, a, ("<=", 1.0), "s")
-    benchmark.pedantic(lambda: seconds_of(code), rounds=2)
+THEIR_FIRST = """
+import time
+import torch, diffusers
+scheduler = diffusers.UniPCMultistepScheduler()
+begin = time.perf_counter()
+scheduler.set_timesteps(20)
+x = torch.zeros(1, 4, 8, 8)
+for t in scheduler.timesteps:
+    x = scheduler.step(0.1 * x, t, x).prev_sample
+print(time.perf_counter() - begin)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "edm", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_first_sample_without_compiled_kernels(solver, dtype, benchmark, report, tmp_path, monkeypatch):
+    """A fresh process after its imports, an empty cache, 20 steps: beside diffusers' first run of UniPC."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    pairs = [(seconds_of(FIRST.format(solver, dtype)), seconds_of(THEIR_FIRST)) for _ in range(3)]
+    a, b = (statistics.median(s) for s in zip(*pairs, strict=True))
+    report(f"first sample, {solver} {dtype}, nothing compiled", a, b, a, ("<=", 1.0), "s")
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+def test_first_sample_with_kernels_on_disk(benchmark, report):
+    subprocess.run([sys.executable, "-c", "import fewstep; fewstep.warmup()"], check=True)
+    a = statistics.median(seconds_of(FIRST.format("dpmpp_2m", "float32")) for _ in range(5))
+    report("first sample, dpmpp_2m float32, compiled kernels on disk", a, 0.3, a, ("<=", 0.3), "s")
+    benchmark.pedantic(lambda: None, rounds=1)
 
 
 def test_memory_is_flat_over_a_hundred_thousand_steps(benchmark, report):
