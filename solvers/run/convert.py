@@ -28,7 +28,10 @@ class Converter:
             if isinstance(outer, TorchFrame):
                 if outer.dtype_of(x) != self.dtype:
                     x = x.to(getattr(outer.torch, self.dtype))
-                x = x.numpy(force=x.requires_grad or x.is_neg())
+                try:
+                    x = x.numpy()
+                except RuntimeError:  # it requires grad, or is a negative view
+                    x = x.numpy(force=True)
             return x.reshape(len(x), -1)
         if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
             return x.to(getattr(outer.torch, self.dtype))
@@ -48,15 +51,15 @@ class Converter:
 
     def result(self, values: Array, outer: Frame | None, dtype: str | None, out: Array | None = None) -> Array:
         """A run's sample as a new array of the caller's library, or written to `out`; dtype defaults to the state's."""
+        dtype = dtype or self.dtype
+        if out is None and isinstance(values, np.ndarray) and dtype != "bfloat16":
+            return (outer or self.model).wrap(values.astype(dtype))  # a copy: the run reuses its memory
         values = self.outside(values, outer)
         if isinstance(out, np.ndarray):
             np.copyto(out, values)
             return out
         if out is not None:
             return out.copy_(values)
-        dtype = dtype or self.dtype
-        if isinstance(values, np.ndarray):
-            return values.astype(dtype)  # a copy: the run reuses its memory
         import torch
 
         copied = values if self.backend == "naive" else values.clone()

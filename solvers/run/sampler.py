@@ -355,4 +355,7 @@ def _wants_grad(x: Array, frame: Frame | None) -> bool:
         return False
     if x.requires_grad and frame.torch.is_grad_enabled():
         return True
-    return frame.torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    forward = frame.torch.autograd.forward_ad
+    if getattr(forward, "_current_level", 0) < 0:  # outside of `dual_level`, tensors have no tangents
+        return False
+    return forward.unpack_dual(x).tangent is not None

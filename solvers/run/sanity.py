@@ -143,7 +143,7 @@ def _flat(x: Array) -> Array:
 
 
 def _mean_square(flat: Array) -> float:
-    return float(flat @ flat) / len(flat)
+    return float(flat.dot(flat)) / len(flat)
 
 
 def _rms(x: Array) -> float:
