@@ -68,7 +68,7 @@ class Launch:
             shape, which the caller keeps alive until the call returns, and of dtype KINDS[memory[RAW_KIND + j]]
     units   of the stage, which may run in any order and on any thread
 
-    Raises ValueError for more arrays than `layout` has room for.
+    Raises ValueError for more arrays than `layout` has room for, or of a dtype that the stage does not read.
     """
 
     def __init__(
@@ -94,6 +94,9 @@ class Launch:
         ):
             if len(arrays) > room:
                 raise ValueError(f"a fused stage takes at most {room} {name}, got {len(arrays)}")
+        for array in (*slots[1:], *outputs, c_in, z, p, limit):
+            if array is not None and array.dtype != w.dtype:
+                raise ValueError(f"a fused stage on {w.dtype} got a slot, an output or a table of {array.dtype}")
         self.memory = np.zeros(WORDS, np.int64)
         self.held: list[np.ndarray | None] = [None] * ADDRESSES
         tables = {P: p, LIMIT: limit, W: w, C_IN: c_in}

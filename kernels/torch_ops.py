@@ -183,13 +183,13 @@ def _on_cpu(
     states = outputs[:-1] if copies else outputs
     inputs = np.split(_rows(outputs[-1]), copies) if copies else []
     launch = Launch(
-        [None if s is None else _rows(s) for s in _ordered(slots, columns)],
+        [None if s is None else _rows(s.to(w.dtype)) for s in _ordered(slots, columns)],
         [_rows(raw) for raw in raws],
         w.detach().contiguous().numpy(),
         [_rows(out) for out in states],
         inputs,
         c_in=c_in.detach().contiguous().numpy(),
-        z=None if z is None else _rows(z),
+        z=None if z is None else _rows(z.to(w.dtype)),
         p=None if p is None else p.detach().contiguous().numpy(),
         limit=None if limit is None else limit.detach().contiguous().numpy(),
     )

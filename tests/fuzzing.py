@@ -338,6 +338,7 @@ WITHOUT = {
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",
+    "warmup": "its one parameter is called between compilations; test_cold.py",
     "load_range": "reads with the functions of load_plan",
     "Mapped InLibrary": "what the functions below return and read",
     "from_diffusers": "takes a scheduler of diffusers: test_maps.py",

@@ -372,3 +372,12 @@ def test_too_many_arrays(name: str, count: int, room: int) -> None:
     w = np.zeros((1, 1, layout.COLUMNS), np.float32)
     with pytest.raises(ValueError, match=f"at most {room} {name}, got {count}"):
         Launch(**given_, w=w, c_in=np.ones(1, np.float32))
+
+
+@pytest.mark.parametrize("name", ["slots", "outputs", "c_in", "z"])
+def test_an_array_of_another_dtype(name: str) -> None:
+    a, other = np.zeros((1, 4), np.float32), np.zeros((1, 4))
+    given_: dict[str, Any] = {"slots": [a, a], "outputs": [a], "c_in": np.ones(1, np.float32), "z": a}
+    given_[name] = [a, other][-len(given_[name]) :] if isinstance(given_[name], list) else given_[name].astype(float)
+    with pytest.raises(ValueError, match="stage on float32 got a slot, an output or a table of float64"):
+        Launch(raws=[a], w=np.zeros((1, 1, layout.COLUMNS), np.float32), **given_)

@@ -96,7 +96,7 @@ def test_without_the_compiler_auto_is_naive_and_says_so_once(expected: list[floa
     assert "NUMBA_DISABLE_JIT" in said
 
 
-@pytest.mark.parametrize("call", ["fs.sample(D, shape=(1, 2), seed=0, backend='numba')", "numba_reduce.threshold()"])
+@pytest.mark.parametrize("call", ["fs.sample(D, shape=(1, 2), seed=0, backend='numba')", "numba_reduce.error_norm()"])
 def test_what_needs_the_compiler_is_refused_in_one_sentence(call: str) -> None:
     code = f"{RUN.split('for ')[0]}from fewstep.kernels import numba_reduce\ntry: {call}\n"
     done = python(f"{code}except ValueError as error: print(error)", NUMBA_DISABLE_JIT="1")
