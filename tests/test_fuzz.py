@@ -114,11 +114,16 @@ def test_numba_is_naive_to_the_bit(
         try:
             # Without checks: some plans rightly warn that their samples are far too large.
             sampler = fs.Sampler(denoiser, plan, shape, backend=backend, dtype=dtype, check=False)
-            runs.append(sampler(x, seed=seed, cond=cond))
+            with np.errstate(over="ignore"):  # of a half-precision input
+                runs.append(sampler(x, seed=seed, cond=cond))
         except ValueError as error:  # the prediction, or a half-precision input, does not allow this plan
             runs.append(str(error))
+    # The oracle adds a sample up in another order and interpolates a quantile by another formula, in float64.
+    reduced = getattr(guidance, "rescale", 0.0) or isinstance(clip, fs.DynamicThreshold)
     if isinstance(runs[0], str):
         assert runs[0] == runs[1]
+    elif reduced and dtype == "float64":
+        np.testing.assert_allclose(*runs, rtol=1e-11, atol=1e-11 * np.abs(runs[0]).max())
     else:
         assert runs[0].tobytes() == runs[1].tobytes()
 

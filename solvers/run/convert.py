@@ -60,6 +60,8 @@ class Converter:
             return out
         if out is not None:
             return out.copy_(values)
+        if isinstance(values, np.ndarray):  # of a torch run, for a caller of NumPy
+            return values.astype(dtype)
         import torch
 
         copied = values if self.backend == "naive" else values.clone()
