@@ -120,6 +120,11 @@ class Grid:
             return _fixed(-np.log(self.ratio))
 
     @cached_property
+    def lams(self) -> tuple[float, ...]:
+        """`lam` as Python floats, for arithmetic of single steps."""
+        return tuple(self.lam.tolist())
+
+    @cached_property
     def points(self) -> tuple[Point, ...]:
         """The points as Python floats, noisiest first."""
         values = zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)
