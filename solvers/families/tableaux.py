@@ -25,7 +25,7 @@ class Tableau:
     b: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.a or [len(row) for row in self.a] != list(range(len(self.a))):
+        if not self.a or [*map(len, self.a)] != [*range(len(self.a))]:
             raise ValueError(
                 f"tableau: row i of a must hold i numbers (an explicit method), got lengths {[*map(len, self.a)]}"
             )

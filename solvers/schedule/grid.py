@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -365,8 +364,7 @@ def grid(
         raise ValueError(unknown("spacing", spacing, list_spacings()))
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1 and <= {MAX_STEPS}")
-    axis, rule = SPACINGS[spacing]
-    own = list(inspect.signature(rule).parameters)[1:]
+    axis, rule, own = SPACINGS[spacing]
     others = sorted(set(options) - set(own))
     if others:
         raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")
