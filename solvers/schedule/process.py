@@ -359,10 +359,12 @@ class VP(_Unwarped):
         return _vp(_plain(t), r)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+        return self is other or (isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod))
 
     def __hash__(self) -> int:
-        return hash(self.alphas_cumprod.tobytes())
+        # Of a few numbers, which grids and caches ask for again and again; equality compares all.
+        acp = self.alphas_cumprod
+        return hash((acp.size, acp.item(0), acp.item(acp.size // 2), acp.item(-1)))
 
     def __repr__(self) -> str:
         acp = self.alphas_cumprod
