@@ -51,8 +51,10 @@ def laid_out(
     return key, lambda: PLANS.get(key, make)
 
 
-def kept(key: Hashable, make: Callable[[], Sampler]) -> Sampler:
-    """The sampler of a key, made and kept if there is none."""
+def kept(key: Hashable | None, make: Callable[[], Sampler]) -> Sampler:
+    """The sampler of a key, made and kept if there is none; without a key a new one."""
+    if key is None:
+        return make()
     found = SAMPLERS.find(key)
     if found is not None:
         return found
