@@ -181,9 +181,11 @@ def sample(
         if not made:
             warn_if_training(denoiser.model)
             sampler._tried = None  # as in a new sampler's first call, the network's outputs are looked at
+    held = sampler.nbytes
     try:
         return sampler(
             x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, callback=callback, progress=progress
         )
     finally:
-        SAMPLERS.weigh(key)  # calls at once leave it more memory
+        if sampler.nbytes != held:  # calls at once leave it more memory
+            SAMPLERS.weigh(key)
