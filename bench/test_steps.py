@@ -14,6 +14,7 @@ from fewstep.cli.timing import Side, clock, copy_side, interleaved
 from fewstep.kernels import layout, naive, numba_step, philox
 from fewstep.kernels.numba_noise import normal_batch
 from fewstep.kernels.threads import threads
+from fewstep.solvers.plans.registry import get_solver
 
 REPEATS = 60
 
@@ -68,6 +69,20 @@ def test_one_call_beside_a_kept_sampler(solver, library, benchmark, report, one_
     if theirs:
         report(f"{label}, beside diffusers", a, theirs[0], theirs[0] / a, None, "us/step")
     benchmark.pedantic(one_call, rounds=20, warmup_rounds=2)
+
+
+def test_the_slowest_plan(benchmark, report):
+    """Laying 20 steps out, on the default grid of every solver and kind of process."""
+    found = []
+    for solver in fs.list_solvers():
+        for process in (fs.VP.linear(), fs.EDM(), fs.VE(0.01, 100.0), fs.Flow()):
+            points = fs.grid(process, 20, get_solver(solver).spacing(process))
+            case = Side(solver, lambda solver=solver, points=points: fs.plan(solver, points)).repeated()
+            (seconds,) = interleaved([case], 5, clock(1))
+            found.append((1e3 * statistics.median(seconds), solver))
+    slowest, name = max(found)
+    report(f"fs.plan, 20 steps, slowest solver ({name})", slowest, 1.0, slowest, ("<=", 1.0), "ms")
+    benchmark.pedantic(lambda: fs.plan("dpmpp_2m", points), rounds=20)
 
 
 def test_fused_step_beside_a_parallel_copy(benchmark, report):

@@ -121,14 +121,13 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     """
     h = step_size(s, t)
     spans = list(itertools.pairwise((0.0, *tableau.c)))
+    fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans] if eta else []
     found = []
     for c, a in zip(tableau.c, tableau.a(form.sign * (1.0 + eta) * h), strict=True):
         p = node(grid, s, t, c)
         x, other, z = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p), ()
         if eta:
-            fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans[: len(a)]]
-            left = [math.exp(-eta * (c - v) * h) for _, v in spans[: len(a)]]
-            z = tuple(p.sigma * n * k for n, k in zip(fresh, left, strict=True))
+            z = tuple([p.sigma * fresh[j] * math.exp(-eta * (c - spans[j][1]) * h) for j in range(len(a))])
         found.append(Target(p, x, tuple([other * weight for weight in a]), z))
     return found
 
@@ -149,7 +148,8 @@ def stages(s: Point, found: Sequence[Target], form: Form, span: tuple[Point, Poi
                 later.z[j] if later.z else 0.0,
             )
             if i == j or j == 0 or weight or z:
-                row = plus(begun, weight, prediction) | {"z": z}
+                row = plus(begun, weight, prediction)
+                row["z"] = z
                 rows["x" if i == j else f"sum{i}"] = {source: value for source, value in row.items() if value}
         yield Stage(here, rows, target.to, done=j + 1 == len(found), span=span)
         here = target.to

@@ -27,12 +27,13 @@ def integrate(
     kinks  points at which f is not smooth
     """
     rising = bool(edges[0] < edges[-1])
-    cuts = np.union1d(edges, [] if kinks is None else kinks)
+    # Not union1d, which loads numpy.ma.
+    cuts = np.sort(edges if kinks is None else np.concatenate([edges, kinks]))
     cuts = cuts if rising else cuts[::-1]
     width = np.diff(cuts)
     count = np.ceil(np.abs(width) / _PANEL).astype(int)
     piece = np.repeat(np.arange(count.size), count)
-    half = (width / count / 2.0)[piece]
+    half = (width / np.maximum(count, 1) / 2.0)[piece]
     middle = cuts[piece] + (2 * (np.arange(piece.size) - (np.cumsum(count) - count)[piece]) + 1) * half
     owner = (np.searchsorted(edges, middle) if rising else np.searchsorted(-edges, -middle)) - 1
     y = middle[:, None] + half[:, None] * _NODES

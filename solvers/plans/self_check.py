@@ -80,12 +80,13 @@ class _Held:
     def __init__(self, slots: int, width: int) -> None:
         self.held, self.errors = np.zeros((slots + 3, width)), np.zeros((slots, slots))
         self.slots, self.predictions, self.drawn = self.held[:slots], self.held[slots : slots + 2], self.held[-1]
+        self.noise = self.held[0, 1:]  # in "x"
         self.variances = np.einsum("ii->i", self.errors)  # writeable, as diagonal() is not
 
     @property
     def x(self) -> tuple[float, float]:
         """The alpha and the sigma of "x"."""
-        noise = self.held[0, 1:]
+        noise = self.noise
         return self.held.item(0), abs(noise.item(0)) if noise.size == 1 else math.sqrt(noise.dot(noise))
 
     @property
@@ -176,8 +177,7 @@ class _Slots:
         if draw is not None:
             now.drawn[draw] = 0.0
         over_slots.dot(now.errors, self._half).dot(over_slots.T, after.errors)
-        np.multiply(now.slots, now.slots, self._squares)
-        np.sqrt(self._squares.dot(self._ones, sizes), sizes)
+        np.sqrt(np.multiply(now.slots, now.slots, self._squares).dot(self._ones, sizes), sizes)
         if self.largest:
             np.minimum(sizes, _HUGE, out=sizes)
         error = rounds.dot(self.sizes)
@@ -222,11 +222,11 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
 
     def end_of(k: int, to: Point, bound: Marginal = (0.0, 0.0)) -> Followed:
         slots.apply(k + first)
-        found, deviation, size = slots.after.x, slots.after.deviation, math.hypot(to.alpha, to.sigma)
-        gap = found[0] - to.alpha, found[1] - to.sigma
+        (alpha, sigma), deviation, size = slots.after.x, slots.after.deviation, math.hypot(to.alpha, to.sigma)
         larger = max(1.0, size)
         tolerance = MARGINAL_TOLERANCE * larger + min(_BUILDERS * deviation, _BUILDERS_SHARE * larger)
-        return Followed(k, found, gap, deviation / size, tolerance, bound, slots.largest)
+        gap = alpha - to.alpha, sigma - to.sigma
+        return Followed(k, (alpha, sigma), gap, deviation / size, tolerance, bound, slots.largest)
 
     before = slots.now.x
     if plan.init is not None:
