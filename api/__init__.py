@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.latents import slerp as slerp
     from fewstep.solvers.run.loop import StepInfo as StepInfo
     from fewstep.solvers.run.mixed import MixedRun as MixedRun
+    from fewstep.solvers.run.one_call import sample as sample
     from fewstep.solvers.run.sampler import Sampler as Sampler
-    from fewstep.solvers.run.sampler import sample as sample
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -72,7 +72,8 @@ _MODULES = {
     "solvers.run.latents": "slerp",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
-    "solvers.run.sampler": "sample Sampler",
+    "solvers.run.one_call": "sample",
+    "solvers.run.sampler": "Sampler",
     "solvers.schedule.brownian": "BrownianTree",
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",

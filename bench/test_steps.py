@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 
+import fewstep as fs
 from fewstep.cli.microbench import Case
 from fewstep.cli.timing import Side, clock, copy_side, interleaved
 from fewstep.kernels import cpu, layout, naive, philox
 from fewstep.kernels.launch import Launch
 from fewstep.kernels.numba_noise import normal_batch
 from fewstep.kernels.threads import threads
+from fewstep.solvers.plans.registry import get_solver
 
 REPEATS = 60
 
@@ -41,6 +43,47 @@ def test_step_beside_diffusers(solver, shape, benchmark, report, one_thread):
     budget = (">=", BUDGETS[solver][small]) if small < 2 else None
     report(f"{solver} {'x'.join(map(str, shape))}", a, b, b / a, budget, "us/step")
     benchmark.pedantic(ours.run, rounds=20, warmup_rounds=2)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("solver", BUDGETS)
+def test_one_call_beside_a_kept_sampler(solver, library, benchmark, report, one_thread):
+    """10 steps by `fs.sample`: what finding its sampler costs, and with that the whole run beside diffusers' loop."""
+    if library == "torch":
+        pytest.importorskip("diffusers")
+    case = Case(solver, (1, 4, 64, 64), steps=10)
+    x, device = (case.x, "cpu") if library == "torch" else (np.asarray(case.x), None)
+    raw = case.raw if library == "torch" else np.asarray(case.raw)
+    denoiser = fs.Denoiser(lambda x, t: raw, case.plan.grid.process)
+    sampler = fs.Sampler(denoiser, case.plan, case.shape, device=device)
+
+    def one_call():
+        return fs.sample(denoiser, x, solver=solver, grid=case.grid, seed=0, **case.plan.options)
+
+    for _ in range(2):
+        np.testing.assert_array_equal(np.asarray(one_call()), np.asarray(sampler(x, seed=0)))
+    sides = [Side("fs.sample", one_call, 10), Side("Sampler", lambda: sampler(x, seed=0), 10)]
+    sides += [case.theirs()] if library == "torch" else []
+    a, b, *theirs = (1e6 * statistics.median(s) for s in interleaved(sides, REPEATS, clock(1)))
+    label = f"fs.sample, 10 steps of {solver} 1x4x64x64, {library}"
+    report(f"{label}, beyond a kept Sampler", 10.0 * (a - b), 1.0, 10.0 * (a - b), ("<=", 100))
+    if theirs:
+        report(f"{label}, beside diffusers", a, theirs[0], theirs[0] / a, None, "us/step")
+    benchmark.pedantic(one_call, rounds=20, warmup_rounds=2)
+
+
+def test_the_slowest_plan(benchmark, report):
+    """Laying 20 steps out, on the default grid of every solver and kind of process."""
+    found = []
+    for solver in fs.list_solvers():
+        for process in (fs.VP.linear(), fs.EDM(), fs.VE(0.01, 100.0), fs.Flow()):
+            points = fs.grid(process, 20, get_solver(solver).spacing(process))
+            case = Side(solver, lambda solver=solver, points=points: fs.plan(solver, points)).repeated()
+            (seconds,) = interleaved([case], 5, clock(1))
+            found.append((1e3 * statistics.median(seconds), solver))
+    slowest, name = max(found)
+    report(f"fs.plan, 20 steps, slowest solver ({name})", slowest, 1.0, slowest, ("<=", 1.0), "ms")
+    benchmark.pedantic(lambda: fs.plan("dpmpp_2m", points), rounds=20)
 
 
 def test_fused_step_beside_a_parallel_copy(benchmark, report):

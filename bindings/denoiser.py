@@ -305,8 +305,9 @@ class Denoiser:
         if self.dtype is not None:
             return self.dtype
         parameters = getattr(self.model, "parameters", None)
-        floating = [p for p in parameters() if p.is_floating_point()] if callable(parameters) else []
-        return dtype_name(floating[0].dtype) if floating else state
+        floating = (p for p in parameters() if p.is_floating_point()) if callable(parameters) else iter(())
+        first = next(floating, None)
+        return state if first is None else dtype_name(first.dtype)
 
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
         """One mapping of keyword arguments per branch, the null branch first."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from dataclasses import fields
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 V = TypeVar("V")
 
@@ -13,7 +16,7 @@ MIB = 1 << 20
 
 
 class Cache(Generic[V]):
-    """The values used last, by key. Safe to use from threads.
+    """The values used last, by key. Safe to use from threads, and from the callbacks of the garbage collector.
 
     entries  how many are kept at most
     size     bytes of all that is kept, at most; a larger value is returned and not kept
@@ -38,11 +41,9 @@ class Cache(Generic[V]):
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
         """The value of a key, made now if it is not kept. Two threads may make it at once; one of the two is kept."""
-        with self.lock:
-            found = self._kept.get(key)
-            if found is not None:
-                self._kept.move_to_end(key)
-                return found[0]
+        found = self.find(key)
+        if found is not None:
+            return found
         value = make()
         with self.lock:
             if key in self._kept:
@@ -50,19 +51,44 @@ class Cache(Generic[V]):
             self.put(key, value)
         return value
 
+    def find(self, key: Hashable) -> V | None:
+        """The value of a key, now the latest; None if it is not kept."""
+        with self.lock:
+            found = self._kept.get(key)
+            if found is None:
+                return None
+            self._kept.move_to_end(key)
+            return found[0]
+
     def put(self, key: Hashable, value: V) -> None:
         """Keep a value as the latest."""
         cost = self.cost(value)
+        gone: list[V] = []  # freed after the lock: what a value refers to may run code of its own then
         with self.lock:
-            if self.size is not None and cost > self.size:
-                self.pop(key)
+            large = self.size is not None and cost > self.size
+            found = self._kept.pop(key, None)
+            if found is not None:
+                self.bytes -= found[1]
+                gone.append(found[0])
+                if large:
+                    self.drop(found[0])
+            if large:
                 self.drop(value)
                 return
-            self.bytes -= self._kept.pop(key, (value, 0))[1]
             self._kept[key] = value, cost
             self.bytes += cost
             while len(self._kept) > self.entries or (self.size is not None and self.bytes > self.size):
-                self.pop(next(iter(self._kept)))
+                old, cost = self._kept.popitem(last=False)[1]
+                self.bytes -= cost
+                gone.append(old)
+                self.drop(old)
+
+    def weigh(self, key: Hashable) -> None:
+        """Ask again for the cost of a value that may have grown, if it is kept."""
+        with self.lock:
+            found = self._kept.get(key)
+        if found is not None and self.cost(found[0]) != found[1]:
+            self.put(key, found[0])
 
     def pop(self, key: Hashable) -> None:
         """Forget a key, if it is kept."""
@@ -76,3 +102,28 @@ class Cache(Generic[V]):
         with self.lock:
             for key in [*self._kept]:
                 self.pop(key)
+
+
+def exact(value: Any) -> Hashable:
+    """A key that only the same value of the same type has: 1, 1.0 and True differ, and so do 0.0 and -0.0.
+
+    Raises TypeError for what can change after it was looked up: lists, arrays, functions, objects.
+    """
+    kind = type(value)
+    if value is None or kind in (bool, int, str, bytes):
+        return kind, value
+    if kind is float:
+        return kind, value.hex()
+    if isinstance(value, tuple):
+        return kind, *map(exact, value)
+    if kind is frozenset:
+        return kind, frozenset(map(exact, value))
+    if isinstance(value, np.generic):
+        return kind, value.tobytes()
+    # Of a class itself: a subclass may add what is not frozen.
+    frozen = vars(kind).get("__dataclass_params__")
+    if frozen is None or not frozen.frozen:
+        raise TypeError(f"{kind.__name__} is no key")
+    if not frozen.eq:  # a process or a grid: read-only arrays, compared by the class's own rule
+        return kind, value
+    return kind, *(exact(getattr(value, each.name)) for each in fields(value))

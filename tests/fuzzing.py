@@ -214,7 +214,7 @@ target("Flow", fs.Flow, {}, is_process)
 target("Flow/dynamic", fs.Flow.dynamic, {"mu": 0.7}, is_process, mu="mu|shift")
 target("Flow/mu_of", fs.Flow.mu_of, {"image_seq_len": 1024}, finite)
 
-for spacing, (_, rule) in SPACINGS.items():
+for spacing, (_, rule, _) in SPACINGS.items():
     for process in (VP, FLOW, EDM):
         own = dict.fromkeys(list(inspect.signature(rule).parameters)[1:])
         target(

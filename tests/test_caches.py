@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import threading
-from typing import Any
+import weakref
 
 import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep.solvers.cache import Cache
+from fewstep.solvers.cache import Cache, exact
 from fewstep.solvers.run.mixed import MixedRun
 
 VP = fs.VP.linear()
@@ -41,31 +43,6 @@ def test_a_mixed_batch_under_fresh_guidance() -> None:
     assert len(run.columns._waiting) <= 2  # type: ignore[attr-defined]
     for end in ends:  # both branches agree, so that no scale changes anything
         np.testing.assert_allclose(end, ends[0], rtol=1e-5)
-
-
-def test_samplers_of_k_diffusion_under_fresh_sigmas_and_options() -> None:
-    torch = pytest.importorskip("torch")
-    from fewstep.bindings import k_diffusion as kd
-    from fewstep.bindings.k_diffusion.run import SAMPLERS
-
-    def model(x: Any, sigma: Any) -> Any:
-        return 0.5 * x
-
-    SAMPLERS.clear()
-    x = torch.ones(1, 2, 3)
-    for i in range(100):
-        kd.sample_euler_ancestral(model, x, [10.0 + 0.01 * i, 1.0, 0.0], disable=True, eta=0.5 + 0.001 * i)
-    assert len(SAMPLERS) == 4
-    assert 0 < SAMPLERS.bytes < 4 * 20 * x.nbytes
-    kept = SAMPLERS.size
-    SAMPLERS.clear()
-    try:
-        SAMPLERS.size = 8 * x.nbytes
-        for n in (1, 100):  # a sampler of a large sample is not kept
-            kd.sample_euler(model, torch.ones(n, 2, 3), [10.0, 1.0], disable=True)
-            assert len(SAMPLERS) == 1
-    finally:
-        SAMPLERS.size = kept
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -150,3 +127,62 @@ def test_threads_at_once_have_one_value() -> None:
     for thread in threads:
         thread.join()
     assert all(value is found[0] for value in found)
+
+
+def test_a_value_that_grows_is_weighed_again() -> None:
+    cache: Cache[list[int]] = Cache(3, 10, cost=len)
+    kept = cache.get("a", lambda: [0] * 4)
+    cache.get("b", lambda: [0] * 4)
+    kept += [0] * 3
+    cache.weigh("a")
+    assert (len(cache), cache.bytes) == (1, 7)
+    assert cache.find("b") is None
+    kept += [0] * 4
+    cache.weigh("a")
+    cache.weigh("gone")
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_what_a_value_does_when_it_is_freed_may_use_the_cache() -> None:
+    """As the callback of a weak reference does, in the middle of whatever the cache is doing."""
+
+    class Owner:
+        pass
+
+    class Value:
+        def __init__(self, key: int, cache: Cache[Value]) -> None:
+            self.owner = Owner()  # the value is the last to hold it
+            self.watch = weakref.ref(self.owner, lambda _: cache.pop(key - 1))
+            watches.append(self.watch)
+
+    watches: list[object] = []
+    cache: Cache[Value] = Cache(2, 10, cost=lambda value: 3)
+    for key in range(20):
+        cache.put(key, Value(key, cache))
+        assert cache.bytes == 3 * len(cache) <= 6
+        cache.put(key, Value(key, cache))  # frees the one before, which forgets its neighbour
+        assert cache.bytes == 3 * len(cache) <= 6
+
+
+SAME_BUT_NOT_EXACTLY: list[object] = [
+    True, 1, 1.0, np.int64(1), np.int32(1), np.float64(1), np.float32(1), np.bool_(True), "1", b"1",
+    0, False, 0.0, -0.0, np.float64(-0.0), np.float64(0.0), None, (), (1,), (1.0,), (True,), (1, 1), ((1,),),
+    frozenset({1}), frozenset({1.0}), math.nan, math.inf, fs.CFG(1), fs.CFG(1.0), fs.CFG(1.0, start=0), fs.Flow(),
+    fs.Flow(1), fs.VE(1, 2), fs.VE(1.0, 2.0), fs.EDM(1.0, 2.0), VP, fs.VP.cosine(), fs.grid(VP, 2), fs.grid(VP, 3),
+]  # fmt: skip
+
+
+def test_exact_keys_differ_wherever_type_or_value_does() -> None:
+    keys = [exact(value) for value in SAME_BUT_NOT_EXACTLY]
+    assert len(set(keys)) == len(keys)
+    assert set(keys) == {exact(value) for value in copy.deepcopy(SAME_BUT_NOT_EXACTLY)}
+
+
+class Subclass(fs.Flow):
+    """Of a frozen class, with what is not frozen."""
+
+
+@pytest.mark.parametrize("value", [[1], {}, {1}, np.zeros(2), len, lambda: 0, object(), (1, [2]), Subclass()], ids=repr)
+def test_what_can_change_is_no_key(value: object) -> None:
+    with pytest.raises(TypeError):
+        exact(value)

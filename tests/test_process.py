@@ -242,3 +242,20 @@ def test_values_not_identities():
     process = VP(table)
     table[0] = 0.1
     assert process.alphas_cumprod[0] == 0.9
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_single_point_is_that_of_an_array(name):
+    """One point at a time does not go through NumPy: the same numbers to rounding, as Python floats."""
+    process = PROCESSES[name]
+    times = np.linspace(process.clean.t, process.t_first, 997)
+    top = process.sigma_max if math.isfinite(process.sigma_limit) else 1e3 * process.sigma_max
+    ends = process.sigma_min * np.array([1.0 - 1e-13, 1.0, 1.0 + 1e-13])
+    ratios = np.array([0.0, *ends, process.sigma_max, top, *np.geomspace(1e-6, top, 997)])
+    for point, values in ((process.point, times), (process.point_at_sigma, ratios)):
+        together = point(values)
+        alone = [point(float(value)) for value in values]
+        assert {type(number) for at in alone for number in at} == {float}
+        np.testing.assert_allclose(np.array(alone).T, together, rtol=2e-15, atol=1e-13)
+        np.testing.assert_allclose([at.ratio for at in alone], together.ratio, rtol=2e-15)
+        np.testing.assert_allclose([at.lam for at in alone], together.lam, rtol=1e-15, atol=1e-15)

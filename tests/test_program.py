@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -377,3 +380,21 @@ def test_numpy_scalars_are_options_like_any_number() -> None:
     scalar = fs.plan("ddim", grid, eta=np.float32(0.5), s_noise=np.int64(1))
     assert [s.rows for s in plain.stages] == [s.rows for s in scalar.stages]
     assert fs.plan("unipc", grid, order=np.int64(3)).stages == fs.plan("unipc", grid, order=3).stages
+
+
+def test_a_program_is_the_same_in_every_process() -> None:
+    """Python orders sets of strings by a hash that is new in each process; sums follow the order of reads."""
+    code = """
+import fewstep as fs
+from fewstep.solvers.plans.program import compile_plan
+grid = fs.grid(fs.VP.linear(), 5)
+for solver, options in (("pndm", {}), ("runge_kutta", {"tableau": "dormand_prince"}), ("unipc", {"order": 4})):
+    print([(op.reads, op.writes, op.w.tolist()) for op in compile_plan(fs.plan(solver, grid, **options)).ops])
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+        for seed in ("1", "2", "3")
+    ]
+    assert [run.returncode for run in runs] == [0] * 3, runs[0].stderr
+    assert runs[0].stdout
+    assert {run.stdout for run in runs} == {runs[0].stdout}

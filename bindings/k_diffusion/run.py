@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +23,10 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
-from fewstep.solvers.cache import MIB, Cache
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.program import compile_plan
-from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
+from fewstep.solvers.run.one_call import SAMPLERS, kept, laid_out
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Flow, Point, Process, float64
@@ -153,14 +150,16 @@ class SamplerCall:
             return self.x  # no step
         if "s_noise" in options and noise_sampler is not None:
             options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
-        wide = self.x.dtype == torch.float64
-        own: Any = process or self.process  # every process is hashable, which its protocol does not say
-        state = "float64" if wide else "float32"
-        key = solver, own, self.levels.tobytes(), tuple(self.x.shape), self.x.dtype, self.x.device, state
-        if any(map(callable, options.values())):  # each call brings a new function
-            sampler = _sampler(*key, **options)
-        else:
-            sampler = SAMPLERS.get((key, *sorted(options.items())), lambda: _sampler(*key, **options))
+        process = process or self.process
+        state = "float64" if self.x.dtype == torch.float64 else "float32"
+        levels, shape = self.levels, tuple(self.x.shape)
+        layout, plan = laid_out(solver, lambda: grid_of(process, levels), (process, levels.tobytes()), state, options)
+
+        def make() -> Sampler:
+            return _sampler(plan(), shape, self.x.dtype, self.x.device, state)
+
+        key = layout and (layout, shape, self.x.dtype, self.x.device, torch.is_inference_mode_enabled())
+        sampler = kept(key, make)
         tracker = _Tracker(self, sampler.plan, starts)
         if isinstance(noise_sampler, KernelNoise):
             drawn = noise_sampler._asdict()
@@ -170,33 +169,14 @@ class SamplerCall:
             sample: Tensor = sampler(
                 self.x.detach(), cond={"tracker": tracker}, progress=_shows_progress(self.disable), **drawn
             )
+        SAMPLERS.weigh(key)  # calls at once leave it more memory
         return sample
 
 
-def _bytes(sampler: Sampler) -> int:
-    """Of a sampler's memory: its slots, latent, outputs and inputs of the network."""
-    buffers = compile_plan(sampler.plan).buffers + 4
-    return buffers * math.prod(sampler.shape) * np.dtype(sampler.dtype).itemsize
-
-
-# Kept, because making a plan costs more than running it without the network, and callers reuse their sigmas.
-SAMPLERS: Cache[Sampler] = Cache(4, 256 * MIB, _bytes)
-
-
-def _sampler(
-    solver: str,
-    process: Process,
-    levels: bytes,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    state: str,
-    **options: Any,
-) -> Sampler:
-    """A solver compiled for some sigmas and a shape."""
-    plan = make_plan(solver, grid_of(process, np.frombuffer(levels)), dtype=state, **options)
+def _sampler(plan: Plan, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, state: str) -> Sampler:
+    """A plan compiled for a shape."""
     kind = _NullFirstDenoiser if _reads_unguided(plan) else Denoiser
-    denoiser = kind(_call_model, process, "sample", dtype=dtype, batched=False)
+    denoiser = kind(_call_model, plan.grid.process, "sample", dtype=dtype, batched=False)
     # No CUDA graph: it would skip the caller's model and callback, which are Python.
     return Sampler(denoiser, plan, shape, device=device, dtype=state, graph="off", check=False)
 

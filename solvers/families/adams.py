@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-import numpy as np
-
 from fewstep.solvers.families.coordinates import Coordinates, pick_coordinates
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.families.runge_kutta import rk_step
@@ -38,18 +36,19 @@ ADAMS_BASHFORTH = (
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
 
-_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(2)  # exact for the cubics of order 4
+# Gauss-Legendre's nodes in 0 .. 1, of weight 1/2 each: exact for the cubics of order 4.
+_GAUSS = (0.5 - math.sqrt(1 / 12), 0.5 + math.sqrt(1 / 12))
 
 
 def exact_weights(us: Sequence[float], end: float) -> list[float]:
     """c_j = integral from u_0 to `end` of the Lagrange polynomial that is 1 at u_j and 0 at the others."""
     h = end - us[0]
     r = [(u - us[0]) / h for u in us]
-    at = (_NODES + 1.0) / 2.0
     weights = []
     for j, own in enumerate(r):
-        basis = np.prod([(at - other) / (own - other) for k, other in enumerate(r) if k != j], axis=0)
-        weights.append(h * float(np.sum(_WEIGHTS / 2.0 * basis)))
+        others = r[:j] + r[j + 1 :]
+        scale = math.prod([own - other for other in others]) or math.nan
+        weights.append(h * sum(math.prod([at - other for other in others]) for at in _GAUSS) / (2.0 * scale))
     return weights
 
 

@@ -16,7 +16,7 @@ from fewstep.solvers.families.exponential import (
     shift_noise_history,
     usable_order,
 )
-from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.quadrature import Indices, integrate
 from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.registry import solver
@@ -44,40 +44,51 @@ def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrde
     one_of("order", order, (1, 2, 3, 4))
     one_of("variable", variable, tuple(VARIABLES))
     check_final_order(final_order, order)
+    row = deis_rows(grid, order, variable)
     for k, (s, t) in enumerate(grid.pairs):
-        row = deis_row(grid, k, usable_order(grid, k, order, final_order), variable)
-        x = substitute(row, "e", noise_prediction(s))
+        x = substitute(row(k, usable_order(grid, k, order, final_order)), "e", noise_prediction(s))
         yield Stage(s, {"x": x, **shift_noise_history(s, k, order - 1)}, t)
 
 
-def deis_row(grid: Grid, k: int, order: int, variable: str) -> dict[str, float]:
-    """x' = alpha'/alpha x + sum_j C_j e_j, C_j = alpha' int L_j(v(rho)) drho over step k.
+def deis_rows(grid: Grid, highest: int, variable: str) -> Callable[[int, int], dict[str, float]]:
+    """The row of step k at an order up to `highest`, as row(k, order).
 
-    L_j are the Lagrange polynomials in v through the points k, k - 1, ... They are expanded in powers of u, where
-    v = v_s + u (v_t - v_s), so that only the integrals of these powers are needed.
+    x' = alpha'/alpha x + sum_j C_j e_j, C_j = alpha' int L_j(v(rho)) drho over step k, with the Lagrange polynomials
+    L_j in v through the points k, k - 1, ... They are expanded in powers of u, where v = v_s + u (v_t - v_s), so that
+    only the integrals of these powers are needed.
     """
-    row = first_order(*grid.pairs[k])
-    if order == 1:
-        return row
-    # From the oldest prediction's point to the end of the step.
-    log_rho = -grid.lam[k - order + 1 : k + 2]
+    inside = np.flatnonzero(np.isfinite(grid.lam))
+    if highest == 1 or inside.size < 2:
+        return lambda k, order: first_order(*grid.pairs[k])
+    log_rho = -grid.lam[inside]
     v = VARIABLES[variable](grid.process, log_rho)
-    h = v[-1] - v[-2]
-    nodes = {f"e{i}": float((v[-2 - i] - v[-2]) / h) for i in range(1, order)}
+    h = np.diff(v)
 
-    def powers(y: FloatArray) -> FloatArray:
-        u = (VARIABLES[variable](grid.process, y) - v[-2]) / h
-        powers_of_u: FloatArray = u ** np.arange(1, order)[:, None]
-        return np.exp(y) * powers_of_u  # drho = rho dlog(rho)
+    def powers(y: FloatArray, step: Indices) -> FloatArray:
+        with np.errstate(divide="ignore", invalid="ignore"):  # points that coincide
+            u = (VARIABLES[variable](grid.process, y) - v[step]) / h[step]
+        rho = np.exp(y)  # drho = rho dlog(rho)
+        return np.stack([rho := rho * u for _ in range(1, highest)])
 
-    weights = integrate(powers, log_rho[-2], log_rho[-1], kinks(grid.process, v[-2], v[-1], variable))
-    return add_differences(row, "e", nodes, weights.tolist(), grid.points[k + 1].alpha)
+    integrals = integrate(powers, log_rho, kinks(grid.process, v.min(), v.max(), variable)).T.tolist()
+    us, first = v.tolist(), int(inside[0])
+
+    def row(k: int, order: int) -> dict[str, float]:
+        x = first_order(*grid.pairs[k])
+        if order == 1:  # as in every step of infinite log-SNR
+            return x
+        i = k - first
+        gap = us[i + 1] - us[i] or math.nan
+        nodes = {f"e{j}": (us[i - j] - us[i]) / gap for j in range(1, order)}
+        return add_differences(x, "e", nodes, integrals[i][: order - 1], grid.points[k + 1].alpha)
+
+    return row
 
 
-def kinks(process: Process, start: float, end: float, variable: str) -> FloatArray:
+def kinks(process: Process, low: float, high: float, variable: str) -> FloatArray:
     """log(sigma / alpha) at the discrete times between two times: t is piecewise linear in it and bends there."""
     if variable != "t" or process.timesteps is None:
         return np.empty(0)
-    times = np.arange(math.ceil(end), math.floor(start) + 1)
-    corners: FloatArray = np.log(process.point(times[(times < start) & (times > end)][::-1]).ratio)
+    times = np.arange(math.ceil(low), math.floor(high) + 1)
+    corners: FloatArray = np.log(process.point(times[(times < high) & (times > low)]).ratio)
     return corners

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fewstep.solvers.families.exponential import FinalOrder, check_final_order, shift_history, usable_order
-from fewstep.solvers.families.quadrature import integrate
+from fewstep.solvers.families.quadrature import Indices, integrate
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.registry import solver
@@ -57,22 +57,26 @@ def er_sde(
     if not callable(noise_scale):
         one_of("noise_scale", noise_scale, tuple(NOISE_SCALES))
     phi = noise_scale if callable(noise_scale) else NOISE_SCALES[noise_scale]
+    relative = relative_scale(phi, grid)
+    integrals = taylor_integrals(phi, grid) if order > 1 else []
     for k, (s, t) in enumerate(grid.pairs):
-        row = er_row(s, t, phi)
+        row = er_row(s, t, relative[k + 1], relative[k])
         current = usable_order(grid, k, order, final_order)
         if current > 1:
-            row = add_taylor(row, grid.ratio[k - current + 1 : k + 2][::-1], t.alpha, phi, interpolate)
+            row = add_taylor(row, grid.points[k - current + 1 : k + 2][::-1], integrals[k], interpolate)
         yield Stage(s, {"x": row, **shift_history(k, order - 1)}, t)
 
 
-def er_row(s: Point, t: Point, phi: NoiseScale) -> dict[str, float]:
+def er_row(s: Point, t: Point, low: float, high: float) -> dict[str, float]:
     """ER-SDE-Solver-1: x'/alpha' = r x/alpha + (1 - r) m + sqrt(rho'^2 - r^2 rho^2) z.
+
+    low, high  phi / rho at t and at s
 
     r = phi(rho') / phi(rho). The code uses g = r rho / rho', the quotient of phi(rho') / rho' and phi(rho) / rho.
     """
     if t.sigma == 0.0:
         return first_order(s, t)
-    g = relative(phi, t) / relative(phi, s)
+    g = low / high
     if not 0.0 <= g <= 1.0 + 1e-12:
         raise ValueError(
             f"noise_scale: phi(rho) / rho must not fall as rho grows, but it is {g:.6g} times as large "
@@ -83,29 +87,46 @@ def er_row(s: Point, t: Point, phi: NoiseScale) -> dict[str, float]:
     return {"x": x, "m": t.alpha - s.alpha * x, "z": t.sigma * math.sqrt((1.0 - g) * (1.0 + g))}
 
 
-def relative(phi: NoiseScale, p: Point) -> float:
-    """phi(rho) / rho at a point, or its limit at alpha = 0."""
-    rho = np.float64(min(p.ratio, _FAR))
+def relative_scale(phi: NoiseScale, grid: Grid) -> list[float]:
+    """phi(rho) / rho at each noisy point, or its limit at alpha = 0."""
+    rho = np.minimum(grid.ratio[grid.ratio > 0.0], _FAR)
     with np.errstate(over="ignore"):
-        return float(phi(rho) / rho)  # type: ignore[arg-type]
+        found: list[float] = (phi(rho) / rho).tolist()
+    return [math.nan] * int(grid.ratio[0] == 0.0) + found + [math.nan] * int(grid.ratio[-1] == 0.0)
+
+
+def taylor_integrals(phi: NoiseScale, grid: Grid) -> list[tuple[float, float]]:
+    """phi(rho') times int drho / phi and int (rho - rho_s) drho / phi of each step, from its end rho' to its start.
+
+    (NaN, NaN) where that is infinite.
+    """
+    inside = np.flatnonzero(np.isfinite(grid.lam))
+    found = [(math.nan, math.nan)] * grid.steps
+    if inside.size > 1:
+        rho = grid.ratio[inside]
+
+        def powers(y: FloatArray, step: Indices) -> FloatArray:
+            level = np.exp(y)
+            density = level / phi(level)  # drho = rho dlog(rho)
+            return np.stack([density, (level - rho[step]) * density])
+
+        sums = -integrate(powers, np.log(rho)) * phi(rho[1:])
+        found[inside[0] : inside[-1]] = zip(*sums.tolist(), strict=True)
+    return found
 
 
 def add_taylor(
-    row: dict[str, float], rho: FloatArray, alpha: float, phi: NoiseScale, interpolate: bool
+    row: dict[str, float], points: Sequence[Point], integrals: tuple[float, float], interpolate: bool
 ) -> dict[str, float]:
     """`row` plus the second and third terms of the Taylor expansion of m in rho - rho_s.
 
-    rho  at the end of the step, at its start, and at the older predictions h1, h2
+    points     the end of the step, its start, and those of the older predictions h1, h2
+    integrals  of the step, as in `taylor_integrals`
     """
+    rho = [p.ratio for p in points]
     end, start = rho[:2]
     step = end - start
-
-    def powers(y: FloatArray) -> FloatArray:
-        level = np.exp(y)
-        return np.stack([np.ones_like(y), level - start]) * level / phi(level)
-
-    # s = int_end^start drho / phi and int_end^start (rho - rho_s) drho / phi, with drho = rho dlog(rho)
-    s, s_u = integrate(powers, math.log(end), math.log(start)) * float(phi(end))
+    s, s_u = integrals
     slope = {"m": 1.0 / (start - rho[2]), "h1": -1.0 / (start - rho[2])}
     terms = [(step + s, slope)]
     if len(rho) == 4:
@@ -117,5 +138,5 @@ def add_taylor(
         terms.append((step**2 / 2.0 + s_u, bend))
     out = dict(row)
     for weight, term in terms:
-        out = plus(out, alpha * float(weight), {name: float(c) for name, c in term.items()})
+        out = plus(out, points[0].alpha * weight, term)
     return out

@@ -22,7 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from fewstep.solvers.families.rows import plus, substitute
+from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.registry import Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
@@ -87,7 +87,7 @@ def data_row(
     grid: Grid, k: int, order: int, rule: str, *, eta: float = 0.0, halve_d2: bool = False
 ) -> dict[str, float]:
     """Step k with the polynomial of degree order - 1 through the x0 predictions m, h1, h2 ..."""
-    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
+    (s, t), h = grid.pairs[k], grid.lams[k + 1] - grid.lams[k]
     row = exponential_row(s, t, h, eta)
     if order > 1:
         integrals = step_moments((1.0 + eta) * h, order, rule, halve_d2)
@@ -160,7 +160,7 @@ def _noise_multistep(grid: Grid, order: int, variant: str, halve_d2: bool, final
 
 def noise_row(grid: Grid, k: int, order: int, rule: str, *, halve_d2: bool = False) -> dict[str, float]:
     """Step k with the polynomial of degree order - 1 through the noise predictions e, e1, e2 ..."""
-    (s, t), h = grid.pairs[k], grid.lam[k + 1] - grid.lam[k]
+    (s, t), h = grid.pairs[k], grid.lams[k + 1] - grid.lams[k]
     row = first_order(s, t)
     if order > 1:
         integrals = step_moments(-h, order, rule, halve_d2)
@@ -250,8 +250,9 @@ def step_moments(z: float, order: int, rule: str = "heun", halve_d2: bool = Fals
 
 def history_nodes(grid: Grid, k: int, order: int, prefix: str = "h") -> dict[str, float]:
     """The nodes r_j of the older predictions, in units of h from point k."""
-    h = grid.lam[k + 1] - grid.lam[k]
-    return {f"{prefix}{i}": float((grid.lam[k - i] - grid.lam[k]) / h) for i in range(1, order)}
+    lam = grid.lams
+    h = lam[k + 1] - lam[k]
+    return {f"{prefix}{i}": (lam[k - i] - lam[k]) / h for i in range(1, order)}
 
 
 def corrector_nodes(grid: Grid, k: int, order: int) -> dict[str, float]:
@@ -271,12 +272,29 @@ def add_differences(
     integrals  of u^1, u^2 ... over the step, as many as there are nodes
     """
     out = dict(row)
-    if nodes:
-        r = np.array(list(nodes.values()))
-        w = scale * np.linalg.solve(np.vander(r, increasing=True).T * r, np.array(integrals))
-        for name, value in zip(nodes, w.tolist(), strict=True):
-            out = plus(out, value, {name: 1.0, base: -1.0})
+    for name, w in zip(nodes, node_weights([*nodes.values()], integrals), strict=True):
+        out[name] = out.get(name, 0.0) + scale * w
+        out[base] = out.get(base, 0.0) - scale * w
     return out
+
+
+def node_weights(r: Sequence[float], integrals: Sequence[float]) -> list[float]:
+    """w with sum_j w_j r_j^n = integrals[n - 1], n = 1, 2 ... (Björck & Pereyra 1970, for Vandermonde systems).
+
+    Raises LinAlgError where a node is 0 or two are the same.
+    """
+    w, last = [*integrals], len(r) - 1
+    try:
+        for k in range(last):
+            for i in range(last, k, -1):
+                w[i] -= r[k] * w[i - 1]
+        for k in range(last - 1, -1, -1):
+            for i in range(k + 1, last + 1):
+                w[i] /= r[i] - r[i - k - 1]
+                w[i - 1] -= w[i]
+        return [value / node for value, node in zip(w, r, strict=True)]
+    except ZeroDivisionError:
+        raise np.linalg.LinAlgError("Singular matrix") from None
 
 
 # --- which order a step has ---
@@ -311,10 +329,10 @@ def usable_order(grid: Grid, k: int, order: int, final_order: FinalOrder) -> int
     A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit. Nor have
     differences over a step from alpha 0.
     """
-    finite = [math.isfinite(x) for x in grid.lam]
-    known = 1 + sum(finite[max(0, k - order + 1) : k]) if finite[k] else 1
-    if not finite[k + 1]:
+    lam = grid.lams
+    if not math.isfinite(lam[k + 1]):
         return 1
+    known = 1 + sum(map(math.isfinite, lam[max(0, k - order + 1) : k])) if math.isfinite(lam[k]) else 1
     if isinstance(final_order, str):
         limit = FINAL_RULES[final_order](grid, k)
         order = order if limit is None else min(order, limit)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from numbers import Real
 from typing import NamedTuple
 
@@ -122,30 +121,37 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     """
     h = step_size(s, t)
     spans = list(itertools.pairwise((0.0, *tableau.c)))
+    fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans] if eta else []
     found = []
     for c, a in zip(tableau.c, tableau.a(form.sign * (1.0 + eta) * h), strict=True):
         p = node(grid, s, t, c)
-        x = form.own(p) / form.own(s) * math.exp(-eta * c * h)
-        f = tuple(form.other(p) * weight for weight in a)
-        fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans[: len(a)]]
-        left = [math.exp(-eta * (c - v) * h) for _, v in spans[: len(a)]]
-        z = tuple(p.sigma * n * k for n, k in zip(fresh, left, strict=True))
-        found.append(Target(p, x, f, z))
+        x, other, z = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p), ()
+        if eta:
+            z = tuple([p.sigma * fresh[j] * math.exp(-eta * (c - spans[j][1]) * h) for j in range(len(a))])
+        found.append(Target(p, x, tuple([other * weight for weight in a]), z))
     return found
 
 
-def stages(s: Point, found: Sequence[Target], form: Form) -> Iterator[Stage]:
-    """The calls of one step from s. A later target is kept in slot sum<i>, to which each call adds its term."""
+def stages(s: Point, found: Sequence[Target], form: Form, span: tuple[Point, Point] | None = None) -> Iterator[Stage]:
+    """The calls of one step from s. A later target is kept in slot sum<i>, to which each call adds its term.
+
+    span  of every call's draw, where it is not the call's own
+    """
     here = s
     for j, target in enumerate(found):
         rows: dict[str, Row] = {}
+        prediction = form.row(here)
         for i, later in enumerate(found[j:], j):
-            begun = {"x": later.x} if j == 0 else {f"sum{i}": 1.0}
-            row = plus(begun, later.f[j], form.row(here)) | {"z": later.z[j] if later.z else 0.0}
-            row = {source: value for source, value in row.items() if value}
-            if i == j or j == 0 or row != begun:
-                rows["x" if i == j else f"sum{i}"] = row
-        yield Stage(here, rows, target.to, done=j + 1 == len(found))
+            begun, weight, z = (
+                {"x": later.x} if j == 0 else {f"sum{i}": 1.0},
+                later.f[j],
+                later.z[j] if later.z else 0.0,
+            )
+            if i == j or j == 0 or weight or z:
+                row = plus(begun, weight, prediction)
+                row["z"] = z
+                rows["x" if i == j else f"sum{i}"] = {source: value for source, value in row.items() if value}
+        yield Stage(here, rows, target.to, done=j + 1 == len(found), span=span)
         here = target.to
 
 
@@ -155,9 +161,8 @@ def step(
     """One step of the ODE, or for eta > 0 of the reverse SDE."""
     h = step_size(s, t)
     if math.isfinite(h):
-        yield from stages(s, targets(grid, s, t, tableau, form, eta), form)
-    else:
-        yield Stage(s, {"x": exponential_row(s, t, h, eta)}, t)
+        return stages(s, targets(grid, s, t, tableau, form, eta), form)
+    return iter([Stage(s, {"x": exponential_row(s, t, h, eta)}, t)])
 
 
 def ancestral_step(
@@ -173,7 +178,6 @@ def ancestral_step(
         *inner, last = targets(grid, s, down, tableau, form)
         # The first call draws: at eta = 1 the second is already at t, where no stretch of the path is left.
         last = last._replace(to=t, z=(fresh * t.sigma, *[0.0] * len(inner)))
-        for stage in stages(s, [*inner, last], form):
-            yield replace(stage, span=(s, t))
+        yield from stages(s, [*inner, last], form, (s, t))
     else:
         yield Stage(s, {"x": renoised(s, t, keep, fresh)}, t)

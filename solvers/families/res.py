@@ -38,10 +38,10 @@ def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) 
         row = ancestral_row(s, t, eta)
         end = row["x"] * s.sigma  # sigma at the end of the step, before its fresh noise
         down = math.log(end / t.alpha) if end > 0.0 else -math.inf
-        h = -grid.lam[k] - down
+        h = -grid.lams[k] - down
         finite = math.isfinite(h) and math.isfinite(down_before)
         if usable_order(grid, k, 2, final_order) == 2 and finite:
-            c2 = (down_before + grid.lam[k - 1]) / h
+            c2 = (down_before + grid.lams[k - 1]) / h
             row = add_differences(row, "m", {"h1": c2}, step_moments(h, 2), t.alpha)
         yield Stage(s, {"x": row, **shift_history(k, 1)}, t)
         down_before = down

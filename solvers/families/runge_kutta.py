@@ -52,18 +52,19 @@ def rk_step(
     u, h = coords.time(s), coords.time(t) - coords.time(s)
     # c = 1 is t itself: 1/u in the slope would amplify the rounding error of u + h.
     inner = inner or [t if abs(c - 1.0) < 1e-12 else coords.point(grid, u + c * h) for c in tableau.c[1:]]
+    partial = tableau.partial
 
     def known(j: int, i: int) -> dict[str, float]:
         """y_j before call i: y + h sum_(k<i) a_jk d_k."""
         y = {"y": 1.0} if i else {"x": 1.0 / coords.scale(s)}
-        if not tableau.partial:
+        if not partial:
             return y | {f"d{k}": h * weight for k, weight in enumerate(sums[j][:i]) if weight}
         return {f"sum{j}": 1.0} if any(sums[j][:i]) else y
 
     for i, (here, there) in enumerate(pairwise([s, *inner, t])):
         d = coords.slope(here)
         rows: dict[str, Row] = {} if i else {"y": known(0, 0)}
-        if tableau.partial:
+        if partial:
             rows |= {f"sum{j}": plus(known(j, i), h * sums[j][i], d) for j in range(i + 2, len(sums)) if sums[j][i]}
         else:
             rows[f"d{i}"] = d

@@ -70,8 +70,8 @@ def sa_solver(
         rows: dict[str, Row] = {"x": x, **shift_history(k, depth)}
         last = k + 1 == grid.steps
         # A step with infinite h is not corrected: only its first-order row has a limit.
-        if corrector_order > 0 and not last and math.isfinite(grid.lam[k]):
-            linear = exponential_row(s, t, grid.lam[k + 1] - grid.lam[k], eta)
+        if corrector_order > 0 and not last and math.isfinite(grid.lams[k]):
+            linear = exponential_row(s, t, grid.lams[k + 1] - grid.lams[k], eta)
             rows["c"] = substitute({**linear, "m": 0.0}, "x", corrected)
             older = usable_order(grid, k, corrector_order - 1, final_order)
             corrected = corrector_row(grid, k, older, eta, rule)
@@ -82,7 +82,7 @@ def sa_solver(
 
 def corrector_row(grid: Grid, k: int, older: int, eta: float, rule: str) -> dict[str, float]:
     """The corrected sample at the end of step k (eq. 18), from the prediction there and `older` earlier ones."""
-    z = (1.0 + eta) * (grid.lam[k + 1] - grid.lam[k])
+    z = (1.0 + eta) * (grid.lams[k + 1] - grid.lams[k])
     (m0,) = moments(z, 0)
     alpha = grid.points[k + 1].alpha
     if older == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 # Sums that can be open at once: the fused kernel writes five slots, one of which may be the x0 prediction.
 _OPEN = 4
@@ -24,7 +25,7 @@ class Tableau:
     b: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not self.a or [len(row) for row in self.a] != list(range(len(self.a))):
+        if not self.a or [*map(len, self.a)] != [*range(len(self.a))]:
             raise ValueError(
                 f"tableau: row i of a must hold i numbers (an explicit method), got lengths {[*map(len, self.a)]}"
             )
@@ -44,11 +45,11 @@ class Tableau:
                 f"tableau must be a name or a pair (a, b) of sequences of numbers, got {pair!r}"
             ) from error
 
-    @property
+    @cached_property
     def c(self) -> tuple[float, ...]:
         return tuple(sum(row) for row in self.a)
 
-    @property
+    @cached_property
     def partial(self) -> bool:
         """Whether all sums that are open at once have a slot, so that no slope need be kept."""
         sums: Sequence[Sequence[float]] = [*self.a, self.b]

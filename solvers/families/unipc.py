@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from fewstep.solvers.families.deis import deis_row
+from fewstep.solvers.families.deis import deis_rows
 from fewstep.solvers.families.exponential import (
     PREDICTIONS,
     FinalOrder,
@@ -37,24 +37,29 @@ VARIANTS = {"bh1": "flat", "bh2": "midpoint", "vary_coeff": "heun"}
 class Predictor(NamedTuple):
     """A predictor to put UniC after.
 
-    row    (grid, k, order, variant) -> the row of step k over x, m, h1 ... and e, e1 ...
+    rows   grid -> (k, order, variant) -> the row of step k over x, m, h1 ... and e, e1 ...
     order  its own order, or None for that of UniPC
     noise  whether it keeps a history of noise predictions
     """
 
-    row: Callable[[Grid, int, int, str], Row]
+    rows: Callable[[Grid], Callable[[int, int, str], Row]]
     order: int | None = None
     noise: bool = False
 
 
+def _deis(grid: Grid) -> Callable[[int, int, str], Row]:
+    row = deis_rows(grid, 3, "t")
+    return lambda k, order, variant: row(k, order)
+
+
 PREDICTORS: Mapping[str, Predictor] = {
-    "unip": Predictor(lambda grid, k, order, variant: data_row(grid, k, order, VARIANTS[variant])),
-    "ddim": Predictor(lambda grid, k, order, _: first_order(*grid.pairs[k]), order=1),
-    "dpmpp_2m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "midpoint"), order=2),
-    "dpmpp_3m": Predictor(lambda grid, k, order, _: data_row(grid, k, order, "heun"), order=3),
-    "dpm_solver_2m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "midpoint"), 2, noise=True),
-    "dpm_solver_3m": Predictor(lambda grid, k, order, _: noise_row(grid, k, order, "heun"), 3, noise=True),
-    "deis": Predictor(lambda grid, k, order, _: deis_row(grid, k, order, "t"), 3, noise=True),
+    "unip": Predictor(lambda grid: lambda k, order, variant: data_row(grid, k, order, VARIANTS[variant])),
+    "ddim": Predictor(lambda grid: lambda k, order, _: first_order(*grid.pairs[k]), order=1),
+    "dpmpp_2m": Predictor(lambda grid: lambda k, order, _: data_row(grid, k, order, "midpoint"), order=2),
+    "dpmpp_3m": Predictor(lambda grid: lambda k, order, _: data_row(grid, k, order, "heun"), order=3),
+    "dpm_solver_2m": Predictor(lambda grid: lambda k, order, _: noise_row(grid, k, order, "midpoint"), 2, noise=True),
+    "dpm_solver_3m": Predictor(lambda grid: lambda k, order, _: noise_row(grid, k, order, "heun"), 3, noise=True),
+    "deis": Predictor(_deis, 3, noise=True),
 }
 
 
@@ -85,13 +90,13 @@ def unipc(
     check_final_order(final_order, order)
     steps = corrected_steps(grid, corrector)
     uni_p = PREDICTORS[predictor]
-    own = uni_p.order or order
+    own, predicted = uni_p.order or order, uni_p.rows(grid)
     for k, (s, t) in enumerate(grid.pairs):
         # The corrected sample at point k as a row.
         corrected: Row = {"x": 1.0}
         if k - 1 in steps:
             corrected = unic_row(grid, k, usable_order(grid, k - 1, order, final_order), variant)
-        row = uni_p.row(grid, k, usable_order(grid, k, own, final_order), variant)
+        row = predicted(k, usable_order(grid, k, own, final_order), variant)
         rows: dict[str, Row] = {"x": from_corrected(row, s, corrected, uni_p.noise)}
         rows |= shift_history(k, max(order, own - 1))
         if uni_p.noise:
@@ -125,8 +130,8 @@ def corrected_steps(grid: Grid, corrector: bool | Collection[int]) -> Collection
 def unic_row(grid: Grid, k: int, order: int, variant: str) -> Row:
     """UniC-p (eq. 9) for point k: from the corrected sample "c" at k - 1, with the prediction "m" at k."""
     first = first_order(grid.points[k - 1], grid.points[k])
-    if not math.isfinite(grid.lam[k - 1]):
+    if not math.isfinite(grid.lams[k - 1]):
         return {"x": 1.0}  # x came from the first-order row, the only one with a limit at alpha = 0
     nodes = corrector_nodes(grid, k - 1, order)
-    weights = step_moments(grid.lam[k] - grid.lam[k - 1], order + 1, VARIANTS[variant])
+    weights = step_moments(grid.lams[k] - grid.lams[k - 1], order + 1, VARIANTS[variant])
     return add_differences({"c": first["x"], "h1": first["m"]}, "h1", nodes, weights, grid.points[k].alpha)

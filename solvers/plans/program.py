@@ -29,12 +29,12 @@ class Op:
 
     @cached_property
     def noisy(self) -> bool:
-        return bool(np.any(self.w[:, -1]))
+        return bool(self.w[:, -1].any())
 
     @cached_property
     def unguided(self) -> bool:
         """Whether a row reads the null branch's own prediction."""
-        return bool(np.any(self.w[:, -2]))
+        return bool(self.w[:, -2].any())
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,26 @@ X0_SLOT = "x0 prediction"
 
 def live_rows(plan: UncheckedPlan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
     """The rows of each stage that a later one reads, without zero coefficients and identity rows."""
+    return [rows for rows, _ in _live(plan, keep_x0)]
+
+
+def _live(plan: UncheckedPlan, keep_x0: bool) -> list[tuple[dict[str, Row], set[str]]]:
+    """The live rows of each stage, and the slots that are still read after it."""
     live = {"x"}
-    kept: list[dict[str, Row]] = []
+    kept: list[tuple[dict[str, Row], set[str]]] = []
     for stage in reversed(plan.stages):
-        rows = dict(stage.rows)
+        after = live
+        rows: dict[str, Row] = {}
+        for slot, row in stage.rows.items():
+            if slot in after:
+                own = {source: c for source, c in row.items() if c} if not all(row.values()) else row
+                if slot == "x" or own != {slot: 1.0}:
+                    rows[slot] = own
+        live = after.difference(rows).union(*rows.values()).difference(SOURCES) | {"x"}
         if keep_x0:
             rows[X0_SLOT] = {PREDICTION: 1.0}
-            live = live | {X0_SLOT}
-        rows = {slot: {s: c for s, c in row.items() if c} for slot, row in rows.items() if slot in live}
-        rows = {slot: row for slot, row in rows.items() if slot == "x" or row != {slot: 1.0}}
-        sources = {source for row in rows.values() for source in row}
-        live = ((live - set(rows)) | sources | {"x"}) - {*SOURCES, X0_SLOT}
-        kept.append(rows)
+        kept.append((rows, after))
     return kept[::-1]
-
-
-def _live_before(stages: list[dict[str, Row]]) -> list[set[str]]:
-    """The slots whose values are still read, before each stage and after the last."""
-    live = [{"x"}]
-    for rows in reversed(stages):
-        sources = {source for row in rows.values() for source in row} - set(SOURCES)
-        live.append((live[-1] - set(rows)) | sources | {"x"})
-    return live[::-1]
 
 
 def is_rename(slot: str, row: Row) -> bool:
@@ -93,8 +91,6 @@ def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool =
     in_place  let an output overwrite an input that no later stage reads. The CPU kernels keep outputs apart from
               inputs, so that the compiler may reorder loads and stores when it vectorises
     """
-    stages = live_rows(plan, keep_x0=keep_x0)
-    live = _live_before(stages)
     where = {"x": 0}
     buffers = 1
     init = Op((0,), (0,), _matrix([{"x": 1.0}], {"x": 0}, (0,), plan.noise_scale))
@@ -102,23 +98,24 @@ def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool =
         where, buffers = {"x": 1}, 2
         init = Op((0,), (1,), _matrix([plan.init.row], {"x": 0}, (0,), plan.noise_scale))
     ops, x0 = [], []
-    for k, rows in enumerate(stages):
-        after = live[k + 1] | ({X0_SLOT} if keep_x0 else set())
+    for stage, (rows, after) in zip(plan.stages, _live(plan, keep_x0), strict=True):
         renamed = {slot: where[next(iter(row))] for slot, row in rows.items() if is_rename(slot, row)}
-        carried = {slot: where[slot] for slot in after if slot not in rows and slot in where}
-        written = ["x", *(slot for slot in rows if slot != "x" and slot not in renamed)]
-        used = {source for slot in written for source in rows[slot]} - set(SOURCES)
-        reads = tuple(dict.fromkeys([where["x"], *(where[slot] for slot in where if slot in used)]))
-        taken = set(renamed.values()) | set(carried.values()) | (set() if in_place else set(reads))
+        # In the order of `where`, and not of a set: structures and sums are the same in every process.
+        carried = {slot: buffer for slot, buffer in where.items() if slot in after and slot not in rows}
+        written = ["x", *[slot for slot in rows if slot != "x" and slot not in renamed]]
+        used = set[str]().union(*[rows[slot] for slot in written])
+        reads = tuple(dict.fromkeys([where["x"], *[where[slot] for slot in where if slot in used]]))
+        taken = {*renamed.values(), *carried.values(), *(() if in_place else reads)}
         target: dict[str, int] = {}
         for slot in written:
-            free = (b for b in ([where[slot]] if slot in where else []) + list(range(buffers)) if b not in taken)
-            target[slot] = next(free, buffers)
-            buffers = max(buffers, target[slot] + 1)
-            taken.add(target[slot])
-        scale = plan.noise_scale * plan.stages[k].noise
-        w = _matrix([rows[slot] for slot in written], where, reads, scale)
-        ops.append(Op(reads, tuple(target[slot] for slot in written), w))
+            own = where.get(slot)
+            if own is None or own in taken:
+                own = next((b for b in range(buffers) if b not in taken), buffers)
+            target[slot] = own
+            buffers = max(buffers, own + 1)
+            taken.add(own)
+        w = _matrix([rows[slot] for slot in written], where, reads, plan.noise_scale * stage.noise)
+        ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
         x0 += [where.pop(X0_SLOT)] if keep_x0 else []
     return Program(plan, init, tuple(ops), buffers, where["x"], tuple(x0))

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class Solver:
         own = (self.spacings[kind] for kind in type(process).__mro__ if kind in self.spacings)
         return next(own, process.spacing)
 
-    @property
+    @cached_property
     def options(self) -> dict[str, object]:
         """The builder's options with their defaults."""
         parameters = list(inspect.signature(self.build).parameters.values())[1:]

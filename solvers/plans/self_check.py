@@ -27,11 +27,11 @@ from fewstep.solvers.schedule.process import FloatArray, Point
 
 # Coefficients are float64: a true stage meets its marginal to this, of the larger of data and marginal.
 MARGINAL_TOLERANCE = 1e-9
-# A builder's coefficients may be this many roundings off, which the plan then amplifies.
-_ROUNDINGS = 2000.0
-_BUILDERS_SHARE = 3e-7  # ... but no more than a float64 result may be wrong
 
 UNIT_ROUNDOFF: Mapping[str, float] = {"float32": 2.0**-24, "float64": 2.0**-53}
+# A builder's coefficients may be this many roundings off, which the plan then amplifies.
+_BUILDERS = 2000.0 * UNIT_ROUNDOFF["float64"]
+_BUILDERS_SHARE = 3e-7  # ... but no more than a float64 result may be wrong
 # How wrong rounding may make a result, and what a call is shown, as a share of the marginal. A float32 call may be far
 # off where later steps lose that again, as first-order steps to data do, but rounding must not be all that it sees.
 RESULT_LIMIT: Mapping[str, float] = {"float32": 1e-2, "float64": 1e-6}
@@ -47,6 +47,10 @@ _NOISE_GAP = 12.0
 # Stands for an overflow: larger than any amplification, and still finite in products with 0.
 _HUGE = 1e150
 _LARGE = 1e30  # below this no product of two can overflow
+_TOGETHER = 256  # stages whose rows are matrices at a time
+
+
+Marginal = tuple[float, float]  # alpha and sigma
 
 
 class Followed(NamedTuple):
@@ -58,7 +62,7 @@ class Followed(NamedTuple):
     """
 
     k: int
-    found: tuple[float, float]
+    found: Marginal
     gap: tuple[float, float]
     amplification: float
     tolerance: float
@@ -66,128 +70,144 @@ class Followed(NamedTuple):
     largest: float
 
 
-class _Slots:
-    """The slots as rows of one matrix: columns are x0, the noises, and the covariance with each slot's rounding."""
+class _Held:
+    """What each slot holds at a time.
 
-    def __init__(self, plan: UncheckedPlan) -> None:
-        names = plan.slots
-        self.count = len(names)
-        self.index = {name: i for i, name in enumerate((*names, PREDICTION, UNGUIDED, NOISE))}
-        draws = [bool(plan.init and plan.init.row.get(NOISE))]
-        draws += [any(row.get(NOISE) for row in stage.rows.values()) for stage in plan.stages]
-        # Only the stages that draw have a column.
-        columns = itertools.count(2)
-        self.draw = [next(columns) if drawn else None for drawn in draws]
-        self.width = 2 + sum(draws)
-        self.values = np.zeros((self.count + 3, self.width + self.count))
-        self.sizes = np.ones(self.count + 3)
-        self.values[self.count : self.count + 2, 0] = 1.0
-        self._drawn: int | None = None
-        self.largest = 0.0  # coefficient, of those above _LARGE
-        self._identity = np.eye(self.count, self.count + 3)
-        self._nothing = np.zeros(self.count)
-        self._new = np.empty((self.count, self.width + self.count))
-        self._view()
-        self.put_x(plan.start, None)
+    held    (slots + 3, 2 + draws): x0, the starting noise and each draw in the slots, and in "m", "u" and "z"
+    errors  (slots, slots), the covariance of the slots' rounding errors, in units of roundoff
+    """
 
-    def _view(self) -> None:
-        self._covariance = self.values[: self.count, self.width :]
-        self._variance = np.einsum("ii->i", self._covariance)  # writeable, as diagonal() is not
-
-    def save(self) -> tuple[FloatArray, FloatArray]:
-        return self.values.copy(), self.sizes.copy()
-
-    def restore(self, saved: tuple[FloatArray, FloatArray]) -> None:
-        self.values, self.sizes = saved
-        self._view()
+    def __init__(self, slots: int, width: int) -> None:
+        self.held, self.errors = np.zeros((slots + 3, width)), np.zeros((slots, slots))
+        self.slots, self.predictions, self.drawn = self.held[:slots], self.held[slots : slots + 2], self.held[-1]
+        self.noise = self.held[0, 1:]  # in "x"
+        self.variances = np.einsum("ii->i", self.errors)  # writeable, as diagonal() is not
 
     @property
     def x(self) -> tuple[float, float]:
-        noise = self.values[0, 1 : self.width]
-        return float(self.values[0, 0]), math.sqrt(noise @ noise)
+        """The alpha and the sigma of "x"."""
+        noise = self.noise
+        return self.held.item(0), abs(noise.item(0)) if noise.size == 1 else math.sqrt(noise.dot(noise))
 
     @property
     def deviation(self) -> float:
         """Of the rounding in "x", in units of roundoff."""
-        return math.sqrt(max(0.0, float(self.values[0, self.width])))
+        return math.sqrt(max(0.0, self.errors.item(0)))
+
+
+class _Slots:
+    """The slots before and after a stage: `apply` makes `after` from `now`, `accept` exchanges them."""
+
+    def __init__(self, plan: UncheckedPlan) -> None:
+        self.rows: list[Mapping[str, Row]] = [{"x": plan.init.row}] if plan.init is not None else []
+        self.rows += [stage.rows for stage in plan.stages]
+        # Only the stages that draw have a column.
+        columns = itertools.count(2)
+        self.draws = [next(columns) if any(row.get(NOISE) for row in rows.values()) else None for rows in self.rows]
+        self.names, width = plan.slots, next(columns)
+        self.index = {name: i for i, name in enumerate((*self.names, PREDICTION, UNGUIDED, NOISE))}
+        count = len(self.names)
+        self.now, self.after = _Held(count, width), _Held(count, width)
+        self.see_x0()
+        self.sizes = np.ones(count + 3)
+        self._own_sizes = self.sizes[:count]
+        self._squares, self._ones, self._half = np.empty((count, width)), np.ones(width), np.empty((count, count))
+        self.largest = 0.0  # coefficient, of those above _LARGE
+        self._first, self._matrices = 0, self._matrices_from(0)
+        self.put_x(plan.start, None)
+
+    def _matrices_from(self, first: int) -> list[tuple[FloatArray, FloatArray, FloatArray, float]]:
+        """Of the next stages: the rows over slots and sources, and over slots; what each rounds; the largest number."""
+        rows, count, index = self.rows[first : first + _TOGETHER], len(self.names), self.index
+        where: list[int] = []
+        values: list[float] = []
+        copied: list[int] = []  # they round nothing
+        for k, stage in enumerate(rows, 0):
+            for i, slot in enumerate(self.names, k * count):
+                row = stage.get(slot)
+                if row is None:
+                    row = {slot: 1.0}
+                for source, c in row.items():
+                    where.append(i * len(index) + index[source])
+                    values.append(c)
+                if len(row) == 1 and c == 1.0:
+                    copied.append(i)
+        flat = np.zeros(len(rows) * count * len(index))
+        flat[where] = values
+        w = flat.reshape(len(rows), count, len(index))
+        rounds = np.abs(w)
+        largest = rounds.max(axis=(1, 2)).tolist()
+        rounds.reshape(-1, len(index))[copied] = 0.0
+        return list(zip(w, np.ascontiguousarray(w[:, :, :count]), rounds, largest, strict=True))
 
     def put_x(self, to: Point, noise: float | None) -> None:
         """x on a marginal, its noise in the direction that it has; `noise` is that noise's size, None for a new one."""
-        row = self.values[0]
+        row = self.now.slots[0]
         if not noise:
-            row[1 : self.width] = 0.0
+            row[1:] = 0.0
             row[1] = to.sigma
         else:
-            row[1 : self.width] *= to.sigma / noise
+            row[1:] *= to.sigma / noise
         row[0] = to.alpha
-        self.sizes[0] = math.hypot(to.alpha, to.sigma)
 
     def see_noise(self, at: Point) -> None:
         """Let the prediction be the x0 that goes with the true noise in x at the level of the call."""
-        _, noise = self.x
-        row = self.values[0, : self.width].copy()
-        unit = np.zeros(self.width)
+        row, (_, noise) = self.now.slots[0], self.now.x
+        unit = np.zeros(row.size)
         unit[1] = 1.0
         if noise:
             unit[1:] = row[1:] / noise
-        self.values[self.count : self.count + 2, : self.width] = (row - at.sigma * unit) / at.alpha
+        self.now.predictions[...] = (row - at.sigma * unit) / at.alpha
 
     def see_x0(self) -> None:
-        self.values[self.count : self.count + 2, : self.width] = 0.0
-        self.values[self.count : self.count + 2, 0] = 1.0
+        for each in (self.now, self.after):
+            each.predictions[...] = 0.0
+            each.predictions[:, 0] = 1.0
 
-    def apply(self, rows: Mapping[str, Row], draw: int | None) -> None:
-        """Write the rows."""
-        values, count, index = self.values, self.count, self.index
-        if self._drawn is not None:
-            values[-1, self._drawn] = 0.0
+    def apply(self, k: int) -> None:
+        """The k-th rows; the init row is the first if there is one."""
+        # ndarray.dot: on matrices this small it takes a third of matmul's time.
+        if k - self._first == len(self._matrices):
+            self._first, self._matrices = k, self._matrices_from(k)
+        w, over_slots, rounds, largest = self._matrices[k - self._first]
+        now, after, draw, sizes = self.now, self.after, self.draws[k], self._own_sizes
         if draw is not None:
-            values[-1, draw] = 1.0
-        self._drawn = draw
-        w = self._identity.copy()
-        rounded = self._nothing.copy()
-        largest = 0.0
-        for slot, row in rows.items():
-            i = index[slot]
-            line = w[i]
-            line[i] = 0.0
-            for source, c in row.items():
-                line[index[source]] = c
-                largest = max(largest, c, -c)
-            rounded[i] = len(row) > 1 or c != 1.0  # a copy rounds nothing
-        np.matmul(w, values, out=self._new)
-        values[:count] = self._new
-        np.matmul(self._new[:, self.width :], w[:, :count].T, out=self._covariance)
-        self._variance += (rounded * (np.abs(w) @ self.sizes)) ** 2
-        new = self._new[:, : self.width]
-        np.sqrt(np.einsum("ij,ij->i", new, new), out=self.sizes[:count])
+            now.drawn[draw] = 1.0
+        w.dot(now.held, after.slots)
+        if draw is not None:
+            now.drawn[draw] = 0.0
+        over_slots.dot(now.errors, self._half).dot(over_slots.T, after.errors)
+        np.sqrt(np.multiply(now.slots, now.slots, self._squares).dot(self._ones, sizes), sizes)
+        if self.largest:
+            np.minimum(sizes, _HUGE, out=sizes)
+        error = rounds.dot(self.sizes)
+        np.add(after.variances, np.multiply(error, error, error), after.variances)
         if largest > _LARGE:
-            np.nan_to_num(self._covariance, copy=False, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE)
-            np.minimum(self.sizes, _HUGE, out=self.sizes)
+            np.nan_to_num(after.errors, copy=False, nan=_HUGE, posinf=_HUGE, neginf=-_HUGE)
             self.largest = max(self.largest, largest)
 
+    def accept(self) -> None:
+        self.now, self.after = self.after, self.now
 
-class _StepBound:
-    """The marginal from which the step at hand started, and how far a stage of it may miss its own."""
 
-    def __init__(self, x: tuple[float, float]) -> None:
-        self.start = x
+def _bound(start: Marginal, before: Marginal, to: Point, kept_on: bool) -> tuple[float, float]:
+    """How far a stage may miss its marginal, in a step that began at `start`.
 
-    def bound(self, before: tuple[float, float], to: Point, kept_on: bool) -> tuple[float, float]:
-        """kept_on: whether x depends on the slots, so that the step does not go through clean data."""
-        ends = (self.start, before, (to.alpha, to.sigma))
-        levels = [math.log(sigma / alpha) if sigma > 0.0 and alpha > 0.0 else math.inf for alpha, sigma in ends]
-        alpha, sigma = self.start
-        if kept_on and all(map(math.isfinite, levels)):
-            h = max(abs(levels[2] - level) for level in levels[:2])
-            signal, noise = min(1.0, h) ** 2, h * min(1.0, h)
-        else:
-            # h is infinite, or x clean. EDM's vp clock leaves log(1 + sigma^2) of the noise where it steps to data.
-            signal, noise = 1.0, max(1.0, math.log1p((sigma / alpha) ** 2) / 2.0 if alpha > 0.0 else 0.0)
-        # Frames in which x / alpha is integrated scale an error up with alpha.
-        scaled = sigma * to.alpha / alpha if alpha > 0.0 else 0.0
-        signals, noises = zip(*ends, strict=True)
-        return _SIGNAL_GAP * max(signals) * signal, _NOISE_GAP * max(*noises, scaled) * noise
+    kept_on  whether x depends on the slots, so that the step does not go through clean data
+    """
+    ends = (start, before, (to.alpha, to.sigma))
+    levels = [math.log(sigma / alpha) if sigma > 0.0 and alpha > 0.0 else math.inf for alpha, sigma in ends]
+    alpha, sigma = start
+    if kept_on and all(map(math.isfinite, levels)):
+        h = max(abs(levels[2] - level) for level in levels[:2])
+        signal, noise = min(1.0, h) ** 2, h * min(1.0, h)
+    else:
+        # h is infinite, or x clean. EDM's vp clock leaves log(1 + sigma^2) of the noise where it steps to data.
+        signal, noise = 1.0, max(1.0, math.log1p((sigma / alpha) ** 2) / 2.0 if alpha > 0.0 else 0.0)
+    # Frames in which x / alpha is integrated scale an error up with alpha.
+    scaled = sigma * to.alpha / alpha if alpha > 0.0 else 0.0
+    signals, noises = zip(*ends, strict=True)
+    return _SIGNAL_GAP * max(signals) * signal, _NOISE_GAP * max(*noises, scaled) * noise
 
 
 def follow(plan: UncheckedPlan) -> Iterator[Followed]:
@@ -198,19 +218,23 @@ def follow(plan: UncheckedPlan) -> Iterator[Followed]:
 
 def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
     slots = _Slots(plan)
+    first = 0 if plan.init is None else 1
 
-    def ended(k: int, to: Point, bound: tuple[float, float] = (0.0, 0.0)) -> Followed:
-        found, deviation, size = slots.x, slots.deviation, math.hypot(to.alpha, to.sigma)
-        gap = found[0] - to.alpha, found[1] - to.sigma
-        builders = _ROUNDINGS * UNIT_ROUNDOFF["float64"] * deviation
-        tolerance = MARGINAL_TOLERANCE * max(1.0, size) + min(builders, _BUILDERS_SHARE * max(1.0, size))
-        return Followed(k, found, gap, deviation / size, tolerance, bound, slots.largest)
+    def end_of(k: int, to: Point, bound: Marginal = (0.0, 0.0)) -> Followed:
+        slots.apply(k + first)
+        (alpha, sigma), deviation, size = slots.after.x, slots.after.deviation, math.hypot(to.alpha, to.sigma)
+        larger = max(1.0, size)
+        tolerance = MARGINAL_TOLERANCE * larger + min(_BUILDERS * deviation, _BUILDERS_SHARE * larger)
+        gap = alpha - to.alpha, sigma - to.sigma
+        return Followed(k, (alpha, sigma), gap, deviation / size, tolerance, bound, slots.largest)
 
+    before = slots.now.x
     if plan.init is not None:
-        slots.apply({"x": plan.init.row}, slots.draw[0])
-        yield ended(-1, plan.init.to)
-    before = slots.x
-    step = _StepBound(before)
+        end = end_of(-1, plan.init.to)
+        slots.accept()
+        yield end
+        before = end.found
+    start = before  # of the step
     for k, stage in enumerate(plan.stages):
         at, to = stage.at, stage.to
         elsewhere = at.alpha > 0.0 and _misses((before[0] - at.alpha, before[1] - at.sigma), MARGINAL_TOLERANCE)
@@ -218,28 +242,24 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
         if not stage.exact:
             kept_on = any(c for source, c in stage.rows["x"].items() if source not in SOURCES)
             if not (elsewhere and kept_on):
-                bound = step.bound(before, to, kept_on)
-        saved = slots.save() if elsewhere else None
-        slots.apply(stage.rows, slots.draw[k + 1])
-        end = ended(k, to, bound)
-        if saved is not None and bound == (0.0, 0.0) and _misses(end.gap, end.tolerance):
-            first = slots.save()
-            slots.restore(saved)
+                bound = _bound(start, before, to, kept_on)
+        end = end_of(k, to, bound)
+        if elsewhere and bound == (0.0, 0.0) and _misses(end.gap, end.tolerance):
             slots.see_noise(at)
-            slots.apply(stage.rows, slots.draw[k + 1])
+            other = end_of(k, to)
             slots.see_x0()
-            other = ended(k, to)
             if _misses(other.gap, other.tolerance):
-                slots.restore(first)
+                slots.apply(k + first)
             else:
                 end = other
+        slots.accept()
         yield end
         before = end.found
         if not stage.exact:
             slots.put_x(to, before[1])
             before = to.alpha, to.sigma
         if stage.done:
-            step = _StepBound(before)
+            start = before
 
 
 def _misses(gap: tuple[float, float], tolerance: float) -> bool:
@@ -278,9 +298,9 @@ def check(plan: UncheckedPlan) -> None:
     for end in follow(plan):
         # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
         _check_rounding(plan, end, plan.dtype)
-        exact = end.k < 0 or plan.stages[end.k].exact
-        allowed = [end.tolerance + share for share in end.bound]
-        if not all(abs(gap) <= share for gap, share in zip(end.gap, allowed, strict=True)):
+        (signal, noise), bound = end.gap, end.bound
+        if not (abs(signal) <= end.tolerance + bound[0] and abs(noise) <= end.tolerance + bound[1]):
+            exact = end.k < 0 or plan.stages[end.k].exact
             to = plan.init.to if plan.init is not None and end.k < 0 else plan.stages[end.k].to
             more = "" if exact else f", with steps of this size allowed ({end.bound[0]:.3g}, {end.bound[1]:.3g}) off"
             raise PlanError(
@@ -300,9 +320,9 @@ def check_rounding(plan: UncheckedPlan, dtype: str) -> None:
 
 def _check_rounding(plan: UncheckedPlan, end: Followed, dtype: str) -> None:
     limits = RESULT_LIMIT if end.k == plan.nfe - 1 else CALL_LIMIT
-    wrong = {name: _DEVIATIONS * unit * end.amplification for name, unit in UNIT_ROUNDOFF.items()}
-    if wrong[dtype] <= limits[dtype]:
+    if _DEVIATIONS * UNIT_ROUNDOFF[dtype] * end.amplification <= limits[dtype]:
         return
+    wrong = {name: _DEVIATIONS * unit * end.amplification for name, unit in UNIT_ROUNDOFF.items()}
     row = plan.init.row if plan.init is not None and end.k < 0 else plan.stages[end.k].rows["x"]
     source = max(row, key=lambda name: abs(row[name]))
     carried = "dtype='float64' carries it, or take " if wrong["float64"] <= limits["float64"] else ""

@@ -36,7 +36,7 @@ class PlanError(ValueError):
     """A plan whose rows are not a sampler: unknown sources, bad numbers, or a broken marginal."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Stage:
     """One call of the denoiser on slot "x" at `at`, then one affine map of the slots.
 
@@ -59,6 +59,20 @@ class Stage:
     exact: bool = True
     variance: tuple[str, float] | None = None
     span: tuple[Point, Point] | None = None
+
+    def __init__(
+        self,
+        at: Point,
+        rows: Mapping[str, Row],
+        to: Point,
+        done: bool = True,
+        noise: float = 1.0,
+        exact: bool = True,
+        variance: tuple[str, float] | None = None,
+        span: tuple[Point, Point] | None = None,
+    ) -> None:
+        # A plan has up to a hundred of them: dataclasses' own takes four times as long for a frozen class.
+        vars(self).update(at=at, rows=rows, to=to, done=done, noise=noise, exact=exact, variance=variance, span=span)
 
     @property
     def drawn_over(self) -> tuple[Point, Point]:

@@ -5,6 +5,7 @@ Everything here is float64 NumPy and runs once; rounding to the state's dtype co
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,28 +91,38 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str) -> list[S
     if dtype != program.plan.dtype == "float64":
         check_rounding(program.plan, dtype)
     # A clip acts on m itself, and rescaled guidance changes p during the call. Without both, p is folded into w.
-    fold = denoiser.clip is None and denoiser.rescale == 0.0
-    tables = []
+    folded = denoiser.clip is None and denoiser.rescale == 0.0
+    stages, ops = program.plan.stages, program.ops
+    branches: list[tuple[int, ...]] = []
+    weighed: list[np.ndarray] = []
+    p, null = np.zeros((len(ops), 1 + layout.RAWS)), np.zeros((len(ops), 1 + layout.RAWS))
+    known: dict[tuple[tuple[float, ...], bool], tuple[tuple[int, ...], np.ndarray]] = {}
     steps = 0
-    for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
-        weights = denoiser.weights(steps / program.plan.steps)
+    for k, (stage, op) in enumerate(zip(stages, ops, strict=True)):
         if stage.variance is not None and stage.variance[0] != denoiser.variance:
             raise ValueError(
                 f"solver {program.plan.solver!r} with variance={stage.variance[0]!r} needs a network that predicts it, "
                 f"Denoiser(variance={stage.variance[0]!r}); this one has variance={denoiser.variance!r}"
             )
-        wanted = {j for j, g in enumerate(weights) if g} | ({0} if op.unguided else set())
-        branches = tuple(sorted(wanted))
+        weights = denoiser.weights(steps / program.plan.steps)
+        if (weights, op.unguided) not in known:
+            called = tuple(j for j, g in enumerate(weights) if g or (op.unguided and j == 0))
+            known[weights, op.unguided] = called, np.array([weights[j] for j in called])
+        called, own = known[weights, op.unguided]
         a, b = denoiser.prologue(stage.at)
-        p = np.array([a, *(b * weights[j] for j in branches)])
-        null = np.array([a, b, *[0.0] * (len(branches) - 1)])
-        w = _columns(op, p if fold else None, null)
-        slots = tuple(buffer if np.any(w[:, j]) else None for j, buffer in enumerate(op.reads))
-        if not fold and a and slots[0] is None:
+        p[k, 0], p[k, 1 : 1 + len(called)] = a, b * own
+        null[k, :2] = a, b
+        branches.append(called)
+        weighed.append(own)
+        steps += stage.done
+    w = _columns(ops, p if folded else None, null)
+    read, m_reads_x = (w != 0.0).any(axis=1).tolist(), (p[:, 0] != 0.0).tolist()
+    w, p = w.astype(dtype), p.astype(dtype)
+    tables = []
+    for k, (stage, op) in enumerate(zip(stages, ops, strict=True)):
+        slots = tuple([buffer if used else None for buffer, used in zip(op.reads, read[k], strict=False)])
+        if not folded and m_reads_x[k] and slots[0] is None:
             slots = (op.reads[0], *slots[1:])  # m reads x even where no row does
-        padded = None if fold else np.zeros((1, 4))
-        if padded is not None:
-            padded[0, : len(p)] = p
         tables.append(
             StageTable(
                 at=stage.at,
@@ -119,51 +130,53 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str) -> list[S
                 done=stage.done,
                 slots=slots,
                 writes=op.writes,
-                branches=branches,
-                weights=np.array([weights[j] for j in branches]),
+                branches=branches[k],
+                weights=weighed[k],
                 t=denoiser.time(stage.at),
                 c_in=denoiser.c_in(stage.at),
-                w=w[None].astype(dtype),
-                p=None if padded is None else padded.astype(dtype),
+                w=w[k : k + 1, : len(op.writes)],
+                p=None if folded else p[k : k + 1],
                 draw=k + 1 if op.noisy else None,
                 span=stage.drawn_over,
                 variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
             )
         )
-        steps += stage.done
     return tables
 
 
 def init_table(op: Op, dtype: str) -> np.ndarray:
     """The table of the init row, which runs before the first stage."""
-    return _columns(op, None, np.zeros(2))[None].astype(dtype)
+    return _columns([op], None, np.zeros((1, 2))).astype(dtype)
 
 
-def _columns(op: Op, p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
-    """The rows of `op` over the kernels' columns.
+def _columns(ops: Sequence[Op], p: np.ndarray | None, null: np.ndarray) -> np.ndarray:
+    """The rows of each op over the kernels' columns, (ops, most rows, COLUMNS).
 
-    p     the coefficients of m over x and the network's outputs, to replace m by them; None keeps m
+    p     (ops, 1 + raws), the coefficients of m over x and the network's outputs, to replace m by them; None keeps m
     null  those of u, which is always replaced: a clip acts on the guided prediction alone
     """
-    reads = len(op.reads)
-    if reads > layout.SLOTS or len(op.writes) > layout.OUTPUTS:
-        raise ValueError(
-            f"a stage that reads {reads} slots and writes {len(op.writes)} is wider than the fused kernel "
-            f"({layout.SLOTS} and {layout.OUTPUTS}): lower the solver's order"
-        )
-    w = np.zeros((len(op.writes), layout.COLUMNS))
-    w[:, :reads] = op.w[:, :reads]
-    w[:, layout.NOISE] = op.w[:, -1]
-    m, u = op.w[:, -3], op.w[:, -2]
-    parts = [w[:, 0].copy(), u * null[0]]
-    fold(w, u, null)
+    w = np.zeros((len(ops), max(len(op.writes) for op in ops), layout.COLUMNS))
+    predictions = np.zeros((2, *w.shape[:2]))
+    m, u = predictions
+    for k, op in enumerate(ops):
+        rows, reads = len(op.writes), len(op.reads)
+        if reads > layout.SLOTS or rows > layout.OUTPUTS:
+            raise ValueError(
+                f"a stage that reads {reads} slots and writes {rows} is wider than the fused kernel "
+                f"({layout.SLOTS} and {layout.OUTPUTS}): lower the solver's order"
+            )
+        w[k, :rows, :reads] = op.w[:, :reads]
+        predictions[:, k, :rows] = op.w[:, -3:-1].T
+        w[k, :rows, layout.NOISE] = op.w[:, -1]
+    terms = np.abs(w[..., 0]) + np.abs(u * null[:, :1])
+    fold(w, u, null[:, None])
     if p is None:
-        w[:, layout.PREDICTION] = m
+        w[..., layout.PREDICTION] = m
     else:
-        parts.append(m * p[0])
-        fold(w, m, p)
+        terms += np.abs(m * p[:, :1])
+        fold(w, m, p[:, None])
     # Where the terms in x cancel, as in Heun's second call with an epsilon prediction, x need not be read.
-    w[np.abs(w[:, 0]) <= CANCELLED * sum(map(np.abs, parts)), 0] = 0.0
+    w[..., 0][np.abs(w[..., 0]) <= CANCELLED * terms] = 0.0
     return w
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import operator
 import sys
@@ -227,6 +228,11 @@ def no_grad(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractCon
     return context
 
 
+def inference(frame: Frame) -> bool:
+    """Whether new arrays are torch's inference tensors, which later calls outside inference mode cannot use."""
+    return isinstance(frame, TorchFrame) and bool(frame.torch.is_inference_mode_enabled())
+
+
 def on_device(frame: Frame) -> contextlib.AbstractContextManager[object]:
     """Make the frame's CUDA device the current one; does nothing elsewhere."""
     if not (isinstance(frame, TorchFrame) and frame.device.startswith("cuda")):
@@ -249,6 +255,6 @@ def frame_of(value: object) -> Frame | None:
     if isinstance(own, (NumpyFrame, TorchFrame)):
         return own
     if torch is not None and isinstance(value, torch.nn.Module):
-        first = next((t for t in [*value.parameters(), *value.buffers()]), None)
-        return TorchFrame("cpu" if first is None else first.device)
+        first = next(itertools.chain(value.parameters(), value.buffers()), None)
+        return _torch_frame("cpu" if first is None else first.device)
     return None

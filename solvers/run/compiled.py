@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import stage_tables
@@ -82,6 +84,18 @@ class Prepared:
 
     def job(self, watched: bool) -> Job:
         return self.watched if watched else self.plain
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory its idle workspaces hold."""
+        return sum(map(len, self.idle)) * self._workspace
+
+    @cached_property
+    def _workspace(self) -> int:
+        """Bytes of a workspace: its slots, latent, two inputs of the network in each branch, launches."""
+        job = self.plain
+        arrays = job.program.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
+        return arrays * job.batch * job.elements * np.dtype(job.dtype).itemsize + 4096 * len(job.tables)
 
     def fill(self, watched: bool = False) -> None:
         """Make sure that a workspace is idle."""

@@ -1,4 +1,4 @@
-"""`Sampler`, a denoiser and a plan compiled for one shape, and `sample`, which makes and calls one."""
+"""`Sampler`, a denoiser and a plan compiled for one shape."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, named, number
+from fewstep.solvers.options import flag, named
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.registry import get_solver
-from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
     BACKENDS,
@@ -20,8 +18,6 @@ from fewstep.solvers.run.checks import (
     check_latent,
     check_out,
     check_shape,
-    check_source,
-    device_of_inputs,
     model_frame,
     pick_backend,
 )
@@ -34,8 +30,6 @@ from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
 from fewstep.solvers.run.loop import Request, StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import report
-from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.grid import grid as make_grid
 
 
 class Sampler:
@@ -138,6 +132,11 @@ class Sampler:
     @property
     def plan(self) -> Plan:
         return self._now.plan
+
+    @property
+    def nbytes(self) -> int:
+        """About how much memory the sampler holds between calls."""
+        return self._now.nbytes
 
     def prepare(self, plan: Plan | None = None, *, guidance: GuidanceLike | EllipsisType = ...) -> Prepared:
         """Compile another plan or guidance in advance, so that `update` only copies its tables.
@@ -260,93 +259,6 @@ class Sampler:
         """Copies and pickles are made anew from the same arguments: memory and graphs stay with this sampler."""
         made = functools.partial(Sampler, **self._options)
         return made, (self.denoiser, self.plan, self.shape), {"_seed": self._seed, "_cond": self._cond}
-
-
-# Names of other libraries' arguments -> what to write here.
-_ELSEWHERE = {
-    "guidance": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "guidance_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "cfg_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "num_inference_steps": "steps={value!r}",
-    "num_steps": "steps={value!r}",
-    "sigmas": "grid=fs.Grid.from_sigmas(denoiser.process, sigmas), with the end, 0, included",
-    "timesteps": "grid=fs.Grid.from_times(denoiser.process, timesteps), with the clean end (process.clean.t) included",
-    "generator": "seed=0 (an int, or one per sample)",
-    "latents": "x=latents, at the level of the grid's first point",
-    "scheduler": "solver= (fs.list_solvers()) and spacing= (fs.list_spacings())",
-    "sampler": "solver= (fs.list_solvers())",
-    "batch_size": "shape=(batch_size, ...)",
-}
-
-
-@any_library
-def sample(
-    denoiser: DenoiserLike,
-    x: Array | None = None,
-    *,
-    shape: Sequence[int] | None = None,
-    solver: str = "dpmpp_2m",
-    steps: int = 20,
-    spacing: str | None = None,
-    grid: Grid | None = None,
-    seed: int | Sequence[int] | None = None,
-    noise: NoiseSource | None = None,
-    cond: Condition = None,
-    start: float = 0.0,
-    strength: float | None = None,
-    first_sample: int = 0,
-    backend: str = "auto",
-    device: Device | None = None,
-    dtype: DType | None = None,
-    check: bool | None = None,
-    progress: bool = False,
-    callback: Callable[[StepInfo], None] | None = None,
-    **solver_options: Any,
-) -> Array:
-    """Draw samples in one call.
-
-        images = fewstep.sample(denoiser, shape=(16, 1, 8, 8), solver="unipc", steps=8, seed=0)
-
-    x, shape  exactly one: a latent (B, ...) already at the grid's first point, or the shape to draw one from `seed`
-    solver    a name from `list_solvers()`; its options follow as keywords (eta=1.0, order=3, s_churn=40 ...)
-    steps, spacing  the grid on the denoiser's process, unless `grid` is given; the solver's default spacing if None
-    start     skip this fraction of the steps, rounded down: 1 - k / steps runs k steps; x is then at the later point
-    strength  instead of `start`: run this fraction of the steps, int(steps * strength), as diffusers does
-
-    The other arguments are those of `Sampler` and its call.
-
-    Raises ValueError or TypeError that names the argument, before the model is called.
-    """
-    for name, value in solver_options.items():
-        if name in _ELSEWHERE:
-            raise TypeError(f"sample has no argument {name!r}: pass {_ELSEWHERE[name].format(value=value)}")
-    outer = check_source(denoiser, x, shape)
-    if grid is None:
-        own = get_solver(solver).spacing(denoiser.process) if spacing is None else spacing
-        grid = make_grid(denoiser.process, steps, own)
-    elif not isinstance(grid, Grid):
-        raise TypeError(f"grid must be a fewstep.Grid, got {type(grid).__name__}")
-    if strength is not None or number(start) != 0.0:
-        grid = grid.tail(start, strength=strength)
-    if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
-        dtype = "float64"
-    if device is None:
-        device = device_of_inputs(denoiser, outer, cond)
-    if backend == "auto" and getattr(x, "requires_grad", False):
-        backend = "naive"  # the fused kernels record no gradients
-    state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
-    sampler = Sampler(
-        denoiser,
-        make_plan(solver, grid, dtype=state, **solver_options),
-        tuple(x.shape) if x is not None else () if shape is None else shape,
-        backend=backend,
-        device=device,
-        dtype=dtype,
-        check=check,
-    )
-    return sampler(
-        x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, callback=callback, progress=progress
-    )
 
 
 def _wants_grad(x: Array, frame: Frame | None) -> bool:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -118,6 +117,11 @@ class Grid:
         """log(alpha / sigma), half the log-SNR, float64 (steps + 1,), read-only; inf at sigma 0, -inf at alpha 0."""
         with np.errstate(divide="ignore"):
             return _fixed(-np.log(self.ratio))
+
+    @cached_property
+    def lams(self) -> tuple[float, ...]:
+        """`lam` as Python floats, for arithmetic of single steps."""
+        return tuple(self.lam.tolist())
 
     @cached_property
     def points(self) -> tuple[Point, ...]:
@@ -360,8 +364,7 @@ def grid(
         raise ValueError(unknown("spacing", spacing, list_spacings()))
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1 and <= {MAX_STEPS}")
-    axis, rule = SPACINGS[spacing]
-    own = list(inspect.signature(rule).parameters)[1:]
+    axis, rule, own = SPACINGS[spacing]
     others = sorted(set(options) - set(own))
     if others:
         raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")

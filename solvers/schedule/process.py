@@ -6,9 +6,11 @@ point that has it. Solvers work on points, so none of them assumes alpha = 1.
 
 from __future__ import annotations
 
+import bisect
 import math
 import sys
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +44,8 @@ class Point(NamedTuple):
     @property
     def ratio(self) -> float:
         """sigma / alpha, the noise level of x / alpha; inf where alpha is 0."""
+        if isinstance(self.alpha, float) and self.alpha:
+            return self.sigma / self.alpha
         with np.errstate(divide="ignore", over="ignore"):
             ratio: float = _plain(np.divide(self.sigma, self.alpha))
         return ratio
@@ -49,6 +53,8 @@ class Point(NamedTuple):
     @property
     def lam(self) -> float:
         """log(alpha / sigma), half the log-SNR (DPM-Solver, arXiv 2206.00927, section 3.1)."""
+        if isinstance(self.alpha, float) and self.alpha > 0.0 and self.sigma > 0.0:
+            return -math.log(self.sigma / self.alpha)
         with np.errstate(divide="ignore", over="ignore"):
             lam: float = _plain(-np.log(self.ratio))
         return lam
@@ -147,27 +153,27 @@ def _plain_fields(process: VE | Flow) -> None:
             object.__setattr__(process, each.name, value.item())
 
 
-def _pack(t: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> Point:
-    return Point(_plain(t), _plain(alpha), _plain(sigma))
-
-
-def _within(name: str, value: ArrayLike, low: float, high: float, owner: str) -> FloatArray:
-    """`value` as float64. Raises ValueError that names the first entry outside [low, high]."""
-    array = numbers(name, value)
+def _within(name: str, value: ArrayLike, low: float, high: float, owner: object) -> Any:
+    """`value` as a float or a float64 array. Raises ValueError that names the first entry outside [low, high]."""
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
+    if isinstance(value, float) and floor <= value <= ceiling:
+        return min(max(float(value), low), high)
+    array = numbers(name, value)
     # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
     if bad.size:
         where = f"{name}[{bad[0]}]" if array.ndim else name
         value = float(array.flat[bad[0]])
-        raise ValueError(f"{where} = {value} is outside {low:.10g} <= {name} <= {high:.10g} of {owner}")
-    return np.clip(array, low, high)
+        raise ValueError(f"{where} = {value} is outside {low:.10g} <= {name} <= {high:.10g} of {owner!r}")
+    return _plain(np.clip(array, low, high))
 
 
-def _vp(t: FloatArray, ratio: FloatArray) -> Point:
+def _vp(t: Any, ratio: Any) -> Point:
     """The variance-preserving point (alpha^2 + sigma^2 = 1) with this ratio, without overflow at either end."""
+    if isinstance(ratio, float):
+        return Point(t, 1.0 / math.hypot(1.0, ratio), 1.0 / math.hypot(1.0, 1.0 / ratio) if ratio else 0.0)
     with np.errstate(divide="ignore", over="ignore"):
-        return _pack(t, 1.0 / np.hypot(1.0, ratio), 1.0 / np.hypot(1.0, np.divide(1.0, ratio)))
+        return Point(_plain(t), _plain(1.0 / np.hypot(1.0, ratio)), _plain(1.0 / np.hypot(1.0, np.divide(1.0, ratio))))
 
 
 class _Unwarped:
@@ -281,12 +287,12 @@ class VP(_Unwarped):
     @property
     def sigma_min(self) -> float:
         """sigma / alpha at t = 0."""
-        return math.exp(self._log_ratio[0])
+        return math.exp(self._nodes[0])
 
     @property
     def sigma_max(self) -> float:
         """The largest finite sigma / alpha at a discrete time: at T-1, or at T-2 with zero terminal SNR."""
-        return math.exp(self._finite[-1])
+        return math.exp(self._nodes[-1])
 
     @property
     def sigma_limit(self) -> float:
@@ -302,10 +308,22 @@ class VP(_Unwarped):
         """log(sigma / alpha) at the discrete times where it is finite."""
         return self._log_ratio if self.alphas_cumprod[-1] > 0.0 else self._log_ratio[:-1]
 
+    @cached_property
+    def _nodes(self) -> list[float]:
+        """`_finite`, for one point at a time: NumPy takes 20 times as long for a single number."""
+        found: list[float] = self._finite.tolist()
+        return found
+
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t, any shape, -1 <= t <= T-1. Raises ValueError outside that."""
-        t = _within("t", t, -1.0, self.t_first, repr(self))
+        t = _within("t", t, -1.0, self.t_first, self)
         nodes = self._finite
+        if isinstance(t, float) and t <= nodes.size - 1 > 0:
+            if t < 0.0:
+                return _vp(t, (t + 1.0) * self.sigma_min)
+            i = min(int(t), nodes.size - 2)
+            low, high = self._nodes[i : i + 2]
+            return _vp(t, math.exp((high - low) * (t - i) + low))
         ratio = np.exp(np.interp(t, np.arange(nodes.size), nodes))
         ratio = np.where(t < 0.0, (t + 1.0) * self.sigma_min, ratio)
         if nodes.size == self.timesteps:
@@ -322,22 +340,31 @@ class VP(_Unwarped):
         """
         nodes = self._finite
         zero_snr = nodes.size < self.timesteps
-        r = _within("ratio", ratio, 0.0, math.inf if zero_snr else self.sigma_max, repr(self))
+        r = _within("ratio", ratio, 0.0, math.inf if zero_snr else self.sigma_max, self)
+        if isinstance(r, float) and r <= self.sigma_max and nodes.size > 1:
+            if r < self.sigma_min * (1.0 - 1e-12):
+                return _vp(r / self.sigma_min - 1.0, r)
+            log = min(max(math.log(r), self._nodes[0]), self._nodes[-1])
+            i = min(bisect.bisect_right(self._nodes, log), nodes.size - 1) - 1
+            low, high = self._nodes[i : i + 2]
+            return _vp((log - low) / (high - low) + i, r)
         with np.errstate(divide="ignore", over="ignore"):
             t = np.interp(np.log(r), nodes, np.arange(nodes.size))
-        # A ratio equal to sigma_min up to round-off is t = 0, so that no table of times is read at -1e-16.
+        # Up to round-off sigma_min is t = 0, so that no table of times is read at -1e-16.
         t = np.where(r < self.sigma_min * (1.0 - 1e-12), r / self.sigma_min - 1.0, t)
         if zero_snr:
             alpha = 1.0 / np.hypot(1.0, r)
             last = self.t_first - alpha / math.sqrt(self.alphas_cumprod[-2])
             t = np.where(r > self.sigma_max, last, t)
-        return _vp(t, r)
+        return _vp(_plain(t), r)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod)
+        return self is other or (isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod))
 
     def __hash__(self) -> int:
-        return hash(self.alphas_cumprod.tobytes())
+        # Of a few numbers, which grids and caches ask for again and again; equality compares all.
+        acp = self.alphas_cumprod
+        return hash((acp.size, acp.item(0), acp.item(acp.size // 2), acp.item(-1)))
 
     def __repr__(self) -> str:
         acp = self.alphas_cumprod
@@ -397,13 +424,13 @@ class VE(_Unwarped):
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t = sigma, any shape, 0 <= t < inf. Raises ValueError outside that."""
-        sigma = _within("t", t, 0.0, sys.float_info.max, repr(self))
-        return _pack(sigma, np.ones_like(sigma), sigma)
+        sigma = _within("t", t, 0.0, sys.float_info.max, self)
+        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio < inf. Raises ValueError outside that."""
-        sigma = _within("ratio", ratio, 0.0, sys.float_info.max, repr(self))
-        return _pack(sigma, np.ones_like(sigma), sigma)
+        sigma = _within("ratio", ratio, 0.0, sys.float_info.max, self)
+        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
 
 
 @dataclass(frozen=True)
@@ -508,15 +535,18 @@ class Flow:
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t, any shape, 0 <= t <= 1. Raises ValueError outside that."""
-        t = _within("t", t, 0.0, 1.0, repr(self))
-        return _pack(t, 1.0 - t, t)
+        t = _within("t", t, 0.0, 1.0, self)
+        return Point(t, 1.0 - t, t)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf. Raises ValueError outside that."""
-        r = _within("ratio", ratio, 0.0, math.inf, repr(self))
-        with np.errstate(divide="ignore", over="ignore"):
-            t = 1.0 / (1.0 + np.divide(1.0, r))
-        return _pack(t, 1.0 / (1.0 + r), t)
+        r = _within("ratio", ratio, 0.0, math.inf, self)
+        if isinstance(r, float) and r:
+            t = 1.0 / (1.0 + 1.0 / r)
+        else:
+            with np.errstate(divide="ignore", over="ignore"):
+                t = _plain(1.0 / (1.0 + np.divide(1.0, r)))
+        return Point(t, 1.0 / (1.0 + r), t)
 
     def warp(self, u: ArrayLike) -> FloatArray:
         """Uniform time u in [0, 1] -> t = shift u / (1 + (shift - 1) u)."""

@@ -6,9 +6,11 @@ appends the clean point and checks the result.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,14 +113,24 @@ _LEVEL = Axis(_level_layout, lambda process, level: process.at_level(level))
 _RATIO = Axis(_ratio_layout, lambda process, ratio: process.point_at_sigma(ratio))
 
 Rule = Callable[..., FloatArray]
-SPACINGS: dict[str, tuple[Axis, Rule]] = {}
+
+
+class Spacing(NamedTuple):
+    """rule(layout, *, options) -> decreasing coordinates of the noisy points on an axis."""
+
+    axis: Axis
+    rule: Rule
+    options: tuple[str, ...]
+
+
+SPACINGS: dict[str, Spacing] = {}
 
 
 def spacing(name: str, axis: Axis) -> Callable[[Rule], Rule]:
-    """Register rule(layout, *, options) -> decreasing coordinates of the noisy points."""
+    """Register the rule of a `Spacing`."""
 
     def register(rule: Rule) -> Rule:
-        SPACINGS[name] = (axis, rule)
+        SPACINGS[name] = Spacing(axis, rule, tuple(inspect.signature(rule).parameters)[1:])
         return rule
 
     return register
@@ -167,26 +179,35 @@ def _quadratic(a: Layout, *, round_times: bool = False) -> FloatArray:
 def _beta_quantiles(q: FloatArray, a: float, b: float) -> FloatArray:
     """x with I_x(a, b) = q, the quantiles of a Beta distribution, 0 < q <= 1."""
     norm = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+    k = np.arange(64.0)
 
-    def below(x: FloatArray, a: float, b: float) -> FloatArray:
+    def series(b: float) -> FloatArray:
+        """The coefficients of (1 - x)^(b - 1)."""
+        return np.cumprod(np.append(1.0, (k[1:] - b) / k[1:]))
+
+    def below(x: FloatArray, a: float, coefficients: FloatArray) -> FloatArray:
         """I_x(a, b) for x <= 1/2, by the power series of the integrand."""
-        term, total = np.ones_like(x), np.full_like(x, 1.0 / a)
-        for k in range(1, 64):
-            term = term * x * ((k - b) / k)
-            total += term / (a + k)
-        return norm * x**a * total
+        powers = np.ones((x.size, k.size))
+        powers[:, 1:] = x[:, None]
+        total: FloatArray = norm * x**a * (np.multiply.accumulate(powers, axis=1) @ (coefficients / (a + k)))
+        return total
 
     def solve(q: FloatArray, a: float, b: float) -> FloatArray:
+        if q.size > 4096:  # or the powers would fill the memory
+            return np.concatenate([solve(part, a, b) for part in np.array_split(q, q.size // 2048)])
         # Newton's method for log I in log x, which is nearly linear.
         x = np.minimum((q * a / norm) ** (1.0 / a), 0.5)
+        coefficients = series(b)
         for _ in range(20):
-            value = below(x, a, b)
+            value = below(x, a, coefficients)
             slope = norm * x**a * (1.0 - x) ** (b - 1.0) / value
-            x = np.minimum(x * np.exp(np.log(q / value) / slope), 0.5)
+            before, x = x, np.minimum(x * np.exp(np.log(q / value) / slope), 0.5)
+            if np.all(np.abs(x - before) <= 1e-15 * x):
+                break
         return x
 
     # Above the median of x = 1/2 the mirrored distribution is solved.
-    low = q <= below(np.array(0.5), a, b)
+    low = q <= below(np.array([0.5]), a, series(b))
     found = np.ones_like(q)
     found[low] = solve(q[low], a, b)
     high = ~low & (q < 1.0)
