@@ -112,7 +112,7 @@ class FusedRun:
         copies = max(job.copies(k) for k in range(len(job.tables)))
         # Two model inputs alternate: a model may return its input, or keep it until the next call.
         self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
-        self.input_rows = [job.frame.bits(i).reshape(copies, batch, elements) for i in self.inputs]
+        self.input_rows = [list(job.frame.bits(i).reshape(copies, batch, elements)) for i in self.inputs]
         self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
         # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
         block = job.frame.concatenate(job.times)
@@ -128,6 +128,7 @@ class FusedRun:
         self.raw_dtypes: list[object] = [...] * words.NOISE  # of the network outputs checked last, by their words
         # Stages that need nothing of the network's outputs but their addresses.
         self.plain = [table.p is None and table.variance is None for table in job.tables]
+        self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
         self.stage = cpu.stage(job.dtype)  # runs without compiled code until that is ready
@@ -148,12 +149,13 @@ class FusedRun:
             [self.input_rows[0][0]] * len(table.branches),  # placeholders for the network's outputs
             table.w,
             [self.buffers[b] for b in table.writes],
-            list(self.input_rows[(k + 1) % 2][: job.copies(k + 1)]) if after else [],
+            self.input_rows[(k + 1) % 2][: job.copies(k + 1)] if after else [],
             c_in=c_in,
             streams=None if table.draw is None else self.streams,
             draw=table.draw or 0,
             p=self.p if rescaled else table.p,
             limit=limit,
+            known=self._known,
         )
 
     def _init_launch(self) -> Launch:
@@ -163,7 +165,7 @@ class FusedRun:
             [],
             init_table(op, self.job.dtype),
             [self.buffers[op.writes[0]]] if op.writes != op.reads else [np.empty_like(self.buffers[0])],
-            list(self.input_rows[0][: self.job.copies(0)]),
+            self.input_rows[0][: self.job.copies(0)],
             c_in=np.array([self.job.tables[0].c_in], self.job.dtype),
             streams=self.streams if op.noisy else None,
         )
