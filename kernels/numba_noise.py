@@ -15,6 +15,7 @@ from fewstep.kernels import philox as ref
 from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
 
 CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
+SMALL = 64  # up to this many elements, samples share a loop
 PADDING = 4  # elements of room behind a buffer, whose last block of four may reach beyond it
 
 _MASK = np.uint64(ref.MASK)
@@ -114,6 +115,37 @@ def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
 
 
 @jit()
+def fill_samples(out, words, n, streams, samples, draw, domain):
+    """Write standard normals of elements 0 .. n - 1 of each sample: `fill_blocks` over samples of few elements.
+
+    out      (at least samples n,) float32, contiguous, overwritten
+    words    (at least 4 ceil(n / 4) samples,) float32, scratch: up to four times `out`
+    streams  (samples, 3) uint32, rows (seed low, seed high, sample)
+    """
+    w_draw, w_domain = np.uint64(draw), np.uint64(domain)
+    blocks = (n + 3) // 4
+    columns = np.empty((3, samples), np.uint64)
+    low, high, sample = columns[0], columns[1], columns[2]
+    for s in range(samples):
+        low[s], high[s], sample[s] = streams[s, 0], streams[s, 1], streams[s, 2]
+    for i in range(blocks):  # the inner loop, which becomes vector code, runs over the samples
+        part = words[4 * samples * i : 4 * samples * (i + 1)]
+        for s in range(samples):
+            w0, w1, w2, w3 = philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s])
+            part[4 * s] = f32_from_bits(np.uint32(w0))
+            part[4 * s + 1] = f32_from_bits(np.uint32(w1))
+            part[4 * s + 2] = f32_from_bits(np.uint32(w2))
+            part[4 * s + 3] = f32_from_bits(np.uint32(w3))
+    for i in range(2 * blocks * samples):
+        a, b = normal_pair(bits_from_f32(words[2 * i]), bits_from_f32(words[2 * i + 1]))
+        words[2 * i] = a
+        words[2 * i + 1] = b
+    for s in range(samples):
+        for j in range(n):
+            out[s * n + j] = words[4 * (samples * (j // 4) + s) + j % 4]
+
+
+@jit()
 def normal_batch(out, streams, draw, domain):
     """Write the normals of each sample of a batch. Row i depends only on streams[i], draw and domain.
 
@@ -121,6 +153,13 @@ def normal_batch(out, streams, draw, domain):
     streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
     n = out.shape[1]
+    if n <= SMALL:
+        flat, group = out.reshape(-1), CHUNK // n
+        words = np.empty(4 * CHUNK, np.float32)
+        for i in range(0, len(out), group):
+            m = min(group, len(out) - i)
+            fill_samples(flat[i * n : (i + m) * n], words, n, streams[i : i + m], m, np.uint32(draw), np.uint32(domain))
+        return
     last = np.empty(min(CHUNK, n + PADDING), np.float32)  # of a row's last chunk, whose blocks may reach beyond it
     for i in range(len(out)):
         for lo in range(0, n, CHUNK):

@@ -19,7 +19,7 @@ from numba.np.numpy_support import carray
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
-from fewstep.kernels.numba_noise import PADDING, fill_blocks
+from fewstep.kernels.numba_noise import PADDING, SMALL, fill_blocks, fill_samples
 from fewstep.kernels.philox import STEP
 
 _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
@@ -268,6 +268,7 @@ def _stage(dtype, size):
         room = chunk + PADDING if converts or predicts or (draws and size == 8) else 0
         scratch = np.empty((_RAWS + 3) * room, dtype)
         normals = np.empty(chunk + PADDING if draws else 0, np.float32)
+        bits = np.empty(4 * chunk if draws and group > 1 and n <= SMALL else 0, np.float32)
         kept = scratch.ctypes.data
         integers = np.zeros((_OUTPUTS + 4, _COLUMNS), np.int64)
         source, counts = integers[: _OUTPUTS + 1], integers[_OUTPUTS + 1]
@@ -306,7 +307,11 @@ def _stage(dtype, size):
             at[_PREDICTION] = kept + (_RAWS + 1) * room * size
             at[_PREDICTION + 1] = memory[words.NOISE] + offset * size
             if draws:
-                for k in range(max(m // n, 1)):
+                together = group > 1 and n <= SMALL
+                if together:
+                    drawn = np.uint32(memory[words.DRAW])
+                    fill_samples(normals, bits, n, streams[b : b + m // n], m // n, drawn, np.uint32(STEP))
+                for k in range(0 if together else max(m // n, 1)):
                     s = b + k
                     fill_blocks(normals[k * n :], (min(n, m) + 3) // 4, lo, streams[s, 0], streams[s, 1], streams[s, 2],
                                 np.uint32(memory[words.DRAW]), np.uint32(STEP))  # fmt: skip
