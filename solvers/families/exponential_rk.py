@@ -125,9 +125,9 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     found = []
     for c, a in zip(tableau.c, tableau.a(form.sign * (1.0 + eta) * h), strict=True):
         p = node(grid, s, t, c)
-        x, other, z = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p), ()
-        if eta:
-            z = tuple([p.sigma * fresh[j] * math.exp(-eta * (c - spans[j][1]) * h) for j in range(len(a))])
+        x, other = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p)
+        drawn = range(len(a) if eta else 0)
+        z = tuple([p.sigma * fresh[j] * math.exp(-eta * (c - spans[j][1]) * h) for j in drawn])
         found.append(Target(p, x, tuple([other * weight for weight in a]), z))
     return found
 

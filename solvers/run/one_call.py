@@ -157,7 +157,8 @@ def sample(
         device = device_of_inputs(denoiser, outer, cond)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients
-    state = "float64" if dtype is not None and dtype_name(dtype) == "float64" else "float32"
+    named = None if dtype is None else dtype_name(dtype)
+    state = "float64" if named == "float64" else "float32"
     where = (process, steps, spacing) if grid is None else (grid,)
     layout, plan = laid_out(solver, points, (*where, start, strength), state, solver_options)
     sizes = check_shape(() if shape is None else shape) if x is None else tuple(x.shape)
@@ -166,8 +167,7 @@ def sample(
     def make(denoiser: DenoiserLike) -> Sampler:
         return Sampler(denoiser, plan(), sizes, backend=backend, device=device, dtype=dtype, check=check)
 
-    name = None if dtype is None else dtype_name(dtype)
-    key = layout and _key(denoiser, state, frame, layout, sizes, name, backend, check)
+    key = layout and _key(denoiser, state, frame, layout, sizes, named, backend, check)
     if key is None:
         sampler = make(denoiser)
     else:

@@ -156,8 +156,9 @@ def _plain_fields(process: VE | Flow) -> None:
 def _within(name: str, value: ArrayLike, low: float, high: float, owner: object) -> Any:
     """`value` as a float or a float64 array. Raises ValueError that names the first entry outside [low, high]."""
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
-    if isinstance(value, float) and floor <= value <= ceiling:
-        return min(max(float(value), low), high)
+    given: object = value
+    if isinstance(given, float) and floor <= given <= ceiling:
+        return min(max(float(given), low), high)
     array = numbers(name, value)
     # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
@@ -316,22 +317,22 @@ class VP(_Unwarped):
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t, any shape, -1 <= t <= T-1. Raises ValueError outside that."""
-        t = _within("t", t, -1.0, self.t_first, self)
+        time = _within("t", t, -1.0, self.t_first, self)
         nodes = self._finite
-        if isinstance(t, float) and t <= nodes.size - 1 > 0:
-            if t < 0.0:
-                return _vp(t, (t + 1.0) * self.sigma_min)
-            i = min(int(t), nodes.size - 2)
+        if isinstance(time, float) and time <= nodes.size - 1 > 0:
+            if time < 0.0:
+                return _vp(time, (time + 1.0) * self.sigma_min)
+            i = min(int(time), nodes.size - 2)
             low, high = self._nodes[i : i + 2]
-            return _vp(t, math.exp((high - low) * (t - i) + low))
-        ratio = np.exp(np.interp(t, np.arange(nodes.size), nodes))
-        ratio = np.where(t < 0.0, (t + 1.0) * self.sigma_min, ratio)
+            return _vp(time, math.exp((high - low) * (time - i) + low))
+        ratio = np.exp(np.interp(time, np.arange(nodes.size), nodes))
+        ratio = np.where(time < 0.0, (time + 1.0) * self.sigma_min, ratio)
         if nodes.size == self.timesteps:
-            return _vp(t, ratio)
+            return _vp(time, ratio)
         # ratio is infinite at T-1, so that log(ratio) cannot be interpolated there: alpha is.
-        alpha = math.sqrt(self.alphas_cumprod[-2]) * (self.t_first - t)
+        alpha = math.sqrt(self.alphas_cumprod[-2]) * (self.t_first - time)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            return _vp(t, np.where(t > nodes.size - 1, np.sqrt(1.0 - alpha**2) / alpha, ratio))
+            return _vp(time, np.where(time > nodes.size - 1, np.sqrt(1.0 - alpha**2) / alpha, ratio))
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, from 0 (clean, t = -1) to `sigma_limit`.
@@ -535,8 +536,8 @@ class Flow:
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t, any shape, 0 <= t <= 1. Raises ValueError outside that."""
-        t = _within("t", t, 0.0, 1.0, self)
-        return Point(t, 1.0 - t, t)
+        time = _within("t", t, 0.0, 1.0, self)
+        return Point(time, 1.0 - time, time)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf. Raises ValueError outside that."""
