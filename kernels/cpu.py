@@ -1,7 +1,8 @@
 """The CPU kernels by name: interpreted by NumPy at first, compiled by Numba as soon as that is done, with equal bits.
 
 Compiling all takes seconds, once per machine: a cache on disk keeps the result. No call waits for it. The first use of
-a kernel asks a thread to compile it, or to load it from the cache, and calls run its NumPy twin in the meantime.
+a kernel asks a thread to compile it, or to load it from the cache, and calls run its NumPy twin in the meantime (for
+large arrays a load from the cache is worth the wait).
 `warmup` does the work at once, for an image build, a test, or a service before its first request.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.kernels import interpreted
-from fewstep.kernels.launch import KINDS, kind_of
+from fewstep.kernels.launch import KINDS, SERIAL_ELEMENTS, kind_of
 
 
 class Kernel:
@@ -33,11 +34,26 @@ class Kernel:
     def __repr__(self) -> str:
         return f"{self._module}.{self.name}" + (f"[{self._key}]" if self._key else "")
 
-    def request(self) -> None:
-        """Have it compiled in the background, if nobody has asked before."""
-        if not self._asked:
+    def request(self, size: int = 0) -> None:
+        """Have it compiled in the background, if nobody has asked before.
+
+        size  elements to come: for many, a kernel that the cache holds is loaded at once, in half a second
+        """
+        if self.compiled:
+            return
+        if size > SERIAL_ELEMENTS and self._is_cached():
+            self.compile()
+        elif not self._asked:
             self._asked = True
             _BACKGROUND.submit(self)
+
+    def _function(self) -> Any:
+        function = getattr(import_module(f"fewstep.kernels.{self._module}"), self.name)
+        return function[self._key] if self._key else function
+
+    def _is_cached(self) -> bool:
+        bits = import_module("fewstep.kernels.numba_bits")
+        return bits.why_unavailable() is None and bool(bits.is_cached(self._function()))
 
     def compile(self) -> None:
         """Compile it, or load it from the cache, in the calling thread."""
@@ -47,8 +63,7 @@ class Kernel:
             reason = import_module("fewstep.kernels.numba_bits").why_unavailable()
             if reason is not None:
                 raise ValueError(reason)
-            function = getattr(import_module(f"fewstep.kernels.{self._module}"), self.name)
-            function = function[self._key] if self._key else function
+            function = self._function()
             for signature in self._signatures:
                 function.compile(signature)
             self.run, self.compiled, self._asked = function, True, True
@@ -70,7 +85,7 @@ class _Background:
         with self._lock:
             self._waiting.append(kernel)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="fewstep-compile")
+                self._thread = threading.Thread(target=self._work, name="compile-kernels")
                 self._thread.start()
 
     def _work(self) -> None:
@@ -145,9 +160,9 @@ def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, fl
     return seconds
 
 
-def stage(dtype: str) -> Kernel:
-    """The fused stage for states of a dtype, asked to be compiled."""
-    STAGE[dtype].request()
+def stage(dtype: str, size: int = 0) -> Kernel:
+    """The fused stage for states of a dtype, asked to be compiled. size: elements of a stage, see `Kernel.request`."""
+    STAGE[dtype].request(size)
     return STAGE[dtype]
 
 
@@ -157,7 +172,7 @@ def normals(out: np.ndarray, streams: np.ndarray, draw: int, domain: int) -> Non
     out      (B, n) float32, C-contiguous, overwritten
     streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
-    _NORMALS.request()
+    _NORMALS.request(out.size)
     _NORMALS.run(out, streams, draw, domain)
 
 
@@ -171,7 +186,7 @@ def bridges(
     right: np.ndarray,
 ) -> None:
     """See `numba_noise.bridge_batch`."""
-    _BRIDGES.request()
+    _BRIDGES.request(out.size)
     _BRIDGES.run(out, streams, domain, draws, weights, stds, right)
 
 
@@ -183,7 +198,7 @@ def guidance_scale(raws: Sequence[np.ndarray], weights: np.ndarray, phi: float) 
     """
     out = np.empty(len(raws[0]))
     shares = np.ascontiguousarray(weights, np.float64)
-    _GUIDANCE.request()
+    _GUIDANCE.request(len(raws) * raws[0].size)
     _GUIDANCE.run(*_addresses(raws), raws[0].shape[1], shares, float(phi), out)
     return out
 
@@ -200,7 +215,7 @@ def threshold(
     """
     n = raws[0].shape[1]
     m = np.empty(raws[0].shape, p.dtype)
-    _MAGNITUDES.request()
+    _MAGNITUDES.request(len(raws) * raws[0].size)
     _MAGNITUDES.run(0 if x is None else x.ctypes.data, *_addresses(raws), n, p, m)
     position = quantile * (n - 1)
     k = int(position)
@@ -215,7 +230,7 @@ def threshold(
 def error_norm(error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float) -> np.ndarray:
     """`naive.error_norm` of each sample, (B,) float64, of C-contiguous (B, n) of the state's dtype."""
     out = np.empty(len(error))
-    _ERROR_NORM.request()
+    _ERROR_NORM.request(error.size)
     _ERROR_NORM.run(error, low, before, float(rtol), float(atol), out)
     return out
 

@@ -86,6 +86,12 @@ class _Cache(FunctionCache):
             _not_cached(f"{self._cache_path}: {os.strerror(error.errno or 0)}")
 
 
+def is_cached(function: object) -> bool:
+    """Whether the cache on disk holds a compiled kernel of this source."""
+    cache = getattr(function, "_cache", None)
+    return isinstance(cache, _Cache) and bool(cache._cache_file._load_index())
+
+
 def cache_folder() -> Path | None:
     """The folder of the kernels' cache, None where no folder can be written."""
     found = getattr(f32_from_bf16, "_cache", None)

@@ -18,6 +18,7 @@ from numba.np.numpy_support import carray
 
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
+from fewstep.kernels.launch import _pool, _workers  # noqa: F401  the threads of a stage, beside its code
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
 from fewstep.kernels.numba_noise import PADDING, SMALL, fill_blocks, fill_samples
 from fewstep.kernels.philox import STEP

@@ -193,7 +193,7 @@ def _on_cpu(
         p=None if p is None else p.detach().contiguous().numpy(),
         limit=None if limit is None else limit.detach().contiguous().numpy(),
     )
-    launch(cpu.stage(str(w.dtype).rpartition(".")[2]).run)
+    launch(cpu.stage(str(w.dtype).rpartition(".")[2], launch.size).run)
     return outputs
 
 

@@ -60,6 +60,18 @@ print(json.dumps({"seconds": seconds, "interpreted": interpreted, "same": bool((
 
 
 @pytest.mark.slow
+def test_large_samples_wait_for_a_cached_kernel_alone(tmp_path: Path) -> None:
+    code = """
+fs.sample(D, shape=(1, 1 << 18), solver="euler", steps=2, seed=3)
+ready = cpu.STAGE["float32"].compiled
+while not cpu.STAGE["float32"].compiled: time.sleep(0.01)
+print(json.dumps({"ready": ready}))
+"""
+    assert not run(code, tmp_path)["ready"]
+    assert run(code, tmp_path)["ready"]
+
+
+@pytest.mark.slow
 def test_a_named_backend_and_warmup_compile_at_once(tmp_path: Path) -> None:
     found = run(
         """

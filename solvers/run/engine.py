@@ -131,7 +131,7 @@ class FusedRun:
         self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
-        self.stage = cpu.stage(job.dtype)  # runs without compiled code until that is ready
+        self.stage = cpu.stage(job.dtype, self.size)  # runs without compiled code until that is ready
 
     def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]

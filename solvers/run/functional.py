@@ -73,7 +73,7 @@ def _numba_stage(
     like = next(a for a in (*slots, *raws) if a is not None)
     new = [np.empty(like.shape, w.dtype) for _ in range(w.shape[1])]
     launch = Launch(slots, raws, w, new, c_in=np.ones(1, w.dtype), z=z, p=p, limit=limit)
-    launch(cpu.stage(w.dtype.name).run)
+    launch(cpu.stage(w.dtype.name, launch.size).run)
     return new
 
 
