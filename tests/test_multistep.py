@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from test_solvers import GAUSSIAN, GRIDS, MIXTURE, posterior, smooth_grid
 
 import fewstep as fs
 from fewstep.solvers.families.deis import deis_rows
-from fewstep.solvers.families.exponential import moments, usable_order
+from fewstep.solvers.families.exponential import moments, node_weights, usable_order
+from fewstep.solvers.families.quadrature import integrate
 from fewstep.solvers.families.unipc import PREDICTORS
 from fewstep.solvers.plans.program import compile_plan
 
@@ -408,3 +410,32 @@ def test_deis_integrals_break_at_the_times_of_a_discrete_process():
         slope_of = (math.log(rho_b) - math.log(rho_a)) / (b - a)
         total += (b - 7.25 - 1 / slope_of) * rho_b - (a - 7.25 - 1 / slope_of) * rho_a
     assert row["e1"] == pytest.approx(grid.alpha[2] * total / (12.5 - 7.25), rel=1e-11)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_integrals_between_edges_and_kinks(sign):
+    """int |y - c| e^y dy in closed form, on edges in either direction, with a kink inside a step and one on an edge."""
+    edges = sign * np.array([-2.0, -0.5, 0.0, 0.01, 3.0])
+    kinks = np.sort(sign * np.array([-1.1, 0.01]))
+
+    def parts(y, step):
+        assert np.all((np.minimum(edges[step], edges[step + 1]) <= y) & (y <= np.maximum(edges[step], edges[step + 1])))
+        return np.stack([np.abs(y - c) * np.exp(y) for c in kinks])
+
+    def primitive(y, c):
+        return np.where(y < c, (c - y + 1.0) * np.exp(y), (y - c - 1.0) * np.exp(y) + 2.0 * math.exp(c))
+
+    want = [np.diff(primitive(edges, c)) for c in kinks]
+    np.testing.assert_allclose(integrate(parts, edges, kinks), want, rtol=1e-13, atol=1e-15)
+
+
+def test_weights_of_nodes_are_exact_and_nodes_must_differ():
+    for nodes in ([-0.5], [-0.5, 1.0], [-0.3, -1.7, 1.0], [-1.0, -2.0, -3.5, 1.0]):
+        integrals = [1.0 / (n + 2) for n in range(len(nodes))]
+        r, wanted = [Fraction(node) for node in nodes], [Fraction(value) for value in integrals]
+        w = [Fraction(value) for value in node_weights(nodes, integrals)]
+        for n, value in enumerate(wanted, 1):
+            assert abs(sum(a * b**n for a, b in zip(w, r, strict=True)) - value) < 1e-14
+    for nodes in ([0.0], [1.0, 1.0], [-1.0, 2.0, -1.0]):
+        with pytest.raises(np.linalg.LinAlgError):
+            node_weights(nodes, [1.0] * len(nodes))

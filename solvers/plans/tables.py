@@ -6,8 +6,7 @@ Everything here is float64 NumPy and runs once; rounding to the state's dtype co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,8 +16,7 @@ from fewstep.solvers.plans.self_check import check_rounding
 from fewstep.solvers.schedule.process import Point
 
 
-@dataclass(frozen=True)
-class StageTable:
+class StageTable(NamedTuple):
     """One stage as the kernels take it (see `kernels.layout`).
 
     at, to    the marginal of x at the call and after the stage

@@ -133,7 +133,8 @@ def sample(
     start     skip this fraction of the steps, rounded down: 1 - k / steps runs k steps; x is then at the later point
     strength  instead of `start`: run this fraction of the steps, int(steps * strength), as diffusers does
 
-    The other arguments are those of `Sampler` and its call.
+    The other arguments are those of `Sampler` and its call. On a CPU the plan and the sampler are kept for later calls
+    with the same arguments, at most until the denoiser is freed.
 
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
