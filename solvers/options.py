@@ -54,8 +54,8 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: st
         raise TypeError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
-def function(name: str, value: object) -> None:
-    if not callable(value):
+def function(name: str, value: object, *, optional: bool = False) -> None:
+    if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{name} must be callable, got {value!r:.80}")
 
 

@@ -624,5 +624,5 @@ def test_callback_sees_every_attempt():
 
 @pytest.mark.parametrize("name", ["noise", "callback"])
 def test_noise_and_callback_must_be_callable(name):
-    with pytest.raises(TypeError, match=f"{name} must be callable, got int"):
+    with pytest.raises(TypeError, match=f"{name} must be callable, got 3"):
         fs.sample_adaptive(GAUSSIAN.denoiser(fs.EDM()), latents(GAUSSIAN, fs.EDM(), 1), **{name: 3})

@@ -17,14 +17,13 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
-from fewstep.solvers.options import between, named, one_of
+from fewstep.solvers.options import between, function, named, one_of
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.plans.stages import Row, first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
-    check_callable,
     check_latent,
     check_shape,
     check_source,
@@ -380,8 +379,8 @@ def sample_adaptive(
     for name, value in given.items():
         between(name, value, *_RANGES[name])
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
-    check_callable("noise", noise)
-    check_callable("callback", callback)
+    function("noise", noise, optional=True)
+    function("callback", callback, optional=True)
     for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an int >= 1, got {count!r}")

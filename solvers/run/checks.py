@@ -40,11 +40,6 @@ def device_of_inputs(denoiser: DenoiserLike, outer: Frame | None, cond: object) 
     return next((frame.device for frame in frames if isinstance(frame, TorchFrame)), None)
 
 
-def check_callable(name: str, given: object) -> None:
-    if not (given is None or callable(given)):
-        raise TypeError(f"{name} must be callable, got {type(given).__name__}")
-
-
 def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] | None) -> Frame | None:
     """The frame of the latent, None if it is to be drawn. Raises ValueError or TypeError for bad arguments."""
     if (x is None) == (shape is None):

@@ -9,12 +9,11 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, named
+from fewstep.solvers.options import flag, function, named
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
 from fewstep.solvers.run.checks import (
     BACKENDS,
-    check_callable,
     check_latent,
     check_out,
     check_shape,
@@ -221,8 +220,8 @@ class Sampler:
                 )
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
-        check_callable("callback", callback)
-        check_callable("noise", noise)
+        function("callback", callback, optional=True)
+        function("noise", noise, optional=True)
         flag("progress", progress)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
