@@ -21,7 +21,8 @@ def _at(address: int, dtype: type[np.generic], *shape: int) -> np.ndarray:
     """The array at an address."""
     count = int(np.prod(shape))
     memory = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address)
-    return np.frombuffer(memory, dtype, count).reshape(shape)
+    array: np.ndarray = np.frombuffer(memoryview(memory), np.dtype(dtype), count).reshape(shape)
+    return array
 
 
 def _floats(bits: np.ndarray) -> np.ndarray:

@@ -18,10 +18,11 @@ from numba.np.numpy_support import carray
 
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
-from fewstep.kernels.launch import _pool, _workers  # noqa: F401  the threads of a stage, beside its code
+from fewstep.kernels.launch import _pool  # noqa: F401  the threads of a stage, beside its code
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
 from fewstep.kernels.numba_noise import PADDING, SMALL, fill_blocks, fill_samples
 from fewstep.kernels.philox import STEP
+from fewstep.kernels.threads import threads as _workers  # noqa: F401
 
 _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
 _COLUMNS, _SLOTS, _RAWS, _PREDICTION = layout.COLUMNS, layout.SLOTS, layout.RAWS, layout.PREDICTION
@@ -279,7 +280,7 @@ def _stage(dtype, size):
             present[j] = memory[j]
         present[_PREDICTION], present[_PREDICTION + 1] = memory[words.P], memory[words.NOISE] | memory[words.STREAMS]
         scales = memory[words.INPUT] != 0 and model == own_kind
-        twin = np.int64(0)  # a row that reads what the first one reads
+        twin = 0 * rows  # a row that reads what the first one reads; an int64, for which a literal 0 would not do
         x0_row = len(c) - 1
         for unit in range(first, last):
             b = unit // chunks * group
