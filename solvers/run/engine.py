@@ -16,7 +16,7 @@ import numpy as np
 
 from fewstep.kernels import cpu, naive, philox
 from fewstep.kernels import launch as words
-from fewstep.kernels.launch import Launch
+from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, aligned
@@ -192,19 +192,21 @@ class FusedRun:
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
-        launch, shape, variance = self.launches[k], self.shape, None
+        launch, variance = self.launches[k], None
         memory = launch.memory
         if self.variance:
             raws, variance = self.job.predictions(raws)
         held = raws  # keeps the outputs, or their copies, alive until the launch has finished
-        for j, raw in enumerate(raws, words.RAW):
-            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != shape:
-                check_output(raw, shape, self.job.frame)
+        j = RAW
+        for raw in raws:
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != self.shape:
+                check_output(raw, self.shape, self.job.frame)
                 self._expect(j, raw)
             memory[j], kept = self._address(raw)
             if kept is not raw:
                 held = (*held, kept)
-        if self.plain[k] and z is None:
+            j += 1
+        if z is None and self.plain[k]:
             if self.serial:  # at small sizes a Python call matters
                 self.stage.run(memory, 0, launch.units)
                 return
