@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields
+from types import NoneType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -13,6 +14,8 @@ import numpy as np
 V = TypeVar("V")
 
 MIB = 1 << 20
+
+_PLAIN = frozenset({bool, int, str, bytes, NoneType})
 
 
 class Cache(Generic[V]):
@@ -110,7 +113,7 @@ def exact(value: Any) -> Hashable:
     Raises TypeError for what can change after it was looked up: lists, arrays, functions, objects.
     """
     kind = type(value)
-    if value is None or kind in (bool, int, str, bytes):
+    if kind in _PLAIN:
         return kind, value
     if kind is float:
         return kind, value.hex()

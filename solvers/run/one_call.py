@@ -73,11 +73,12 @@ def _key(denoiser: DenoiserLike, state: str, frame: Frame, layout: Hashable, *ot
     layout        of its plan; others: the other arguments that make it
     """
     try:
-        own = [(name, exact(value)) for name, value in vars(denoiser).items() if name not in ("model", "null")]
+        settings = vars(denoiser)
+        own = [exact(value) for name, value in settings.items() if name not in ("model", "null")]
         reference = weakref.ref(denoiser)  # once its denoiser is gone, it equals no other
         hash(reference)
         made_for = frame.name, frame.device, denoiser.model_dtype(state), inference(frame)
-        return layout, id(denoiser), reference, type(denoiser), *own, *made_for, state, exact(others)
+        return layout, id(denoiser), reference, type(denoiser), *settings, *own, *made_for, state, exact(others)
     except TypeError:
         return None
 
