@@ -92,7 +92,7 @@ def _as_guidance(value: object) -> CFG | None:
         return value
     if not _is_number(value):
         raise TypeError(f"guidance must be a number (the scale), a CFG or None, got {value!r}")
-    return CFG(float(value))
+    return CFG(value if math.isnan(number(value)) else float(value))  # an int may be beyond a float
 
 
 def _positive(name: str, value: object) -> float:

@@ -238,6 +238,7 @@ def test_sampler(wrong: dict[str, Any], error: type[Exception], text: str) -> No
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
+        ({"guidance": 10**400}, ValueError, "guidance scale must be a finite number"),
         ({"model": 3}, TypeError, "model must be callable as model"),
         ({"process": "vp"}, TypeError, "process must be a fewstep process .*got str"),
         ({"predicts": "eps"}, ValueError, "unknown prediction type 'eps'"),
