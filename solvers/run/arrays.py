@@ -160,7 +160,7 @@ class TorchFrame:
             where = torch.device(device)
             if str(where) == "cuda":  # tensors name their index
                 where = torch.device("cuda", torch.cuda.current_device())
-        except (RuntimeError, AssertionError, TypeError, OverflowError) as error:
+        except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
