@@ -32,6 +32,7 @@ SWEEPS = frozenset(
         "test_default_device",
         "test_diffusers_gpu",
         "test_diffusers_schedulers",
+        "test_diffusers_schedules",
         "test_diffusers_threads",
         "test_distill_consistency",
         "test_distill_continuous",

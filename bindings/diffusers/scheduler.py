@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +24,9 @@ from torch.compiler import is_dynamo_compiling
 
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
+from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, content
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
+from fewstep.solvers.cache import Cache
 
 Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
@@ -55,6 +57,11 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
 
 # The attribute that holds a twin's own bookkeeping.
 CURSOR = "_cursor"
+
+# The schedules that a scheduler keeps: by its arguments, and each under so many different settings.
+SCHEDULES, VARIANTS = 32, 4
+
+_NOTHING = contextlib.nullcontext()
 
 # Schedules and probes are made on the CPU, as without `torch.set_default_device`.
 HOST = torch.device("cpu")
@@ -95,6 +102,7 @@ class Shared:
 
     version   counts the changes of the settings
     finished  the attributes of the thread that ended a run last: the only one between two runs that keeps its memory
+    schedules those that were set before, by the arguments: under different settings there may be several
     """
 
     def __init__(self, attributes: dict[str, Any]) -> None:
@@ -103,6 +111,7 @@ class Shared:
         self.threads: weakref.WeakKeyDictionary[_Thread, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.version = 0
         self.finished: dict[str, Any] | None = None
+        self.schedules: Cache[list[Schedule]] = Cache(SCHEDULES)
         self.new = attributes[CURSOR].new
         self.adopt(attributes)
 
@@ -117,6 +126,17 @@ class Shared:
             self.version += 1
             cursor.version = self.version
             self._register(attributes)
+            self._spread()
+
+    def renew(self, attributes: Mapping[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
+        """Take the settings that a known schedule has written into the attributes of this thread, and its state."""
+        cursor: Cursor = attributes[CURSOR]
+        self.settings.update(unshared(own))
+        self.fresh = cursor.fresh = True
+        self.version += 1
+        cursor.version = self.version
+        cursor.follow(schedule.state, attributes, schedule.times)
+        if len(self.threads) > 1:
             self._spread()
 
     def join(self, attributes: dict[str, Any]) -> None:
@@ -190,6 +210,7 @@ class Cursor:
     """The current state of a scheduler in one thread, valid until one of its attributes is written.
 
     memory   the tensors that the scheduler remembers, all of one shape
+    times    the timesteps as numbers; the tensor's elements lie at first + i stride
     fresh    whether nothing has happened since the schedule was set
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
@@ -198,7 +219,8 @@ class Cursor:
     """
 
     __slots__ = (
-        "digests", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "times", "version",
+        "digests", "first", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "stride", "times",
+        "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -206,6 +228,7 @@ class Cursor:
         self.state: State | None = None
         self.fresh = self.live = self.inside = False
         self.version = 0
+        self.first, self.stride = 0, 1
         self.new = new
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
@@ -217,29 +240,53 @@ class Cursor:
                 values.pop(name, None)
             values |= unshared(self.new)
         state = STATES.find(parent, values, places(values), self.digests)
-        self.memory: list[Tensor] = [get(values, place) for place in state.memory]
-        names = _SCHEDULE["sigmas" not in values]
-        tensors = [t for n in names if isinstance(t := values.get(n), Tensor)]
+        times = values["timesteps"]
+        self.follow(state, values, times.tolist() if isinstance(times, Tensor) else [])
+        return state
+
+    def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
+        """Take up the state that these attributes describe. times: the timesteps as numbers."""
+        self.state = None
+        self.memory: list[Tensor] = [get(attributes, place) for place in state.memory]
+        names = _SCHEDULE["sigmas" not in attributes]
+        tensors = [t for n in names if isinstance(t := attributes.get(n), Tensor)]
         self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
         self.shape = self.memory[0].shape if self.memory else None
         if any(tensor.shape != self.shape for tensor in self.memory):
             raise NotAffineError("it remembers tensors of different shapes")
-        self.times: dict[int, float] = {}
-        times = values["timesteps"]
-        if isinstance(times, Tensor) and not times.is_cpu:
+        self.times = times
+        if times:
             # Pipelines iterate over this very tensor: its elements are recognised by address, without a host sync.
-            first, size = times.data_ptr(), times.element_size()
-            self.times = {first + i * size: t for i, t in enumerate(times.tolist())}
+            held: Tensor = attributes["timesteps"]
+            self.first, self.stride = held.data_ptr(), held.element_size() * held.stride(0)
         self.state = state
-        return state
 
-    def advance(self, attributes: dict[str, Any], transition: Transition, pool: Sequence[Any]) -> None:
-        """Follow a transition. pool: its sources and its new rows."""
-        transition.apply(attributes, pool)
-        self.state, self.fresh = transition.after, False
+    def advance(
+        self,
+        attributes: dict[str, Any],
+        transition: Transition,
+        x: Tensor,
+        raw: Tensor,
+        z: Tensor | None,
+        rows: Sequence[Tensor],
+    ) -> None:
+        """Follow a transition from these tensors, which has made new rows."""
         if transition.sources or self.memory:
-            self.memory = [pool[i] for i in transition.sources]
-            self.shape = pool[0].shape if transition.sources else None
+            pool = (x, raw, z, None, *self.memory, *rows)
+            transition.apply(attributes, pool)
+            self.memory = [pool[i] for i in transition.sources]  # type: ignore[misc]
+            self.shape = x.shape if transition.sources else None
+        else:
+            attributes.update(transition.changed)
+        self.state, self.fresh = transition.after, False
+
+    def index(self, timestep: Timestep) -> int | None:
+        """Of a timestep that is an element of the schedule's tensor; otherwise None."""
+        if type(timestep) is Tensor and not timestep.ndim:
+            i, rest = divmod(timestep.data_ptr() - self.first, self.stride)
+            if not rest and 0 <= i < len(self.times):
+                return i
+        return None
 
     def is_current(self, attributes: Mapping[str, Any]) -> bool:
         """Whether the state is still valid: neither schedule nor memory was edited."""
@@ -263,8 +310,8 @@ class Cursor:
         """The timestep as a number."""
         if not isinstance(timestep, Tensor):
             return timestep
-        known = self.times.get(timestep.data_ptr()) if self.times else None
-        return timestep.item() if known is None else known
+        i = self.index(timestep)
+        return timestep.item() if i is None else self.times[i]
 
 
 def _leftovers(parent: type[Scheduler]) -> Sequence[str]:
@@ -307,11 +354,23 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return _disable(step)(self, model_output, timestep, sample, *args, **kwargs)
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
+        attributes = self.__dict__
+        cursor: Cursor = attributes[CURSOR]
+        state = cursor.state
+        if (
+            state is not None
+            and (usual := state.usual.get(cursor.index(timestep))) is not None
+            and cursor.live
+            and usual.covers(cursor, sample, model_output, options)
+            and cursor.is_current(attributes)
+        ):
+            transition = usual.transition
+            return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
         z = None if noise is None else options.pop(noise, None)
         given = None if noise is None or z is None else (noise, z)
         done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
         if done is None:
-            attributes, shared = self.__dict__, self._shared
+            attributes, shared = self.__dict__, self._shared  # another's if the run has just begun
             with _inside(shared.begin(attributes)):
                 done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
             if is_over(attributes, timestep):
@@ -329,13 +388,26 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return
         shared = self._shared
         with shared.lock:  # some parents write into the configuration here, which all threads read
-            cursor = shared.begin(attributes, anew=True)
-            with _inside(cursor), torch.inference_mode(False):  # inference tensors do not count their in-place edits
-                parent.set_timesteps(self, *args, **kwargs)
-            cursor.fresh = True
+            shared.begin(attributes, anew=True)
+            # Inference tensors do not count their in-place edits.
+            normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+            try:
+                known = shared.schedules.get(arguments(args, kwargs), list)
+            except TypeError:
+                known = []
+            for schedule in known:
+                if schedule.holds(attributes):
+                    with normal:
+                        own = schedule.copies()
+                    attributes.update(own)
+                    shared.renew(attributes, schedule, own)
+                    return
+            with normal:
+                made = _schedule(attributes, parent, args, kwargs)
             shared.adopt(attributes)
-        with contextlib.suppress(NotAffineError):  # here rather than in the first step
-            cursor.locate(parent, attributes)
+            if made is not None:
+                known.insert(0, made)
+                del known[VARIANTS:]
 
     members: dict[str, Any] = {
         "__init__": initialise,
@@ -384,6 +456,37 @@ def _set(self: PerThread, name: str, value: object) -> None:
         cursor.fresh = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
         if not cursor.inside:
             self._shared.change(attributes, name, value)
+
+
+def _schedule(
+    attributes: dict[str, Any], parent: type[Scheduler], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Schedule | None:
+    """Have the parent set the timesteps. Returns the schedule, or None if it cannot be kept."""
+    cursor: Cursor = attributes[CURSOR]
+    before = {name: value for name, value in attributes.items() if name != CURSOR}
+    trace = Trace(parent, unshared(before))
+    edits: dict[str, Hashable] = {}
+    for name, value in before.items():
+        with contextlib.suppress(TypeError):
+            edits[name] = content(value)
+    try:
+        with HOST:
+            trace.run(args, kwargs)
+    finally:
+        attributes.update(trace.attributes)
+        cursor.state = None
+    cursor.fresh = True
+    with contextlib.suppress(NotAffineError, TypeError, KeyError):  # a state now rather than in the first step
+        state = cursor.locate(parent, attributes)
+        if state.memory:
+            return None
+        passing = trace.written.union(_leftovers(parent)) - trace.depends
+        held = {name: value for name, value in before.items() if name not in passing}
+        if any(name not in trace.written and content(attributes[name]) != edits[name] for name in held):
+            return None  # the parent edits an attribute in place
+        written = {name: attributes[name] for name in trace.written}
+        return Schedule(held, edits, written, state, cursor.times)
+    return None
 
 
 @contextlib.contextmanager
@@ -491,13 +594,59 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
+    state, at = cursor.state, cursor.index(timestep)
+    if given is None and state is not None and at is not None:
+        state.usual[at] = Usual(transition, x, raw, options)
+    return _follow(self, parent, cursor, attributes, transition, raw, x, z, generator)
+
+
+def _follow(
+    self: Scheduler,
+    parent: type[Scheduler],
+    cursor: Cursor,
+    attributes: dict[str, Any],
+    transition: Transition,
+    raw: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    generator: Generator,
+) -> object:
+    """Make the step of a transition."""
     if transition.draw is not None:
         z = _draw(self, parent, transition.draw, raw, x, generator)
-    rows = transition.update(x, raw, z, memory)
-    cursor.advance(attributes, transition, (x, raw, z, None, *memory, *rows))
+    rows = transition.update(x, raw, z, cursor.memory)
+    cursor.advance(attributes, transition, x, raw, z, rows)
     if transition.last:
         self._shared.end(attributes)
     return transition.wrap(rows)
+
+
+class Usual:
+    """The latest step made from a state at one of its timesteps: a step like it needs no search."""
+
+    __slots__ = ("cpu", "device", "options", "raw_dtype", "shape", "transition", "x_dtype")
+
+    def __init__(self, transition: Transition, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> None:
+        self.transition, self.options = transition, dict(options)
+        self.shape, self.device, self.cpu = x.shape, x.device, x.is_cpu
+        self.x_dtype, self.raw_dtype = x.dtype, raw.dtype
+
+    def covers(self, cursor: Cursor, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> bool:
+        """Whether a step on these tensors is one like it."""
+        shape, memory = self.shape, cursor.memory
+        return (
+            type(x) is type(raw) is Tensor
+            and x.shape == shape == raw.shape
+            and x.dtype is self.x_dtype
+            and raw.dtype is self.raw_dtype
+            and (x.is_cpu and raw.is_cpu if self.cpu else x.device == self.device == raw.device)
+            and options == self.options
+            and (not memory or cursor.shape == shape)
+            and not (
+                torch.is_grad_enabled()
+                and (x.requires_grad or raw.requires_grad or any(t.requires_grad for t in memory))
+            )
+        )
 
 
 def _draw(

@@ -24,7 +24,7 @@ from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place
 from fewstep.bindings.diffusers.update import Update
 from fewstep.solvers.cache import MIB, Cache
 
-_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
+PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
 
 class State:
@@ -34,6 +34,7 @@ class State:
     memory      the places of the memory's tensors
     lists       attributes that are lists holding memory -> their lengths
     calls       key of a call -> its transition, or why it has none
+    usual       index of a timestep -> the latest step made there
     """
 
     def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
@@ -41,6 +42,7 @@ class State:
         self.attributes = dict(attributes)
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
+        self.usual: dict[int | None, Any] = {}
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -177,6 +179,7 @@ def _bytes(kept: _Kept) -> int:
 
 def _forget(kept: _Kept) -> None:
     kept[0].calls.pop(kept[1], None)
+    kept[0].usual.clear()
 
 
 STATES = _States()
@@ -194,7 +197,7 @@ class Digests:
         for name in names:
             value = attributes[name]
             kind = type(value)
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 parts.append(value)
             elif kind is Tensor or kind is FrozenDict:
                 parts.append(self._kept(name, value))
@@ -219,7 +222,7 @@ def _digest(value: object) -> str:
 
 def _frozen(value: object) -> object:
     """An equivalent of the value whose repr shows its content."""
-    if type(value) in _PLAIN or isinstance(value, np.generic):
+    if type(value) in PLAIN or isinstance(value, np.generic):
         return value
     if isinstance(value, Tensor):
         value = value.detach().cpu()

@@ -84,9 +84,12 @@ class Update:
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
         self.tables: dict[torch.device, Tables] = {}
+        self.factor = self._factor(matrix, call)
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
+        if self.factor is not None:
+            return [torch.add(x, raw, alpha=self.factor)]
         if x.is_cpu and self.compiled:
             run = self._fused
         else:
@@ -95,6 +98,13 @@ class Update:
         for i, dtype in self.casts:
             results[i] = results[i].to(dtype)
         return results
+
+    def _factor(self, rows: np.ndarray, call: Call) -> float | None:
+        """The c of an update that is x + c raw, on any device one pass of torch's own; otherwise None."""
+        plain = call.x_dtype is call.raw_dtype is self.dtype and not self.casts
+        if len(rows) > 1 or not plain or rows[0, X] != 1.0 or np.delete(rows[0], [X, RAW]).any():
+            return None
+        return float(rows[0, RAW])
 
     def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         shape, size, dtype = x.shape, x.numel(), self.dtype

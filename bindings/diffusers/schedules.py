@@ -1,0 +1,151 @@
+"""Schedules that a scheduler has set before, set again without the parent's code.
+
+The first call of `set_timesteps` runs the parent on a copy that notes which attributes the code reads and writes. A
+later call with equal arguments, on a scheduler whose other attributes are the same, sets copies of what was written.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor
+
+from fewstep.bindings.diffusers.interface import Scheduler
+from fewstep.bindings.diffusers.transition import PLAIN, State
+
+
+class Trace:
+    """One call of a parent's `set_timesteps` on a copy of these attributes.
+
+    attributes  the copy's, also after an error
+    written     names of the attributes that it sets
+    depends     names of those that it reads before it sets them
+    """
+
+    def __init__(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> None:
+        self.scheduler = object.__new__(_noting(parent))
+        self.written: set[str] = set()
+        self.depends: set[str] = set()
+        object.__setattr__(self.scheduler, "trace", self)
+        self.attributes: dict[str, Any] = object.__getattribute__(self.scheduler, "__dict__")
+        self.attributes.update(attributes)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.scheduler.set_timesteps(*args, **kwargs)
+
+
+@functools.cache
+def _noting(parent: type[Scheduler]) -> type[Scheduler]:
+    """A subclass whose objects tell their `trace` what is read and written."""
+
+    def read(self: Any, name: str) -> Any:
+        if name in object.__getattribute__(self, "__dict__"):
+            trace: Trace = object.__getattribute__(self, "trace")
+            if name not in trace.written:
+                trace.depends.add(name)
+        return parent.__getattribute__(self, name)
+
+    def write(self: Any, name: str, value: object) -> None:
+        object.__getattribute__(self, "trace").written.add(name)
+        parent.__setattr__(self, name, value)
+
+    # A slot is not among the attributes.
+    members = {"__slots__": ("trace",), "__getattribute__": read, "__setattr__": write, "__module__": parent.__module__}
+    return type(parent.__name__, (parent,), members)
+
+
+class Schedule:
+    """What one call of `set_timesteps` writes, and the attributes on which that and the next steps depend.
+
+    held     the attributes before the call, those that it reads or does not set
+    content  what was in them, by `content`
+    written  the attributes that it sets
+    state    the scheduler's state afterwards
+    times    its timesteps as numbers
+
+    Raises KeyError if an attribute that it sets cannot be copied.
+    """
+
+    def __init__(
+        self,
+        held: Mapping[str, Any],
+        content: Mapping[str, Hashable],
+        written: Mapping[str, Any],
+        state: State,
+        times: list[float],
+    ) -> None:
+        self.state, self.times = state, times
+        self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
+        makes = [(n, v, _COPIES[type(v)]) for n, v in written.items() if n not in self.plain]
+        self.made = [(name, make(value), make) for name, value, make in makes]
+        self.read: Callable[[Mapping[str, Any]], Sequence[Any]] = operator.itemgetter(*held, *held)  # always a tuple
+        self.values = self.read(held)
+        self.content = [(i, content[name]) for i, name in enumerate(held) if content[name] is not None]
+
+    def holds(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether a scheduler with these attributes would be given this schedule again."""
+        try:
+            found = self.read(attributes)
+            if not all(map(operator.is_, found, self.values)) and not all(map(_alike, found, self.values)):
+                return False
+            for i, known in self.content:
+                if content(found[i]) != known:
+                    return False
+        except (KeyError, TypeError):
+            return False
+        return True
+
+    def copies(self) -> dict[str, Any]:
+        """The attributes that it sets, for a scheduler of their own."""
+        return {**self.plain, **{name: make(value) for name, value, make in self.made}}
+
+
+_COPIES: Mapping[type, Callable[[Any], Any]] = {Tensor: Tensor.clone, np.ndarray: np.ndarray.copy, list: list.copy}
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two attributes are the same, or of equal `content`."""
+    kind = type(b)
+    return a is b or (type(a) is kind and (kind in (list, FrozenDict) or (kind in PLAIN and bool(a == b))))
+
+
+def content(value: Any) -> Hashable:
+    """What an edit in place changes, or None of an object that has no such edits. Raises TypeError if unknown."""
+    kind = type(value)
+    if kind is Tensor and not value.is_inference():
+        return int(value._version)
+    if kind is FrozenDict:  # its users read and set the attributes
+        own = vars(value)
+        return tuple(own), tuple([content(v) if type(v) is list else v for v in own.values()])
+    if kind is list and not any(isinstance(v, Tensor) for v in value):
+        return tuple(value)
+    if kind is np.ndarray:
+        return value.tobytes()
+    if kind in PLAIN or isinstance(value, FunctionType):
+        return None
+    raise TypeError(f"a {kind.__name__} may be edited unnoticed")
+
+
+def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """A key for the arguments of a call. Raises TypeError for one of unknown content."""
+    return tuple(map(_argument, args)), tuple([(name, _argument(value)) for name, value in kwargs.items()])
+
+
+def _argument(value: Any) -> Hashable:
+    kind = type(value)
+    if kind in PLAIN or isinstance(value, np.generic):
+        return kind, value
+    if kind is list or kind is tuple:
+        return kind, tuple(map(_argument, value))
+    if kind is Tensor and value.is_cpu and value.dtype is not torch.bfloat16:
+        return kind, _argument(value.detach().numpy())
+    if kind is np.ndarray and value.dtype.kind in "biuf":
+        return value.dtype.str, value.shape, value.tobytes()
+    raise TypeError(f"a {kind.__name__} has no key")
