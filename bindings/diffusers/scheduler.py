@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import operator
 import sys
 import threading
 import weakref
@@ -210,7 +211,7 @@ class Cursor:
     """The current state of a scheduler in one thread, valid until one of its attributes is written.
 
     memory   the tensors that the scheduler remembers, all of one shape
-    times    the timesteps as numbers; the tensor's elements lie at first + i stride
+    times    the timesteps as numbers; their tensor's elements lie at first + i stride
     fresh    whether nothing has happened since the schedule was set
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
@@ -254,11 +255,10 @@ class Cursor:
         self.shape = self.memory[0].shape if self.memory else None
         if any(tensor.shape != self.shape for tensor in self.memory):
             raise NotAffineError("it remembers tensors of different shapes")
-        self.times = times
-        if times:
+        self.times = []
+        if times and (held := attributes["timesteps"]).is_contiguous():
             # Pipelines iterate over this very tensor: its elements are recognised by address, without a host sync.
-            held: Tensor = attributes["timesteps"]
-            self.first, self.stride = held.data_ptr(), held.element_size() * held.stride(0)
+            self.times, self.first, self.stride = times, held.data_ptr(), held.element_size()
         self.state = state
 
     def advance(
@@ -280,12 +280,12 @@ class Cursor:
             attributes.update(transition.changed)
         self.state, self.fresh = transition.after, False
 
-    def index(self, timestep: Timestep) -> int | None:
-        """Of a timestep that is an element of the schedule's tensor; otherwise None."""
+    def offset(self, timestep: Timestep) -> int | None:
+        """Of a timestep's address in the schedule's tensor, if it is an element of that; otherwise None."""
         if type(timestep) is Tensor and not timestep.ndim:
-            i, rest = divmod(timestep.data_ptr() - self.first, self.stride)
-            if not rest and 0 <= i < len(self.times):
-                return i
+            offset = timestep.data_ptr() - self.first
+            if 0 <= offset < len(self.times) * self.stride and not offset % self.stride:
+                return offset
         return None
 
     def is_current(self, attributes: Mapping[str, Any]) -> bool:
@@ -296,22 +296,20 @@ class Cursor:
         for tensor, version in self.schedule:
             if tensor._version != version:
                 return False
-        if self.memory:
-            for name, length in state.lists.items():
-                if len(attributes[name]) != length:
-                    return False
-            for (name, i), tensor in zip(state.memory, self.memory, strict=True):
-                value = attributes[name]
-                if (value if i is None else value[i]) is not tensor:
-                    return False
-        return True
+        if not self.memory:
+            return True
+        for name, length in state.lists.items():
+            if len(attributes[name]) != length:
+                return False
+        held = [attributes[name] if i is None else attributes[name][i] for name, i in state.memory]
+        return all(map(operator.is_, held, self.memory))
 
     def time(self, timestep: Timestep) -> int | float:
         """The timestep as a number."""
         if not isinstance(timestep, Tensor):
             return timestep
-        i = self.index(timestep)
-        return timestep.item() if i is None else self.times[i]
+        offset = self.offset(timestep)
+        return timestep.item() if offset is None else self.times[offset // self.stride]
 
 
 def _leftovers(parent: type[Scheduler]) -> Sequence[str]:
@@ -354,18 +352,19 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return _disable(step)(self, model_output, timestep, sample, *args, **kwargs)
         options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
         generator = options.pop("generator", None)
-        attributes = self.__dict__
+        attributes = self.__dict__  # read once: each read looks up this thread's own
         cursor: Cursor = attributes[CURSOR]
         state = cursor.state
-        if (
-            state is not None
-            and (usual := state.usual.get(cursor.index(timestep))) is not None
-            and cursor.live
-            and usual.covers(cursor, sample, model_output, options)
-            and cursor.is_current(attributes)
-        ):
-            transition = usual.transition
-            return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
+        if state is not None and cursor.live and type(timestep) is Tensor:
+            usual = state.usual.get(timestep.data_ptr() - cursor.first)
+            if (
+                usual is not None
+                and not timestep.ndim
+                and usual.covers(cursor, sample, model_output, options)
+                and cursor.is_current(attributes)
+            ):
+                transition: Transition = usual.transition
+                return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
         z = None if noise is None else options.pop(noise, None)
         given = None if noise is None or z is None else (noise, z)
         done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
@@ -429,8 +428,15 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 scaled: Tensor = _disable(scale_model_input)(self, sample, *args, **kwargs)
                 return scaled
             timestep: Any = args[0] if args else kwargs.get("timestep")
-            attributes, found = self.__dict__, None
-            if not attributes[CURSOR].live:
+            attributes = self.__dict__
+            cursor: Cursor = attributes[CURSOR]
+            state = cursor.state
+            if state is not None and cursor.live and type(timestep) is Tensor and type(sample) is Tensor:
+                usual = state.scaled.get((timestep.data_ptr() - cursor.first, sample.dtype))
+                if usual is not None and not timestep.ndim and cursor.is_current(attributes):
+                    return _scale(attributes, cursor, usual, sample)
+            found = None
+            if not cursor.live:
                 self._shared.begin(attributes)
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
                 found = _find(attributes, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
@@ -438,9 +444,10 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 with _inside(attributes[CURSOR]):
                     return parent.scale_model_input(self, sample, *args, **kwargs)
             cursor, transition = found
-            attributes.update(transition.changed)
-            cursor.state, cursor.fresh = transition.after, False
-            return sample if transition.scale == 1.0 else sample * transition.scale
+            offset, state = cursor.offset(timestep), cursor.state
+            if offset is not None and state is not None:
+                state.scaled[offset, sample.dtype] = transition
+            return _scale(attributes, cursor, transition, sample)
 
         members["scale_model_input"] = scale_model_input
     return type(parent.__name__, (PerThread, parent), members)
@@ -594,9 +601,9 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    state, at = cursor.state, cursor.index(timestep)
-    if given is None and state is not None and at is not None:
-        state.usual[at] = Usual(transition, x, raw, options)
+    state, offset = cursor.state, cursor.offset(timestep)
+    if given is None and state is not None and offset is not None:
+        state.usual[offset] = Usual(transition, x, raw, options)
     return _follow(self, parent, cursor, attributes, transition, raw, x, z, generator)
 
 
@@ -647,6 +654,16 @@ class Usual:
                 and (x.requires_grad or raw.requires_grad or any(t.requires_grad for t in memory))
             )
         )
+
+
+def _scale(attributes: dict[str, Any], cursor: Cursor, transition: Transition, sample: Tensor) -> Tensor:
+    """Scale a model input by a transition."""
+    attributes.update(transition.changed)
+    cursor.state, cursor.fresh = transition.after, False
+    factor = transition.scale
+    if factor == 1.0:
+        return sample
+    return sample * (transition.factor if sample.is_cpu else factor)
 
 
 def _draw(

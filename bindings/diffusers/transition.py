@@ -34,7 +34,8 @@ class State:
     memory      the places of the memory's tensors
     lists       attributes that are lists holding memory -> their lengths
     calls       key of a call -> its transition, or why it has none
-    usual       index of a timestep -> the latest step made there
+    usual       offset of a timestep in its tensor -> the latest step made there
+    scaled      the same and a dtype -> the call of scale_model_input
     """
 
     def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
@@ -42,7 +43,8 @@ class State:
         self.attributes = dict(attributes)
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
-        self.usual: dict[int | None, Any] = {}
+        self.usual: dict[int, Any] = {}
+        self.scaled: dict[tuple[int, torch.dtype], Transition] = {}
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -84,6 +86,9 @@ class Transition:
             self.sources.append(source)
         self.update = Update(rows, found.dtypes, call, found.clip)
         self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
+        # With a tensor a product takes half the time, but it rounds it to 16 bits first.
+        wide = self.scale_dtype.itemsize > 2
+        self.factor: Tensor | float = torch.tensor(self.scale, dtype=self.scale_dtype) if wide else self.scale
         self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
         self.last = call.method == "step" and is_over(after.attributes, call.time)
         self.changed = {
@@ -180,6 +185,7 @@ def _bytes(kept: _Kept) -> int:
 def _forget(kept: _Kept) -> None:
     kept[0].calls.pop(kept[1], None)
     kept[0].usual.clear()
+    kept[0].scaled.clear()
 
 
 STATES = _States()

@@ -23,6 +23,7 @@ from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
+_empty_like = torch.empty_like
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -84,7 +85,9 @@ class Update:
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
         self.tables: dict[torch.device, Tables] = {}
+        self.plain = call.x_dtype is self.dtype
         self.factor = self._factor(matrix, call)
+        self.latest: tuple[torch.Size | None, tuple[int, int, int]] = None, (0, 0, 0)
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
@@ -107,20 +110,19 @@ class Update:
         return float(rows[0, RAW])
 
     def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        shape, size, dtype = x.shape, x.numel(), self.dtype
-        samples = shape[0]
+        samples, elements, count = self._sizes(x)
         sources = [x, raw]
         if self.noisy:
             assert z is not None
-            sources.append(z if z.dtype is dtype else z.to(dtype))
+            sources.append(z)
         for j in self.memory:
-            tensor = memory[j]
-            sources.append(tensor if tensor.dtype is dtype else tensor.to(dtype))
-        addresses = []
+            sources.append(memory[j])
         for i, tensor in enumerate(sources):
-            at, sources[i] = _address(tensor)  # kept alive until the last launch has finished
-            addresses.append(at)
-        x, plain = sources[0], x.dtype is dtype
+            if i > 1 and tensor.dtype is not self.dtype:
+                tensor = sources[i] = tensor.to(self.dtype)
+            if not tensor.is_contiguous() or tensor.is_neg():
+                sources[i] = _address(tensor)[1]
+        x = sources[0]
         limit = None
         if not self.anywhere:
             limit = np.zeros((samples, 4), self.state)
@@ -129,24 +131,29 @@ class Update:
         results: list[Tensor] = []
         for launch in self.launches:
             words = launch.words.copy()  # one copy per call: calls may run in several threads
-            words[SAMPLES], words[ELEMENTS] = samples, size // samples
-            for j, address in zip(launch.sources, addresses, strict=True):
-                words[j] = address
+            words[SAMPLES], words[ELEMENTS] = samples, elements
+            for j, tensor in zip(launch.sources, sources, strict=True):
+                words[j] = tensor.data_ptr()
             if limit is not None:
                 words[numba_step.LIMIT], words[numba_step.OWN_LIMIT] = limit.ctypes.data, samples
             for j in launch.outputs:
-                out = torch.empty_like(x) if plain else torch.empty_like(x, dtype=dtype)
+                out = _empty_like(x) if self.plain else _empty_like(x, dtype=self.dtype)
                 words[j] = out.data_ptr()
                 results.append(out)
-            wide = results[0]  # written by the kernel too
+            wide = None
             if launch.narrow is not None:
-                results[0] = torch.empty_like(x, dtype=launch.narrow)
+                wide, results[0] = results[0], _empty_like(x, dtype=launch.narrow)  # the kernel writes both
                 words[numba_step.INPUT] = results[0].data_ptr()
-            numba_step.launch(
-                launch.run, words, numba_step.units(samples, size // samples), size, (sources, results, wide)
-            )
-            del wide
+            numba_step.launch(launch.run, words, count, samples * elements, (sources, results, wide))
         return results
+
+    def _sizes(self, x: Tensor) -> tuple[int, int, int]:
+        """The samples of x, their elements and the kernel's units."""
+        shape, latest = x.shape, self.latest  # another thread may replace it
+        if latest[0] != shape:
+            samples, elements = shape[0], x.numel() // shape[0]
+            self.latest = latest = shape, (samples, elements, numba_step.units(samples, elements))
+        return latest[1]
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
