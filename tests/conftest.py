@@ -31,6 +31,7 @@ SWEEPS = frozenset(
         "test_claims",
         "test_default_device",
         "test_diffusers_gpu",
+        "test_diffusers_noise",
         "test_diffusers_schedulers",
         "test_diffusers_schedules",
         "test_diffusers_threads",

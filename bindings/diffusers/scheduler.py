@@ -16,20 +16,20 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fewstep.bindings.diffusers.interface import Scheduler, Timestep
+from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
+from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, content
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
+from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
-
-Generator: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 # Arguments of step in which the caller can pass the noise.
 _NOISE = ("variance_noise", "noise")
@@ -166,13 +166,14 @@ class Shared:
                 self._sync(attributes)
             cursor: Cursor = attributes[CURSOR]
             cursor.live = True
+            cursor.streams = None if anew else cursor.streams
             return cursor
 
     def end(self, attributes: dict[str, Any]) -> None:
         """This thread's run is over."""
         with self.lock:
             cursor: Cursor = attributes[CURSOR]
-            cursor.live = False
+            cursor.live, cursor.streams = False, None
             last, self.finished = self.finished, attributes
             if last is not None and last is not attributes and not last[CURSOR].live:
                 self._sync(last)  # drops its memory
@@ -215,13 +216,14 @@ class Cursor:
     fresh    whether nothing has happened since the schedule was set
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
+    streams  the run's noise, if it is drawn here
     inside   whether it is in the scheduler's own code, whose writes are no settings
     version  of the settings that the thread has
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "stride", "times",
-        "version",
+        "digests", "first", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "streams",
+        "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -230,6 +232,7 @@ class Cursor:
         self.fresh = self.live = self.inside = False
         self.version = 0
         self.first, self.stride = 0, 1
+        self.streams: Streams | None = None
         self.new = new
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
@@ -319,24 +322,30 @@ def _leftovers(parent: type[Scheduler]) -> Sequence[str]:
 def fused(parent: type[Scheduler]) -> type[Scheduler]:
     """The fused twin of a scheduler class, under the same name.
 
-    Constructed with `corrected=True` it fixes the bugs of the parent that `corrections` covers.
+    Constructed with `corrected=True` it fixes the bugs of the parent that `corrections` covers, with `noise="fewstep"`
+    it draws its noise as `noise` describes.
     """
     names = list(inspect.signature(parent.step).parameters)[4:]  # after self, model_output, timestep, sample
-    noise = next((n for n in names if n in _NOISE), None)
+    passed = next((n for n in names if n in _NOISE), None)
 
     @functools.wraps(parent.__init__)
-    def initialise(self: Any, *args: Any, corrected: bool = False, **kwargs: Any) -> None:
-        PerThread.__init__(self, *args, corrected=corrected, **kwargs)
+    def initialise(self: Any, *args: Any, corrected: bool = False, noise: str = "torch", **kwargs: Any) -> None:
+        PerThread.__init__(self, *args, corrected=corrected, noise=noise, **kwargs)
 
     own = inspect.signature(parent.__init__)
-    flag = inspect.Parameter("corrected", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
-    parameters = sorted([*own.parameters.values(), flag], key=lambda p: p.kind)  # **kwargs stay last
+    flags = [
+        inspect.Parameter("corrected", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+        inspect.Parameter("noise", inspect.Parameter.KEYWORD_ONLY, default="torch", annotation=str),
+    ]
+    parameters = sorted([*own.parameters.values(), *flags], key=lambda p: p.kind)  # **kwargs stay last
     initialise.__dict__["__signature__"] = own.replace(parameters=parameters)
 
-    def begin(self: Any, *args: Any, corrected: bool, **kwargs: Any) -> None:
-        self.corrected = corrected
+    def begin(self: Any, *args: Any, corrected: bool, noise: str, **kwargs: Any) -> None:
+        self.corrected, self.noise = corrected, check_noise(noise)
         with HOST:
             parent.__init__(self, *args, **kwargs)
+            if noise != "torch":
+                self.register_to_config(noise=noise)
             if corrected:
                 self.register_to_config(corrected=True)
                 if hasattr(parent, "correct"):
@@ -365,8 +374,8 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             ):
                 transition: Transition = usual.transition
                 return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
-        z = None if noise is None else options.pop(noise, None)
-        given = None if noise is None or z is None else (noise, z)
+        z = None if passed is None else options.pop(passed, None)
+        given = None if passed is None or z is None else (passed, z)
         done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
         if done is None:
             attributes, shared = self.__dict__, self._shared  # another's if the run has just begun
@@ -620,7 +629,7 @@ def _follow(
 ) -> object:
     """Make the step of a transition."""
     if transition.draw is not None:
-        z = _draw(self, parent, transition.draw, raw, x, generator)
+        z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
     rows = transition.update(x, raw, z, cursor.memory)
     cursor.advance(attributes, transition, x, raw, z, rows)
     if transition.last:
@@ -667,22 +676,41 @@ def _scale(attributes: dict[str, Any], cursor: Cursor, transition: Transition, s
 
 
 def _draw(
-    self: Scheduler, parent: type[Scheduler], draw: Draw, raw: Tensor, sample: Tensor, generator: Generator
+    self: Scheduler,
+    parent: type[Scheduler],
+    cursor: Cursor,
+    draw: Draw,
+    raw: Tensor,
+    sample: Tensor,
+    generator: Generator,
 ) -> Tensor:
-    """The noise that the parent would draw in this step."""
+    """The noise of this step: what the parent would draw, or fewstep's own."""
+    own = self.noise == "fewstep"
     if draw.interval is None:
+        if own:
+            streams, device, batch = cursor.streams, raw.device, len(raw)
+            if streams is None or not streams.serves(generator, device, batch):
+                streams = cursor.streams = Streams(generator, device, batch)
+            return streams.draw(raw.shape)
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
     with HOST:
-        if self.noise_sampler is None:  # made in the first step, when the sample is known
-            path = sys.modules[parent.__module__].BrownianTreeNoiseSampler
-            levels = self.sigmas[self.sigmas > 0]
-            low, high = levels.min().item(), levels.max().item()
-            sampler = self.__dict__["noise_sampler"] = path(sample, low, high, self.noise_sampler_seed)
-            sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
         sampler = self.noise_sampler
-        assert sampler is not None
+        if sampler is None:  # made in the first step, when the sample is known
+            sampler = self.__dict__["noise_sampler"] = _path(self, parent, sample, own)
         return sampler(*draw.interval)
+
+
+def _path(self: Scheduler, parent: type[Scheduler], sample: Tensor, own: bool) -> Callable[..., Tensor]:
+    """A new Brownian path, the parent's or fewstep's own."""
+    seed = self.noise_sampler_seed
+    if own:
+        return brownian_noise(sample, take_seed(None, HOST) if seed is None else seed)
+    levels = self.sigmas[self.sigmas > 0]
+    low, high = levels.min().item(), levels.max().item()
+    sampler: Any = sys.modules[parent.__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
+    sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
+    return sampler  # type: ignore[no-any-return]
 
 
 def _increment(tree: Callable[[float, float], Tensor], low: float, high: float, a: float, b: float) -> Tensor:
