@@ -23,6 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from fewstep.bindings.diffusers import tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
@@ -217,13 +218,14 @@ class Cursor:
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
     streams  the run's noise, if it is drawn here
+    levels   the schedule's sigmas, for steps in which each token has its own time
     inside   whether it is in the scheduler's own code, whose writes are no settings
     version  of the settings that the thread has
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "inside", "live", "memory", "new", "schedule", "shape", "state", "streams",
-        "stride", "times", "version",
+        "digests", "first", "fresh", "inside", "levels", "live", "memory", "new", "schedule", "shape", "state",
+        "streams", "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -233,6 +235,7 @@ class Cursor:
         self.version = 0
         self.first, self.stride = 0, 1
         self.streams: Streams | None = None
+        self.levels: tokens.Levels | None = None
         self.new = new
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
@@ -599,6 +602,12 @@ def _fused_step(
     attributes = self.__dict__  # read once: each read looks up this thread's own
     if not attributes[CURSOR].live:
         self._shared.begin(attributes)
+    tokens_at = None
+    if isinstance(options.get(tokens.OPTION), Tensor):
+        tokens_at = options[tokens.OPTION]
+        if not tokens.fits(tokens_at, x, attributes.get("sigmas")):
+            return None
+        options = {name: value for name, value in options.items() if name != tokens.OPTION}
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -610,6 +619,12 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
+    if tokens_at is not None:
+        cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
+        if transition.draw is not None:
+            z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
+        rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
+        return _finish(self, cursor, attributes, transition, raw, x, z, rows)
     state, offset = cursor.state, cursor.offset(timestep)
     if given is None and state is not None and offset is not None:
         state.usual[offset] = Usual(transition, x, raw, options)
@@ -631,6 +646,20 @@ def _follow(
     if transition.draw is not None:
         z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
     rows = transition.update(x, raw, z, cursor.memory)
+    return _finish(self, cursor, attributes, transition, raw, x, z, rows)
+
+
+def _finish(
+    self: Scheduler,
+    cursor: Cursor,
+    attributes: dict[str, Any],
+    transition: Transition,
+    raw: Tensor,
+    x: Tensor,
+    z: Tensor | None,
+    rows: list[Tensor],
+) -> object:
+    """Leave the scheduler as the step does, and return its results."""
     cursor.advance(attributes, transition, x, raw, z, rows)
     if transition.last:
         self._shared.end(attributes)
