@@ -34,6 +34,7 @@ SWEEPS = frozenset(
         "test_diffusers_noise",
         "test_diffusers_schedulers",
         "test_diffusers_schedules",
+        "test_diffusers_syncs",
         "test_diffusers_threads",
         "test_distill_consistency",
         "test_distill_continuous",

@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from fewstep.bindings.diffusers import tokens
+from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
@@ -137,6 +137,9 @@ class Shared:
         self.fresh = cursor.fresh = True
         self.version += 1
         cursor.version = self.version
+        cursor.digests.know(schedule.digests, attributes)  # so that a later search reads nothing from a device
+        times: Tensor = attributes["timesteps"]
+        cursor.listed, cursor.origin = (times, times._version, schedule.times), schedule
         cursor.follow(schedule.state, attributes, schedule.times)
         if len(self.threads) > 1:
             self._spread()
@@ -217,6 +220,8 @@ class Cursor:
     fresh    whether nothing has happened since the schedule was set
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
+    origin   the known schedule on which the thread is, while it is fresh
+    listed   a tensor of timesteps, its version and its elements as numbers
     streams  the run's noise, if it is drawn here
     levels   the schedule's sigmas, for steps in which each token has its own time
     inside   whether it is in the scheduler's own code, whose writes are no settings
@@ -224,8 +229,8 @@ class Cursor:
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "inside", "levels", "live", "memory", "new", "schedule", "shape", "state",
-        "streams", "stride", "times", "version",
+        "digests", "first", "fresh", "inside", "levels", "listed", "live", "memory", "new", "origin", "schedule",
+        "shape", "state", "streams", "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -234,6 +239,8 @@ class Cursor:
         self.fresh = self.live = self.inside = False
         self.version = 0
         self.first, self.stride = 0, 1
+        self.origin: Schedule | None = None
+        self.listed: tuple[Tensor, int, list[float]] | None = None
         self.streams: Streams | None = None
         self.levels: tokens.Levels | None = None
         self.new = new
@@ -247,8 +254,16 @@ class Cursor:
                 values.pop(name, None)
             values |= unshared(self.new)
         state = STATES.find(parent, values, places(values), self.digests)
-        times = values["timesteps"]
-        self.follow(state, values, times.tolist() if isinstance(times, Tensor) else [])
+        times, listed = values["timesteps"], self.listed
+        if not isinstance(times, Tensor):
+            self.follow(state, values, [])
+        elif listed is not None and listed[0] is times and not times.is_inference() and listed[1] == times._version:
+            self.follow(state, values, listed[2])
+        else:
+            self.follow(state, values, times.tolist())
+        begins = values.get("_begin_index")
+        if self.fresh and self.origin is not None and begins is not None and self.origin.is_intact(values):
+            self.origin.begun[begins] = state
         return state
 
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
@@ -462,17 +477,42 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return _scale(attributes, cursor, transition, sample)
 
         members["scale_model_input"] = scale_model_input
+    adding = added.method_of(parent)
+    if adding is not None:
+        original = getattr(parent, adding)
+        order = tuple(inspect.signature(original).parameters)[1:]
+        swapped = adding == "scale_noise"
+
+        @functools.wraps(original)
+        def add(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+            given = {**dict(zip(order, args, strict=False)), **kwargs}
+            if given.keys() == set(order) and not is_dynamo_compiling():
+                x0, second, third = (given[name] for name in order)
+                noise, timesteps = (third, second) if swapped else (second, third)
+                done = _added(self, parent, adding, x0, noise, timesteps)
+                if done is not None:
+                    return done
+            own: Tensor = original(self, *args, **kwargs)
+            return own
+
+        members[adding] = add
     return type(parent.__name__, (PerThread, parent), members)
 
 
 def _set(self: PerThread, name: str, value: object) -> None:
     """Set an attribute. The write may have changed the state, which is looked up again at the next call."""
-    threading.local.__setattr__(self, name, value)
     attributes = self.__dict__
-    cursor = attributes.get(CURSOR)
+    cursor: Cursor | None = attributes.get(CURSOR)
+    if cursor is not None and not cursor.inside and attributes.get(name, cursor) is value:
+        if self._shared.settings.get(name, cursor) is value:
+            return  # as pipelines and parents do
+    threading.local.__setattr__(self, name, value)
     if cursor is not None:
-        cursor.state = None
-        cursor.fresh = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
+        begins = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
+        origin = cursor.origin = cursor.origin if begins and isinstance(value, int) else None
+        known = None if origin is None else origin.begun.get(value)
+        cursor.state = known if origin is not None and origin.is_intact(attributes) else None
+        cursor.fresh = begins
         if not cursor.inside:
             self._shared.change(attributes, name, value)
 
@@ -493,7 +533,7 @@ def _schedule(
             trace.run(args, kwargs)
     finally:
         attributes.update(trace.attributes)
-        cursor.state = None
+        cursor.state = cursor.origin = None
     cursor.fresh = True
     with contextlib.suppress(NotAffineError, TypeError, KeyError):  # a state now rather than in the first step
         state = cursor.locate(parent, attributes)
@@ -504,7 +544,8 @@ def _schedule(
         if any(name not in trace.written and content(attributes[name]) != edits[name] for name in held):
             return None  # the parent edits an attribute in place
         written = {name: attributes[name] for name in trace.written}
-        return Schedule(held, edits, written, state, cursor.times)
+        if isinstance(attributes.get("timesteps"), Tensor):
+            return Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
     return None
 
 
@@ -692,6 +733,35 @@ class Usual:
                 and (x.requires_grad or raw.requires_grad or any(t.requires_grad for t in memory))
             )
         )
+
+
+def _added(
+    self: Scheduler, parent: type[Scheduler], method: str, x0: Tensor, noise: Tensor, timesteps: Tensor
+) -> Tensor | None:
+    """x0 with noise on a device; None if the parent's own code must add it."""
+    if not all(type(t) is Tensor for t in (x0, noise, timesteps)) or x0.is_cpu or timesteps.ndim != 1:
+        return None
+    if noise.device != x0.device or (torch.is_grad_enabled() and (x0.requires_grad or noise.requires_grad)):
+        return None
+    attributes = self.__dict__
+    cursor: Cursor = attributes[CURSOR]
+    try:
+        state = cursor.state
+        if state is None or not cursor.is_current(attributes):
+            state = cursor.locate(parent, attributes)
+        with HOST:
+            found: added.Added | None = state.added.get(method)
+            if found is None:
+                found = state.added[method] = added.Added(state, method)
+    except (NotAffineError, ValueError, IndexError):
+        return None
+    held = None
+    if found.numbers is None:
+        key = (x0.device, torch.promote_types(x0.dtype, torch.float32))
+        held = state.added.get(key)
+        if held is None:
+            held = state.added[key] = found.on(*key)
+    return found(x0, noise, timesteps, held)
 
 
 def _scale(attributes: dict[str, Any], cursor: Cursor, transition: Transition, sample: Tensor) -> Tensor:

@@ -69,6 +69,8 @@ class Schedule:
     written  the attributes that it sets
     state    the scheduler's state afterwards
     times    its timesteps as numbers
+    digests  of the tensors that it sets
+    begun    by the index set with set_begin_index: the state afterwards
 
     Raises KeyError if an attribute that it sets cannot be copied.
     """
@@ -80,8 +82,10 @@ class Schedule:
         written: Mapping[str, Any],
         state: State,
         times: list[float],
+        digests: Mapping[str, str],
     ) -> None:
-        self.state, self.times = state, times
+        self.state, self.times, self.digests = state, times, digests
+        self.begun: dict[int, State] = {}
         self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
         makes = [(n, v, _COPIES[type(v)]) for n, v in written.items() if n not in self.plain]
         self.made = [(name, make(value), make) for name, value, make in makes]
@@ -101,6 +105,14 @@ class Schedule:
         except (KeyError, TypeError):
             return False
         return True
+
+    def is_intact(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether nothing was edited in place since a scheduler was given this schedule."""
+        for name, value, _ in self.made:
+            own = attributes[name]
+            if own._version if type(value) is Tensor else not np.array_equal(own, value):
+                return False
+        return self.holds(attributes)
 
     def copies(self) -> dict[str, Any]:
         """The attributes that it sets, for a scheduler of their own."""

@@ -36,6 +36,7 @@ class State:
     calls       key of a call -> its transition, or why it has none
     usual       offset of a timestep in its tensor -> the latest step made there
     scaled      the same and a dtype -> the call of scale_model_input
+    added       what `added` has read from it, by method, and its tables, by device and dtype
     """
 
     def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
@@ -45,6 +46,7 @@ class State:
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
         self.usual: dict[int, Any] = {}
         self.scaled: dict[tuple[int, torch.dtype], Transition] = {}
+        self.added: dict[Hashable, Any] = {}
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -210,6 +212,17 @@ class Digests:
             else:
                 parts.append(_frozen(value))
         return repr(parts)  # unlike ==, repr distinguishes 1, 1.0 and True
+
+    def own(self, attributes: Mapping[str, Any]) -> dict[str, str]:
+        """The digests of those of these attributes that are kept tensors."""
+        found = {name: self.kept.get(name) for name, value in attributes.items() if isinstance(value, Tensor)}
+        return {name: kept[2] for name, kept in found.items() if kept is not None and kept[0] is attributes[name]}
+
+    def know(self, digests: Mapping[str, str], attributes: Mapping[str, Any]) -> None:
+        """Take these for the digests of these attributes, tensors that count their edits."""
+        for name, digest in digests.items():
+            value = attributes[name]
+            self.kept[name] = (value, [value._version], digest)
 
     def _kept(self, name: str, value: Tensor | FrozenDict) -> str:
         if isinstance(value, Tensor) and value.is_inference():  # such a tensor does not count its in-place edits
