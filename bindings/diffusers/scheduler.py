@@ -27,7 +27,7 @@ from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
-from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, content
+from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, content, noting
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
@@ -204,9 +204,14 @@ class Shared:
             del attributes[name]
 
 
+def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """A twin's attributes without its own bookkeeping."""
+    return {name: value for name, value in attributes.items() if name != CURSOR}
+
+
 def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     """A twin's attributes without its own bookkeeping, copied for another object."""
-    own = {name: value for name, value in unshared(values).items() if name != CURSOR}
+    own = unshared(_plain(values))
     if "_internal_dict" in own:  # some schedulers write into it
         own["_internal_dict"] = copy.copy(own["_internal_dict"])
     return own
@@ -248,7 +253,7 @@ class Cursor:
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
         self.state = None
-        values = {name: value for name, value in attributes.items() if name != CURSOR}
+        values = _plain(attributes)
         if self.fresh:
             for name in _leftovers(parent):
                 values.pop(name, None)
@@ -344,6 +349,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
     it draws its noise as `noise` describes.
     """
     names = list(inspect.signature(parent.step).parameters)[4:]  # after self, model_output, timestep, sample
+    tracing = noting(parent)
     passed = next((n for n in names if n in _NOISE), None)
 
     @functools.wraps(parent.__init__)
@@ -429,7 +435,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                     shared.renew(attributes, schedule, own)
                     return
             with normal:
-                made = _schedule(attributes, parent, args, kwargs)
+                made = _schedule(attributes, parent, Trace(tracing, unshared(_plain(attributes))), args, kwargs)
             shared.adopt(attributes)
             if made is not None:
                 known.insert(0, made)
@@ -509,21 +515,25 @@ def _set(self: PerThread, name: str, value: object) -> None:
     threading.local.__setattr__(self, name, value)
     if cursor is not None:
         begins = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
-        origin = cursor.origin = cursor.origin if begins and isinstance(value, int) else None
-        known = None if origin is None else origin.begun.get(value)
-        cursor.state = known if origin is not None and origin.is_intact(attributes) else None
-        cursor.fresh = begins
+        cursor.state, cursor.fresh = None, begins
+        if not begins or not isinstance(value, int):
+            cursor.origin = None
+        elif cursor.origin is not None and cursor.origin.is_intact(attributes):
+            cursor.state = cursor.origin.begun.get(value)
         if not cursor.inside:
             self._shared.change(attributes, name, value)
 
 
 def _schedule(
-    attributes: dict[str, Any], parent: type[Scheduler], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    attributes: dict[str, Any],
+    parent: type[Scheduler],
+    trace: Trace,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> Schedule | None:
     """Have the parent set the timesteps. Returns the schedule, or None if it cannot be kept."""
     cursor: Cursor = attributes[CURSOR]
-    before = {name: value for name, value in attributes.items() if name != CURSOR}
-    trace = Trace(parent, unshared(before))
+    before = _plain(attributes)
     edits: dict[str, Hashable] = {}
     for name, value in before.items():
         with contextlib.suppress(TypeError):

@@ -6,7 +6,6 @@ later call with equal arguments, on a scheduler whose other attributes are the s
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import FunctionType
@@ -22,15 +21,15 @@ from fewstep.bindings.diffusers.transition import PLAIN, State
 
 
 class Trace:
-    """One call of a parent's `set_timesteps` on a copy of these attributes.
+    """One call of a parent's `set_timesteps` on a copy of these attributes, an object of the class `noting(parent)`.
 
     attributes  the copy's, also after an error
     written     names of the attributes that it sets
     depends     names of those that it reads before it sets them
     """
 
-    def __init__(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> None:
-        self.scheduler = object.__new__(_noting(parent))
+    def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any]) -> None:
+        self.scheduler = object.__new__(cls)
         self.written: set[str] = set()
         self.depends: set[str] = set()
         object.__setattr__(self.scheduler, "trace", self)
@@ -41,8 +40,7 @@ class Trace:
         self.scheduler.set_timesteps(*args, **kwargs)
 
 
-@functools.cache
-def _noting(parent: type[Scheduler]) -> type[Scheduler]:
+def noting(parent: type[Scheduler]) -> type[Scheduler]:
     """A subclass whose objects tell their `trace` what is read and written."""
 
     def read(self: Any, name: str) -> Any:
@@ -139,7 +137,7 @@ def content(value: Any) -> Hashable:
     if kind is list and not any(isinstance(v, Tensor) for v in value):
         return tuple(value)
     if kind is np.ndarray:
-        return value.tobytes()
+        return bytes(value.tobytes())
     if kind in PLAIN or isinstance(value, FunctionType):
         return None
     raise TypeError(f"a {kind.__name__} may be edited unnoticed")
