@@ -15,7 +15,7 @@ import operator
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
-from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, content, noting
+from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
@@ -133,7 +133,9 @@ class Shared:
     def renew(self, attributes: Mapping[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
         """Take the settings that a known schedule has written into the attributes of this thread, and its state."""
         cursor: Cursor = attributes[CURSOR]
-        self.settings.update(unshared(own))
+        self.settings.update(own)
+        for name in schedule.lists:
+            self.settings[name] = own[name].copy()
         self.fresh = cursor.fresh = True
         self.version += 1
         cursor.version = self.version
@@ -274,13 +276,16 @@ class Cursor:
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
         self.state = None
-        self.memory: list[Tensor] = [get(attributes, place) for place in state.memory]
         names = _SCHEDULE["sigmas" not in attributes]
         tensors = [t for n in names if isinstance(t := attributes.get(n), Tensor)]
         self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
-        self.shape = self.memory[0].shape if self.memory else None
-        if any(tensor.shape != self.shape for tensor in self.memory):
-            raise NotAffineError("it remembers tensors of different shapes")
+        self.memory: list[Tensor] = []
+        self.shape = None
+        if state.memory:
+            self.memory = [get(attributes, place) for place in state.memory]
+            self.shape = self.memory[0].shape
+            if any(tensor.shape != self.shape for tensor in self.memory):
+                raise NotAffineError("it remembers tensors of different shapes")
         self.times = []
         if times and (held := attributes["timesteps"]).is_contiguous():
             # Pipelines iterate over this very tensor: its elements are recognised by address, without a host sync.
@@ -397,6 +402,11 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 and cursor.is_current(attributes)
             ):
                 transition: Transition = usual.transition
+                if usual.alone:
+                    rows = transition.update(sample, model_output, None, ())
+                    attributes.update(transition.changed)
+                    cursor.state, cursor.fresh = transition.after, False
+                    return transition.wrap(rows)
                 return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
         z = None if passed is None else options.pop(passed, None)
         given = None if passed is None or z is None else (passed, z)
@@ -534,10 +544,7 @@ def _schedule(
     """Have the parent set the timesteps. Returns the schedule, or None if it cannot be kept."""
     cursor: Cursor = attributes[CURSOR]
     before = _plain(attributes)
-    edits: dict[str, Hashable] = {}
-    for name, value in before.items():
-        with contextlib.suppress(TypeError):
-            edits[name] = content(value)
+    edits = contents(before)
     try:
         with HOST:
             trace.run(args, kwargs)
@@ -545,17 +552,18 @@ def _schedule(
         attributes.update(trace.attributes)
         cursor.state = cursor.origin = None
     cursor.fresh = True
-    with contextlib.suppress(NotAffineError, TypeError, KeyError):  # a state now rather than in the first step
+    with contextlib.suppress(NotAffineError, KeyError):  # a state now rather than in the first step
         state = cursor.locate(parent, attributes)
         if state.memory:
             return None
         passing = trace.written.union(_leftovers(parent)) - trace.depends
         held = {name: value for name, value in before.items() if name not in passing}
-        if any(name not in trace.written and content(attributes[name]) != edits[name] for name in held):
-            return None  # the parent edits an attribute in place
+        # What the parent has edited in place is not held.
+        read = {name: before[name] for name in trace.depends & trace.written}
         written = {name: attributes[name] for name in trace.written}
-        if isinstance(attributes.get("timesteps"), Tensor):
-            return Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
+        made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
+        if isinstance(attributes.get("timesteps"), Tensor) and made.holds({**before, **_plain(attributes), **read}):
+            return made
     return None
 
 
@@ -718,17 +726,27 @@ def _finish(
 
 
 class Usual:
-    """The latest step made from a state at one of its timesteps: a step like it needs no search."""
+    """The latest step made from a state at one of its timesteps: a step like it needs no search.
 
-    __slots__ = ("cpu", "device", "options", "raw_dtype", "shape", "transition", "x_dtype")
+    alone  whether it is made of the sample and the output alone, in the middle of a run: no noise, no memory
+    """
+
+    __slots__ = ("alone", "cpu", "device", "options", "raw_dtype", "shape", "transition", "x_dtype")
 
     def __init__(self, transition: Transition, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> None:
         self.transition, self.options = transition, dict(options)
         self.shape, self.device, self.cpu = x.shape, x.device, x.is_cpu
         self.x_dtype, self.raw_dtype = x.dtype, raw.dtype
+        remembers = transition.sources or transition.before
+        self.alone = not (remembers or transition.draw or transition.last or transition.lists)
 
     def covers(self, cursor: Cursor, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> bool:
         """Whether a step on these tensors is one like it."""
+        try:
+            if options != self.options:
+                return False
+        except (RuntimeError, ValueError):  # an array in place of a number
+            return False
         shape, memory = self.shape, cursor.memory
         return (
             type(x) is type(raw) is Tensor
@@ -736,7 +754,6 @@ class Usual:
             and x.dtype is self.x_dtype
             and raw.dtype is self.raw_dtype
             and (x.is_cpu and raw.is_cpu if self.cpu else x.device == self.device == raw.device)
-            and options == self.options
             and (not memory or cursor.shape == shape)
             and not (
                 torch.is_grad_enabled()

@@ -63,20 +63,20 @@ class Schedule:
     """What one call of `set_timesteps` writes, and the attributes on which that and the next steps depend.
 
     held     the attributes before the call, those that it reads or does not set
-    content  what was in them, by `content`
+    content  what was in them, by `contents`
     written  the attributes that it sets
     state    the scheduler's state afterwards
     times    its timesteps as numbers
     digests  of the tensors that it sets
     begun    by the index set with set_begin_index: the state afterwards
 
-    Raises KeyError if an attribute that it sets cannot be copied.
+    Raises KeyError if an attribute that it sets cannot be copied, or one that it holds may be edited unnoticed.
     """
 
     def __init__(
         self,
         held: Mapping[str, Any],
-        content: Mapping[str, Hashable],
+        content: Mapping[str, Any],
         written: Mapping[str, Any],
         state: State,
         times: list[float],
@@ -87,9 +87,13 @@ class Schedule:
         self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
         makes = [(n, v, _COPIES[type(v)]) for n, v in written.items() if n not in self.plain]
         self.made = [(name, make(value), make) for name, value, make in makes]
-        self.read: Callable[[Mapping[str, Any]], Sequence[Any]] = operator.itemgetter(*held, *held)  # always a tuple
+        self.lists = [name for name, value, _ in self.made if isinstance(value, list)]
+        self.read: Callable[[Mapping[str, Any]], Sequence[Any]] = operator.itemgetter(*held)
         self.values = self.read(held)
-        self.content = [(i, content[name]) for i, name in enumerate(held) if content[name] is not None]
+        shown = [
+            (i, content[name], _SHOWN.get(type(held[name]), vars)) for i, name in enumerate(held) if name in content
+        ]
+        self.content: list[tuple[int, Any, Callable[[Any], Any]]] = shown
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether a scheduler with these attributes would be given this schedule again."""
@@ -97,10 +101,10 @@ class Schedule:
             found = self.read(attributes)
             if not all(map(operator.is_, found, self.values)) and not all(map(_alike, found, self.values)):
                 return False
-            for i, known in self.content:
-                if content(found[i]) != known:
+            for i, known, shown in self.content:
+                if shown(found[i]) != known:
                     return False
-        except (KeyError, TypeError):
+        except (KeyError, ValueError, RuntimeError):  # arrays in lists refuse to be compared
             return False
         return True
 
@@ -114,33 +118,49 @@ class Schedule:
 
     def copies(self) -> dict[str, Any]:
         """The attributes that it sets, for a scheduler of their own."""
-        return {**self.plain, **{name: make(value) for name, value, make in self.made}}
+        own = self.plain.copy()
+        for name, value, make in self.made:
+            own[name] = make(value)
+        return own
 
 
 _COPIES: Mapping[type, Callable[[Any], Any]] = {Tensor: Tensor.clone, np.ndarray: np.ndarray.copy, list: list.copy}
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two attributes are the same, or of equal `content`."""
+    """Whether two attributes are the same, or may be of equal content."""
     kind = type(b)
     return a is b or (type(a) is kind and (kind in (list, FrozenDict) or (kind in PLAIN and bool(a == b))))
 
 
-def content(value: Any) -> Hashable:
-    """What an edit in place changes, or None of an object that has no such edits. Raises TypeError if unknown."""
-    kind = type(value)
-    if kind is Tensor and not value.is_inference():
-        return int(value._version)
-    if kind is FrozenDict:  # its users read and set the attributes
-        own = vars(value)
-        return tuple(own), tuple([content(v) if type(v) is list else v for v in own.values()])
-    if kind is list and not any(isinstance(v, Tensor) for v in value):
-        return tuple(value)
-    if kind is np.ndarray:
-        return bytes(value.tobytes())
-    if kind in PLAIN or isinstance(value, FunctionType):
-        return None
-    raise TypeError(f"a {kind.__name__} may be edited unnoticed")
+# What edits in place change of an attribute, by its type; nothing else can be edited.
+_SHOWN: Mapping[type, Callable[[Any], Any]] = {
+    Tensor: operator.attrgetter("_version"),
+    FrozenDict: vars,  # its users read and set the attributes
+    list: lambda value: value,
+    np.ndarray: np.ndarray.tobytes,
+}
+
+
+def contents(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What edits in place may change later, of the attributes that have such edits. UNKNOWN is equal to nothing."""
+    found = {}
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind in _SHOWN and not (kind is Tensor and value.is_inference()):
+            found[name] = _copied(_SHOWN[kind](value))
+        elif kind not in PLAIN and kind is not FunctionType:
+            found[name] = UNKNOWN
+    return found
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, list):
+        return [UNKNOWN if isinstance(v, Tensor) else _copied(v) for v in value]
+    return {name: _copied(v) for name, v in value.items()} if isinstance(value, dict) else value
+
+
+UNKNOWN = float("nan")
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -68,16 +68,18 @@ class Transition:
     """One call from one state: a map from [x, raw, z, m, *memory] to the call's results and the memory afterwards.
 
     update   computes the new rows: first the results, then the new tensors of the memory
+    before   the places of the memory before the call
     after    the state after the call
     sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
     changed  the attributes, other than memory, that the call changes
+    lists    the changed attributes that are lists
     last     whether it is the last step of the schedule
     scale    the factor of scale_model_input; scale_dtype is the dtype of its result
     """
 
     def __init__(self, before: State, call: Call) -> None:
         found = probe(before.cls, before.attributes, before.memory, call)
-        self.wrap, self.draw = found.wrap, found.draw
+        self.wrap, self.draw, self.before = found.wrap, found.draw, before.memory
         rows = list(found.outputs)
         self.sources: list[int] = []
         for place, row in found.memory.items():
@@ -99,7 +101,7 @@ class Transition:
             if not isinstance(value, Size)  # the shape of the basis vectors, not of the sample
             and not (_places(name, before) == _places(name, after) and _equal(value, before.attributes.get(name, ...)))
         }
-        self._lists = [name for name, value in self.changed.items() if isinstance(value, list)]
+        self.lists = [name for name, value in self.changed.items() if isinstance(value, list)]
         stays = set(zip(before.memory, count(MEMORY), strict=False))
         moved = [pair for pair in zip(after.memory, self.sources, strict=True) if pair not in stays]
         self._single = [(name, i) for (name, at), i in moved if at is None]
@@ -112,7 +114,7 @@ class Transition:
     def apply(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
         """Set a scheduler's attributes as the call leaves them. pool: the sources and the new rows, as tensors."""
         attributes.update(self.changed)
-        for name in self._lists:
+        for name in self.lists:
             attributes[name] = attributes[name].copy()
         for name, i in self._single:
             attributes[name] = pool[i]
