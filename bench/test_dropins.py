@@ -70,6 +70,7 @@ def make(library, kind, config, options):
         return getattr(library, kind)(**betas, **config, **options)
 
 
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of what it has rounded itself
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_run_of_a_drop_in(name, shape, benchmark, report, one_thread):

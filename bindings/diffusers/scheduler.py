@@ -29,6 +29,7 @@ from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
+from fewstep.bindings.diffusers.update import Bound, Update
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
 
@@ -403,11 +404,14 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             ):
                 transition: Transition = usual.transition
                 if usual.alone:
-                    rows = transition.update(sample, model_output, None, ())
+                    rows = usual.update(sample, model_output, None, ())
                     attributes.update(transition.changed)
                     cursor.state, cursor.fresh = transition.after, False
                     return transition.wrap(rows)
-                return _follow(self, parent, cursor, attributes, transition, model_output, sample, None, generator)
+                update = usual.update
+                return _follow(
+                    self, parent, cursor, attributes, transition, update, model_output, sample, None, generator
+                )
         z = None if passed is None else options.pop(passed, None)
         given = None if passed is None or z is None else (passed, z)
         done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
@@ -687,7 +691,7 @@ def _fused_step(
     state, offset = cursor.state, cursor.offset(timestep)
     if given is None and state is not None and offset is not None:
         state.usual[offset] = Usual(transition, x, raw, options)
-    return _follow(self, parent, cursor, attributes, transition, raw, x, z, generator)
+    return _follow(self, parent, cursor, attributes, transition, transition.update, raw, x, z, generator)
 
 
 def _follow(
@@ -696,15 +700,16 @@ def _follow(
     cursor: Cursor,
     attributes: dict[str, Any],
     transition: Transition,
+    update: Update | Bound,
     raw: Tensor,
     x: Tensor,
     z: Tensor | None,
     generator: Generator,
 ) -> object:
-    """Make the step of a transition."""
+    """Make the step of a transition by its update."""
     if transition.draw is not None:
         z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
-    rows = transition.update(x, raw, z, cursor.memory)
+    rows = update(x, raw, z, cursor.memory)
     return _finish(self, cursor, attributes, transition, raw, x, z, rows)
 
 
@@ -731,12 +736,14 @@ class Usual:
     alone  whether it is made of the sample and the output alone, in the middle of a run: no noise, no memory
     """
 
-    __slots__ = ("alone", "cpu", "device", "options", "raw_dtype", "shape", "transition", "x_dtype")
+    __slots__ = ("alone", "cpu", "device", "options", "raw_dtype", "shape", "transition", "update", "x_dtype")
 
     def __init__(self, transition: Transition, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> None:
         self.transition, self.options = transition, dict(options)
         self.shape, self.device, self.cpu = x.shape, x.device, x.is_cpu
         self.x_dtype, self.raw_dtype = x.dtype, raw.dtype
+        update = transition.update
+        self.update: Update | Bound = Bound(update, x.shape) if x.is_cpu and update.binds else update
         remembers = transition.sources or transition.before
         self.alone = not (remembers or transition.draw or transition.last or transition.lists)
 

@@ -87,7 +87,6 @@ class Update:
         self.tables: dict[torch.device, Tables] = {}
         self.plain = call.x_dtype is self.dtype
         self.factor = self._factor(matrix, call)
-        self.latest: tuple[torch.Size | None, tuple[int, int, int]] = None, (0, 0, 0)
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
@@ -110,7 +109,9 @@ class Update:
         return float(rows[0, RAW])
 
     def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        samples, elements, count = self._sizes(x)
+        samples, size = len(x), x.numel()
+        elements = size // samples
+        count = numba_step.units(samples, elements)
         sources = [x, raw]
         if self.noisy:
             assert z is not None
@@ -144,16 +145,14 @@ class Update:
             if launch.narrow is not None:
                 wide, results[0] = results[0], _empty_like(x, dtype=launch.narrow)  # the kernel writes both
                 words[numba_step.INPUT] = results[0].data_ptr()
-            numba_step.launch(launch.run, words, count, samples * elements, (sources, results, wide))
+            numba_step.launch(launch.run, words, count, size, (sources, results, wide))
         return results
 
-    def _sizes(self, x: Tensor) -> tuple[int, int, int]:
-        """The samples of x, their elements and the kernel's units."""
-        shape, latest = x.shape, self.latest  # another thread may replace it
-        if latest[0] != shape:
-            samples, elements = shape[0], x.numel() // shape[0]
-            self.latest = latest = shape, (samples, elements, numba_step.units(samples, elements))
-        return latest[1]
+    @property
+    def binds(self) -> bool:
+        """Whether one launch makes it of tensors of its own dtype, without noise, a quantile or casts."""
+        special = self.noisy or self.casts or self.narrow or self.factor is not None or not self.anywhere
+        return self.compiled and self.plain and not special and len(self.launches) == 1
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
@@ -198,6 +197,39 @@ class Update:
             m = naive.combine([slots[0], raw.to(self.dtype)], self.p, slots[0])
             limit = naive.threshold(m, *self.quantile)
         return stage(slots, [raw], self.w, z=z, p=self.p, limit=limit, backend="naive")
+
+
+class Bound:
+    """An update bound to a shape, for contiguous CPU tensors of its own dtype; it hands all others to the update.
+
+    Only for an update that `binds`.
+    """
+
+    __slots__ = ("count", "dtype", "memory", "outputs", "run", "size", "sources", "update", "words")
+
+    def __init__(self, update: Update, shape: torch.Size) -> None:
+        (launch,) = update.launches
+        samples, elements = shape[0], shape[1:].numel()
+        self.update, self.dtype, self.memory, self.run = update, update.dtype, update.memory, launch.run
+        self.words = launch.words.copy()
+        self.words[SAMPLES], self.words[ELEMENTS] = samples, elements
+        self.count, self.size = numba_step.units(samples, elements), samples * elements
+        self.sources, self.outputs = tuple(launch.sources), tuple(launch.outputs)
+
+    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        words = self.words.copy()  # one copy per call: calls may run in several threads
+        sources = [x, raw, *[memory[j] for j in self.memory]] if self.memory else [x, raw]
+        for j, tensor in zip(self.sources, sources, strict=True):
+            if tensor.dtype is not self.dtype or not tensor.is_contiguous() or tensor.is_neg():
+                return self.update(x, raw, z, memory)
+            words[j] = tensor.data_ptr()
+        results = []
+        for j in self.outputs:
+            out = _empty_like(x)
+            words[j] = out.data_ptr()
+            results.append(out)
+        numba_step.launch(self.run, words, self.count, self.size, (sources, results))
+        return results
 
 
 class _Launch:
