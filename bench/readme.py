@@ -60,9 +60,22 @@ def cpu_table(results=RESULTS):
             ours, unit, (sense, bound) = row["ours"], row["unit"], row["budget"]
             beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
             lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {sense} {bound:g})")
+    lines.append(dropins_line(told))
     if missed:
         lines += ["", "Budgets missed: " + "; ".join(missed) + "."]
     return lines
+
+
+def dropins_line(told):
+    """The drop-ins with a budget of their own, in one line."""
+    found, shapes = {}, []
+    for row in told["rows"]:
+        if row["case"].startswith("drop-in ") and row["budget"][1] > 1.2:
+            name, _, shape = row["case"].removeprefix("drop-in ").rpartition(" ")
+            shapes += [shape] if shape not in shapes else []
+            found.setdefault(name, []).append(f"{row['ratio']:.1f}")
+    ratios = "; ".join(f"{name} {' / '.join(values)}" for name, values in found.items())
+    return f"- drop-in schedulers, ratio of whole runs at {' / '.join(shapes)}: {ratios} (docs/diffusers.md has all)"
 
 
 def dropin_table(results=RESULTS):
