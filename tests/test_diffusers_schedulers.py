@@ -400,6 +400,18 @@ def test_inference_mode(name: str) -> None:
         compare(name, parent, twin, 4)
 
 
+def test_a_model_input_scaled_in_inference_mode_is_differentiable_later() -> None:
+    name, gradients = "EulerDiscreteScheduler", []
+    for scheduler in pair(name, beta_end=0.0123):  # no other test's
+        scheduler.set_timesteps(3)
+        for mode in (True, False):
+            with torch.inference_mode(mode):
+                x = torch.ones(SHAPE, requires_grad=not mode)
+                y = scheduler.scale_model_input(x, scheduler.timesteps[0])
+        gradients += torch.autograd.grad((y**2).sum(), x)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 def test_sigmas_edited_in_place_in_inference_mode() -> None:
     def edit(scheduler: Any, x: torch.Tensor) -> torch.Tensor:
         scheduler.sigmas[4] *= 1.1

@@ -479,8 +479,13 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             cursor: Cursor = attributes[CURSOR]
             state = cursor.state
             if state is not None and cursor.live and type(timestep) is Tensor and type(sample) is Tensor:
-                usual = state.scaled.get((timestep.data_ptr() - cursor.first, sample.dtype))
-                if usual is not None and not timestep.ndim and cursor.is_current(attributes):
+                usual = state.scaled.get(timestep.data_ptr() - cursor.first)
+                if (
+                    usual is not None
+                    and usual.scale_dtype is sample.dtype
+                    and not timestep.ndim
+                    and cursor.is_current(attributes)
+                ):
                     return _scale(attributes, cursor, usual, sample)
             found = None
             if not cursor.live:
@@ -493,7 +498,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             cursor, transition = found
             offset, state = cursor.offset(timestep), cursor.state
             if offset is not None and state is not None:
-                state.scaled[offset, sample.dtype] = transition
+                state.scaled[offset] = transition
             return _scale(attributes, cursor, transition, sample)
 
         members["scale_model_input"] = scale_model_input
@@ -800,12 +805,10 @@ def _added(
 
 def _scale(attributes: dict[str, Any], cursor: Cursor, transition: Transition, sample: Tensor) -> Tensor:
     """Scale a model input by a transition."""
-    attributes.update(transition.changed)
+    if transition.changed:
+        attributes.update(transition.changed)
     cursor.state, cursor.fresh = transition.after, False
-    factor = transition.scale
-    if factor == 1.0:
-        return sample
-    return sample * (transition.factor if sample.is_cpu else factor)
+    return sample if transition.factor is None else sample * transition.factor
 
 
 def _draw(

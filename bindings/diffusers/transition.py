@@ -35,7 +35,7 @@ class State:
     lists       attributes that are lists holding memory -> their lengths
     calls       key of a call -> its transition, or why it has none
     usual       offset of a timestep in its tensor -> the latest step made there
-    scaled      the same and a dtype -> the call of scale_model_input
+    scaled      the same -> the latest call of scale_model_input
     added       what `added` has read from it, by method, and its tables, by device and dtype
     """
 
@@ -45,7 +45,7 @@ class State:
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
         self.usual: dict[int, Any] = {}
-        self.scaled: dict[tuple[int, torch.dtype], Transition] = {}
+        self.scaled: dict[int, Transition] = {}
         self.added: dict[Hashable, Any] = {}
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
@@ -74,7 +74,7 @@ class Transition:
     changed  the attributes, other than memory, that the call changes
     lists    the changed attributes that are lists
     last     whether it is the last step of the schedule
-    scale    the factor of scale_model_input; scale_dtype is the dtype of its result
+    factor   that of scale_model_input, None if it is 1; scale_dtype is the dtype of its result
     """
 
     def __init__(self, before: State, call: Call) -> None:
@@ -89,10 +89,11 @@ class Transition:
                 rows.append(row)
             self.sources.append(source)
         self.update = Update(rows, found.dtypes, call, found.clip)
-        self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
-        # With a tensor a product takes half the time, but it rounds it to 16 bits first.
+        scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
+        # A product with a tensor of no axes, a number to every device, takes half the time; 16 bits would round it.
         wide = self.scale_dtype.itemsize > 2
-        self.factor: Tensor | float = torch.tensor(self.scale, dtype=self.scale_dtype) if wide else self.scale
+        with torch.inference_mode(False):  # it may be saved for a backward pass
+            self.factor = None if scale == 1.0 else torch.tensor(scale, dtype=self.scale_dtype) if wide else scale
         self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
         self.last = call.method == "step" and is_over(after.attributes, call.time)
         self.changed = {
