@@ -165,3 +165,24 @@ def test_an_error_of_the_parent_is_raised_each_time() -> None:
     twin.set_timesteps(4, mu=0.3)
     x = torch.ones(SHAPE)
     assert twin.step(x, twin.timesteps[0], x).prev_sample.isfinite().all()
+
+
+def test_edits_around_the_begin_index() -> None:
+    """An edit in place before set_begin_index acts on that run and on no later one."""
+    parent, twin = pair(UNIPC)
+
+    def end(scheduler: Any, edit: bool) -> torch.Tensor:
+        scheduler.set_timesteps(5)
+        if edit:
+            scheduler.config.prediction_type = "sample"
+        scheduler.set_begin_index(0)
+        x = torch.linspace(-1.0, 1.0, 24).reshape(1, 2, 3, 4)
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.sin(2.0 * x), t, x).prev_sample
+        scheduler.config.prediction_type = "epsilon"
+        return x
+
+    for edit in (False, True, True, False, True, False):
+        expected = end(parent, edit)
+        torch.testing.assert_close(end(twin, edit), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(end(parent, True), end(parent, False), atol=0.01)
