@@ -1,6 +1,8 @@
-"""The time of a drop-in scheduler's `step()` compared with diffusers', for a caller who changes one import.
+"""The time of a whole run of a drop-in scheduler beside diffusers', for a caller who changes one import.
 
-Both make the same call with the same arguments on one thread; the gate compares their results first.
+A run is what a pipeline pays on each image: `set_timesteps`, then `scale_model_input` and `step` at every timestep.
+Both sides make the same calls with the same arguments on one thread; the gate compares their results first. Twins with
+fewstep's noise are gated with torch's.
 """
 
 import inspect
@@ -12,55 +14,103 @@ import pytest
 from fewstep.cli.microbench import SCHEDULE, close
 from fewstep.cli.timing import Side, clock, interleaved
 
-REPEATS, STEPS = 60, 20
+REPEATS, STEPS, FEW = 25, 20, 4
 
-# Required ratios of diffusers' time at (1, 4, 64, 64); the others are reported only.
+FEWSTEP = {"noise": "fewstep"}
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+# Scheduler, configuration of both, options of the twin, and the wanted ratios of diffusers' time at both shapes. Where
+# `accelerate` leaves a scheduler alone unless fewstep draws, it does so here.
 CASES = {
-    "2M": ("DPMSolverMultistepScheduler", {}, 5),
-    "UniPC": ("UniPCMultistepScheduler", {}, 15),
-    "SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 2),
-    "Euler": ("EulerDiscreteScheduler", {}, 2),
-    "DDIM": ("DDIMScheduler", {"clip_sample": False}, None),
-    "DDPM": ("DDPMScheduler", {}, None),
-    "LCM": ("LCMScheduler", {}, None),
-    "FlowMatch Euler": ("FlowMatchEulerDiscreteScheduler", {}, None),
+    "FlowMatch Euler": (FLOW, {}, {}, (3, 2)),
+    "FlowMatch Euler, mu": (FLOW, {"use_dynamic_shifting": True}, {}, (3, 2)),
+    "FlowMatch Euler, stochastic, fewstep's noise": (FLOW, {"stochastic_sampling": True}, FEWSTEP, (3, 2)),
+    "Euler": ("EulerDiscreteScheduler", {}, {}, (4, 3)),
+    "Euler ancestral": ("EulerAncestralDiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "Euler ancestral, fewstep's noise": ("EulerAncestralDiscreteScheduler", {}, FEWSTEP, (3, 2)),
+    "LCM": ("LCMScheduler", {}, {}, (1.2, 1.2)),
+    "LCM, fewstep's noise": ("LCMScheduler", {}, FEWSTEP, (3, 2)),
+    "DDPM": ("DDPMScheduler", {}, {}, (1.2, 1.2)),
+    "DDPM, fewstep's noise": ("DDPMScheduler", {}, FEWSTEP, (4, 3)),
+    "2M": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}, (8, 9)),
+    "2M SDE": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, {}, (1.2, 1.2)),
+    "2M SDE, fewstep's noise": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, FEWSTEP, (3, 2)),
+    "DDIM": ("DDIMScheduler", {"clip_sample": False}, {}, (7, 5)),
+    "UniPC": ("UniPCMultistepScheduler", {}, {}, (20, 15)),
+    "CM": ("CMStochasticIterativeScheduler", {}, {}, (1.2, 1.2)),
+    "DDIM inverse": ("DDIMInverseScheduler", {}, {}, (1.2, 1.2)),
+    "DEIS": ("DEISMultistepScheduler", {}, {}, (1.2, 1.2)),
+    "2M inverse": ("DPMSolverMultistepInverseScheduler", {}, {}, (1.2, 1.2)),
+    "DPM-Solver SDE, fewstep's noise": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 0}, FEWSTEP, (1.2, 1.2)),
+    "DPM-Solver singlestep": ("DPMSolverSinglestepScheduler", {}, {}, (1.2, 1.2)),
+    "EDM 2M": ("EDMDPMSolverMultistepScheduler", {}, {}, (1.2, 1.2)),
+    "EDM Euler": ("EDMEulerScheduler", {}, {}, (1.2, 1.2)),
+    "FlowMatch Heun": ("FlowMatchHeunDiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "FlowMatch LCM, fewstep's noise": ("FlowMatchLCMScheduler", {}, FEWSTEP, (1.2, 1.2)),
+    "Heun": ("HeunDiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "iPNDM": ("IPNDMScheduler", {}, {}, (1.2, 1.2)),
+    "KDPM2": ("KDPM2DiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "KDPM2 ancestral": ("KDPM2AncestralDiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "LMS": ("LMSDiscreteScheduler", {}, {}, (1.2, 1.2)),
+    "PNDM": ("PNDMScheduler", {}, {}, (1.2, 1.2)),
+    "SA": ("SASolverScheduler", {}, {}, (1.2, 1.2)),
+    "TCD": ("TCDScheduler", {}, {}, (1.2, 1.2)),
 }
-SHAPES = [(1, 4, 8, 8), (1, 4, 64, 64), (1, 4, 128, 128)]
+SHAPES = [(1, 4, 64, 64), (1, 16, 128, 128)]
+SLOW = ("DPMSolverSDEScheduler",)  # a run of the parent takes a second and more
+ROUNDING = {"SASolverScheduler": 2e-4, "KDPM2AncestralDiscreteScheduler": 1e-4, "DPMSolverSDEScheduler": 1e-4}
 
 
+def make(library, kind, config, options):
+    """A scheduler, and a run of it: `run()` returns the last sample of the given noise."""
+    known = inspect.signature(getattr(library, kind).__init__).parameters
+    betas = {name: value for name, value in SCHEDULE.items() if name in known}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own deprecations
+        return getattr(library, kind)(**betas, **config, **options)
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of what it has rounded itself
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_step_of_a_drop_in(name, shape, benchmark, report, one_thread):
+def test_run_of_a_drop_in(name, shape, benchmark, report, one_thread):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     from fewstep.bindings import diffusers as twins
 
-    kind, config, budget = CASES[name]
-    betas = {} if kind.startswith("FlowMatch") else SCHEDULE
+    kind, config, options, budgets = CASES[name]
+    steps = FEW if "LCM" in name or name == "TCD" else STEPS
     raw, x = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
-    sides, ends = [], []
-    for library in (twins, diffusers):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # diffusers' own deprecations
-            scheduler = getattr(library, kind)(**betas, **config)
-            scheduler.set_timesteps(STEPS)
-        generator = torch.Generator()
-        drawn = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    parent = getattr(diffusers, kind)
+    drawn = {"generator": torch.Generator()} if "generator" in inspect.signature(parent.step).parameters else {}
+    scales = hasattr(parent, "scale_model_input")
+    times = {"mu": 0.8} if config.get("use_dynamic_shifting") else {}
 
-        def run(scheduler=scheduler, drawn=drawn):
+    def runner(scheduler):
+        def run():
             sample = x
             with torch.no_grad():
+                scheduler.set_timesteps(steps, **times)
                 for t in scheduler.timesteps:
-                    if hasattr(scheduler, "scale_model_input"):
+                    if scales:
                         scheduler.scale_model_input(sample, t)
                     sample = scheduler.step(raw, t, sample, return_dict=False, **drawn)[0]
             return sample
 
-        generator.manual_seed(0)
-        ends.append(run().double().numpy())
-        sides.append(Side(library.__name__, run, STEPS, lambda scheduler=scheduler: scheduler.set_timesteps(STEPS)))
-    close(f"{name} and diffusers", *ends, 1e-5)
-    a, b = (1e6 * statistics.median(s) for s in interleaved(sides, REPEATS, clock(1)))
-    wanted = (">=", budget) if budget and shape == (1, 4, 64, 64) else None
-    report(f"drop-in {name} {'x'.join(map(str, shape))}", a, b, b / a, wanted, "us/step")
-    benchmark.pedantic(sides[0].run, setup=sides[0].prepare, rounds=5)
+        return run
+
+    ends = []
+    for library in (twins, diffusers):
+        for generator in drawn.values():
+            generator.manual_seed(0)
+        ends.append(runner(make(library, kind, config, {}))().double().numpy())
+    close(f"{name} and diffusers", *ends, ROUNDING.get(kind, 1e-5))
+    sides = [
+        Side(library.__name__, runner(make(library, kind, config, options if library is twins else {})))
+        for library in (twins, diffusers)
+    ]
+    repeats = 2 if kind in SLOW else REPEATS
+    a, b = (1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(1)))
+    budget = (">=", budgets[SHAPES.index(shape)])
+    report(f"drop-in {name} {'x'.join(map(str, shape))}", a, b, b / a, budget, f"us/run of {steps}")
+    benchmark.pedantic(sides[0].run, rounds=2)

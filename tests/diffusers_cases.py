@@ -15,7 +15,7 @@ import torch
 
 from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers.probe import places
-from fewstep.bindings.diffusers.update import Update
+from fewstep.bindings.diffusers.update import Bound, Update
 
 SHAPE = (2, 3, 4, 4)
 
@@ -77,12 +77,13 @@ def only_fused(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
     """Another way to update on the CPU: `update(self, x, raw, z, memory)`, one of the twins of `Update._fused`."""
-    fused = Update._fused
+    fused, bound = Update._fused, Bound.__call__
     Update._fused = update  # type: ignore[method-assign]
+    Bound.__call__ = lambda self, *args: self.update(*args)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Update._fused = fused  # type: ignore[method-assign]
+        Update._fused, Bound.__call__ = fused, bound  # type: ignore[method-assign]
 
 
 def without_compiler() -> contextlib.AbstractContextManager[None]:

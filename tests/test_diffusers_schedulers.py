@@ -255,6 +255,52 @@ def test_flow_models(name: str, config: dict[str, Any], setting: dict[str, Any])
     compare(name, *pair(name, **config), setting=setting)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"shift": 3.0}, {"stochastic_sampling": True}, {"invert_sigmas": True}, {"use_karras_sigmas": True}]
+)
+def test_each_token_at_its_own_time(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """On the schedule's levels, which are their own, between them, and beyond both ends."""
+    name = "FlowMatchEulerDiscreteScheduler"
+    shape, ends, states = (2, 9, 5), [], []
+    for scheduler in pair(name, **config):
+        scheduler.set_timesteps(6)
+        levels = scheduler.timesteps[torch.arange(18).reshape(2, 9) % 6]
+        for at in (levels, levels - 7.0, levels * 1.3, levels * 0.0, levels + 5e-4):
+            scheduler.set_timesteps(6)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(shape, generator=generator).to(dtype)
+            with only_fused(name):
+                for k, t in enumerate(scheduler.timesteps):
+                    raw = torch.randn(shape, generator=generator).to(dtype)
+                    tokens = torch.clamp(at - 150.0 * k, min=0.0)
+                    options = {"per_token_timesteps": tokens, "generator": generator}
+                    x = scheduler.step(raw, t, x, **options).prev_sample
+                    ends.append(x)
+            states.append(scheduler.step_index)
+    half = len(ends) // 2
+    assert states == [6] * 10
+    for a, b in zip(ends[:half], ends[half:], strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_on_edited_levels() -> None:
+    """The sorted levels follow an edit in place; tokens of another dtype or shape are the parent's."""
+    ends = []
+    for scheduler in pair("FlowMatchEulerDiscreteScheduler"):
+        scheduler.set_timesteps(5)
+        x = torch.ones(2, 3, 4)
+        for k, t in enumerate(scheduler.timesteps):
+            if k == 2:
+                scheduler.sigmas[3] *= 0.5
+            tokens = t.expand(2, 3) if k < 4 else t.expand(2, 3).double()
+            x = scheduler.step(torch.sin(x + k), t, x, per_token_timesteps=tokens, return_dict=False)[0]
+        ends.append(x)
+    assert ends[0].dtype == ends[1].dtype == torch.float64
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DDIMScheduler"])
 def test_noise_that_the_caller_draws(name: str) -> None:
     config = {"algorithm_type": "sde-dpmsolver++"} if name == "DPMSolverMultistepScheduler" else {}
@@ -352,6 +398,18 @@ def test_inference_mode(name: str) -> None:
             compare(name, parent, twin, 5)
     with without_compiler():
         compare(name, parent, twin, 4)
+
+
+def test_a_model_input_scaled_in_inference_mode_is_differentiable_later() -> None:
+    name, gradients = "EulerDiscreteScheduler", []
+    for scheduler in pair(name, beta_end=0.0123):  # no other test's
+        for mode in (True, False):
+            scheduler.set_timesteps(3)
+            with torch.inference_mode(mode):
+                x = torch.ones(SHAPE, requires_grad=not mode)
+                y = scheduler.scale_model_input(x, scheduler.timesteps[0])
+        gradients += torch.autograd.grad((y**2).sum(), x)
+    torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_sigmas_edited_in_place_in_inference_mode() -> None:

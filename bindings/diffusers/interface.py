@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     class Scheduler:
         corrected: bool
+        noise: str
         config: Any  # a FrozenDict, whose entries are attributes too
         timesteps: Tensor
         alphas_cumprod: Tensor
@@ -48,3 +49,12 @@ if TYPE_CHECKING:
             raise NotImplementedError
 else:
     Scheduler = object
+
+NOISES = ("torch", "fewstep")
+
+
+def check_noise(noise: str) -> str:
+    """`noise` if it is one of `NOISES`. Raises ValueError for anything else."""
+    if noise not in NOISES:
+        raise ValueError(f"noise must be one of {', '.join(map(repr, NOISES))}, got {noise!r}")
+    return noise

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers.interface import check_noise
 from fewstep.solvers.cache import Cache
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 # Components that a pipeline may call in every step.
 DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
 
+
+# Twins that a whole run makes less than 1.2 times faster while torch draws the noise (docs/diffusers.md).
+DRAWN = frozenset({"DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
 
 # Graphs that one network keeps: an argument that is a new number in every request would record without end.
 GRAPHS = 8
@@ -35,7 +39,7 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False) -> Report:
+def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, noise: str = "torch") -> Report:
     """Replace a diffusers pipeline's schedulers by their fused twins, in place: same call, same image, less overhead.
 
         print(fewstep.accelerate(pipe))   # scheduler: DPMSolverMultistepScheduler runs fused
@@ -45,27 +49,34 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False) ->
     graph      also capture the denoiser's call in a CUDA graph, once per set of shapes. The network must be on a CUDA
                device, in eval mode and free of host syncs; after loading other weights, `restore` and `accelerate`
                again
+    noise      "torch" draws what diffusers draws; "fewstep" draws other normals, several times faster on a CPU, from a
+               seed that each run takes from its generator (docs/diffusers.md); the images differ
 
     A twin keeps the scheduler's configuration, schedule and shifts. Images agree to the rounding of the dtype; noise
-    is drawn from the same generator in the same order.
+    is drawn from the same generator in the same order. A scheduler that its twin would not make faster is left alone.
 
-    Raises TypeError if `pipe` is not a pipeline, ValueError if nothing in it can be replaced or `graph` is impossible;
-    the pipeline is then unchanged.
+    Raises TypeError if `pipe` is not a pipeline, ValueError if nothing in it can be replaced, `graph` is impossible or
+    `noise` is neither; the pipeline is then unchanged.
     """
     components = _components(pipe)
+    check_noise(noise)
     done: list[tuple[str, str]] = []
     twins: dict[str, Scheduler] = {}
     for name, scheduler in _schedulers(components).items():
-        reason = _why_no_twin(scheduler)
+        reason = _why_no_twin(scheduler, corrected, noise)
         kind = type(scheduler).__name__
         if reason is None:
-            twins[name] = _twin(scheduler, corrected)
-            done.append((name, f"{kind} runs fused{', corrected' if corrected else ''}"))
-        elif is_twin(scheduler) and bool(scheduler.corrected) == corrected:
+            twins[name] = _twin(scheduler, corrected, noise)
+            extra = ", corrected" * corrected + ", with fewstep's noise" * (noise == "fewstep")
+            done.append((name, f"{kind} runs fused{extra}"))
+        elif is_twin(scheduler) and bool(scheduler.corrected) == corrected and scheduler.noise == noise:
             twins[name] = scheduler
             done.append((name, f"{kind} was fused already"))
         elif is_twin(scheduler):
-            raise ValueError(f"{name} runs fused with corrected={scheduler.corrected}: fewstep.restore(pipe) first")
+            raise ValueError(
+                f"{name} runs fused with noise={scheduler.noise!r}, corrected={scheduler.corrected}: "
+                "fewstep.restore(pipe) first"
+            )
         else:
             done.append((name, f"left as it is: {reason}"))
     if not twins:
@@ -130,8 +141,8 @@ def is_twin(scheduler: object) -> bool:
     return isinstance(scheduler, PerThread)
 
 
-def _why_no_twin(scheduler: object) -> str | None:
-    """Why a scheduler has no twin; None if it has one."""
+def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
+    """Why a scheduler is given no twin; None if it is given one."""
     import diffusers
 
     kind = type(scheduler)
@@ -141,28 +152,34 @@ def _why_no_twin(scheduler: object) -> str | None:
         return f"there is no fused {kind.__name__}"
     if kind is not getattr(diffusers, kind.__name__):
         return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"
+    drawn = kind.__name__ in DRAWN or bool(scheduler.config.get("stochastic_sampling"))
+    if drawn and noise == "torch" and not corrected:
+        return "drawing its noise takes nearly all of its time, so a twin gains little: noise='fewstep' draws faster"
     return None
 
 
-def _twin(scheduler: Scheduler, corrected: bool) -> Scheduler:
+def _twin(scheduler: Scheduler, corrected: bool, noise: str) -> Scheduler:
     from fewstep.bindings import diffusers as twins
 
-    return _moved(scheduler, getattr(twins, type(scheduler).__name__), {"corrected": True} if corrected else {})
+    options: dict[str, object] = {"corrected": True} if corrected else {}
+    options |= {"noise": noise} if noise != "torch" else {}
+    return _moved(scheduler, getattr(twins, type(scheduler).__name__), options)
 
 
-def _moved(scheduler: Scheduler, cls: type[Scheduler], options: dict[str, bool]) -> Scheduler:
+def _moved(scheduler: Scheduler, cls: type[Scheduler], options: Mapping[str, object]) -> Scheduler:
     """A scheduler of another class with this one's attributes; to or from a corrected one, only its configuration."""
     from fewstep.bindings.diffusers.scheduler import adopt, parent_attributes
 
-    made = cls.from_config({k: v for k, v in scheduler.config.items() if k != "corrected"}, **options)
-    if not options and not getattr(scheduler, "corrected", False):
-        own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k != "_internal_dict"}
-        vars(made.config).update(vars(scheduler.config))
+    ours = ("corrected", "noise")
+    made = cls.from_config({k: v for k, v in scheduler.config.items() if k not in ours}, **options)
+    if "corrected" not in options and not getattr(scheduler, "corrected", False):
+        hidden = ("_internal_dict", *ours)
+        own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k not in hidden}
+        vars(made.config).update({k: v for k, v in vars(scheduler.config).items() if k not in ours})
         if is_twin(made):
             adopt(made, {**made.__dict__, **own})
         else:
             made.__dict__.update(own)
-            made.__dict__.pop("corrected", None)
     return made
 
 

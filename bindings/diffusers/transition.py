@@ -24,7 +24,7 @@ from fewstep.bindings.diffusers.probe import MEMORY, Call, NotAffineError, Place
 from fewstep.bindings.diffusers.update import Update
 from fewstep.solvers.cache import MIB, Cache
 
-_PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
+PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
 
 class State:
@@ -34,6 +34,9 @@ class State:
     memory      the places of the memory's tensors
     lists       attributes that are lists holding memory -> their lengths
     calls       key of a call -> its transition, or why it has none
+    usual       offset of a timestep in its tensor -> the latest step made there
+    scaled      the same -> the latest call of scale_model_input
+    added       what `added` has read from it, by method, and its tables, by device and dtype
     """
 
     def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
@@ -41,6 +44,9 @@ class State:
         self.attributes = dict(attributes)
         self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
+        self.usual: dict[int, Any] = {}
+        self.scaled: dict[int, Transition] = {}
+        self.added: dict[Hashable, Any] = {}
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -62,16 +68,18 @@ class Transition:
     """One call from one state: a map from [x, raw, z, m, *memory] to the call's results and the memory afterwards.
 
     update   computes the new rows: first the results, then the new tensors of the memory
+    before   the places of the memory before the call
     after    the state after the call
     sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
     changed  the attributes, other than memory, that the call changes
+    lists    the changed attributes that are lists
     last     whether it is the last step of the schedule
-    scale    the factor of scale_model_input; scale_dtype is the dtype of its result
+    factor   that of scale_model_input, None if it is 1; scale_dtype is the dtype of its result
     """
 
     def __init__(self, before: State, call: Call) -> None:
         found = probe(before.cls, before.attributes, before.memory, call)
-        self.wrap, self.draw = found.wrap, found.draw
+        self.wrap, self.draw, self.before = found.wrap, found.draw, before.memory
         rows = list(found.outputs)
         self.sources: list[int] = []
         for place, row in found.memory.items():
@@ -81,7 +89,11 @@ class Transition:
                 rows.append(row)
             self.sources.append(source)
         self.update = Update(rows, found.dtypes, call, found.clip)
-        self.scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
+        scale, self.scale_dtype = float(rows[0][X]), found.dtypes[0]
+        # A product with a tensor of no axes, a number to every device, takes half the time; 16 bits would round it.
+        wide = self.scale_dtype.itemsize > 2
+        with torch.inference_mode(False):  # it may be saved for a backward pass
+            self.factor = None if scale == 1.0 else torch.tensor(scale, dtype=self.scale_dtype) if wide else scale
         self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
         self.last = call.method == "step" and is_over(after.attributes, call.time)
         self.changed = {
@@ -90,7 +102,7 @@ class Transition:
             if not isinstance(value, Size)  # the shape of the basis vectors, not of the sample
             and not (_places(name, before) == _places(name, after) and _equal(value, before.attributes.get(name, ...)))
         }
-        self._lists = [name for name, value in self.changed.items() if isinstance(value, list)]
+        self.lists = [name for name, value in self.changed.items() if isinstance(value, list)]
         stays = set(zip(before.memory, count(MEMORY), strict=False))
         moved = [pair for pair in zip(after.memory, self.sources, strict=True) if pair not in stays]
         self._single = [(name, i) for (name, at), i in moved if at is None]
@@ -103,7 +115,7 @@ class Transition:
     def apply(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
         """Set a scheduler's attributes as the call leaves them. pool: the sources and the new rows, as tensors."""
         attributes.update(self.changed)
-        for name in self._lists:
+        for name in self.lists:
             attributes[name] = attributes[name].copy()
         for name, i in self._single:
             attributes[name] = pool[i]
@@ -177,6 +189,8 @@ def _bytes(kept: _Kept) -> int:
 
 def _forget(kept: _Kept) -> None:
     kept[0].calls.pop(kept[1], None)
+    kept[0].usual.clear()
+    kept[0].scaled.clear()
 
 
 STATES = _States()
@@ -194,13 +208,24 @@ class Digests:
         for name in names:
             value = attributes[name]
             kind = type(value)
-            if kind in _PLAIN:
+            if kind in PLAIN:
                 parts.append(value)
             elif kind is Tensor or kind is FrozenDict:
                 parts.append(self._kept(name, value))
             else:
                 parts.append(_frozen(value))
         return repr(parts)  # unlike ==, repr distinguishes 1, 1.0 and True
+
+    def own(self, attributes: Mapping[str, Any]) -> dict[str, str]:
+        """The digests of those of these attributes that are kept tensors."""
+        found = {name: self.kept.get(name) for name, value in attributes.items() if isinstance(value, Tensor)}
+        return {name: kept[2] for name, kept in found.items() if kept is not None and kept[0] is attributes[name]}
+
+    def know(self, digests: Mapping[str, str], attributes: Mapping[str, Any]) -> None:
+        """Take these for the digests of these attributes, tensors that count their edits."""
+        for name, digest in digests.items():
+            value = attributes[name]
+            self.kept[name] = (value, [value._version], digest)
 
     def _kept(self, name: str, value: Tensor | FrozenDict) -> str:
         if isinstance(value, Tensor) and value.is_inference():  # such a tensor does not count its in-place edits
@@ -219,7 +244,7 @@ def _digest(value: object) -> str:
 
 def _frozen(value: object) -> object:
     """An equivalent of the value whose repr shows its content."""
-    if type(value) in _PLAIN or isinstance(value, np.generic):
+    if type(value) in PLAIN or isinstance(value, np.generic):
         return value
     if isinstance(value, Tensor):
         value = value.detach().cpu()

@@ -23,6 +23,7 @@ from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
+_empty_like = torch.empty_like
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -87,9 +88,13 @@ class Update:
         if self.compiled:
             self.stage.request()
         self.tables: dict[torch.device, Tables] = {}
+        self.plain = call.x_dtype is self.dtype
+        self.factor = self._factor(matrix, call)
 
     def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
+        if self.factor is not None:
+            return [torch.add(x, raw, alpha=self.factor)]
         if x.is_cpu and self.compiled:
             run = self._fused
         else:
@@ -99,47 +104,58 @@ class Update:
             results[i] = results[i].to(dtype)
         return results
 
+    def _factor(self, rows: np.ndarray, call: Call) -> float | None:
+        """The c of an update that is x + c raw, on any device one pass of torch's own; otherwise None."""
+        plain = call.x_dtype is call.raw_dtype is self.dtype and not self.casts
+        if len(rows) > 1 or not plain or rows[0, X] != 1.0 or np.delete(rows[0], [X, RAW]).any():
+            return None
+        return float(rows[0, RAW])
+
     def _fused(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        shape, size, dtype = x.shape, x.numel(), self.dtype
-        samples = shape[0]
+        samples, size = len(x), x.numel()
         sources = [x, raw]
         if self.noisy:
             assert z is not None
-            sources.append(z if z.dtype is dtype else z.to(dtype))
+            sources.append(z)
         for j in self.memory:
-            tensor = memory[j]
-            sources.append(tensor if tensor.dtype is dtype else tensor.to(dtype))
-        addresses = []
+            sources.append(memory[j])
         for i, tensor in enumerate(sources):
-            at, sources[i] = _address(tensor)  # kept alive until the last launch has finished
-            addresses.append(at)
-        x, plain = sources[0], x.dtype is dtype
+            if i > 1 and tensor.dtype is not self.dtype:
+                tensor = sources[i] = tensor.to(self.dtype)
+            if not tensor.is_contiguous() or tensor.is_neg():
+                sources[i] = _address(tensor)[1]
+        x = sources[0]
         limit = None
         if not self.anywhere:
             limit = np.zeros((samples, 4), self.state)
             m = [_bits(source).reshape(samples, -1) for source in sources[:2]]
             assert self.p is not None
-            x32 = m[0] if m[0].dtype == self.state else x.to(dtype).reshape(samples, -1).numpy()
-            cpu.threshold(x32, m[1:], self.p, *self.quantile, limit)
+            wide_x = m[0] if m[0].dtype == self.state else x.to(self.dtype).reshape(samples, -1).numpy()
+            cpu.threshold(wide_x, m[1:], self.p, *self.quantile, limit)
         results: list[Tensor] = []
-        for own in self.launches:
-            vector = own.words.copy()  # one copy per call: calls may run in several threads
-            for j, address in zip(own.sources, addresses, strict=True):
-                vector[j] = address
+        for launch in self.launches:
+            vector = launch.words.copy()  # one copy per call: calls may run in several threads
+            for j, tensor in zip(launch.sources, sources, strict=True):
+                vector[j] = tensor.data_ptr()
             if limit is not None:
                 vector[words.LIMIT], vector[words.OWN_LIMIT] = limit.ctypes.data, samples
             units = words.resize(vector, samples, size // samples)
-            for j in own.outputs:
-                out = torch.empty_like(x) if plain else torch.empty_like(x, dtype=dtype)
+            for j in launch.outputs:
+                out = _empty_like(x) if self.plain else _empty_like(x, dtype=self.dtype)
                 vector[j] = out.data_ptr()
                 results.append(out)
-            wide = results[0]  # written by the kernel too
-            if own.narrow is not None:
-                results[0] = torch.empty_like(x, dtype=own.narrow)
+            wide = None
+            if launch.narrow is not None:
+                wide, results[0] = results[0], _empty_like(x, dtype=launch.narrow)  # the kernel writes both
                 vector[words.INPUT] = results[0].data_ptr()
             words.launch(self.stage.run, vector, units, size, (sources, results, wide))
-            del wide
         return results
+
+    @property
+    def binds(self) -> bool:
+        """Whether one launch makes it of tensors of its own dtype, without noise, a quantile or casts."""
+        special = self.noisy or self.casts or self.narrow or self.factor is not None or not self.anywhere
+        return self.compiled and self.plain and not special and len(self.launches) == 1
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
@@ -186,6 +202,38 @@ class Update:
         return stage(slots, [raw], self.w, z=z, p=self.p, limit=limit, backend="naive")
 
 
+class Bound:
+    """An update bound to a shape, for contiguous CPU tensors of its own dtype; it hands all others to the update.
+
+    Only for an update that `binds`.
+    """
+
+    __slots__ = ("dtype", "memory", "outputs", "size", "sources", "stage", "units", "update", "words")
+
+    def __init__(self, update: Update, shape: torch.Size) -> None:
+        (launch,) = update.launches
+        samples, elements = shape[0], shape[1:].numel()
+        self.update, self.dtype, self.memory, self.stage = update, update.dtype, update.memory, update.stage
+        self.words = launch.words.copy()
+        self.units, self.size = words.resize(self.words, samples, elements), samples * elements
+        self.sources, self.outputs = tuple(launch.sources), tuple(launch.outputs)
+
+    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        vector = self.words.copy()  # one copy per call: calls may run in several threads
+        sources = [x, raw, *[memory[j] for j in self.memory]] if self.memory else [x, raw]
+        for j, tensor in zip(self.sources, sources, strict=True):
+            if tensor.dtype is not self.dtype or not tensor.is_contiguous() or tensor.is_neg():
+                return self.update(x, raw, z, memory)
+            vector[j] = tensor.data_ptr()
+        results = []
+        for j in self.outputs:
+            out = _empty_like(x)
+            vector[j] = out.data_ptr()
+            results.append(out)
+        words.launch(self.stage.run, vector, self.units, self.size, (sources, results))
+        return results
+
+
 class _Launch:
     """One launch of the kernel, and the words of its memory that each call sets.
 
@@ -204,7 +252,7 @@ class _Launch:
         one = np.zeros((1, 1), update.state)
         x, raw = (_bits(torch.zeros((1, 1), dtype=dtype)) for dtype in (call.x_dtype, call.raw_dtype))
         self.narrow = update.narrow if first == 0 else None
-        bound = words.Launch(
+        launch = words.Launch(
             [x, *[one] * len(update.memory)],
             [raw],
             table,
@@ -215,8 +263,8 @@ class _Launch:
             p=update.p,
             limit=update.limit if update.anywhere else np.zeros((1, 4), update.state),
         )
-        self.words = bound.memory
-        self._held = bound  # keeps the tables alive whose addresses are in `words`
+        self.words = launch.memory
+        self._held = launch  # keeps the tables alive whose addresses are in `words`
         slots = range(1, 1 + len(update.memory))
         self.sources = [0, words.RAW, *([words.NOISE] if update.noisy else []), *slots]
         self.outputs = range(words.OUTPUT, words.OUTPUT + table.shape[1])
