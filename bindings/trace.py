@@ -108,14 +108,14 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
             setattr(cls, name, value)
             stack.callback(lambda: setattr(cls, name, before) if own else delattr(cls, name))
 
-        def watch(base: type, kind: str, name: str, wanted: Callable[[type], bool]) -> None:
+        def watch(base: Any, kind: str, name: str, wanted: Callable[[type], bool]) -> None:
             """Wrap the method in all wanted subclasses, those that come later included."""
 
             def on(cls: type) -> None:
                 if wanted(cls):
                     put(cls, name, method(kind, getattr(cls, name)))
 
-            def on_later(cls: type, **options: Any) -> None:
+            def on_later(cls: Any, /, **options: Any) -> None:
                 super(base, cls).__init_subclass__(**options)
                 on(cls)
 
@@ -139,8 +139,11 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
         yield
 
 
-def _subclasses(base: type) -> set[type]:
-    return {found for cls in base.__subclasses__() for found in {cls, *_subclasses(cls)}}
+def _subclasses(base: Any) -> set[type]:
+    found: set[type] = set()
+    for cls in base.__subclasses__():
+        found |= {cls, *_subclasses(cls)}
+    return found
 
 
 def timeline(spans: Sequence[Span]) -> list[Span]:

@@ -65,7 +65,7 @@ def network(shape: Sequence[int], width: int, blocks: int) -> torch.nn.Module:
     class Network(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("frequencies", torch.logspace(0.0, -4.0, EMBEDDING))
+            self.frequencies = torch.logspace(0.0, -4.0, EMBEDDING)
             self.embed = nn.Linear(EMBEDDING, EMBEDDING)
             self.enter = kind(channels, width, 1)
             self.blocks = nn.ModuleList(kind(width, width, 3, padding=1) for _ in range(blocks))
@@ -239,7 +239,7 @@ class Loop(Case):
         """The loops by name: diffusers' and its twin's only where they take the same steps."""
         sampler, x, peer = self.sampler(), self.x, self.peer_options
 
-        def whole() -> Array:
+        def whole() -> object:
             device = None if isinstance(x, np.ndarray) else "cpu"
             return sample(self.denoiser, x, solver=self.solver, grid=self.grid, seed=0, device=device, **peer)
 
@@ -322,7 +322,7 @@ def measure(case: Loop, repeats: int, target: float | None = None) -> dict[str, 
     values = {"network_us": 1e6 * np.array(lone) / case.plan.nfe}
     values |= {f"{name}_us": 1e6 * row for name, row in zip(sides, above, strict=True)}
     for name, found in values.items():
-        low, record[name], high = quartiles(found)
+        low, record[name], high = quartiles(found.tolist())
         record["spread"][name] = [low, high]
     return record
 
