@@ -89,6 +89,8 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
     def method(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def call(self: object, *args: Any, **kwargs: Any) -> Any:
+            if is_compiling():  # torch.compile sees the plain call
+                return function(self, *args, **kwargs)
             cls = type(self)
             own = "fewstep " if cls.__module__.startswith("fewstep.") else ""
             return recorder.call(kind, own + cls.__name__, function, self, *args, **kwargs)
@@ -100,6 +102,11 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
         return functools.partial(recorder.call, "denoiser", network, plain_bind(self, *args, **kwargs))
 
     plain_bind = Denoiser.bind
+    is_compiling: Callable[[], bool] = bool
+    if importlib.util.find_spec("torch") is not None:
+        import torch
+
+        is_compiling = torch.compiler.is_compiling
     with contextlib.ExitStack() as stack:
 
         def put(cls: type, name: str, value: object) -> None:
@@ -131,10 +138,11 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
 
             watch(SchedulerMixin, "step", "step", lambda cls: "step" in vars(cls))
             if denoisers:
-                put(ModelMixin, "__call__", method("denoiser", ModelMixin.__call__))
-        if classes:
-            import torch
+                from torch._dynamo import OptimizedModule
 
+                for cls in (ModelMixin, OptimizedModule):
+                    put(cls, "__call__", method("denoiser", cls.__call__))
+        if classes:
             watch(torch.nn.Module, "denoiser", "__call__", lambda cls: cls.__name__ in classes)
         yield
 
