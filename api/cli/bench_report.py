@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,16 +277,18 @@ def comparison(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[dict[
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The comparison, case by case."""
     made = _table(
         "beside the earlier report",
         "~: the quartiles overlap, so that the medians do not differ for certain.",
-        ("case", "figure"),
+        ("",),
         ("old", "new", "new / old", ""),
     )
-    for row in rows:
-        ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        numbers = (short(row["old"]), short(row["new"]), ratio, "~" * row["overlap"])
-        made.add_row(" ".join(row["case"][1:]), row["figure"], *numbers)
+    for case, found in groupby(rows, lambda row: row["case"]):
+        made.add_row(" ".join(case[1:]))
+        for row in found:
+            ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
+            made.add_row(f"  {row['figure']}", short(row["old"]), short(row["new"]), ratio, "~" * row["overlap"])
     return made
 
 
