@@ -423,3 +423,32 @@ def test_a_whole_run_writes_what_it_prints(tmp_path, capsys):
 def test_the_load_is_noted(monkeypatch, loads, words):
     monkeypatch.setattr(bench_report, "cores", lambda: 2)
     assert words in bench_report.load_note({"load": loads})
+
+
+def test_the_figure_shows_the_records(monkeypatch):
+    """Time over the floor with its quartiles by elements; gigabytes a second of the steps, below those of the floor."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    records = [
+        {"solver": "ddim", "shape": [1, 10 * n], "bytes_per_step": 80 * n, "us_per_step": 4.0 * n, "floor_us": 2.0 * n,
+         "over_floor": 2.0, "spread": {"over_floor": [1.5, 3.0]}, "failed": None}
+        for n in (100, 1)
+    ]  # fmt: skip
+    seen = {}
+
+    def look(path, write):
+        left, right = pyplot.gcf().axes
+        (bars,) = left.containers
+        seen["over"] = bars.lines[0].get_xydata().tolist()
+        seen["quartiles"] = bars.lines[2][0].get_segments()[0].tolist()
+        seen["steps"], seen["roof"] = (line.get_xydata().tolist() for line in right.lines)
+
+    monkeypatch.setattr(bench_report, "write_whole", look)
+    bench_report.plot([*records, {"failed": "wrong", "solver": "ddim"}], Path("a.png"))
+    assert seen == {
+        "over": [[10.0, 2.0], [1000.0, 2.0]],
+        "quartiles": [[10.0, 1.5], [10.0, 3.0]],
+        "steps": [[80.0, 0.02], [8000.0, 0.02]],
+        "roof": [[80.0, 0.04], [8000.0, 0.04]],
+    }

@@ -229,11 +229,15 @@ def figures(report: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str, f
     """Every measured figure: its case, its name, lower quartile, median, upper quartile."""
     for kind, names in FIGURES.items():
         for record in report[kind]:
-            case = (kind, *("x".join(map(str, v)) if isinstance(v := record[k], list) else str(v) for k in KEYS[kind]))
+            case = (kind, *(_written(record[key]) for key in KEYS[kind]))
             for name in names:
                 if record[name] is not None:
                     low, high = record["spread"][name]
                     yield case, name, low, record[name], high
+
+
+def _written(value: object) -> str:
+    return "" if value is None else "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_csv(report: Mapping[str, Any]) -> str:
@@ -310,7 +314,7 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             elements, [r["over_floor"] for r in rows], yerr=[below, above], marker="o", capsize=2, label=solver
         )
         moved = [r["bytes_per_step"] for r in rows]
-        right.plot(moved, [r["bytes_per_step"] / r["us_per_step"] / 1e3 for r in rows], "o", label=solver)
+        right.plot(moved, [r["bytes_per_step"] / r["us_per_step"] / 1e3 for r in rows], "o")
     roof: dict[int, float] = {}
     for r in sorted(shown_records, key=lambda r: r["bytes_per_step"]):
         roof[r["bytes_per_step"]] = max(roof.get(r["bytes_per_step"], 0.0), r["bytes_per_step"] / r["floor_us"] / 1e3)
@@ -321,6 +325,6 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         xscale="log", yscale="log", xlabel="bytes moved by a step", ylabel="GB/s", title="roofline of this machine"
     )
     left.legend()
-    right.legend(loc="upper left")
+    right.legend(loc="lower right")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
