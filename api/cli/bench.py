@@ -19,7 +19,7 @@ def bench(
     backends: Annotated[str | None, typer.Option(help="numba, naive.")] = None,
     networks: Annotated[str | None, typer.Option(help="Milliseconds of the real networks, like 0.1,1,10.")] = None,
     model: Annotated[str | None, typer.Option(help="file.py:function that returns a network or a Denoiser.")] = None,
-    repeats: Annotated[int, typer.Option(help="Timed windows per median; 50 or more to publish.")] = 20,
+    repeats: Annotated[int, typer.Option(help="Timed windows per median; 50 or more to publish.")] = 15,
     out: Annotated[Path | None, typer.Option(help="Also write the figures to a .json file.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write them to a .csv file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also write a .png: time over the floor, and a roofline.")] = None,

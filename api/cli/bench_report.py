@@ -48,7 +48,7 @@ class Wanted:
     backends: Sequence[str] | None = None
     networks: Sequence[float] | None = None
     model: str | None = None
-    repeats: int = 20
+    repeats: int = 15
 
 
 @dataclass(frozen=True)
