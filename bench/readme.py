@@ -1,6 +1,7 @@
 """Write the measured tables of the README and the docs from bench/results: `python bench/readme.py`.
 
-Between <!-- cpu --> and <!-- /cpu --> of README.md goes the table of `make bench SAVE=1`, between <!-- gpu --> and
+Between <!-- latency --> and <!-- /latency --> of README.md goes what a step adds to a real network, between
+<!-- cpu --> and <!-- /cpu --> the table of steps without one, both of `make bench SAVE=1`; between <!-- gpu --> and
 <!-- /gpu --> that of `make gpu`, or "not measured" if no results match the current kernels. The rows of
 `make bench SAVE=1` for the drop-in schedulers go between <!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md.
 """
@@ -33,6 +34,29 @@ def kernels_sha256():
     return hashlib.sha256(b"".join((ROOT / p).read_bytes() for p in paths)).hexdigest()
 
 
+def latency_table(results=RESULTS):
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in told["rows"] if row["case"].startswith("latency ")}
+    if not rows:
+        return ["Not measured: `make bench SAVE=1` writes this table."]
+    lines = [
+        "Microseconds a step outside the network (diffusers' time over it), "
+        f"diffusers {told['versions']['diffusers']}, "
+        f"fp32, one thread, {told['date']}:",
+        "",
+        "| solver, shape, network | Sampler | `fs.sample` | twin | diffusers |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for case, row in rows.items():
+        if case.startswith("latency ratio sampler "):
+            what = case.removeprefix("latency ratio sampler ")
+            found = [rows[f"latency ratio {side} {what}"] for side in ("sampler", "sample", "twin")]
+            solver, shape, *_, milliseconds, unit = what.split()
+            cells = [f"{r['ours']:.0f} ({r['ratio']:.1f}x)" for r in found] + [f"{row['peer']:.0f}"]
+            lines.append(f"| {CPU[solver]}, {shape}, {milliseconds} {unit} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def cpu_table(results=RESULTS):
     told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
     rows = {row["case"]: row for row in told["rows"]}
@@ -56,7 +80,7 @@ def cpu_table(results=RESULTS):
     ]
     lines += ["", "Other figures of the same run:", ""]
     for row in told["rows"]:
-        if row["budget"] and row["case"].partition(" ")[0] not in (*CPU, "drop-in"):
+        if row["budget"] and row["case"].partition(" ")[0] not in (*CPU, "drop-in", "latency"):
             ours, unit, (sense, bound) = row["ours"], row["unit"], row["budget"]
             beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
             lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {sense} {bound:g})")
@@ -132,7 +156,12 @@ def filled(text, name, lines):
     return pattern.sub(lambda m: m[1] + "\n" + "\n".join(lines) + "\n\n" + m[2], text)
 
 
-TABLES = ((README, "cpu", cpu_table), (README, "gpu", gpu_table), (DIFFUSERS, "drop-ins", dropin_table))
+TABLES = (
+    (README, "latency", latency_table),
+    (README, "cpu", cpu_table),
+    (README, "gpu", gpu_table),
+    (DIFFUSERS, "drop-ins", dropin_table),
+)
 
 
 def main():

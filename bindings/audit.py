@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fewstep.bindings.trace import SMALL, Recorder, Span, recording, timeline, write_trace
+from fewstep.solvers.files import check_target
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -25,8 +30,6 @@ FREE = (
     "unsqueeze", "split", "chunk", "unbind", "alias", "detach", "as_strided", "split_with_sizes", "lift_fresh",
 )  # fmt: skip
 
-# Below this share of a step, the cost outside the denoiser is not worth optimising.
-SMALL = 0.05
 # Microseconds per kernel launch: a denoiser whose kernels are shorter gains from a CUDA graph.
 LAUNCH_BOUND_US = 12.0
 
@@ -104,7 +107,11 @@ class Audit:
 
 
 def audit(
-    pipe_or_fn: Callable[..., object], *args: Any, denoiser: torch.nn.Module | None = None, **kwargs: Any
+    pipe_or_fn: Callable[..., object],
+    *args: Any,
+    denoiser: torch.nn.Module | None = None,
+    trace: str | Path | None = None,
+    **kwargs: Any,
 ) -> Audit:
     """Measure what the loop of a pipeline or sampling function costs outside the denoiser.
 
@@ -112,6 +119,8 @@ def audit(
 
     pipe_or_fn  called as pipe_or_fn(*args, **kwargs): a diffusers pipeline, or a function that samples
     denoiser    the torch module called once per step; by default a pipeline's unet, transformer, prior or decoder
+    trace       a .json file for the timeline of the timed run, as Chrome trace events: the denoiser's calls, the steps
+                of diffusers' schedulers and of fewstep's samplers, and the host's work between them
 
     The pipeline runs three times: to warm up, to count operators and to measure time. On CUDA the clock waits for the
     device around each denoiser call, which prevents overlap, so `share` is an upper bound there.
@@ -127,6 +136,8 @@ def audit(
         kind = type(pipe_or_fn).__name__
         what = f"found none in {kind}: pass denoiser=" if denoiser is None else f"got {type(denoiser).__name__}"
         raise TypeError(f"denoiser must be the torch.nn.Module called in every step, {what}")
+    if trace is not None:
+        check_target(Path(trace), (".json",), "trace")
     first = next(iter([*module.parameters(), *module.buffers()]), None)
     device = torch.device("cpu") if first is None else first.device
     pipe_or_fn(*args, **kwargs)  # warm up
@@ -136,7 +147,10 @@ def audit(
             f"denoiser was never called: {type(module).__name__} is not what the loop samples with, or a CUDA graph "
             "replays it: audit fewstep's loops with graph='off'"
         )
-    inside, outside, once = _time(lambda: pipe_or_fn(*args, **kwargs), module, device)
+    recorder = None if trace is None else Recorder()
+    inside, outside, once = _time(lambda: pipe_or_fn(*args, **kwargs), module, device, recorder)
+    if trace is not None and recorder is not None:
+        write_trace(Path(trace), timeline(recorder.spans))
     floor = None if counts.output is None else _copy_time(counts.output, device)
     used = counts.used | ({"graph"} if _is_graphed(module) else set())
     steps = counts.calls
@@ -349,14 +363,20 @@ def _copy_time(source: torch.Tensor, device: torch.device) -> float:
     return statistics.median(seconds)
 
 
-def _time(run: Callable[[], object], module: torch.nn.Module, device: torch.device) -> tuple[float, float, float]:
+def _time(
+    run: Callable[[], object], module: torch.nn.Module, device: torch.device, recorder: Recorder | None = None
+) -> tuple[float, float, float]:
     """Median seconds of a denoiser call and between two calls, and the seconds before the first and after the last."""
+    watched = contextlib.nullcontext() if recorder is None else recording(recorder, denoisers=False)
     starts: list[float] = []
     ends: list[float] = []
-    with _hooked(module, lambda: starts.append(_now(device)), lambda _: ends.append(_now(device))):
+    with watched, _hooked(module, lambda: starts.append(_now(device)), lambda _: ends.append(_now(device))):
         began = _now(device)
         run()
         ended = _now(device)
+    if recorder is not None:
+        name, thread = type(module).__name__, threading.get_ident()
+        recorder.spans += [Span("denoiser", name, a, b, thread) for a, b in zip(starts, ends, strict=True)]
     inside = statistics.median(b - a for a, b in zip(starts, ends, strict=True))
     gaps = [b - a for a, b in zip(ends, starts[1:], strict=False)]
     outside = statistics.median(gaps) if gaps else 0.0

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fewstep as fs
-from fewstep.cli import microbench
+from fewstep.cli import bench_report, latency, microbench
+from fewstep.cli.bench_report import Files, Wanted
 from fewstep.cli.microbench import Case, GateError, cases, close, measure, parse_shape
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' own
@@ -77,8 +79,9 @@ def test_two_m_moves_what_the_design_counts():
 
 
 def test_json_report(capsys):
-    assert microbench.run(as_json=True, shapes=["1x4x8x8"], solvers=["euler"], repeats=2) == 0
+    assert bench_report.run(Wanted(shapes=["1x4x8x8"], solvers=["euler"], networks=[], repeats=2), as_json=True) == 0
     told = json.loads(capsys.readouterr().out)
+    assert told["latency"] == []
     assert told["versions"]["fewstep"] == fs.__version__
     (record,) = told["results"]
     assert {name: type(record[name]) for name in FIELDS} == FIELDS
@@ -133,7 +136,7 @@ def test_every_figure_has_its_spread(monkeypatch):
 
     console = Console(width=80)
     with console.capture() as text:
-        console.print(microbench.table([record], 5))
+        console.print(bench_report.floor_table([record], 5))
     for words in ("10.0", "9.0-12.0", "4.0", "4.0-4.0", "3.0", "2.0-5.0", "120", "100-150", "10.0-15.0"):
         assert words in text.get()
 
@@ -147,7 +150,7 @@ def test_a_time_below_the_floor_is_no_speed(monkeypatch, side, floor):
 
 def test_a_red_gate_is_exit_code_1(monkeypatch, capsys):
     monkeypatch.setattr(microbench, "measure", lambda case, repeats: _failed(case))
-    assert microbench.run(shapes=["1x4x8x8"], solvers=["euler"], repeats=2) == 1
+    assert bench_report.run(Wanted(shapes=["1x4x8x8"], solvers=["euler"], networks=[], repeats=2)) == 1
     assert "FAILED because" in capsys.readouterr().out
 
 
@@ -167,7 +170,7 @@ def _failed(case):
         (lambda: cases(solvers=["eular"]), "did you mean 'euler'"),
         (lambda: cases(dtypes=["int8"]), "int8"),
         (lambda: cases(backends=["cuda"]), "unknown backend 'cuda'"),
-        (lambda: microbench.run(repeats=0), r"repeats must be an int from 2 .*to 100000, got 0"),
+        (lambda: bench_report.run(Wanted(repeats=0)), r"repeats must be an int from 2 .*to 100000, got 0"),
     ],
 )
 def test_bad_arguments(call, message):
@@ -211,3 +214,241 @@ def test_make_gpu_starts_what_it_says():
             check=True,
         )
         assert told.stdout == "build/gpu\n"
+
+
+# --- between the calls of a real network ---
+
+
+def loop_of(seconds, **options):
+    """A loop whose network waits that long by the thread's CPU clock."""
+    torch = pytest.importorskip("torch")
+
+    def network(x, t):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+        return torch.tanh(x)
+
+    return latency.Loop("ddim", (1, 4, 8, 8), given=fs.Denoiser(network, microbench.PROCESS), **options)
+
+
+def test_the_network_is_taken_off():
+    """The same loop adds the same to a network of 0.2 ms and to one of 2 ms, and far less than either takes."""
+    pytest.importorskip("diffusers")
+    fast, slow = (latency.measure(loop_of(s, steps=4), 8, 1e3 * s) for s in (2e-4, 2e-3))
+    for record, microseconds in ((fast, 200.0), (slow, 2000.0)):
+        assert record["failed"] is None
+        assert microseconds <= record["network_us"] < 1.3 * microseconds
+        assert record["sampler_us"] < record["sample_us"]
+        assert record["sampler_us"] < record["diffusers_us"]
+    assert slow["sampler_us"] < 500.0
+    assert slow["diffusers_us"] < 1000.0
+
+
+def test_differences_are_of_neighbouring_windows(monkeypatch):
+    """alone 2, loop 12, alone 4, other 8, alone 6; then 6, 30, 8, 10, 10: less the mean of both neighbours, by step."""
+    given = iter([2.0, 12.0, 4.0, 8.0, 6.0, 6.0, 30.0, 8.0, 10.0, 10.0])
+    monkeypatch.setattr(latency, "seconds", lambda run: next(given))
+    made = []
+    sides = [
+        microbench.Side("a", lambda: made.append("a"), 2),
+        microbench.Side("b", lambda: None, 1, lambda: made.append("p")),
+    ]
+    lone, above = latency.differences(lambda: None, sides, 2)
+    assert lone == [2.0, 4.0, 6.0, 6.0, 8.0, 10.0]
+    np.testing.assert_array_equal(above, [[(12 - 3) / 2, (30 - 7) / 2], [8 - 5, 10 - 9]])
+    assert made == ["a", "p", "p", "p"]  # one run of each off the clock
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpmpp_2m", "unipc"])
+def test_every_loop_ends_at_the_same_sample(solver):
+    """And the network alone gets the loop's own inputs."""
+    pytest.importorskip("diffusers")
+    net = latency.network((1, 7, 16), 8, 2)
+    case = latency.Loop(solver, (1, 7, 16), given=fs.Denoiser(net, microbench.PROCESS), steps=5)
+    sides = case.sides()
+    assert list(sides) == list(latency.SIDES)
+    with latency.no_grad():
+        latency.gate(case, sides)
+        assert [float(t) for _, t in case.inputs] == case.grid.t[:-1].tolist()
+        np.testing.assert_allclose(case.inputs[0][0].numpy(), case.x.numpy(), rtol=1e-6)
+        case.given.model = lambda x, t: 1.001 * net(x, t)  # the schedulers' loops keep the old one
+        with pytest.raises(GateError, match=r"twin and Sampler, differ"):
+            latency.gate(case, sides)
+
+
+def test_a_network_is_as_slow_as_asked():
+    torch = pytest.importorskip("torch")
+    with latency.torch_threads(1):
+        small, large = (latency.calibrated((1, 7, 16), ms) for ms in (0.1, 3.0))
+        x, t = torch.zeros(1, 7, 16), torch.ones(1)
+        with torch.no_grad():
+            found = [np.median([latency.seconds(lambda n=net: n(x, t)) for _ in range(30)]) for net in (small, large)]
+    assert 0.03e-3 < found[0] < 0.5e-3
+    assert 1e-3 < found[1] < 9e-3
+    assert sum(p.numel() * 4 for p in small.parameters()) > 2 << 20  # more than a core's L2
+
+
+MINE = """
+import torch, fewstep as fs
+def make():
+    return lambda x, t: torch.tanh(x)
+def denoiser():
+    return fs.Denoiser(lambda x, t: torch.tanh(x), fs.EDM(), "sample")
+def guided():
+    return fs.Denoiser(lambda x, t: x, fs.EDM(), guidance=2.0)
+def halved():
+    return lambda x, t: x[:, :2]
+def number():
+    return 3
+def broken():
+    raise RuntimeError("no weights here")
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_a_model_of_ones_own(mine):
+    cases = latency.cases(["1x4x8x8"], ["euler"], None, f"{mine}:make")
+    assert [(ms, case.solver, case.shape) for ms, case in cases] == [(None, "euler", (1, 4, 8, 8))]
+    assert cases[0][1].grid == Case("euler", SMALL, steps=10).grid
+    ((_, other),) = latency.cases(["1x4x8x8"], ["ddim"], None, f"{mine}:denoiser")
+    assert other.grid == fs.grid(fs.EDM(), 10)
+    assert not other.has_peer
+    record = latency.measure(other, 2)
+    assert record["failed"] is record["twin_us"] is record["diffusers_us"] is None
+    assert record["network_us"] > 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", r"write it as file.py:function"),
+        (":nothing", r"defines no function nothing"),
+        (":number", r"number\(\) must return a network or a Denoiser, got int"),
+        (":broken", r"RuntimeError: no weights here"),
+        (
+            ":halved",
+            r"its call at \(1, 4, 8, 8\): .*must return the shape of its input, \(1, 4, 8, 8\), got .*\[1, 2, 8, 8\]",
+        ),
+        (":guided", r"the bench has no conditions for guidance"),
+    ],
+)
+def test_a_model_that_cannot_be_timed(mine, name, message):
+    with pytest.raises((ValueError, TypeError), match=r"--model .*" + message):
+        latency.cases(["1x4x8x8"], model=f"{mine}{name}")
+    with pytest.raises(ValueError, match="--model needs --shapes"):
+        latency.cases(model=f"{mine}:make")
+    with pytest.raises(ValueError, match=r"networks must take 0.01 to 1000 ms, got 0"):
+        latency.cases(milliseconds=[0.0])
+
+
+# --- files ---
+
+
+def report_of(**medians):
+    record = dict.fromkeys([*microbench.MEASURED, "failed"])
+    record |= {"solver": "ddim", "shape": [1, 4], "model_dtype": "float32", "backend": "numba", "spread": {}, **medians}
+    record["spread"] = {name: [0.9 * value, 1.1 * value] for name, value in medians.items()}
+    return {"latency": [], "results": [record]}
+
+
+def test_csv_has_every_figure():
+    lines = bench_report.as_csv(report_of(us_per_step=10.0, floor_us=4.0)).splitlines()
+    assert lines == [
+        "kind,solver,shape,network_ms,model_dtype,backend,figure,median,low,high",
+        "results,ddim,1x4,,float32,numba,us_per_step,10.0,9.0,11.0",
+        "results,ddim,1x4,,float32,numba,floor_us,4.0,3.6,4.4",
+    ]
+
+
+def test_comparison_with_an_earlier_report(tmp_path):
+    """10 -> 11 us overlap, as 9 .. 11 and 9.9 .. 12.1 do; 4 -> 8 do not; what only one has is left out."""
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(report_of(us_per_step=10.0, floor_us=4.0, copy_us=4.0)))
+    rows = list(
+        bench_report.comparison(bench_report.earlier(old), report_of(us_per_step=11.0, floor_us=8.0, ratio=2.0))
+    )
+    assert [(row["figure"], row["old"], row["new"], row["ratio"], row["overlap"]) for row in rows] == [
+        ("us_per_step", 10.0, 11.0, 1.1, True),
+        ("floor_us", 4.0, 8.0, 2.0, False),
+    ]
+    from rich.console import Console
+
+    console = Console(width=80)
+    with console.capture() as text:
+        console.print(bench_report.comparison_table(rows))
+    lines = text.get().splitlines()
+    assert next(line for line in lines if "us_per_step" in line).split()[-4:] == ["10.0", "11.0", "1.10", "~"]
+    assert next(line for line in lines if "floor_us" in line).split()[-3:] == ["4.0", "8.0", "2.00"]
+    old.write_text("[1]")
+    with pytest.raises(ValueError, match="that is no report of fewstep bench --out"):
+        bench_report.earlier(old)
+
+
+def test_a_whole_run_writes_what_it_prints(tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    out, table, picture = (tmp_path / name for name in ("a.json", "a.csv", "a.png"))
+    wanted = Wanted(shapes=["1x4x8x8", "1x4x16x16"], solvers=["ddim"], networks=[0.1], repeats=2)
+    assert bench_report.run(wanted, Files(out, table, picture), as_json=True) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert json.loads(out.read_text()) == told
+    assert table.read_text() == bench_report.as_csv(told)
+    assert [(r["shape"], r["network_ms"]) for r in told["latency"]] == [([1, 4, 8, 8], 0.1), ([1, 4, 16, 16], 0.1)]
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert bench_report.run(wanted, Files(compare=out)) == 0
+    printed = capsys.readouterr().out
+    assert "between the calls of a real network" in printed
+    assert "beside the earlier report" in printed
+    assert "oad" in printed.splitlines()[-1]
+    with pytest.raises(ValueError, match=r"--out .* must end in .json"):
+        bench_report.run(wanted, Files(out=tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize(
+    ("loads", "words"),
+    [
+        ([1.0, 4.0], "Load average 4.0 on 2 cores: other"),
+        ([0.5, 1.0], "Load average 1.0 on 2 cores."),
+        ([None, None], "unknown"),
+    ],
+)
+def test_the_load_is_noted(monkeypatch, loads, words):
+    monkeypatch.setattr(bench_report, "cores", lambda: 2)
+    assert words in bench_report.load_note({"load": loads})
+
+
+def test_the_figure_shows_the_records(monkeypatch):
+    """Time over the floor with its quartiles by elements; gigabytes a second of the steps, below those of the floor."""
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    records = [
+        {"solver": "ddim", "shape": [1, 10 * n], "bytes_per_step": 80 * n, "us_per_step": 4.0 * n, "floor_us": 2.0 * n,
+         "over_floor": 2.0, "spread": {"over_floor": [1.5, 3.0]}, "failed": None}
+        for n in (100, 1)
+    ]  # fmt: skip
+    seen = {}
+
+    def look(path, write):
+        left, right = pyplot.gcf().axes
+        (bars,) = left.containers
+        seen["over"] = bars.lines[0].get_xydata().tolist()
+        seen["quartiles"] = bars.lines[2][0].get_segments()[0].tolist()
+        seen["steps"], seen["roof"] = (line.get_xydata().tolist() for line in right.lines)
+
+    monkeypatch.setattr(bench_report, "write_whole", look)
+    bench_report.plot([*records, {"failed": "wrong", "solver": "ddim"}], Path("a.png"))
+    assert seen == {
+        "over": [[10.0, 2.0], [1000.0, 2.0]],
+        "quartiles": [[10.0, 1.5], [10.0, 3.0]],
+        "steps": [[80.0, 0.02], [8000.0, 0.02]],
+        "roof": [[80.0, 0.04], [8000.0, 0.04]],
+    }

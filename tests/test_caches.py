@@ -180,7 +180,10 @@ class Subclass(fs.Flow):
     """Of a frozen class, with what is not frozen."""
 
 
-@pytest.mark.parametrize("value", [[1], {}, {1}, np.zeros(2), len, lambda: 0, object(), (1, [2]), Subclass()], ids=lambda v: type(v).__name__)
+CHANGING = [[1], {}, {1}, np.zeros(2), len, lambda: 0, object(), (1, [2]), Subclass()]
+
+
+@pytest.mark.parametrize("value", CHANGING, ids=lambda value: type(value).__name__)
 def test_what_can_change_is_no_key(value: object) -> None:
     with pytest.raises(TypeError):
         exact(value)

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fewstep as fs
 from fewstep.cli import main
+from fewstep.cli.bench_report import Files, Wanted
 
 pytest.importorskip("typer")
 
@@ -517,17 +519,21 @@ def test_doctor_reports_versions_and_the_command_for_what_is_missing(cli, monkey
 def test_bench_hands_its_options_on(cli, monkeypatch):
     seen = {}
 
-    def run(**options):
-        seen.update(options)
+    def run(wanted, files, **options):
+        seen.update(wanted=wanted, files=files, **options)
         return 0
 
-    monkeypatch.setattr("fewstep.cli.microbench.run", run)
-    assert cli("bench", "--shapes", "1x4x8x8,2x3", "--repeats", 7, "--json")[0] == 0
-    assert seen["shapes"] == ["1x4x8x8", "2x3"]
-    assert seen["repeats"] == 7
+    monkeypatch.setattr("fewstep.cli.bench_report.run", run)
+    assert (
+        cli("bench", "--shapes", "1x4x8x8,2x3", "--networks", "0.1,2", "--repeats", 7, "--csv", "a.csv", "--json")[0]
+        == 0
+    )
+    assert seen["wanted"] == Wanted(shapes=["1x4x8x8", "2x3"], networks=[0.1, 2.0], repeats=7)
+    assert seen["files"] == Files(csv=Path("a.csv"))
     assert seen["as_json"] is True
-    assert seen["dtypes"] is seen["solvers"] is seen["backends"] is None
     assert "console" in seen
+    code, _, errors = cli("bench", "--networks", "fast")
+    assert (code, errors) == (1, "error: --networks must be milliseconds, like 0.1,1,10, got 'fast'\n")
 
 
 def test_solvers_lists_every_solver(cli):

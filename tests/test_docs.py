@@ -61,7 +61,7 @@ def test_the_counts_are_true():
 
 
 def test_the_tables_are_those_of_the_committed_results(generator):
-    assert [name for _, name, _ in generator.TABLES] == ["cpu", "gpu", "drop-ins"]
+    assert [name for _, name, _ in generator.TABLES] == ["latency", "cpu", "gpu", "drop-ins"]
     for path, name, table in generator.TABLES:
         text = path.read_text(encoding="utf-8")
         assert generator.filled(text, name, table()) == text, "run python bench/readme.py"
@@ -76,6 +76,23 @@ def test_no_gpu_figure_without_results_of_these_kernels(generator, tmp_path):
     assert generator.gpu_table(tmp_path)[0].startswith("Not measured")
     (tmp_path / "gpu.json").write_text(json.dumps(told | {"kernels_sha256": generator.kernels_sha256()}))
     assert generator.gpu_table(tmp_path)[-1] == "| 2M | 1 us | 2 us | 2.00 |  |"
+
+
+def test_the_latency_table_is_of_the_ratio_rows(generator, tmp_path):
+    import json
+
+    what = "ddim 1x7x16 beside a network of 0.1 ms"
+    ours = {"sampler": 10.0, "sample": 40.0, "twin": 25.0}
+    rows = [{"case": f"latency {side} {what}", "ours": us, "peer": 15.0, "ratio": us} for side, us in ours.items()]
+    rows += [
+        {"case": f"latency ratio {s} {what}", "ours": us, "peer": 100.0, "ratio": 100 / us} for s, us in ours.items()
+    ]
+    told = {"date": "2026-01-01", "versions": {"diffusers": "0.42.1"}, "rows": rows}
+    (tmp_path / "cpu.json").write_text(json.dumps(told))
+    lines = generator.latency_table(tmp_path)
+    assert lines[-1] == "| DDIM, 1x7x16, 0.1 ms | 10 (10.0x) | 40 (2.5x) | 25 (4.0x) | 100 |"
+    (tmp_path / "cpu.json").write_text(json.dumps(told | {"rows": []}))
+    assert generator.latency_table(tmp_path) == ["Not measured: `make bench SAVE=1` writes this table."]
 
 
 def test_links_lead_somewhere():

@@ -1,6 +1,7 @@
 """The application with every command, in the order of `fewstep --help`."""
 
 from fewstep.cli.app import app as app
+from fewstep.cli.audit import OPTIONS, audit
 from fewstep.cli.bench import bench
 from fewstep.cli.compare import compare
 from fewstep.cli.distill import distill
@@ -14,3 +15,4 @@ from fewstep.cli.warmup import warmup
 
 for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, doctor, warmup):
     app.command()(command)
+app.command(context_settings=OPTIONS)(audit)

@@ -13,7 +13,6 @@ is not reported either.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, machine, quartiles, torch_threads, versions
+from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, quartiles, torch_threads
 from fewstep.kernels import cpu
 from fewstep.kernels.launch import SERIAL_ELEMENTS, Launch
 from fewstep.kernels.threads import threads
@@ -40,8 +39,6 @@ from fewstep.solvers.schedule.grid import Grid, grid
 from fewstep.solvers.schedule.process import VP
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
     from torch import Tensor
 
 Array: TypeAlias = "np.ndarray | Tensor"
@@ -119,9 +116,14 @@ class Case:
         """The whole times of diffusers' timestep_spacing="trailing", down to clean data."""
         return grid(PROCESS, self.steps, "trailing", round_times=True)
 
+    @property
+    def peer_options(self) -> dict[str, Any]:
+        """The solver options that make it diffusers'."""
+        return PEERS[self.solver].options if self.solver in PEERS else {}
+
     @cached_property
     def plan(self) -> Plan:
-        return plan(self.solver, self.grid, **(PEERS[self.solver].options if self.solver in PEERS else {}))
+        return plan(self.solver, self.grid, **self.peer_options)
 
     @cached_property
     def raw(self) -> Array:
@@ -186,20 +188,20 @@ class Case:
         return Side("fewstep", lambda: sampler(x, seed=0, out=out), self.plan.steps)
 
     def theirs(self, library: ModuleType | None = None) -> Side:
-        """diffusers' loop: `scale_model_input` and `step`; `set_timesteps` is off the clock.
+        """diffusers' loop as its pipelines write it; `set_timesteps` is off the clock.
 
         library  the module of the scheduler's class; diffusers by default
         """
         import torch
 
-        scheduler, x, raw = self._scheduler(library), self._scheduler_x(), self.raw
+        scheduler, x, predict = self._scheduler(library), self._scheduler_x(), self.denoiser.model
         options = {"generator": torch.Generator().manual_seed(0)} if self.plan.stochastic else {}
 
         def run() -> object:
             sample = x
             for t in scheduler.timesteps:
-                scheduler.scale_model_input(sample, t)
-                sample = scheduler.step(raw, t, sample, **options).prev_sample
+                raw = predict(scheduler.scale_model_input(sample, t), t)
+                sample = scheduler.step(raw, t, sample, return_dict=False, **options)[0]
             return sample
 
         return Side("diffusers", run, self.plan.steps, lambda: scheduler.set_timesteps(self.steps))
@@ -257,8 +259,7 @@ class Case:
         return self.solver in PEERS and self.dtype == "float32" and has("torch") and has("diffusers")
 
     def _end(self, sampler: Sampler, **options: Any) -> np.ndarray:
-        end = sampler(self.x, seed=None if "noise" in options else 0, **options)
-        return np.asarray(end.numpy() if hasattr(end, "numpy") else end, np.float64)
+        return as_float64(sampler(self.x, seed=None if "noise" in options else 0, **options))
 
     def _scheduler(self, library: ModuleType | None) -> Any:
         peer = PEERS[self.solver]
@@ -275,6 +276,11 @@ class Case:
         import torch
 
         return torch.as_tensor(self.x) / (float(self.grid.alpha[0]) if self.solver == "euler" else 1.0)
+
+
+def as_float64(array: Any) -> np.ndarray:
+    """A NumPy copy of an array or tensor."""
+    return np.array(array if isinstance(array, np.ndarray) else array.numpy(), np.float64)
 
 
 def close(name: str, found: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
@@ -386,82 +392,3 @@ def parse_shape(shape: str | Sequence[int]) -> tuple[int, ...]:
     if len(sizes) < 2 or min(sizes) < 1 or math.prod(sizes) > 1 << 30:
         raise ValueError(f"shape must be sizes like 1x4x64x64, batch first, of at most 2^30 elements, got {shape!r}")
     return sizes
-
-
-def run(
-    console: Console | None = None,
-    as_json: bool = False,
-    shapes: Sequence[str | Sequence[int]] | None = None,
-    dtypes: Sequence[str] | None = None,
-    solvers: Sequence[str] | None = None,
-    backends: Sequence[str] | None = None,
-    repeats: int = 50,
-) -> int:
-    """Measure and print every case. Returns 0, or 1 if a result was wrong or a time below its floor.
-
-    console   a rich console; a new one on standard output by default
-    as_json   print one JSON object instead of the table
-    shapes    such as "1x4x64x64"; here and below, None is a short default
-    dtypes    of the model
-    solvers, backends  names
-    repeats   timed windows per median, >= 2; 50 or more for figures to publish
-
-    Raises ValueError for a bad argument before anything is measured.
-    """
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or not 2 <= repeats <= 100_000:
-        raise ValueError(f"repeats must be an int from 2 (one window has no spread) to 100000, got {repeats!r}")
-    wanted = cases(shapes, dtypes, solvers, backends)
-    if as_json:
-        records = [measure(case, repeats) for case in wanted]
-        head = {"versions": versions(), "machine": machine(), "repeats": repeats, "results": records}
-        print(json.dumps(head, indent=2))
-    else:
-        from rich.console import Console
-
-        console = console or Console()
-        with console.status("measuring") as status:
-            records = []
-            for case in wanted:
-                status.update(case.label)
-                records.append(measure(case, repeats))
-        console.print(table(records, repeats))
-        for record in records:
-            if record["failed"]:
-                console.print(f"FAILED {record['failed']}", style="red", markup=False, highlight=False)
-    return int(any(record["failed"] for record in records))
-
-
-def table(records: Sequence[dict[str, Any]], repeats: int) -> Table:
-    """The records as a rich table."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    made = Table(
-        title=f"a step without the network, us: medians of {repeats} and quartiles",
-        caption="B: bytes moved by a step. floor: the larger of a copy of the same bytes and an empty kernel launch. "
-        f"One thread; *: {threads()} threads.",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-
-    def short(value: float) -> str:
-        return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}"
-
-    several = len({r["backend"] for r in records}) > 1
-    for name in ("solver", "shape"):
-        made.add_column(name, no_wrap=True)
-    for name in ("step", "floor", "x floor", "diffusers", "ratio"):
-        made.add_column(name, justify="right", no_wrap=True)
-    for r in records:
-        step, *figures = (
-            "-" if r[name] is None else f"{short(r[name])}\n{'-'.join(map(short, r['spread'][name]))}"
-            for name in ("us_per_step", "floor_us", "over_floor", "diffusers_us_per_step", "ratio")
-        )
-        made.add_row(
-            f"{r['solver']}\n{r['model_dtype']}" + several * f" {r['backend']}",
-            "x".join(map(str, r["shape"])) + "*" * (r["threads"] > 1) + f"\n{r['bytes_per_step']:,} B",
-            "FAILED" if r["failed"] else step,
-            *figures,
-        )
-    return made

@@ -119,6 +119,16 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def no_grad() -> contextlib.AbstractContextManager[object]:
+    """Without autograd, if torch is there."""
+    if not has("torch"):
+        return contextlib.nullcontext()
+    import torch
+
+    found: contextlib.AbstractContextManager[object] = torch.no_grad()
+    return found
+
+
 def clock(threads: int) -> Callable[[], float]:
     """The CPU time of this thread, or the wall clock if there are several threads or the CPU clock is coarse."""
     fine = time.get_clock_info("thread_time").resolution <= 1e-6
