@@ -28,7 +28,7 @@ from fewstep.cli.microbench import PROCESS, Array, Case, GateError, as_float64, 
 from fewstep.cli.timing import Side, has, no_grad, quartiles, torch_threads
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
-from fewstep.solvers.run.sampler import sample
+from fewstep.solvers.run.one_call import sample
 from fewstep.solvers.schedule.grid import Grid, grid
 
 try:
