@@ -260,6 +260,7 @@ def _measure(
     device: str | torch.device | None,
     cache: str | Path | None,
 ) -> Measured:
+    from fewstep.solvers.run.checks import check_shape
     from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.tuning import fit_plan, starts_of, statistics, study
 
@@ -267,6 +268,7 @@ def _measure(
     check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
+    check_shape((1, *shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else shape)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
     branches = max(sum(w != 0.0 for w in denoiser.weights(progress)) for progress in (0.0, 0.5))

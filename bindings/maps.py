@@ -65,7 +65,7 @@ def from_edm(
 
     For the raw network F inside the preconditioning use `Denoiser(F, EDM(), predicts="edm")`.
     """
-    function("network", network)
+    function("network", network, classes=False)
     data = float(getattr(network, "sigma_data", 0.5)) if sigma_data is None else sigma_data
     return Denoiser(Mapped(network, network), EDM(sigma_min, sigma_max, data), "sample", **options)
 
@@ -78,7 +78,7 @@ def from_k_diffusion(model: SigmaModel, *, flow: bool | None = None, **options: 
 
     Make grids with `Grid.from_sigmas(denoiser.process, sigmas)`, for flow models with `Grid.from_times`.
     """
-    function("model", model)
+    function("model", model, classes=False)
     if flow is not None:
         flag("flow", flow)
     flow = is_flow(model) if flow is None else flow

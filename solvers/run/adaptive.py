@@ -17,8 +17,7 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
-from fewstep.solvers.options import between, function, named, one_of
-from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.options import between, function, named, number, one_of
 from fewstep.solvers.plans.stages import Row, first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
@@ -371,13 +370,13 @@ def sample_adaptive(
     network returns NaN; RuntimeError if max_attempts or max_calls is exceeded.
     """
     outer = check_source(denoiser, x, shape)
-    pair = _checked_pair(solver, frame, eta)
     given: dict[str, object] = {
         **{"rtol": rtol, "atol": atol, "h_init": h_init, "pcoeff": pcoeff, "icoeff": icoeff, "dcoeff": dcoeff},
         **{"accept_safety": accept_safety, "eta": eta, "s_noise": s_noise},
     }
     for name, value in given.items():
         between(name, value, *_RANGES[name])
+    pair = _checked_pair(solver, frame, eta)
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
@@ -388,7 +387,7 @@ def sample_adaptive(
     process = denoiser.process
     high = process.sigma_max if sigma_max is None else sigma_max
     low = process.sigma_min if sigma_min is None else sigma_min
-    if not _LEVELS[0] <= low < high <= _LEVELS[1]:
+    if not _LEVELS[0] <= number(low) < number(high) <= _LEVELS[1]:
         raise ValueError(
             f"sigma_min = {low}, sigma_max = {high}: they must be increasing, from {_LEVELS[0]:g} to {_LEVELS[1]:g}"
         )
@@ -441,8 +440,7 @@ def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) ->
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
-    if solver not in PAIRS:
-        raise ValueError(unknown("adaptive solver", solver, tuple(PAIRS)))
+    named("adaptive solver", solver, tuple(PAIRS))
     pair = PAIRS[solver]
     if frame is not None and not pair.kept:
         raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} always steps in log-SNR")

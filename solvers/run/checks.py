@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 
 from fewstep.kernels import cpu
+from fewstep.solvers.options import named
 from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
@@ -125,6 +126,7 @@ def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
 
 def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
     """The backend for a name and a device; `triton`: whether the GPU kernels support the request."""
+    named("backend", backend, BACKENDS)
     if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
         reason = why_unavailable(frame)
         if reason is None:

@@ -13,12 +13,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from fewstep.solvers.cache import MIB, Cache, exact
-from fewstep.solvers.options import number
+from fewstep.solvers.options import named, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, dtype_name, inference
-from fewstep.solvers.run.checks import check_shape, check_source, device_of_inputs, model_frame
+from fewstep.solvers.run.checks import BACKENDS, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.engine import NoiseSource
@@ -157,10 +157,11 @@ def sample(
         dtype = "float64"
     if device is None:
         device = device_of_inputs(denoiser, outer, cond)
+    named("backend", backend, BACKENDS)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients
-    named = None if dtype is None else dtype_name(dtype)
-    state = "float64" if named == "float64" else "float32"
+    kind = None if dtype is None else dtype_name(dtype)
+    state = "float64" if kind == "float64" else "float32"
     where = (process, steps, spacing) if grid is None else (grid,)
     layout, plan = laid_out(solver, points, (*where, start, strength), state, solver_options)
     sizes = check_shape(() if shape is None else shape) if x is None else tuple(x.shape)
@@ -169,7 +170,7 @@ def sample(
     def make(denoiser: DenoiserLike) -> Sampler:
         return Sampler(denoiser, plan(), sizes, backend=backend, device=device, dtype=dtype, check=check)
 
-    key = layout and _key(denoiser, state, frame, layout, sizes, named, backend, check)
+    key = layout and _key(denoiser, state, frame, layout, sizes, kind, backend, check)
     if key is None:
         sampler = make(denoiser)
     else:

@@ -7,7 +7,7 @@ hand-made plan at the middle of each interval, and rejected where it is not bett
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.solvers.files import shown
+from fewstep.solvers.options import number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import (
     Fields,
@@ -28,7 +29,7 @@ from fewstep.solvers.plans.plan_file import (
     write_json,
 )
 from fewstep.solvers.run.arrays import Device
-from fewstep.solvers.run.denoising import Condition, DenoiserLike
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.ensemble import unroll
 from fewstep.solvers.tune.fingerprint import check_plan, check_record
@@ -169,8 +170,11 @@ def tune_range(
     The other arguments are those of `fewstep.tune`. The fit at the first scale starts from the best hand-made plans,
     each later one from the plan of the previous scale.
     """
-    if len(scales) < 2 or not all(a < b for a, b in pairwise(scales)):
-        raise ValueError(f"scales must be at least two and increase, got {tuple(scales)}")
+    check_denoiser(denoiser)
+    given: object = scales
+    scales = list(scales) if isinstance(given, Iterable) else []
+    if len(scales) < 2 or not all(number(a) < number(b) for a, b in pairwise(scales)):
+        raise ValueError(f"scales must be at least two numbers and increase, got {given!r:.80}")
     options: dict[str, Any] = {"shape": shape, "cond": cond, "device": device, "batch": batch, "cache": cache}
     plans: list[Plan] = []
     for scale in scales:

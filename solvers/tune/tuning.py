@@ -25,10 +25,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import named, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
-from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Device
 from fewstep.solvers.run.arrays import Array as ModelArray
 from fewstep.solvers.run.checks import check_shape
@@ -386,8 +385,8 @@ def tune(
     check_denoiser(denoiser)
     resumed = check_arguments(base, nfe, seeds, what, batch)
     check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
-    if decouple not in ("auto", True, False):
-        raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r}")
+    if not (isinstance(decouple, bool) or (isinstance(decouple, str) and decouple == "auto")):
+        raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r:.80}")
     if not (reference is None or isinstance(reference, Plan) or callable(reference)):
         raise TypeError(f"reference must be a plan or a callable, got {type(reference).__name__}")
     scipy_optimize()
@@ -422,8 +421,7 @@ def check_arguments(base: str | Plan, nfe: int, seeds: int, what: str, batch: in
         if base.nfe != nfe:
             raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: they must agree")
         return rule_of(base)
-    if base != "auto" and base not in bases():
-        raise ValueError(unknown("base", base, ("auto", *bases())))
+    named("base", base, ("auto", *bases()))
     return None
 
 
