@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import readme
 
+import fewstep
 from fewstep.cli.timing import machine, torch_threads, versions
 from fewstep.solvers.files import write_whole
 
@@ -21,6 +22,11 @@ RESULTS = Path(__file__).parent / "results" / "cpu.json"
 
 def pytest_configure(config):
     config.fewstep_rows = []
+
+
+def pytest_sessionstart():
+    """No case meets a kernel that is being compiled; those that time first samples start processes of their own."""
+    fewstep.warmup()
 
 
 @pytest.fixture
