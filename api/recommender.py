@@ -268,7 +268,8 @@ def _measure(
     check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
-    check_shape((1, *shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else shape)
+    given: object = shape
+    check_shape(shape if isinstance(given, str) or not isinstance(given, Sequence) else (1, *shape))
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
     branches = max(sum(w != 0.0 for w in denoiser.weights(progress)) for progress in (0.0, 0.5))

@@ -56,10 +56,10 @@ def instance(name: str, value: object, kind: type | tuple[type, ...], wanted: st
 
 def function(name: str, value: object, *, optional: bool = False, classes: bool = True) -> None:
     """Raises TypeError for what cannot be called. classes: False refuses a class, of which a caller forgot the ()."""
+    if not classes and isinstance(value, type):
+        raise TypeError(f"{name} must be callable, got the class {value.__name__}: make an object of it")
     if not (callable(value) or (optional and value is None)):
         raise TypeError(f"{name} must be callable, got {value!r:.80}")
-    if isinstance(value, type) and not classes:
-        raise TypeError(f"{name} must be callable, got the class {value.__name__}: make an object of it")
 
 
 def named(what: str, value: object, known: Sequence[str]) -> None:
