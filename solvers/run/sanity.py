@@ -52,7 +52,9 @@ class Limits:
         low, high = (max(0.0, 1.0 - spread + z * math.sqrt(spread)) ** 1.5 for z in (-_DEVIATIONS, _DEVIATIONS))
         data = at.alpha * _DATA * max(1.0, getattr(process, "sigma_data", 1.0))
         largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
-        return cls(plan, (at.sigma * low / _BELOW) ** 2, (at.sigma**2 + data**2) * (high * _ABOVE) ** 2, largest)
+        # By products: a power of a huge level would raise OverflowError, where a product is inf.
+        least, most = at.sigma * low / _BELOW, high * _ABOVE
+        return cls(plan, least * least, (at.sigma * at.sigma + data * data) * most * most, largest)
 
     def check_latent(self, x: Array) -> None:
         """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
@@ -78,7 +80,7 @@ class Limits:
 
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
         """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
-        square = self.result**2
+        square = self.result * self.result
         return all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs) and _mean_square(_flat(x)) <= square
 
 

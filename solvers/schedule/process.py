@@ -400,10 +400,10 @@ class VE(_Unwarped):
     timesteps: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if not 1e-30 <= number(self.sigma_min) < number(self.sigma_max) <= 1e30:
+        if not 0.0 < number(self.sigma_min) < number(self.sigma_max) < math.inf:
             raise ValueError(
                 f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
-                f"{type(self).__name__} takes 1e-30 <= sigma_min < sigma_max <= 1e30"
+                f"{type(self).__name__} takes 0 < sigma_min < sigma_max < inf"
             )
         _plain_fields(self)
 
@@ -450,8 +450,8 @@ class EDM(VE):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1e-30 <= number(self.sigma_data) <= 1e30:
-            raise ValueError(f"sigma_data = {self.sigma_data}: EDM takes 1e-30 <= sigma_data <= 1e30")
+        if not 0.0 < number(self.sigma_data) < math.inf:
+            raise ValueError(f"sigma_data = {self.sigma_data}: EDM takes 0 < sigma_data < inf")
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ def tune_range(
     given: object = scales
     scales = list(scales) if isinstance(given, Iterable) else []
     if len(scales) < 2 or not all(number(a) < number(b) for a, b in pairwise(scales)):
-        raise ValueError(f"scales must be at least two numbers and increase, got {given!r:.80}")
+        raise ValueError(f"scales must be at least two and increase, got {given!r:.80}")
     options: dict[str, Any] = {"shape": shape, "cond": cond, "device": device, "batch": batch, "cache": cache}
     plans: list[Plan] = []
     for scale in scales:
