@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cache
 
 import numpy as np
@@ -23,6 +23,8 @@ BACKENDS = ("auto", "naive", "numba", "triton")
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     try:
+        if isinstance(shape, Set):
+            raise TypeError("a set has no order")
         sizes = tuple(operator.index(n) for n in shape)
     except TypeError:
         raise TypeError(f"shape must be a sequence of ints (B, ...), got {shape!r}") from None

@@ -25,7 +25,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import named, one_of
+from fewstep.solvers.options import function, named, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -385,6 +385,8 @@ def tune(
     check_denoiser(denoiser)
     resumed = check_arguments(base, nfe, seeds, what, batch)
     check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
+    if not isinstance(progress, bool):
+        function("progress", progress)
     if not (isinstance(decouple, bool) or (isinstance(decouple, str) and decouple == "auto")):
         raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r:.80}")
     if not (reference is None or isinstance(reference, Plan) or callable(reference)):
