@@ -12,7 +12,7 @@ import itertools
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, Union
 
 import numpy as np
@@ -73,6 +73,9 @@ class Frame(Protocol):
     def wrap(self, array: np.ndarray) -> Array:
         """The same memory as an array of this library. CPU only."""
 
+    def shared(self, array: np.ndarray) -> Array:
+        """`wrap`, for later calls in any mode of torch to write to."""
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
@@ -91,6 +94,9 @@ class Frame(Protocol):
         """An array (1, ...) as (n, ...)."""
 
     def is_array(self, value: object) -> bool: ...
+
+    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+        """Whether it is an ordinary array of that shape and dtype on this device, which records no gradients."""
 
     def device_of(self, array: Array) -> str: ...
 
@@ -119,6 +125,8 @@ class NumpyFrame:
     def wrap(self, array: np.ndarray) -> Array:
         return array
 
+    shared = wrap
+
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array, dtype=np.float64)
 
@@ -136,6 +144,9 @@ class NumpyFrame:
 
     def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
+
+    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+        return type(value) is np.ndarray and value.shape == shape and value.dtype.name == dtype
 
     def device_of(self, array: Array) -> str:
         return "cpu"
@@ -165,6 +176,7 @@ class TorchFrame:
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
         self._names = {getattr(torch, name): name for name in FLOATS}
+        self._forward = torch.autograd.forward_ad
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
         host = self.torch.tensor(values, dtype=getattr(self.torch, dtype), device="cpu")
@@ -195,6 +207,10 @@ class TorchFrame:
     def wrap(self, array: np.ndarray) -> Array:
         return self.torch.from_numpy(array)
 
+    def shared(self, array: np.ndarray) -> Array:
+        with self.torch.inference_mode(False):
+            return self.torch.from_numpy(array)
+
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array.detach().cpu().double().numpy())
 
@@ -212,6 +228,29 @@ class TorchFrame:
 
     def is_array(self, value: object) -> bool:
         return isinstance(value, self.torch.Tensor)
+
+    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+        torch = self.torch
+        return (
+            type(value) is torch.Tensor
+            and value.shape == shape
+            and self._names.get(value.dtype) == dtype
+            and value.layout is torch.strided
+            and not value.requires_grad
+            and not self.in_forward_mode
+            and self.device_of(value) == self.device
+        )
+
+    @property
+    def in_forward_mode(self) -> bool:
+        """Whether tensors may have tangents: inside `dual_level`."""
+        return getattr(self._forward, "_current_level", 0) >= 0
+
+    def wants_grad(self, array: Array) -> bool:
+        """Whether autograd, in either mode, would go on from an array."""
+        if array.requires_grad and self.torch.is_grad_enabled():
+            return True
+        return self.in_forward_mode and self._forward.unpack_dual(array).tangent is not None
 
     def device_of(self, array: Array) -> str:
         return "cpu" if array.is_cpu else str(array.device)  # a string of a device takes a quarter of a microsecond
@@ -233,12 +272,17 @@ def inference(frame: Frame) -> bool:
     return isinstance(frame, TorchFrame) and bool(frame.torch.is_inference_mode_enabled())
 
 
-def on_device(frame: Frame) -> contextlib.AbstractContextManager[object]:
-    """Make the frame's CUDA device the current one; does nothing elsewhere."""
-    if not (isinstance(frame, TorchFrame) and frame.device.startswith("cuda")):
-        return _NOTHING
-    context: contextlib.AbstractContextManager[object] = frame.torch.cuda.device(frame.device)
-    return context
+@contextlib.contextmanager
+def _on_device(frame: TorchFrame, keep_graph: bool) -> Iterator[None]:
+    with frame.torch.cuda.device(frame.device), no_grad(frame, keep_graph=keep_graph):
+        yield
+
+
+def running(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractContextManager[object]:
+    """`no_grad`, and the frame's CUDA device as the current one."""
+    if isinstance(frame, TorchFrame) and frame.device.startswith("cuda"):
+        return _on_device(frame, keep_graph)
+    return no_grad(frame, keep_graph=keep_graph)
 
 
 _torch_frame = functools.cache(TorchFrame)  # of a tensor's device: there are few

@@ -23,16 +23,11 @@ class Converter:
     dtype: str
 
     def latent(self, x: Array, outer: Frame) -> Array:
-        """A latent (B, ...) for `Run.begin`: NumPy (B, elements) for the CPU kernels, else the model's library."""
+        """A latent (B, ...) for `Run.begin`: NumPy, or of the model's library."""
         if self.backend == "numba":
-            if isinstance(outer, TorchFrame):
-                if outer.dtype_of(x) != self.dtype:
-                    x = x.to(getattr(outer.torch, self.dtype))
-                try:
-                    x = x.numpy()
-                except RuntimeError:  # it requires grad, or is a negative view
-                    x = x.numpy(force=True)
-            return x.reshape(len(x), -1)
+            if not isinstance(outer, TorchFrame):
+                return x
+            return x.detach() if isinstance(self.model, TorchFrame) else self.model.array(outer.to_numpy(x), self.dtype)
         if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
             return x.to(getattr(outer.torch, self.dtype))
         return self.model.array(outer.to_numpy(x), self.dtype)

@@ -104,7 +104,7 @@ def library_of(array: Array) -> Library | None:
 
     Raises TypeError for an array whose library has no `from_dlpack`.
     """
-    if array is None or isinstance(array, np.ndarray) or not hasattr(array, "__dlpack__") or _is_torch(array):
+    if array is None or _is_inner(array) or not hasattr(array, "__dlpack__"):
         return None
     namespace = getattr(array, "__array_namespace__", None)
     root = type(array).__module__.partition(".")[0]
@@ -132,8 +132,7 @@ def any_library(call: F) -> F:
         if not 1 <= len(given) <= 2:
             return call(*given, **options)  # Python's own complaint
         first, x = given if len(given) == 2 else (*given, options.pop("x", None))
-        own = _model_library(first)
-        library = library_of(x) or own
+        library = library_of(x) or _model_library(first)
         if library is None:
             return call(first, x, **options)
         outside = library if x is None or not _is_inner(x) else None

@@ -77,7 +77,8 @@ class Job:
 class Run(Protocol):
     """The memory of one run of a job's plan on one backend, reused by later runs.
 
-    begin        set the latent x at the plan's first point (None draws it), and apply the init row
+    begin        set the latent x at the plan's first point (None draws it), and apply the init row; returns the
+                 latent as the run holds it
     model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
@@ -88,7 +89,7 @@ class Run(Protocol):
 
     @property
     def job(self) -> Job: ...
-    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None: ...
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array: ...
     def model_input(self, k: int) -> tuple[Array, Array]: ...
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
     def x(self, k: int) -> Array: ...
@@ -122,6 +123,9 @@ class FusedRun:
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         # Looked up once: a small step would notice.
         self._fresh, self._address = job.frame.fresh, job.frame.address
+        self._ready: dict[int, tuple[Array, Array]] = {}  # inputs of calls to come
+        self.samples = [buffer.reshape(job.shape) for buffer in self.buffers]
+        self.entry = job.frame.shared(self.samples[0])
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
@@ -170,9 +174,12 @@ class FusedRun:
             streams=self.streams if op.noisy else None,
         )
 
-    def begin(self, x: np.ndarray | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
-        """Take the latent (or draw it), and write the first model input."""
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> np.ndarray:
+        """Take the latent (or draw it), and write the first model input. x: NumPy, or of the model's library."""
         self.times[...] = self.true_times
+        # All at once: between two calls of a network that fills the caches, making an object costs several times more.
+        fresh = self._fresh
+        self._ready = {k: (fresh(x_in), fresh(t)) for k, (x_in, t) in enumerate(zip(self.views, self.t, strict=True))}
         first = self.job.start
         buffer = self.buffers[0]
         if streams is not None:
@@ -180,15 +187,18 @@ class FusedRun:
         if x is None:
             cpu.normals(self.latent, self.streams, 0, philox.LATENT)
             np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
+        elif isinstance(x, np.ndarray):
+            self.samples[0][...] = x
         else:
-            np.copyto(buffer, x)
+            self.entry.copy_(x)  # between two torch networks, a torch operator is cheaper than NumPy's
         if z is None and self.serial:
             self.stage.run(self.init.memory, 0, self.init.units)
         else:
             (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
+        return buffer
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        return self._fresh(self.views[k]), self._fresh(self.t[k])
+        return self._ready.pop(k, None) or (self._fresh(self.views[k]), self._fresh(self.t[k]))
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
@@ -251,14 +261,15 @@ class FusedRun:
         return launch.replaced({words.NOISE: z, words.STREAMS: None})
 
     def release(self) -> None:
-        """Nothing to drop: a run keeps no array of the network."""
+        """Drop what an interrupted run has not used. A run keeps no array of the network."""
+        self._ready.clear()
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.buffers[self.job.tables[k].writes[0]].reshape(self.job.shape)
+        return self.samples[self.tables[k].writes[0]]
 
     def x0(self, k: int) -> np.ndarray:
-        return self.buffers[self.job.program.x0[k]].reshape(self.job.shape)
+        return self.samples[self.job.program.x0[k]]
 
 
 class NaiveRun:
@@ -270,7 +281,7 @@ class NaiveRun:
         self.buffers: list[Array] = [None] * job.program.buffers
         self.like = job.frame.empty((1,), job.model_dtype)
 
-    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
         job, op = self.job, self.job.program.init
         self.streams = streams
         if x is None:
@@ -278,8 +289,10 @@ class NaiveRun:
         else:
             self.buffers[0] = x if job.frame.is_array(x) else job.frame.array(x, job.dtype)
         drawn = self._normals(0, z) if op.noisy else None
-        (self.buffers[op.writes[0]],) = naive.step([self.buffers[0]], [], init_table(op, job.dtype), z=drawn)
+        latent = self.buffers[0]
+        (self.buffers[op.writes[0]],) = naive.step([latent], [], init_table(op, job.dtype), z=drawn)
         self.latest = self.buffers[op.writes[0]]
+        return latent
 
     def _draw(self, draw: int, domain: int) -> Array:
         job = self.job

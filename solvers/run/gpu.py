@@ -298,9 +298,10 @@ class TritonRun(DeviceMemory):
             self._draw_latent()
         self._init_stage(None if z is None else self.frame.array(z, "float32"))
 
-    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> None:
+    def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
         self.load(x, streams)
         self.start(x is None, z)
+        return x
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         copies = self.job.copies(k)

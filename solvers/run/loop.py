@@ -14,6 +14,7 @@ from fewstep.solvers.run.compiled import Workspace
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
+from fewstep.solvers.run.sanity import Limits
 from fewstep.solvers.schedule.process import Point
 
 
@@ -42,6 +43,7 @@ class Request(NamedTuple):
     x        as for `Run.begin`, None to draw it
     outer    the frame of the caller's latent, None without one
     streams  (B, 3) of the noise, None if nothing is drawn
+    limits   what is usual for the latent, None to take it unchecked
     mode     "off", or the mode of the graphs to replay
     """
 
@@ -53,6 +55,7 @@ class Request(NamedTuple):
     callback: Callable[[StepInfo], None] | None
     progress: bool
     mode: str
+    limits: Limits | None
 
 
 def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Array, Sequence[Array]]:
@@ -63,7 +66,10 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     run, job = space.run, space.run.job
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
+    limits = None if request.x is None else request.limits
     if graphs is not None and request.mode == "loop":
+        if limits is not None:
+            limits.check_latent(request.x)
         graphs.run.load(request.x, request.streams)
         graphs.loop(request.x is None)
         return run.x(last), ()
@@ -71,7 +77,9 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
     noise, callback = request.noise, request.callback
     init = noise if job.program.init.noisy else None
-    run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
+    latent = run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
+    if limits is not None:
+        limits.check_latent(latent)
     step = 0
     raws: Sequence[Array] = ()
     with _bar(len(job.tables)) if request.progress else _NO_BAR as bar:
@@ -89,7 +97,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
             if callback is not None and table.done:
                 x, x0 = (convert.copy(values, request.outer) for values in (run.x(k), run.x0(k)))
                 callback(StepInfo(step, job.program.plan.steps, k + 1, table.at, table.to, x, x0))
-            step += table.done
+                step += 1
     return run.x(last), raws
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from fewstep.kernels import philox
 from fewstep.solvers.options import flag, function, named
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, no_grad, on_device
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
@@ -210,19 +210,17 @@ class Sampler:
         plan = now.plan
         seed = self._seed if seed is None else seed
         cond = self._cond if cond is None else cond
-        outer = frame_of(x) if x is not None else self.frame
-        if x is not None:
-            check_latent(x, outer, self.shape, self.frame, self.dtype)
-            if self.backend != "naive" and _wants_grad(x, outer):
-                raise ValueError(
-                    f"x requires grad or has a tangent, and backend={self.backend!r} records no gradients: use "
-                    "Sampler(backend='naive') or SamplerModule, or pass x.detach()"
-                )
+        outer, dtype = self.frame, None
+        if x is not None and not self.frame.is_plain(x, self.shape, self.dtype):
+            outer, dtype = self._checked(x)
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
-        function("callback", callback, optional=True)
-        function("noise", noise, optional=True)
-        flag("progress", progress)
+        if callback is not None:
+            function("callback", callback)
+        if noise is not None:
+            function("noise", noise)
+        if progress is not False:
+            flag("progress", progress)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
@@ -236,37 +234,37 @@ class Sampler:
         kept = callback is not None
         space = now.take(kept)
         try:
-            with no_grad(self.frame, keep_graph=self.backend == "naive"), on_device(self.frame):
-                watched = kept or progress
-                mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=noise is not None, watched=watched)
-                latent = None if x is None or outer is None else self._convert.latent(x, outer)
-                if self.check and latent is not None:
-                    now.limits.check_latent(latent)
-                request = Request(latent, outer, streams, noise, cond, callback, progress, mode)
-                dtype = None if x is None or outer is None else outer.dtype_of(x)
+            with running(self.frame, keep_graph=self.backend == "naive"):
+                mode = "off"
+                if space.graphs is not None:
+                    watched, outside = kept or progress, noise is not None
+                    mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=outside, watched=watched)
+                latent = None if x is None else self._convert.latent(x, outer)
+                limits = now.limits if self.check else None
+                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits)
                 values, outputs = run_plan(space, request, self._convert)
-                if self.check and not now.limits.usual(values, () if self._tried is now else outputs):
+                if limits is not None and not limits.usual(values, () if self._tried is now else outputs):
                     values = values * 1  # the run is made again, in the same memory
-                    report(now.limits, values, space.run, latent, streams, cond, noise is not None)
+                    report(limits, values, space.run, latent, streams, cond, noise is not None)
                 else:
                     self._tried = now
                 return self._convert.result(values, outer, dtype, out)
         finally:
             now.give(kept, space)
 
+    def _checked(self, x: Array) -> tuple[Frame, str]:
+        """The frame and the dtype of a latent. Raises ValueError or TypeError for one that the run cannot take."""
+        outer = frame_of(x)
+        check_latent(x, outer, self.shape, self.frame, self.dtype)
+        assert outer is not None
+        if self.backend != "naive" and isinstance(outer, TorchFrame) and outer.wants_grad(x):
+            raise ValueError(
+                f"x requires grad or has a tangent, and backend={self.backend!r} records no gradients: use "
+                "Sampler(backend='naive') or SamplerModule, or pass x.detach()"
+            )
+        return outer, outer.dtype_of(x)
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made anew from the same arguments: memory and graphs stay with this sampler."""
         made = functools.partial(Sampler, **self._options)
         return made, (self.denoiser, self.plan, self.shape), {"_seed": self._seed, "_cond": self._cond}
-
-
-def _wants_grad(x: Array, frame: Frame | None) -> bool:
-    """Whether autograd, in either mode, would go on from x."""
-    if not isinstance(frame, TorchFrame):
-        return False
-    if x.requires_grad and frame.torch.is_grad_enabled():
-        return True
-    forward = frame.torch.autograd.forward_ad
-    if getattr(forward, "_current_level", 0) < 0:  # outside of `dual_level`, tensors have no tangents
-        return False
-    return forward.unpack_dual(x).tangent is not None

@@ -61,9 +61,9 @@ class Limits:
 
         x  the latent as a run takes it, NumPy or torch
         """
-        flat, plan = _flat(x), self.plan
-        if self.low <= _mean_square(flat) <= self.high:
+        if self.low <= _mean_square(x) <= self.high:
             return
+        flat, plan = _flat(x), self.plan
         if not bool((abs(flat) < math.inf).all()):
             raise ValueError("x holds NaN or inf: no sample can come of it")
         at = plan.start
@@ -81,7 +81,8 @@ class Limits:
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
         """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
         square = self.result * self.result
-        return all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs) and _mean_square(_flat(x)) <= square
+        fine = _mean_square(x) <= square
+        return fine and (not outputs or all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs))
 
 
 def report(
@@ -144,9 +145,12 @@ def _flat(x: Array) -> Array:
     return x.reshape(-1) if x.itemsize >= 4 else x.reshape(-1).astype(np.float32)
 
 
-def _mean_square(flat: Array) -> float:
+def _mean_square(x: Array) -> float:
+    if type(x) is not np.ndarray or x.itemsize < 4:
+        x = _flat(x)
+    flat = x.reshape(-1)
     return float(flat.dot(flat)) / len(flat)
 
 
 def _rms(x: Array) -> float:
-    return math.sqrt(_mean_square(_flat(x)))
+    return math.sqrt(_mean_square(x))
