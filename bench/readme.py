@@ -3,7 +3,8 @@
 Between <!-- latency --> and <!-- /latency --> of README.md goes what a step adds to a real network, between
 <!-- cpu --> and <!-- /cpu --> the table of steps without one, both of `make bench SAVE=1`; between <!-- gpu --> and
 <!-- /gpu --> that of `make gpu`, or "not measured" if no results match the current kernels. The rows of
-`make bench SAVE=1` for the drop-in schedulers go between <!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md.
+`make bench SAVE=1` for the drop-in schedulers go between <!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md,
+those for other ways to write the loop between <!-- rivals --> and <!-- /rivals --> of docs/bench.md.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 DIFFUSERS = ROOT / "docs" / "diffusers.md"
+BENCH = ROOT / "docs" / "bench.md"
 
 CPU = {
     "euler": "Euler",
@@ -63,6 +65,32 @@ def latency_table(results=RESULTS):
     if goals:
         told_goals = "; ".join(f"{goal} in {sum(met)} of {len(met)}" for goal, met in goals.items())
         lines += ["", f"Goals met: {told_goals}."]
+    return lines
+
+
+RIVALS = ("fewstep's k-diffusion name", "k-diffusion", "torch, by hand", "torch.compile")
+
+
+def rivals_table(results=RESULTS):
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, dict]] = {}
+    for row in told["rows"]:
+        if row["case"].startswith("rival "):
+            case, _, rival = row["case"].removeprefix("rival ").partition(" beside ")
+            found.setdefault(case, {})[rival] = row
+    if not found:
+        return ["Not measured: `make bench SAVE=1` writes this table."]
+    lines = [
+        f"Microseconds a step beside a free network (its time over a Sampler's), fp32, one thread, {told['date']}:",
+        "",
+        "| solver, shape | Sampler | " + " | ".join(RIVALS) + " |",
+        "|---|" + "---:|" * (1 + len(RIVALS)),
+    ]
+    for case, rows in found.items():
+        solver, shape = case.split()
+        own = next(iter(rows.values()))["ours"]
+        cells = [f"{rows[r]['peer']:.1f} ({rows[r]['ratio']:.1f}x)" if r in rows else "not installed" for r in RIVALS]
+        lines.append(f"| {CPU[solver]}, {shape} | {own:.1f} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -170,6 +198,7 @@ TABLES = (
     (README, "cpu", cpu_table),
     (README, "gpu", gpu_table),
     (DIFFUSERS, "drop-ins", dropin_table),
+    (BENCH, "rivals", rivals_table),
 )
 
 
