@@ -51,7 +51,9 @@ def rk_step(
     sums = [*tableau.a, tableau.b]  # sums[i] is row i of a, the last one b
     u, h = coords.time(s), coords.time(t) - coords.time(s)
     # c = 1 is t itself: 1/u in the slope would amplify the rounding error of u + h.
-    inner = inner or [t if abs(c - 1.0) < 1e-12 else coords.point(grid, u + c * h) for c in tableau.c[1:]]
+    if not inner:
+        points = {c: t if abs(c - 1.0) < 1e-12 else coords.point(grid, u + c * h) for c in {*tableau.c[1:]}}
+        inner = [points[c] for c in tableau.c[1:]]
     partial = tableau.partial
 
     def known(j: int, i: int) -> dict[str, float]:

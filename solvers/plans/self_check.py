@@ -295,9 +295,11 @@ def check_sources(plan: UncheckedPlan) -> None:
 
 def check(plan: UncheckedPlan) -> None:
     """Raises PlanError for the first stage that leaves its marginal or amplifies the rounding of the plan's dtype."""
+    usable = min(RESULT_LIMIT[plan.dtype], CALL_LIMIT[plan.dtype]) / (_DEVIATIONS * UNIT_ROUNDOFF[plan.dtype])
     for end in follow(plan):
-        # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
-        _check_rounding(plan, end, plan.dtype)
+        if not end.amplification <= usable:
+            # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
+            _check_rounding(plan, end, plan.dtype)
         (signal, noise), bound = end.gap, end.bound
         if not (abs(signal) <= end.tolerance + bound[0] and abs(noise) <= end.tolerance + bound[1]):
             exact = end.k < 0 or plan.stages[end.k].exact
