@@ -60,7 +60,7 @@ default-spacings: setup  ## measure every solver's default spacing, into docs/ra
 # No network, and nothing is installed into the machine's own python3, which brings torch, triton and pytest. Under 8
 # minutes: what runs out of time is interrupted, and the benchmark writes what it has by then.
 GPU := env PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider -W default -o addopts="-ra" -m gpu
-gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and the README's table
+gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and docs/bench.md's table
 	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device')"
 	rm -rf build/gpu build/lib && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
 	timeout -s INT -k 10 225 $(GPU) tests/test_gpu_runs.py

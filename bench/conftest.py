@@ -1,7 +1,7 @@
 """The benchmark's table: every case with its peer and its budget, printed after the run.
 
 make bench                      medians, ratios, budgets
-make bench SAVE=1               the same, written to bench/results/cpu.json and the README
+make bench SAVE=1               the same, written to bench/results/cpu.json, the README and the docs
 make bench STRICT=1             a missed budget fails
 """
 
@@ -78,4 +78,4 @@ def pytest_terminal_summary(terminalreporter, config):
         head = {"date": date.today().isoformat(), "versions": versions(), "machine": machine(), "rows": rows}
         write_whole(RESULTS, lambda to: to.write_text(json.dumps(head, indent=1) + "\n"))
         readme.main()
-        terminalreporter.write_line(f"saved {RESULTS.relative_to(Path.cwd())} and the README's table")
+        terminalreporter.write_line(f"saved {RESULTS.relative_to(Path.cwd())} and the tables")

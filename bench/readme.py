@@ -1,10 +1,9 @@
 """Write the measured tables of the README and the docs from bench/results: `python bench/readme.py`.
 
-Between <!-- latency --> and <!-- /latency --> of README.md goes what a step adds to a real network, between
-<!-- cpu --> and <!-- /cpu --> the table of steps without one, both of `make bench SAVE=1`; between <!-- gpu --> and
-<!-- /gpu --> that of `make gpu`, or "not measured" if no results match the current kernels. The rows of
-`make bench SAVE=1` for the drop-in schedulers go between <!-- drop-ins --> and <!-- /drop-ins --> of docs/diffusers.md,
-those for other ways to write the loop between <!-- rivals --> and <!-- /rivals --> of docs/bench.md.
+A table goes between two marks, <!-- name --> and <!-- /name -->. All but one come from `make bench SAVE=1`: README.md has
+a summary ("costs"), docs/bench.md what a step adds to a real network ("latency"), steps without one ("cpu") and other
+ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins"). The "gpu" table of
+docs/bench.md is that of `make gpu`, or "not measured" if no results match the current kernels.
 """
 
 import hashlib
@@ -34,6 +33,28 @@ def kernels_sha256():
     """SHA-256 of the bytes of every kernels/**/*.py, joined in sorted path order."""
     paths = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "kernels").rglob("*.py"))
     return hashlib.sha256(b"".join((ROOT / p).read_bytes() for p in paths)).hexdigest()
+
+
+def costs_table(results=RESULTS):
+    """A step without a network and, for two solvers, beside real ones: microseconds, diffusers' and the ratio."""
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in told["rows"]}
+    beside = sorted({float(m[1]) for case in rows if (m := re.search(r"beside a network of ([\d.]+) ms", case))})
+    shape = "1x4x64x64"
+    lines = [
+        f"Microseconds a step at {shape}, `Sampler` / diffusers {told['versions']['diffusers']} (ratio), fp32, one "
+        f"thread, {told['date']}:",
+        "",
+        "| | no network | " + " | ".join(f"beside one of {ms:g} ms" for ms in beside) + " |",
+        "|---|" + "---:|" * (1 + len(beside)),
+    ]
+    for solver, name in CPU.items():
+        cases = [f"{solver} {shape}"]
+        cases += [f"latency ratio sampler {solver} {shape} beside a network of {ms:g} ms" for ms in beside]
+        found = [rows.get(case) for case in cases]
+        cells = ["" if r is None else f"{r['ours']:.1f} / {r['peer']:.0f} ({r['ratio']:.1f}x)" for r in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def latency_table(results=RESULTS):
@@ -194,11 +215,12 @@ def filled(text, name, lines):
 
 
 TABLES = (
-    (README, "latency", latency_table),
-    (README, "cpu", cpu_table),
-    (README, "gpu", gpu_table),
-    (DIFFUSERS, "drop-ins", dropin_table),
+    (README, "costs", costs_table),
+    (BENCH, "latency", latency_table),
+    (BENCH, "cpu", cpu_table),
     (BENCH, "rivals", rivals_table),
+    (BENCH, "gpu", gpu_table),
+    (DIFFUSERS, "drop-ins", dropin_table),
 )
 
 
