@@ -11,6 +11,7 @@ import numpy as np
 from fewstep.bindings.denoiser import CFG, Denoiser
 from fewstep.digits_data import load_digits
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
+from fewstep.solvers.options import needs
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.schedule.process import VP
 
@@ -72,12 +73,11 @@ def load_model(name: str) -> Model:
 
 
 def _digits_network() -> Model:
-    try:
-        import torch
+    needs("the digits network", "torch", "safetensors", extra="torch")
+    import torch
 
-        from fewstep.bindings.unet import NO_CLASS, digits_model
-    except ImportError:
-        raise ImportError("the digits network needs torch: pip install 'fewstep[torch]'") from None
+    from fewstep.bindings.unet import NO_CLASS, digits_model
+
     network = digits_model()
 
     def denoiser(guidance: float | None) -> Denoiser:

@@ -1,6 +1,6 @@
 """Write the measured tables of the README and the docs from bench/results: `python bench/readme.py`.
 
-A table goes between two marks, <!-- name --> and <!-- /name -->. All but one come from `make bench SAVE=1`: README.md has
+A table goes between two marks, <!-- name --> and <!-- /name -->. Most come from `make bench SAVE=1`: README.md has
 a summary ("costs"), docs/bench.md what a step adds to a real network ("latency"), steps without one ("cpu") and other
 ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins"). The "gpu" table of
 docs/bench.md is that of `make gpu`, or "not measured" if no results match the current kernels.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fewstep.bindings.trace import SMALL, Recorder, Span, recording, timeline, write_trace
 from fewstep.solvers.files import check_target
+from fewstep.solvers.options import needs
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -127,6 +128,7 @@ def audit(
 
     Raises TypeError before any call for a wrong argument, ValueError if the denoiser was never called.
     """
+    needs("audit", "torch", extra="torch")
     import torch
 
     if not callable(pipe_or_fn):

@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib.resources
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.nn.functional import interpolate, silu
+try:
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from torch import Tensor, nn
+    from torch.nn.functional import interpolate, silu
+except ImportError as error:
+    raise ImportError(f"the digits network needs torch ({error}): pip install 'fewstep[torch]'") from error
 
 NO_CLASS = 10
 """The label for "no class", the null condition of classifier-free guidance."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 import sys
 import warnings
 from collections.abc import Sequence
 from numbers import Integral, Real
 from types import NoneType
+
+
+def needs(what: str, *modules: str, extra: str) -> None:
+    """Raises ImportError, with the command that adds them, unless the modules can be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            why = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+            raise ImportError(f"{what} needs {module}{why}: pip install 'fewstep[{extra}]'") from None
 
 
 def number(value: object) -> float:

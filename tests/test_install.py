@@ -147,6 +147,46 @@ def test_what_is_missing_is_said_with_the_command_that_adds_it(bare: Path, tmp_p
     assert device == "ImportError device= needs torch: pip install 'fewstep[torch]'"
 
 
+WITHOUT_TORCH = {  # what imports torch -> how its error begins
+    "fewstep.solvers.distill.consistency": "fewstep.solvers.distill needs torch",
+    "fewstep.bindings.sampler_module": "fewstep.bindings.export needs torch",
+    "fewstep.bindings.torch_export": "fewstep.bindings.export needs torch",
+    "fewstep.bindings.unet": "the digits network needs torch",
+    "fewstep.distill_runs.training": "distillation needs torch",
+}
+
+
+@pytest.mark.slow
+def test_every_module_of_an_extra_names_it(bare: Path, tmp_path: Path) -> None:
+    code = (
+        "import importlib\n"
+        "def tell(f):\n"
+        "    try: f()\n"
+        "    except Exception as e: print(type(e).__name__, e)\n"
+        f"for module in {list(WITHOUT_TORCH)}:\n"
+        "    tell(lambda: importlib.import_module(module))\n"
+        "import fewstep as fs\n"
+        "tell(lambda: fs.audit(print))\n"
+        "tell(lambda: getattr(importlib.import_module('fewstep.bindings.diffusers'), 'DDIMScheduler'))\n"
+        "tell(lambda: importlib.import_module('fewstep.models').load_model('digits'))\n"
+    )
+    done = run(bare, code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    *modules, audit, twin, digits = done.stdout.splitlines()
+    for line, begins in zip(modules, WITHOUT_TORCH.values(), strict=True):
+        assert line.startswith(f"ImportError {begins}"), line
+        assert line.endswith("pip install 'fewstep[torch]'"), line
+    assert audit == "ImportError audit needs torch: pip install 'fewstep[torch]'"
+    assert twin == "ImportError fewstep.bindings.diffusers needs torch: pip install 'fewstep[diffusers]'"
+    assert digits == "ImportError the digits network needs torch: pip install 'fewstep[torch]'"
+
+
+@pytest.mark.slow
+def test_the_version_needs_no_extra(bare: Path, tmp_path: Path) -> None:
+    done = run(bare, "import sys; sys.argv[1:] = ['--version']\nfrom fewstep.cli import main; main()", tmp_path)
+    assert done.stdout == f"fewstep {importlib.metadata.version('fewstep')}\n"
+
+
 def test_the_pins_allow_what_is_installed() -> None:
     """constraints.txt names the core dependencies at versions that the project's own bounds take."""
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)

@@ -26,6 +26,11 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             unicode = stream.encoding.lower().startswith("utf")
             stream.reconfigure(errors="backslashreplace" if unicode else "replace")
+    if (sys.argv[1:] if argv is None else argv) == ["--version"]:  # also without typer
+        from fewstep import __version__
+
+        print(f"fewstep {__version__}")
+        return
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fewstep import __version__
+
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
 
@@ -17,10 +19,24 @@ ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaus
 app = typer.Typer(
     help="Sample diffusion and flow models in few steps, and measure the error and the cost.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Sample diffusion and flow models in few steps, and measure the error and the cost."""
 
 
 def check_count(flag: str, value: int, low: int = 1, high: int = 1_000_000) -> None:

@@ -54,11 +54,8 @@ def distill(
     options = parse_options(option)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: that is a file; name a folder")
-    try:
-        from fewstep.distill_runs import training
-        from fewstep.distill_runs.methods import make_recipe
-    except ImportError:
-        raise ImportError("distillation needs torch and safetensors: pip install 'fewstep[torch]'") from None
+    from fewstep.distill_runs import training
+    from fewstep.distill_runs.methods import make_recipe
 
     if not resume and (out / training.CHECKPOINT).exists():
         raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")

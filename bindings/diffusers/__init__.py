@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fewstep.solvers.options import needs
+
 SCHEDULERS = (
     "CMStochasticIterativeScheduler",
     "DDIMInverseScheduler",
@@ -49,6 +51,7 @@ def __getattr__(name: str) -> Any:
         return diffusers.SchedulerMixin
     if name not in SCHEDULERS:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
+    needs("fewstep.bindings.diffusers", "torch", "diffusers", extra="diffusers")
     import diffusers
 
     from fewstep.bindings.diffusers.corrections import CORRECTED

@@ -17,3 +17,7 @@ grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`, `ema`
 
 A student or teacher is a `fewstep.Denoiser` around the caller's module, plain or wrapped for parallel training.
 """
+
+from fewstep.solvers.options import needs
+
+needs("fewstep.solvers.distill", "torch", extra="torch")
