@@ -95,7 +95,7 @@ class Frame(Protocol):
 
     def is_array(self, value: object) -> bool: ...
 
-    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
         """Whether it is an ordinary array of that shape and dtype on this device, which records no gradients."""
 
     def device_of(self, array: Array) -> str: ...
@@ -145,7 +145,7 @@ class NumpyFrame:
     def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
-    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
         return type(value) is np.ndarray and value.shape == shape and value.dtype.name == dtype
 
     def device_of(self, array: Array) -> str:
@@ -176,7 +176,7 @@ class TorchFrame:
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
         self._names = {getattr(torch, name): name for name in FLOATS}
-        self._forward = torch.autograd.forward_ad
+        self._forward: Any = torch.autograd.forward_ad
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
         host = self.torch.tensor(values, dtype=getattr(self.torch, dtype), device="cpu")
@@ -229,7 +229,7 @@ class TorchFrame:
     def is_array(self, value: object) -> bool:
         return isinstance(value, self.torch.Tensor)
 
-    def is_plain(self, value: object, shape: tuple[int, ...], dtype: str) -> bool:
+    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
         torch = self.torch
         return (
             type(value) is torch.Tensor
