@@ -23,6 +23,7 @@ Condition: TypeAlias = "Mapping[str, Tensor] | None"
 PROCESS = VP.linear()  # of every model here
 CLASSES = {"digits": 10}  # the others have none
 DRAWN = 4096  # samples that stand for the data of an exact problem
+POINTS = 1000  # of them in a picture
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Model:
     def labels(self, n: int) -> np.ndarray:
         """Classes of n samples, all in turn; zeros for an unconditional model."""
         return np.arange(n) % max(self.classes, 1)
+
+    def points(self, seed: int) -> np.ndarray | None:
+        """Some of the data to draw beneath samples; None for a model of images."""
+        return self.data(seed)[0][:POINTS] if len(self.shape) == 1 else None
 
     def all_classes(self) -> Condition:
         """The condition of one sample per class."""

@@ -575,3 +575,31 @@ def test_python_m_fewstep_is_the_same_command():
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["steps"] == fs.recommend(8).steps
+
+
+def test_a_comparison_of_stochastic_solvers_has_no_panel_of_errors(cli, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    panels = []
+    saved = Figure.savefig
+
+    def keep(figure, *args, **options):
+        panels.extend(axis.get_ylabel() or axis.get_title() for axis in figure.axes)
+        assert all(axis.has_data() for axis in figure.axes)
+        return saved(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    cli("compare", "--model", "ring", "--solvers", "ddpm", "--nfe", "6", "--n", "8", "--plot", str(tmp_path / "a.png"))
+    assert panels == ["energy distance to the data", "ddpm, 6 calls, nearest to the data (grey)"]
+
+
+def test_a_comparison_names_what_each_command_is_best_at(cli):
+    words = ("compare", "--model", "ring", "--solvers", "ddim,dpmpp_2m,ddpm", "--nfe", "4,8", "--n", "32")
+    entries = json.loads(cli(*words, "--json")[1])["entries"]
+    told = " ".join(cli(*words)[1].split())
+    least = min((e for e in entries if e["rmse"] is not None), key=lambda e: e["rmse"])
+    nearest = min(entries, key=lambda e: e["energy"])
+    assert f"lowest error: fewstep sample --model ring --solver {least['solver']} --steps {least['steps']}" in told
+    if nearest != least:
+        assert f"nearest to the data: fewstep sample --model ring --solver {nearest['solver']}" in told

@@ -90,8 +90,11 @@ def compare(
         if path is not None:
             OUT.print(f"wrote [bold]{escape(str(path))}[/]")
     best = result.best()
-    OUT.print(
-        f"sample with the best: [bold]fewstep sample --model {model} --solver {best.solver} --steps {best.steps} "
-        f"--spacing {best.spacing} --out samples.png[/]",
-        soft_wrap=True,
-    )
+    for what, entry in best.items():
+        if entry is best.get("lowest error") and what != "lowest error":
+            continue  # the same one again
+        OUT.print(
+            f"{what}: [bold]fewstep sample --model {model} --solver {entry.solver} --steps {entry.steps} "
+            f"--spacing {entry.spacing} --out samples.png[/]",
+            soft_wrap=True,
+        )

@@ -20,7 +20,7 @@ from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.candidates import fit_steps
 
 REFERENCE_CALLS = 100  # of the reference solution; half as many give its own error
-SHOWN = 10  # samples per solver in the plot
+SHOWN = 10  # images per solver in the plot
 FLOOR_DRAWS = 16  # sets of real samples that give the distance due to chance alone
 
 
@@ -54,6 +54,7 @@ class Comparison:
                      data; a solver within them is indistinguishable from the data
     left_out         solver -> why it has no entry
     shown            solver -> its samples in the plot
+    data             points of the data in the plot, None for images
     """
 
     model: str
@@ -65,11 +66,13 @@ class Comparison:
     entries: list[Entry] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     shown: dict[str, np.ndarray] = field(default_factory=dict)
+    data: np.ndarray | None = None
 
-    def best(self) -> Entry:
-        """The entry of least error, or the one nearest to the data if all solvers are stochastic."""
-        deterministic = [e for e in self.entries if e.rmse is not None]
-        return min(deterministic or self.entries, key=lambda e: e.energy if e.rmse is None else e.rmse)
+    def best(self) -> dict[str, Entry]:
+        """The entries of least error and of least distance to the data, by what they are best at."""
+        exact = [(e.rmse, k) for k, e in enumerate(self.entries) if e.rmse is not None]
+        found = {"lowest error": self.entries[min(exact)[1]]} if exact else {}
+        return found | {"nearest to the data": min(self.entries, key=lambda e: e.energy)}
 
     @property
     def title(self) -> str:
@@ -87,7 +90,7 @@ class Comparison:
         return f"{pair[0]} ({pair[1]})" if len({e.spacing for e in self.entries}) > 1 else pair[0]
 
     def as_json(self) -> dict[str, object]:
-        keep = {k: v for k, v in vars(self).items() if k not in ("entries", "shown")}
+        keep = {k: v for k, v in vars(self).items() if k not in ("entries", "shown", "data")}
         return {**keep, "entries": [asdict(e) for e in self.entries]}
 
 
@@ -131,7 +134,9 @@ def compare(
         for steps in (REFERENCE_CALLS, REFERENCE_CALLS // 2)
     )
     data, classes = model.data(seed)
-    result = Comparison(model.name, n, guidance, _rmse(reference, check), *real_to_real(data, classes, labels, seed))
+    floor = real_to_real(data, classes, labels, seed)
+    points = model.points(seed)
+    result = Comparison(model.name, n, guidance, _rmse(reference, check), *floor, data=points)
     middle = min(budgets, key=lambda b: abs(b - 8))
     for (solver, spacing, budget), plan in plans.items():
         advance(f"{solver}, {budget} calls")
@@ -147,7 +152,7 @@ def compare(
         entry = Entry(solver, spacing, budget, plan.nfe, plan.steps, rmse, energy, cost, seconds)
         result.entries.append(entry)
         if budget == middle and solver not in result.shown:
-            result.shown[solver] = x[:SHOWN]
+            result.shown[solver] = x[:SHOWN] if points is None else x
     for solver in {e.solver for e in result.entries}:
         result.left_out.pop(solver, None)  # it ran at a larger budget
     result.shown["reference"] = reference[:SHOWN]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewstep.cli.comparison import REFERENCE_CALLS, SHOWN, Comparison, Entry
-from fewstep.cli.output import contact_sheet, plotting
+from fewstep.cli.output import contact_sheet, plotting, scatter
 from fewstep.solvers.files import write_whole
 
 if TYPE_CHECKING:
@@ -131,42 +131,50 @@ def plot(result: Comparison, path: Path) -> None:
 
 
 def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
-    images = next(iter(result.shown.values())).ndim == 4
-    ratios = [1.0, 1.0, 1.05] if images else [1.0, 1.0]
+    """Error against calls, unless every solver is stochastic; distance against calls; samples."""
+    kinds = ["distance", "samples"] if all(e.rmse is None for e in result.entries) else ["error", "distance", "samples"]
     figure: Figure
-    figure, axes = pyplot.subplots(
-        1, len(ratios), figsize=(5.0 * len(ratios), 5.0), layout="constrained", width_ratios=ratios
-    )
+    figure, found = pyplot.subplots(1, len(kinds), figsize=(5.0 * len(kinds), 5.0), layout="constrained")
+    axes = dict(zip(kinds, found, strict=True))
     for j, pair in enumerate(result.pairs()):
         mine = result.of(pair)
         style = {"color": COLOURS[j], "marker": MARKERS[j], "markersize": 5}
         errors = [(e.nfe, e.rmse) for e in mine if e.rmse is not None]
         if errors:
-            axes[0].plot(*zip(*errors, strict=True), **style)
-        axes[1].plot([e.nfe for e in mine], [e.energy for e in mine], label=result.name(pair), **style)
-    axes[0].set_ylabel("RMSE to the model's own ODE end point")
-    axes[0].set_yscale("log")
-    axes[1].set_ylabel("energy distance to the data")
+            axes["error"].plot(*zip(*errors, strict=True), **style)
+        axes["distance"].plot([e.nfe for e in mine], [e.energy for e in mine], label=result.name(pair), **style)
+    if "error" in axes:
+        axes["error"].set_ylabel("RMSE to the model's own ODE end point")
+        axes["error"].set_yscale("log")
+    axes["distance"].set_ylabel("energy distance to the data")
     # A diverged solver would flatten all others: the axis ends above those that converged.
     energies = sorted(e.energy for e in result.entries)
     high, low = result.floor + result.spread, result.floor - result.spread
     top = max([high, *(e for e in energies if e <= 10.0 * max(energies[len(energies) // 2], high))])
     low = min(low, energies[0])
-    axes[1].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
+    axes["distance"].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
     band = (result.floor - result.spread, result.floor + result.spread)
-    axes[1].axhspan(*band, color="0.85", zorder=0, label="real data to the rest")
-    ticks = sorted({e.nfe for e in result.entries})
-    for axis in axes[:2]:
-        axis.set_xlabel("denoiser calls")
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [str(t) for t in ticks])
-        axis.minorticks_off()
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+    axes["distance"].axhspan(*band, color="0.85", zorder=0, label="real data to the rest")
+    for kind in kinds[:-1]:
+        _calls_axis(axes[kind], sorted({e.nfe for e in result.entries}))
     figure.legend(loc="outside lower center", ncols=FEW, frameon=False)
-    if images:
-        _samples(axes[2], result)
+    (_samples if result.data is None else _points)(axes["samples"], result)
     return figure
+
+
+def _calls_axis(axis: Axes, calls: list[int]) -> None:
+    """A logarithmic axis of denoiser calls, with a tick for each that has room."""
+    axis.set_xlabel("denoiser calls")
+    axis.set_xscale("log")
+    ticks = calls[:1]
+    for n in calls[1:]:
+        ticks += [n] if n >= 1.12 * ticks[-1] else []
+    axis.set_xticks(ticks, [str(t) for t in ticks])
+    axis.xaxis.minorticks_off()
+    if len(calls) == 1:
+        axis.set_xlim(calls[0] / 2, calls[0] * 2)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
@@ -220,3 +228,13 @@ def _samples(axis: Axes, result: Comparison) -> None:
     axis.tick_params(left=False)
     axis.spines[:].set_visible(False)
     axis.set_title("the same latents", fontsize="medium")
+
+
+def _points(axis: Axes, result: Comparison) -> None:
+    """The samples of the solver nearest to the data at the budget shown, over the data."""
+    assert result.data is not None
+    shown = [e for e in result.entries if e.solver in result.shown]
+    budget = min({e.budget for e in shown}, key=lambda b: abs(b - 8))
+    best = min((e for e in shown if e.budget == budget), key=lambda e: e.energy)
+    scatter(axis, result.shown[best.solver], result.data)
+    axis.set_title(f"{best.solver}, {best.nfe} calls, nearest to the data (grey)", fontsize="medium")

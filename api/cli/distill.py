@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fewstep.cli.app import ERR, OUT, AsJson, check_count, parse_options
 from fewstep.cli.output import check_out, write_samples
+from fewstep.models import load_model
 from fewstep.solvers.files import write_whole
 
 if TYPE_CHECKING:
@@ -115,9 +116,10 @@ def finish(recipe: Recipe, out: Path) -> Outcome:
     write_whole(out / STUDENT, lambda to: to.write_bytes(data))
     results = {"settings": vars(recipe.settings), "seconds": round(seconds, 1), **outcome.as_json()}
     write_whole(out / "results.json", lambda to: to.write_text(json.dumps(results, indent=2) + "\n"))
+    points = load_model("ring").points(0) if recipe.settings.problem == "ring" else None
     for nfe, x in outcome.samples.items():
         settings = {"model": recipe.settings.problem, "solver": recipe.settings.method, "nfe": nfe}
-        write_samples(out / f"samples_{nfe}.png", x[:1000].numpy(), None, settings)
+        write_samples(out / f"samples_{nfe}.png", x[:1000].numpy(), None, settings, points)
     return outcome
 
 

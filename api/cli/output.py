@@ -7,10 +7,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fewstep.solvers.files import check_target, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 NO_MATPLOTLIB = "pictures and plots need matplotlib: pip install 'fewstep[plot]'"
 SUFFIXES = (".png", ".npz")
@@ -23,8 +27,17 @@ def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--o
         raise ImportError(NO_MATPLOTLIB)
 
 
-def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings: Mapping[str, object]) -> None:
-    """Write a sheet of images (B, 1, H, W), a scatter plot of points (B, 2), or, to .npz, samples and settings."""
+def write_samples(
+    path: Path,
+    x: np.ndarray,
+    labels: np.ndarray | None,
+    settings: Mapping[str, object],
+    data: np.ndarray | None = None,
+) -> None:
+    """Write a sheet of images (B, 1, H, W), a scatter plot of points (B, 2), or, to .npz, samples and settings.
+
+    data  points to draw beneath
+    """
     if path.suffix == ".npz":
         record = np.array(json.dumps(dict(settings)))
         if labels is None:
@@ -37,11 +50,23 @@ def write_samples(path: Path, x: np.ndarray, labels: np.ndarray | None, settings
         write_whole(path, lambda to: pyplot.imsave(to, contact_sheet(x), cmap="gray_r", vmin=-1.0, vmax=1.0))
         return
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
-    axes.scatter(x[:, 0], x[:, 1] if x.shape[1] > 1 else np.zeros(len(x)), s=4, alpha=0.5)
-    axes.set_aspect("equal")
+    scatter(axes, x, data)
     axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {settings.get('nfe')} calls")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
+
+
+def scatter(axes: Axes, x: np.ndarray, data: np.ndarray | None = None) -> None:
+    """Points (B, 1) or (B, 2), over those of the data in grey. Few points are drawn larger."""
+
+    def plane(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return points[:, 0], points[:, 1] if points.shape[1] > 1 else np.zeros(len(points))
+
+    if data is not None:
+        axes.scatter(*plane(data), s=6, color="0.82", linewidths=0, zorder=1)
+    axes.scatter(*plane(x), s=float(np.clip(2000.0 / len(x), 4.0, 40.0)), alpha=0.6, linewidths=0, zorder=2)
+    axes.set_aspect("equal")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = 8) -> np.ndarray:

@@ -72,7 +72,7 @@ def sample(
         "evaluations": round(plan.nfe * evaluations / plan.steps),
         "options": options,
     }
-    write_samples(out_path, x, labels if chosen.classes else None, settings)
+    write_samples(out_path, x, labels if chosen.classes else None, settings, chosen.points(seed))
     if as_json:
         typer.echo(json.dumps({**settings, "seconds": seconds, "out": str(out_path)}))
         return

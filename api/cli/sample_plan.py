@@ -48,5 +48,5 @@ def sample_plan(
         "seed": seed,
         "n": n,
     }
-    write_samples(out, x, labels if chosen.classes else None, settings)
+    write_samples(out, x, labels if chosen.classes else None, settings, chosen.points(seed))
     OUT.print(f"{n} samples of {model} by {escape(str(plan_path))}: {plan.nfe} calls, in [bold]{escape(str(out))}[/]")
