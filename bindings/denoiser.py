@@ -16,6 +16,7 @@ from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output
+from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process
 
 Cond = Mapping[str, Any]
@@ -348,7 +349,12 @@ class Denoiser:
 
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
-        model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
+        model = self.model
+        torch = sys.modules.get("torch")
+        if frame.name == "numpy" and torch is not None:
+            model = self._on_numpy()
+        elif frame.name == "torch" and torch is not None and torch.is_grad_enabled():
+            model = without_own_graph(model)
         if cond is None and self.guidance is None:
             return lambda branches, x_in, t: (model(x_in, t),)
         conds = self.conditions(cond)
@@ -388,7 +394,7 @@ class Denoiser:
         if self.frame is not None:
             return model
 
-        def call(x_in: Any, t: Any, **cond: Any) -> Any:
+        def call(x_in: Any, t: Any, /, **cond: Any) -> Any:
             try:
                 return model(x_in, t, **cond)
             except (AttributeError, TypeError) as error:

@@ -111,6 +111,8 @@ def name_of(value):
         ({"shape": 4}, TypeError, "shape must be a sequence of ints"),
         ({"shape": (2, 2.5)}, TypeError, "shape must be a sequence of ints"),
         ({"shape": "23"}, TypeError, "shape must be a sequence of ints"),
+        ({"shape": b"\2\3"}, TypeError, "shape must be a sequence of ints"),
+        ({"shape": {2: 3, 3: 4}}, TypeError, "shape must be a sequence of ints"),
         ({"shape": ...}, ValueError, "exactly one of x .* and shape .*neither"),
         ({"x": np.zeros((2, 3), np.float32)}, ValueError, "exactly one of x .* and shape .*both"),
         ({"x": [[0.0, 1.0]], "shape": ...}, TypeError, "x must be a NumPy array or a torch tensor, got list"),

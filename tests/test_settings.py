@@ -383,6 +383,23 @@ def test_a_result_that_is_not_finite_names_the_call(backend: str, drawn: bool) -
     assert np.isnan(out).all(axis=1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_result_without_a_finite_sample_is_an_error(backend: str) -> None:
+    grid = fs.grid(VP, 6)
+
+    def model(x: Any, t: Any) -> Any:
+        return np.where(t[:, None] < grid.t[2] + 1, [np.nan, 1.0, 1.0, 1.0], 0.5 * x)
+
+    denoiser, plan = fs.Denoiser(model, VP), fs.plan("euler", grid)
+    message = r"3 of 3 samples hold NaN or inf: the network's output is not finite at call 3 of 6, step 3 of 6 \(t = "
+    sampler = fs.Sampler(denoiser, plan, (3, 4), backend=backend)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message + r".*check=False"):
+            sampler(seed=0)
+    out = fs.Sampler(denoiser, plan, (3, 4), backend=backend, check=False)(seed=0)
+    assert np.isnan(out[:, 0]).all()
+
+
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v", "flow", "edm"])
 def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
     process = fs.EDM() if predicts == "edm" else VP
@@ -399,7 +416,9 @@ def test_the_second_run_asks_nobody_again() -> None:
         return unit(*shape, seed=draw)
 
     def model(x: Any, t: Any) -> Any:
-        return np.where(t[:, None] < 500, np.nan, 0.1 * x)
+        out = 0.1 * x
+        out[1] = np.where(t[1] < 500, np.nan, out[1])
+        return out
 
     seen: list[int] = []
     denoiser = fs.Denoiser(model, VP)

@@ -84,7 +84,7 @@ _RANGES = {
     "pcoeff": (0.0, 10.0),
     "icoeff": (0.0, 10.0),
     "dcoeff": (0.0, 10.0),
-    "accept_safety": (0.01, 2.0),
+    "accept_safety": (0.01, 1.0),  # above 1 a rejected step would be tried again, longer
     "eta": (0.0, 10.0),
     "s_noise": (0.0, 10.0),
 }

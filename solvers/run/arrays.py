@@ -73,6 +73,9 @@ class Frame(Protocol):
     def wrap(self, array: np.ndarray) -> Array:
         """The same memory as an array of this library. CPU only."""
 
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        """The inverse of `bits`: NumPy's memory as an array of that dtype. CPU only."""
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
@@ -118,6 +121,9 @@ class NumpyFrame:
 
     def wrap(self, array: np.ndarray) -> Array:
         return array
+
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        return memory.view(self._dtype(dtype))
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array, dtype=np.float64)
@@ -194,6 +200,9 @@ class TorchFrame:
 
     def wrap(self, array: np.ndarray) -> Array:
         return self.torch.from_numpy(array)
+
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        return self.torch.from_numpy(memory).view(getattr(self.torch, dtype))
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array.detach().cpu().double().numpy())

@@ -175,9 +175,10 @@ def sample(
         sampler = make(denoiser)
     else:
         made: list[Sampler] = []
+        forget = SAMPLERS.pop  # the module's names may be gone before the denoiser
 
         def make_weakly() -> Sampler:
-            made.append(make(weakref.proxy(denoiser, lambda _: SAMPLERS.pop(key))))
+            made.append(make(weakref.proxy(denoiser, lambda _: forget(key))))
             return made[0]
 
         sampler = kept(key, make_weakly)
