@@ -111,6 +111,7 @@ def name_of(value):
         ({"shape": 4}, TypeError, "shape must be a sequence of ints"),
         ({"shape": (2, 2.5)}, TypeError, "shape must be a sequence of ints"),
         ({"shape": "23"}, TypeError, "shape must be a sequence of ints"),
+        ({"shape": (True, 3)}, TypeError, "shape must be a sequence of ints"),
         ({"shape": b"\2\3"}, TypeError, "shape must be a sequence of ints"),
         ({"shape": {2: 3, 3: 4}}, TypeError, "shape must be a sequence of ints"),
         ({"shape": ...}, ValueError, "exactly one of x .* and shape .*neither"),

@@ -123,6 +123,7 @@ def test_one_minus_k_over_n_leaves_k_steps(steps: int) -> None:
     for k in range(1, steps + 1):
         assert whole.tail(1 - k / steps).steps == k
         assert whole.tail((steps - k) / steps).steps == k
+        assert whole.tail(np.float32(1 - k / steps)).steps == k
         if int(steps * (k / steps)):
             assert whole.tail(strength=k / steps).steps == int(steps * (k / steps))
 
@@ -481,6 +482,9 @@ def test_epsilon_on_a_flow_suggests_flow() -> None:
         ("sigmas", [1.0, 0.0], r"grid=fs.Grid.from_sigmas\(denoiser.process, sigmas\)"),
         ("timesteps", [9, 0], r"grid=fs.Grid.from_times\(denoiser.process, timesteps\)"),
         ("generator", torch.Generator(), "pass seed="),
+        ("sigma_max", 10.0, r"grid=fs.grid\(denoiser.process, steps, 'karras', sigma_max=10.0\)"),
+        ("denoise", 0.5, "pass strength=0.5"),
+        ("conditioning", {}, "pass cond="),
     ],
 )
 def test_other_names_of_arguments_lead_to_ours(name: str, value: Any, line: str) -> None:
@@ -493,6 +497,8 @@ def test_the_lines_to_write_run() -> None:
     fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_sigmas(VP, [10.0, 1.0, 0.0]))
     fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_times(VP, [900, 400, VP.clean.t]))
     fs.sample(denoiser=denoiser.with_guidance(2.0), shape=(2, 3), cond=({}, {}))
+    fs.sample(denoiser, shape=(2, 3), grid=fs.grid(VP, 4, "karras", sigma_max=10.0))
+    fs.sample(denoiser, shape=(2, 3), solver="restart", rho=5.0)  # the solver's own option
 
 
 # --- the denoiser by its name; shapes; copies ---

@@ -12,6 +12,7 @@ import numpy as np
 
 from fewstep.kernels import cpu
 from fewstep.solvers.options import named
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
@@ -25,7 +26,10 @@ def _sizes(shape: object, axes: str) -> tuple[int, ...]:
     try:
         if isinstance(shape, (Set, Mapping, str, bytes, bytearray)) or not isinstance(shape, Iterable):
             raise TypeError("no sequence of ints")
-        return tuple(operator.index(n) for n in shape)
+        sizes = [*shape]
+        if any(isinstance(n, (bool, np.bool_)) for n in sizes):
+            raise TypeError("a truth value is no size")
+        return tuple(map(operator.index, sizes))
     except TypeError:
         raise TypeError(f"shape must be a sequence of ints {axes}, got {shape!r:.80}") from None
 
@@ -65,6 +69,17 @@ def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] |
     if x is not None and outer is None:
         raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
     return outer
+
+
+def check_plan(plan: object, denoiser: DenoiserLike) -> None:
+    """Raises TypeError or ValueError unless this is a plan on the denoiser's process."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
+    if plan.grid.process != denoiser.process:
+        raise ValueError(
+            f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
+            "make the grid with the denoiser's process"
+        )
 
 
 def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:

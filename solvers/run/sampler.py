@@ -16,6 +16,7 @@ from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
     check_out,
+    check_plan,
     check_shape,
     model_frame,
     pick_backend,
@@ -107,13 +108,7 @@ class Sampler:
         self._now.fill()
 
     def _prepared(self, denoiser: DenoiserLike, plan: Plan, watched: bool = False) -> Prepared:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
-        if plan.grid.process != denoiser.process:
-            raise ValueError(
-                f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
-                "make the grid with the denoiser's process"
-            )
+        check_plan(plan, denoiser)
         made = Prepared(self._compiler, denoiser, plan)
         for kept in {False, watched}:
             made.job(kept)
