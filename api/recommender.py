@@ -260,7 +260,7 @@ def _measure(
     device: str | torch.device | None,
     cache: str | Path | None,
 ) -> Measured:
-    from fewstep.solvers.run.checks import check_shape
+    from fewstep.solvers.run.checks import check_sample_shape
     from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.tuning import fit_plan, starts_of, statistics, study
 
@@ -268,8 +268,7 @@ def _measure(
     check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
-    given: object = shape
-    check_shape(shape if isinstance(given, str) or not isinstance(given, Sequence) else (1, *shape))
+    shape = check_sample_shape(shape)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
     branches = max(sum(w != 0.0 for w in denoiser.weights(progress)) for progress in (0.0, 0.5))

@@ -16,6 +16,7 @@ from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output
+from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process
 
 Cond = Mapping[str, Any]
@@ -146,10 +147,12 @@ PREDICTIONS: dict[str, Callable[[Point, float], tuple[float, float]]] = {
 
 # Names of other libraries -> what to write here.
 _ELSEWHERE = {
-    **dict.fromkeys(("x0", "x_0", "x_start", "x0_prediction", "data", "denoised"), "pass predicts='sample' (x0)"),
-    **dict.fromkeys(("noise", "eps", "epsilon_prediction"), "pass predicts='epsilon'"),
-    **dict.fromkeys(("v_prediction", "v-prediction"), "pass predicts='v' (alpha eps - sigma x0)"),
+    **dict.fromkeys(("x0", "x_0", "x_start", "x0_prediction", "pred_x0"), "pass predicts='sample' (x0)"),
+    **dict.fromkeys(("data", "mean", "denoised"), "pass predicts='sample' (x0)"),
+    **dict.fromkeys(("noise", "eps", "epsilon_prediction", "noise_prediction"), "pass predicts='epsilon'"),
+    **dict.fromkeys(("v_prediction", "v-prediction", "v_pred", "vpred"), "pass predicts='v' (alpha eps - sigma x0)"),
     **dict.fromkeys(("flow_prediction", "rectified_flow", "flow_matching"), "pass predicts='flow' (eps - x0)"),
+    "vector_field": "pass predicts='flow' (eps - x0)",
     "velocity": "pass predicts='flow' (eps - x0) for a flow model, predicts='v' (alpha eps - sigma x0) for a VP one",
     "score": "pass predicts='epsilon' and a model that returns -sigma * score",
 }
@@ -211,8 +214,9 @@ class Denoiser:
             raise TypeError(f"model must be callable as model(x, t, **cond), got {found}")
         if not (hasattr(process, "point") and hasattr(process, "point_at_sigma")):
             raise TypeError(f"process must be a fewstep process (VP, VE, EDM, Flow), got {type(process).__name__}")
-        if isinstance(predicts, str) and predicts in _ELSEWHERE:
-            raise ValueError(f"unknown prediction type {predicts!r}: {_ELSEWHERE[predicts]}")
+        known_elsewhere = _ELSEWHERE.get(predicts.lower()) if isinstance(predicts, str) else None
+        if known_elsewhere is not None:
+            raise ValueError(f"unknown prediction type {predicts!r}: {known_elsewhere}")
         if not isinstance(predicts, str) or predicts not in PREDICTIONS:
             raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
         if not (clip is None or isinstance(clip, DynamicThreshold)):
@@ -348,7 +352,12 @@ class Denoiser:
 
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
-        model = self._on_numpy() if frame.name == "numpy" and sys.modules.get("torch") else self.model
+        model = self.model
+        torch = sys.modules.get("torch")
+        if frame.name == "numpy" and torch is not None:
+            model = self._on_numpy()
+        elif frame.name == "torch" and torch is not None and torch.is_grad_enabled():
+            model = without_own_graph(model)
         if cond is None and self.guidance is None:
             return lambda branches, x_in, t: (model(x_in, t),)
         conds = self.conditions(cond)
@@ -388,7 +397,7 @@ class Denoiser:
         if self.frame is not None:
             return model
 
-        def call(x_in: Any, t: Any, **cond: Any) -> Any:
+        def call(x_in: Any, t: Any, /, **cond: Any) -> Any:
             try:
                 return model(x_in, t, **cond)
             except (AttributeError, TypeError) as error:

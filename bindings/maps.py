@@ -38,7 +38,7 @@ class Mapped:
     def __init__(self, network: object, call: Callable[..., Array]) -> None:
         self.network, self.call = network, call
 
-    def __call__(self, x: Array, t: Array, **cond: Any) -> Array:
+    def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         return self.call(x, t, **cond)
 
     @property
@@ -107,7 +107,7 @@ def from_diffusers(
     process, predicts = _process_of(scheduler)
     by_name = "timestep" in inspect.signature(getattr(model, "forward", model)).parameters
 
-    def call(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def call(x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         out = model(x, timestep=t, **cond) if by_name else model(x, t, **cond)
         raw: Tensor = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return raw

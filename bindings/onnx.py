@@ -122,7 +122,7 @@ class OnnxModel:
         self.frame = NumpyFrame()
         self._local = threading.local()
 
-    def __call__(self, x: np.ndarray, t: np.ndarray, **cond: Any) -> np.ndarray:
+    def __call__(self, x: np.ndarray, t: np.ndarray, /, **cond: Any) -> np.ndarray:
         """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
         given = _by_name(cond)
         if given.keys() != self.cond.keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,3 +173,25 @@ def test_tuning_takes_them_and_keeps_them() -> None:
 def test_recommend_measures_with_them() -> None:
     found = fs.recommend(4, denoiser=Denoiser(model, VP, guidance=2.0), shape=(5,), cond=(cond(1), cond(2)), cache=None)
     assert found.plan.nfe <= 4
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_conditions_may_have_the_names_of_our_arguments(backend: str, library: str) -> None:
+    torch = pytest.importorskip("torch")  # with it imported, NumPy models are wrapped
+
+    def model(sample: Any, level: Any, /, *, x_in: Any, t: Any) -> Any:
+        return 0.1 * sample + 0.1 * x_in + 0.01 * t
+
+    x: Any = np.linspace(-1.0, 1.0, 6, dtype=np.float32).reshape(2, 3)
+    cond: dict[str, Any] = {"x_in": np.full((2, 1), 0.5, np.float32), "t": 3.0}
+    if library == "torch":
+        x, cond["x_in"] = torch.from_numpy(x), torch.from_numpy(cond["x_in"])
+    plan = fs.plan("euler", fs.grid(fs.VP.linear(), 3))
+    found, want = (
+        fs.Sampler(fs.Denoiser(each, fs.VP.linear()), plan, (2, 3), backend=backend, device=device)
+        for each, device in ((model, "cpu" if library == "torch" else None), (lambda x, t, **_: 0.1 * x + 0.08, None))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # x is no unit normal
+        np.testing.assert_allclose(np.asarray(found(x, cond=cond)), want(np.asarray(x)), rtol=1e-5)

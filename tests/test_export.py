@@ -130,9 +130,49 @@ def test_noise_that_does_not_fit_is_named():
         loop(x, torch.zeros(3, 3, dtype=torch.int64), noise=torch.zeros(2, 3, 1, 8, 8))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"plan": "euler"}, TypeError, "plan must come from fewstep.plan"),
+        ({"plan": fs.plan("euler", fs.grid(fs.EDM(), 3))}, ValueError, "plan was made on EDM.*trained on VP"),
+        ({"denoiser": Net()}, TypeError, "denoiser must be a fewstep.Denoiser, got Net"),
+        ({"dtype": "float16"}, ValueError, "dtype must be one of 'float32', 'float64'"),
+        ({"dtype": None}, ValueError, "dtype"),
+        ({"checkpoint": 1}, ValueError, "checkpoint must be True or False"),
+    ],
+)
+def test_bad_arguments_of_the_module(change, error, text):
+    arguments = {"denoiser": fs.Denoiser(Net(), VP, "v"), "plan": fs.plan("ddim", fs.grid(VP, 2))} | change
+    with pytest.raises(error, match=text):
+        SamplerModule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x", latent().numpy()),
+        ("x", latent().long()),
+        ("x", latent().to_sparse()),
+        ("x", torch.tensor(1.0)),
+        ("streams", torch.zeros(3, 3)),
+        ("streams", torch.zeros(2, 3, dtype=torch.int64)),
+        ("streams", np.zeros((3, 3), np.int64)),
+        ("noise", np.zeros((2, 3, 1, 8, 8))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_bad_inputs_are_named_before_any_call(name, value):
+    def model(x, t):
+        raise AssertionError("the model was called")
+
+    loop = SamplerModule(fs.Denoiser(model, VP, "v"), fs.plan("ddpm", fs.grid(VP, 3)))
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        loop(**{"x": latent(), name: value})
+
+
 def test_path_is_checked_before_the_work(tmp_path):
     loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2)))
-    with pytest.raises(ValueError, match=r"path must end in '\.pt2'"):
+    with pytest.raises(ValueError, match=r"path .*: the file must end in \.pt2"):
         compile_loop(loop, latent(), tmp_path / "loop.so")
 
 
@@ -170,8 +210,10 @@ def test_a_fixed_batch_is_held_to():
     for n in (2, 7):
         with pytest.raises(AssertionError, match=r"Guard failed: x.size\(\)\[0\] == 4"):
             run(latent(n))
-    with pytest.raises(ValueError, match=r"batch must be \(smallest, largest\).*got \(0, 3\)"):
+    with pytest.raises(ValueError, match=r"batch must be ints \(smallest, largest\).*got \(0, 3\)"):
         export_loop(loop, latent(), batch=(0, 3))
+    with pytest.raises(ValueError, match=r"batch = \(5, 9\) does not hold the 4 samples"):
+        export_loop(loop, latent(4), batch=(5, 9))
     with pytest.raises(ValueError, match="batch= needs an example x of two samples or more"):
         export_loop(loop, latent(1), batch=(1, 8))
     fixed = fs.Denoiser(lambda x, t: x.reshape(len(x), 1, 8, 8), VP, "v")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from classifier import guided_and_exact
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fewstep as fs
@@ -75,6 +76,55 @@ def test_reshaping_an_argument_ends_with_the_call(backend: str) -> None:
     np.testing.assert_array_equal(sampler(model, backend, "numpy")(latent("numpy")), want)
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_may_move_the_memory_of_its_arguments(backend: str, dtype: str | None) -> None:
+    """As a torch queue to another process does: the storage is then in shared memory, and torch frees the old one."""
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        raw = 0.1 * x + 1e-4 * t[:, None, None]
+        x.share_memory_().fill_(7.0)
+        t.share_memory_().fill_(7.0)
+        return raw.to(x.dtype)
+
+    def plain(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (0.1 * x + 1e-4 * t[:, None, None]).to(x.dtype)
+
+    ours, want = (
+        fs.Sampler(fs.Denoiser(each, VP, dtype=dtype), PLAN, SHAPE, backend=backend, device="cpu")
+        for each in (model, plain)
+    )
+    for _ in range(2):
+        torch.testing.assert_close(ours(latent("torch")), want(latent("torch")), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_taken_inside_the_model_ends_with_the_call(backend: str) -> None:
+    """`x.grad` is there in every call, and the result has no graph; the parameters' graph is kept."""
+    weight = torch.tensor(0.05, requires_grad=True)
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x.requires_grad_()
+            x.square().sum().backward()
+        return 0.05 * x + 0.025 * x.grad
+
+    def trained(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(x.requires_grad_().square().sum(), x)
+        return 0.05 * x + 0.5 * weight * slope
+
+    want = sampler(lambda x, t: 0.1 * x, backend, "torch")(latent("torch"))
+    found = sampler(model, backend, "torch")(latent("torch"))
+    assert not found.requires_grad
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    if backend == "naive":
+        found = sampler(trained, backend, "torch")(latent("torch"))
+        torch.testing.assert_close(found.detach(), want, rtol=1e-6, atol=1e-6)
+        (slope,) = torch.autograd.grad(found.sum(), weight)
+        assert slope.abs() > 0.1
+
+
 # --- noise from outside ---
 
 
@@ -128,7 +178,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "masked": (lambda: np.ma.zeros(SHAPE, np.float32), "out is a masked array"),
     "expanded": (lambda: torch.zeros(1, 1, 4).expand(SHAPE), "its elements share memory"),
     "overlapping tensor": (lambda: torch.as_strided(torch.zeros(40), SHAPE, (1, 2, 1)), "its elements share memory"),
-    "leaf": (lambda: torch.zeros(SHAPE, requires_grad=True), "out is a leaf that requires grad"),
+    "leaf": (lambda: torch.zeros(SHAPE, requires_grad=True), "out requires grad"),
+    "view of a leaf": (lambda: torch.zeros(SHAPE, requires_grad=True)[:], "out requires grad"),
+    "part of a split": (lambda: torch.zeros(4, 3, 4, requires_grad=True).split(2)[0], "out requires grad"),
+    "fake": (lambda: FakeTensorMode().from_tensor(torch.zeros(SHAPE)), "out is a FakeTensor"),
+    "nested": (lambda: torch.nested.as_nested_tensor([torch.zeros(SHAPE[1:])] * 2), "out is a nested tensor"),
     "sparse": (lambda: torch.zeros(SHAPE).to_sparse(), "out is a tensor of layout torch.sparse_coo"),
     "inference": (inference, "out is an inference tensor"),
 }
@@ -139,6 +193,7 @@ def no_call(x: Any, t: Any) -> Any:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 @pytest.mark.parametrize("case", REFUSED)
 def test_memory_that_holds_no_result_is_refused_before_any_call(case: str, backend: str) -> None:
     make, message = REFUSED[case]

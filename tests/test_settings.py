@@ -123,6 +123,7 @@ def test_one_minus_k_over_n_leaves_k_steps(steps: int) -> None:
     for k in range(1, steps + 1):
         assert whole.tail(1 - k / steps).steps == k
         assert whole.tail((steps - k) / steps).steps == k
+        assert whole.tail(np.float32(1 - k / steps)).steps == k
         if int(steps * (k / steps)):
             assert whole.tail(strength=k / steps).steps == int(steps * (k / steps))
 
@@ -383,6 +384,23 @@ def test_a_result_that_is_not_finite_names_the_call(backend: str, drawn: bool) -
     assert np.isnan(out).all(axis=1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_result_without_a_finite_sample_is_an_error(backend: str) -> None:
+    grid = fs.grid(VP, 6)
+
+    def model(x: Any, t: Any) -> Any:
+        return np.where(t[:, None] < grid.t[2] + 1, [np.nan, 1.0, 1.0, 1.0], 0.5 * x)
+
+    denoiser, plan = fs.Denoiser(model, VP), fs.plan("euler", grid)
+    message = r"3 of 3 samples hold NaN or inf: the network's output is not finite at call 3 of 6, step 3 of 6 \(t = "
+    sampler = fs.Sampler(denoiser, plan, (3, 4), backend=backend)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message + r".*check=False"):
+            sampler(seed=0)
+    out = fs.Sampler(denoiser, plan, (3, 4), backend=backend, check=False)(seed=0)
+    assert np.isnan(out[:, 0]).all()
+
+
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v", "flow", "edm"])
 def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
     process = fs.EDM() if predicts == "edm" else VP
@@ -399,7 +417,9 @@ def test_the_second_run_asks_nobody_again() -> None:
         return unit(*shape, seed=draw)
 
     def model(x: Any, t: Any) -> Any:
-        return np.where(t[:, None] < 500, np.nan, 0.1 * x)
+        out = 0.1 * x
+        out[1] = np.where(t[1] < 500, np.nan, out[1])
+        return out
 
     seen: list[int] = []
     denoiser = fs.Denoiser(model, VP)
@@ -462,6 +482,9 @@ def test_epsilon_on_a_flow_suggests_flow() -> None:
         ("sigmas", [1.0, 0.0], r"grid=fs.Grid.from_sigmas\(denoiser.process, sigmas\)"),
         ("timesteps", [9, 0], r"grid=fs.Grid.from_times\(denoiser.process, timesteps\)"),
         ("generator", torch.Generator(), "pass seed="),
+        ("sigma_max", 10.0, r"grid=fs.grid\(denoiser.process, steps, 'karras', sigma_max=10.0\)"),
+        ("denoise", 0.5, "pass strength=0.5"),
+        ("conditioning", {}, "pass cond="),
     ],
 )
 def test_other_names_of_arguments_lead_to_ours(name: str, value: Any, line: str) -> None:
@@ -474,6 +497,8 @@ def test_the_lines_to_write_run() -> None:
     fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_sigmas(VP, [10.0, 1.0, 0.0]))
     fs.sample(denoiser, shape=(2, 3), grid=fs.Grid.from_times(VP, [900, 400, VP.clean.t]))
     fs.sample(denoiser=denoiser.with_guidance(2.0), shape=(2, 3), cond=({}, {}))
+    fs.sample(denoiser, shape=(2, 3), grid=fs.grid(VP, 4, "karras", sigma_max=10.0))
+    fs.sample(denoiser, shape=(2, 3), solver="restart", rho=5.0)  # the solver's own option
 
 
 # --- the denoiser by its name; shapes; copies ---

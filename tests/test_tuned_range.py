@@ -112,3 +112,11 @@ def test_mixing_by_hand(tuned):
 def test_bad_scales_are_named(scales):
     with pytest.raises(ValueError, match="scales must be at least two and increase"):
         tune_range(DENOISER, 4, scales, shape=(2,), cond=COND)
+
+
+def test_a_last_scale_that_is_bad_is_named_before_the_first_fit():
+    def model(x, t):
+        raise AssertionError("called before the scales were checked")
+
+    with pytest.raises(ValueError, match="scales: guidance scale must be a finite number"):
+        tune_range(fs.Denoiser(model, fs.VP.linear(), guidance=2.0), 6, (1.0, math.inf), shape=(2,), cond=({}, {}))

@@ -495,6 +495,7 @@ def test_conditions_go_round_the_samples():
         ({"decouple": "yes"}, "decouple"),
         ({"shape": (0,)}, "shape"),
         ({"shape": 3.5}, "shape"),
+        ({"shape": b"\1\2"}, "shape must be a sequence of ints"),
         ({"reference": 3}, "reference must be a plan or a callable"),
         ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 4))}, "is not tuned"),
         ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 3))}, "3 calls, nfe = 4"),

@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.kernels import philox, torch_ops
+from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import init_table, stage_tables
-from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.denoising import Condition, check_output, copies, time_dtype
+from fewstep.solvers.run.arrays import DType, TorchFrame, dtype_name
+from fewstep.solvers.run.checks import check_plan
+from fewstep.solvers.run.denoising import Condition, check_denoiser, check_output, copies, time_dtype
 from fewstep.solvers.run.functional import stage
 
 
@@ -37,8 +39,13 @@ class SamplerModule(nn.Module):
     networks that predict their variance: use `fewstep.Sampler`.
     """
 
-    def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: str = "float32", checkpoint: bool = False) -> None:
+    def __init__(self, denoiser: Denoiser, plan: Plan, *, dtype: DType = "float32", checkpoint: bool = False) -> None:
         super().__init__()
+        check_denoiser(denoiser)
+        check_plan(plan, denoiser)
+        flag("checkpoint", checkpoint)
+        dtype = dtype_name("" if dtype is None else dtype)  # NumPy takes None for float64
+        one_of("dtype", dtype, ("float32", "float64"))
         if denoiser.rescale or denoiser.threshold is not None:
             raise ValueError(
                 "SamplerModule does not support guidance rescale or DynamicThreshold: use fewstep.Sampler, or a static "
@@ -82,8 +89,16 @@ class SamplerModule(nn.Module):
     def forward(
         self, x: Tensor, streams: Tensor | None = None, cond: Condition = None, noise: Tensor | None = None
     ) -> Tensor:
+        if not isinstance(x, Tensor) or x.ndim == 0 or not x.is_floating_point() or x.layout is not torch.strided:
+            raise TypeError(f"x must be a dense floating-point tensor (B, ...), got {_shown(x)}")
         plan, batch, frame = self.program.plan, x.shape[0], TorchFrame(x.device)
+        if streams is not None and not (
+            isinstance(streams, Tensor) and streams.dtype == torch.int64 and tuple(streams.shape) == (batch, 3)
+        ):
+            raise TypeError(f"streams must be an int64 tensor (B, 3), philox.streams(seed, B), got {_shown(streams)}")
         if noise is not None:
+            if not isinstance(noise, Tensor):
+                raise TypeError(f"noise must be a tensor, got {_shown(noise)}")
             wanted = (len(self.draws), *x.shape)
             if streams is not None:
                 raise ValueError("pass streams or noise, not both: either gives the normals of the draws")
@@ -139,3 +154,9 @@ class SamplerModule(nn.Module):
 
     def _copies(self, k: int) -> int:
         return copies(self.denoiser, self.tables[k].branches)
+
+
+def _shown(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"a {value.layout} tensor of {value.dtype} with shape {tuple(value.shape)}"

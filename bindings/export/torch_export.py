@@ -21,8 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from fewstep.bindings.export.sampler_module import SamplerModule
+from fewstep.solvers.files import check_target
+from fewstep.solvers.options import instance
 from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.functional import stage
@@ -66,15 +69,21 @@ def export_loop(
 
     Raises ValueError for bounds that are none, and for a network whose code fixes the batch.
     """
+    instance("loop", loop, SamplerModule, "a SamplerModule")
+    instance("x", x, Tensor, "a tensor")
     inputs: dict[str, object] = {"cond": cond} if cond is not None else {}
     if loop.draws:
         inputs["noise"] = x.new_zeros((len(loop.draws), *x.shape))
     shapes: dict[str, Any] | None = None
     if batch is not None:
-        if len(batch) != 2 or not 1 <= batch[0] < batch[1]:
-            raise ValueError(f"batch must be (smallest, largest) with 1 <= smallest < largest, got {batch!r}")
+        sizes: object = batch
+        pair = isinstance(sizes, (tuple, list)) and len(sizes) == 2 and all(type(size) is int for size in sizes)
+        if not pair or not 1 <= batch[0] < batch[1]:
+            raise ValueError(f"batch must be ints (smallest, largest) with 1 <= smallest < largest, got {batch!r:.80}")
         if x.shape[0] < 2:
             raise ValueError("batch= needs an example x of two samples or more: an axis of 1 may be the batch or not")
+        if not batch[0] <= x.shape[0] <= batch[1]:
+            raise ValueError(f"batch = {batch} does not hold the {x.shape[0]} samples of the example x")
         free, given = torch.export.Dim("batch", min=batch[0], max=batch[1]), x.shape[0]
 
         def axes(value: object) -> dict[int, Any] | None:
@@ -85,7 +94,7 @@ def export_loop(
     try:
         with torch.no_grad():
             program = torch.export.export(loop, (x,), inputs or None, dynamic_shapes=shapes)
-    except torch._dynamo.exc.UserError as error:
+    except (torch._dynamo.exc.UserError, ConstraintViolationError) as error:
         if batch is None:
             raise
         raise ValueError(
@@ -118,9 +127,9 @@ def compile_loop(
 
     Returns the path.
     """
+    instance("path", path, (str, os.PathLike), "a path")
     target = Path(path)
-    if target.suffix != ".pt2":
-        raise ValueError(f"path must end in '.pt2', as AOTInductor requires; got {target.name!r}")
+    check_target(target, (".pt2",))  # AOTInductor requires the suffix
     program = export_loop(loop, x, cond, batch=batch)
     from torch._inductor import aoti_compile_and_package
 

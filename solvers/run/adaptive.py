@@ -17,7 +17,7 @@ import numpy as np
 from fewstep.kernels import philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
-from fewstep.solvers.options import between, function, named, number, one_of
+from fewstep.solvers.options import between, flag, function, named, number, one_of
 from fewstep.solvers.plans.stages import Row, first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch, Outputs
@@ -84,7 +84,7 @@ _RANGES = {
     "pcoeff": (0.0, 10.0),
     "icoeff": (0.0, 10.0),
     "dcoeff": (0.0, 10.0),
-    "accept_safety": (0.01, 2.0),
+    "accept_safety": (0.01, 1.0),  # above 1 a rejected step would be tried again, longer
     "eta": (0.0, 10.0),
     "s_noise": (0.0, 10.0),
 }
@@ -378,6 +378,7 @@ def sample_adaptive(
         between(name, value, *_RANGES[name])
     pair = _checked_pair(solver, frame, eta)
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
+    flag("final_zero", final_zero)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
     for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
@@ -391,7 +392,10 @@ def sample_adaptive(
         raise ValueError(
             f"sigma_min = {low}, sigma_max = {high}: they must be increasing, from {_LEVELS[0]:g} to {_LEVELS[1]:g}"
         )
-    ends = Grid.from_sigmas(process, [high, low])
+    try:
+        ends = Grid.from_sigmas(process, [high, low])
+    except ValueError as error:  # beyond the process's own levels
+        raise ValueError(f"sigma_max = {high}, sigma_min = {low}: {error}") from None
     if device is None:
         device = device_of_inputs(denoiser, outer, cond)
     model = model_frame(denoiser, device)

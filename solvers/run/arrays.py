@@ -76,6 +76,9 @@ class Frame(Protocol):
     def shared(self, array: np.ndarray) -> Array:
         """`wrap`, for later calls in any mode of torch to write to."""
 
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        """The inverse of `bits`: NumPy's memory as an array of that dtype. CPU only."""
+
     def to_numpy(self, array: Array) -> np.ndarray:
         """A copy in float64."""
 
@@ -126,6 +129,9 @@ class NumpyFrame:
         return array
 
     shared = wrap
+
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        return memory.view(self._dtype(dtype))
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array, dtype=np.float64)
@@ -210,6 +216,9 @@ class TorchFrame:
     def shared(self, array: np.ndarray) -> Array:
         with self.torch.inference_mode(False):
             return self.torch.from_numpy(array)
+
+    def over(self, memory: np.ndarray, dtype: str) -> Array:
+        return self.torch.from_numpy(memory).view(getattr(self.torch, dtype))
 
     def to_numpy(self, array: Array) -> np.ndarray:
         return np.array(array.detach().cpu().double().numpy())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import sys
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import cache
 
 import numpy as np
 
 from fewstep.kernels import cpu
 from fewstep.solvers.options import named
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
@@ -21,13 +22,28 @@ from fewstep.solvers.run.network import frame_reached
 BACKENDS = ("auto", "naive", "numba", "triton")
 
 
-def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+def _sizes(shape: object, axes: str) -> tuple[int, ...]:
     try:
-        if isinstance(shape, Set):
-            raise TypeError("a set has no order")
-        sizes = tuple(operator.index(n) for n in shape)
+        if isinstance(shape, (Set, Mapping, str, bytes, bytearray)) or not isinstance(shape, Iterable):
+            raise TypeError("no sequence of ints")
+        sizes = [*shape]
+        if any(isinstance(n, (bool, np.bool_)) for n in sizes):
+            raise TypeError("a truth value is no size")
+        return tuple(map(operator.index, sizes))
     except TypeError:
-        raise TypeError(f"shape must be a sequence of ints (B, ...), got {shape!r}") from None
+        raise TypeError(f"shape must be a sequence of ints {axes}, got {shape!r:.80}") from None
+
+
+def check_sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of one sample, without the batch axis."""
+    sizes = _sizes(shape, "(C, H, W), without the batch axis")
+    if not sizes or any(n < 1 for n in sizes):
+        raise ValueError(f"shape must be that of one sample, with no empty axis, got {sizes}")
+    return sizes
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = _sizes(shape, "(B, ...)")
     if len(sizes) < 2 or any(n < 1 for n in sizes):
         raise ValueError(f"shape must be (B, ...) with a batch axis and no empty axis, got {sizes}")
     return sizes
@@ -55,12 +71,23 @@ def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] |
     return outer
 
 
+def check_plan(plan: object, denoiser: DenoiserLike) -> None:
+    """Raises TypeError or ValueError unless this is a plan on the denoiser's process."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
+    if plan.grid.process != denoiser.process:
+        raise ValueError(
+            f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
+            "make the grid with the denoiser's process"
+        )
+
+
 def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:
     if frame is None:
         raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+    _check_plain("x", x)
     if tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, the sampler was made for {shape}")
-    _check_plain("x", x)
     if frame.dtype_of(x) not in FLOATS:
         raise ValueError(f"x has dtype {frame.dtype_of(x)}; it must be one of {', '.join(FLOATS)}")
     if frame.dtype_of(x) == "float64" and dtype != "float64":
@@ -70,11 +97,13 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
 
 
 def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
-    if frame is None or not frame.is_array(out) or tuple(out.shape) != shape:
+    array = frame is not None and frame.is_array(out)
+    if array:
+        _check_plain("out", out)
+    if frame is None or not array or tuple(out.shape) != shape:
         raise ValueError(
             f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}"
         )
-    _check_plain("out", out)
     _check_writable(out)
     if frame.dtype_of(out) not in FLOATS:
         raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
@@ -89,6 +118,8 @@ def _check_plain(name: str, array: Array) -> None:
     layout = getattr(array, "layout", None)
     if layout is not None and layout is not sys.modules["torch"].strided:
         raise TypeError(f"{name} is a tensor of layout {layout}: pass {name}.to_dense()")
+    if getattr(array, "is_nested", False):
+        raise TypeError(f"{name} is a nested tensor, whose samples differ in shape: pass torch.stack({name}.unbind())")
 
 
 def _check_writable(out: Array) -> None:
@@ -100,8 +131,12 @@ def _check_writable(out: Array) -> None:
     else:
         if out.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
             raise ValueError("out is an inference tensor, which is read-only outside inference_mode: pass out.clone()")
-        if out.requires_grad and out.is_leaf:
-            raise ValueError("out is a leaf that requires grad, which cannot be written to: pass out.detach()")
+        if type(out).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
+            raise ValueError(
+                f"out is a {type(out).__name__}, which may have no memory to write to: pass a plain tensor"
+            )
+        if out.requires_grad:  # a leaf, a view of one, or a view that a split made: torch writes to none of them
+            raise ValueError("out requires grad, and torch may refuse to write to it: pass out.detach()")
         plain = out.is_contiguous()
         strides = () if plain else tuple(n * out.element_size() for n in out.stride())
     if plain:

@@ -94,7 +94,7 @@ class InLibrary:
         self.library = Library(namespace)
         self.frame: Frame = NumpyFrame() if str(device) == "cpu" else TorchFrame(device)
 
-    def __call__(self, x: Array, t: Array, **cond: Array) -> Array:
+    def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array:
         give = self.library.give
         return self.library.take(self.model(give(x), give(t), **mapped(give, cond)))
 

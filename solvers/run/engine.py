@@ -24,6 +24,8 @@ from fewstep.solvers.run.denoising import DenoiserLike, check_output, copies, pr
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
+_STORED = {"bfloat16": np.uint16, "float16": np.int16}  # as `Frame.bits` gives them
+
 NoiseSource = Callable[[int, Point, Point, tuple[int, ...]], Array]  # (draw, at, to, shape) -> z
 
 
@@ -112,15 +114,13 @@ class FusedRun:
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
         copies = max(job.copies(k) for k in range(len(job.tables)))
         # Two model inputs alternate: a model may return its input, or keep it until the next call.
-        self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
-        self.input_rows = [list(job.frame.bits(i).reshape(copies, batch, elements)) for i in self.inputs]
-        self.views = [self.inputs[k % 2][: job.copies(k) * batch] for k in range(len(job.tables))]
+        stored = np.dtype(_STORED.get(job.model_dtype, job.model_dtype))
+        self.inputs = [aligned((copies * batch, *job.shape[1:]), stored) for _ in range(2)]
+        self.input_rows = [list(rows.reshape(copies, batch, elements)) for rows in self.inputs]
         # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
-        block = job.frame.concatenate(job.times)
-        self.times = job.frame.bits(block)
-        self.true_times = self.times.copy()
-        ends = np.cumsum([len(t) for t in job.times]).tolist()
-        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        self.true_times = np.concatenate([job.frame.bits(t) for t in job.times])
+        self.times = self.true_times.copy()
+        self._view_inputs()
         # Looked up once: a small step would notice.
         self._fresh, self._address = job.frame.fresh, job.frame.address
         self._ready: dict[int, tuple[Array, Array]] = {}  # inputs of calls to come
@@ -136,6 +136,19 @@ class FusedRun:
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
         self.stage = cpu.stage(job.dtype, self.size)  # runs without compiled code until that is ready
+
+    def _view_inputs(self) -> None:
+        """The model's inputs, on memory that NumPy owns: torch frees a storage of its own when a model moves it."""
+        job = self.job
+        x_in = [job.frame.over(memory, job.model_dtype) for memory in self.inputs]
+        self.views = [x_in[k % 2][: job.copies(k) * job.batch] for k in range(len(job.tables))]
+        block = job.frame.over(self.times, job.time_dtype)
+        ends = np.cumsum([len(t) for t in job.times]).tolist()
+        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        # Of torch's storages; NumPy's arrays cannot be moved.
+        self.places = None
+        if job.frame.name == "torch":
+            self.places = [(x.data_ptr(), t.data_ptr()) for x, t in zip(self.views, self.t, strict=True)]
 
     def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]
@@ -198,7 +211,15 @@ class FusedRun:
         return buffer
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        return self._ready.pop(k, None) or (self._fresh(self.views[k]), self._fresh(self.t[k]))
+        x_in, t = self._ready.pop(k, None) or self._inputs(k)
+        if self.places is not None and (x_in.data_ptr(), t.data_ptr()) != self.places[k]:
+            self._view_inputs()  # a model moved them, by `share_memory_` or through a queue to another process
+            self._ready.clear()
+            return self._inputs(k)
+        return x_in, t
+
+    def _inputs(self, k: int) -> tuple[Array, Array]:
+        return self._fresh(self.views[k]), self._fresh(self.t[k])
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fewstep.solvers.options import warn
@@ -46,6 +46,41 @@ def warn_if_training(model: object) -> None:
                     "random: call network.eval() first"
                 )
                 return
+
+
+def without_own_graph(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch model whose outputs carry no graph that ends at the model's own x or t and nowhere else.
+
+    A model that calls `x.requires_grad_()`, for guidance by a gradient, makes such a graph. On a backend that records
+    gradients it would reach every later call, whose x would then be no leaf, and the result.
+    """
+    import torch
+
+    def call(x_in: Any, t: Any, /, **cond: Any) -> Any:
+        given = x_in.requires_grad or t.requires_grad or forward_ad._current_level >= 0
+        raw = model(x_in, t, **cond)
+        if given or not isinstance(raw, torch.Tensor) or not raw.requires_grad:
+            return raw
+        return raw.detach() if all(leaf is x_in or leaf is t for leaf in _leaves(raw)) else raw
+
+    forward_ad: Any = torch.autograd.forward_ad
+    return model if torch.compiler.is_compiling() else call
+
+
+def _leaves(result: torch.Tensor) -> Iterator[object]:
+    """The tensors that autograd's graph of a result ends at."""
+    if result.grad_fn is None:
+        yield result
+        return
+    nodes, seen = [result.grad_fn], set[object]()
+    while nodes:
+        node = nodes.pop()
+        if hasattr(node, "variable"):
+            yield node.variable
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
 
 
 def _is_random(module: torch.nn.Module) -> bool:

@@ -84,19 +84,24 @@ def _key(denoiser: DenoiserLike, state: str, frame: Frame, layout: Hashable, *ot
 
 
 # Names of other libraries' arguments -> what to write here.
+_GUIDED = "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)"
 _ELSEWHERE = {
-    "guidance": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "guidance_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "cfg_scale": "denoiser=denoiser.with_guidance({value!r}), and cond=(null, cond)",
-    "num_inference_steps": "steps={value!r}",
-    "num_steps": "steps={value!r}",
+    **dict.fromkeys(("guidance", "guidance_scale", "cfg", "cfg_scale", "cond_scale"), _GUIDED),
+    **dict.fromkeys(("num_inference_steps", "num_steps", "n_steps", "nfe"), "steps={value!r}"),
     "sigmas": "grid=fs.Grid.from_sigmas(denoiser.process, sigmas), with the end, 0, included",
     "timesteps": "grid=fs.Grid.from_times(denoiser.process, timesteps), with the clean end (process.clean.t) included",
-    "generator": "seed=0 (an int, or one per sample)",
-    "latents": "x=latents, at the level of the grid's first point",
+    **dict.fromkeys(
+        ("sigma_min", "sigma_max", "rho"), "grid=fs.grid(denoiser.process, steps, 'karras', {name}={value!r})"
+    ),
+    **dict.fromkeys(("generator", "rng", "random_state"), "seed=0 (an int, or one per sample)"),
+    **dict.fromkeys(("latents", "latent"), "x=latents, at the level of the grid's first point"),
     "scheduler": "solver= (fs.list_solvers()) and spacing= (fs.list_spacings())",
-    "sampler": "solver= (fs.list_solvers())",
-    "batch_size": "shape=(batch_size, ...)",
+    **dict.fromkeys(("sampler", "sampler_name", "method"), "solver= (fs.list_solvers())"),
+    **dict.fromkeys(("schedule", "use_karras_sigmas"), "spacing= (fs.list_spacings())"),
+    **dict.fromkeys(("batch_size", "num_samples", "size"), "shape=(batch_size, ...)"),
+    **dict.fromkeys(("denoise", "denoising_strength"), "strength={value!r}"),
+    **dict.fromkeys(("condition", "conditions", "conditioning"), "cond= (the model's keyword arguments)"),
+    **dict.fromkeys(("model_kwargs", "extra_args"), "cond= (the model's keyword arguments)"),
 }
 
 
@@ -140,8 +145,8 @@ def sample(
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
     for name, value in solver_options.items():
-        if name in _ELSEWHERE:
-            raise TypeError(f"sample has no argument {name!r}: pass {_ELSEWHERE[name].format(value=value)}")
+        if name in _ELSEWHERE and name not in get_solver(solver).options:
+            raise TypeError(f"sample has no argument {name!r}: pass {_ELSEWHERE[name].format(name=name, value=value)}")
     outer = check_source(denoiser, x, shape)
     process = denoiser.process
     if grid is None and spacing is None:
@@ -175,9 +180,10 @@ def sample(
         sampler = make(denoiser)
     else:
         made: list[Sampler] = []
+        forget = SAMPLERS.pop  # the module's names may be gone before the denoiser
 
         def make_weakly() -> Sampler:
-            made.append(make(weakref.proxy(denoiser, lambda _: SAMPLERS.pop(key))))
+            made.append(make(weakref.proxy(denoiser, lambda _: forget(key))))
             return made[0]
 
         sampler = kept(key, make_weakly)

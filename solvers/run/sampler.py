@@ -16,6 +16,7 @@ from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
     check_out,
+    check_plan,
     check_shape,
     model_frame,
     pick_backend,
@@ -49,8 +50,9 @@ class Sampler:
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
-              a result that is not finite or far too large, and of such outputs of the network in the first call. On by
-              default on a CPU, where each is one reduction; on a GPU True makes every call wait for the device
+              a result that is not finite or far too large, and of such outputs of the network in the first call; if no
+              sample is finite, raise ValueError. On by default on a CPU, where each is one reduction; on a GPU True
+              makes every call wait for the device
 
     Memory is allocated when the sampler is made and reused by every call; a call allocates only its result, and
     nothing with `out`. Concurrent calls from several threads are safe: each uses its own workspace.
@@ -106,13 +108,7 @@ class Sampler:
         self._now.fill()
 
     def _prepared(self, denoiser: DenoiserLike, plan: Plan, watched: bool = False) -> Prepared:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan must come from fewstep.plan(solver, grid), got {type(plan).__name__}")
-        if plan.grid.process != denoiser.process:
-            raise ValueError(
-                f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}: "
-                "make the grid with the denoiser's process"
-            )
+        check_plan(plan, denoiser)
         made = Prepared(self._compiler, denoiser, plan)
         for kept in {False, watched}:
             made.job(kept)

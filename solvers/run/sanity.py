@@ -96,6 +96,8 @@ def report(
 ) -> None:
     """Warn of a result that is not usual, and name the call: the run is made again, which calls the network again.
 
+    Raises ValueError instead if every sample holds NaN or inf: there is no result of use to return.
+
     x                      the result, in memory that the second run does not use
     latent, streams, cond  of the first run
     outside                whether the caller's `noise` gave its draws; the second run has zeros instead
@@ -106,7 +108,10 @@ def report(
         where = _first_unusual(limits, run, latent, streams, cond, outside)
     except Exception:  # a network that cannot be called twice
         where = None
-    warn(f"{what}: " + (where or "calling the network again did not show where they came from"))
+    message = f"{what}: " + (where or "calling the network again did not show where they came from")
+    if bad == len(x):
+        raise ValueError(f"{message} (check=False returns them)")
+    warn(message)
 
 
 def _first_unusual(

@@ -145,8 +145,9 @@ class Grid:
         if strength is None:
             if not 0.0 <= number(start) < 1.0:
                 raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
-            # 1 - k / steps, rounded, may be just below a whole number of steps.
-            skip = min(math.floor(start * self.steps + max(1e-9, 1e-15 * self.steps)), self.steps - 1)
+            # 1 - k / steps, rounded in the number's own precision, may be just below a whole number of steps.
+            precision = float(np.finfo(start.dtype).eps) if isinstance(start, np.floating) else 2.0**-52
+            skip = min(math.floor(float(start) * self.steps + max(1e-9, 4.0 * precision * self.steps)), self.steps - 1)
         else:
             if number(start) != 0.0:
                 raise ValueError(f"start = {start!r} and strength = {strength!r}: give one of them")

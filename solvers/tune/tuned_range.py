@@ -175,12 +175,16 @@ def tune_range(
     scales = list(scales) if isinstance(given, Iterable) else []
     if len(scales) < 2 or not all(number(a) < number(b) for a, b in pairwise(scales)):
         raise ValueError(f"scales must be at least two and increase, got {given!r:.80}")
+    try:
+        guided = [denoiser.with_guidance(scale) for scale in scales]  # all of them, before the first fit
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"scales: {error}") from None
     options: dict[str, Any] = {"shape": shape, "cond": cond, "device": device, "batch": batch, "cache": cache}
     plans: list[Plan] = []
-    for scale in scales:
+    for each in guided:
         fitted = bool(plans) and plans[-1].options["tuning"]["fitted"]
         base: str | Plan = plans[-1] if fitted else "auto"
-        plans.append(tune(denoiser.with_guidance(scale), nfe, seeds=seeds, base=base, progress=progress, **options))
+        plans.append(tune(each, nfe, seeds=seeds, base=base, progress=progress, **options))
     gains: list[float | None] = []
     for (a, b), (low, high) in zip(pairwise(scales), pairwise(plans), strict=True):
         if not (_rule(low) and _rule(low) == _rule(high)):

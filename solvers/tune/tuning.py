@@ -30,7 +30,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
 from fewstep.solvers.run.arrays import Array as ModelArray
-from fewstep.solvers.run.checks import check_shape
+from fewstep.solvers.run.checks import check_sample_shape
 from fewstep.solvers.run.conditions import leaves, name_of
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.grid import Grid
@@ -384,7 +384,7 @@ def tune(
     begin = time.perf_counter()
     check_denoiser(denoiser)
     resumed = check_arguments(base, nfe, seeds, what, batch)
-    check_shape((1, *shape) if isinstance(shape, Sequence) else shape)
+    shape = check_sample_shape(shape)
     if not isinstance(progress, bool):
         function("progress", progress)
     if not (isinstance(decouple, bool) or (isinstance(decouple, str) and decouple == "auto")):
