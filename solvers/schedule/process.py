@@ -114,6 +114,11 @@ class Process(Protocol):
         """The point at a value of `level`."""
 
 
+def math_of(value: float) -> Any:
+    """The module with the functions for a number: math, which is fast, or for an array NumPy."""
+    return math if isinstance(value, float) else np
+
+
 def float64(value: ArrayLike) -> FloatArray:
     """A float64 copy of numbers of any library; torch's may be bfloat16, require grad, or lie on a device."""
 
