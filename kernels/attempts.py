@@ -16,8 +16,8 @@ import numpy as np
 
 from fewstep.kernels import layout
 
-# The rows of a point: lambda = log(alpha / sigma); the process's t, alpha, sigma; the network's time and c_in; (a, b) of
-# the x0 prediction a x + b raw; `own` and `other` of the form, and F = fx x + fm m.
+# The rows of a point: lambda = log(alpha / sigma); the process's t, alpha, sigma; the network's time and c_in; (a, b)
+# of the x0 prediction a x + b raw; `own` and `other` of the form, and F = fx x + fm m.
 LAM, T, ALPHA, SIGMA, TIME, C_IN, A, B, OWN, OTHER, FX, FM = range(12)
 POINT = 12
 # The rows of `state`: known is 1 where F_1 has been computed at the start, taken where the last attempt was accepted,
@@ -33,12 +33,12 @@ B1, B2, B3, SAFETY, KEPT, CALLS, MOST_STEPS, MOST_CALLS = range(8)
 PROBLEM, AT, TAKEN_COUNT, FINAL_COUNT = range(4)
 NOT_FINITE, TOO_MANY_STEPS, TOO_MANY_CALLS = 1, 2, 3
 
-_COLUMNS, _RAW, _PREDICTION = layout.COLUMNS, layout.RAW, layout.PREDICTION
+_COLUMNS, _RAW, _RAWS, _PREDICTION = layout.COLUMNS, layout.RAW, layout.RAWS, layout.PREDICTION
 
 
 def moment(order: int, z: float) -> float:
     """M_order(z) = int_0^1 z e^(-z (1 - u)) u^order du for finite z, without cancellation at small z."""
-    if abs(z) >= 1.0:
+    if order == 0 or abs(z) >= 1.0:
         found = -math.expm1(-z)
         for n in range(1, order + 1):
             found = 1.0 - n * found / z
@@ -51,12 +51,15 @@ def moment(order: int, z: float) -> float:
     return total
 
 
-def propose(state: np.ndarray, c: np.ndarray, end: float, end_ratio: float, ratios: np.ndarray) -> None:
+def propose(
+    state: np.ndarray, c: np.ndarray, end: float, end_ratio: float, ratios: np.ndarray, points: np.ndarray
+) -> None:
     """The next step of each sample: h in lambda, cut at the last point.
 
     c       (K,) the nodes of the targets in the step
     end     lambda of the last point; a remainder below 1e-5 is merged into the last step (k-diffusion)
     ratios  (K, n), receives sigma / alpha at the nodes
+    points  (POINT, K, n), receives lambda at the nodes
     """
     for i in range(ratios.shape[1]):
         lam, h = state[START + LAM, i], state[H, i]
@@ -66,15 +69,16 @@ def propose(state: np.ndarray, c: np.ndarray, end: float, end_ratio: float, rati
         state[STEP, i] = h
         state[END + LAM, i] = end if final else lam + h
         for k in range(len(c)):
-            ratios[k, i] = end_ratio if final and c[k] == 1.0 else math.exp(-(lam + c[k] * h))
+            points[LAM, k, i] = lam + c[k] * h
+            ratios[k, i] = end_ratio if final and c[k] == 1.0 else math.exp(-points[LAM, k, i])
 
 
 def control(state: np.ndarray, norms: np.ndarray, numbers: np.ndarray, report: np.ndarray) -> None:
     """Accept or reject the attempt of each sample, and choose the size of its next step.
 
-    PID control as in k-diffusion: h <- h limit(e_n^-b1 e_(n-1)^-b2 e_(n-2)^-b3), limit(v) = 1 + atan(v - 1). The step is
-    accepted if the factor is at least `accept_safety`. e_n is the error of this step, e_(n-1) and e_(n-2) are those of
-    the last two accepted steps.
+    PID control as in k-diffusion: h <- h limit(e_n^-b1 e_(n-1)^-b2 e_(n-2)^-b3), limit(v) = 1 + atan(v - 1). The step
+    is accepted if the factor is at least `accept_safety`. e_n is the error of this step, e_(n-1) and e_(n-2) are those
+    of the last two accepted steps.
 
     norms   (n,) the errors in units of the tolerance
     report  (4,) int64, see above; the attempts behind a problem are not judged
@@ -138,12 +142,12 @@ def tables(
     shares   (J, n, raws), the weights of the network's outputs in each call
     folded   whether m is multiplied out
     kept     whether the last F has a row of its own
-    out      flat, of the state's dtype, with room for p.shape[1] samples: the c_in (J, n) and the times (J, n) of the calls, then
-             the table (n, rows, COLUMNS) of each stage
+    out      flat, of the state's dtype, with room for p.shape[1] samples: the c_in (J, n) and the times (J, n) of the
+             calls, then the table (n, rows, COLUMNS) of each stage. Columns that no stage uses are left alone
     p        (J, n, 4), receives the prediction of each call
     times    (J, n), receives the network's time of each call
     """
-    calls, samples, raws = shares.shape
+    calls, _, raws = shares.shape
     targets, basis = weights.shape[0], len(bases)
     width = p.shape[1]  # samples that the tables have room for
     n = points.shape[2]
@@ -166,8 +170,8 @@ def tables(
                 a = state[START + A, i] if start else points[A, call - 1, i]
                 b = state[START + B, i] if start else points[B, call - 1, i]
                 p[call, i, 0] = a
-                for g in range(raws):
-                    p[call, i, 1 + g] = b * shares[call, i, g]
+                for k in range(_RAWS):
+                    p[call, i, 1 + k] = b * shares[call, i, k] if k < raws else 0.0
                 times[call, i] = state[START + TIME, i] if start else points[TIME, call - 1, i]
                 out[call * width + i] = state[START + C_IN, i] if start else points[C_IN, call - 1, i]
                 out[(calls + call) * width + i] = times[call, i]
@@ -177,22 +181,24 @@ def tables(
             rows = reaches + own_row + (1 if last and stage > 1 else 0)
             for r in range(rows):
                 row = 2 * calls * width + (at * width + i * rows + r) * _COLUMNS
-                out[row : row + _COLUMNS] = 0.0
-                f[:] = 0.0
                 x = 0.0
                 if r < reaches:
                     x = points[OWN, call, i] / state[START + OWN, i]
                     for j in range(call + 1):
+                        total = 0.0
                         for m in range(basis):
-                            f[j] += weights[call, j, m] * mu[m]
-                        f[j] *= points[OTHER, call, i]
+                            total += weights[call, j, m] * mu[m]
+                        f[j] = total * points[OTHER, call, i]
                 elif r < reaches + own_row:
+                    for j in range(call):
+                        f[j] = 0.0
                     f[call] = 1.0
                 else:
                     for j in range(calls):
+                        total = 0.0
                         for m in range(basis):
-                            f[j] += error[j, m] * mu[m]
-                        f[j] *= points[OTHER, targets - 1, i]
+                            total += error[j, m] * mu[m]
+                        f[j] = total * points[OTHER, targets - 1, i]
                 out[row + 1] = x
                 for j in range(call if stage != 1 else 1):
                     out[row + 2 + j] = f[j]
@@ -200,7 +206,7 @@ def tables(
                     g = f[call] * fm
                     if folded:
                         out[row] = f[call] * fx + g * p[call, i, 0]
-                        for k in range(raws):
+                        for k in range(_RAWS):
                             out[row + _RAW + k] = g * p[call, i, 1 + k]
                     else:
                         out[row] = f[call] * fx

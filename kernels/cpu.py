@@ -134,9 +134,12 @@ _ERROR_NORM = Kernel(
     interpreted.error_norm,
     *(f"void({', '.join([f'{s}[:,::1]'] * 3)}, float64, float64, float64[::1])" for s in ("float32", "float64")),
 )
-_MATRIX, _VECTOR = "float64[:,::1]", "float64[::1]"
+_MATRIX, _VECTOR, _CUBE = "float64[:,::1]", "float64[::1]", "float64[:,:,::1]"
 PROPOSE = Kernel(
-    "numba_attempts", "propose", attempts.propose, f"void({_MATRIX}, {_VECTOR}, float64, float64, {_MATRIX})"
+    "numba_attempts",
+    "propose",
+    attempts.propose,
+    f"void({_MATRIX}, {_VECTOR}, float64, float64, {_MATRIX}, float64[:,:,::1])",
 )
 CONTROL = Kernel("numba_attempts", "control", attempts.control, f"void({_MATRIX}, {_VECTOR}, {_VECTOR}, int64[::1])")
 ROWS = Kernel(
@@ -144,8 +147,8 @@ ROWS = Kernel(
     "tables",
     attempts.tables,
     *(
-        f"void({_MATRIX}, float64[:,:,::1], {_MATRIX}, float64[:,:,::1], {_MATRIX}, float64, float64[:,:,::1], boolean, "
-        f"boolean, {s}[::1], float64[:,:,::1], {_MATRIX})"
+        f"void({_MATRIX}, {_CUBE}, {_MATRIX}, {_CUBE}, {_MATRIX}, float64, {_CUBE}, boolean, boolean, "
+        f"{s}[::1], {_CUBE}, {_MATRIX})"
         for s in ("float32", "float64")
     ),
 )
@@ -249,12 +252,12 @@ def threshold(
     out[:, 0], out[:, 1] = s, 1.0 / s
 
 
-def error_norm(error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float) -> np.ndarray:
-    """`naive.error_norm` of each sample, (B,) float64, of C-contiguous (B, n) of the state's dtype."""
-    out = np.empty(len(error))
+def error_norm(
+    error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float, out: np.ndarray
+) -> None:
+    """`naive.error_norm` of each sample in out (B,) float64, of C-contiguous (B, n) of the state's dtype."""
     _ERROR_NORM.request(error.size)
     _ERROR_NORM.run(error, low, before, float(rtol), float(atol), out)
-    return out
 
 
 def _addresses(raws: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,8 +16,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.stages import Row
 from fewstep.solvers.schedule.grid import Grid
@@ -65,7 +63,7 @@ COORDINATES: Mapping[str, Coordinates] = {
         flow_scale,
         lambda p: p.sigma / flow_scale(p),
         lambda p: _decay(p.sigma / flow_scale(p)),
-        lambda u: u / (1.0 - u) if isinstance(u, np.ndarray) or u < 1.0 else math.inf,
+        lambda u: u / (1.0 - u) if not isinstance(u, float) or u < 1.0 else math.inf,
     ),
     "logsnr": Coordinates(
         lambda p: p.alpha, lambda p: p.lam, lambda p: (-1.0, 1.0), lambda u: math_of(u).exp(-u), straight=False

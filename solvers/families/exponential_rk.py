@@ -132,8 +132,9 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     spans = list(itertools.pairwise((0.0, *tableau.c)))
     fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans] if eta else []
     found = []
-    z = form.sign * (1.0 + eta) * h
-    for c, a in zip(tableau.c, tableau.a(lambda n, c: moment(n, c * z)), strict=True):
+    scale = form.sign * (1.0 + eta) * h
+    weights = tableau.a(lambda n, c: moment(n, c * scale))
+    for c, a in zip(tableau.c, weights, strict=True):
         p = node(grid, s, t, c)
         x, other = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p)
         drawn = range(len(a) if eta else 0)

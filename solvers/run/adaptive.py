@@ -10,7 +10,7 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, points
 
 # --- the samples ---
 
@@ -119,98 +119,110 @@ class _Run:
         self.state = self.attempts.state
         self.counts = np.zeros((3, len(x)), np.int64)  # nfe, accepted and rejected of the finished samples
         self.inputs = inputs_of(batch.denoiser, options.ends.points)
+        assert options.pair.form is not None
+        self.form = options.pair.form
         self.state[rows.SAMPLE] = np.arange(len(x))
         self.state[rows.H] = h_init
-        start = options.ends.points[0]
-        point = Point(*(np.full((1, len(x)), v) for v in start))
-        self.state[rows.START : rows.END] = self._described(point)[:, 0]
+        self._view()
+        start, end = options.ends.points
+        self.end = end.lam, end.ratio
+        self._describe(points(*(np.full(self.ratios.shape, v) for v in start)))
+        self.state[rows.START : rows.END] = self.points[:, 0]
         self.state[rows.START + rows.LAM] = start.lam
+
+    def _view(self) -> None:
+        """What belongs to the n unfinished samples: parts of the states, and the targets of an attempt, (K, n)."""
+        n, state = self.attempts.n, self.state
+        self.lam, self.step = state[rows.START + rows.LAM, :n], state[rows.STEP, :n]
+        self.start = points(*state[rows.START + rows.T : rows.START + rows.SIGMA + 1, :n])
+        self.ratios = np.empty((len(self.options.pair.c), n))
+        self.points = np.empty((rows.POINT, *self.ratios.shape))
+        self.described = [self.points[row] for row in range(rows.POINT)]
+        self.denoised = self.points[rows.TIME : rows.B + 1]
 
     def __call__(self, x: Array) -> Array:
         """Integrate every sample from the first point of `ends` to the last. x is not modified."""
         o, attempts, state, result = self.options, self.attempts, self.state, x * 1.0
         report = np.zeros(4, np.int64)
+        todo: Sequence[int] = range(attempts.n)  # the samples without F_1
         while attempts.n:
             n = attempts.n
-            points, fresh = self._points(n)
-            attempts.prepare(points)
-            if not state[rows.KNOWN, :n].all():
-                attempts.first_calls(np.flatnonzero(state[rows.KNOWN, :n] == 0.0).tolist())
+            fresh = self._next_points()
+            attempts.prepare(self.points)
+            if todo:
+                attempts.first_calls(todo)
             attempts.run()
             norms = attempts.error_norms(o.rtol, o.atol)
-            starts = self._starts(n) if o.noise is not None and fresh is not None else []
+            starts = self._starts() if o.noise is not None and fresh is not None else []
             cpu.CONTROL.run(state, norms, o.control, report)
             problem, at, accepted, finished = report.tolist()
             if problem:
                 self._raise(problem, at, norms[at])
-            if accepted:
-                taken = range(n) if accepted == n else np.flatnonzero(state[rows.TAKEN, :n]).tolist()
+            taken = range(n) if accepted == n else np.flatnonzero(state[rows.TAKEN, :n]).tolist()
+            if taken:
                 attempts.accept(taken)
                 if fresh is not None:
-                    self._add_noise(taken, starts, fresh)
+                    self._add_noise(starts, fresh)
             if o.callback is not None:
                 o.callback(self._info(norms))
             if finished:
                 result = self._leave(result)
+                taken = np.flatnonzero(state[rows.TAKEN, : attempts.n]).tolist()
+            todo = [] if o.pair.kept else taken
         return result
 
-    def _points(self, n: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """The points of the next steps, and the standard deviation of the noise that follows each, if any does."""
-        o, state, pair = self.options, self.state, self.options.pair
-        ratios = np.empty((len(pair.c), n))
-        end = o.ends.points[-1]
-        cpu.PROPOSE.run(state, pair.c, end.lam, end.ratio, ratios)
-        process, keep = o.ends.process, None
-        lam, step = state[rows.START + rows.LAM, :n], state[rows.STEP, :n]
+    def _next_points(self) -> np.ndarray | None:
+        """Find the points of the next steps. Returns the standard deviation of the noise behind each, if any draws."""
+        o, pair, process, ratios = self.options, self.options.pair, self.options.ends.process, self.ratios
+        cpu.PROPOSE.run(self.state, pair.c, *self.end, ratios, self.points)
+        if pair.clock is None and not o.eta:
+            self._describe(process.point_at_sigma(ratios))
+            return None
+        inner, t = pair.c != 1.0, process.point_at_sigma(ratios[-1])
         if pair.clock is not None:
-            u = pair.clock.time(self._start(n))
-            step[...] = pair.clock.time(process.point_at_sigma(ratios[-1])) - u
-            inner = pair.c != 1.0
-            ratios[inner] = pair.clock.ratio(u + pair.c[inner, None] * step)
-        elif o.eta:
-            keep, fresh = self._split(process.point_at_sigma(ratios[-1]), n)
-            step -= np.log(keep)
-            ratios[:-1] = np.exp(-(lam + pair.c[:-1, None] * step))
-        points = self._described(process.point_at_sigma(ratios))
-        points[rows.LAM] = lam + pair.c[:, None] * step
-        if keep is None:
-            return points, None
-        points[rows.OTHER, -1] *= keep  # sigma at the end of the ODE's step
-        return points, o.s_noise * fresh * points[rows.SIGMA, -1]
+            u = pair.clock.time(self.start)
+            self.step[...] = pair.clock.time(t) - u
+            nodes: Any = u + pair.c[inner, None] * self.step
+            ratios[inner] = pair.clock.ratio(nodes)
+        else:
+            keep, fresh = self._split(t)
+            self.step -= np.log(keep)
+            ratios[inner] = np.exp(-(self.lam + pair.c[inner, None] * self.step))
+        self.points[rows.LAM, inner] = -np.log(ratios[inner])
+        self._describe(process.point_at_sigma(ratios))
+        if pair.clock is not None:
+            return None
+        self.points[rows.OTHER, -1] *= keep  # sigma at the end of the ODE's step
+        return np.asarray(o.s_noise * fresh * t.sigma)
 
-    def _start(self, n: int) -> Point:
-        return Point(*self.state[rows.START + rows.T : rows.START + rows.SIGMA + 1, :n])
-
-    def _described(self, at: Point) -> np.ndarray:
-        """The rows of points (K, n), without lambda."""
-        form = self.options.pair.form
-        found = np.empty((rows.POINT, *np.shape(at.sigma)))
-        found[rows.T], found[rows.ALPHA], found[rows.SIGMA] = at
-        self.inputs(at, found[rows.TIME : rows.B + 1])
+    def _describe(self, at: Point) -> None:
+        """Fill in the rows of points (K, n), but for lambda."""
+        form, rows_of = self.form, self.described
+        rows_of[rows.T][...], rows_of[rows.ALPHA][...], rows_of[rows.SIGMA][...] = at
+        self.inputs(at, self.denoised)
         f = form.row(at)
-        found[rows.OWN], found[rows.OTHER] = form.own(at), form.other(at)
-        found[rows.FX], found[rows.FM] = f["x"], f["m"]
-        return found
+        rows_of[rows.OWN][...], rows_of[rows.OTHER][...] = form.own(at), form.other(at)
+        rows_of[rows.FX][...], rows_of[rows.FM][...] = f["x"], f["m"]
 
-    def _split(self, t: Point, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def _split(self, t: Point) -> tuple[np.ndarray, np.ndarray]:
         """(keep, fresh), the fractions of sigma_t that a step to t keeps and draws. The last step draws nothing."""
-        s, last = self._start(n), self.state[rows.FINAL, :n] > 0.0
+        o, n = self.options, self.attempts.n
         keep, fresh = np.ones(n), np.zeros(n)
-        floor = self.options.ends.points[-1].ratio / t.ratio
-        for i in np.flatnonzero(~last):
-            keep[i], fresh[i] = ancestral_split(
-                *(Point(*(float(v[i]) for v in p)) for p in (s, t)), self.options.eta, "sigma"
-            )
+        floor: Any = o.ends.points[-1].ratio / t.ratio
+        both: Any = np.stack([self.start, t])  # (2, 3, n)
+        for i in np.flatnonzero(self.state[rows.FINAL, :n] == 0.0):
+            s_i, t_i = (Point(*point) for point in both[:, :, i].tolist())
+            keep[i], fresh[i] = ancestral_split(s_i, t_i, o.eta, "sigma")
             if keep[i] < floor[i]:  # the ODE step also stops at the end
                 keep[i], fresh[i] = floor[i], math.sqrt((1.0 - floor[i]) * (1.0 + floor[i]))
         return keep, fresh
 
-    def _starts(self, n: int) -> list[Point]:
-        return [Point(*at) for at in self.state[rows.START + rows.T : rows.START + rows.SIGMA + 1, :n].T.tolist()]
+    def _starts(self) -> list[Point]:
+        return [Point(*at) for at in np.stack(self.start, axis=1).tolist()]
 
     def _raise(self, problem: int, at: int, error: float) -> None:
         """Raise the error that `control` found at a sample."""
-        sample, made, accepted, rejected = (int(v) for v in self.state[: rows.REJECTED + 1, at])
+        sample, _, accepted, rejected = (int(v) for v in self.state[: rows.REJECTED + 1, at])
         t = self.state[rows.START + rows.T, at]
         if problem == rows.NOT_FINITE:
             raise ValueError(
@@ -229,7 +241,7 @@ class _Run:
         samples, nfe = (state[row, :n].astype(np.int64) for row in (rows.SAMPLE, rows.NFE))
         x = self.batch.outside(attempts.slots["x"] * 1.0)
         return AttemptInfo(
-            samples, tuple(self._starts(n)), x, norms, state[rows.TAKEN, :n] > 0.0, state[rows.H, :n].copy(), nfe
+            samples, tuple(self._starts()), x, norms, state[rows.TAKEN, :n] > 0.0, state[rows.H, :n].copy(), nfe
         )
 
     def _leave(self, result: Array) -> Array:
@@ -241,9 +253,10 @@ class _Run:
         self.counts[:, index] = state[rows.NFE : rows.REJECTED + 1, done]
         result = batch.put(result, index.tolist(), batch.take(self.attempts.slots["x"], done))
         self.attempts.keep(left)
+        self._view()
         return result
 
-    def _add_noise(self, taken: Sequence[int], starts: Sequence[Point], fresh: np.ndarray) -> None:
+    def _add_noise(self, starts: Sequence[Point], fresh: np.ndarray) -> None:
         """Ancestral noise; draw k of a sample belongs to its k-th accepted step."""
         n, noise, one = self.attempts.n, self.options.noise, (1, *self.batch.sample)
         scale = np.where(self.state[rows.TAKEN, :n] > 0.0, fresh, 0.0)
@@ -253,8 +266,8 @@ class _Run:
         if noise is None:
             z = self.batch.normals(self.streams[self.state[rows.SAMPLE, :n].astype(np.int64)], draw)
         else:
-            drawn, ends = np.zeros((n, *self.batch.sample)), self._starts(n)
-            for i in np.flatnonzero(scale):
+            drawn, ends = np.zeros((n, *self.batch.sample)), self._starts()
+            for i in np.flatnonzero(scale).tolist():
                 drawn[i] = outside_noise(noise, draw[i], starts[i], ends[i], one)[0]
             z = self.batch.array(drawn)
         self.attempts.add_noise(z, scale)

@@ -57,6 +57,8 @@ class Attempts:
 
     def __init__(self, batch: Batch, pair: Pair, ends: Grid, x: Array) -> None:
         denoiser = batch.denoiser
+        assert pair.form is not None
+        self.sign = pair.form.sign
         self.batch, self.pair, self.ends, self.n = batch, pair, ends, len(x)
         self.state = np.zeros((rows.STATE, self.n))
         self.stages, length = _stages(pair, self.n)
@@ -104,7 +106,7 @@ class Attempts:
             self._weigh(np.concatenate([start[None], points[rows.LAM, : self.pair.calls - 1]]))
         pair = self.pair
         cpu.ROWS.run(
-            self.state, points, pair.bases, pair.weights, pair.error, pair.form.sign, self.shares, self.folds,
+            self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
             pair.kept, self.block, self.p, self.times,
         )  # fmt: skip
         self.numbers = self.batch.functions.send(self.block)
@@ -128,7 +130,7 @@ class Attempts:
 
     # --- calls and stages ---
 
-    def first_calls(self, todo: list[int]) -> None:
+    def first_calls(self, todo: Sequence[int]) -> None:
         """F_1 of the samples at the positions `todo`, which have none yet."""
         if len(todo) == self.n:
             self._advance(0)
@@ -188,7 +190,7 @@ class Attempts:
 
     # --- between attempts ---
 
-    def accept(self, taken: list[int]) -> None:
+    def accept(self, taken: Sequence[int]) -> None:
         """Move the samples at these positions to the results of their steps."""
         moves = {"x": self.reached, "before": "low"} | ({"F1": f"F{self.pair.calls}"} if self.pair.kept else {})
         for name, result in moves.items():
@@ -247,7 +249,9 @@ class FusedAttempts(Attempts):
         self.kernel = cpu.stage(batch.dtype, x.size)
         self.serial = x.size <= words.SERIAL_ELEMENTS
         self.shape = (self.n, *batch.sample)
+        # Stages that need nothing of the network's outputs but their addresses.
         self.plain = self.folds and batch.denoiser.variance is None
+        self.norms = np.empty(self.n)
         self._address, self._fresh = batch.frame.address, batch.frame.fresh
         self._view()
         return self.slots
@@ -277,11 +281,15 @@ class FusedAttempts(Attempts):
         self.slots = {name: memory[: self.n] for name, memory in self.memory.items()}
         self.views = [v[: self.n] for v in self.inputs]
         self.shape = (self.n, *self.batch.sample)
+        self.high, self.low, self.error, self.before = (
+            self.slots[name] for name in (self.reached, "low", "error", "before")
+        )
 
     def _narrow(self, left: list[int]) -> None:
         for name in ("x", "before", "F1"):
             self.memory[name][: self.n] = self.memory[name][left]
         self._view()
+        self.norms = np.empty(self.n)
         for launch in (*self.launches, self.entry):
             launch.narrow(self.n)
 
@@ -295,35 +303,43 @@ class FusedAttempts(Attempts):
         j = max(k - 1, 0)
         if k == 0:
             self._run(self.entry)
-        raws = self._call(j, self.bound, self._fresh(self.views[j % 2]), self.t[j])
-        launch = self.launches[k]
-        memory, held = launch.memory, []
-        for i in range(layout.RAWS):
-            memory[words.RAW + i] = 0
+        x_in, t, launch = self._fresh(self.views[j % 2]), self.t[j], self.launches[k]
+        memory = launch.memory
+        if self.plain and len(self.branches[j]) == 1:  # at small sizes every line counts
+            (raw,) = self.bound(self.branches[j], x_in, t)
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[0] or raw.shape != self.shape:
+                check_output(raw, self.shape, self.batch.frame)
+                self._expect(0, raw)
+            memory[words.RAW], held = self._address(raw)
+            if self.serial:
+                self.kernel.run(memory, 0, launch.units)
+                return
+        else:
+            held = self._bind(k, self._call(j, self.bound, x_in, t))
+        self._run(launch, held)
+
+    def _bind(self, k: int, raws: Sequence[Array]) -> list[Array]:
+        """Point a launch to the network's outputs, and compute what its numbers take of them. Returns what to hold."""
+        j, memory, held = max(k - 1, 0), self.launches[k].memory, []
+        memory[words.RAW : words.RAW + layout.RAWS] = 0
         for i, raw in enumerate(raws):
             if raw.dtype is not self.raw_dtypes[i]:
-                self.raw_dtypes[i] = raw.dtype
-                for each in self.launches:
-                    each.memory[words.RAW_KIND + i] = words.kind_of(self.batch.frame.bits(raw))
+                self._expect(i, raw)
             memory[words.RAW + i], kept = self._address(raw)
             held.append(kept)
         if not self.folds:
             u = self.slots["x" if k == 0 else f"u{j}"]
-            inside = [self.batch.inside_of(raw) for raw in raws]
-            p, limit = self._prediction(j, u, inside, range(self.n))
+            p, limit = self._prediction(j, u, [self.batch.inside_of(raw) for raw in raws], range(self.n))
             self.own_p[: self.n] = p
             if limit is not None:
                 self.own_limit[: self.n] = limit
-        self._run(launch, held)
+        return held
 
-    def _call(self, j: int, bound: Call, x_in: Array, t: Array) -> Sequence[Array]:
-        branches = self.branches[j]
-        if len(branches) > 1 or not self.plain or x_in.shape != self.shape:
-            return super()._call(j, bound, x_in, t)
-        raws = bound(branches, x_in, t)
-        if getattr(raws[0], "dtype", None) is not self.raw_dtypes[0] or raws[0].shape != self.shape:
-            check_output(raws[0], self.shape, self.batch.frame)
-        return raws
+    def _expect(self, i: int, raw: Array) -> None:
+        """Set the dtype of network output i."""
+        self.raw_dtypes[i] = raw.dtype
+        for launch in self.launches:
+            launch.memory[words.RAW_KIND + i] = words.kind_of(self.batch.frame.bits(raw))
 
     def _write(self, name: str, at: Sequence[int], values: np.ndarray) -> None:
         if len(at) == self.n:
@@ -335,4 +351,15 @@ class FusedAttempts(Attempts):
         self._run(self.launches[1])
         for k in range(2, self.pair.calls + 1):
             self._advance(k)
-        np.add(self.slots[self.reached], self.slots["error"], out=self.slots["low"])
+        np.add(self.high, self.error, out=self.low)
+
+    def error_norms(self, rtol: float, atol: float) -> np.ndarray:
+        cpu.error_norm(self.error, self.low, self.before, rtol, atol, self.norms)
+        return self.norms
+
+    def accept(self, taken: Sequence[int]) -> None:
+        if self.pair.kept or len(taken) < self.n:
+            super().accept(taken)
+        else:
+            np.copyto(self.slots["x"], self.high)
+            np.copyto(self.before, self.low)

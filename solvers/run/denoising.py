@@ -184,8 +184,8 @@ def network_inputs(denoiser: DenoiserLike, points: Sequence[Point]) -> NetworkIn
 def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point, np.ndarray], None]:
     """A function that writes the network's t, c_in, a and b at points (any shape) to an array (4, ...).
 
-    A subclass may compute them for one point only: then each point is computed alone, which is slower. `ends` are points
-    to try that on.
+    A subclass may compute them for one point only: then each point is computed alone, which is slower. `ends` are
+    points to try that on.
     """
 
     def together(at: Point, out: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """Embedded pairs: two methods of different order on the same calls.
 
-The difference of their results estimates the error of the lower-order one. A pair is data: its weights as constants over
-functions of the step, from which `kernels.attempts` computes the rows of all samples at once.
+The difference of their results estimates the error of the lower-order one. A pair is data: its weights as constants
+over functions of the step, from which `kernels.attempts` computes the rows of all samples at once.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Pair(NamedTuple):
 
 
 class _Bases:
-    """Stands for the moments in a tableau: M_k(c z) is a unit vector, so that a weight is the vector of its constants."""
+    """The moments in a tableau as unit vectors, so that a weight is the vector of its constants."""
 
     def __init__(self) -> None:
         self.found: list[tuple[int, float]] = []

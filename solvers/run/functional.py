@@ -172,4 +172,6 @@ class NumbaFunctions(Functions):
         return limit
 
     def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
-        return cpu.error_norm(error, low, before, rtol, atol)
+        norms = np.empty(len(error))
+        cpu.error_norm(error, low, before, rtol, atol, norms)
+        return norms

@@ -92,6 +92,7 @@ class TritonFunctions(Functions):
         """One launch, and the only synchronisation of an attempt: the host decides from these numbers."""
         if (rtol, atol) != self._tolerance[0]:
             self._tolerance = (rtol, atol), [self.frame.array([v], "float64") for v in (rtol, atol)]
-        found = triton_reduce.error_norm(error, low, before, *self._tolerance[1], self.scratch)
+        relative, absolute = self._tolerance[1]
+        found = triton_reduce.error_norm(error, low, before, relative, absolute, self.scratch)
         norms: np.ndarray = found.cpu().numpy()
         return norms
