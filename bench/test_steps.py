@@ -128,6 +128,25 @@ def test_noise_beside_torch_randn(n, benchmark, report, one_thread):
     benchmark.pedantic(ours.run, rounds=20)
 
 
+@pytest.mark.parametrize("solver", ["dpm_solver_12", "dpm_solver_23"])
+def test_an_adaptive_attempt(solver, benchmark, report, one_thread):
+    """The host's part of an attempt: a run of many steps less one of few, with a network that costs nothing."""
+    denoiser = fs.Denoiser(lambda x, t: x, fs.EDM(), "sample")
+
+    def run(h):  # the controller's factor is 1, so that every step has this size
+        return fs.sample_adaptive(
+            denoiser, shape=(16, 4, 8, 8), solver=solver, seed=3, rtol=1.0, atol=1e3, h_init=h, icoeff=0.0,
+            accept_safety=0.5,
+        )  # fmt: skip
+
+    attempts = run(0.1).accepted[0] - run(1.0).accepted[0]
+    sides = [Side("many", lambda: run(0.1)), Side("few", lambda: run(1.0))]
+    many, few = (1e6 * statistics.median(s) for s in interleaved(sides, REPEATS, clock(1)))
+    each = (many - few) / attempts
+    report(f"an attempt of {solver} 16x4x8x8, host", each, 20.0, each / 20.0, ("<=", 1.0), "us")
+    benchmark.pedantic(sides[1].run, rounds=5)
+
+
 def seconds_of(code):
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

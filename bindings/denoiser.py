@@ -11,13 +11,15 @@ from itertools import pairwise
 from numbers import Real
 from typing import Any, Self, TypeGuard
 
+import numpy as np
+
 from fewstep.solvers.options import between, flag, number, one_of, warn
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output
 from fewstep.solvers.run.network import without_own_graph
-from fewstep.solvers.schedule.process import Flow, Point, Process
+from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
 
 Cond = Mapping[str, Any]
 
@@ -102,8 +104,13 @@ def _positive(name: str, value: object) -> float:
     return float(value)
 
 
+def _no_signal(at: Point) -> bool:
+    """Whether alpha is 0, at any of the points."""
+    return at.alpha == 0.0 if isinstance(at.alpha, float) else not np.all(at.alpha)
+
+
 def _epsilon(at: Point, sigma_data: float) -> tuple[float, float]:
-    if at.alpha == 0.0:
+    if _no_signal(at):
         raise ValueError(
             f"predicts='epsilon' does not determine x0 at alpha = 0 (t = {at.t:g}): use a model with predicts='v' or "
             "'sample', or a grid that starts below it (spacing='leading', or Grid.tail)"
@@ -125,14 +132,14 @@ def _flow(at: Point, sigma_data: float) -> tuple[float, float]:
 
 
 def _edm(at: Point, sigma_data: float) -> tuple[float, float]:
-    if at.alpha == 0.0:
+    if _no_signal(at):
         raise ValueError(
             f"predicts='edm' takes ln(sigma/alpha) as time input, infinite at alpha = 0 (t = {at.t:g}): use a grid "
             "that starts below it (spacing='logsnr', or Grid.tail)"
         )
     rho = at.sigma / at.alpha
     norm = rho**2 + sigma_data**2
-    return sigma_data**2 / norm / at.alpha, rho * sigma_data / math.sqrt(norm)
+    return sigma_data**2 / norm / at.alpha, rho * sigma_data / math_of(norm).sqrt(norm)
 
 
 # x0 prediction = a x + b raw: (point, sigma_data) -> (a, b)
@@ -269,8 +276,11 @@ class Denoiser:
         return self.guidance.weights(progress) if self.guidance else (1.0,)
 
     def prologue(self, at: Point) -> tuple[float, float]:
-        """(a, b) of the x0 prediction a x + b raw. Raises ValueError where raw does not determine x0."""
-        if self.predicts == "epsilon" and at.alpha == 0.0 and isinstance(self.process, Flow):
+        """(a, b) of the x0 prediction a x + b raw. Raises ValueError where raw does not determine x0.
+
+        This, `c_in` and `time` take one point, or arrays of points.
+        """
+        if self.predicts == "epsilon" and isinstance(self.process, Flow) and _no_signal(at):
             raise ValueError(
                 f"predicts='epsilon' does not determine x0 at alpha = 0 (t = {at.t:g}): a rectified-flow network "
                 "predicts the velocity eps - x0, predicts='flow'; else use a grid that starts below it (Grid.tail)"
@@ -281,7 +291,8 @@ class Denoiser:
         """The factor on x before the network."""
         if self.predicts != "edm":
             return 1.0
-        return 1.0 / math.hypot(at.sigma, self.sigma_data * at.alpha)
+        factor: float = 1.0 / math_of(at.sigma).hypot(at.sigma, self.sigma_data * at.alpha)
+        return factor
 
     def noise_factor(self, output: Any, number: float) -> Any:
         """The elementwise factor on a stage's noise from the network's variance output."""
@@ -289,7 +300,8 @@ class Denoiser:
 
     def time(self, at: Point) -> float:
         """The network's time input. Raises ValueError for a fractional time under an integer `time_dtype`."""
-        t = math.log(at.sigma / at.alpha) / 4.0 if self.predicts == "edm" else at.t * self.time_scale
+        edm = self.predicts == "edm"
+        t: float = math_of(at.sigma).log(at.sigma / at.alpha) / 4.0 if edm else at.t * self.time_scale
         if self.time_dtype in FLOATS or self.time_dtype is None:
             return t
         if abs(t - round(t)) > 1e-6:

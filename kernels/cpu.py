@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fewstep.kernels import interpreted
+from fewstep.kernels import attempts, interpreted
 from fewstep.kernels.launch import KINDS, SERIAL_ELEMENTS, kind_of
 
 
@@ -134,7 +134,26 @@ _ERROR_NORM = Kernel(
     interpreted.error_norm,
     *(f"void({', '.join([f'{s}[:,::1]'] * 3)}, float64, float64, float64[::1])" for s in ("float32", "float64")),
 )
-KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _MAGNITUDES, _ERROR_NORM)
+_MATRIX, _VECTOR, _CUBE = "float64[:,::1]", "float64[::1]", "float64[:,:,::1]"
+PROPOSE = Kernel(
+    "numba_attempts",
+    "propose",
+    attempts.propose,
+    f"void({_MATRIX}, {_VECTOR}, float64, float64, {_MATRIX}, float64[:,:,::1])",
+)
+CONTROL = Kernel("numba_attempts", "control", attempts.control, f"void({_MATRIX}, {_VECTOR}, {_VECTOR}, int64[::1])")
+ROWS = Kernel(
+    "numba_attempts",
+    "tables",
+    attempts.tables,
+    *(
+        f"void({_MATRIX}, {_CUBE}, {_MATRIX}, {_CUBE}, {_MATRIX}, float64, {_CUBE}, boolean, boolean, "
+        f"{s}[::1], {_CUBE}, {_MATRIX})"
+        for s in ("float32", "float64")
+    ),
+)
+ATTEMPTS = (PROPOSE, CONTROL, ROWS)
+KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _MAGNITUDES, _ERROR_NORM, *ATTEMPTS)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -164,6 +183,12 @@ def stage(dtype: str, size: int = 0) -> Kernel:
     """The fused stage for states of a dtype, asked to be compiled. size: elements of a stage, see `Kernel.request`."""
     STAGE[dtype].request(size)
     return STAGE[dtype]
+
+
+def request_attempts() -> None:
+    """Ask for the kernels of adaptive attempts to be compiled."""
+    for kernel in ATTEMPTS:
+        kernel.request()
 
 
 def normals(out: np.ndarray, streams: np.ndarray, draw: int, domain: int) -> None:
@@ -227,12 +252,12 @@ def threshold(
     out[:, 0], out[:, 1] = s, 1.0 / s
 
 
-def error_norm(error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float) -> np.ndarray:
-    """`naive.error_norm` of each sample, (B,) float64, of C-contiguous (B, n) of the state's dtype."""
-    out = np.empty(len(error))
+def error_norm(
+    error: np.ndarray, low: np.ndarray, before: np.ndarray, rtol: float, atol: float, out: np.ndarray
+) -> None:
+    """`naive.error_norm` of each sample in out (B,) float64, of C-contiguous (B, n) of the state's dtype."""
     _ERROR_NORM.request(error.size)
     _ERROR_NORM.run(error, low, before, float(rtol), float(atol), out)
-    return out
 
 
 def _addresses(raws: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

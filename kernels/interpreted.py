@@ -12,6 +12,7 @@ import numpy as np
 
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout, naive, philox
+from fewstep.kernels.attempts import control, propose, tables  # noqa: F401  the same source, not compiled
 
 _INT16 = words.KINDS.index(np.int16)
 _UINT16 = words.KINDS.index(np.uint16)

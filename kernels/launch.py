@@ -135,6 +135,13 @@ class Launch:
             other._hold(j, array)
         return other
 
+    def narrow(self, samples: int) -> None:
+        """From now on only the first `samples` rows of every array and table."""
+        own = self.memory[OWN_P : OWN_C_IN + 1]
+        own[own > 1] = samples
+        elements = int(self.memory[ELEMENTS])
+        self.units, self.size = resize(self.memory, samples, elements), samples * elements
+
     def __call__(self, stage: Stage, keep: object = None) -> None:
         """keep: what holds the arrays alive that `memory` was pointed to."""
         launch(stage, self.memory, self.units, self.size, (self.held, keep))

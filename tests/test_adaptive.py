@@ -11,8 +11,8 @@ import pytest
 from oracles import adaptive as oracle
 
 import fewstep as fs
-from fewstep.kernels import philox
-from fewstep.solvers.run.embedded import PAIRS, Controller
+from fewstep.kernels import attempts, cpu, philox
+from fewstep.solvers.run.embedded import PAIRS
 
 SOLVERS = tuple(PAIRS)
 PROCESSES = {"edm": fs.EDM(), "vp": fs.VP.linear(), "flow": fs.Flow()}
@@ -40,7 +40,7 @@ class Recorder:
 
     def __call__(self, x: Any, t: Any, k: Any = 1.0) -> Any:
         self.times.append(np.array(t.tolist()))
-        self.inputs.append(x)
+        self.inputs.append(x + 0.0)  # a copy: the next call but one may have its input in the same memory
         lib: Any = np
         if not isinstance(x, np.ndarray):
             import torch as lib
@@ -192,9 +192,12 @@ def test_dormand_prince_is_scipys_pair(tol):
 
 def test_a_rejected_last_step_shrinks_from_what_was_tried():
     """k-diffusion shrinks the uncut step, and repeats the same cut step until the uncut one is shorter."""
-    ours = Controller.of(8.0, 0.0, 1.0, 0.0, 2, 0.81)
-    assert not ours.propose(4.0, 0.5)
-    assert ours.h < 0.5
+    state, report = np.zeros((attempts.STATE, 1)), np.zeros(4, np.int64)
+    state[attempts.H], state[attempts.END + attempts.LAM] = 8.0, 0.5
+    numbers = np.array([0.5, -0.0, 0.0, 0.81, 0.0, 2.0, 100.0, 100.0])  # the integral term alone, of a pair of order 2
+    cpu.CONTROL.run(state, np.array([4.0]), numbers, report)
+    assert state[attempts.REJECTED, 0] == 1.0
+    assert state[attempts.H, 0] < 0.5
     theirs = oracle.PID(8.0, 0.0, 1.0, 0.0, 2, 0.81)
     assert not theirs.accept(4.0)
     assert theirs.h > 0.5
@@ -570,7 +573,8 @@ def test_nan_and_endless_steps_are_errors():
     for options, most in (({}, 1000), ({"max_calls": 40}, 40)):
         calls.clear()
         with pytest.raises(RuntimeError, match=rf"sample \d has come to t = .* in max_calls = {most} calls"):
-            fs.sample_adaptive(denoiser, x, rtol=1e-9, atol=1e-9, **options)
+            # One sample: of two, one is called alone where only the other's last step was rejected.
+            fs.sample_adaptive(denoiser, x[:1], rtol=1e-9, atol=1e-9, **options)
         assert most <= len(calls) <= most + 2  # the attempt under way is finished
 
 

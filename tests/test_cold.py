@@ -143,6 +143,34 @@ def test_a_run_changes_tiers_without_changing_bits(
         assert sampler(seed=5, cond=cond, callback=change).tobytes() == want
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("dpm_solver_12", {"pcoeff": 0.2, "dcoeff": 0.1}),
+        ("dpm_solver_23", {"eta": 0.8}),
+        ("dormand_prince", {"frame": "flow"}),
+        ("dormand_prince", {"frame": "logsnr"}),
+    ],
+)
+def test_adaptive_attempts_are_the_same_interpreted(
+    solver: str, options: dict[str, object], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(x: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return 0.6 * np.tanh(x / (0.2 + t[:, None])).astype(x.dtype)
+
+    denoiser = fs.Denoiser(network, fs.EDM(), "sample", guidance=None)
+    call = {"shape": (3, 6), "seed": 5, "rtol": 1e-3, "atol": 1e-3, "h_init": 2.0, "dtype": dtype, "backend": "numba"}
+    want = fs.sample_adaptive(denoiser, solver=solver, **call, **options)
+    assert all(kernel.compiled for kernel in cpu.ATTEMPTS)
+    assert want.rejected.any()
+    for kernel in cpu.KERNELS:
+        monkeypatch.setattr(kernel, "run", getattr(interpreted, kernel.twin))
+    found = fs.sample_adaptive(denoiser, solver=solver, **call, **options)
+    for a, b in zip(found, want, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 def test_bridges_and_normals_are_the_same_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = fs.BrownianTree(11, log_snr_range=(-6.0, 6.0))
     point = fs.VP.linear().point(400.0)

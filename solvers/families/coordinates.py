@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.stages import Row
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Flow, Point
+from fewstep.solvers.schedule.process import Flow, Point, math_of
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """y = x / scale and its time u.
+    """y = x / scale and its time u, of one point or of arrays of points.
 
     scale       scale at a point
     time        u at a point
@@ -63,10 +63,10 @@ COORDINATES: Mapping[str, Coordinates] = {
         flow_scale,
         lambda p: p.sigma / flow_scale(p),
         lambda p: _decay(p.sigma / flow_scale(p)),
-        lambda u: u / (1.0 - u) if u < 1.0 else math.inf,
+        lambda u: u / (1.0 - u) if not isinstance(u, float) or u < 1.0 else math.inf,
     ),
     "logsnr": Coordinates(
-        lambda p: p.alpha, lambda p: p.lam, lambda p: (-1.0, 1.0), lambda u: math.exp(-u), straight=False
+        lambda p: p.alpha, lambda p: p.lam, lambda p: (-1.0, 1.0), lambda u: math_of(u).exp(-u), straight=False
     ),
 }
 

@@ -22,6 +22,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from fewstep.kernels.attempts import moment
 from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
 from fewstep.solvers.plans.registry import Memory, solver
@@ -215,16 +216,8 @@ def shift_noise_history(s: Point, k: int, depth: int) -> History:
 def moments(z: float, count: int) -> list[float]:
     """M_0 .. M_count of the kernel z e^(-z (1 - u)) for finite z != 0, without cancellation at small z."""
     if abs(z) >= 1.0:
-        found = [-math.expm1(-z)]
-        for n in range(1, count + 1):
-            found.append(1.0 - n * found[-1] / z)
-        return found
-    term = z / (count + 1)
-    total, k = 0.0, 0
-    while abs(term) > 1e-18 * abs(z):
-        total, k = total + term, k + 1
-        term *= -z / (count + k + 1)
-    found = [total]
+        return [moment(n, z) for n in range(count + 1)]
+    found = [moment(count, z)]
     for n in range(count, 0, -1):
         found.append((1.0 - found[-1]) * z / n)
     return found[::-1]

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import NamedTuple
 
-from fewstep.solvers.families.exponential import FIRST_MOMENT, exponential_row, moments, noise_prediction
+from fewstep.kernels.attempts import moment
+from fewstep.solvers.families.exponential import exponential_row, noise_prediction
 from fewstep.solvers.families.renoise import renoised
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.plans.stages import Row, Stage
@@ -27,22 +28,31 @@ from fewstep.solvers.schedule.process import Point
 # --- tableaux ---
 
 
+Moments = Callable[[int, float], float]  # (n, c) -> M_n(c z)
+
+
 class ExponentialTableau(NamedTuple):
-    """The nodes c_1 .. c_p = 1 and the weights a(z); row i of a has i entries."""
+    """The nodes c_1 .. c_p = 1 and the weights a(M), linear in the moments M(n, c) = M_n(c z); row i has i entries."""
 
     c: tuple[float, ...]
-    a: Callable[[float], tuple[tuple[float, ...], ...]]
+    a: Callable[[Moments], tuple[tuple[float, ...], ...]]
 
 
-FIRST_ORDER = ExponentialTableau((1.0,), lambda z: ((-math.expm1(-z),),))
+FIRST_ORDER = ExponentialTableau((1.0,), lambda m: ((m(0, 1.0),),))
+
+# M_1 for the slope of F, by rule.
+SLOPE: Mapping[str, Callable[[Moments], float]] = {
+    "heun": lambda m: m(1, 1.0),  # exact
+    "midpoint": lambda m: m(0, 1.0) / 2.0,
+}
 
 
 def second_order(r1: float, rule: str) -> ExponentialTableau:
     """One inner call, at r1. The slope (F_1 - F_0) / r1 is weighed by M_1 ("heun") or M_0 / 2 ("midpoint")."""
 
-    def a(z: float) -> tuple[tuple[float, ...], ...]:
-        b = FIRST_MOMENT[rule](z) / r1
-        return (-math.expm1(-r1 * z),), (-math.expm1(-z) - b, b)
+    def a(m: Moments) -> tuple[tuple[float, ...], ...]:
+        b = SLOPE[rule](m) / r1
+        return (m(0, r1),), (m(0, 1.0) - b, b)
 
     return ExponentialTableau((r1, 1.0), a)
 
@@ -53,14 +63,13 @@ def third_order(r1: float, r2: float, variant: str) -> ExponentialTableau:
     The error of the call at r1 cancels only for r2 = 2/3: with any other r2 both variants have order 2.
     """
 
-    def a(z: float) -> tuple[tuple[float, ...], ...]:
-        a2 = r2 / r1 * moments(r2 * z, 1)[1]
-        m0, m1, m2 = moments(z, 2)
-        b1, b2 = 0.0, m1 / r2
+    def a(m: Moments) -> tuple[tuple[float, ...], ...]:
+        a2 = r2 / r1 * m(1, r2)
+        b1, b2 = 0.0, m(1, 1.0) / r2
         if variant == "taylor":
-            b1 = (r2 * m1 - m2) / (r1 * (r2 - r1))
-            b2 = (m2 - r1 * m1) / (r2 * (r2 - r1))
-        return (-math.expm1(-r1 * z),), (-math.expm1(-r2 * z) - a2, a2), (m0 - b1 - b2, b1, b2)
+            b1 = (r2 * m(1, 1.0) - m(2, 1.0)) / (r1 * (r2 - r1))
+            b2 = (m(2, 1.0) - r1 * m(1, 1.0)) / (r2 * (r2 - r1))
+        return (m(0, r1),), (m(0, r2) - a2, a2), (m(0, 1.0) - b1 - b2, b1, b2)
 
     return ExponentialTableau((r1, r2, 1.0), a)
 
@@ -123,7 +132,9 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     spans = list(itertools.pairwise((0.0, *tableau.c)))
     fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans] if eta else []
     found = []
-    for c, a in zip(tableau.c, tableau.a(form.sign * (1.0 + eta) * h), strict=True):
+    scale = form.sign * (1.0 + eta) * h
+    weights = tableau.a(lambda n, c: moment(n, c * scale))
+    for c, a in zip(tableau.c, weights, strict=True):
         p = node(grid, s, t, c)
         x, other = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p)
         drawn = range(len(a) if eta else 0)

@@ -10,17 +10,19 @@ import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fewstep.kernels import philox
+from fewstep.kernels import attempts as rows
+from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import between, flag, function, named, number, one_of
-from fewstep.solvers.plans.stages import Row, first_order
+from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
-from fewstep.solvers.run.batch import SEEN, Batch, Outputs
+from fewstep.solvers.run.attempts import BEFORE_END, Attempts, FusedAttempts
+from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
@@ -31,12 +33,12 @@ from fewstep.solvers.run.checks import (
     pick_backend,
 )
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import Condition, DenoiserLike
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, inputs_of
 from fewstep.solvers.run.dlpack import any_library
-from fewstep.solvers.run.embedded import PAIRS, Attempt, Controller, Pair
+from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, points
 
 # --- the samples ---
 
@@ -90,220 +92,185 @@ _RANGES = {
 }
 _LEVELS = (1e-12, 1e12)  # of sigma_min and sigma_max
 
-# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
-_BEFORE_END = math.nextafter(1.0, 0.0)
-
-
-@dataclass
-class _Sample:
-    """The state of one sample. `known`: whether F_1 at its point has been computed."""
-
-    index: int
-    at: Point
-    control: Controller
-    known: bool = False
-    nfe: int = 0
-    accepted: int = 0
-    rejected: int = 0
-
-
-class _Step(NamedTuple):
-    """A step to t: the ODE step ends at `down`, then noise of standard deviation `fresh` raises it to t's level."""
-
-    t: Point
-    down: Point
-    fresh: float
-
 
 @dataclass(frozen=True)
 class _Options:
     """The options shared by all samples."""
 
     pair: Pair
-    frame: str
     ends: Grid
     rtol: float
     atol: float
     eta: float
     s_noise: float
-    max_attempts: int
-    max_calls: int
+    control: np.ndarray  # see `kernels.attempts.control`
     noise: NoiseSource | None = None
     callback: Callable[[AttemptInfo], object] | None = None
 
 
-def next_step(ends: Grid, s: Point, h: float, eta: float) -> _Step:
-    """The step from s by h in log-SNR, cut at the end of the grid."""
-    end = ends.points[-1]
-    # A remainder below 1e-5 is merged into the last step (k-diffusion).
-    last = s.lam + h > end.lam - 1e-5
-    t = end if last else ends.process.point_at_sigma(s.ratio * math.exp(-h))
-    if eta == 0.0 or last:
-        return _Step(t, t, 0.0)
-    keep, fresh = ancestral_split(s, t, eta, "sigma")
-    floor = end.ratio / t.ratio
-    if keep < floor:  # the ODE step also stops at the end
-        keep, fresh = floor, math.sqrt((1.0 - floor) * (1.0 + floor))
-    return _Step(t, Point(t.t, t.alpha, keep * t.sigma), fresh * t.sigma)
-
-
 class _Run:
-    """The loop over attempts. Slots hold the unfinished samples, in the order of `samples`."""
+    """The loop over attempts. The states are one array, whose first n columns are the unfinished samples."""
 
-    def __init__(self, batch: Batch, options: _Options, samples: list[_Sample], streams: np.ndarray) -> None:
-        self.batch, self.options, self.samples, self.streams = batch, options, samples, streams
+    def __init__(self, batch: Batch, options: _Options, x: Array, h_init: float, streams: np.ndarray) -> None:
+        self.batch, self.options, self.streams = batch, options, streams
+        self.attempts = (FusedAttempts if batch.functions.backend == "numba" else Attempts)(
+            batch, options.pair, options.ends, x
+        )
+        self.state = self.attempts.state
+        self.counts = np.zeros((3, len(x)), np.int64)  # nfe, accepted and rejected of the finished samples
+        self.inputs = inputs_of(batch.denoiser, options.ends.points)
+        assert options.pair.form is not None
+        self.form = options.pair.form
+        self.state[rows.SAMPLE] = np.arange(len(x))
+        self.state[rows.H] = h_init
+        self._view()
+        start, end = options.ends.points
+        self.end = end.lam, end.ratio
+        self._describe(points(*(np.full(self.ratios.shape, v) for v in start)))
+        self.state[rows.START : rows.END] = self.points[:, 0]
+        self.state[rows.START + rows.LAM] = start.lam
+
+    def _view(self) -> None:
+        """What belongs to the n unfinished samples: parts of the states, and the targets of an attempt, (K, n)."""
+        n, state = self.attempts.n, self.state
+        self.lam, self.step = state[rows.START + rows.LAM, :n], state[rows.STEP, :n]
+        self.start = points(*state[rows.START + rows.T : rows.START + rows.SIGMA + 1, :n])
+        self.ratios = np.empty((len(self.options.pair.c), n))
+        self.points = np.empty((rows.POINT, *self.ratios.shape))
+        self.described = [self.points[row] for row in range(rows.POINT)]
+        self.denoised = self.points[rows.TIME : rows.B + 1]
 
     def __call__(self, x: Array) -> Array:
         """Integrate every sample from the first point of `ends` to the last. x is not modified."""
-        o, batch, result = self.options, self.batch, x * 1.0
-        before, f1 = x, x * 0.0
-        while self.samples:
-            starts = [sample.at for sample in self.samples]
-            steps = [next_step(o.ends, sample.at, sample.control.h, o.eta) for sample in self.samples]
-            attempts = [
-                o.pair.attempt(o.ends, sample.at, step.down, o.frame)
-                for sample, step in zip(self.samples, steps, strict=True)
-            ]
-            f1 = self._first_calls(x, f1, attempts[0].row)
-            high, error, last = self._attempt(x, f1, attempts)
-            low = high + error
-            norms = batch.functions.error_norms(error, low, before, o.rtol, o.atol)
-            taken = [i for i, norm in enumerate(norms) if self._judge(self.samples[i], steps[i].t, norm)]
+        o, attempts, state, result = self.options, self.attempts, self.state, x * 1.0
+        report = np.zeros(4, np.int64)
+        todo: Sequence[int] = range(attempts.n)  # the samples without F_1
+        while attempts.n:
+            n = attempts.n
+            fresh = self._next_points()
+            attempts.prepare(self.points)
+            if todo:
+                attempts.first_calls(todo)
+            attempts.run()
+            norms = attempts.error_norms(o.rtol, o.atol)
+            starts = self._starts() if o.noise is not None and fresh is not None else []
+            cpu.CONTROL.run(state, norms, o.control, report)
+            problem, at, accepted, finished = report.tolist()
+            if problem:
+                self._raise(problem, at, norms[at])
+            taken = range(n) if accepted == n else np.flatnonzero(state[rows.TAKEN, :n]).tolist()
             if taken:
-                old, new = {"x": x, "before": before, "F1": f1}, {"x": high, "before": low, "F1": last}
-                x, before, f1 = self._moved(old, new, taken, starts, steps)
+                attempts.accept(taken)
+                if fresh is not None:
+                    self._add_noise(starts, fresh)
             if o.callback is not None:
-                o.callback(self._info(x, norms, taken))
-            done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
-            if done:
-                result = batch.put(result, [self.samples[i].index for i in done], batch.take(x, done))
-                left = [i for i in range(len(self.samples)) if i not in done]
-                self.samples = [self.samples[i] for i in left]
-                if left:
-                    x, before, f1 = (batch.take(v, left) for v in (x, before, f1))
+                o.callback(self._info(norms))
+            if finished:
+                result = self._leave(result)
+                taken = np.flatnonzero(state[rows.TAKEN, : attempts.n]).tolist()
+            todo = [] if o.pair.kept else taken
         return result
 
-    def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
-        """Call the denoiser on some of the unfinished samples."""
-        chosen = [self.samples[i] for i in rows]
-        for sample in chosen:
-            sample.nfe += 1
-        low, high = self.options.ends.lam.tolist()
-        progress = [min((p.lam - low) / (high - low), _BEFORE_END) for p in points]
-        return self.batch.call([sample.index for sample in chosen], u, points, progress)
+    def _next_points(self) -> np.ndarray | None:
+        """Find the points of the next steps. Returns the standard deviation of the noise behind each, if any draws."""
+        o, pair, process, ratios = self.options, self.options.pair, self.options.ends.process, self.ratios
+        cpu.PROPOSE.run(self.state, pair.c, *self.end, ratios, self.points)
+        if pair.clock is None and not o.eta:
+            self._describe(process.point_at_sigma(ratios))
+            return None
+        inner, t = pair.c != 1.0, process.point_at_sigma(ratios[-1])
+        if pair.clock is not None:
+            u = pair.clock.time(self.start)
+            self.step[...] = pair.clock.time(t) - u
+            nodes: Any = u + pair.c[inner, None] * self.step
+            ratios[inner] = pair.clock.ratio(nodes)
+        else:
+            keep, fresh = self._split(t)
+            self.step -= np.log(keep)
+            ratios[inner] = np.exp(-(self.lam + pair.c[inner, None] * self.step))
+        self.points[rows.LAM, inner] = -np.log(ratios[inner])
+        self._describe(process.point_at_sigma(ratios))
+        if pair.clock is not None:
+            return None
+        self.points[rows.OTHER, -1] *= keep  # sigma at the end of the ODE's step
+        return np.asarray(o.s_noise * fresh * t.sigma)
 
-    def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> Array:
-        """F_1 of all samples; computed for those without one."""
-        todo = [i for i, sample in enumerate(self.samples) if not sample.known]
-        if todo:
-            u, points = self.batch.take(x, todo), [self.samples[i].at for i in todo]
-            outputs = self._call(todo, u, points)
-            found = self.batch.map([{"F1": _seen(row(p))} for p in points], {SEEN: u}, outputs)["F1"]
-            f1 = self.batch.put(f1, todo, found)
-        for i in todo:
-            self.samples[i].known = True
-        return f1
+    def _describe(self, at: Point) -> None:
+        """Fill in the rows of points (K, n), but for lambda."""
+        form, rows_of = self.form, self.described
+        rows_of[rows.T][...], rows_of[rows.ALPHA][...], rows_of[rows.SIGMA][...] = at
+        self.inputs(at, self.denoised)
+        f = form.row(at)
+        rows_of[rows.OWN][...], rows_of[rows.OTHER][...] = form.own(at), form.other(at)
+        rows_of[rows.FX][...], rows_of[rows.FM][...] = f["x"], f["m"]
 
-    def _attempt(self, x: Array, f1: Array, attempts: Sequence[Attempt]) -> tuple[Array, Array, Array]:
-        """One step of every sample: the results, the errors, and F of the last call."""
-        slots = {"x": x, "F1": f1}
-        slots |= self.batch.map([{SEEN: _sum(a.targets[0].x, a.targets[0].f)} for a in attempts], slots)
-        calls, leads = len(attempts[0].error), len(attempts[0].targets)
-        for j in range(1, calls):
-            points = [a.targets[j - 1].to for a in attempts]
-            outputs = self._call(range(len(points)), slots[SEEN], points)
-            rows: list[dict[str, Row]] = []
-            for a, p in zip(attempts, points, strict=True):
-                here = _seen(a.row(p))
-                own: dict[str, Row] = {f"F{j + 1}": here}
-                if j < leads:
-                    own[SEEN] = _sum(a.targets[j].x, a.targets[j].f, here)
-                if j + 1 == calls:
-                    own["error"] = _sum(0.0, a.error, here)
-                rows.append(own)
-            slots |= self.batch.map(rows, slots, outputs)
-        return slots[SEEN], slots["error"], slots[f"F{calls}"]
+    def _split(self, t: Point) -> tuple[np.ndarray, np.ndarray]:
+        """(keep, fresh), the fractions of sigma_t that a step to t keeps and draws. The last step draws nothing."""
+        o, n = self.options, self.attempts.n
+        keep, fresh = np.ones(n), np.zeros(n)
+        floor: Any = o.ends.points[-1].ratio / t.ratio
+        both: Any = np.stack([self.start, t])  # (2, 3, n)
+        for i in np.flatnonzero(self.state[rows.FINAL, :n] == 0.0):
+            s_i, t_i = (Point(*point) for point in both[:, :, i].tolist())
+            keep[i], fresh[i] = ancestral_split(s_i, t_i, o.eta, "sigma")
+            if keep[i] < floor[i]:  # the ODE step also stops at the end
+                keep[i], fresh[i] = floor[i], math.sqrt((1.0 - floor[i]) * (1.0 + floor[i]))
+        return keep, fresh
 
-    def _judge(self, sample: _Sample, t: Point, error: float) -> bool:
-        """Accept or reject a step: updates the sample's point, counts and step size."""
-        if not math.isfinite(error):
+    def _starts(self) -> list[Point]:
+        return [Point(*at) for at in np.stack(self.start, axis=1).tolist()]
+
+    def _raise(self, problem: int, at: int, error: float) -> None:
+        """Raise the error that `control` found at a sample."""
+        sample, _, accepted, rejected = (int(v) for v in self.state[: rows.REJECTED + 1, at])
+        t = self.state[rows.START + rows.T, at]
+        if problem == rows.NOT_FINITE:
             raise ValueError(
-                f"the error estimate of sample {sample.index} at t = {sample.at.t:.6g} is {error}: "
-                "the network returned NaN or inf"
+                f"the error estimate of sample {sample} at t = {t:.6g} is {error}: the network returned NaN or inf"
             )
-        accepted = sample.control.propose(error, t.lam - sample.at.lam)
-        sample.accepted += accepted
-        sample.rejected += not accepted
-        if accepted:
-            sample.at, sample.known = t, self.options.pair.kept
-        at_end = accepted and t == self.options.ends.points[-1]
-        for name, unit, made in (
-            ("max_attempts", "steps", sample.accepted + sample.rejected),
-            ("max_calls", "calls", sample.nfe),
-        ):
-            most: int = getattr(self.options, name)
-            if made >= most and not at_end:
-                raise RuntimeError(
-                    f"sample {sample.index} has come to t = {sample.at.t:.6g} in {name} = {most} {unit}, "
-                    f"{sample.rejected} of {sample.accepted + sample.rejected} steps rejected: "
-                    f"raise rtol, atol or {name}"
-                )
-        return accepted
+        steps = problem == rows.TOO_MANY_STEPS
+        name, unit = ("max_attempts", "steps") if steps else ("max_calls", "calls")
+        most = int(self.options.control[rows.MOST_STEPS if steps else rows.MOST_CALLS])
+        raise RuntimeError(
+            f"sample {sample} has come to t = {t:.6g} in {name} = {most} {unit}, {rejected} of {accepted + rejected} "
+            f"steps rejected: raise rtol, atol or {name}"
+        )
 
-    def _info(self, x: Array, norms: Sequence[float], taken: Sequence[int]) -> AttemptInfo:
-        accepted = np.zeros(len(norms), bool)
-        accepted[list(taken)] = True
-        index, nfe = (np.array([getattr(s, name) for s in self.samples]) for name in ("index", "nfe"))
-        h = np.array([sample.control.h for sample in self.samples])
-        at = tuple(sample.at for sample in self.samples)
-        return AttemptInfo(index, at, self.batch.outside(x * 1.0), np.array(norms), accepted, h, nfe)
+    def _info(self, norms: np.ndarray) -> AttemptInfo:
+        n, state, attempts = self.attempts.n, self.state, self.attempts
+        samples, nfe = (state[row, :n].astype(np.int64) for row in (rows.SAMPLE, rows.NFE))
+        x = self.batch.outside(attempts.slots["x"] * 1.0)
+        return AttemptInfo(
+            samples, tuple(self._starts()), x, norms, state[rows.TAKEN, :n] > 0.0, state[rows.H, :n].copy(), nfe
+        )
 
-    def _moved(
-        self,
-        old: dict[str, Array],
-        new: dict[str, Array],
-        taken: Sequence[int],
-        starts: Sequence[Point],
-        steps: Sequence[_Step],
-    ) -> list[Array]:
-        """The slots of `old`, replaced by `new` for the samples in `taken`, with ancestral noise added to x."""
-        scales = [self.options.s_noise * step.fresh if i in taken else 0.0 for i, step in enumerate(steps)]
-        noisy = [i for i in taken if steps[i].fresh > 0.0]
-        if not noisy and len(taken) == len(steps):
-            return [*new.values()]
-        rows: list[dict[str, Row]] = []
-        for i, scale in enumerate(scales):
-            source = "new " if i in taken else "old "
-            own: dict[str, Row] = {name: {source + name: 1.0} for name in old}
-            if scale:
-                own["x"] = {**own["x"], "z": scale}
-            rows.append(own)
-        slots = {"old " + name: v for name, v in old.items()} | {"new " + name: v for name, v in new.items()}
-        z = self._noise(noisy, starts, steps) if noisy else None
-        return [*self.batch.map(rows, slots, z=z).values()]
+    def _leave(self, result: Array) -> Array:
+        """Store the samples that have reached the end, and drop them."""
+        n, state, batch = self.attempts.n, self.state, self.batch
+        over = (state[rows.TAKEN, :n] > 0.0) & (state[rows.FINAL, :n] > 0.0)
+        done, left = np.flatnonzero(over).tolist(), np.flatnonzero(~over).tolist()
+        index = state[rows.SAMPLE, done].astype(np.int64)
+        self.counts[:, index] = state[rows.NFE : rows.REJECTED + 1, done]
+        result = batch.put(result, index.tolist(), batch.take(self.attempts.slots["x"], done))
+        self.attempts.keep(left)
+        self._view()
+        return result
 
-    def _noise(self, noisy: list[int], starts: Sequence[Point], steps: Sequence[_Step]) -> Array:
-        """Normals for the samples in `noisy`; draw k of a sample belongs to its k-th accepted step."""
-        noise, one = self.options.noise, (1, *self.batch.sample)
+    def _add_noise(self, starts: Sequence[Point], fresh: np.ndarray) -> None:
+        """Ancestral noise; draw k of a sample belongs to its k-th accepted step."""
+        n, noise, one = self.attempts.n, self.options.noise, (1, *self.batch.sample)
+        scale = np.where(self.state[rows.TAKEN, :n] > 0.0, fresh, 0.0)
+        if not scale.any():
+            return
+        draw = self.state[rows.ACCEPTED, :n].astype(np.int64).tolist()
         if noise is None:
-            streams = self.streams[[sample.index for sample in self.samples]]
-            return self.batch.normals(streams, [sample.accepted for sample in self.samples])
-        draws = np.zeros((len(steps), *self.batch.sample))
-        for i in noisy:
-            draws[i] = outside_noise(noise, self.samples[i].accepted, starts[i], steps[i].t, one)[0]
-        return self.batch.array(draws)
-
-
-def _seen(row: Row) -> dict[str, float]:
-    """A row over the input of a call ("x"), as a row over slots."""
-    return {SEEN if source == "x" else source: value for source, value in row.items()}
-
-
-def _sum(x: float, f: Sequence[float], here: Row | None = None) -> dict[str, float]:
-    """x times the sample at the step's start, plus f · F; `here` is the row of the last F, if it has no slot yet."""
-    row = {"x": x} if x else {}
-    row |= {f"F{j}": value for j, value in enumerate(f if here is None else f[:-1], 1) if value}
-    return row | {source: f[-1] * value for source, value in (here or {}).items()}
+            z = self.batch.normals(self.streams[self.state[rows.SAMPLE, :n].astype(np.int64)], draw)
+        else:
+            drawn, ends = np.zeros((n, *self.batch.sample)), self._starts()
+            for i in np.flatnonzero(scale).tolist():
+                drawn[i] = outside_noise(noise, draw[i], starts[i], ends[i], one)[0]
+            z = self.batch.array(drawn)
+        self.attempts.add_noise(z, scale)
 
 
 @any_library
@@ -413,42 +380,39 @@ def sample_adaptive(
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 
     order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)
-    samples = [
-        _Sample(i, ends.points[0], Controller.of(h_init, pcoeff, icoeff, dcoeff, order, accept_safety))
-        for i in range(sizes[0])
-    ]
-    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, max_calls, noise, callback)
-    run = _Run(batch, options, list(samples), streams)
+    exponents = (pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2.0 * dcoeff) / order, dcoeff / order
+    limits = accept_safety, float(pair.kept), float(pair.calls), float(max_attempts), float(max_calls)
+    control = np.array([*exponents, *limits])
+    options = _Options(pair, ends, rtol, atol, eta, s_noise, control, noise, callback)
     with no_grad(model):
         if x is None or outer is None:
             start = batch.latents(streams) * ends.points[0].sigma
         else:
             start = batch.latent(x, outer)
+        run = _Run(batch, options, start, h_init, streams)
         result = run(start)
         if final_zero:
-            result = _to_clean(batch, ends.points[-1], result, samples)
+            result = _to_clean(batch, ends.points[-1], result)
+            run.counts[0] += 1
     values = batch.outside(result)
-    counts = (np.array([getattr(s, name) for s in samples]) for name in ("nfe", "accepted", "rejected"))
     dtype = None if outer is None else outer.dtype_of(x)
-    return AdaptiveResult(Converter(model, "naive", state).result(values, outer, dtype), *counts)
+    return AdaptiveResult(Converter(model, "naive", state).result(values, outer, dtype), *run.counts)
 
 
-def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) -> Array:
+def _to_clean(batch: Batch, end: Point, x: Array) -> Array:
     """The last step, of all samples at once: to sigma 0, where x = alpha m."""
-    n = len(samples)
-    outputs = batch.call(range(n), x, [end] * n, [_BEFORE_END] * n)
-    for sample in samples:
-        sample.nfe += 1
-    row = {k: c for k, c in _seen(first_order(end, batch.denoiser.process.clean)).items() if c}
+    n = len(x)
+    outputs = batch.call(range(n), x, [end] * n, [BEFORE_END] * n)
+    row = {SEEN if k == "x" else k: c for k, c in first_order(end, batch.denoiser.process.clean).items() if c}
     return batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
     named("adaptive solver", solver, tuple(PAIRS))
-    pair = PAIRS[solver]
+    one_of("frame", frame, (None, *COORDINATES))
+    pair = PAIRS[solver].in_frame(COORDINATES[frame or "flow"])
     if frame is not None and not pair.kept:
         raise ValueError(f"frame = {frame!r} is an option of dormand_prince; {solver} always steps in log-SNR")
-    one_of("frame", frame, (None, *COORDINATES))
     if eta and pair.kept:
         raise ValueError(f"eta = {eta!r}: {solver} has no stochastic form, dpm_solver_12 and dpm_solver_23 do")
     return pair

@@ -7,6 +7,7 @@ arrays of these two: see `dlpack`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import itertools
 import math
@@ -122,8 +123,11 @@ class NumpyFrame:
         return stored.view(np.int16) if stored.dtype == np.float16 else stored
 
     def address(self, array: Array) -> tuple[int, Array]:
-        array = np.ascontiguousarray(array)
-        return array.ctypes.data, array
+        try:  # a fifth of the time of `array.ctypes.data`
+            return ctypes.addressof(ctypes.c_char.from_buffer(array)), array
+        except (TypeError, ValueError):  # read-only, not contiguous, or of a dtype that is not NumPy's
+            array = np.ascontiguousarray(array)
+            return array.ctypes.data, array
 
     def wrap(self, array: np.ndarray) -> Array:
         return array

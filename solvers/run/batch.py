@@ -68,7 +68,7 @@ class Batch:
         self._conditions = denoiser.conditions(cond)
         check_arrays(self._conditions, frame, self.size)
         self._bound: dict[tuple[int, ...], Call] = {}
-        self._call(range(self.size))  # bad conditions raise before any work
+        self.bound(range(self.size))  # bad conditions raise before any work
 
     # --- slots ---
 
@@ -122,19 +122,19 @@ class Batch:
         """
         weights = [self.denoiser.weights(done) for done in progress]
         branches = tuple(sorted({j for own in weights for j, g in enumerate(own) if g}))
-        inputs, call = network_inputs(self.denoiser, points), self._call(samples)
+        inputs, call = network_inputs(self.denoiser, points), self.bound(samples)
         found, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
-        raws = [self.functions.raw(self._inside(raw)) for raw in found]
+        raws = [self.functions.raw(self.inside_of(raw)) for raw in found]
         p, shares = np.zeros((len(samples), 4)), np.array([[own[j] for j in branches] for own in weights])
         p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * shares
         return Outputs(raws, *self.functions.adjust(u, raws, shares, p))
 
-    def _inside(self, raw: Array) -> Array:
+    def inside_of(self, raw: Array) -> Array:
         """A network output as (n, elements); for the CPU kernels, its bits in NumPy."""
         rows = raw.reshape(len(raw), -1)
         return np.ascontiguousarray(self.frame.bits(rows)) if self.functions.backend == "numba" else rows
 
-    def _call(self, samples: Sequence[int]) -> Call:
+    def bound(self, samples: Sequence[int]) -> Call:
         """The network bound to the conditions of `samples`."""
         key = tuple(samples)
         if key not in self._bound:

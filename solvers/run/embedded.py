@@ -1,126 +1,109 @@
-"""Embedded pairs: two methods of different order on the same calls, and step-size control.
+"""Embedded pairs: two methods of different order on the same calls.
 
-The difference of their results estimates the error of the lower-order one.
+The difference of their results estimates the error of the lower-order one. A pair is data: its weights as constants
+over functions of the step, from which `kernels.attempts` computes the rows of all samples at once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from fewstep.solvers.families.coordinates import COORDINATES
+import numpy as np
+
+from fewstep.solvers.families.coordinates import Coordinates
 from fewstep.solvers.families.exponential_rk import (
     EPS,
     FIRST_ORDER,
     ExponentialTableau,
-    Target,
+    Form,
     second_order,
-    targets,
     third_order,
 )
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE
-from fewstep.solvers.plans.stages import Row
-from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+
+_STEP = (-1, 1.0)  # the step itself, beside the moments M_k(c z) as (k, c)
 
 
-class Attempt(NamedTuple):
-    """One step from s, in terms of F_1 (the call at s) and F_2, F_3 ... (the calls at the targets).
+class Pair(NamedTuple):
+    """An embedded pair in terms of F_1 (the call at the step's start) and F_2, F_3 ... (the calls at the targets).
 
-    row      F at a point, as a row over the input of the call "x" and its prediction "m"
-    targets  the points reached from F_1 .. F_j, j = 1, 2 ...; the last is the step's result
-    error    the lower-order minus the higher-order result, in F_1, F_2 ...; longer than `targets` by one if it uses F
-             at the result
+    order    the estimated error is O(h^order)
+    c        (K,) the nodes of the targets, the points reached from F_1 .. F_j, j = 1 .. K; the last is the result
+    bases    (q, 2) what weights are made of: (k, c) for M_k(c z), (-1, 1) for the step
+    weights  (K, J, q) of F_1 .. F_J in each target, see `Form`
+    error    (J, q) of them in the lower-order minus the higher-order result; J = K + 1 if it uses F at the result
+    form     F, and the prefactors of a target; None for a pair that steps in coordinates of the caller's choice
+    clock    the coordinates of the step, whose time variable stands for lambda
+    kept     whether the last call of a step is the first of the next one (first same as last)
     """
 
-    row: Callable[[Point], Row]
-    targets: list[Target]
-    error: tuple[float, ...]
+    order: int
+    c: np.ndarray
+    bases: np.ndarray
+    weights: np.ndarray
+    error: np.ndarray
+    form: Form | None
+    clock: Coordinates | None = None
+    kept: bool = False
+
+    @property
+    def calls(self) -> int:
+        return len(self.error)
+
+    def in_frame(self, frame: Coordinates) -> Pair:
+        """The pair with its form; coordinates are of use only to one without."""
+        if self.form is not None:
+            return self
+        return self._replace(form=Form(1.0, frame.scale, frame.scale, frame.slope), clock=frame)
 
 
-def exponential_pair(grid: Grid, s: Point, t: Point, low: ExponentialTableau, high: ExponentialTableau) -> Attempt:
+class _Bases:
+    """The moments in a tableau as unit vectors, so that a weight is the vector of its constants."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, float]] = []
+
+    def __call__(self, k: int, c: float) -> Any:
+        if (k, c) not in self.found:
+            self.found.append((k, c))
+        return np.eye(8)[self.found.index((k, c))]
+
+
+def exponential_pair(order: int, low: ExponentialTableau, high: ExponentialTableau) -> Pair:
     """DPM-Solver-k and -(k + 1) that share their calls (Lu et al. 2022a, appendix C)."""
-    found = targets(grid, s, t, high, EPS)
-    lower = targets(grid, s, t, low, EPS)[-1].f
-    padded = (*lower, *[0.0] * (len(high.c) - len(lower)))
-    return Attempt(EPS.row, found, tuple(a - b for a, b in zip(padded, found[-1].f, strict=True)))
+    bases = _Bases()
+    targets, lower = high.a(bases), low.a(bases)[-1]
+    weights = _constants(targets, len(high.c), len(bases.found))
+    error = _constants([lower], len(high.c), len(bases.found))[0] - weights[-1]
+    return Pair(order, np.array(high.c), np.array(bases.found, np.float64), weights, error, EPS)
+
+
+def _constants(rows: Sequence[Sequence[Any]], calls: int, bases: int) -> np.ndarray:
+    """Weights over the bases as an array (rows, calls, bases)."""
+    found = np.zeros((len(rows), calls, bases))
+    for i, row in enumerate(rows):
+        for j, weight in enumerate(row):
+            found[i, j] = np.broadcast_to(weight, 8)[:bases]
+    return found
 
 
 # The fourth-order weights of the pair (Dormand & Prince 1980); the seventh call is at the step's result.
 _FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 
 
-def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
+def dormand_prince() -> Pair:
     """The 5(4) pair of Dormand & Prince (1980) for y = x / scale in the frame's time variable."""
-    f, a, b = COORDINATES[frame], DORMAND_PRINCE.a, DORMAND_PRINCE.b
-    u, h = f.time(s), f.time(t) - f.time(s)
-    found = []
-    for c, weights in zip((*DORMAND_PRINCE.c[1:], 1.0), (*a[1:], b), strict=True):
-        p = t if math.isclose(c, 1.0) else f.point(grid, u + c * h)
-        found.append(Target(p, f.scale(p) / f.scale(s), tuple(f.scale(p) * h * v for v in weights)))
-    error = tuple(f.scale(t) * h * (low - high) for low, high in zip(_FOURTH, (*b, 0.0), strict=True))
-    return Attempt(f.slope, found, error)
-
-
-class Pair(NamedTuple):
-    """An embedded pair.
-
-    order    the estimated error is O(h^order)
-    attempt  one step from s to t
-    kept     whether the last call of a step is the first of the next one (first same as last)
-    """
-
-    order: int
-    attempt: Callable[[Grid, Point, Point, str], Attempt]
-    kept: bool = False
-
-
-def _pair_12(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
-    return exponential_pair(grid, s, t, FIRST_ORDER, second_order(0.5, "midpoint"))
-
-
-def _pair_23(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
-    low, high = second_order(1 / 3, "midpoint"), third_order(1 / 3, 2 / 3, "dpmsolver")
-    return exponential_pair(grid, s, t, low, high)
+    rows = (*DORMAND_PRINCE.a[1:], DORMAND_PRINCE.b)
+    nodes = np.array([*DORMAND_PRINCE.c[1:], 1.0])
+    nodes[np.isclose(nodes, 1.0)] = 1.0  # the sum of a row has round-off
+    error = np.array(_FOURTH) - np.array([*DORMAND_PRINCE.b, 0.0])
+    bases = np.array([_STEP], np.float64)
+    return Pair(5, nodes, bases, _constants(rows, len(error), 1), error[:, None], None, kept=True)
 
 
 PAIRS = {
-    "dpm_solver_12": Pair(2, _pair_12),
-    "dpm_solver_23": Pair(3, _pair_23),
-    "dormand_prince": Pair(5, dormand_prince, kept=True),
+    "dpm_solver_12": exponential_pair(2, FIRST_ORDER, second_order(0.5, "midpoint")),
+    "dpm_solver_23": exponential_pair(3, second_order(1 / 3, "midpoint"), third_order(1 / 3, 2 / 3, "dpmsolver")),
+    "dormand_prince": dormand_prince(),
 }
-
-
-# --- step size ---
-
-
-@dataclass
-class Controller:
-    """PID control of the step size as in k-diffusion: h <- h limit(e_n^-b1 e_(n-1)^-b2 e_(n-2)^-b3).
-
-    limit(v) = 1 + atan(v - 1); the step is accepted if the factor is at least `accept_safety`. e_n is the error of
-    this step, e_(n-1) and e_(n-2) are those of the last two accepted steps.
-    """
-
-    h: float
-    b: tuple[float, float, float]
-    accept_safety: float
-    inverse: list[float] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, h: float, p: float, i: float, d: float, order: float, accept_safety: float) -> Controller:
-        return cls(h, ((p + i + d) / order, -(p + 2.0 * d) / order, d / order), accept_safety)
-
-    def propose(self, error: float, taken: float) -> bool:
-        """Whether to accept a step of size `taken` with that error; sets h for the next step."""
-        new = 1.0 / (error + 1e-8)
-        history = [new, *(self.inverse or [new, new])]
-        raw = math.prod(e**b for e, b in zip(history, self.b, strict=True))
-        factor = 1.0 + math.atan(raw - 1.0)
-        accepted = factor >= self.accept_safety
-        self.inverse = history[:2] if accepted else history[1:]
-        # The last step is cut at the end of the grid: h itself was not tried.
-        self.h = (self.h if accepted else taken) * factor
-        return accepted

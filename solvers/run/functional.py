@@ -98,6 +98,10 @@ class Functions:
             drawn.append(philox.normals(self.elements, low | high << 32, sample, draw, domain))
         return self.frame.array(np.stack(drawn), self.dtype)
 
+    def send(self, numbers: np.ndarray) -> Array:
+        """Numbers of the state's dtype where `stage` takes its tables from."""
+        return numbers
+
     def raw(self, raw: Array) -> Array:
         """A network output (n, elements) as `stage` takes it."""
         return raw
@@ -133,20 +137,19 @@ class Functions:
 
     def stage(
         self,
-        slots: Sequence[Array],
+        slots: Sequence[Array | None],
         raws: Sequence[Array],
-        w: np.ndarray,
+        w: Array,
         z: Array | None,
         p: Array | None,
         limit: Array | None,
     ) -> list[Array]:
-        """One stage, sample i by the rows w[i]."""
+        """One stage, sample i by the rows w[i]; w of NumPy, or as `send` returned it."""
         return stage(slots, raws, w, z=z, p=p, limit=limit, backend=self.backend)
 
-    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
         """`naive.error_norm` of each sample."""
-        norms: list[float] = naive.error_norm(error, low, before, rtol, atol).tolist()
-        return norms
+        return naive.error_norm(error, low, before, rtol, atol)
 
 
 class NumbaFunctions(Functions):
@@ -168,6 +171,7 @@ class NumbaFunctions(Functions):
         cpu.threshold(u, raws, p, quantile, maximum, limit)
         return limit
 
-    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
-        norms: list[float] = cpu.error_norm(error, low, before, rtol, atol).tolist()
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
+        norms = np.empty(len(error))
+        cpu.error_norm(error, low, before, rtol, atol, norms)
         return norms

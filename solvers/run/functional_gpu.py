@@ -25,6 +25,7 @@ class TritonFunctions(Functions):
         self.scratch = triton_reduce.Scratch.of(self.size, self.elements, frame.device)
         self.settings = frame.array(order_statistic(self.dynamic, self.elements), "float64")
         self.counter = frame.array(np.zeros(1), "int32")  # the tables below have one stage
+        self._tolerance: tuple[object, list[Array]] = (None, [])  # the last one, on the device
 
     def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
         send, n = self.frame.array, len(draws)
@@ -71,21 +72,27 @@ class TritonFunctions(Functions):
 
     def stage(
         self,
-        slots: Sequence[Array],
+        slots: Sequence[Array | None],
         raws: Sequence[Array],
-        w: np.ndarray,
+        w: Array,
         z: Array | None,
         p: Array | None,
         limit: Array | None,
     ) -> list[Array]:
-        # Slots that no sample reads are not passed.
-        read = [s if w[:, :, j].any() or (j == 0 and p is not None) else None for j, s in enumerate(slots)]
-        send = self.frame.array
-        own_p, own_limit = (send(v, "float32") if isinstance(v, np.ndarray) else v for v in (p, limit))
-        return super().stage(read, raws, send(w, "float32"), z, own_p, own_limit)
+        if isinstance(w, np.ndarray):  # slots that no sample reads are not passed
+            slots = [s if w[:, :, j].any() or (j == 0 and p is not None) else None for j, s in enumerate(slots)]
+            w = self.send(w)
+        own_p, own_limit = (self.send(v) if isinstance(v, np.ndarray) else v for v in (p, limit))
+        return super().stage(slots, raws, w, z, own_p, own_limit)
 
-    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> list[float]:
+    def send(self, numbers: np.ndarray) -> Array:
+        return self.frame.array(numbers, "float32")
+
+    def error_norms(self, error: Array, low: Array, before: Array, rtol: float, atol: float) -> np.ndarray:
         """One launch, and the only synchronisation of an attempt: the host decides from these numbers."""
-        relative, absolute = (self.frame.array(np.array([v]), "float64") for v in (rtol, atol))
-        norms: list[float] = triton_reduce.error_norm(error, low, before, relative, absolute, self.scratch).tolist()
+        if (rtol, atol) != self._tolerance[0]:
+            self._tolerance = (rtol, atol), [self.frame.array([v], "float64") for v in (rtol, atol)]
+        relative, absolute = self._tolerance[1]
+        found = triton_reduce.error_norm(error, low, before, relative, absolute, self.scratch)
+        norms: np.ndarray = found.cpu().numpy()
         return norms

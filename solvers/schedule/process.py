@@ -60,6 +60,11 @@ class Point(NamedTuple):
         return lam
 
 
+def points(t: Any, alpha: Any, sigma: Any) -> Point:
+    """A `Point` of float64 arrays."""
+    return Point(t, alpha, sigma)
+
+
 class Process(Protocol):
     """What solvers and grids use of a process. Noise grows with t in every process.
 
@@ -114,6 +119,11 @@ class Process(Protocol):
         """The point at a value of `level`."""
 
 
+def math_of(value: float) -> Any:
+    """The module with the functions for a number: math, which is fast, or for an array NumPy."""
+    return math if isinstance(value, float) else np
+
+
 def float64(value: ArrayLike) -> FloatArray:
     """A float64 copy of numbers of any library; torch's may be bfloat16, require grad, or lie on a device."""
 
@@ -153,12 +163,21 @@ def _plain_fields(process: VE | Flow) -> None:
             object.__setattr__(process, each.name, value.item())
 
 
+def _ends(values: FloatArray) -> tuple[float, float]:
+    """The least and the largest value, in a third of the time of `min` and `max`; NaN if there is one."""
+    return values.item(values.argmin()), values.item(values.argmax())
+
+
 def _within(name: str, value: ArrayLike, low: float, high: float, owner: object) -> Any:
     """`value` as a float or a float64 array. Raises ValueError that names the first entry outside [low, high]."""
     floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
     given: object = value
     if isinstance(given, float) and floor <= given <= ceiling:
         return min(max(float(given), low), high)
+    if isinstance(given, np.ndarray) and given.dtype == np.float64 and given.ndim and given.size:
+        least, most = _ends(given)
+        if low <= least and most <= high:
+            return given.copy()
     array = numbers(name, value)
     # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
@@ -315,6 +334,11 @@ class VP(_Unwarped):
         found: list[float] = self._finite.tolist()
         return found
 
+    @cached_property
+    def _index(self) -> FloatArray:
+        """The discrete times where it is finite."""
+        return np.arange(self._finite.size, dtype=np.float64)
+
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t, any shape, -1 <= t <= T-1. Raises ValueError outside that."""
         time = _within("t", t, -1.0, self.t_first, self)
@@ -349,8 +373,13 @@ class VP(_Unwarped):
             i = min(bisect.bisect_right(self._nodes, log), nodes.size - 1) - 1
             low, high = self._nodes[i : i + 2]
             return _vp((log - low) / (high - low) + i, r)
+        if isinstance(r, np.ndarray) and r.size:
+            least, most = _ends(r)
+            if self.sigma_min <= least and most <= self.sigma_max:  # most of the axis, where nothing overflows
+                time, inverse = np.interp(np.log(r), nodes, self._index), np.divide(1.0, r)
+                return points(time, 1.0 / np.hypot(1.0, r), 1.0 / np.hypot(1.0, inverse))
         with np.errstate(divide="ignore", over="ignore"):
-            t = np.interp(np.log(r), nodes, np.arange(nodes.size))
+            t = np.interp(np.log(r), nodes, self._index)
         # Up to round-off sigma_min is t = 0, so that no table of times is read at -1e-16.
         t = np.where(r < self.sigma_min * (1.0 - 1e-12), r / self.sigma_min - 1.0, t)
         if zero_snr:
@@ -542,12 +571,12 @@ class Flow:
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio <= inf. Raises ValueError outside that."""
         r = _within("ratio", ratio, 0.0, math.inf, self)
-        if isinstance(r, float) and r:
+        if (isinstance(r, float) and r) or (isinstance(r, np.ndarray) and r.size and _ends(r)[0] > 1e-300):
             t = 1.0 / (1.0 + 1.0 / r)
         else:
             with np.errstate(divide="ignore", over="ignore"):
                 t = _plain(1.0 / (1.0 + np.divide(1.0, r)))
-        return Point(t, 1.0 / (1.0 + r), t)
+        return points(t, 1.0 / (1.0 + r), t)
 
     def warp(self, u: ArrayLike) -> FloatArray:
         """Uniform time u in [0, 1] -> t = shift u / (1 + (shift - 1) u)."""

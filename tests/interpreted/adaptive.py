@@ -86,6 +86,21 @@ def test_a_sample_is_the_same_alone() -> None:
         assert [counts[0] for counts in alone[1:]] == [counts[i] for counts in whole[1:]]
 
 
+def test_an_attempt_copies_its_numbers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tables, c_in and the network's times of an attempt are one array."""
+    copied: list[int] = []
+    array = TorchFrame.array
+    monkeypatch.setattr(TorchFrame, "array", lambda self, *given: (copied.append(1), array(self, *given))[1])
+    counts = []
+    denoiser = fs.Denoiser(lambda x, t: 0.1 * x, VP, "v")
+    options = {"shape": SHAPE, "seed": 4, "device": "cpu", "backend": "triton", "final_zero": False}
+    fs.sample_adaptive(
+        denoiser, h_init=0.05, sigma_max=2.0, sigma_min=1.0, callback=lambda info: counts.append(len(copied)), **options
+    )
+    assert len(counts) > 3
+    assert set(np.diff(counts)) == {1}
+
+
 def test_each_sample_draws_at_its_own_number() -> None:
     functions = functions_of("triton")(fs.Denoiser(net, VP), TorchFrame("cpu"), "float32", SHAPE)
     found = functions.normals(philox.streams(5, 3, 2), [7, 1, 4], philox.STEP).numpy()

@@ -1,0 +1,365 @@
+"""The memory of adaptive attempts, and how their stages are executed.
+
+`kernels.attempts` computes the coefficients of all samples and stages at once, into one block of numbers. `Attempts`
+runs the stages as functions (NumPy, torch, and the GPU kernels, which get the block in one copy); `FusedAttempts` runs
+them in place by the CPU kernel. Both call the network on the samples that are not finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fewstep.kernels import attempts as rows
+from fewstep.kernels import cpu, layout, naive
+from fewstep.kernels import launch as words
+from fewstep.kernels.launch import Launch
+from fewstep.solvers.run.arrays import Array, aligned
+from fewstep.solvers.run.batch import Batch
+from fewstep.solvers.run.denoising import Call, check_output, copies, predictions, time_dtype
+from fewstep.solvers.run.embedded import Pair
+from fewstep.solvers.schedule.grid import Grid
+
+# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
+BEFORE_END = float(np.nextafter(1.0, 0.0))
+
+
+class _Stage(NamedTuple):
+    """The slots of columns 0 .. 7 and of the rows of a stage's table, and its numbers' place in the block."""
+
+    reads: tuple[str | None, ...]
+    writes: tuple[str, ...]
+    start: int
+
+
+def _stages(pair: Pair, width: int) -> tuple[list[_Stage], int]:
+    """F_1 from the first call, the first target from F_1, then a stage for each later call. And the block's length."""
+    calls, targets = pair.calls, len(pair.c)
+    named: list[tuple[tuple[str | None, ...], tuple[str, ...]]] = [(("x",), ("F1",)), ((None, "x", "F1"), ("u1",))]
+    for j in range(1, calls):
+        last = j + 1 == calls
+        own = [f"F{j + 1}"] if pair.kept or not last else []
+        reached = [f"u{j + 1}"] if j < targets else []
+        named.append(
+            ((f"u{j}", "x", *(f"F{i}" for i in range(1, j + 1))), (*reached, *own, *(["error"] if last else [])))
+        )
+    found, start = [], 2 * calls * width
+    for reads, writes in named:
+        found.append(_Stage(reads, writes, start))
+        start += width * len(writes) * layout.COLUMNS
+    return found, start
+
+
+class Attempts:
+    """The samples that are not finished: a slot is an array (n, elements), column i of `state` describes sample i."""
+
+    def __init__(self, batch: Batch, pair: Pair, ends: Grid, x: Array) -> None:
+        denoiser = batch.denoiser
+        assert pair.form is not None
+        self.sign = pair.form.sign
+        self.batch, self.pair, self.ends, self.n = batch, pair, ends, len(x)
+        self.state = np.zeros((rows.STATE, self.n))
+        self.stages, length = _stages(pair, self.n)
+        self.block = np.zeros(length, batch.dtype)
+        self.p, self.times = np.zeros((pair.calls, self.n, 4)), np.zeros((pair.calls, self.n))
+        self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.rescale
+        guidance = denoiser.guidance
+        self.guided_always = guidance is None or (guidance.start <= 0.0 and guidance.stop >= 1.0)
+        self.branches: list[tuple[int, ...]] = []
+        self.shares = np.zeros((pair.calls, self.n, 1))
+        self._weigh(np.zeros((pair.calls, self.n)))
+        self.time_dtype = time_dtype(denoiser, batch.model_dtype)
+        self.like = batch.frame.empty((1,), batch.model_dtype)
+        self.bound = batch.bound(range(self.n))
+        self.reached = f"u{len(pair.c)}"
+        self.slots = self._slots(x)
+        self.samples: Sequence[int] = range(self.n)
+        # On a GPU the times go with the block, where the dtypes allow it.
+        self._own_times = self.time_dtype == batch.dtype and batch.functions.backend == "triton"
+        if batch.functions.backend != "naive":
+            cpu.request_attempts()
+
+    def _slots(self, x: Array) -> dict[str, Array]:
+        return {"x": x * 1.0, "before": x, "F1": x * 0.0}
+
+    # --- numbers ---
+
+    def _weigh(self, lam: np.ndarray) -> None:
+        """Set the branches of guidance of each call, and their weights, at lambda (calls, n)."""
+        if self.guided_always and self.branches:
+            return
+        low, high = self.ends.lam.tolist()
+        progress = np.minimum((lam - low) / (high - low), BEFORE_END)
+        weights = np.array([[self.batch.denoiser.weights(float(done)) for done in call] for call in progress])
+        self.branches = [tuple(np.flatnonzero(call.any(axis=0)).tolist()) for call in weights]
+        shares = np.zeros((*lam.shape, max(map(len, self.branches))))
+        for own, call, branches in zip(shares, weights, self.branches, strict=True):
+            own[:, : len(branches)] = call[:, branches]
+        self.shares = shares
+
+    def prepare(self, points: np.ndarray) -> None:
+        """Compute the coefficients of the next attempt, for points (POINT, K, n) at its targets."""
+        if not self.guided_always:
+            start = self.state[rows.START + rows.LAM, : self.n]
+            self._weigh(np.concatenate([start[None], points[rows.LAM, : self.pair.calls - 1]]))
+        pair = self.pair
+        cpu.ROWS.run(
+            self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
+            pair.kept, self.block, self.p, self.times,
+        )  # fmt: skip
+        self.numbers = self.batch.functions.send(self.block)
+        if not self._own_times:
+            self.t = self.batch.frame.array(self.times[:, : self.n], self.time_dtype)
+
+    def _table(self, k: int) -> Array:
+        stage = self.stages[k]
+        shape = (self.n, len(stage.writes), layout.COLUMNS)
+        return self.numbers[stage.start : stage.start + shape[0] * shape[1] * shape[2]].reshape(shape)
+
+    def _c_in(self, j: int) -> Array:
+        width = self.state.shape[1]
+        return self.numbers[j * width : j * width + self.n]
+
+    def _t(self, j: int) -> Array:
+        if not self._own_times:
+            return self.t[j]
+        at = (self.pair.calls + j) * self.state.shape[1]
+        return self.numbers[at : at + self.n]
+
+    # --- calls and stages ---
+
+    def first_calls(self, todo: Sequence[int]) -> None:
+        """F_1 of the samples at the positions `todo`, which have none yet."""
+        if len(todo) == self.n:
+            self._advance(0)
+            return
+        batch, take = self.batch, self.batch.take
+        u = take(self.slots["x"], todo)
+        x_in = naive.model_input(batch.outside(u), take(self._c_in(0), todo), self.like)
+        raws = self._call(0, batch.bound([self.samples[i] for i in todo]), x_in, take(self._t(0), todo))
+        inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
+        p, limit = self._prediction(0, u, inside, todo)
+        (f1,) = batch.functions.stage([u], inside, take(self._table(0), todo), None, p, limit)
+        self._write("F1", todo, f1)
+
+    def run(self) -> None:
+        """The rest of the attempt: its result in slot `reached`, the lower-order one in "low", and the error."""
+        self._stage(1, [], None, None)
+        for k in range(2, self.pair.calls + 1):
+            self._advance(k)
+        self.slots["low"] = self.slots[self.reached] + self.slots["error"]
+
+    def _advance(self, k: int) -> None:
+        """A call for all samples, and the stage behind it."""
+        j, batch = max(k - 1, 0), self.batch
+        u = self.slots["x" if k == 0 else f"u{j}"]
+        x_in = naive.model_input(batch.outside(u), self._c_in(j), self.like)
+        raws = self._call(j, self.bound, x_in, self._t(j))
+        inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
+        self._stage(k, inside, *self._prediction(j, u, inside, range(self.n)))
+
+    def _call(self, j: int, bound: Call, x_in: Array, t: Array) -> Sequence[Array]:
+        branches, frame = self.branches[j], self.batch.frame
+        width = copies(self.batch.denoiser, branches)
+        shape = tuple(x_in.shape)
+        if width > 1:
+            x_in, t = frame.concatenate([x_in] * width), frame.concatenate([t] * width)
+        return predictions(self.batch.denoiser, bound(branches, x_in, t), shape, frame)[0]
+
+    def _prediction(
+        self, j: int, u: Array, raws: Sequence[Array], at: Sequence[int]
+    ) -> tuple[Array | None, Array | None]:
+        """p and the limit of a clip for the samples at the positions `at`; None where m is multiplied out."""
+        if self.folds:
+            return None, None
+        shares = self.shares[j, at][:, : len(self.branches[j])]
+        p, limit = self.batch.functions.adjust(u, raws, shares, self.p[j, at])
+        return p.astype(self.batch.dtype) if isinstance(p, np.ndarray) else p, limit
+
+    def _stage(self, k: int, raws: Sequence[Array], p: Array | None, limit: Array | None) -> None:
+        stage = self.stages[k]
+        read = [None if name is None else self.slots[name] for name in stage.reads]
+        found = self.batch.functions.stage(read, raws, self._table(k), None, p, limit)
+        self.slots |= zip(stage.writes, found, strict=True)
+
+    def error_norms(self, rtol: float, atol: float) -> np.ndarray:
+        error, low, before = (self.slots[name] for name in ("error", "low", "before"))
+        return self.batch.functions.error_norms(error, low, before, rtol, atol)
+
+    # --- between attempts ---
+
+    def accept(self, taken: Sequence[int]) -> None:
+        """Move the samples at these positions to the results of their steps."""
+        moves = {"x": self.reached, "before": "low"} | ({"F1": f"F{self.pair.calls}"} if self.pair.kept else {})
+        for name, result in moves.items():
+            self._write(name, taken, self.batch.take(self.slots[result], taken))
+
+    def add_noise(self, z: Array, scale: np.ndarray) -> None:
+        """Add scale z to x, scale (n,)."""
+        w = np.zeros((self.n, 1, layout.COLUMNS), self.batch.dtype)
+        w[:, 0, 0], w[:, 0, layout.NOISE] = 1.0, scale
+        (x,) = self.batch.functions.stage([self.slots["x"]], [], w, z, None, None)
+        self._write("x", range(self.n), x)
+
+    def _write(self, name: str, at: Sequence[int], values: Array) -> None:
+        self.slots[name] = self.batch.put(self.slots[name], at, values)
+
+    def keep(self, left: list[int]) -> None:
+        """Drop all samples but those at the positions `left`."""
+        self.state[:, : len(left)] = self.state[:, left]
+        self.samples, self.n = [self.samples[i] for i in left], len(left)
+        self.bound = self.batch.bound(self.samples)
+        self._narrow(left)
+
+    def _narrow(self, left: list[int]) -> None:
+        for name in ("x", "before", "F1"):
+            self.slots[name] = self.batch.take(self.slots[name], left)
+
+
+class FusedAttempts(Attempts):
+    """In place, by the CPU kernel: the unfinished samples are the first n rows of every slot's memory."""
+
+    def _slots(self, x: np.ndarray) -> dict[str, Array]:
+        batch, dtype = self.batch, x.dtype
+        names = {"x", "before", "F1", "low", "copy", *(name for stage in self.stages for name in stage.writes)}
+        self.memory = {name: aligned(x.shape, dtype) for name in names}
+        for name in ("x", "before"):
+            self.memory[name][...] = x
+        # Two model inputs alternate: a model may return its input, or keep it until the next call.
+        self.inputs = [batch.frame.empty((self.n, *batch.sample), batch.model_dtype) for _ in range(2)]
+        self.input_rows = [batch.frame.bits(v).reshape(x.shape) for v in self.inputs]
+        self.numbers = self.block
+        self.own_p, self.own_limit = np.zeros((self.n, 4), dtype), np.zeros((self.n, 4), dtype)
+        self.raw_dtypes: list[object] = [...] * layout.RAWS
+        known: dict[int, tuple[np.ndarray, int]] = {}
+        self.launches = [self._launch(k, x, known) for k in range(len(self.stages))]
+        identity = np.zeros((1, 1, layout.COLUMNS), dtype)
+        identity[0, 0, 0] = 1.0
+        self.entry = Launch(
+            [self.memory["x"]],
+            [],
+            identity,
+            [self.memory["copy"]],
+            self.input_rows[:1],
+            c_in=self._c_in(0),
+            known=known,
+        )
+        self.kernel = cpu.stage(batch.dtype, x.size)
+        self.serial = x.size <= words.SERIAL_ELEMENTS
+        self.shape = (self.n, *batch.sample)
+        # Stages that need nothing of the network's outputs but their addresses.
+        self.plain = self.folds and batch.denoiser.variance is None
+        self.norms = np.empty(self.n)
+        self._address, self._fresh = batch.frame.address, batch.frame.fresh
+        self._view()
+        return self.slots
+
+    def _launch(self, k: int, x: np.ndarray, known: dict[int, tuple[np.ndarray, int]]) -> Launch:
+        stage, calls = self.stages[k], self.pair.calls
+        reads = [None if name is None else self.memory[name] for name in stage.reads]
+        reaches = 0 < k < calls  # a later call
+        return Launch(
+            reads,
+            [] if k == 1 else [self.input_rows[0]],  # in place of the network's output
+            self._table(k),
+            [self.memory[name] for name in stage.writes],
+            [self.input_rows[k % 2]] if reaches else [],
+            c_in=self._c_in(k) if reaches else np.ones(1, x.dtype),
+            p=None if self.folds or k == 1 else self.own_p,
+            limit=None if self.folds or k == 1 or not self._clips else self.own_limit,
+            known=known,
+        )
+
+    @property
+    def _clips(self) -> bool:
+        return self.batch.denoiser.bound is not None or self.batch.denoiser.threshold is not None
+
+    def _view(self) -> None:
+        """The slots and the model inputs of n samples."""
+        self.slots = {name: memory[: self.n] for name, memory in self.memory.items()}
+        self.views = [v[: self.n] for v in self.inputs]
+        self.shape = (self.n, *self.batch.sample)
+        self.high, self.low, self.error, self.before = (
+            self.slots[name] for name in (self.reached, "low", "error", "before")
+        )
+
+    def _narrow(self, left: list[int]) -> None:
+        for name in ("x", "before", "F1"):
+            self.memory[name][: self.n] = self.memory[name][left]
+        self._view()
+        self.norms = np.empty(self.n)
+        for launch in (*self.launches, self.entry):
+            launch.narrow(self.n)
+
+    def _run(self, launch: Launch, keep: object = None) -> None:
+        if self.serial:  # at small sizes a Python call matters
+            self.kernel.run(launch.memory, 0, launch.units)
+        else:
+            launch(self.kernel.run, keep)
+
+    def _advance(self, k: int) -> None:
+        j = max(k - 1, 0)
+        if k == 0:
+            self._run(self.entry)
+        x_in, t, launch = self._fresh(self.views[j % 2]), self.t[j], self.launches[k]
+        memory = launch.memory
+        if self.plain and len(self.branches[j]) == 1:  # at small sizes every line counts
+            (raw,) = self.bound(self.branches[j], x_in, t)
+            if getattr(raw, "dtype", None) is not self.raw_dtypes[0] or raw.shape != self.shape:
+                check_output(raw, self.shape, self.batch.frame)
+                self._expect(0, raw)
+            memory[words.RAW], held = self._address(raw)
+            if self.serial:
+                self.kernel.run(memory, 0, launch.units)
+                return
+        else:
+            held = self._bind(k, self._call(j, self.bound, x_in, t))
+        self._run(launch, held)
+
+    def _bind(self, k: int, raws: Sequence[Array]) -> list[Array]:
+        """Point a launch to the network's outputs, and compute what its numbers take of them. Returns what to hold."""
+        j, memory, held = max(k - 1, 0), self.launches[k].memory, []
+        memory[words.RAW : words.RAW + layout.RAWS] = 0
+        for i, raw in enumerate(raws):
+            if raw.dtype is not self.raw_dtypes[i]:
+                self._expect(i, raw)
+            memory[words.RAW + i], kept = self._address(raw)
+            held.append(kept)
+        if not self.folds:
+            u = self.slots["x" if k == 0 else f"u{j}"]
+            p, limit = self._prediction(j, u, [self.batch.inside_of(raw) for raw in raws], range(self.n))
+            self.own_p[: self.n] = p
+            if limit is not None:
+                self.own_limit[: self.n] = limit
+        return held
+
+    def _expect(self, i: int, raw: Array) -> None:
+        """Set the dtype of network output i."""
+        self.raw_dtypes[i] = raw.dtype
+        for launch in self.launches:
+            launch.memory[words.RAW_KIND + i] = words.kind_of(self.batch.frame.bits(raw))
+
+    def _write(self, name: str, at: Sequence[int], values: np.ndarray) -> None:
+        if len(at) == self.n:
+            self.slots[name][...] = values
+        else:
+            self.slots[name][at] = values
+
+    def run(self) -> None:
+        self._run(self.launches[1])
+        for k in range(2, self.pair.calls + 1):
+            self._advance(k)
+        np.add(self.high, self.error, out=self.low)
+
+    def error_norms(self, rtol: float, atol: float) -> np.ndarray:
+        cpu.error_norm(self.error, self.low, self.before, rtol, atol, self.norms)
+        return self.norms
+
+    def accept(self, taken: Sequence[int]) -> None:
+        if self.pair.kept or len(taken) < self.n:
+            super().accept(taken)
+        else:
+            np.copyto(self.slots["x"], self.high)
+            np.copyto(self.before, self.low)
