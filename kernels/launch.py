@@ -162,10 +162,10 @@ def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object =
 
     keep  what holds the arrays alive; every share holds it, too
     """
-    if size <= SERIAL_ELEMENTS:
+    workers = 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
+    if workers == 1:
         run(memory, 0, count)
         return
-    workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
     shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -547,6 +548,41 @@ def test_inside_torch_compile(name: str) -> None:
         with torch.no_grad():
             ends.append(run(scheduler, torch.ones(SHAPE)))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "16 bits": lambda t: t.half(),
+    "64 bits": lambda t: t.double(),
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(2, -1, -1, -1),
+    "negated": lambda t: torch.complex(t, -t).conj().imag,
+    "differentiable": lambda t: t.clone().requires_grad_(),
+    "a parameter": lambda t: torch.nn.Parameter(t.clone()),
+    "other memory": lambda t: t.clone(),
+}
+
+
+@pytest.mark.parametrize("what", ["sample", "output"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_known_step_with_another_tensor(name: str, odd: str, what: str) -> None:
+    """A step is repeated without a search only for tensors like its own."""
+    ends = []
+    for scheduler in pair(name):
+        for change in (lambda t: t, lambda t: t, ODD[odd], lambda t: t):
+            scheduler.set_timesteps(4)
+            x = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE)
+            for k, t in enumerate(scheduler.timesteps):
+                raw = torch.sin(3.0 * x.detach().float())
+                x = change(x) if (what, k) == ("sample", 2) else x
+                raw = change(raw) if (what, k) == ("output", 2) else raw
+                x = scheduler.step(raw, t, x, return_dict=False)[0]
+            ends.append(x)
+    for twin, parent in zip(ends[4:], ends[:4], strict=True):
+        assert (twin.dtype, twin.requires_grad) == (parent.dtype, parent.requires_grad)
+        bound = 2e-3 if odd == "16 bits" else 5e-5  # of the largest element
+        torch.testing.assert_close(twin, parent, rtol=0.0, atol=bound * float(parent.detach().abs().max()))
 
 
 def test_what_a_step_returns_is_the_callers() -> None:

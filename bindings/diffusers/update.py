@@ -8,13 +8,15 @@ float64 on a GPU, use the oracle's expressions. None of these synchronises with 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu
 
+from fewstep.bindings.diffusers.noise import Streams
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
 from fewstep.kernels import cpu, layout, naive
 from fewstep.kernels import launch as words
@@ -24,6 +26,7 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _empty_like = torch.empty_like
+_empty = _empty_strided_cpu  # as compiled code allocates: half the time of `empty_like`
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -151,11 +154,12 @@ class Update:
             words.launch(self.stage.run, vector, units, size, (sources, results, wide))
         return results
 
-    @property
-    def binds(self) -> bool:
-        """Whether one launch makes it of tensors of its own dtype, without noise, a quantile or casts."""
-        special = self.noisy or self.casts or self.narrow or self.factor is not None or not self.anywhere
-        return self.compiled and self.plain and not special and len(self.launches) == 1
+    def binds(self, x: Tensor, raw: Tensor, memory: Sequence[Tensor]) -> bool:
+        """Whether one launch makes it of tensors like these without copying one, and of noise drawn in the kernel."""
+        special = self.casts or self.narrow or self.factor is not None or not self.anywhere or len(self.launches) > 1
+        if special or not self.compiled or any(memory[j].dtype is not self.dtype for j in self.memory):
+            return False
+        return all(t.is_cpu and t.is_contiguous() and not t.is_neg() for t in (x, raw, *memory))
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
@@ -202,36 +206,52 @@ class Update:
         return stage(slots, [raw], self.w, z=z, p=self.p, limit=limit, backend="naive")
 
 
-class Bound:
-    """An update bound to a shape, for contiguous CPU tensors of its own dtype; it hands all others to the update.
+def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Tells in one call whether other tensors are like these: torch.compile's own check.
 
-    Only for an update that `binds`.
+    It compares types, dtypes, devices, shapes, strides, lazy negation, whether a gradient is needed, and the modes of
+    torch that act on operators.
     """
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    return check
 
-    __slots__ = ("dtype", "memory", "outputs", "size", "sources", "stage", "units", "update", "words")
 
-    def __init__(self, update: Update, shape: torch.Size) -> None:
+class Bound:
+    """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`."""
+
+    __slots__ = ("dtype", "memory", "noisy", "outputs", "shape", "size", "stage", "strides", "units", "update", "words")
+
+    def __init__(self, update: Update, x: Tensor) -> None:
         (launch,) = update.launches
-        samples, elements = shape[0], shape[1:].numel()
-        self.update, self.dtype, self.memory, self.stage = update, update.dtype, update.memory, update.stage
+        self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
+        self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
         self.words = launch.words.copy()
-        self.units, self.size = words.resize(self.words, samples, elements), samples * elements
-        self.sources, self.outputs = tuple(launch.sources), tuple(launch.outputs)
+        self.units = words.resize(self.words, len(x), x.shape[1:].numel())
+        self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
 
-    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor]) -> list[Tensor]:
+        """The rows as new tensors. z: the noise, or what the kernel draws it from."""
         vector = self.words.copy()  # one copy per call: calls may run in several threads
-        sources = [x, raw, *[memory[j] for j in self.memory]] if self.memory else [x, raw]
-        for j, tensor in zip(self.sources, sources, strict=True):
-            if tensor.dtype is not self.dtype or not tensor.is_contiguous() or tensor.is_neg():
+        vector[0], vector[words.RAW] = x.data_ptr(), raw.data_ptr()
+        for slot, j in self.memory:
+            vector[slot] = memory[j].data_ptr()
+        if type(z) is Streams:
+            vector[words.DRAW] = z.count()
+            if self.noisy:
+                vector[words.STREAMS] = z.address
+        elif self.noisy:
+            assert isinstance(z, Tensor)
+            if z.dtype is not self.dtype or not z.is_contiguous():
                 return self.update(x, raw, z, memory)
-            vector[j] = tensor.data_ptr()
-        results = []
-        for j in self.outputs:
-            out = _empty_like(x)
-            vector[j] = out.data_ptr()
-            results.append(out)
-        words.launch(self.stage.run, vector, self.units, self.size, (sources, results))
-        return results
+            vector[words.NOISE] = z.data_ptr()
+        rows = []
+        for output in self.outputs:
+            row = _empty(self.shape, self.strides, self.dtype)
+            vector[output] = row.data_ptr()
+            rows.append(row)
+        words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
+        return rows
 
 
 class _Launch:
