@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
-from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting
+from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.diffusers.update import Bound, Update, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
@@ -34,10 +34,6 @@ from fewstep.solvers.cache import Cache
 
 # Arguments of step in which the caller can pass the noise.
 _NOISE = ("variance_noise", "noise")
-
-# Tensors that the coefficients of a step depend on; in-place edits to them are noticed in the middle of a run too.
-_SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # with sigmas, and without
-
 
 # Left over from one run and written by the next before it is read: not part of the state in which a schedule begins.
 _CALLED = ("is_scale_input_called",)  # only read for a warning
@@ -67,7 +63,6 @@ CURSOR = "_cursor"
 SCHEDULES, VARIANTS = 32, 4
 
 _add = torch.add
-_NOTHING = contextlib.nullcontext()
 
 # Schedules and probes are made on the CPU, as without `torch.set_default_device`.
 HOST = torch.device("cpu")
@@ -118,6 +113,8 @@ class Shared:
         self.version = 0
         self.finished: dict[str, Any] | None = None
         self.schedules: Cache[list[Schedule]] = Cache(SCHEDULES)
+        self.key: Hashable = None  # of the latest
+        self.latest: list[Schedule] = []
         self.new = attributes[CURSOR].new
         self.adopt(attributes)
 
@@ -134,19 +131,32 @@ class Shared:
             self._register(attributes)
             self._spread()
 
-    def renew(self, attributes: Mapping[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
-        """Take the settings that a known schedule has written into the attributes of this thread, and its state."""
+    def known(self, key: Hashable) -> list[Schedule]:
+        """The schedules that were set by these arguments."""
+        if self.key != key:
+            self.latest = self.schedules.get(key, list)
+            self.key = key
+        return self.latest
+
+    def restart(self, attributes: dict[str, Any]) -> Cursor:
+        """This thread is in a new run from now on, on the settings as they are now."""
         cursor: Cursor = attributes[CURSOR]
+        if cursor.version != self.version:
+            self._sync(attributes)
+            cursor = attributes[CURSOR]
+        cursor.live, cursor.streams = True, None
+        return cursor
+
+    def renew(self, attributes: dict[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
+        """Take up a known schedule and its state. own: the attributes that it sets, for this thread."""
+        attributes.update(own)
         self.settings.update(own)
         for name in schedule.lists:
             self.settings[name] = own[name].copy()
-        self.fresh = cursor.fresh = True
-        self.version += 1
-        cursor.version = self.version
-        cursor.digests.know(schedule.digests, attributes)  # so that a later search reads nothing from a device
-        times: Tensor = attributes["timesteps"]
-        cursor.listed, cursor.origin = (times, times._version, schedule.times), schedule
-        cursor.follow(schedule.state, attributes, schedule.times)
+        cursor: Cursor = attributes[CURSOR]
+        self.version = cursor.version = self.version + 1
+        self.fresh = True
+        cursor.take(schedule, attributes, own)
         if len(self.threads) > 1:
             self._spread()
 
@@ -169,14 +179,11 @@ class Shared:
             cursor.version = self.version if known else cursor.version
             self._spread()
 
-    def begin(self, attributes: dict[str, Any], *, anew: bool = False) -> Cursor:
-        """This thread is in a run from now on. anew: in a new one, on the settings as they are now."""
+    def begin(self, attributes: dict[str, Any]) -> Cursor:
+        """This thread is in a run from now on."""
         with self.lock:
-            if anew and attributes[CURSOR].version != self.version:
-                self._sync(attributes)
             cursor: Cursor = attributes[CURSOR]
             cursor.live = True
-            cursor.streams = None if anew else cursor.streams
             return cursor
 
     def end(self, attributes: dict[str, Any]) -> None:
@@ -231,6 +238,7 @@ class Cursor:
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
     origin   the known schedule on which the thread is, while it is fresh
+    given    digests of tensors that a known schedule has set, and these
     listed   a tensor of timesteps, its version and its elements as numbers
     streams  the run's noise, if it is drawn here
     levels   the schedule's sigmas, for steps in which each token has its own time
@@ -239,8 +247,8 @@ class Cursor:
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "inside", "levels", "listed", "live", "new", "origin", "schedule", "state",
-        "streams", "stride", "times", "version",
+        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "new", "origin", "schedule",
+        "state", "streams", "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -250,6 +258,7 @@ class Cursor:
         self.version = 0
         self.first, self.stride = 0, 1
         self.origin: Schedule | None = None
+        self.given: tuple[Mapping[str, str], Mapping[str, Any]] | None = None
         self.listed: tuple[Tensor, int, list[float]] | None = None
         self.streams: Streams | None = None
         self.levels: tokens.Levels | None = None
@@ -259,6 +268,9 @@ class Cursor:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
         self.state = None
         values = _plain(attributes)
+        if self.given is not None:
+            self.digests.know(*self.given)  # so that the search reads nothing from a device
+            self.given = None
         if self.fresh:
             for name in _leftovers(parent):
                 values.pop(name, None)
@@ -276,11 +288,19 @@ class Cursor:
             self.origin.begun[begins] = state
         return state
 
+    def take(self, schedule: Schedule, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Take up the state of a known schedule, which has set these attributes to its `own`."""
+        self.given = schedule.digests, own
+        times: Tensor = attributes["timesteps"]
+        self.fresh, self.origin, self.state = True, schedule, schedule.state
+        self.times, self.first, self.stride = schedule.times, times.data_ptr(), schedule.stride
+        self.listed = times, 0, schedule.times
+        self.schedule = [(tensor := attributes[name], tensor._version) for name in schedule.watched]
+
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
         self.state = None
-        names = _SCHEDULE["sigmas" not in attributes]
-        tensors = [t for n in names if isinstance(t := attributes.get(n), Tensor)]
+        tensors = [attributes[name] for name in watched(attributes)]
         self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
         self.times = []
         if times and (held := attributes["timesteps"]).is_contiguous():
@@ -370,7 +390,11 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         state = cursor.state
         if state is not None and cursor.live and type(timestep) is Tensor:
             usual = state.usual.get(timestep.data_ptr() - cursor.first)
-            if usual is not None and not timestep.ndim and not args and usual.asks(kwargs) and cursor.is_unedited():
+            try:
+                alike = usual is not None and not timestep.ndim and kwargs == usual.options and not args
+            except (RuntimeError, ValueError):  # an array in place of a number
+                alike = False
+            if alike and cursor.is_unedited():
                 done = usual.step(self, cursor, attributes, model_output, sample, generator)
                 if done is not None:
                     return done
@@ -400,21 +424,23 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return
         shared = self._shared
         with shared.lock:  # some parents write into the configuration here, which all threads read
-            shared.begin(attributes, anew=True)
-            # Inference tensors do not count their in-place edits.
-            normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+            shared.restart(attributes)
             try:
-                known = shared.schedules.get(arguments(args, kwargs), list)
+                known = shared.known(arguments(args, kwargs))
             except TypeError:
                 known = []
+            # Inference tensors do not count their in-place edits.
+            inference = torch.is_inference_mode_enabled()
             for schedule in known:
                 if schedule.holds(attributes):
-                    with normal:
+                    if inference:
+                        with torch.inference_mode(False):
+                            own = schedule.copies()
+                    else:
                         own = schedule.copies()
-                    attributes.update(own)
                     shared.renew(attributes, schedule, own)
                     return
-            with normal:
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 made = _schedule(attributes, parent, Trace(tracing, unshared(_plain(attributes))), args, kwargs)
             shared.adopt(attributes)
             if made is not None:
@@ -529,7 +555,7 @@ def _schedule(
     cursor.fresh = True
     with contextlib.suppress(NotAffineError, KeyError):  # a state now rather than in the first step
         state = cursor.locate(parent, attributes)
-        if state.memory:
+        if state.memory or not isinstance(attributes.get("timesteps"), Tensor):
             return None
         passing = trace.written.union(_leftovers(parent)) - trace.depends
         held = {name: value for name, value in before.items() if name not in passing}
@@ -537,7 +563,7 @@ def _schedule(
         read = {name: before[name] for name in trace.depends & trace.written}
         written = {name: attributes[name] for name in trace.written}
         made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
-        if isinstance(attributes.get("timesteps"), Tensor) and made.holds({**before, **_plain(attributes), **read}):
+        if made.holds({**before, **_plain(attributes), **read}):
             return made
     return None
 
@@ -692,13 +718,6 @@ class Usual:
         self.update: Update | Bound = Bound(update, x) if update.binds(x, raw, memory) else update
         kept = NOISE in transition.sources
         self.draws = draw is not None and draw.interval is None and not kept and isinstance(self.update, Bound)
-
-    def asks(self, options: Mapping[str, Any]) -> bool:
-        """Whether a step with these arguments, besides tensors and a generator, is one like it."""
-        try:
-            return options == self.options
-        except (RuntimeError, ValueError):  # an array in place of a number
-            return False
 
     def step(
         self,

@@ -247,10 +247,10 @@ class Digests:
         return {name: kept[2] for name, kept in found.items() if kept is not None and kept[0] is attributes[name]}
 
     def know(self, digests: Mapping[str, str], attributes: Mapping[str, Any]) -> None:
-        """Take these for the digests of these attributes, tensors that count their edits."""
+        """Take these for the digests of these attributes, tensors that count their edits, before the first of them."""
         for name, digest in digests.items():
             value = attributes[name]
-            self.kept[name] = (value, [value._version], digest)
+            self.kept[name] = (value, [0], digest)
 
     def _kept(self, name: str, value: Tensor | FrozenDict) -> str:
         if isinstance(value, Tensor) and value.is_inference():  # such a tensor does not count its in-place edits

@@ -250,7 +250,10 @@ class Bound:
             row = _empty(self.shape, self.strides, self.dtype)
             vector[output] = row.data_ptr()
             rows.append(row)
-        words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
+        if self.size <= words.SERIAL_ELEMENTS:
+            self.stage.run(vector, 0, self.units)
+        else:
+            words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
         return rows
 
 
