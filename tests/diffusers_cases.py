@@ -78,17 +78,17 @@ def only_fused(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
     """Another way to update on the CPU: `update(self, x, raw, z, memory)`, one of the twins of `Update._fused`."""
-    fused, bound = Update._fused, Bound.__call__
+    fused, bound = Update._fused, Bound.run
 
     def unbound(self: Bound, x: torch.Tensor, raw: torch.Tensor, z: Any, memory: Any) -> list[torch.Tensor]:
-        return self.update(x, raw, z.draw(x.shape) if isinstance(z, Streams) else z, memory)
+        return self.update.run(x, raw, z.draw(x.shape) if isinstance(z, Streams) else z, memory)
 
     Update._fused = update  # type: ignore[method-assign]
-    Bound.__call__ = unbound  # type: ignore[method-assign]
+    Bound.run = unbound  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Update._fused, Bound.__call__ = fused, bound  # type: ignore[method-assign]
+        Update._fused, Bound.run = fused, bound  # type: ignore[method-assign]
 
 
 def without_compiler() -> contextlib.AbstractContextManager[None]:

@@ -685,7 +685,7 @@ def _fused_step(
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
     if tokens_at is None:
-        rows = transition.update(x, raw, z, memory)
+        rows = transition.update.run(x, raw, z, memory)
     else:
         cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
         rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
@@ -699,25 +699,33 @@ def _fused_step(
 class Usual:
     """The latest step made from a state at one of its timesteps: a step like it needs no search.
 
+    Between two calls of a network everything here comes from memory anew, so that a step touches little: this object
+    has what it needs of its transition.
+
     alike   tells whether other tensors (sample, output, memory) are like those of that step
-    state   that of the step, if it has a memory
+    before  the state, if it has a memory
     factor  that of an update without noise which is x + factor raw
     draws   whether the update draws fewstep's noise itself
+    moves   the transition, if it changes the memory
     """
 
-    __slots__ = ("alike", "draws", "factor", "options", "state", "transition", "update")
+    __slots__ = (
+        "after", "alike", "before", "changed", "draw", "draws", "factor", "last", "moves", "options", "update", "wrap",
+    )  # fmt: skip
 
     def __init__(
         self, transition: Transition, x: Tensor, raw: Tensor, memory: Sequence[Tensor], options: Mapping[str, Any]
     ) -> None:
-        self.transition, self.options = transition, dict(options)
-        self.state = transition.before if memory else None
-        self.alike = guard((x, raw, *memory))
-        update, draw = transition.update, transition.draw
-        self.factor = update.factor if draw is None else None
+        self.options, self.alike = dict(options), guard((x, raw, *memory))
+        self.before = transition.before if memory else None
+        self.after, self.changed, self.last = transition.after, transition.changed, transition.last
+        self.moves = transition if transition.moves else None
+        self.wrap, self.draw = transition.wrap, transition.draw
+        update = transition.update
+        self.factor = update.factor if self.draw is None else None
         self.update: Update | Bound = Bound(update, x) if update.binds(x, raw, memory) else update
-        kept = NOISE in transition.sources
-        self.draws = draw is not None and draw.interval is None and not kept and isinstance(self.update, Bound)
+        single = self.draw is not None and self.draw.interval is None
+        self.draws = single and NOISE not in transition.sources and isinstance(self.update, Bound)
 
     def step(
         self,
@@ -729,35 +737,34 @@ class Usual:
         generator: Generator,
     ) -> object:
         """The result of a step; None if its tensors are not alike."""
-        if self.state is None:
-            memory: Sequence[Tensor] = ()
+        memory: Sequence[Tensor] | None = ()
+        if self.before is None:
             if not self.alike(x, raw):
                 return None
         else:
-            held = self.state.remembered(attributes)
-            if held is None or not self.alike(x, raw, *held):
+            memory = self.before.remembered(attributes)
+            if memory is None or not self.alike(x, raw, *memory):
                 return None
-            memory = held
-        transition, z = self.transition, None
+        z = None
         if self.factor is not None:
             rows = [_add(x, raw, alpha=self.factor)]
         else:
-            if transition.draw is not None:
+            if self.draw is not None:
                 if generator is _ABSENT:
                     generator = None
                 if self.draws and attributes["noise"] == "fewstep":
                     z = _streams(cursor, raw, generator)
                 else:
-                    z = _draw(scheduler, cursor, transition.draw, raw, x, generator)
-            rows = self.update(x, raw, z, memory)
-        if transition.moves:
-            transition.apply(attributes, (x, raw, z, None, *memory, *rows))
-        else:
-            attributes.update(transition.changed)
-        cursor.state, cursor.fresh = transition.after, False
-        if transition.last:
+                    z = _draw(scheduler, cursor, self.draw, raw, x, generator)
+            rows = self.update.run(x, raw, z, memory)
+        if self.moves is not None:
+            self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
+        elif self.changed:
+            attributes.update(self.changed)
+        cursor.state, cursor.fresh = self.after, False
+        if self.last:
             scheduler._shared.end(attributes)
-        return transition.wrap(rows)
+        return self.wrap(rows)
 
 
 def _added(

@@ -94,7 +94,7 @@ class Update:
         self.plain = call.x_dtype is self.dtype
         self.factor = self._factor(matrix, call)
 
-    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
         if self.factor is not None:
             return [torch.add(x, raw, alpha=self.factor)]
@@ -218,9 +218,14 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 class Bound:
-    """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`."""
+    """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
 
-    __slots__ = ("dtype", "memory", "noisy", "outputs", "shape", "size", "stage", "strides", "units", "update", "words")
+    idle  launches' words that no call is using; several calls may run at once, in several threads
+    """
+
+    __slots__ = (
+        "dtype", "idle", "memory", "noisy", "outputs", "shape", "size", "stage", "strides", "units", "update", "words",
+    )  # fmt: skip
 
     def __init__(self, update: Update, x: Tensor) -> None:
         (launch,) = update.launches
@@ -228,23 +233,24 @@ class Bound:
         self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
         self.words = launch.words.copy()
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
+        self.idle: list[np.ndarray] = []
         self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
 
-    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors. z: the noise, or what the kernel draws it from."""
-        vector = self.words.copy()  # one copy per call: calls may run in several threads
+        idle = self.idle
+        vector = idle.pop() if idle else self.words.copy()
         vector[0], vector[words.RAW] = x.data_ptr(), raw.data_ptr()
         for slot, j in self.memory:
             vector[slot] = memory[j].data_ptr()
         if type(z) is Streams:
             vector[words.DRAW] = z.count()
-            if self.noisy:
-                vector[words.STREAMS] = z.address
+            vector[words.STREAMS] = z.address if self.noisy else 0
         elif self.noisy:
             assert isinstance(z, Tensor)
             if z.dtype is not self.dtype or not z.is_contiguous():
-                return self.update(x, raw, z, memory)
-            vector[words.NOISE] = z.data_ptr()
+                return self.update.run(x, raw, z, memory)
+            vector[words.NOISE], vector[words.STREAMS] = z.data_ptr(), 0
         rows = []
         for output in self.outputs:
             row = _empty(self.shape, self.strides, self.dtype)
@@ -254,6 +260,7 @@ class Bound:
             self.stage.run(vector, 0, self.units)
         else:
             words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
+        idle.append(vector)
         return rows
 
 
