@@ -40,6 +40,9 @@ KINDS = (np.float32, np.float64, np.uint16, np.int16)
 # Up to this many elements, one thread is faster than waking others.
 SERIAL_ELEMENTS = 1 << 17
 
+# Up to this many, the arrays of a stage stay in the last cache.
+CACHED_ELEMENTS = 1 << 19
+
 
 def kind_of(array: np.ndarray) -> int:
     return KINDS.index(array.dtype.type)
@@ -147,7 +150,7 @@ def resize(memory: np.ndarray, samples: int, elements: int) -> int:
     coefficients. The chunks of a stage's arrays stay in L1, or in L2 where the arrays come from memory, which long runs
     suit better.
     """
-    chunk = 2048 if samples * elements <= SERIAL_ELEMENTS else 16384
+    chunk = 2048 if samples * elements <= CACHED_ELEMENTS else 16384
     own = max(memory[OWN_P : OWN_C_IN + 1].tolist()) > 1
     group = 1 if own else max(1, chunk // elements)
     memory[SAMPLES : GROUP + 1] = samples, elements, chunk, group
