@@ -80,7 +80,7 @@ def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
     """Another way to update on the CPU: `update(self, x, raw, z, memory)`, one of the twins of `Update._fused`."""
     fused, bound = Update._fused, Bound.run
 
-    def unbound(self: Bound, x: torch.Tensor, raw: torch.Tensor, z: Any, memory: Any) -> list[torch.Tensor]:
+    def unbound(self: Bound, x: torch.Tensor, raw: torch.Tensor, z: Any, memory: Any, _: Any) -> list[torch.Tensor]:
         return self.update.run(x, raw, z.draw(x.shape) if isinstance(z, Streams) else z, memory)
 
     Update._fused = update  # type: ignore[method-assign]

@@ -606,6 +606,60 @@ def test_what_a_step_returns_is_the_callers() -> None:
     assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
 
 
+HOLD: dict[str, Callable[[torch.Tensor], object]] = {
+    "tensor": lambda t: t,
+    "view": lambda t: t[1:],
+    "array": lambda t: t.numpy()[0],
+    "storage": lambda t: t.untyped_storage(),
+    "graph": lambda t: (torch.ones((), requires_grad=True) * t).grad_fn,
+    "detached": lambda t: t.detach().view(-1),
+}
+
+
+@pytest.mark.parametrize("how", HOLD)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_memory_that_the_caller_holds_is_not_used_again(name: str, how: str) -> None:
+    """Large results take the memory of earlier ones, but only once nobody can see these."""
+    twin, places = make(twins, name), []
+    x = torch.linspace(-1.0, 1.0, 2 * 128 * 160).reshape(2, 1, 128, 160)
+    for k, hold in enumerate((lambda t: None, lambda t: None, HOLD[how])):
+        held, copies, places = [], [], []
+        twin.set_timesteps(12)
+        for t in twin.timesteps:
+            x = twin.step(torch.sin(x), t, x, return_dict=False)[0]
+            places.append(x.data_ptr())
+            held.append(hold(x))
+            copies.append(x.clone())
+        if k == 1:
+            assert len(set(places)) < 8
+    assert len(set(places)) == len(places)
+    if isinstance(held[0], torch.Tensor):
+        for kept, copied in zip(held, copies, strict=True):
+            assert torch.equal(kept.flatten(), HOLD[how](copied).flatten())
+
+
+def test_memory_that_has_moved_is_not_used_again() -> None:
+    """A result that was resized, or shared with another process."""
+    twin, parent = make(twins, "DDIMScheduler"), make(diffusers, "DDIMScheduler")
+    x = torch.linspace(-1.0, 1.0, 2 * 128 * 160).reshape(2, 1, 128, 160)
+    ends = []
+    for scheduler in (parent, twin, twin):
+        y = x
+        scheduler.set_timesteps(12)
+        for k, t in enumerate(scheduler.timesteps):
+            y = scheduler.step(torch.sin(y), t, y, return_dict=False)[0]
+            other = y
+            y = y.clone()
+            if k % 2:
+                other.untyped_storage().resize_(0)
+            else:
+                other.share_memory_()
+            del other
+        ends.append(y)
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", twins.SCHEDULERS)
 def test_a_second_run_knows_every_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after an interrupted run, whose state must not leak into a new schedule."""

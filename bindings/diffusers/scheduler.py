@@ -28,7 +28,7 @@ from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
-from fewstep.bindings.diffusers.update import Bound, Update, guard
+from fewstep.bindings.diffusers.update import Bound, Pool, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
 
@@ -241,14 +241,15 @@ class Cursor:
     given    digests of tensors that a known schedule has set, and these
     listed   a tensor of timesteps, its version and its elements as numbers
     streams  the run's noise, if it is drawn here
+    pool     the memory of its large results
     levels   the schedule's sigmas, for steps in which each token has its own time
     inside   whether it is in the scheduler's own code, whose writes are no settings
     version  of the settings that the thread has
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "new", "origin", "schedule",
-        "state", "streams", "stride", "times", "version",
+        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "new", "origin", "pool",
+        "schedule", "state", "streams", "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -261,6 +262,7 @@ class Cursor:
         self.given: tuple[Mapping[str, str], Mapping[str, Any]] | None = None
         self.listed: tuple[Tensor, int, list[float]] | None = None
         self.streams: Streams | None = None
+        self.pool = Pool()
         self.levels: tokens.Levels | None = None
         self.new = new
 
@@ -710,7 +712,8 @@ class Usual:
     """
 
     __slots__ = (
-        "after", "alike", "before", "changed", "draw", "draws", "factor", "last", "moves", "options", "update", "wrap",
+        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "last", "moves", "options",
+        "update", "wrap",
     )  # fmt: skip
 
     def __init__(
@@ -723,9 +726,10 @@ class Usual:
         self.wrap, self.draw = transition.wrap, transition.draw
         update = transition.update
         self.factor = update.factor if self.draw is None else None
-        self.update: Update | Bound = Bound(update, x) if update.binds(x, raw, memory) else update
+        self.update = update
+        self.bound = Bound(update, x) if update.binds(x, raw, memory) else None
         single = self.draw is not None and self.draw.interval is None
-        self.draws = single and NOISE not in transition.sources and isinstance(self.update, Bound)
+        self.draws = single and NOISE not in transition.sources and self.bound is not None
 
     def step(
         self,
@@ -756,7 +760,10 @@ class Usual:
                     z = _streams(cursor, raw, generator)
                 else:
                     z = _draw(scheduler, cursor, self.draw, raw, x, generator)
-            rows = self.update.run(x, raw, z, memory)
+            if self.bound is not None:
+                rows = self.bound.run(x, raw, z, memory, cursor.pool)
+            else:
+                rows = self.update.run(x, raw, z, memory)
         if self.moves is not None:
             self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
         elif self.changed:

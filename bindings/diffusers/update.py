@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from sys import getrefcount
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu
 
 from fewstep.bindings.diffusers.noise import Streams
@@ -26,6 +27,7 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _empty_like = torch.empty_like
+_holders = torch._C._storage_Use_Count
 _empty = _empty_strided_cpu  # as compiled code allocates: half the time of `empty_like`
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
@@ -217,6 +219,37 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return check
 
 
+class Pool:
+    """Memory of a run's large tensors, used again once nobody holds a tensor in it.
+
+    What is freed at this size goes back to the system, so that a new tensor would wait for each of its pages: up to as
+    long as the step that fills it.
+    """
+
+    LEAST, MOST, ROOM = 1 << 17, 1 << 23, 8  # bytes of a tensor, and how many are kept
+
+    def __init__(self) -> None:
+        self.kind: object = None
+        self.kept: list[tuple[Tensor, UntypedStorage, int, int, int]] = []
+
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor."""
+        kind = shape, strides, dtype, torch.is_inference_mode_enabled()
+        if self.kind != kind:
+            self.kind, self.kept = kind, []
+        for tensor, storage, place, address, references in self.kept:
+            # Two holders are those of this list; others are tensors, views, NumPy's arrays, graphs. References to the
+            # storage itself count apart, and one that was resized or shared with a process has another address.
+            if _holders(place) == 2 and getrefcount(storage) == references and storage.data_ptr() == address:
+                return tensor.data
+        tensor = _empty(shape, strides, dtype)
+        storage = tensor.untyped_storage()
+        del self.kept[: 1 - self.ROOM]
+        references = getrefcount(storage) + 1  # with that of the list
+        self.kept.append((tensor, storage, storage._cdata, storage.data_ptr(), references))
+        return tensor.data
+
+
 class Bound:
     """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
 
@@ -224,19 +257,23 @@ class Bound:
     """
 
     __slots__ = (
-        "dtype", "idle", "memory", "noisy", "outputs", "shape", "size", "stage", "strides", "units", "update", "words",
+        "dtype", "idle", "memory", "noisy", "outputs", "recycles", "shape", "size", "stage", "strides", "units",
+        "update", "words",
     )  # fmt: skip
 
     def __init__(self, update: Update, x: Tensor) -> None:
         (launch,) = update.launches
         self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
         self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
+        self.recycles = Pool.LEAST <= self.size * self.dtype.itemsize <= Pool.MOST
         self.words = launch.words.copy()
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
         self.idle: list[np.ndarray] = []
         self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
 
-    def run(self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor]) -> list[Tensor]:
+    def run(
+        self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor], pool: Pool
+    ) -> list[Tensor]:
         """The rows as new tensors. z: the noise, or what the kernel draws it from."""
         idle = self.idle
         vector = idle.pop() if idle else self.words.copy()
@@ -251,9 +288,9 @@ class Bound:
             if z.dtype is not self.dtype or not z.is_contiguous():
                 return self.update.run(x, raw, z, memory)
             vector[words.NOISE], vector[words.STREAMS] = z.data_ptr(), 0
-        rows = []
+        rows, empty = [], pool.empty if self.recycles else _empty
         for output in self.outputs:
-            row = _empty(self.shape, self.strides, self.dtype)
+            row = empty(self.shape, self.strides, self.dtype)
             vector[output] = row.data_ptr()
             rows.append(row)
         if self.size <= words.SERIAL_ELEMENTS:
