@@ -40,6 +40,9 @@ KINDS = (np.float32, np.float64, np.uint16, np.int16)
 # Up to this many elements, one thread is faster than waking others.
 SERIAL_ELEMENTS = 1 << 17
 
+# Up to this many, the arrays of a stage stay in the last cache.
+CACHED_ELEMENTS = 1 << 19
+
 
 def kind_of(array: np.ndarray) -> int:
     return KINDS.index(array.dtype.type)
@@ -154,7 +157,7 @@ def resize(memory: np.ndarray, samples: int, elements: int) -> int:
     coefficients. The chunks of a stage's arrays stay in L1, or in L2 where the arrays come from memory, which long runs
     suit better.
     """
-    chunk = 2048 if samples * elements <= SERIAL_ELEMENTS else 16384
+    chunk = 2048 if samples * elements <= CACHED_ELEMENTS else 16384
     own = max(memory[OWN_P : OWN_C_IN + 1].tolist()) > 1
     group = 1 if own else max(1, chunk // elements)
     memory[SAMPLES : GROUP + 1] = samples, elements, chunk, group
@@ -169,10 +172,10 @@ def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object =
 
     keep  what holds the arrays alive; every share holds it, too
     """
-    if size <= SERIAL_ELEMENTS:
+    workers = 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
+    if workers == 1:
         run(memory, 0, count)
         return
-    workers = min(_workers(), count)
     cuts = [count * i // workers for i in range(workers + 1)]
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
     shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]

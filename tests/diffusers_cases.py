@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fewstep.bindings import diffusers as twins
+from fewstep.bindings.diffusers.noise import Streams
 from fewstep.bindings.diffusers.probe import places
 from fewstep.bindings.diffusers.update import Bound, Update
 
@@ -77,13 +78,17 @@ def only_fused(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def updated_by(update: Callable[..., list[torch.Tensor]]) -> Iterator[None]:
     """Another way to update on the CPU: `update(self, x, raw, z, memory)`, one of the twins of `Update._fused`."""
-    fused, bound = Update._fused, Bound.__call__
+    fused, bound = Update._fused, Bound.run
+
+    def unbound(self: Bound, x: torch.Tensor, raw: torch.Tensor, z: Any, memory: Any, _: Any) -> list[torch.Tensor]:
+        return self.update.run(x, raw, z.draw(x.shape) if isinstance(z, Streams) else z, memory)
+
     Update._fused = update  # type: ignore[method-assign]
-    Bound.__call__ = lambda self, *args: self.update(*args)  # type: ignore[method-assign]
+    Bound.run = unbound  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Update._fused, Bound.__call__ = fused, bound  # type: ignore[method-assign]
+        Update._fused, Bound.run = fused, bound  # type: ignore[method-assign]
 
 
 def without_compiler() -> contextlib.AbstractContextManager[None]:

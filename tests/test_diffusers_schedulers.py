@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -549,6 +550,41 @@ def test_inside_torch_compile(name: str) -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
 
 
+ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "16 bits": lambda t: t.half(),
+    "64 bits": lambda t: t.double(),
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2],
+    "expanded": lambda t: t[:1].expand(2, -1, -1, -1),
+    "negated": lambda t: torch.complex(t, -t).conj().imag,
+    "differentiable": lambda t: t.clone().requires_grad_(),
+    "a parameter": lambda t: torch.nn.Parameter(t.clone()),
+    "other memory": lambda t: t.clone(),
+}
+
+
+@pytest.mark.parametrize("what", ["sample", "output"])
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_known_step_with_another_tensor(name: str, odd: str, what: str) -> None:
+    """A step is repeated without a search only for tensors like its own."""
+    ends = []
+    for scheduler in pair(name):
+        for change in (lambda t: t, lambda t: t, ODD[odd], lambda t: t):
+            scheduler.set_timesteps(4)
+            x = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE)
+            for k, t in enumerate(scheduler.timesteps):
+                raw = torch.sin(3.0 * x.detach().float())
+                x = change(x) if (what, k) == ("sample", 2) else x
+                raw = change(raw) if (what, k) == ("output", 2) else raw
+                x = scheduler.step(raw, t, x, return_dict=False)[0]
+            ends.append(x)
+    for twin, parent in zip(ends[4:], ends[:4], strict=True):
+        assert (twin.dtype, twin.requires_grad) == (parent.dtype, parent.requires_grad)
+        bound = 2e-3 if odd == "16 bits" else 5e-5  # of the largest element
+        torch.testing.assert_close(twin, parent, rtol=0.0, atol=bound * float(parent.detach().abs().max()))
+
+
 def test_what_a_step_returns_is_the_callers() -> None:
     """Results are new memory: writing to them changes no later step, and a later step does not change them."""
     _, twin = pair("DPMSolverMultistepScheduler")
@@ -568,6 +604,60 @@ def test_what_a_step_returns_is_the_callers() -> None:
     for a, b in zip(kept, spoiled, strict=True):
         torch.testing.assert_close(b, a, rtol=0.0, atol=0.0)
     assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
+
+
+HOLD: dict[str, Callable[[torch.Tensor], object]] = {
+    "tensor": lambda t: t,
+    "view": lambda t: t[1:],
+    "array": lambda t: t.numpy()[0],
+    "storage": lambda t: t.untyped_storage(),
+    "graph": lambda t: (torch.ones((), requires_grad=True) * t).grad_fn,
+    "detached": lambda t: t.detach().view(-1),
+}
+
+
+@pytest.mark.parametrize("how", HOLD)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_memory_that_the_caller_holds_is_not_used_again(name: str, how: str) -> None:
+    """Large results take the memory of earlier ones, but only once nobody can see these."""
+    twin, places = make(twins, name), []
+    x = torch.linspace(-1.0, 1.0, 2 * 128 * 160).reshape(2, 1, 128, 160)
+    for k, hold in enumerate((lambda t: None, lambda t: None, HOLD[how])):
+        held, copies, places = [], [], []
+        twin.set_timesteps(12)
+        for t in twin.timesteps:
+            x = twin.step(torch.sin(x), t, x, return_dict=False)[0]
+            places.append(x.data_ptr())
+            held.append(hold(x))
+            copies.append(x.clone())
+        if k == 1:
+            assert len(set(places)) < 8
+    assert len(set(places)) == len(places)
+    if isinstance(held[0], torch.Tensor):
+        for kept, copied in zip(held, copies, strict=True):
+            assert torch.equal(kept.flatten(), HOLD[how](copied).flatten())
+
+
+def test_memory_that_has_moved_is_not_used_again() -> None:
+    """A result that was resized, or shared with another process."""
+    twin, parent = make(twins, "DDIMScheduler"), make(diffusers, "DDIMScheduler")
+    x = torch.linspace(-1.0, 1.0, 2 * 128 * 160).reshape(2, 1, 128, 160)
+    ends = []
+    for scheduler in (parent, twin, twin):
+        y = x
+        scheduler.set_timesteps(12)
+        for k, t in enumerate(scheduler.timesteps):
+            y = scheduler.step(torch.sin(y), t, y, return_dict=False)[0]
+            other = y
+            y = y.clone()
+            if k % 2:
+                other.untyped_storage().resize_(0)
+            else:
+                other.share_memory_()
+            del other
+        ends.append(y)
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", twins.SCHEDULERS)

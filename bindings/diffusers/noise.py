@@ -30,6 +30,8 @@ class Streams:
 
     source  the generators that its seeds came from
     draws   how many draws were made
+
+    Attributes: `address`, that of their rows on the CPU.
     """
 
     def __init__(self, source: Generator, device: torch.device, batch: int) -> None:
@@ -38,6 +40,7 @@ class Streams:
             [take_seed(g, device) for g in source] if isinstance(source, list) else take_seed(source, device)
         )
         self.rows = philox.streams(seed, batch)
+        self.address: int = self.rows.ctypes.data
         self.table: Tensor | None = None
         if device.type != "cpu":  # filled on the device, without a copy from the host
             self.table = torch.empty(batch, 3, dtype=torch.int64, device=device)
@@ -49,9 +52,14 @@ class Streams:
         """Whether the next draw from these generators is one of this run."""
         return source is self.source and len(self.rows) == batch and device == self.device
 
+    def count(self) -> int:
+        """The number of the next draw, which the caller makes."""
+        draw, self.draws = self.draws, self.draws + 1
+        return draw
+
     def draw(self, shape: torch.Size) -> Tensor:
         """The next standard normals, float32."""
-        draw, self.draws = self.draws, self.draws + 1
+        draw = self.count()
         if self.table is not None:
             from fewstep.kernels import torch_ops
 

@@ -10,6 +10,7 @@ records the row of what was clipped.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,7 +242,7 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], obj
         raise NotAffineError("it returns something other than tensors")
     count, kind = len(values), type(result)
     if not named:
-        return values, lambda tensors: tuple(tensors[:count])
+        return values, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
     if count == 1:
         return values, lambda tensors: kind(tensors[0])
     return values, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))

@@ -11,11 +11,10 @@ import contextlib
 import copy
 import functools
 import inspect
-import operator
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,19 +25,15 @@ from torch.compiler import is_dynamo_compiling
 from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
-from fewstep.bindings.diffusers.probe import Call, Draw, NotAffineError, get, places, put, unshared
-from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting
+from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
+from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
-from fewstep.bindings.diffusers.update import Bound, Update
+from fewstep.bindings.diffusers.update import Bound, Pool, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
 
 # Arguments of step in which the caller can pass the noise.
 _NOISE = ("variance_noise", "noise")
-
-# Tensors that the coefficients of a step depend on; in-place edits to them are noticed in the middle of a run too.
-_SCHEDULE = (("timesteps", "sigmas"), ("timesteps", "alphas_cumprod"))  # with sigmas, and without
-
 
 # Left over from one run and written by the next before it is read: not part of the state in which a schedule begins.
 _CALLED = ("is_scale_input_called",)  # only read for a warning
@@ -58,13 +53,16 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "UniPCMultistepScheduler": ("this_order", "timestep_list"),
 }
 
+# Told from None, which a caller may pass.
+_ABSENT: Any = object()
+
 # The attribute that holds a twin's own bookkeeping.
 CURSOR = "_cursor"
 
 # The schedules that a scheduler keeps: by its arguments, and each under so many different settings.
 SCHEDULES, VARIANTS = 32, 4
 
-_NOTHING = contextlib.nullcontext()
+_add = torch.add
 
 # Schedules and probes are made on the CPU, as without `torch.set_default_device`.
 HOST = torch.device("cpu")
@@ -115,6 +113,8 @@ class Shared:
         self.version = 0
         self.finished: dict[str, Any] | None = None
         self.schedules: Cache[list[Schedule]] = Cache(SCHEDULES)
+        self.key: Hashable = None  # of the latest
+        self.latest: list[Schedule] = []
         self.new = attributes[CURSOR].new
         self.adopt(attributes)
 
@@ -131,19 +131,32 @@ class Shared:
             self._register(attributes)
             self._spread()
 
-    def renew(self, attributes: Mapping[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
-        """Take the settings that a known schedule has written into the attributes of this thread, and its state."""
+    def known(self, key: Hashable) -> list[Schedule]:
+        """The schedules that were set by these arguments."""
+        if self.key != key:
+            self.latest = self.schedules.get(key, list)
+            self.key = key
+        return self.latest
+
+    def restart(self, attributes: dict[str, Any]) -> Cursor:
+        """This thread is in a new run from now on, on the settings as they are now."""
         cursor: Cursor = attributes[CURSOR]
+        if cursor.version != self.version:
+            self._sync(attributes)
+            cursor = attributes[CURSOR]
+        cursor.live, cursor.streams = True, None
+        return cursor
+
+    def renew(self, attributes: dict[str, Any], schedule: Schedule, own: Mapping[str, Any]) -> None:
+        """Take up a known schedule and its state. own: the attributes that it sets, for this thread."""
+        attributes.update(own)
         self.settings.update(own)
         for name in schedule.lists:
             self.settings[name] = own[name].copy()
-        self.fresh = cursor.fresh = True
-        self.version += 1
-        cursor.version = self.version
-        cursor.digests.know(schedule.digests, attributes)  # so that a later search reads nothing from a device
-        times: Tensor = attributes["timesteps"]
-        cursor.listed, cursor.origin = (times, times._version, schedule.times), schedule
-        cursor.follow(schedule.state, attributes, schedule.times)
+        cursor: Cursor = attributes[CURSOR]
+        self.version = cursor.version = self.version + 1
+        self.fresh = True
+        cursor.take(schedule, attributes, own)
         if len(self.threads) > 1:
             self._spread()
 
@@ -166,14 +179,11 @@ class Shared:
             cursor.version = self.version if known else cursor.version
             self._spread()
 
-    def begin(self, attributes: dict[str, Any], *, anew: bool = False) -> Cursor:
-        """This thread is in a run from now on. anew: in a new one, on the settings as they are now."""
+    def begin(self, attributes: dict[str, Any]) -> Cursor:
+        """This thread is in a run from now on."""
         with self.lock:
-            if anew and attributes[CURSOR].version != self.version:
-                self._sync(attributes)
             cursor: Cursor = attributes[CURSOR]
             cursor.live = True
-            cursor.streams = None if anew else cursor.streams
             return cursor
 
     def end(self, attributes: dict[str, Any]) -> None:
@@ -223,22 +233,23 @@ def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
 class Cursor:
     """The current state of a scheduler in one thread, valid until one of its attributes is written.
 
-    memory   the tensors that the scheduler remembers, all of one shape
     times    the timesteps as numbers; their tensor's elements lie at first + i stride
     fresh    whether nothing has happened since the schedule was set
     new      a new scheduler's values of the leftovers
     live     whether the thread is in a run
     origin   the known schedule on which the thread is, while it is fresh
+    given    digests of tensors that a known schedule has set, and these
     listed   a tensor of timesteps, its version and its elements as numbers
     streams  the run's noise, if it is drawn here
+    pool     the memory of its large results
     levels   the schedule's sigmas, for steps in which each token has its own time
     inside   whether it is in the scheduler's own code, whose writes are no settings
     version  of the settings that the thread has
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "inside", "levels", "listed", "live", "memory", "new", "origin", "schedule",
-        "shape", "state", "streams", "stride", "times", "version",
+        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "new", "origin", "pool",
+        "schedule", "state", "streams", "stride", "times", "version",
     )  # fmt: skip
 
     def __init__(self, new: Mapping[str, Any]) -> None:
@@ -248,8 +259,10 @@ class Cursor:
         self.version = 0
         self.first, self.stride = 0, 1
         self.origin: Schedule | None = None
+        self.given: tuple[Mapping[str, str], Mapping[str, Any]] | None = None
         self.listed: tuple[Tensor, int, list[float]] | None = None
         self.streams: Streams | None = None
+        self.pool = Pool()
         self.levels: tokens.Levels | None = None
         self.new = new
 
@@ -257,6 +270,9 @@ class Cursor:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
         self.state = None
         values = _plain(attributes)
+        if self.given is not None:
+            self.digests.know(*self.given)  # so that the search reads nothing from a device
+            self.given = None
         if self.fresh:
             for name in _leftovers(parent):
                 values.pop(name, None)
@@ -274,43 +290,25 @@ class Cursor:
             self.origin.begun[begins] = state
         return state
 
+    def take(self, schedule: Schedule, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Take up the state of a known schedule, which has set these attributes to its `own`."""
+        self.given = schedule.digests, own
+        times: Tensor = attributes["timesteps"]
+        self.fresh, self.origin, self.state = True, schedule, schedule.state
+        self.times, self.first, self.stride = schedule.times, times.data_ptr(), schedule.stride
+        self.listed = times, 0, schedule.times
+        self.schedule = [(tensor := attributes[name], tensor._version) for name in schedule.watched]
+
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
         self.state = None
-        names = _SCHEDULE["sigmas" not in attributes]
-        tensors = [t for n in names if isinstance(t := attributes.get(n), Tensor)]
+        tensors = [attributes[name] for name in watched(attributes)]
         self.schedule = [(t, t._version) for t in tensors if not t.is_inference()]
-        self.memory: list[Tensor] = []
-        self.shape = None
-        if state.memory:
-            self.memory = [get(attributes, place) for place in state.memory]
-            self.shape = self.memory[0].shape
-            if any(tensor.shape != self.shape for tensor in self.memory):
-                raise NotAffineError("it remembers tensors of different shapes")
         self.times = []
         if times and (held := attributes["timesteps"]).is_contiguous():
             # Pipelines iterate over this very tensor: its elements are recognised by address, without a host sync.
             self.times, self.first, self.stride = times, held.data_ptr(), held.element_size()
         self.state = state
-
-    def advance(
-        self,
-        attributes: dict[str, Any],
-        transition: Transition,
-        x: Tensor,
-        raw: Tensor,
-        z: Tensor | None,
-        rows: Sequence[Tensor],
-    ) -> None:
-        """Follow a transition from these tensors, which has made new rows."""
-        if transition.sources or self.memory:
-            pool = (x, raw, z, None, *self.memory, *rows)
-            transition.apply(attributes, pool)
-            self.memory = [pool[i] for i in transition.sources]  # type: ignore[misc]
-            self.shape = x.shape if transition.sources else None
-        else:
-            attributes.update(transition.changed)
-        self.state, self.fresh = transition.after, False
 
     def offset(self, timestep: Timestep) -> int | None:
         """Of a timestep's address in the schedule's tensor, if it is an element of that; otherwise None."""
@@ -320,21 +318,12 @@ class Cursor:
                 return offset
         return None
 
-    def is_current(self, attributes: Mapping[str, Any]) -> bool:
-        """Whether the state is still valid: neither schedule nor memory was edited."""
-        state = self.state
-        if state is None:
-            return False
-        for tensor, version in self.schedule:
+    def is_unedited(self) -> bool:
+        """Whether the schedule holds what it held when the state was found."""
+        for tensor, version in self.schedule:  # noqa: SIM110  a generator would take twice the time
             if tensor._version != version:
                 return False
-        if not self.memory:
-            return True
-        for name, length in state.lists.items():
-            if len(attributes[name]) != length:
-                return False
-        held = [attributes[name] if i is None else attributes[name][i] for name, i in state.memory]
-        return all(map(operator.is_, held, self.memory))
+        return True
 
     def time(self, timestep: Timestep) -> int | float:
         """The timestep as a number."""
@@ -386,35 +375,38 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         attributes[CURSOR] = Cursor(unshared(new))
 
     @functools.wraps(parent.step)
-    def step(self: Any, model_output: Tensor, timestep: Timestep, sample: Tensor, *args: Any, **kwargs: Any) -> object:
+    def step(
+        self: Any,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        *args: Any,
+        generator: Any = _ABSENT,
+        **kwargs: Any,
+    ) -> object:
         if is_dynamo_compiling():  # torch.compile cannot trace a kernel that takes addresses
-            return _disable(step)(self, model_output, timestep, sample, *args, **kwargs)
-        options = dict(zip(names, args, strict=False), **kwargs) if args else kwargs.copy()
-        generator = options.pop("generator", None)
+            given = kwargs if generator is _ABSENT else {**kwargs, "generator": generator}
+            return _disable(step)(self, model_output, timestep, sample, *args, **given)
         attributes = self.__dict__  # read once: each read looks up this thread's own
         cursor: Cursor = attributes[CURSOR]
         state = cursor.state
         if state is not None and cursor.live and type(timestep) is Tensor:
             usual = state.usual.get(timestep.data_ptr() - cursor.first)
-            if (
-                usual is not None
-                and not timestep.ndim
-                and usual.covers(cursor, sample, model_output, options)
-                and cursor.is_current(attributes)
-            ):
-                transition: Transition = usual.transition
-                if usual.alone:
-                    rows = usual.update(sample, model_output, None, ())
-                    attributes.update(transition.changed)
-                    cursor.state, cursor.fresh = transition.after, False
-                    return transition.wrap(rows)
-                update = usual.update
-                return _follow(
-                    self, parent, cursor, attributes, transition, update, model_output, sample, None, generator
-                )
+            try:
+                alike = usual is not None and not timestep.ndim and kwargs == usual.options and not args
+            except (RuntimeError, ValueError):  # an array in place of a number
+                alike = False
+            if alike and cursor.is_unedited():
+                done = usual.step(self, cursor, attributes, model_output, sample, generator)
+                if done is not None:
+                    return done
+        if generator is not _ABSENT:
+            kwargs["generator"] = generator
+        options = {**dict(zip(names, args, strict=False)), **kwargs}
         z = None if passed is None else options.pop(passed, None)
-        given = None if passed is None or z is None else (passed, z)
-        done = _fused_step(self, parent, model_output, timestep, sample, options, generator, given)
+        noise = None if passed is None or z is None else (passed, z)
+        drawn = options.pop("generator", None)
+        done = _fused_step(self, parent, model_output, timestep, sample, options, drawn, noise)
         if done is None:
             attributes, shared = self.__dict__, self._shared  # another's if the run has just begun
             with _inside(shared.begin(attributes)):
@@ -434,21 +426,23 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             return
         shared = self._shared
         with shared.lock:  # some parents write into the configuration here, which all threads read
-            shared.begin(attributes, anew=True)
-            # Inference tensors do not count their in-place edits.
-            normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+            shared.restart(attributes)
             try:
-                known = shared.schedules.get(arguments(args, kwargs), list)
+                known = shared.known(arguments(args, kwargs))
             except TypeError:
                 known = []
+            # Inference tensors do not count their in-place edits.
+            inference = torch.is_inference_mode_enabled()
             for schedule in known:
                 if schedule.holds(attributes):
-                    with normal:
+                    if inference:
+                        with torch.inference_mode(False):
+                            own = schedule.copies()
+                    else:
                         own = schedule.copies()
-                    attributes.update(own)
                     shared.renew(attributes, schedule, own)
                     return
-            with normal:
+            with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 made = _schedule(attributes, parent, Trace(tracing, unshared(_plain(attributes))), args, kwargs)
             shared.adopt(attributes)
             if made is not None:
@@ -484,7 +478,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                     usual is not None
                     and usual.scale_dtype is sample.dtype
                     and not timestep.ndim
-                    and cursor.is_current(attributes)
+                    and cursor.is_unedited()
                 ):
                     return _scale(attributes, cursor, usual, sample)
             found = None
@@ -563,7 +557,7 @@ def _schedule(
     cursor.fresh = True
     with contextlib.suppress(NotAffineError, KeyError):  # a state now rather than in the first step
         state = cursor.locate(parent, attributes)
-        if state.memory:
+        if state.memory or not isinstance(attributes.get("timesteps"), Tensor):
             return None
         passing = trace.written.union(_leftovers(parent)) - trace.depends
         held = {name: value for name, value in before.items() if name not in passing}
@@ -571,7 +565,7 @@ def _schedule(
         read = {name: before[name] for name in trace.depends & trace.written}
         written = {name: attributes[name] for name in trace.written}
         made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
-        if isinstance(attributes.get("timesteps"), Tensor) and made.holds({**before, **_plain(attributes), **read}):
+        if made.holds({**before, **_plain(attributes), **read}):
             return made
     return None
 
@@ -623,7 +617,7 @@ def _find(
     cursor: Cursor = attributes[CURSOR]
     try:
         state = cursor.state
-        if state is None or not cursor.is_current(attributes):
+        if state is None or not cursor.is_unedited() or not state.describes(attributes):
             state = cursor.locate(parent, attributes)
     except NotAffineError:
         return None
@@ -680,56 +674,25 @@ def _fused_step(
     if found is None:
         return None
     cursor, transition = found
-    memory = cursor.memory
-    if memory and cursor.shape != shape:
+    state = transition.before
+    memory = state.remembered(attributes)
+    if memory is None or any(type(tensor) is not Tensor or tensor.shape != shape for tensor in memory):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *memory)):
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    if tokens_at is not None:
-        cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
-        if transition.draw is not None:
-            z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
-        rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
-        return _finish(self, cursor, attributes, transition, raw, x, z, rows)
-    state, offset = cursor.state, cursor.offset(timestep)
-    if given is None and state is not None and offset is not None:
-        state.usual[offset] = Usual(transition, x, raw, options)
-    return _follow(self, parent, cursor, attributes, transition, transition.update, raw, x, z, generator)
-
-
-def _follow(
-    self: Scheduler,
-    parent: type[Scheduler],
-    cursor: Cursor,
-    attributes: dict[str, Any],
-    transition: Transition,
-    update: Update | Bound,
-    raw: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    generator: Generator,
-) -> object:
-    """Make the step of a transition by its update."""
+    if tokens_at is None and given is None and (offset := cursor.offset(timestep)) is not None:
+        state.usual[offset] = Usual(transition, x, raw, memory, options)
     if transition.draw is not None:
-        z = _draw(self, parent, cursor, transition.draw, raw, x, generator)
-    rows = update(x, raw, z, cursor.memory)
-    return _finish(self, cursor, attributes, transition, raw, x, z, rows)
-
-
-def _finish(
-    self: Scheduler,
-    cursor: Cursor,
-    attributes: dict[str, Any],
-    transition: Transition,
-    raw: Tensor,
-    x: Tensor,
-    z: Tensor | None,
-    rows: list[Tensor],
-) -> object:
-    """Leave the scheduler as the step does, and return its results."""
-    cursor.advance(attributes, transition, x, raw, z, rows)
+        z = _draw(self, cursor, transition.draw, raw, x, generator)
+    if tokens_at is None:
+        rows = transition.update.run(x, raw, z, memory)
+    else:
+        cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
+        rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
+    transition.apply(attributes, (x, raw, z, None, *memory, *rows))
+    cursor.state, cursor.fresh = transition.after, False
     if transition.last:
         self._shared.end(attributes)
     return transition.wrap(rows)
@@ -738,40 +701,77 @@ def _finish(
 class Usual:
     """The latest step made from a state at one of its timesteps: a step like it needs no search.
 
-    alone  whether it is made of the sample and the output alone, in the middle of a run: no noise, no memory
+    Between two calls of a network everything here comes from memory anew, so that a step touches little: this object
+    has what it needs of its transition.
+
+    alike   tells whether other tensors (sample, output, memory) are like those of that step
+    before  the state, if it has a memory
+    factor  that of an update without noise which is x + factor raw
+    draws   whether the update draws fewstep's noise itself
+    moves   the transition, if it changes the memory
     """
 
-    __slots__ = ("alone", "cpu", "device", "options", "raw_dtype", "shape", "transition", "update", "x_dtype")
+    __slots__ = (
+        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "last", "moves", "options",
+        "update", "wrap",
+    )  # fmt: skip
 
-    def __init__(self, transition: Transition, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> None:
-        self.transition, self.options = transition, dict(options)
-        self.shape, self.device, self.cpu = x.shape, x.device, x.is_cpu
-        self.x_dtype, self.raw_dtype = x.dtype, raw.dtype
+    def __init__(
+        self, transition: Transition, x: Tensor, raw: Tensor, memory: Sequence[Tensor], options: Mapping[str, Any]
+    ) -> None:
+        self.options, self.alike = dict(options), guard((x, raw, *memory))
+        self.before = transition.before if memory else None
+        self.after, self.changed, self.last = transition.after, transition.changed, transition.last
+        self.moves = transition if transition.moves else None
+        self.wrap, self.draw = transition.wrap, transition.draw
         update = transition.update
-        self.update: Update | Bound = Bound(update, x.shape) if x.is_cpu and update.binds else update
-        remembers = transition.sources or transition.before
-        self.alone = not (remembers or transition.draw or transition.last or transition.lists)
+        self.factor = update.factor if self.draw is None else None
+        self.update = update
+        self.bound = Bound(update, x) if update.binds(x, raw, memory) else None
+        single = self.draw is not None and self.draw.interval is None
+        self.draws = single and NOISE not in transition.sources and self.bound is not None
 
-    def covers(self, cursor: Cursor, x: Tensor, raw: Tensor, options: Mapping[str, Any]) -> bool:
-        """Whether a step on these tensors is one like it."""
-        try:
-            if options != self.options:
-                return False
-        except (RuntimeError, ValueError):  # an array in place of a number
-            return False
-        shape, memory = self.shape, cursor.memory
-        return (
-            type(x) is type(raw) is Tensor
-            and x.shape == shape == raw.shape
-            and x.dtype is self.x_dtype
-            and raw.dtype is self.raw_dtype
-            and (x.is_cpu and raw.is_cpu if self.cpu else x.device == self.device == raw.device)
-            and (not memory or cursor.shape == shape)
-            and not (
-                torch.is_grad_enabled()
-                and (x.requires_grad or raw.requires_grad or any(t.requires_grad for t in memory))
-            )
-        )
+    def step(
+        self,
+        scheduler: Scheduler,
+        cursor: Cursor,
+        attributes: dict[str, Any],
+        raw: Tensor,
+        x: Tensor,
+        generator: Generator,
+    ) -> object:
+        """The result of a step; None if its tensors are not alike."""
+        memory: Sequence[Tensor] | None = ()
+        if self.before is None:
+            if not self.alike(x, raw):
+                return None
+        else:
+            memory = self.before.remembered(attributes)
+            if memory is None or not self.alike(x, raw, *memory):
+                return None
+        z = None
+        if self.factor is not None:
+            rows = [_add(x, raw, alpha=self.factor)]
+        else:
+            if self.draw is not None:
+                if generator is _ABSENT:
+                    generator = None
+                if self.draws and attributes["noise"] == "fewstep":
+                    z = _streams(cursor, raw, generator)
+                else:
+                    z = _draw(scheduler, cursor, self.draw, raw, x, generator)
+            if self.bound is not None:
+                rows = self.bound.run(x, raw, z, memory, cursor.pool)
+            else:
+                rows = self.update.run(x, raw, z, memory)
+        if self.moves is not None:
+            self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
+        elif self.changed:
+            attributes.update(self.changed)
+        cursor.state, cursor.fresh = self.after, False
+        if self.last:
+            scheduler._shared.end(attributes)
+        return self.wrap(rows)
 
 
 def _added(
@@ -786,7 +786,7 @@ def _added(
     cursor: Cursor = attributes[CURSOR]
     try:
         state = cursor.state
-        if state is None or not cursor.is_current(attributes):
+        if state is None or not cursor.is_unedited():
             state = cursor.locate(parent, attributes)
         with HOST:
             found: added.Added | None = state.added.get(method)
@@ -811,40 +811,37 @@ def _scale(attributes: dict[str, Any], cursor: Cursor, transition: Transition, s
     return sample if transition.factor is None else sample * transition.factor
 
 
-def _draw(
-    self: Scheduler,
-    parent: type[Scheduler],
-    cursor: Cursor,
-    draw: Draw,
-    raw: Tensor,
-    sample: Tensor,
-    generator: Generator,
-) -> Tensor:
+def _streams(cursor: Cursor, raw: Tensor, generator: Generator) -> Streams:
+    """The run's own noise: its streams, begun with its first draw."""
+    streams, device, batch = cursor.streams, raw.device, len(raw)
+    if streams is None or not streams.serves(generator, device, batch):
+        streams = cursor.streams = Streams(generator, device, batch)
+    return streams
+
+
+def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tensor, generator: Generator) -> Tensor:
     """The noise of this step: what the parent would draw, or fewstep's own."""
     own = self.noise == "fewstep"
     if draw.interval is None:
         if own:
-            streams, device, batch = cursor.streams, raw.device, len(raw)
-            if streams is None or not streams.serves(generator, device, batch):
-                streams = cursor.streams = Streams(generator, device, batch)
-            return streams.draw(raw.shape)
+            return _streams(cursor, raw, generator).draw(raw.shape)
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
     with HOST:
         sampler = self.noise_sampler
         if sampler is None:  # made in the first step, when the sample is known
-            sampler = self.__dict__["noise_sampler"] = _path(self, parent, sample, own)
+            sampler = self.__dict__["noise_sampler"] = _path(self, sample, own)
         return sampler(*draw.interval)
 
 
-def _path(self: Scheduler, parent: type[Scheduler], sample: Tensor, own: bool) -> Callable[..., Tensor]:
+def _path(self: Scheduler, sample: Tensor, own: bool) -> Callable[..., Tensor]:
     """A new Brownian path, the parent's or fewstep's own."""
     seed = self.noise_sampler_seed
     if own:
         return brownian_noise(sample, take_seed(None, HOST) if seed is None else seed)
     levels = self.sigmas[self.sigmas > 0]
     low, high = levels.min().item(), levels.max().item()
-    sampler: Any = sys.modules[parent.__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
+    sampler: Any = sys.modules[type(self).__bases__[1].__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
     sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
     return sampler  # type: ignore[no-any-return]
 

@@ -68,6 +68,7 @@ class Schedule:
     state    the scheduler's state afterwards
     times    its timesteps as numbers
     digests  of the tensors that it sets
+    watched  names of the tensors in which a later edit in place changes the steps
     begun    by the index set with set_begin_index: the state afterwards
 
     Raises KeyError if an attribute that it sets cannot be copied, or one that it holds may be edited unnoticed.
@@ -83,6 +84,8 @@ class Schedule:
         digests: Mapping[str, str],
     ) -> None:
         self.state, self.times, self.digests = state, times, digests
+        self.watched = watched({**held, **written})
+        self.stride: int = written["timesteps"].element_size()
         self.begun: dict[int, State] = {}
         self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
         makes = [(n, v, _COPIES[type(v)]) for n, v in written.items() if n not in self.plain]
@@ -122,6 +125,12 @@ class Schedule:
         for name, value, make in self.made:
             own[name] = make(value)
         return own
+
+
+def watched(attributes: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that the coefficients of a step depend on: edits in place count in the middle of a run."""
+    names = "timesteps", "sigmas" if "sigmas" in attributes else "alphas_cumprod"
+    return [name for name in names if isinstance(attributes.get(name), Tensor)]
 
 
 _COPIES: Mapping[type, Callable[[Any], Any]] = {Tensor: Tensor.clone, np.ndarray: np.ndarray.copy, list: list.copy}
@@ -165,7 +174,8 @@ UNKNOWN = float("nan")
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """A key for the arguments of a call. Raises TypeError for one of unknown content."""
-    return tuple(map(_argument, args)), tuple([(name, _argument(value)) for name, value in kwargs.items()])
+    own = tuple([(kind, value) if (kind := type(value)) in PLAIN else _argument(value) for value in args])
+    return own, tuple([(name, _argument(value)) for name, value in kwargs.items()]) if kwargs else ()
 
 
 def _argument(value: Any) -> Hashable:

@@ -32,7 +32,6 @@ class State:
 
     attributes  on the CPU, with None in place of the memory and of a Brownian path, so that no image is kept alive
     memory      the places of the memory's tensors
-    lists       attributes that are lists holding memory -> their lengths
     calls       key of a call -> its transition, or why it has none
     usual       offset of a timestep in its tensor -> the latest step made there
     scaled      the same -> the latest call of scale_model_input
@@ -42,11 +41,33 @@ class State:
     def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
         self.cls, self.memory = cls, tuple(memory)
         self.attributes = dict(attributes)
-        self.lists = {name: len(self.attributes[name]) for name, i in memory if i is not None}
+        self._holders: dict[str, tuple[int, list[int]]] = {}  # length, and where the memory is; 0 if it is no list
+        for name, i in memory:
+            holder = self._holders.setdefault(name, (0 if i is None else len(self.attributes[name]), []))
+            holder[1].extend([] if i is None else [i])
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
         self.usual: dict[int, Any] = {}
         self.scaled: dict[int, Transition] = {}
         self.added: dict[Hashable, Any] = {}
+
+    def remembered(self, attributes: Mapping[str, Any]) -> list[Tensor] | None:
+        """What these attributes hold in the places of the memory; None if a list of theirs has another length."""
+        found: list[Tensor] = []
+        for name, (length, places) in self._holders.items():
+            value = attributes[name]
+            if not length:
+                found.append(value)
+            elif len(value) != length:
+                return None
+            else:
+                for i in places:
+                    found.append(value[i])
+        return found
+
+    def describes(self, attributes: Mapping[str, Any]) -> bool:
+        """Whether these attributes, once of this state, still hold memory in its places."""
+        found = self.remembered(attributes)
+        return found is not None and all(type(tensor) is Tensor for tensor in found)
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -68,18 +89,19 @@ class Transition:
     """One call from one state: a map from [x, raw, z, m, *memory] to the call's results and the memory afterwards.
 
     update   computes the new rows: first the results, then the new tensors of the memory
-    before   the places of the memory before the call
+    before   the state before the call
     after    the state after the call
     sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
     changed  the attributes, other than memory, that the call changes
     lists    the changed attributes that are lists
+    moves    whether it changes the memory or lists
     last     whether it is the last step of the schedule
     factor   that of scale_model_input, None if it is 1; scale_dtype is the dtype of its result
     """
 
     def __init__(self, before: State, call: Call) -> None:
         found = probe(before.cls, before.attributes, before.memory, call)
-        self.wrap, self.draw, self.before = found.wrap, found.draw, before.memory
+        self.wrap, self.draw, self.before = found.wrap, found.draw, before
         rows = list(found.outputs)
         self.sources: list[int] = []
         for place, row in found.memory.items():
@@ -111,10 +133,13 @@ class Transition:
             for place, i in zip(after.memory, self.sources, strict=True)
             if place[1] is not None and ((place, i) in moved or place[0] in self.changed)
         ]
+        self.moves = bool(self.lists or self._single or self._listed)
 
     def apply(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
         """Set a scheduler's attributes as the call leaves them. pool: the sources and the new rows, as tensors."""
         attributes.update(self.changed)
+        if not self.moves:
+            return
         for name in self.lists:
             attributes[name] = attributes[name].copy()
         for name, i in self._single:
@@ -222,10 +247,10 @@ class Digests:
         return {name: kept[2] for name, kept in found.items() if kept is not None and kept[0] is attributes[name]}
 
     def know(self, digests: Mapping[str, str], attributes: Mapping[str, Any]) -> None:
-        """Take these for the digests of these attributes, tensors that count their edits."""
+        """Take these for the digests of these attributes, tensors that count their edits, before the first of them."""
         for name, digest in digests.items():
             value = attributes[name]
-            self.kept[name] = (value, [value._version], digest)
+            self.kept[name] = (value, [0], digest)
 
     def _kept(self, name: str, value: Tensor | FrozenDict) -> str:
         if isinstance(value, Tensor) and value.is_inference():  # such a tensor does not count its in-place edits

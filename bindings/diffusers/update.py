@@ -8,13 +8,16 @@ float64 on a GPU, use the oracle's expressions. None of these synchronises with 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from sys import getrefcount
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu
 
+from fewstep.bindings.diffusers.noise import Streams
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
 from fewstep.kernels import cpu, layout, naive
 from fewstep.kernels import launch as words
@@ -24,6 +27,8 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _empty_like = torch.empty_like
+_holders = torch._C._storage_Use_Count
+_empty = _empty_strided_cpu  # as compiled code allocates: half the time of `empty_like`
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -91,7 +96,7 @@ class Update:
         self.plain = call.x_dtype is self.dtype
         self.factor = self._factor(matrix, call)
 
-    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
+    def run(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
         if self.factor is not None:
             return [torch.add(x, raw, alpha=self.factor)]
@@ -151,11 +156,12 @@ class Update:
             words.launch(self.stage.run, vector, units, size, (sources, results, wide))
         return results
 
-    @property
-    def binds(self) -> bool:
-        """Whether one launch makes it of tensors of its own dtype, without noise, a quantile or casts."""
-        special = self.noisy or self.casts or self.narrow or self.factor is not None or not self.anywhere
-        return self.compiled and self.plain and not special and len(self.launches) == 1
+    def binds(self, x: Tensor, raw: Tensor, memory: Sequence[Tensor]) -> bool:
+        """Whether one launch makes it of tensors like these without copying one, and of noise drawn in the kernel."""
+        special = self.casts or self.narrow or self.factor is not None or not self.anywhere or len(self.launches) > 1
+        if special or not self.compiled or any(memory[j].dtype is not self.dtype for j in self.memory):
+            return False
+        return all(t.is_cpu and t.is_contiguous() and not t.is_neg() for t in (x, raw, *memory))
 
     def _operator(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """`_fused` on a GPU, one operator per launch. Requires `anywhere`."""
@@ -202,36 +208,97 @@ class Update:
         return stage(slots, [raw], self.w, z=z, p=self.p, limit=limit, backend="naive")
 
 
-class Bound:
-    """An update bound to a shape, for contiguous CPU tensors of its own dtype; it hands all others to the update.
+def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Tells in one call whether other tensors are like these: torch.compile's own check.
 
-    Only for an update that `binds`.
+    It compares types, dtypes, devices, shapes, strides, lazy negation, whether a gradient is needed, and the modes of
+    torch that act on operators.
+    """
+    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    return check
+
+
+class Pool:
+    """Memory of a run's large tensors, used again once nobody holds a tensor in it.
+
+    What is freed at this size goes back to the system, so that a new tensor would wait for each of its pages: up to as
+    long as the step that fills it.
     """
 
-    __slots__ = ("dtype", "memory", "outputs", "size", "sources", "stage", "units", "update", "words")
+    LEAST, MOST, ROOM = 1 << 17, 1 << 23, 8  # bytes of a tensor, and how many are kept
 
-    def __init__(self, update: Update, shape: torch.Size) -> None:
+    def __init__(self) -> None:
+        self.kind: object = None
+        self.kept: list[tuple[Tensor, UntypedStorage, int, int, int]] = []
+
+    def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor."""
+        kind = shape, strides, dtype, torch.is_inference_mode_enabled()
+        if self.kind != kind:
+            self.kind, self.kept = kind, []
+        for tensor, storage, place, address, references in self.kept:
+            # Two holders are those of this list; others are tensors, views, NumPy's arrays, graphs. References to the
+            # storage itself count apart, and one that was resized or shared with a process has another address.
+            if _holders(place) == 2 and getrefcount(storage) == references and storage.data_ptr() == address:
+                return tensor.data
+        tensor = _empty(shape, strides, dtype)
+        storage = tensor.untyped_storage()
+        del self.kept[: 1 - self.ROOM]
+        references = getrefcount(storage) + 1  # with that of the list
+        self.kept.append((tensor, storage, storage._cdata, storage.data_ptr(), references))
+        return tensor.data
+
+
+class Bound:
+    """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
+
+    idle  launches' words that no call is using; several calls may run at once, in several threads
+    """
+
+    __slots__ = (
+        "dtype", "idle", "memory", "noisy", "outputs", "recycles", "shape", "size", "stage", "strides", "units",
+        "update", "words",
+    )  # fmt: skip
+
+    def __init__(self, update: Update, x: Tensor) -> None:
         (launch,) = update.launches
-        samples, elements = shape[0], shape[1:].numel()
-        self.update, self.dtype, self.memory, self.stage = update, update.dtype, update.memory, update.stage
+        self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
+        self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
+        self.recycles = Pool.LEAST <= self.size * self.dtype.itemsize <= Pool.MOST
         self.words = launch.words.copy()
-        self.units, self.size = words.resize(self.words, samples, elements), samples * elements
-        self.sources, self.outputs = tuple(launch.sources), tuple(launch.outputs)
+        self.units = words.resize(self.words, len(x), x.shape[1:].numel())
+        self.idle: list[np.ndarray] = []
+        self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
 
-    def __call__(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
-        vector = self.words.copy()  # one copy per call: calls may run in several threads
-        sources = [x, raw, *[memory[j] for j in self.memory]] if self.memory else [x, raw]
-        for j, tensor in zip(self.sources, sources, strict=True):
-            if tensor.dtype is not self.dtype or not tensor.is_contiguous() or tensor.is_neg():
-                return self.update(x, raw, z, memory)
-            vector[j] = tensor.data_ptr()
-        results = []
-        for j in self.outputs:
-            out = _empty_like(x)
-            vector[j] = out.data_ptr()
-            results.append(out)
-        words.launch(self.stage.run, vector, self.units, self.size, (sources, results))
-        return results
+    def run(
+        self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor], pool: Pool
+    ) -> list[Tensor]:
+        """The rows as new tensors. z: the noise, or what the kernel draws it from."""
+        idle = self.idle
+        vector = idle.pop() if idle else self.words.copy()
+        vector[0], vector[words.RAW] = x.data_ptr(), raw.data_ptr()
+        for slot, j in self.memory:
+            vector[slot] = memory[j].data_ptr()
+        if type(z) is Streams:
+            vector[words.DRAW] = z.count()
+            vector[words.STREAMS] = z.address if self.noisy else 0
+        elif self.noisy:
+            assert isinstance(z, Tensor)
+            if z.dtype is not self.dtype or not z.is_contiguous():
+                return self.update.run(x, raw, z, memory)
+            vector[words.NOISE], vector[words.STREAMS] = z.data_ptr(), 0
+        rows, empty = [], pool.empty if self.recycles else _empty
+        for output in self.outputs:
+            row = empty(self.shape, self.strides, self.dtype)
+            vector[output] = row.data_ptr()
+            rows.append(row)
+        if self.size <= words.SERIAL_ELEMENTS:
+            self.stage.run(vector, 0, self.units)
+        else:
+            words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
+        idle.append(vector)
+        return rows
 
 
 class _Launch:
