@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.mixed import MixedRun as MixedRun
     from fewstep.solvers.run.one_call import sample as sample
     from fewstep.solvers.run.sampler import Sampler as Sampler
+    from fewstep.solvers.run.sharded import Shards as Shards
+    from fewstep.solvers.run.sharded import sample_sharded as sample_sharded
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -74,6 +76,7 @@ _MODULES = {
     "solvers.run.mixed": "MixedRun",
     "solvers.run.one_call": "sample",
     "solvers.run.sampler": "Sampler",
+    "solvers.run.sharded": "sample_sharded Shards",
     "solvers.schedule.brownian": "BrownianTree",
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",
