@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.likelihood import Likelihood as Likelihood
+    from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
     from fewstep.solvers.run.loop import StepInfo as StepInfo
     from fewstep.solvers.run.mixed import MixedRun as MixedRun
     from fewstep.solvers.run.one_call import sample as sample
@@ -72,6 +74,7 @@ _MODULES = {
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
     "solvers.run.latents": "slerp",
+    "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
     "solvers.run.one_call": "sample",

@@ -49,7 +49,7 @@ def exponential_pair(grid: Grid, s: Point, t: Point, low: ExponentialTableau, hi
 
 
 # The fourth-order weights of the pair (Dormand & Prince 1980); the seventh call is at the step's result.
-_FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
+FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 
 
 def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
@@ -60,7 +60,7 @@ def dormand_prince(grid: Grid, s: Point, t: Point, frame: str) -> Attempt:
     for c, weights in zip((*DORMAND_PRINCE.c[1:], 1.0), (*a[1:], b), strict=True):
         p = t if math.isclose(c, 1.0) else f.point(grid, u + c * h)
         found.append(Target(p, f.scale(p) / f.scale(s), tuple(f.scale(p) * h * v for v in weights)))
-    error = tuple(f.scale(t) * h * (low - high) for low, high in zip(_FOURTH, (*b, 0.0), strict=True))
+    error = tuple(f.scale(t) * h * (low - high) for low, high in zip(FOURTH, (*b, 0.0), strict=True))
     return Attempt(f.slope, found, error)
 
 
