@@ -62,14 +62,7 @@ class Likelihood(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Samples on their way: y (n, D), and the integral of the divergence (n, estimates)."""
-
-    y: Tensor
-    volume: FloatArray
-
-
-class _Slope(NamedTuple):
-    """The slopes of a `_State` in the angle."""
+    """Samples on their way, or their slopes: y (n, D), and the integral of the divergence (n, estimates)."""
 
     y: Tensor
     volume: FloatArray
@@ -86,12 +79,12 @@ class _Ode:
         self.batch, self.frame, self.trace = batch, frame, trace
         self.nfe = np.zeros(batch.size, np.int64)
 
-    def column(self, values: Sequence[float]) -> Tensor:
+    def column(self, values: Sequence[float] | FloatArray) -> Tensor:
         """Numbers of the samples as a factor of slots (n, D)."""
         column: Tensor = self.frame.array(np.reshape(values, (-1, 1)), self.batch.dtype)
         return column
 
-    def slope(self, samples: Sequence[int], points: Sequence[Point], y: Tensor) -> _Slope:
+    def slope(self, samples: Sequence[int], points: Sequence[Point], y: Tensor) -> _State:
         """The slopes of some samples, each at its own point."""
         u = (y * self.column([math.hypot(p.alpha, p.sigma) for p in points])).detach().requires_grad_()
         outputs = self.batch.call(samples, u, points, [0.0] * len(points))
@@ -105,9 +98,9 @@ class _Ode:
         a, s = np.array([(p.alpha, p.sigma) for p in points]).T[:, :, None]
         volume = (a * u.shape[1] - (a * a + s * s) * self.trace(m, u, samples)) / s
         csc = self.column(np.hypot(a, s) / s)
-        return _Slope(self.column(a / s) * y - csc * m.detach(), volume)
+        return _State(self.column(a / s) * y - csc * m.detach(), volume)
 
-    def moved(self, state: _State, h: FloatArray, weights: Sequence[float], slopes: Sequence[_Slope]) -> _State:
+    def moved(self, state: _State, h: FloatArray, weights: Sequence[float], slopes: Sequence[_State]) -> _State:
         """state + h sum_j weights_j slopes_j."""
         y, volume = state
         for weight, slope in zip(weights, slopes, strict=False):
@@ -123,8 +116,8 @@ class _Ode:
         points: Sequence[Sequence[Point]],
         h: FloatArray,
         state: _State,
-        first: _Slope | None = None,
-    ) -> tuple[_State, list[_Slope]]:
+        first: _State | None = None,
+    ) -> tuple[_State, list[_State]]:
         """One step of every sample: the new state, and the slopes of its stages.
 
         points  of each stage, of each sample
@@ -203,7 +196,7 @@ def _adaptive(
             )
         # Where a step was taken, the slopes at its end are those of the next start.
         last_or_first = [slopes[-1] if k in taken else slopes[0] for k in kept]
-        known = _Slope(
+        known = _State(
             ode.frame.concatenate([slope.y[k : k + 1] for slope, k in zip(last_or_first, kept, strict=True)])
             if kept
             else y[:0],
@@ -310,7 +303,9 @@ def log_likelihood(
     first, last = path[0], path[-1]
     torch = frame.torch
     with torch.inference_mode(False), torch.enable_grad():
-        y = batch.latent(moved, frame if isinstance(outer, TorchFrame) else outer) * math.cos(angle(first))
+        y = batch.latent(moved, frame if outer is None or isinstance(outer, TorchFrame) else outer) * math.cos(
+            angle(first)
+        )
         begin = _State(y, np.zeros((len(y), 1)))
         if rtol is not None and atol is not None:
             end = _adaptive(ode, grid, path, begin, rtol, atol, max_calls)

@@ -78,7 +78,7 @@ class _Chunks:
             array = np.load(self.file(number), mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return False
-        return array.shape == (len(self.samples(number)), *self.sample) and array.dtype == self.dtype
+        return bool(array.shape == (len(self.samples(number)), *self.sample) and array.dtype == self.dtype)
 
 
 def sample_sharded(
