@@ -36,10 +36,14 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.likelihood import Likelihood as Likelihood
+    from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
     from fewstep.solvers.run.loop import StepInfo as StepInfo
     from fewstep.solvers.run.mixed import MixedRun as MixedRun
     from fewstep.solvers.run.one_call import sample as sample
     from fewstep.solvers.run.sampler import Sampler as Sampler
+    from fewstep.solvers.run.sharded import Shards as Shards
+    from fewstep.solvers.run.sharded import sample_sharded as sample_sharded
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -70,10 +74,12 @@ _MODULES = {
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
     "solvers.run.latents": "slerp",
+    "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
     "solvers.run.one_call": "sample",
     "solvers.run.sampler": "Sampler",
+    "solvers.run.sharded": "sample_sharded Shards",
     "solvers.schedule.brownian": "BrownianTree",
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",

@@ -35,6 +35,7 @@ F32 = NDArray[np.float32]
 STEP: Final = 0  # noise inside solver steps
 LATENT: Final = 1  # the initial x
 BROWNIAN: Final = 2  # nodes of the virtual Brownian tree
+PROBE: Final = 3  # signs of the probes of a trace
 
 # Philox4x32: multipliers, and the Weyl constants that are added to the key between rounds.
 M0: Final = 0xD2511F53
@@ -248,3 +249,21 @@ def normal_rows(n: int, streams: U32, draw: int, domain: int, first: int = 0) ->
     counter[..., 3] = domain
     words = philox4x32(counter, streams[:, None, :2])
     return words_to_normals(words).reshape(len(streams), -1)[:, :n]
+
+
+def sign_rows(n: int, streams: U32, draw: int, domain: int) -> F32:
+    """Independent signs, +1 or -1 with equal chances (Rademacher), of every sample of a batch: row i from streams[i].
+
+    A block serves 128 elements: element e is bit e mod 32 of word (e div 32) mod 4 of block e div 128.
+
+    Returns (B, n) float32.
+    """
+    counter = np.empty((len(streams), -(-n // 128), 4), dtype=np.uint32)
+    counter[..., 0] = np.arange(counter.shape[1], dtype=np.uint32)
+    counter[..., 1] = draw
+    counter[..., 2] = streams[:, 2:]
+    counter[..., 3] = domain
+    words = philox4x32(counter, streams[:, None, :2])
+    bits = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
+    signs: F32 = np.float32(1.0) - np.float32(2.0) * bits.reshape(len(streams), -1)[:, :n].astype(np.float32)
+    return signs

@@ -264,6 +264,15 @@ def make_sampler(**arguments: Any) -> Any:
     return fs.Sampler(**arguments)(seed=0)
 
 
+def likelihood(denoiser: Any, x: Any, **arguments: Any) -> Any:
+    return fs.log_likelihood(denoiser, x, **arguments)
+
+
+def sharded(**arguments: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return fs.sample_sharded(folder=folder, **arguments)
+
+
 def mixed(**arguments: Any) -> Any:
     run = fs.MixedRun(**arguments)
     run.admit(0, PLAN, seed=0)
@@ -303,6 +312,11 @@ target(
 target("sample_adaptive", adaptive, {"denoiser": DENOISER, "x": LATENT, "seed": 0, "backend": "naive",
        "sigma_max": 2.0, "sigma_min": 0.1}, lambda r: is_sample(r.x), of=fs.sample_adaptive,
        **_RUN, sigma_min="sigma_min|ratios?", sigma_max="sigma_max|ratios?")  # fmt: skip
+target("sample_sharded", sharded, {"denoiser": TUNED, "plan": PLAN, "shape": (2, 3), "n": 3, "backend": "naive"},
+       anything, of=fs.sample_sharded, skip=("folder",), plan="plan", cond="cond|samples", **_RUN)  # fmt: skip
+target("log_likelihood", likelihood, {"denoiser": DENOISER, "x": LATENT, "device": "cpu", "solver": "euler", "steps": 3,
+       "seed": 0}, lambda r: finite(r.log_prob, r.latent), of=fs.log_likelihood, **_RUN, rtol="rtol|atol",
+       atol="rtol|atol")  # fmt: skip
 target("MixedRun", mixed, {"denoiser": DENOISER, "plans": [PLAN], "shape": (2, 3), "backend": "naive"}, is_row,
        of=fs.MixedRun, plans="plans?", denoiser="denoiser")  # fmt: skip
 target("MixedRun/admit", admit, {"place": 0, "plan": PLAN, "seed": 0}, is_row, of=fs.MixedRun.admit, x="x|latent",
@@ -334,7 +348,8 @@ target("ConsistencyDenoiser", partial(run_mapped, ConsistencyDenoiser), {"model"
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
-    "Point AdaptiveResult StepInfo Measured Recommendation PlanRange": "records that the package fills",
+    "Point AdaptiveResult Likelihood Shards StepInfo": "records that the package fills",
+    "Measured Recommendation PlanRange": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",

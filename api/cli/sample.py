@@ -1,9 +1,10 @@
-"""`fewstep sample`: draw samples from a model into a file."""
+"""`fewstep sample`: draw samples from a model into a file, or into a folder by any number of processes."""
 
 from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from rich.markup import escape
 
 from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, check_count, parse_options
+from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_out, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import PROCESS, check_model, load_model
@@ -27,23 +29,37 @@ def sample(
     spacing: Annotated[str | None, typer.Option(help="Spacing of the grid; by default the solver's own.")] = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
-    n: Annotated[int, typer.Option(help="Number of samples.")] = 64,
-    out_path: Annotated[Path, typer.Option("--out", help="A .png picture or an .npz archive.")] = Path("samples.png"),
+    # torchrun takes --n for an abbreviation of its own options, wherever it stands.
+    n: Annotated[int, typer.Option("--n", "-n", help="Number of samples.")] = 64,
+    out_path: Annotated[
+        Path, typer.Option("--out", help="A .png picture, an .npz archive, or a folder of numbered .npy files.")
+    ] = Path("samples.png"),
+    batch: Annotated[int, typer.Option(help="Samples per batch, for a folder.")] = 64,
+    chunk: Annotated[int | None, typer.Option(help="Samples per file of a folder; default: one batch.")] = None,
     label: Annotated[int | None, typer.Option("--class", help="One class for all; default: all in turn.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A solver option, name=value; repeatable.")] = None,
     backend: Annotated[str, typer.Option(help="auto, numba or naive.")] = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Draw samples from a model and write them to a file."""
+    """Draw samples from a model and write them to a file.
+
+    With a folder as --out, several processes share the work (torchrun --nproc-per-node 4 -m fewstep sample --out dir/
+    ...), and the same command resumes a job that was killed.
+    """
     from fewstep.solvers.plans.registry import get_solver
     from fewstep.solvers.plans.registry import plan as make_plan
     from fewstep.solvers.run.arrays import NumpyFrame
     from fewstep.solvers.run.checks import pick_backend
     from fewstep.solvers.run.sampler import Sampler
+    from fewstep.solvers.run.sharded import sample_sharded
     from fewstep.solvers.schedule.grid import grid as make_grid
 
-    check_out(out_path)
+    folder = out_path.suffix == ""
+    if not folder:
+        check_one_process("--out", out_path)
+        check_out(out_path)
     check_count("--n", n)
+    check_count("--batch", batch)
     check_model(model, guidance, label)
     check_seed(seed, "--seed")
     if backend not in BACKENDS:
@@ -55,10 +71,6 @@ def sample(
     chosen = load_model(model)
     labels = chosen.labels(n) if label is None else np.full(n, label)
     denoiser = chosen.denoiser(guidance)
-    sampler = Sampler(denoiser, plan, (n, *chosen.shape), backend=backend)
-    begin = time.perf_counter()
-    x = np.asarray(sampler(seed=seed, cond=chosen.cond(labels), progress=ERR.is_terminal and not as_json))
-    seconds = time.perf_counter() - begin
     evaluations = sum(sum(w != 0 for w in denoiser.weights(k / plan.steps)) for k in range(plan.steps))
     settings = {
         "model": model,
@@ -72,7 +84,18 @@ def sample(
         "evaluations": round(plan.nfe * evaluations / plan.steps),
         "options": options,
     }
-    write_samples(out_path, x, labels if chosen.classes else None, settings, chosen.points(seed))
+    known = labels if chosen.classes else None
+    cond = chosen.cond(labels)
+    if folder:
+        shape, job = (min(batch, n), *chosen.shape), {"model": model, "guidance": guidance, "class": label}
+        make = partial(sample_sharded, denoiser, plan, shape, n, out_path, seed=seed, cond=cond, chunk=chunk, job=job)
+        write_folder(partial(make, backend=backend), out_path, known, settings, as_json)
+        return
+    sampler = Sampler(denoiser, plan, (n, *chosen.shape), backend=backend)
+    begin = time.perf_counter()
+    x = np.asarray(sampler(seed=seed, cond=cond, progress=ERR.is_terminal and not as_json))
+    seconds = time.perf_counter() - begin
+    write_samples(out_path, x, known, settings, chosen.points(seed))
     if as_json:
         typer.echo(json.dumps({**settings, "seconds": seconds, "out": str(out_path)}))
         return

@@ -89,7 +89,7 @@ def _constants(rows: Sequence[Sequence[Any]], calls: int, bases: int) -> np.ndar
 
 
 # The fourth-order weights of the pair (Dormand & Prince 1980); the seventh call is at the step's result.
-_FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
+FOURTH = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 
 
 def dormand_prince() -> Pair:
@@ -97,7 +97,7 @@ def dormand_prince() -> Pair:
     rows = (*DORMAND_PRINCE.a[1:], DORMAND_PRINCE.b)
     nodes = np.array([*DORMAND_PRINCE.c[1:], 1.0])
     nodes[np.isclose(nodes, 1.0)] = 1.0  # the sum of a row has round-off
-    error = np.array(_FOURTH) - np.array([*DORMAND_PRINCE.b, 0.0])
+    error = np.array(FOURTH) - np.array([*DORMAND_PRINCE.b, 0.0])
     bases = np.array([_STEP], np.float64)
     return Pair(5, nodes, bases, _constants(rows, len(error), 1), error[:, None], None, kept=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -129,3 +130,24 @@ def _converts(model: object) -> bool:
     call = model if inspect.isroutine(model) else type(model).__dict__.get("__call__")
     code = getattr(inspect.unwrap(call), "__code__", None) if callable(call) else None
     return code is not None and not _CONVERSIONS.isdisjoint(code.co_names)
+
+
+def weights_digest(model: object, each: int = 64) -> str | None:
+    """A digest of the torch modules that a callable reaches; None if there are none.
+
+    each  numbers of every parameter and buffer, at even distances: enough to tell one training step from the next
+    """
+    if sys.modules.get("torch") is None:
+        return None
+    import torch
+
+    found, any_module = hashlib.sha256(), False
+    for part in _torch_parts(model):
+        if isinstance(part, torch.nn.Module):
+            any_module = True
+            for name, tensor in sorted(part.state_dict().items()):
+                if isinstance(tensor, torch.Tensor):
+                    flat = tensor.detach().reshape(-1)
+                    some = flat[:: max(1, len(flat) // each)][:each].to("cpu", torch.float64)
+                    found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()[:16] if any_module else None

@@ -58,7 +58,7 @@ def rk4_times(sigmas: Sequence[float]) -> list[float]:
 
 
 def rows() -> list[Row]:
-    from table import adams, cfgpp, first_order, multistep, runge_kutta, singlestep
+    from table import adams, cfgpp, first_order, multistep, policy, runge_kutta, singlestep
 
-    families = (first_order, runge_kutta, multistep, singlestep, adams, cfgpp)
+    families = (first_order, runge_kutta, multistep, singlestep, adams, cfgpp, policy)
     return [row for family in families for row in family.ROWS]
