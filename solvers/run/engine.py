@@ -211,7 +211,7 @@ class FusedRun:
         return buffer
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        x_in, t = self._ready.pop(k, None) or self._inputs(k)
+        x_in, t = self._ready.pop(k) if k in self._ready else self._inputs(k)
         if self.places is not None and (x_in.data_ptr(), t.data_ptr()) != self.places[k]:
             self._view_inputs()  # a model moved them, by `share_memory_` or through a queue to another process
             self._ready.clear()
