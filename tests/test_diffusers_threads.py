@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import make, run
+from diffusers_cases import make, only_fused, run
 
 import fewstep.bindings.diffusers as twins
 
@@ -180,3 +180,17 @@ def test_the_default_device_is_not_the_steps(name: str) -> None:
     for a, b in zip(expected, found, strict=True):
         for field, value in a.items():
             torch.testing.assert_close(b[field], value, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", FLOW, UNIPC, "HeunDiscreteScheduler"])
+def test_a_first_request_in_another_thread_is_fused_too(name: str) -> None:
+    """A server makes its pipeline in one thread and runs it in others."""
+    want = request(make(twins, name))
+    scheduler = make(twins, name)
+
+    def copied() -> torch.Tensor:
+        return request(copy.deepcopy(scheduler))
+
+    with ThreadPoolExecutor(1) as pool, only_fused(name):
+        for found in (pool.submit(request, scheduler).result(), pool.submit(copied).result(), request(scheduler)):
+            torch.testing.assert_close(found, want, rtol=0, atol=0)
