@@ -215,6 +215,11 @@ def test_a_reader_that_leaves_ends_it_as_it_ends_others():
     assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")  # 141 in a shell
 
 
+def test_a_closed_output_takes_nothing_and_breaks_nothing():
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m fewstep solvers >&-"], stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("words", [("solvers",), ("recommend", "--nfe", "8", "--json")])
 def test_a_full_output_is_one_line_and_exit_code_1(words):
     with open("/dev/full", "wb") as full:

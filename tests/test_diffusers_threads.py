@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import make, run
+from diffusers_cases import make, only_fused, run
 
 import fewstep.bindings.diffusers as twins
 
@@ -180,3 +180,36 @@ def test_the_default_device_is_not_the_steps(name: str) -> None:
     for a, b in zip(expected, found, strict=True):
         for field, value in a.items():
             torch.testing.assert_close(b[field], value, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", FLOW, UNIPC, "HeunDiscreteScheduler"])
+def test_a_first_request_in_another_thread_is_fused_too(name: str) -> None:
+    """A server makes its pipeline in one thread and runs it in others."""
+    want = request(make(twins, name))
+    scheduler = make(twins, name)
+
+    def copied() -> torch.Tensor:
+        return request(copy.deepcopy(scheduler))
+
+    with ThreadPoolExecutor(1) as pool, only_fused(name):
+        for found in (pool.submit(request, scheduler).result(), pool.submit(copied).result(), request(scheduler)):
+            torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+def test_a_schedule_that_ends_twice_at_one_time_is_not_over_at_the_first() -> None:
+    """PNDM's 4 steps: a run in another thread that has just ended must not take the memory of the last step."""
+    scheduler = make(twins, "PNDMScheduler")
+
+    def run(stop: int, begin: int, x: torch.Tensor) -> torch.Tensor:
+        if begin == 0:
+            scheduler.set_timesteps(4)
+        for t in scheduler.timesteps[begin:stop]:
+            x = scheduler.step(torch.tanh(2.0 * x), t, x, return_dict=False)[0]
+        return x
+
+    x = torch.linspace(-1.0, 1.0, 324).reshape(SHAPE)
+    want = run(13, 0, x)
+    with ThreadPoolExecutor(1) as pool:
+        middle = run(12, 0, x)
+        torch.testing.assert_close(pool.submit(run, 13, 0, x).result(), want, rtol=0, atol=0)
+        torch.testing.assert_close(run(13, 12, middle), want, rtol=0, atol=0)

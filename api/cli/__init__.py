@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> None:
     if argv is None and hasattr(signal, "SIGPIPE"):
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before Python began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # until the end
     for stream in (sys.stdout, sys.stderr):
         # An ASCII terminal has no sigma, and a file's name may not be text at all.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):

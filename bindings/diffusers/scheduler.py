@@ -86,7 +86,8 @@ class PerThread(threading.local):
         shared: Shared | None = getattr(self, "_shared", None)
         if shared is None:
             self._begin(*args, **kwargs)
-            self._shared = Shared(self.__dict__)
+            # By no setting's way: threads that came later would find it among their settings.
+            threading.local.__setattr__(self, "_shared", Shared(self.__dict__))
         else:
             shared.join(self.__dict__)
 
