@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fewstep.bindings import diffusers as twins
+from fewstep.bindings.diffusers import scheduler as twins_scheduler
 from fewstep.bindings.diffusers.transition import State
 
 # diffusers hands tensors to NumPy.
@@ -604,6 +605,28 @@ def test_what_a_step_returns_is_the_callers() -> None:
     for a, b in zip(kept, spoiled, strict=True):
         torch.testing.assert_close(b, a, rtol=0.0, atol=0.0)
     assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "UniPCMultistepScheduler"])
+def test_a_known_step_with_one_tensor_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output may be the sample itself, or one that is remembered."""
+    parent, twin = pair(name)
+    x, constant = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE), torch.linspace(1.0, -2.0, 96).reshape(SHAPE)
+    searched: list[object] = []
+    for k, kind in enumerate(("constant", "constant", "sample", "sample", "new", "constant", "new")):
+        ends = []
+        if k == 1:
+            monkeypatch.setattr(twins_scheduler, "_fused_step", lambda *args: searched.append(args))
+        for scheduler in (parent, twin):
+            scheduler.set_timesteps(6)
+            y = x
+            for t in scheduler.timesteps:
+                raw = {"constant": constant, "sample": y, "new": constant + 0.1 * y}[kind]
+                y = scheduler.step(raw, t, y, return_dict=False)[0]
+            ends.append(y)
+        monkeypatch.undo()
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
+    assert not searched
 
 
 HOLD: dict[str, Callable[[torch.Tensor], object]] = {

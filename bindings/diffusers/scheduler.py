@@ -392,12 +392,13 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         cursor: Cursor = attributes[CURSOR]
         state = cursor.state
         if state is not None and cursor.live and type(timestep) is Tensor:
-            usual = state.usual.get(timestep.data_ptr() - cursor.first)
+            usual: Usual | None = state.usual.get(timestep.data_ptr() - cursor.first)
             try:
-                alike = usual is not None and not timestep.ndim and kwargs == usual.options and not args
+                if usual is None or timestep.ndim or kwargs != usual.options or args:
+                    usual = None
             except (RuntimeError, ValueError):  # an array in place of a number
-                alike = False
-            if alike and cursor.is_unedited():
+                usual = None
+            if usual is not None and cursor.is_unedited():
                 done = usual.step(self, cursor, attributes, model_output, sample, generator)
                 if done is not None:
                     return done
@@ -742,27 +743,29 @@ class Usual:
         generator: Generator,
     ) -> object:
         """The result of a step; None if its tensors are not alike."""
-        memory: Sequence[Tensor] | None = ()
+        memory: Sequence[Tensor] = ()
         if self.before is None:
             if not self.alike(x, raw):
                 return None
         else:
-            memory = self.before.remembered(attributes)
-            if memory is None or not self.alike(x, raw, *memory):
+            held = self.before.remembered(attributes)
+            if held is None or not self.alike(x, raw, *held):
                 return None
+            memory = held
         z = None
         if self.factor is not None:
             rows = [_add(x, raw, alpha=self.factor)]
         else:
+            noise: Tensor | Streams | None = None
             if self.draw is not None:
                 if generator is _ABSENT:
                     generator = None
                 if self.draws and attributes["noise"] == "fewstep":
-                    z = _streams(cursor, raw, generator)
+                    noise = _streams(cursor, raw, generator)
                 else:
-                    z = _draw(scheduler, cursor, self.draw, raw, x, generator)
+                    noise = z = _draw(scheduler, cursor, self.draw, raw, x, generator)
             if self.bound is not None:
-                rows = self.bound.run(x, raw, z, memory, cursor.pool)
+                rows = self.bound.run(x, raw, noise, memory, cursor.pool)
             else:
                 rows = self.update.run(x, raw, z, memory)
         if self.moves is not None:

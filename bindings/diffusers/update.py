@@ -8,14 +8,15 @@ float64 on a GPU, use the oracle's expressions. None of these synchronises with 
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Callable, Sequence
 from sys import getrefcount
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, UntypedStorage
-from torch._C._dynamo.guards import TensorGuards, _empty_strided_cpu
+from torch._C._dynamo import guards
 
 from fewstep.bindings.diffusers.noise import Streams
 from fewstep.bindings.diffusers.probe import CLIPPED, MEMORY, NOISE, RAW, Call, Clip, NotAffineError, X
@@ -28,7 +29,8 @@ from fewstep.solvers.run.functional import stage
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _empty_like = torch.empty_like
 _holders = torch._C._storage_Use_Count
-_empty = _empty_strided_cpu  # as compiled code allocates: half the time of `empty_like`
+# As compiled code allocates: in half the time of `empty_like`. Its stub is missing.
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = vars(guards)["_empty_strided_cpu"]
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -211,12 +213,23 @@ class Update:
 def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Tells in one call whether other tensors are like these: torch.compile's own check.
 
-    It compares types, dtypes, devices, shapes, strides, lazy negation, whether a gradient is needed, and the modes of
-    torch that act on operators.
+    It compares types, dtypes, devices, shapes, strides, lazy negation, whether a gradient is needed, the modes of torch
+    that act on operators, and which of the tensors are the same.
     """
-    shapes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    check: Callable[..., bool] = TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
-    return check
+    first = [next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors]
+    single = [i for i, j in enumerate(first) if i == j]
+    # One list per tensor; the stub says that there is one in all.
+    shapes: list[Any] = [list(tensors[i].shape) for i in single]
+    strides: list[Any] = [list(tensors[i].stride()) for i in single]
+    check: Callable[..., bool] = guards.TensorGuards(
+        *(tensors[i] for i in single), dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
+    ).check
+    if len(single) == len(tensors):
+        return check
+    # torch's takes no tensor twice.
+    return lambda *others: (
+        all(map(operator.is_, others, [others[j] for j in first])) and check(*[others[i] for i in single])
+    )
 
 
 class Pool:
@@ -241,7 +254,8 @@ class Pool:
             # Two holders are those of this list; others are tensors, views, NumPy's arrays, graphs. References to the
             # storage itself count apart, and one that was resized or shared with a process has another address.
             if _holders(place) == 2 and getrefcount(storage) == references and storage.data_ptr() == address:
-                return tensor.data
+                unused: Tensor = tensor.data
+                return unused
         tensor = _empty(shape, strides, dtype)
         storage = tensor.untyped_storage()
         del self.kept[: 1 - self.ROOM]
