@@ -128,6 +128,49 @@ def test_noise_beside_torch_randn(n, benchmark, report, one_thread):
     benchmark.pedantic(ours.run, rounds=20)
 
 
+def test_noise_beside_its_instructions(benchmark, report, one_thread):
+    """2^20 normals against the floor of docs/design.md: 145 vector instructions for 32 of them, four per cycle."""
+    from numba import njit
+
+    @njit
+    def chain(n):  # of two instructions in a row, a cycle each
+        x = np.uint64(1)
+        for i in range(n):
+            x = x + (x ^ np.uint64(i))
+        return x
+
+    n, adds, streams = 1 << 20, 1 << 16, philox.streams(7, 1)
+    out = np.empty((1, n), np.float32)
+    sides = [
+        Side("philox", lambda: normal_batch(out, streams, 1, philox.STEP)).repeated(),
+        Side("cycle", lambda: chain(adds)).repeated(),
+    ]
+    a, b = (1e9 * statistics.median(s) for s in interleaved(sides, REPEATS, clock(1)))
+    ours, floor = a / n, b / (2 * adds) * 145 / 32 / 4
+    report("a normal of 2^20, against its instructions", ours, floor, ours / floor, ("<=", 1.3), "ns")
+    benchmark.pedantic(sides[0].run, rounds=5)
+
+
+TINY = [(256, 16, 7), (4096, 2)]
+
+
+@pytest.mark.parametrize("shape", TINY, ids=str)
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_a_batch_of_tiny_samples(solver, shape, benchmark, report, one_thread):
+    """Action chunks and points of the plane: beside diffusers, and against a copy of the step's bytes."""
+    pytest.importorskip("diffusers")
+    case = Case(solver, shape)
+    case.gate()
+    case.gate_peer()
+    ours = case.ours().repeated()
+    sides = [ours, case.theirs(), copy_side(case.bytes_moved, 1).repeated()]
+    a, b, c = (1e6 * statistics.median(s) for s in interleaved(sides, REPEATS, clock(1)))
+    label = f"{solver} {'x'.join(map(str, shape))}"
+    report(label, a, b, b / a, None if "sde" in solver else (">=", 20), "us/step")
+    report(f"{label} / copy of its bytes", a, c, a / c, None, "us/step")
+    benchmark.pedantic(ours.run, rounds=20, warmup_rounds=2)
+
+
 @pytest.mark.parametrize("solver", ["dpm_solver_12", "dpm_solver_23"])
 def test_an_adaptive_attempt(solver, benchmark, report, one_thread):
     """The host's part of an attempt: a run of many steps less one of few, with a network that costs nothing."""

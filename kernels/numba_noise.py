@@ -15,8 +15,9 @@ from fewstep.kernels import philox as ref
 from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
 
 CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
-SMALL = 64  # up to this many elements, samples share a loop
-PADDING = 4  # elements of room behind a buffer, whose last block of four may reach beyond it
+SMALL = 32  # up to this many elements, samples share a loop
+WHOLE = 32  # elements that are always computed together: eight blocks of four, a vector of 64-bit words
+PADDING = WHOLE  # elements of room behind a buffer, whose last vector may reach beyond it
 
 _MASK = np.uint64(ref.MASK)
 _HALF_WORD = np.uint64(32)
@@ -88,11 +89,25 @@ def normal_pair(word_a, word_b):
     return radius * cos, radius * sin
 
 
+@jit(forceinline=True)
+def _rounds(a, b, c, d, k0, k1):
+    return _round(a, k0, k1), _round(b, k0, k1), _round(c, k0, k1), _round(d, k0, k1)
+
+
+@jit(forceinline=True)
+def _put(out, at, words):
+    """Four words as bit patterns of floats."""
+    out[at] = f32_from_bits(np.uint32(words[0]))
+    out[at + 1] = f32_from_bits(np.uint32(words[1]))
+    out[at + 2] = f32_from_bits(np.uint32(words[2]))
+    out[at + 3] = f32_from_bits(np.uint32(words[3]))
+
+
 @jit()
 def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
     """Write standard normals of elements lo .. lo + 4 blocks - 1 at one address to `out`, without allocation.
 
-    out     (at least 4 blocks,) float32, contiguous, overwritten
+    out     (at least 4 blocks, rounded up to a multiple of `WHOLE`,) float32, contiguous, overwritten up to there
     blocks  at most CHUNK / 4
     lo      a multiple of 4, lo + 4 blocks <= 2^34
 
@@ -102,13 +117,33 @@ def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
     key_lo, key_hi = np.uint64(seed_lo), np.uint64(seed_hi)
     w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
     # Pass 1 stores the words in `out` as bit patterns, pass 2 turns each pair into normals in place.
-    for i in range(blocks):
-        w0, w1, w2, w3 = philox_block(first + np.uint64(i), w_draw, w_sample, w_domain, key_lo, key_hi)
-        out[4 * i] = f32_from_bits(np.uint32(w0))
-        out[4 * i + 1] = f32_from_bits(np.uint32(w1))
-        out[4 * i + 2] = f32_from_bits(np.uint32(w2))
-        out[4 * i + 3] = f32_from_bits(np.uint32(w3))
-    for i in range(2 * blocks):
+    whole, fours = (blocks + 7) // 8 * 8, (blocks + 3) // 32  # in whole vectors of eight blocks; groups of four vectors
+    for g in range(fours):
+        # The rounds of four vectors in turn: one waits 8 cycles for its products, and the processor does not look far
+        # enough ahead to find the next vector by itself.
+        part, start = out[128 * g : 128 * g + 128], first + np.uint64(32 * g)
+        for i in range(8):
+            j = start + np.uint64(i)
+            a, b = (j, w_draw, w_sample, w_domain), (j + np.uint64(8), w_draw, w_sample, w_domain)
+            c, d = (j + np.uint64(16), w_draw, w_sample, w_domain), (j + np.uint64(24), w_draw, w_sample, w_domain)
+            a, b, c, d = _rounds(a, b, c, d, key_lo, key_hi)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + _W0, key_hi + _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(2) * _W0, key_hi + np.uint64(2) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(3) * _W0, key_hi + np.uint64(3) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(4) * _W0, key_hi + np.uint64(4) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(5) * _W0, key_hi + np.uint64(5) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(6) * _W0, key_hi + np.uint64(6) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(7) * _W0, key_hi + np.uint64(7) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(8) * _W0, key_hi + np.uint64(8) * _W1)
+            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(9) * _W0, key_hi + np.uint64(9) * _W1)
+            _put(part, 4 * i, a)
+            _put(part, 4 * i + 32, b)
+            _put(part, 4 * i + 64, c)
+            _put(part, 4 * i + 96, d)
+    rest, start = out[128 * fours :], first + np.uint64(32 * fours)
+    for i in range(whole - 32 * fours):
+        _put(rest, 4 * i, philox_block(start + np.uint64(i), w_draw, w_sample, w_domain, key_lo, key_hi))
+    for i in range(2 * whole):
         a, b = normal_pair(bits_from_f32(out[2 * i]), bits_from_f32(out[2 * i + 1]))
         out[2 * i] = a
         out[2 * i + 1] = b
@@ -119,30 +154,28 @@ def fill_samples(out, words, n, streams, samples, draw, domain):
     """Write standard normals of elements 0 .. n - 1 of each sample: `fill_blocks` over samples of few elements.
 
     out      (at least samples n,) float32, contiguous, overwritten
-    words    (at least 4 ceil(n / 4) samples,) float32, scratch: up to four times `out`
+    words    (at least 4 ceil(n / 4) samples, samples rounded up to a multiple of 8,) float32, scratch
     streams  (samples, 3) uint32, rows (seed low, seed high, sample)
     """
     w_draw, w_domain = np.uint64(draw), np.uint64(domain)
-    blocks = (n + 3) // 4
-    columns = np.empty((3, samples), np.uint64)
+    wide, blocks = (samples + 7) // 8 * 8, (n + 3) // 4  # whole vectors of samples
+    columns = np.zeros((3, wide), np.uint64)
     low, high, sample = columns[0], columns[1], columns[2]
     for s in range(samples):
         low[s], high[s], sample[s] = streams[s, 0], streams[s, 1], streams[s, 2]
     for i in range(blocks):  # the inner loop, which becomes vector code, runs over the samples
-        part = words[4 * samples * i : 4 * samples * (i + 1)]
-        for s in range(samples):
-            w0, w1, w2, w3 = philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s])
-            part[4 * s] = f32_from_bits(np.uint32(w0))
-            part[4 * s + 1] = f32_from_bits(np.uint32(w1))
-            part[4 * s + 2] = f32_from_bits(np.uint32(w2))
-            part[4 * s + 3] = f32_from_bits(np.uint32(w3))
-    for i in range(2 * blocks * samples):
+        part = words[4 * wide * i : 4 * wide * (i + 1)]
+        for s in range(wide):
+            _put(part, 4 * s, philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s]))
+    for i in range(2 * blocks * wide):
         a, b = normal_pair(bits_from_f32(words[2 * i]), bits_from_f32(words[2 * i + 1]))
         words[2 * i] = a
         words[2 * i + 1] = b
-    for s in range(samples):
-        for j in range(n):
-            out[s * n + j] = words[4 * (samples * (j // 4) + s) + j % 4]
+    for i in range(blocks):
+        part, kept = words[4 * wide * i : 4 * wide * (i + 1)], min(4, n - 4 * i)
+        for s in range(samples):
+            for k in range(kept):
+                out[s * n + 4 * i + k] = part[4 * s + k]
 
 
 @jit()
@@ -160,12 +193,13 @@ def normal_batch(out, streams, draw, domain):
             m = min(group, len(out) - i)
             fill_samples(flat[i * n : (i + m) * n], words, n, streams[i : i + m], m, np.uint32(draw), np.uint32(domain))
         return
-    last = np.empty(min(CHUNK, n + PADDING), np.float32)  # of a row's last chunk, whose blocks may reach beyond it
+    flat = out.reshape(-1)
+    last = np.empty(min(CHUNK, n) + PADDING, np.float32)  # of the last row, behind which there is no room
     for i in range(len(out)):
         for lo in range(0, n, CHUNK):
-            size = min(CHUNK, n - lo)
-            whole = size % 4 == 0
-            part = out[i, lo : lo + size] if whole else last
+            size, at = min(CHUNK, n - lo), i * n + lo
+            direct = size % WHOLE == 0 or i + 1 < len(out)  # else it reaches into the next row, which is written later
+            part = flat[at : at + size + PADDING] if direct else last
             fill_blocks(
                 part,
                 (size + 3) // 4,
@@ -176,8 +210,8 @@ def normal_batch(out, streams, draw, domain):
                 np.uint32(draw),
                 np.uint32(domain),
             )
-            for j in range(0 if whole else size):  # a loop: the copy of a slice takes longer to compile
-                out[i, lo + j] = last[j]
+            for j in range(0 if direct else size):  # a loop: the copy of a slice takes longer to compile
+                flat[at + j] = last[j]
 
 
 @jit()

@@ -123,15 +123,17 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
             raise ValueError(
                 f"first_sample={first_sample} needs an int seed: a sequence already gives each sample its stream"
             )
-        rows = [(check_seed(s, f"seed[{i}]"), 0) for i, s in enumerate(seed)]
+        seeds = np.array([check_seed(s, f"seed[{i}]") for i, s in enumerate(seed)], np.uint64)
+        numbers = np.zeros(batch, np.uint64)
     else:
         value = check_seed(seed)
         first_sample = check_seed(first_sample, "first_sample")
         if first_sample + batch > 1 << 32:
             raise ValueError(f"first_sample={first_sample} and a batch of {batch} exceed the last sample, 2**32 - 1")
-        rows = [(value, first_sample + i) for i in range(batch)]
-    table = [(value & MASK, value >> 32, sample) for value, sample in rows]
-    return np.array(table, dtype=np.uint32).reshape(batch, 3)
+        seeds, numbers = np.uint64(value), np.arange(first_sample, first_sample + batch, dtype=np.uint64)
+    table = np.empty((batch, 3), np.uint32)
+    table[:, 0], table[:, 1], table[:, 2] = seeds & np.uint64(MASK), seeds >> np.uint64(32), numbers
+    return table
 
 
 def philox4x32(counter: U32, key: U32) -> U32:
