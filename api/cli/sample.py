@@ -35,8 +35,10 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Draw samples from a model and write them to a file."""
+    from fewstep.solvers.plans.program import compile_plan
     from fewstep.solvers.plans.registry import get_solver
     from fewstep.solvers.plans.registry import plan as make_plan
+    from fewstep.solvers.plans.tables import branch_calls
     from fewstep.solvers.run.arrays import NumpyFrame
     from fewstep.solvers.run.checks import pick_backend
     from fewstep.solvers.run.sampler import Sampler
@@ -59,7 +61,7 @@ def sample(
     begin = time.perf_counter()
     x = np.asarray(sampler(seed=seed, cond=chosen.cond(labels), progress=ERR.is_terminal and not as_json))
     seconds = time.perf_counter() - begin
-    evaluations = sum(sum(w != 0 for w in denoiser.weights(k / plan.steps)) for k in range(plan.steps))
+    evaluations = sum(len(called) for _, called in branch_calls(compile_plan(plan), denoiser))
     settings = {
         "model": model,
         "solver": solver,
@@ -69,7 +71,7 @@ def sample(
         "seed": seed,
         "n": n,
         "nfe": plan.nfe,
-        "evaluations": round(plan.nfe * evaluations / plan.steps),
+        "evaluations": evaluations,
         "options": options,
     }
     write_samples(out_path, x, labels if chosen.classes else None, settings)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fewstep.kernels import layout, philox
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
@@ -60,6 +61,8 @@ class Batch:
     def __init__(
         self, denoiser: DenoiserLike, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Condition
     ) -> None:
+        if denoiser.by_step is not None:
+            raise ValueError(f"guidance with {denoiser.by_step} needs numbered steps: use fewstep.Sampler")
         self.denoiser, self.frame, self.dtype = denoiser, frame, dtype
         self.size, self.sample = shape[0], tuple(shape[1:])
         self.inside: Frame = NumpyFrame() if backend == "numba" else frame  # of the slots
@@ -120,14 +123,22 @@ class Batch:
         samples   the indices of the rows of u in the batch
         progress  of each sample, 0 to 1, for guidance between `start` and `stop`
         """
-        weights = [self.denoiser.weights(done) for done in progress]
-        branches = tuple(sorted({j for own in weights for j, g in enumerate(own) if g}))
+        found = [self.denoiser.shares(Moment(*moment)) for moment in zip(points, progress, strict=True)]
+        odd = next((len(s.weights) for s in found if len(s.weights) not in (1, self.size)), None)
+        if odd is not None:
+            raise ValueError(f"the guidance scale holds {odd} samples, and the batch is {self.size}: one for each")
+        own = [s.weights[i if len(s.weights) > 1 else 0] for i, s in zip(samples, found, strict=True)]
+        branches = tuple(sorted({j for shares in found for j in shares.called}))
         inputs, call = network_inputs(self.denoiser, points), self._call(samples)
-        found, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
-        raws = [self.functions.raw(self._inside(raw)) for raw in found]
-        p, shares = np.zeros((len(samples), 4)), np.array([[own[j] for j in branches] for own in weights])
-        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * shares
-        return Outputs(raws, *self.functions.adjust(u, raws, shares, p))
+        outputs, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
+        raws = [self.functions.raw(self._inside(raw)) for raw in outputs]
+        p, weights = np.zeros((len(samples), 4)), np.array(own)[:, list(branches)]
+        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * weights
+        blends = None
+        if self.denoiser.reduces and len(branches) > 1:
+            rows = zip(weights, inputs.a, inputs.b, strict=True)
+            blends = np.concatenate([self.denoiser.blend(w[None], a, b, 0.0) for w, a, b in rows])
+        return Outputs(raws, *self.functions.adjust(u, raws, blends, p))
 
     def _inside(self, raw: Array) -> Array:
         """A network output as (n, elements); for the CPU kernels, its bits in NumPy."""

@@ -28,19 +28,13 @@ class Threshold(Protocol):
 
 
 class Guidance(Protocol):
-    """Classifier-free guidance, see `bindings.denoiser.CFG`."""
+    """How the outputs of the branches become one, see `bindings.guidance`."""
 
-    @property
-    def scales(self) -> tuple[float, ...]: ...
-    @property
-    def rescale(self) -> float: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def stop(self) -> float: ...
+    def as_json(self) -> dict[str, Any]:
+        """Its numbers as JSON types. Raises ValueError for what no file can hold: networks, functions."""
 
 
-GuidanceLike = float | Guidance | None  # a scale, a `CFG`, or no guidance
+GuidanceLike = float | Guidance | None  # a scale, a guidance such as `CFG`, or none
 
 
 class DenoiserLike(X0Prediction, Protocol):
@@ -49,6 +43,8 @@ class DenoiserLike(X0Prediction, Protocol):
     model      model(x_in, t, **cond) -> raw
     bound      of a static clip of the x0 prediction, or None
     threshold  of dynamic thresholding, or None
+    branches   of guidance, 1 without it; networks: the network of each
+    by_step    what of the guidance needs numbered steps, or None
     batched    whether the branches of guidance are evaluated in one call on copies of the batch
     frame      the array library and device of the network, None for a plain callable
     """
@@ -67,6 +63,12 @@ class DenoiserLike(X0Prediction, Protocol):
     def time_dtype(self) -> str | None: ...
     @property
     def guidance(self) -> Guidance | None: ...
+    @property
+    def branches(self) -> int: ...
+    @property
+    def networks(self) -> tuple[Any, ...]: ...
+    @property
+    def by_step(self) -> str | None: ...
     @property
     def bound(self) -> float | None: ...
     @property
@@ -105,7 +107,7 @@ def time_dtype(denoiser: DenoiserLike, model_dtype: str) -> str:
 
 def copies(denoiser: DenoiserLike, branches: Sequence[int]) -> int:
     """How many copies of the batch one call of the network takes."""
-    return len(branches) if denoiser.batched else 1
+    return max(1, len(branches)) if denoiser.batched else 1
 
 
 # --- what a network returns ---
