@@ -450,7 +450,7 @@ class Branches(_Guided):
             raise ValueError(f"guidance weights must be 2 or 3 numbers, the conditional one last; got {weights!r:.80}")
         object.__setattr__(self, "weights", tuple(_scale("guidance weights", w) for w in weights))
         models: object = self.models
-        if models == ():
+        if isinstance(models, tuple) and not models:
             models = (None,) * len(weights)
         if not isinstance(models, (list, tuple)) or len(models) != len(weights):
             raise ValueError(f"guidance models must be one network or None per branch, got {models!r:.80}")

@@ -120,7 +120,7 @@ _BLEND = Kernel(
     "numba_reduce",
     "blend",
     interpreted.blend,
-    *(f"void(int64[::1], float64[:,::1], {s}[:,::1])" for s in ("float32", "float64")),
+    "void(int64[::1], float64[:,::1], float64[:,::1])",
 )
 _MAGNITUDES = Kernel(
     "numba_reduce",

@@ -135,7 +135,7 @@ def _outputs(raws: np.ndarray, kinds: np.ndarray, samples: int, n: int) -> list[
     ]
 
 
-LANES = 16  # in which the sums of a blend are split
+LANES = 512  # in which the sums of a blend are split, a power of two; its blocks of that size stay in L1
 
 
 def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
@@ -173,10 +173,13 @@ def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
 
 
 def _lane_sum(values: np.ndarray) -> np.float64:
-    """The sum of a row in the compiled order: element i into lane i mod LANES, then lane by lane."""
+    """The sum of a row in the compiled order: element i into lane i mod LANES, then halves of the lanes."""
     rows = np.zeros((-(-len(values) // LANES) + 1, LANES))  # the first row is the sums' start
     rows[1:].reshape(-1)[: len(values)] = values
-    total: np.float64 = np.cumsum(np.append(0.0, np.cumsum(rows, axis=0)[-1]))[-1]
+    lanes = np.cumsum(rows, axis=0)[-1]
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    total: np.float64 = lanes[0]
     return total
 
 

@@ -26,7 +26,6 @@ _MIX_A, _MIX_B, _FIXED, _SCALED, _PROJECTED = (
     layout.PROJECTED,
 )
 _PHI, _RADIUS = layout.PHI, layout.RADIUS
-_CHUNK = 2048  # elements whose mixes stay in L1, a multiple of LANES
 _BYTES = (4, 8, 2, 2)  # of launch.KINDS
 
 
@@ -36,42 +35,49 @@ def blend(memory, blends, p):
 
     memory  of a launch, see `launch.sources`
     blends  (1 or B, BLEND) float64
-    p       (B, 4) of the state's dtype, overwritten
+    p       (B, 4) float64, overwritten
     """
     samples, n = memory[words.SAMPLES], memory[words.ELEMENTS]
-    a, c, source = np.empty(_CHUNK), np.empty(_CHUNK), np.empty(_CHUNK)
-    sums = np.empty((5, LANES))  # of the two mixes, then of their squares and products
+    scratch = np.empty((1 + _RAWS, LANES))
+    mixes, sums = np.empty((2, LANES)), np.empty((5, LANES))  # sums of the mixes, then of their squares and products
+    a, c = mixes[0], mixes[1]
+    # The terms of the mixes, as `combine` takes them; their sources are rows of the scratch.
+    counts, numbers = np.zeros(2, np.int64), np.empty((2, layout.COLUMNS))
+    source, at = np.zeros((2, layout.COLUMNS), np.int64), np.empty(1 + _RAWS, np.int64)
+    for j in range(1 + _RAWS):
+        at[j] = scratch.ctypes.data + j * LANES * 8
     for b in range(samples):
         row = blends[b if len(blends) > 1 else 0]
+        for k in range(2):
+            count = 0
+            for j in range(1 + _RAWS):
+                if row[_MIX_A + 4 * k + j] != 0.0:
+                    numbers[k, count], source[k, count] = row[_MIX_A + 4 * k + j], j
+                    count += 1
+            counts[k] = count
         sums[:] = 0.0
         # Sums around the first elements: a plain sum of squares would cancel.
         first_a, first_c = 0.0, 0.0
-        for start in range(0, n, _CHUNK):
-            m = min(_CHUNK, n - start)
-            a[:m] = 0.0
-            c[:m] = 0.0
+        for start in range(0, n, LANES):
+            m = min(LANES, n - start)
             for j in range(1 + _RAWS):
-                of_a, of_c = row[_MIX_A + j], row[_MIX_B + j]
-                if of_a != 0.0 or of_c != 0.0:
+                if row[_MIX_A + j] != 0.0 or row[_MIX_B + j] != 0.0:
                     place = 0 if j == 0 else words.RAW + j - 1
                     kind = memory[words.X_KIND if j == 0 else words.RAW_KIND + j - 1]
-                    load(memory[place] + (b * n + start) * _BYTES[kind], kind, source[:m])
-                    if of_a != 0.0:
-                        for i in range(m):
-                            a[i] += of_a * source[i]
-                    if of_c != 0.0:
-                        for i in range(m):
-                            c[i] += of_c * source[i]
+                    load(memory[place] + (b * n + start) * _BYTES[kind], kind, scratch[j, :m])
+            for k in range(2):
+                combine(mixes.ctypes.data + k * LANES * 8, m, k, counts, numbers, source, at)
             if start == 0:
                 first_a, first_c = a[0], c[0]
-            full = (m + LANES - 1) // LANES * LANES
-            a[m:full] = first_a  # adds 0
-            c[m:full] = first_c
-            _add_moments(a[:full], c[:full], first_a, first_c, sums)
-        s = np.zeros(5)
-        for lane in range(LANES):
+            _add_moments(a, first_a, m, sums[0], sums[2])
+            _add_moments(c, first_c, m, sums[1], sums[4])
+            _add_products(a, c, first_a, first_c, m, sums[3])
+        width = LANES
+        while width > 1:  # halves of the lanes are added up
+            width //= 2
             for j in range(5):
-                s[j] += sums[j, lane]
+                _fold(sums[j, :width], sums[j, width : 2 * width])
+        s = sums[:, 0]
         spread_a, spread_c = s[2] - s[0] * s[0] / n, s[4] - s[1] * s[1] / n
         norm = np.sqrt(s[2] + 2.0 * first_a * s[0] + n * first_a * first_a)
         product = s[3] + first_a * s[1] + first_c * s[0] + n * first_a * first_c
@@ -87,18 +93,27 @@ def blend(memory, blends, p):
             p[b, j] = row[_FIXED + j] + f * (row[_SCALED + j] + q * row[_PROJECTED + j])
 
 
+# Element i of a block is added to lane i, and no loop writes more than two arrays: so LLVM vectorises them.
+
+
 @jit()
-def _add_moments(a, c, first_a, first_c, sums):
-    """Add a block's moments to (5, LANES) sums, element i to lane i mod LANES: such a loop is vectorised."""
-    sa, sc, saa, sac, scc = sums[0], sums[1], sums[2], sums[3], sums[4]
-    for i in range(0, len(a), LANES):
-        for j in range(LANES):
-            u, v = a[i + j] - first_a, c[i + j] - first_c
-            sa[j] += u
-            sc[j] += v
-            saa[j] += u * u
-            sac[j] += u * v
-            scc[j] += v * v
+def _add_moments(a, first, m, sums, squares):
+    for i in range(m):
+        u = a[i] - first
+        sums[i] += u
+        squares[i] += u * u
+
+
+@jit()
+def _add_products(a, c, first_a, first_c, m, sums):
+    for i in range(m):
+        sums[i] += (a[i] - first_a) * (c[i] - first_c)
+
+
+@jit()
+def _fold(a, b):
+    for i in range(len(a)):
+        a[i] += b[i]
 
 
 @jit()

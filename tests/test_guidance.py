@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from fewstep.bindings.guidance import Scales
 from fewstep.kernels import layout
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.program import compile_plan
-from fewstep.solvers.plans.tables import stage_tables
+from fewstep.solvers.plans.tables import branch_calls, stage_tables
 from fewstep.solvers.run.sampler import Sampler
 
 SHAPE = (3, 2, 5)
@@ -555,6 +557,72 @@ def test_what_needs_numbered_steps_says_so(guidance: Any) -> None:
     denoiser = fs.Denoiser(Network(), FLOW, "flow", guidance=guidance)
     with pytest.raises(ValueError, match=r"guidance with (momentum|zero_steps|a scale for each step) needs numbered"):
         fs.sample_adaptive(denoiser, X, cond=COND)
+
+
+# --- what it costs ---
+
+
+def column(text: str, name: str) -> list[str]:
+    lines = text.splitlines()
+    names = re.split(r"  +", lines[1])
+    return [re.split(r"  +", line)[names.index(name)] for line in lines[3:] if line[:1].isdigit()]
+
+
+def test_explain_counts_branches_reductions_and_the_average() -> None:
+    """DDIM over 4 calls: x is read and written, 4 bytes each; every output and every next input is 2 bytes."""
+    plan = fs.plan("ddim", fs.Grid.from_sigmas(VP, [3.0, 2.0, 1.0, 0.5, 0.0]))
+
+    def told(guidance: Any) -> str:
+        return plan.explain(model_bytes=2, denoiser=fs.Denoiser(Network(), VP, "v", guidance=guidance))
+
+    plain = told(None)
+    assert column(plain, "branches") == ["0"] * 4
+    assert column(plain, "bytes/element") == ["12", "12", "12", "10"]
+    assert plain.endswith("guidance: 4 network evaluations in 4 calls; 0 reductions over whole samples, 0 of the bytes")
+    part = told(fs.CFG(3.0, start=0.25, stop=0.75))
+    assert column(part, "branches") == ["1", "0,1", "0,1", "1"]
+    # A guided call reads two outputs, and the call before it writes two inputs.
+    assert column(part, "bytes/element") == ["14", "16", "14", "10"]
+    assert "guidance: 6 network evaluations in 4 calls; 0 reductions" in part
+    apg = told(fs.APG(3.0, momentum=-0.5))
+    assert column(apg, "branches") == ["0,1 + reduction"] * 4
+    # The reduction reads x, the average and two outputs; the stage reads and writes the average besides.
+    extra = 4 + 4 + 2 + 2 + 4 + 4
+    assert column(apg, "bytes/element") == [str(n + extra) for n in (16, 16, 16, 12)]
+    assert f"8 network evaluations in 4 calls; 4 reductions over whole samples, {4 * extra} of the bytes" in apg
+    assert apg.endswith("; 2 buffers more for the running average")
+    assert column(told(fs.APG(3.0)), "bytes/element") == [str(n + 8) for n in (16, 16, 16, 12)]
+    assert column(told(fs.CFG(3.0, rescale=0.5)), "bytes/element") == [str(n + 4) for n in (16, 16, 16, 12)]
+
+
+def test_explain_of_zero_init_and_of_a_sampler() -> None:
+    plan = fs.plan("euler", fs.grid(FLOW, 3))
+    denoiser = fs.Denoiser(Network(), FLOW, "flow", guidance=fs.CFGZero(SCALES, zero_steps=1))
+    text = fs.Sampler(denoiser, plan, SHAPE, backend="naive", dtype="float64").explain()
+    assert column(text, "branches") == ["none", "0,1 + reduction", "0,1 + reduction"]
+    # float64: x in and out, no output, two inputs; then two outputs for the stage and two for the reduction.
+    assert column(text, "bytes/element") == [str(8 * n) for n in (4, 8, 6)]
+    assert text.endswith("guidance: 4 network evaluations in 3 calls; 2 reductions over whole samples, 32 of the bytes")
+
+
+def test_the_command_line_counts_evaluations() -> None:
+    plan = fs.plan("heun", grid_of("v"))
+    denoiser = fs.Denoiser(Network(), VP, "v", guidance=fs.CFG(2.0, start=0.2, stop=0.4))
+    calls = branch_calls(compile_plan(plan), denoiser)
+    assert [called for _, called in calls] == [(1,)] * 2 + [(0, 1)] * 2 + [(1,)] * 5
+
+
+def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/guidance.md"""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "guidance.md").read_text(encoding="utf-8")
+    space: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        exec(compile(code, "guidance.md", "exec"), space)
+    assert np.isfinite(space["images"]).all()
+    (told,) = re.findall(r"^```text\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE)
+    assert capsys.readouterr().out.splitlines()[-1] == told
+    named = set(re.findall(r"^\| `(\w+)", page, re.MULTILINE))
+    assert {"CFG", "APG", "CFGZero", "AutoGuidance", "Branches"} <= named
 
 
 # --- refusals ---

@@ -115,6 +115,7 @@ class FusedRun:
         self.buffers = [aligned((batch, elements), state) for _ in range(job.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
+        self.blended = np.zeros((batch, 4))
         copies = max(job.copies(k) for k in range(len(job.tables)))
         # Two model inputs alternate: a model may return its input, or keep it until the next call.
         self.inputs = [job.frame.empty((copies * batch, *job.shape[1:]), job.model_dtype) for _ in range(2)]
@@ -240,7 +241,8 @@ class FusedRun:
 
     def _reduce_stage(self, table: StageTable, launch: Launch, raws: Sequence[Array]) -> None:
         if table.blend is not None:
-            cpu.blend(launch.memory, table.blend, self.p)
+            cpu.blend(launch.memory, table.blend, self.blended)
+            self.p[...] = self.blended
         clip = self.job.denoiser.threshold
         if clip is not None:
             bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]

@@ -386,20 +386,9 @@ class TritonColumns(DeviceMemory):
 
     def __init__(self, jobs: Sequence[TritonJob], shape: Sequence[int]) -> None:
         job = jobs[0]
-        for denoiser in (job.denoiser for job in jobs):
-            if denoiser.reduces or denoiser.threshold is not None or denoiser.variance is not None:
-                raise ValueError(
-                    "backend='triton' cannot mix plans under guidance rescale, APG, CFGZero, dynamic thresholding or a "
-                    "learned variance: use fewstep.Sampler, or backend='naive'"
-                )
-        if any(len(job.tables[0].w) > 1 for job in jobs):
-            raise ValueError("a guidance scale for each sample belongs to a batch: give each request its own guidance")
         self._branches = job.tables[0].branches
-        if any(table.branches != self._branches for job in jobs for table in job.tables):
-            raise ValueError(
-                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
-                "at every step, or use backend='naive'"
-            )
+        for own in jobs:
+            self._check(own)
         self.copies = job.copies(0)
         super().__init__(job, shape, buffers=max(j.program.buffers for j in jobs), copies=self.copies, columns=shape[0])
         shapes = [job.structure for job in jobs]
@@ -421,7 +410,24 @@ class TritonColumns(DeviceMemory):
         self.numbers, self.indices, self.times = (mirror.device for mirror in self._mirrors)
         self.counter.fill_(self.idle)
 
+    def _check(self, job: Job) -> None:
+        """Raises ValueError unless one launch can move a job's samples together with the others."""
+        denoiser = job.denoiser
+        if denoiser.reduces or denoiser.threshold is not None or denoiser.variance is not None:
+            raise ValueError(
+                "backend='triton' cannot mix plans under guidance rescale, APG, CFGZero, dynamic thresholding or a "
+                "learned variance: use fewstep.Sampler, or backend='naive'"
+            )
+        if len(job.tables[0].w) > 1:
+            raise ValueError("a guidance scale for each sample belongs to a batch: give each request its own guidance")
+        if any(table.branches != self._branches for table in job.tables):
+            raise ValueError(
+                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
+                "at every step, or use backend='naive'"
+            )
+
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
+        self._check(job)
         tables, from_numpy = device_tables(job), self.torch.from_numpy
         own = tables.numbers, tables.indices, tables.times
         for mirror, values, empty in zip(self._mirrors, own, (0.0, -1, 0.0), strict=True):
