@@ -392,9 +392,9 @@ class Denoiser:
         full = tuple(range(len(conds)))
         one_network = len(by_network(full)) == 1
         if self.batched:
-            for own in by_network(full):
-                if len(own) > 1:
-                    together[own] = stacked([conds[j] for j in own], frame, batch)
+            for alike in by_network(full):
+                if len(alike) > 1:
+                    together[alike] = stacked([conds[j] for j in alike], frame, batch)
         return call
 
 

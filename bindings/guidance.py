@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,7 +75,7 @@ def _scale(name: str, value: object) -> Scale:
         if abs(number(value)) <= LARGEST:
             return value
     elif callable(value) and not isinstance(value, type):
-        return value  # type: ignore[return-value]
+        return value
     elif hasattr(value, "shape") and hasattr(value, "__array__"):
         array = _numbers(value)
         if array is not None and array.ndim in (1, 2):
@@ -128,10 +128,8 @@ class _Guided:
     one_condition   whether a single condition serves all branches
     """
 
-    branches = 2
-    reduces = False
     momentum: float = 0.0
-    one_condition = False
+    one_condition: ClassVar[bool] = False
 
     start: float
     stop: float
@@ -145,6 +143,14 @@ class _Guided:
         between("guidance sigma_hi", self.sigma_hi, self.sigma_lo, math.inf)
 
     @property
+    def branches(self) -> int:
+        return 2
+
+    @property
+    def reduces(self) -> bool:
+        return False
+
+    @property
     def models(self) -> tuple[Callable[..., Any] | None, ...]:
         """The network of each branch, None for the denoiser's."""
         return (None,) * self.branches
@@ -152,7 +158,7 @@ class _Guided:
     @property
     def by_step(self) -> str | None:
         """What needs numbered steps, or None."""
-        scales = (value for f in fields(self) for value in _as_tuple(getattr(self, f.name)))  # type: ignore[arg-type]
+        scales = (value for given in vars(self).values() for value in _as_tuple(given))
         return "a scale for each step" if any(isinstance(s, Scales) and s.steps > 1 for s in scales) else None
 
     def on(self, moment: Moment) -> bool:
@@ -184,14 +190,12 @@ class _Guided:
     def as_json(self) -> dict[str, Any]:
         """The numbers of the guidance. Raises ValueError for networks and functions, which no file can hold."""
         found: dict[str, Any] = {"method": type(self).__name__}
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            many = isinstance(value, tuple)
-            found[f.name] = [_plain(f.name, own) for own in value] if many else _plain(f.name, value)
+        for name, value in vars(self).items():
+            found[name] = [_plain(name, own) for own in value] if isinstance(value, tuple) else _plain(name, value)
         return found
 
 
-def _as_tuple(value: object) -> tuple[object, ...]:
+def _as_tuple(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
@@ -261,14 +265,14 @@ class CFG(_Guided):
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        return _as_tuple(self.scale)  # type: ignore[return-value]
+        return _as_tuple(self.scale)
 
     @property
-    def branches(self) -> int:  # type: ignore[override]
+    def branches(self) -> int:
         return len(self.scales) + 1
 
     @property
-    def reduces(self) -> bool:  # type: ignore[override]
+    def reduces(self) -> bool:
         return self.rescale != 0.0
 
     def _weights(self, moment: Moment) -> Floats:
@@ -308,7 +312,6 @@ class APG(_Guided):
     stop: float = 1.0
     sigma_lo: float = 0.0
     sigma_hi: float = math.inf
-    reduces = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale("guidance scale", self.scale))
@@ -319,6 +322,10 @@ class APG(_Guided):
             )
         between("guidance momentum", self.momentum, -1.0, 1.0)
         self._check_interval()
+
+    @property
+    def reduces(self) -> bool:
+        return True
 
     @property
     def by_step(self) -> str | None:
@@ -364,7 +371,6 @@ class CFGZero(_Guided):
     stop: float = 1.0
     sigma_lo: float = 0.0
     sigma_hi: float = math.inf
-    reduces = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale("guidance scale", self.scale))
@@ -372,6 +378,10 @@ class CFGZero(_Guided):
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
             raise ValueError(f"guidance zero_steps must be an int >= 0, got {steps!r:.80}")
         self._check_interval()
+
+    @property
+    def reduces(self) -> bool:
+        return True
 
     @property
     def by_step(self) -> str | None:
@@ -408,7 +418,7 @@ class AutoGuidance(_Guided):
     stop: float = 1.0
     sigma_lo: float = 0.0
     sigma_hi: float = math.inf
-    one_condition = True
+    one_condition: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         function("guidance guide", self.guide, classes=False)
@@ -461,11 +471,11 @@ class Branches(_Guided):
         self._check_interval()
 
     @property
-    def branches(self) -> int:  # type: ignore[override]
+    def branches(self) -> int:
         return len(self.weights)
 
     @property
-    def reduces(self) -> bool:  # type: ignore[override]
+    def reduces(self) -> bool:
         return self.rescale != 0.0
 
     def _weights(self, moment: Moment) -> Floats:

@@ -187,7 +187,8 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str, samples: 
 
 def init_table(op: Op, dtype: str) -> np.ndarray:
     """The table of the init row, which runs before the first stage."""
-    return _columns([op], None, np.zeros((1, 2)), 1)[0].astype(dtype)
+    (w,) = _columns([op], None, np.zeros((1, 2)), 1)
+    return np.asarray(w, dtype)
 
 
 def _columns(ops: Sequence[Op], p: np.ndarray | None, null: np.ndarray, own: int, room: int = 0) -> np.ndarray:

@@ -324,7 +324,7 @@ def test_guidance_for_a_part_of_the_way_has_a_graph_each(cuda: FakeCuda) -> None
 
 @pytest.mark.parametrize("mode", ["loop", "step"])
 @pytest.mark.parametrize(
-    "make", [lambda s: fs.APG(s, norm_threshold=2.0, momentum=-s / 10.0), fs.CFGZero, lambda s: fs.CFG([s, 2.0], 0.3),
+    "make", [lambda s: fs.APG(s, norm_threshold=2.0, momentum=-s / 10.0), fs.CFGZero, lambda s: fs.CFG([s, 1.5], 0.3),
              lambda s: fs.APG(torch.tensor([s, 2.0])), lambda s: fs.AutoGuidance(GUIDE, s)],
     ids=["APG", "CFGZero", "rescaled pair", "APG by sample", "AutoGuidance"],
 )  # fmt: skip
@@ -334,11 +334,10 @@ def test_new_numbers_of_a_guidance_need_no_new_graph(make: Any, mode: str, cuda:
     if make(2.0).branches == 3:
         cond = (cond[0], *cond)
     made = sampler(Net(), plan(), mode, make(2.0))
-    for scale in (2.0, 4.0, 3.0):
+    for scale in (2.0, 4.0):
         made.update(guidance=make(scale))
-        for seed in (1, 2):
-            eager = sampler(Net(), plan(), "off", make(scale))(seed=seed, cond=cond)
-            assert torch.equal(made(seed=seed, cond=cond), eager)
+        eager = sampler(Net(), plan(), "off", make(scale))(seed=1, cond=cond)
+        assert torch.equal(made(seed=1, cond=cond), eager)
     assert cuda.log.count("record") == 1  # one kind of stage
 
 
