@@ -26,6 +26,7 @@ from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls, stage_tables
 from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.tune.fingerprint import guidance_as_json
 
 SHAPE = (3, 2, 5)
 X = np.random.default_rng(3).standard_normal(SHAPE)
@@ -674,3 +675,20 @@ def test_momentum_needs_a_row() -> None:
     denoiser = fs.Denoiser(Network(), VP, "v", guidance=fs.APG(2.0, momentum=-0.5))
     with pytest.raises(ValueError, match="guidance with momentum writes one row more"):
         stage_tables(compile_plan(plan), denoiser, "float64")
+
+
+def test_a_tuned_plan_records_the_numbers() -> None:
+    assert guidance_as_json(fs.CFG(2.0, sigma_lo=0.5)) == {
+        "scale": [2.0], "rescale": 0.0, "start": 0.0, "stop": 1.0, "sigma_lo": 0.5, "sigma_hi": "inf",
+    }  # fmt: skip
+    assert guidance_as_json(fs.CFG((2.0, 3.0))) == {"scale": [2.0, 3.0], "rescale": 0.0, "start": 0.0, "stop": 1.0}
+    told = guidance_as_json(fs.APG(2.0, eta=0.5))
+    assert told is not None
+    assert (told["method"], told["eta"], told["norm_threshold"]) == ("APG", 0.5, "inf")
+    for guidance in (fs.AutoGuidance(GUIDE, 2.0), fs.Branches((lambda progress, at: 1.0, 2.0))):
+        with pytest.raises(ValueError, match="is a function or a network, which a tuned plan cannot record"):
+            guidance_as_json(guidance)
+    denoiser = fs.Denoiser(network := Network(), FLOW, "flow", guidance=fs.APG(2.0, momentum=-0.5))
+    with pytest.raises(ValueError, match="guidance with momentum needs numbered steps"):
+        fs.tune(denoiser, 4, shape=(2, 5), cond=({}, {}), cache=None, progress=False)
+    assert network.calls == []

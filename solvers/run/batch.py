@@ -17,7 +17,7 @@ from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
 from fewstep.solvers.run.conditions import check_arrays, mapped
-from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, network_inputs
+from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, check_unnumbered, network_inputs
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
@@ -61,8 +61,7 @@ class Batch:
     def __init__(
         self, denoiser: DenoiserLike, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Condition
     ) -> None:
-        if denoiser.by_step is not None:
-            raise ValueError(f"guidance with {denoiser.by_step} needs numbered steps: use fewstep.Sampler")
+        check_unnumbered(denoiser)
         self.denoiser, self.frame, self.dtype = denoiser, frame, dtype
         self.size, self.sample = shape[0], tuple(shape[1:])
         self.inside: Frame = NumpyFrame() if backend == "numba" else frame  # of the slots

@@ -92,6 +92,12 @@ def check_denoiser(denoiser: object) -> None:
         )
 
 
+def check_unnumbered(denoiser: DenoiserLike) -> None:
+    """Raises ValueError for a guidance that needs numbered steps, which adaptive steps and tuning do not have."""
+    if denoiser.by_step is not None:
+        raise ValueError(f"guidance with {denoiser.by_step} needs numbered steps: use fewstep.Sampler")
+
+
 def order_statistic(threshold: Threshold | None, elements: int) -> NDArray[np.float64]:
     """(k, fraction towards order statistic k + 1, maximum) of a dynamic threshold; zeros without one."""
     if threshold is None:
