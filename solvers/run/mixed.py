@@ -32,8 +32,8 @@ class MixedRun:
 
     plans     the plans that requests may follow, all on the denoiser's process
     shape     (B, ...) of the batch; the network also gets the empty places, and its outputs there are ignored
-    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps, guidance that
-              reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another one
+    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps or that
+              reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another
     device    as for `Sampler`
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
