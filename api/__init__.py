@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewstep import problems as problems
     from fewstep.bindings.audit import audit as audit
-    from fewstep.bindings.denoiser import CFG as CFG
     from fewstep.bindings.denoiser import Denoiser as Denoiser
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
     from fewstep.bindings.diffusers.pipeline import restore as restore
+    from fewstep.bindings.guidance import APG as APG
+    from fewstep.bindings.guidance import CFG as CFG
+    from fewstep.bindings.guidance import AutoGuidance as AutoGuidance
+    from fewstep.bindings.guidance import Branches as Branches
+    from fewstep.bindings.guidance import CFGZero as CFGZero
     from fewstep.kernels.cpu import warmup as warmup
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
@@ -64,8 +68,9 @@ __version__ = "0.1.0"
 # The same names by their module, for the import on first use.
 _MODULES = {
     "bindings.audit": "audit",
-    "bindings.denoiser": "CFG Denoiser DynamicThreshold",
+    "bindings.denoiser": "Denoiser DynamicThreshold",
     "bindings.diffusers.pipeline": "accelerate restore",
+    "bindings.guidance": "APG AutoGuidance Branches CFG CFGZero",
     "kernels.cpu": "warmup",
     "recommender": "Measured recommend Recommendation",
     "solvers.plans.plan": "Plan",

@@ -22,12 +22,7 @@ from torch import Tensor
 
 from fewstep.kernels import layout
 from fewstep.kernels.triton_noise import guard
-from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _padded, _prediction, _read
-
-# Further columns of `triton_step`'s float table, for guidance: the weights of the raws, then phi of the rescale.
-WEIGHTS_AT = C_IN_AT + 1
-PHI_AT = WEIGHTS_AT + layout.RAWS
-assert PHI_AT < NUMBERS
+from fewstep.kernels.triton_step import NUMBERS, P_AT, _padded, _prediction, _read
 
 BLOCK, WARPS = 2048, 8  # 8 elements per thread
 SPAN = 1 << 16  # most elements that one program reduces
@@ -35,26 +30,29 @@ PARTS = 8  # float64 numbers that a part leaves
 # Columns of what a split quantile keeps of a sample between its passes, after 256 counts: see `digit_kernel`.
 LARGER_AT, RANK_AT, FOUND_AT, SAME_AT, DIGITS = 256, 257, 258, 259, 260
 
-_P_AT, _WEIGHTS_AT, _PHI_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, WEIGHTS_AT, PHI_AT, NUMBERS))
+_P_AT, _NUMBERS, _BLEND = (tl.constexpr(i) for i in (P_AT, NUMBERS, layout.BLEND))
+_MIX_A, _MIX_B, _FIXED = (tl.constexpr(i) for i in (layout.MIX_A, layout.MIX_B, layout.FIXED))
+_SCALED, _PROJECTED = tl.constexpr(layout.SCALED), tl.constexpr(layout.PROJECTED)
+_PHI, _RADIUS = tl.constexpr(layout.PHI), tl.constexpr(layout.RADIUS)
 _PARTS, _DIGITS = tl.constexpr(PARTS), tl.constexpr(DIGITS)
 _LARGER_AT, _RANK_AT, _FOUND_AT, _SAME_AT = (tl.constexpr(i) for i in (LARGER_AT, RANK_AT, FOUND_AT, SAME_AT))
 
 
 @triton.jit
-def _merge(count, mean, square, other_count, other_mean, other_square):
-    """Merge two sets' counts, means and sums of squares around the mean (Chan, Golub and LeVeque 1979), in float64."""
-    total = count + other_count
-    delta = other_mean - mean
-    share = other_count / total
-    return total, mean + delta * share, square + other_square + delta * delta * count * share
-
-
-@triton.jit
-def _spread(v, inside, count):
-    """Mean of a block's `count` values and sum of squares around it, float64 scalars."""
-    mean = tl.sum(tl.where(inside, v, 0.0)) / count
-    d = tl.where(inside, v - mean, 0.0)
-    return mean.to(tl.float64), tl.sum(d * d).to(tl.float64)
+def _merge(count, mean, mean_b, aa, ab, bb, size, other, other_b, other_aa, other_ab, other_bb):
+    """Merge two sets' counts, means and products around the means (Chan, Golub and LeVeque 1979), in float64."""
+    total = count + size
+    delta, delta_b = other - mean, other_b - mean_b
+    share = size / total
+    weight = count * share
+    return (
+        total,
+        mean + delta * share,
+        mean_b + delta_b * share,
+        aa + other_aa + delta * delta * weight,
+        ab + other_ab + delta * delta_b * weight,
+        bb + other_bb + delta_b * delta_b * weight,
+    )
 
 
 @triton.jit
@@ -67,68 +65,91 @@ def _is_last(arrivals, b, parts):
     return last
 
 
+@triton.jit
+def _latent(state, index, size):
+    """Pointer to x, the first slot of a stage, or None."""
+    x = None
+    if state is not None:
+        x = state + tl.maximum(tl.load(index), 0).to(tl.int64) * size
+    return x
+
+
 @triton.jit(do_not_specialize_on_alignment=["counter"])
-def rescale_kernel(
-    numbers,  # (stages, rows, NUMBERS) float32: see `triton_step.run_kernel`
+def blend_kernel(
+    blends,  # (stages, rows, BLEND) float32: see `layout`
+    indices,  # (stages, rows, INDICES) int32: see `triton_step.run_kernel`
     counter,  # (1 or B,) int32: the stage
-    r1, r2, r3,  # (B, n) of the model's dtype: two or three raw outputs, the conditional one last
+    state,  # (buffers, B, n) float32, or None where no mix reads x
+    size,  # elements of a buffer, B n
+    r1, r2, r3,  # (B, n), each of its own dtype: raw outputs, or None
     out,  # (B, 8) float32: columns 0 .. 3 are written
     partial,  # (B, parts, PARTS) float64: scratch
     arrivals,  # (B,) int32: zeros, before and after
     n,  # elements of a sample
     span,  # elements of a part
     counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    INDICES: tl.constexpr,
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
-    """out[b, :4] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (B, parts)."""
+    """out[b, :4] = `naive.blend` of sample b: the moments of two mixes of its sources, then p. Grid: (B, parts)."""
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     stage = tl.load(counter + b * counter_step).to(tl.int64)
-    table = numbers + (stage * rows + b * row_step) * _NUMBERS
-    g1, g2, g3 = tl.load(table + _WEIGHTS_AT), tl.load(table + _WEIGHTS_AT + 1), tl.load(table + _WEIGHTS_AT + 2)
+    row = stage * rows + b * row_step
+    table = blends + row * _BLEND
+    x = _latent(state, indices + row * INDICES, size)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
     zero = tl.full((), 0.0, tl.float64)
-    count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
+    count, mean, mean_b, aa, ab, bb = zero, zero, zero, zero, zero, zero
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
+        a0 = _read(x, at, lane, inside)
         y1 = _read(r1, at, lane, inside)
         y2 = _read(r2, at, lane, inside)
         y3 = _read(r3, at, lane, inside)
-        guided, conditional = g1 * y1 + g2 * y2, y2
-        if y3 is not None:
-            guided, conditional = guided + g3 * y3, y3
-        size = tl.minimum(end - start, BLOCK)
-        block_mean, block_square = _spread(guided, inside, size.to(tl.float32))
-        block_mean_c, block_square_c = _spread(conditional, inside, size.to(tl.float32))
-        _, mean_c, square_c = _merge(count, mean_c, square_c, size.to(tl.float64), block_mean_c, block_square_c)
-        count, mean, square = _merge(count, mean, square, size.to(tl.float64), block_mean, block_square)
+        u = _prediction(table + _MIX_A, None, a0, y1, y2, y3, BLOCK)
+        v = _prediction(table + _MIX_B, None, a0, y1, y2, y3, BLOCK)
+        width = tl.minimum(end - start, BLOCK)
+        block_a = tl.sum(tl.where(inside, u, 0.0)) / width.to(tl.float32)
+        block_b = tl.sum(tl.where(inside, v, 0.0)) / width.to(tl.float32)
+        du = tl.where(inside, u - block_a, 0.0)
+        dv = tl.where(inside, v - block_b, 0.0)
+        count, mean, mean_b, aa, ab, bb = _merge(
+            count, mean, mean_b, aa, ab, bb, width.to(tl.float64), block_a.to(tl.float64), block_b.to(tl.float64),
+            tl.sum(du * du).to(tl.float64), tl.sum(du * dv).to(tl.float64), tl.sum(dv * dv).to(tl.float64),
+        )  # fmt: skip
     sums = partial + (b * parts + part) * _PARTS
     tl.store(sums, count)
     tl.store(sums + 1, mean)
-    tl.store(sums + 2, square)
-    tl.store(sums + 3, mean_c)
-    tl.store(sums + 4, square_c)
+    tl.store(sums + 2, mean_b)
+    tl.store(sums + 3, aa)
+    tl.store(sums + 4, ab)
+    tl.store(sums + 5, bb)
     if _is_last(arrivals, b, parts):
-        count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
+        count, mean, mean_b, aa, ab, bb = zero, zero, zero, zero, zero, zero
         for j in range(parts):
             sums = partial + (b * parts + j) * _PARTS
-            size = tl.load(sums, volatile=True)
-            _, mean_c, square_c = _merge(
-                count, mean_c, square_c, size, tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True)
-            )
-            count, mean, square = _merge(
-                count, mean, square, size, tl.load(sums + 1, volatile=True), tl.load(sums + 2, volatile=True)
-            )
-        phi = tl.load(table + _PHI_AT).to(tl.float64)
+            count, mean, mean_b, aa, ab, bb = _merge(
+                count, mean, mean_b, aa, ab, bb, tl.load(sums, volatile=True), tl.load(sums + 1, volatile=True),
+                tl.load(sums + 2, volatile=True), tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True),
+                tl.load(sums + 5, volatile=True),
+            )  # fmt: skip
+        phi, radius = tl.load(table + _PHI).to(tl.float64), tl.load(table + _RADIUS).to(tl.float64)
         # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
-        flat = square == 0.0
-        ratio = tl.sqrt(square_c / tl.where(flat, 1.0, square))
-        factor = tl.where(flat, 1.0, phi * ratio + (1.0 - phi)).to(tl.float32)
-        tl.store(out + b * 8, tl.load(table + _P_AT))
-        for j in tl.static_range(1, 4):
-            tl.store(out + b * 8 + j, tl.load(table + _P_AT + j) * factor)
+        flat = aa == 0.0
+        ratio = tl.where(flat, 1.0, tl.sqrt(bb / tl.where(flat, 1.0, aa)))
+        norm = tl.sqrt(aa + count * mean * mean)
+        beyond = norm > radius
+        factor = (phi * ratio + (1.0 - phi)) * tl.where(beyond, radius / tl.where(beyond, norm, 1.0), 1.0)
+        square = bb + count * mean_b * mean_b
+        empty = square == 0.0
+        q = tl.where(empty, 0.0, (ab + count * mean * mean_b) / tl.where(empty, 1.0, square))
+        for j in tl.static_range(4):
+            moved = tl.load(table + _SCALED + j).to(tl.float64) + q * tl.load(table + _PROJECTED + j).to(tl.float64)
+            p = tl.load(table + _FIXED + j).to(tl.float64) + factor * moved
+            tl.store(out + b * 8 + j, p.to(tl.float32))
 
 
 @triton.jit
@@ -202,15 +223,6 @@ def _bound(found, larger, tied, settings, n, out):
     tl.store(out + 5, (1.0 / s).to(tl.float32))
 
 
-@triton.jit
-def _latent(state, index, size):
-    """Pointer to x, the first slot of a stage, or None."""
-    x = None
-    if state is not None:
-        x = state + tl.maximum(tl.load(index), 0).to(tl.int64) * size
-    return x
-
-
 @triton.jit(do_not_specialize_on_alignment=["counter"])
 def threshold_kernel(
     numbers, indices,  # (stages, rows, NUMBERS) float32, (stages, rows, INDICES) int32: see `triton_step.run_kernel`
@@ -223,7 +235,7 @@ def threshold_kernel(
     n,  # elements of a sample
     counter_step, rows, row_step,  # as in `triton_step.run_kernel`
     INDICES: tl.constexpr,
-    RESCALED: tl.constexpr,  # whether p is out[b, :4], which `rescale_kernel` wrote, or the stage's own
+    BLENDED: tl.constexpr,  # whether p is out[b, :4], which `blend_kernel` wrote, or the stage's own
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b, 4:6] = (s, 1 / s), s the quantile of |m| over the sample, clamped to 1 .. maximum. Grid: (B,).
@@ -236,7 +248,7 @@ def threshold_kernel(
     row = stage * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
-    if RESCALED:
+    if BLENDED:
         p = out + b * 8
     rank = tl.load(settings).to(tl.int32)
     found, same = rank * 0, rank * 0
@@ -259,7 +271,7 @@ def digit_kernel(
     shift,  # of the eight bits that this pass finds: 24, 16, 8, 0
     counter_step, rows, row_step,  # as in `triton_step.run_kernel`
     INDICES: tl.constexpr,
-    RESCALED: tl.constexpr,  # as in `threshold_kernel`
+    BLENDED: tl.constexpr,  # as in `threshold_kernel`
     LAST: tl.constexpr,  # whether this is the fifth pass, which finds the next larger value
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
@@ -272,7 +284,7 @@ def digit_kernel(
     row = stage * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
-    if RESCALED:
+    if BLENDED:
         p = out + b * 8
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
@@ -363,23 +375,23 @@ def _span(scratch: Scratch, n: int) -> tuple[int, int]:
     return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
 
 
-def guidance_scale(
-    numbers: Tensor,
+def blend(
+    blends: Tensor,
+    indices: Tensor,
     counter: Tensor,
+    state: Tensor | None,
     raws: Sequence[Tensor],
     out: Tensor,
     scratch: Scratch,
 ) -> None:
-    """p times `naive.guidance_scale`, for the stage that `counter` names: see `rescale_kernel` for shapes and dtypes.
-
-    raws  two or three, the conditional one last
-    """
-    samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
+    """`naive.blend` for the stage that `counter` names: see `blend_kernel` for shapes and dtypes."""
+    samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), blends.shape[1]
     parts, span = _span(scratch, n)
     with guard(out):
-        rescale_kernel[(samples, parts)](
-            numbers, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
-            int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS,
+        blend_kernel[(samples, parts)](
+            blends, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, scratch.partial,
+            scratch.arrivals, n, span, int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -393,18 +405,19 @@ def threshold(
     settings: Tensor,
     scratch: Scratch,
     *,
-    rescaled: bool,
+    blended: bool,
 ) -> None:
     """`naive.threshold` of the prediction of the stage that `counter` names.
 
     See `threshold_kernel` for shapes and dtypes.
 
-    rescaled  whether p is out[:, :4], which `guidance_scale` wrote, or the stage's own
+    blended  whether p is out[:, :4], which `blend` wrote, or the stage's own
     """
-    samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
+    sample = raws[0].shape[1:] if raws or state is None else state.shape[2:]  # a call may have no outputs
+    samples, n, rows = out.shape[0], math.prod(sample), numbers.shape[1]
     parts, span = _span(scratch, n)
     sources = numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
-    steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled
+    steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], blended
     with guard(out):
         if parts == 1:
             threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)

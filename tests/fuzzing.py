@@ -114,7 +114,7 @@ ARRAYS = [
 OBJECTS = [
     *(None, ..., NotImplemented, Odd(), Odd, int, object(), {}, {1: 2}, {"c": np.zeros(3)}, {"c": Odd()}),
     *([], (), [None], [[]], [0.0, 1.0], (1.0, 0.0), (3, -1), (2, 2.5), (True, 3), [1, 2, 3], ["a"], {1, 2}),
-    *(range(3), iter(()), fs.Flow(2.0), PLAN, GRID, DENOISER, fs.CFG(2.0), fs.DynamicThreshold()),
+    *(range(3), iter(()), fs.Flow(2.0), PLAN, GRID, DENOISER, fs.CFG(2.0), fs.APG(2.0), fs.DynamicThreshold()),
 ]
 VALUES: list[Any] = [*NUMBERS, *TEXTS, *ARRAYS, *OBJECTS]
 odd_values = st.one_of(
@@ -297,6 +297,14 @@ def is_row(x: Any) -> None:
 target("Denoiser", denoise, {"model": MODEL, "process": VP}, is_sample, of=fs.Denoiser, predicts="predict(s|ion)",
        null="null|cond|branches", dtype="dtype", guidance="guidance|branches")  # fmt: skip
 target("CFG", partial(guide, fs.CFG, "guidance"), {"scale": 2.0}, is_sample, of=fs.CFG, scale="scale|guidance|branches")
+target("APG", partial(guide, fs.APG, "guidance"), {"scale": 2.0}, is_sample, of=fs.APG, scale="scale|guidance")
+target(
+    "CFGZero", partial(guide, fs.CFGZero, "guidance"), {"scale": 2.0}, is_sample, of=fs.CFGZero, scale="scale|guidance"
+)
+target("AutoGuidance", partial(guide, fs.AutoGuidance, "guidance"), {"guide": MODEL, "scale": 2.0}, is_sample,
+       of=fs.AutoGuidance, scale="scale|guidance")  # fmt: skip
+target("Branches", partial(guide, fs.Branches, "guidance"), {"weights": (-1.0, 2.0)}, is_sample, of=fs.Branches,
+       weights="weights|guidance|branches")  # fmt: skip
 target("DynamicThreshold", partial(guide, fs.DynamicThreshold, "clip"), {}, is_sample, of=fs.DynamicThreshold)
 _RUN = {"x": "x|latent|shape", "grid": "grid|process", "solver": "solver", "denoiser": "denoiser|cond"}
 _CALL: dict[str, Any] = {"denoiser": DENOISER, "solver": "euler", "steps": 3, "seed": 0, "backend": "naive"}

@@ -194,15 +194,16 @@ RAWS = {"r1": "*bf16", "r2": "*bf16", "r3": None}
 PARTIAL = {"partial": "*fp64", "arrivals": "*i32"}
 SPLIT = TABLES | RAWS | STEPS | {
     "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "digits": "*i32",
-    "arrivals": "*i32", "n": "i32", "span": "i32", "shift": "i32", "INDICES": triton_step.INDICES, "RESCALED": True,
+    "arrivals": "*i32", "n": "i32", "span": "i32", "shift": "i32", "INDICES": triton_step.INDICES, "BLENDED": True,
     "LAST": False,
 }  # fmt: skip
 REDUCTIONS = {
-    "guidance rescale": (triton_reduce.rescale_kernel, TABLES | RAWS | {"out": "*fp32"} | PARTIAL | STEPS | {
-        "n": "i32", "span": "i32"}, 2),
+    "blend of a guidance": (triton_reduce.blend_kernel, RAWS | {"out": "*fp32"} | PARTIAL | STEPS | {
+        "blends": "*fp32", "indices": "*i32", "counter": "*i32", "state": "*fp32", "size": "i32", "n": "i32",
+        "span": "i32", "INDICES": triton_step.INDICES}, 2 * 2),
     "dynamic threshold": (triton_reduce.threshold_kernel, TABLES | RAWS | STEPS | {
         "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "n": "i32",
-        "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
+        "INDICES": triton_step.INDICES, "BLENDED": True}, 5 * 4),
     "dynamic threshold, split": (triton_reduce.digit_kernel, SPLIT, 4),
     "dynamic threshold, split, last pass": (triton_reduce.digit_kernel, SPLIT | {"LAST": True}, 4),
     "error norm": (triton_reduce.error_kernel, {
@@ -336,11 +337,13 @@ CORNERS = {
     "tick of a batch of plans": (triton_step.tick_kernel, TICK, {"counter_step": 1, "row_step": 1}),
     "tick of whole times": (triton_step.tick_kernel, TICK, {"times": "*i64", "t": "*i64", "rows": 1}),
     "threshold of one raw": (triton_reduce.threshold_kernel, REDUCTIONS["dynamic threshold"][1], {
-        "r2": None, "RESCALED": False, "n": 1, "BLOCK": 2048}),
+        "r2": None, "BLENDED": False, "n": 1, "BLOCK": 2048}),
     "threshold of more than 2^31 elements": (triton_reduce.digit_kernel, SPLIT, {
         "state": None, "size": "i64", "counter_step": 1, "rows": "i32", "row_step": 1, "BLOCK": 2048}),
-    "rescale of three raws": (triton_reduce.rescale_kernel, REDUCTIONS["guidance rescale"][1], {
-        "r3": "*bf16", "n": 1, "BLOCK": 2048}),
+    "blend of three raws": (triton_reduce.blend_kernel, REDUCTIONS["blend of a guidance"][1], {
+        "r3": "*bf16", "state": None, "n": 1, "BLOCK": 2048}),
+    "blend with a running average": (triton_reduce.blend_kernel, REDUCTIONS["blend of a guidance"][1], {
+        "r3": "*fp32", "rows": "i32", "row_step": 1, "BLOCK": 2048}),
     "a loss of one element": (triton_train.huber_kernel, TRAINING["pseudo-Huber, of the norm"][1], {
         "n": 1, "BLOCK": 1024}),
     "a score difference of one element": (

@@ -39,7 +39,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept."""
+    """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept.
+
+    in_place  whether an output may overwrite an input of its stage
+    """
 
     plan: UncheckedPlan
     init: Op
@@ -47,6 +50,7 @@ class Program:
     buffers: int
     result: int
     x0: tuple[int, ...] = ()
+    in_place: bool = False
 
 
 X0_SLOT = "x0 prediction"
@@ -118,7 +122,7 @@ def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool =
         ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
         x0 += [where.pop(X0_SLOT)] if keep_x0 else []
-    return Program(plan, init, tuple(ops), buffers, where["x"], tuple(x0))
+    return Program(plan, init, tuple(ops), buffers, where["x"], tuple(x0), in_place)
 
 
 def _matrix(rows: list[Row], where: Mapping[str, int], reads: tuple[int, ...], noise_scale: float) -> np.ndarray:

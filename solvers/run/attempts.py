@@ -16,11 +16,13 @@ from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, layout, naive
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import Launch
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import Array, aligned
-from fewstep.solvers.run.batch import Batch
+from fewstep.solvers.run.batch import Batch, weighed
 from fewstep.solvers.run.denoising import Call, check_output, copies, predictions, time_dtype
 from fewstep.solvers.run.embedded import Pair
 from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.process import Point
 
 # The progress of a call at the very end: 1 would be after the last step, where guidance is off.
 BEFORE_END = float(np.nextafter(1.0, 0.0))
@@ -64,18 +66,16 @@ class Attempts:
         self.stages, length = _stages(pair, self.n)
         self.block = np.zeros(length, batch.dtype)
         self.p, self.times = np.zeros((pair.calls, self.n, 4)), np.zeros((pair.calls, self.n))
-        self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.rescale
-        guidance = denoiser.guidance
-        self.guided_always = guidance is None or (guidance.start <= 0.0 and guidance.stop >= 1.0)
-        self.branches: list[tuple[int, ...]] = []
-        self.shares = np.zeros((pair.calls, self.n, 1))
-        self._weigh(np.zeros((pair.calls, self.n)))
+        self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.reduces
+        self.samples: Sequence[int] = range(self.n)
+        self.branches: list[tuple[int, ...]] = [(0,)] * pair.calls
+        self.shares = np.ones((pair.calls, self.n, 1))
+        self.at = np.zeros((rows.POINT, pair.calls, self.n))  # of every call, where guidance needs to know
         self.time_dtype = time_dtype(denoiser, batch.model_dtype)
         self.like = batch.frame.empty((1,), batch.model_dtype)
         self.bound = batch.bound(range(self.n))
         self.reached = f"u{len(pair.c)}"
         self.slots = self._slots(x)
-        self.samples: Sequence[int] = range(self.n)
         # On a GPU the times go with the block, where the dtypes allow it.
         self._own_times = self.time_dtype == batch.dtype and batch.functions.backend == "triton"
         if batch.functions.backend != "naive":
@@ -86,24 +86,28 @@ class Attempts:
 
     # --- numbers ---
 
-    def _weigh(self, lam: np.ndarray) -> None:
-        """Set the branches of guidance of each call, and their weights, at lambda (calls, n)."""
-        if self.guided_always and self.branches:
-            return
+    def _weigh(self, points: np.ndarray) -> None:
+        """Set where the calls are made, the branches of guidance of each, and their weights. points: see `prepare`."""
+        denoiser, n = self.batch.denoiser, self.n
+        start = self.state[rows.START : rows.START + rows.POINT, None, :n]
+        self.at = np.concatenate([start, points[:, : self.pair.calls - 1]], axis=1)
         low, high = self.ends.lam.tolist()
-        progress = np.minimum((lam - low) / (high - low), BEFORE_END)
-        weights = np.array([[self.batch.denoiser.weights(float(done)) for done in call] for call in progress])
-        self.branches = [tuple(np.flatnonzero(call.any(axis=0)).tolist()) for call in weights]
-        shares = np.zeros((*lam.shape, max(map(len, self.branches))))
-        for own, call, branches in zip(shares, weights, self.branches, strict=True):
-            own[:, : len(branches)] = call[:, branches]
-        self.shares = shares
+        progress = np.minimum((self.at[rows.LAM] - low) / (high - low), BEFORE_END)
+        where = self.at[rows.T : rows.SIGMA + 1]
+        self.branches, found = [], []
+        for j in range(self.pair.calls):
+            moments = [Moment(Point(*where[:, j, i].tolist()), float(progress[j, i])) for i in range(n)]
+            weights, called = weighed(denoiser, moments, self.samples, self.batch.size)
+            self.branches.append(called)
+            found.append(weights)
+        self.shares = np.zeros((self.pair.calls, n, max(1, *map(len, self.branches))))
+        for own, weights in zip(self.shares, found, strict=True):
+            own[:, : weights.shape[1]] = weights
 
     def prepare(self, points: np.ndarray) -> None:
         """Compute the coefficients of the next attempt, for points (POINT, K, n) at its targets."""
-        if not self.guided_always:
-            start = self.state[rows.START + rows.LAM, : self.n]
-            self._weigh(np.concatenate([start[None], points[rows.LAM, : self.pair.calls - 1]]))
+        if self.batch.denoiser.guidance is not None:
+            self._weigh(points)
         pair = self.pair
         cpu.ROWS.run(
             self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
@@ -174,8 +178,12 @@ class Attempts:
         """p and the limit of a clip for the samples at the positions `at`; None where m is multiplied out."""
         if self.folds:
             return None, None
-        shares = self.shares[j, at][:, : len(self.branches[j])]
-        p, limit = self.batch.functions.adjust(u, raws, shares, self.p[j, at])
+        denoiser, blends = self.batch.denoiser, None
+        if denoiser.reduces and len(self.branches[j]) > 1:
+            weights = self.shares[j, at][:, : len(self.branches[j])]
+            inputs = zip(weights, self.at[rows.A, j, at].tolist(), self.at[rows.B, j, at].tolist(), strict=True)
+            blends = np.concatenate([denoiser.blend(own[None], a, b, 0.0) for own, a, b in inputs])
+        p, limit = self.batch.functions.adjust(u, raws, blends, self.p[j, at])
         return p.astype(self.batch.dtype) if isinstance(p, np.ndarray) else p, limit
 
     def _stage(self, k: int, raws: Sequence[Array], p: Array | None, limit: Array | None) -> None:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from fewstep.kernels import layout, philox
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
 from fewstep.solvers.run.conditions import check_arrays, mapped
-from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, network_inputs
+from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, check_unnumbered, network_inputs
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
@@ -60,6 +61,7 @@ class Batch:
     def __init__(
         self, denoiser: DenoiserLike, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Condition
     ) -> None:
+        check_unnumbered(denoiser)
         self.denoiser, self.frame, self.dtype = denoiser, frame, dtype
         self.size, self.sample = shape[0], tuple(shape[1:])
         self.inside: Frame = NumpyFrame() if backend == "numba" else frame  # of the slots
@@ -120,14 +122,18 @@ class Batch:
         samples   the indices of the rows of u in the batch
         progress  of each sample, 0 to 1, for guidance between `start` and `stop`
         """
-        weights = [self.denoiser.weights(done) for done in progress]
-        branches = tuple(sorted({j for own in weights for j, g in enumerate(own) if g}))
+        moments = [Moment(*moment) for moment in zip(points, progress, strict=True)]
+        weights, branches = weighed(self.denoiser, moments, samples, self.size)
         inputs, call = network_inputs(self.denoiser, points), self.bound(samples)
-        found, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
-        raws = [self.functions.raw(self.inside_of(raw)) for raw in found]
-        p, shares = np.zeros((len(samples), 4)), np.array([[own[j] for j in branches] for own in weights])
-        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * shares
-        return Outputs(raws, *self.functions.adjust(u, raws, shares, p))
+        outputs, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
+        raws = [self.functions.raw(self.inside_of(raw)) for raw in outputs]
+        p = np.zeros((len(samples), 4))
+        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * weights
+        blends = None
+        if self.denoiser.reduces and len(branches) > 1:
+            rows = zip(weights, inputs.a, inputs.b, strict=True)
+            blends = np.concatenate([self.denoiser.blend(w[None], a, b, 0.0) for w, a, b in rows])
+        return Outputs(raws, *self.functions.adjust(u, raws, blends, p))
 
     def inside_of(self, raw: Array) -> Array:
         """A network output as (n, elements); for the CPU kernels, its bits in NumPy."""
@@ -179,3 +185,21 @@ class Batch:
             p = p.astype(self.dtype) if isinstance(p, np.ndarray) else p
         found = self.functions.stage([slots[name] for name in used], raws, w.astype(self.dtype), z, p, limit)
         return dict(zip(rows[0], found, strict=True))
+
+
+def weighed(
+    denoiser: DenoiserLike, moments: Sequence[Moment], samples: Sequence[int], size: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The branches of guidance that samples at these moments call, and the weights of each sample, (n, called).
+
+    samples  their indices in the batch of `size`
+
+    Raises ValueError for a scale of another batch.
+    """
+    found = [denoiser.shares(moment) for moment in moments]
+    odd = next((len(s.weights) for s in found if len(s.weights) not in (1, size)), None)
+    if odd is not None:
+        raise ValueError(f"the guidance scale holds {odd} samples, and the batch is {size}: one for each")
+    own = [s.weights[i if len(s.weights) > 1 else 0] for i, s in zip(samples, found, strict=True)]
+    branches = tuple(sorted({j for shares in found for j in shares.called}))
+    return np.array(own)[:, list(branches)], branches

@@ -31,7 +31,7 @@ class Compiler:
 
     def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False) -> Job:
         program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
-        tables = stage_tables(program, denoiser, self.dtype)
+        tables = stage_tables(program, denoiser, self.dtype, self.shape[0])
         model_dtype = denoiser.model_dtype(self.dtype)
         times = time_dtype(denoiser, model_dtype)
         kind = TritonJob if self.backend == "triton" else Job
@@ -94,7 +94,7 @@ class Prepared:
     def _workspace(self) -> int:
         """Bytes of a workspace: its slots, latent, two inputs of the network in each branch, launches."""
         job = self.plain
-        arrays = job.program.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
+        arrays = job.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
         return arrays * job.batch * job.elements * np.dtype(job.dtype).itemsize + 4096 * len(job.tables)
 
     def fill(self, watched: bool = False) -> None:

@@ -56,6 +56,12 @@ class Job:
     def elements(self) -> int:
         return math.prod(self.shape[1:])
 
+    @cached_property
+    def buffers(self) -> int:
+        """The buffers of the plan, and those of the guidance's running average."""
+        used = (b for table in self.tables for b in (*table.writes, table.average or 0))
+        return max(self.program.buffers, 1 + max(used))
+
     def copies(self, k: int) -> int:
         """The number of copies of the batch in the model input of stage k."""
         return copies(self.denoiser, self.tables[k].branches)
@@ -109,9 +115,10 @@ class FusedRun:
         self.size = batch * elements
         self.rows = (batch, elements)
         self.serial = self.size <= words.SERIAL_ELEMENTS
-        self.buffers = [aligned((batch, elements), state) for _ in range(job.program.buffers)]
+        self.buffers = [aligned((batch, elements), state) for _ in range(job.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
+        self.blended = np.zeros((batch, 4))
         copies = max(job.copies(k) for k in range(len(job.tables)))
         # Two model inputs alternate: a model may return its input, or keep it until the next call.
         stored = np.dtype(_STORED.get(job.model_dtype, job.model_dtype))
@@ -160,17 +167,17 @@ class FusedRun:
             limit = np.array([[bound, 1.0, 0.0, 0.0]], job.dtype)
         elif job.denoiser.threshold is not None:
             limit = self.limit
-        rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
+        average = [] if table.average is None else [self.buffers[table.average]]
         return Launch(
             [None if b is None else self.buffers[b] for b in table.slots],
-            [self.input_rows[0][0]] * len(table.branches),  # placeholders for the network's outputs
+            [*[self.input_rows[0][0]] * len(table.branches), *average],  # placeholders for the network's outputs
             table.w,
             [self.buffers[b] for b in table.writes],
             self.input_rows[(k + 1) % 2][: job.copies(k + 1)] if after else [],
             c_in=c_in,
             streams=None if table.draw is None else self.streams,
             draw=table.draw or 0,
-            p=self.p if rescaled else table.p,
+            p=table.p if table.blend is None else self.p,
             limit=limit,
             known=self._known,
         )
@@ -249,7 +256,7 @@ class FusedRun:
         """The launch of a stage whose numbers depend on the network's outputs, or with noise from outside."""
         job, table, launch = self.job, self.tables[k], self.launches[k]
         if table.p is not None:
-            self._reduce_stage(table, raws)
+            self._reduce_stage(table, launch, raws)
         if table.variance is not None and table.draw is not None:
             if z is None:
                 cpu.normals(self.latent, self.streams, table.draw, philox.STEP)
@@ -263,17 +270,16 @@ class FusedRun:
         for launch in self.launches:
             launch.memory[words.RAW_KIND + j - words.RAW] = words.kind_of(self.job.frame.bits(raw))
 
-    def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
-        denoiser = self.job.denoiser
-        bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
-        p = table.p
-        assert p is not None
-        if denoiser.rescale and len(table.branches) > 1:
-            self.p[...] = p
-            self.p[:, 1:] = p[:, 1:] * cpu.guidance_scale(bits, table.weights, denoiser.rescale)[:, None]
-            p = self.p
-        clip = denoiser.threshold
+    def _reduce_stage(self, table: StageTable, launch: Launch, raws: Sequence[Array]) -> None:
+        if table.blend is not None:
+            cpu.blend(launch.memory, table.blend, self.blended)
+            self.p[...] = self.blended
+        clip = self.job.denoiser.threshold
         if clip is not None:
+            bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
+            bits += [] if table.average is None else [self.buffers[table.average]]
+            p = table.p if table.blend is None else self.p
+            assert p is not None
             x = None if table.slots[0] is None else self.buffers[table.slots[0]]
             cpu.threshold(x, bits, p, clip.quantile, clip.maximum, self.limit)
 
@@ -299,7 +305,7 @@ class NaiveRun:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.latest: Array = None
-        self.buffers: list[Array] = [None] * job.program.buffers
+        self.buffers: list[Array] = [None] * job.buffers
         self.like = job.frame.empty((1,), job.model_dtype)
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
@@ -341,9 +347,10 @@ class NaiveRun:
             drawn = drawn * job.denoiser.noise_factor(naive.cast(variance, drawn), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]
         p, limit, clip = table.p, None, job.denoiser.threshold
-        if p is not None and job.denoiser.rescale and len(raws) > 1:
-            p = np.repeat(p, job.batch, axis=0)
-            p[:, 1:] *= naive.guidance_scale(raws, table.weights, job.denoiser.rescale)[:, None]
+        average = None if table.average is None else self.buffers[table.average]
+        raws = raws if average is None else [*raws, average]
+        if table.blend is not None:
+            p = naive.blend([slots[0], *raws], table.blend).astype(job.dtype)
         if job.denoiser.bound is not None:
             limit = np.array([[job.denoiser.bound, 1.0]])
         elif clip is not None:

@@ -28,41 +28,44 @@ class DeviceTables(NamedTuple):
     """The tables of `triton_step.run` on the host: row 0 is the init row, row k + 1 stage k, later rows write nothing.
 
     numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
-    times    float64 (stages + 1, rows), t of each stage
+    blends   float32 (stages + 1, rows, BLEND): see `layout`
+    times    float64 (stages + 1, 1), t of each stage
     """
 
     numbers: np.ndarray
     indices: np.ndarray
+    blends: np.ndarray
     times: np.ndarray
 
 
 def device_tables(job: Job) -> DeviceTables:
-    """A job's tables for the GPU kernels, with one column for all samples."""
-    from fewstep.kernels import triton_reduce as reduce
+    """A job's tables for the GPU kernels, with one row for all samples, or one for each under such a guidance."""
+    from fewstep.kernels import layout
     from fewstep.kernels import triton_step as kernel
 
-    tables, count, rows = job.tables, len(job.tables), calls(job) + 1
-    numbers = np.zeros((rows, 1, kernel.NUMBERS), np.float32)
-    indices = np.full((rows, 1, kernel.INDICES), -1, np.int32)
+    tables, count, rows, own = job.tables, len(job.tables), calls(job) + 1, len(job.tables[0].w)
+    numbers = np.zeros((rows, own, kernel.NUMBERS), np.float32)
+    indices = np.full((rows, own, kernel.INDICES), -1, np.int32)
+    blends = np.zeros((rows, own, layout.BLEND), np.float32)
     times = np.full((rows, 1), tables[-1].t)
     bound = job.denoiser.bound
-    _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
+    _fill(numbers[0], indices[0], *_start(job.program.init), tables[0].c_in)
     for k, table in enumerate(tables, 1):
         c_in = tables[k].c_in if k < count else 1.0
         draw = -1 if table.draw is None else table.draw
-        _fill(numbers[k, 0], indices[k, 0], table.w[0], table.slots, table.writes, draw, c_in)
+        _fill(numbers[k], indices[k], table.w, table.slots, table.writes, draw, c_in)
         if table.p is not None:
-            numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
-            numbers[k, 0, reduce.WEIGHTS_AT : reduce.WEIGHTS_AT + len(table.weights)] = table.weights
-            numbers[k, 0, reduce.PHI_AT] = job.denoiser.rescale
+            numbers[k, :, kernel.P_AT : kernel.P_AT + 4] = table.p
+        if table.blend is not None:
+            blends[k] = table.blend
         if bound is not None:
-            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = bound, 1.0
+            numbers[k, :, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = bound, 1.0
         times[k, 0] = table.t
-    return DeviceTables(numbers, indices, times)
+    return DeviceTables(numbers, indices, blends, times)
 
 
 def _start(op: Op) -> tuple[np.ndarray, tuple[int | None, ...], tuple[int, ...], int]:
-    return init_table(op, "float32")[0], op.reads, op.writes, 0 if op.noisy else -1
+    return init_table(op, "float32"), op.reads, op.writes, 0 if op.noisy else -1
 
 
 def _fill(
@@ -76,12 +79,12 @@ def _fill(
 ) -> None:
     from fewstep.kernels import triton_step as kernel
 
-    numbers[: w.size] = w.ravel()
-    numbers[kernel.C_IN_AT] = c_in
+    numbers[:, : w[0].size] = w.reshape(len(w), -1)
+    numbers[:, kernel.C_IN_AT] = c_in
     for j, buffer in enumerate(slots):
-        indices[j] = -1 if buffer is None else buffer
-    indices[kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
-    indices[kernel.DRAW_AT] = draw
+        indices[:, j] = -1 if buffer is None else buffer
+    indices[:, kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
+    indices[:, kernel.DRAW_AT] = draw
 
 
 ALIGN = 16  # bytes: Triton specialises kernels for pointers aligned to 16
@@ -126,6 +129,7 @@ class TritonJob(Job):
         own = (
             torch.from_numpy(tables.numbers),
             torch.from_numpy(tables.indices),
+            torch.from_numpy(tables.blends),
             torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
             torch.from_numpy(order_statistic(self.denoiser.threshold, self.elements)),
             torch.tensor([self.start.sigma], dtype=torch.float32, device="cpu"),
@@ -225,15 +229,16 @@ class TritonRun(DeviceMemory):
 
     def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))
-        super().__init__(job, job.shape, buffers=job.program.buffers, copies=copies, columns=1)
+        super().__init__(job, job.shape, buffers=job.buffers, copies=copies, columns=1)
         self.job = job
         torch, device, batch = self.torch, self.frame.device, job.batch
         self.structure, self.calls = job.structure, calls(job)
         self.block = torch.empty_like(job.block, device=device)
-        self.numbers, self.indices, self.times, self.settings, self.sigma = unpacked(self.block, job.tables_on_host)
+        views = unpacked(self.block, job.tables_on_host)
+        self.numbers, self.indices, self.blends, self.times, self.settings, self.sigma = views
         self.block.copy_(job.block, non_blocking=True)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
-        reduces = job.denoiser.rescale or job.denoiser.threshold is not None
+        reduces = job.denoiser.reduces or job.denoiser.threshold is not None
         self.scratch = self._reduce.Scratch.of(batch, job.elements, device) if reduces else None
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()
@@ -280,7 +285,7 @@ class TritonRun(DeviceMemory):
             and new.outputs <= own.outputs
             and (own.noise or not new.noise)
             and (new.predict, new.clip) == (own.predict, own.clip)
-            and job.program.buffers <= len(self.state)
+            and job.buffers <= len(self.state)
         )
 
     def load(self, x: Array | None, streams: np.ndarray | None) -> None:
@@ -331,22 +336,27 @@ class TritonRun(DeviceMemory):
 
     def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
         raws = [self._plain(raw) for raw in raws]
-        self._launch(self.structure, copies, raws, z, *self._reductions(raws))
+        blended = self.job.denoiser.reduces and len(raws) > 1
+        average = average_of(self.job)
+        if blended and average is not None:
+            raws.append(self.state[average])
+        self._launch(self.structure, copies, raws, z, *self._reductions(raws, blended))
 
-    def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
+    def _reductions(self, raws: Sequence[Array], blended: bool) -> tuple[Array | None, Array | None]:
         """p and the limit of each sample, computed by reductions over whole samples before the stage."""
         numbers = self.numbers
         p = limit = None
         if self.scratch is None:
             return p, limit
-        if self.job.denoiser.rescale and len(raws) > 1:
+        if blended:
             p = self.reduced
-            self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
+            state = self.state if mixes_x(self.job) else None
+            self._reduce.blend(self.blends, self.indices, self.counter, state, raws, p, self.scratch)
         if self.job.denoiser.threshold is not None:
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
                 numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
-                self.scratch, rescaled=p is not None,
+                self.scratch, blended=p is not None,
             )  # fmt: skip
         return p, limit
 
@@ -377,18 +387,9 @@ class TritonColumns(DeviceMemory):
 
     def __init__(self, jobs: Sequence[TritonJob], shape: Sequence[int]) -> None:
         job = jobs[0]
-        for denoiser in (job.denoiser for job in jobs):
-            if denoiser.rescale or denoiser.threshold is not None or denoiser.variance is not None:
-                raise ValueError(
-                    "backend='triton' cannot mix plans under guidance rescale, dynamic thresholding or a learned "
-                    "variance: use fewstep.Sampler, or backend='naive'"
-                )
         self._branches = job.tables[0].branches
-        if any(table.branches != self._branches for job in jobs for table in job.tables):
-            raise ValueError(
-                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
-                "at every step, or use backend='naive'"
-            )
+        for own in jobs:
+            self._check(own)
         self.copies = job.copies(0)
         super().__init__(job, shape, buffers=max(j.program.buffers for j in jobs), copies=self.copies, columns=shape[0])
         shapes = [job.structure for job in jobs]
@@ -410,8 +411,26 @@ class TritonColumns(DeviceMemory):
         self.numbers, self.indices, self.times = (mirror.device for mirror in self._mirrors)
         self.counter.fill_(self.idle)
 
+    def _check(self, job: Job) -> None:
+        """Raises ValueError unless one launch can move a job's samples together with the others."""
+        denoiser = job.denoiser
+        if denoiser.reduces or denoiser.threshold is not None or denoiser.variance is not None:
+            raise ValueError(
+                "backend='triton' cannot mix plans under guidance rescale, APG, CFGZero, dynamic thresholding or a "
+                "learned variance: use fewstep.Sampler, or backend='naive'"
+            )
+        if len(job.tables[0].w) > 1:
+            raise ValueError("a guidance scale for each sample belongs to a batch: give each request its own guidance")
+        if any(table.branches != self._branches for table in job.tables):
+            raise ValueError(
+                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
+                "at every step, or use backend='naive'"
+            )
+
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
-        own, from_numpy = device_tables(job), self.torch.from_numpy
+        self._check(job)
+        tables, from_numpy = device_tables(job), self.torch.from_numpy
+        own = tables.numbers, tables.indices, tables.times
         for mirror, values, empty in zip(self._mirrors, own, (0.0, -1, 0.0), strict=True):
             mirror.wait()
             column = mirror.host[:, place]
@@ -454,6 +473,19 @@ def calls(job: Job) -> int:
     return max(len(job.tables), job.capacity)
 
 
+def average_of(job: Job) -> int | None:
+    """The buffer of the guidance's running average, the same in all stages; None without one."""
+    return next((table.average for table in job.tables if table.average is not None), None)
+
+
+def mixes_x(job: Job) -> bool:
+    """Whether a blend of the job reads x."""
+    from fewstep.kernels import layout
+
+    blends = (table.blend for table in job.tables if table.blend is not None)
+    return any(bool(blend[:, [layout.MIX_A, layout.MIX_B]].any()) for blend in blends)
+
+
 def structure(job: Job) -> Structure:
     """See `TritonJob`."""
     from fewstep.kernels import triton_step
@@ -474,9 +506,10 @@ def signature(job: Job) -> tuple[Hashable, ...]:
     stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
     stages += [stages[-1]] * (calls(job) - len(stages))
     return (
-        tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
-        denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, bool(denoiser.rescale), job.shape,
-        job.model_dtype, job.time_dtype,
+        tuple(stages), program.init.noisy, len(program.x0), denoiser.networks, denoiser.batched,
+        denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, denoiser.reduces, job.shape,
+        job.model_dtype, job.time_dtype, average_of(job), mixes_x(job),
+        len(job.tables[0].w),
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_n
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, network_inputs
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_unnumbered, network_inputs
 from fewstep.solvers.run.divergence import Trace, trace_of
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.embedded import FOURTH
@@ -363,12 +363,14 @@ def _check_smooth(denoiser: DenoiserLike) -> None:
     """Raises ValueError for what the log-density of the ODE is not defined or not differentiated with."""
     if denoiser.bound is not None or denoiser.threshold is not None:
         raise ValueError("denoiser has a clip, where the ODE has no density: use one without clip")
-    if denoiser.rescale:
-        raise ValueError("denoiser rescales its guidance by statistics of the sample: use CFG(scale) without rescale")
     guidance = denoiser.guidance
-    if guidance is not None and not (guidance.start == 0.0 and guidance.stop == 1.0):
+    if denoiser.reduces:
+        raise ValueError("denoiser's guidance depends on statistics of the sample: use CFG(scale) without rescale")
+    check_unnumbered(denoiser)
+    if guidance is not None and not guidance.constant:
         raise ValueError(
-            "denoiser guides only a part of the steps, where the ODE jumps: use CFG(scale) without start and stop"
+            "denoiser guides only a part of the path, where the ODE jumps: use a guidance without start, stop, "
+            "sigma_lo and sigma_hi"
         )
 
 

@@ -32,8 +32,8 @@ class MixedRun:
 
     plans     the plans that requests may follow, all on the denoiser's process
     shape     (B, ...) of the batch; the network also gets the empty places, and its outputs there are ignored
-    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps, rescale,
-              dynamic thresholding and learned variances need another backend
+    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps or that
+              reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another
     device    as for `Sampler`
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
@@ -83,9 +83,10 @@ class MixedRun:
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
 
         def make() -> Job:
-            if len(denoiser.weights(0.0)) != len(self.denoiser.weights(0.0)):
+            if denoiser.networks != self.denoiser.networks:
                 raise ValueError(
-                    f"guidance = {guidance!r} has a different number of branches from {self.denoiser.guidance}"
+                    f"guidance = {guidance!r:.200} has a different number of branches from "
+                    f"{self.denoiser.guidance!r:.200}, or other networks in them: requests share each call"
                 )
             return self._compiler.job(denoiser, plan)
 
@@ -105,7 +106,7 @@ class MixedRun:
 
         seed, sample  its noise stream, as in `Sampler(seed=seed, first_sample=sample)`
         x             (...) a latent at the plan's first point; without it one is drawn from the stream
-        guidance      a scale or `CFG` for this request, with as many branches as the denoiser's
+        guidance      a scale or a guidance for this request, with the branches and networks of the denoiser's
 
         Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """

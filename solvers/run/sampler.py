@@ -93,7 +93,8 @@ class Sampler:
             raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
         if check is not None:
             flag("check", check)
-        warn_if_training(denoiser.model)
+        for network in {id(network): network for network in denoiser.networks}.values():
+            warn_if_training(network)
         self.graph, self.capacity = graph, capacity
         self.check = self.frame.device == "cpu" if check is None else check
         self._options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "graph": graph}
@@ -127,6 +128,14 @@ class Sampler:
     @property
     def plan(self) -> Plan:
         return self._now.plan
+
+    def explain(self) -> str:
+        """`Plan.explain` under this sampler's guidance, batch and dtypes."""
+        model, state = self.denoiser.model_dtype(self.dtype), self.dtype
+        sizes = {"float64": 8, "float32": 4}
+        return self.plan.explain(
+            model_bytes=sizes.get(model, 2), state_bytes=sizes[state], denoiser=self.denoiser, samples=self.shape[0]
+        )
 
     @property
     def nbytes(self) -> int:

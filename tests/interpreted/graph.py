@@ -19,14 +19,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewstep as fs
-from fewstep.kernels import triton_noise, triton_step
+from fewstep.kernels import triton_noise, triton_reduce, triton_step
 from fewstep.solvers.run import compiled
 from fewstep.solvers.run import graph as graph_module
 from fewstep.solvers.run import sampler as sampler_module
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
-KERNELS = [(triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel")]
+KERNELS = [
+    (triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel"),
+    (triton_reduce, "blend_kernel"),
+]  # fmt: skip
 
 
 class Tape(TorchDispatchMode):
@@ -317,6 +320,28 @@ def test_guidance_for_a_part_of_the_way_has_a_graph_each(cuda: FakeCuda) -> None
     # condition alone -> guided -> guided -> alone -> alone: four kinds of stage
     assert cuda.log.count("record") == 4
     assert cuda.log.count("replay") == 4
+
+
+@pytest.mark.parametrize("mode", ["loop", "step"])
+@pytest.mark.parametrize(
+    "make", [lambda s: fs.APG(s, norm_threshold=2.0, momentum=-s / 10.0), fs.CFGZero, lambda s: fs.CFG([s, 1.5], 0.3),
+             lambda s: fs.APG(torch.tensor([s, 2.0])), lambda s: fs.AutoGuidance(GUIDE, s)],
+    ids=["APG", "CFGZero", "rescaled pair", "APG by sample", "AutoGuidance"],
+)  # fmt: skip
+def test_new_numbers_of_a_guidance_need_no_new_graph(make: Any, mode: str, cuda: FakeCuda) -> None:
+    """Coefficients, thresholds and momenta are in device tables, and the average in memory of the run."""
+    cond = conditions(0.1, 0.5)
+    if make(2.0).branches == 3:
+        cond = (cond[0], *cond)
+    made = sampler(Net(), plan(), mode, make(2.0))
+    for scale in (2.0, 4.0):
+        made.update(guidance=make(scale))
+        eager = sampler(Net(), plan(), "off", make(scale))(seed=1, cond=cond)
+        assert torch.equal(made(seed=1, cond=cond), eager)
+    assert cuda.log.count("record") == 1  # one kind of stage
+
+
+GUIDE = Net()
 
 
 class Syncing(Net):
