@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.sampler import Sampler as Sampler
     from fewstep.solvers.run.sharded import Shards as Shards
     from fewstep.solvers.run.sharded import sample_sharded as sample_sharded
+    from fewstep.solvers.run.trajectory import LogProb as LogProb
+    from fewstep.solvers.run.trajectory import Rollout as Rollout
+    from fewstep.solvers.run.trajectory import log_prob as log_prob
+    from fewstep.solvers.run.trajectory import rollout as rollout
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -85,6 +89,7 @@ _MODULES = {
     "solvers.run.one_call": "sample",
     "solvers.run.sampler": "Sampler",
     "solvers.run.sharded": "sample_sharded Shards",
+    "solvers.run.trajectory": "LogProb log_prob Rollout rollout",
     "solvers.schedule.brownian": "BrownianTree",
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",

@@ -325,6 +325,11 @@ target("sample_sharded", sharded, {"denoiser": TUNED, "plan": PLAN, "shape": (2,
 target("log_likelihood", likelihood, {"denoiser": DENOISER, "x": LATENT, "device": "cpu", "solver": "euler", "steps": 3,
        "seed": 0}, lambda r: finite(r.log_prob, r.latent), of=fs.log_likelihood, **_RUN, rtol="rtol|atol",
        atol="rtol|atol")  # fmt: skip
+POLICY = fs.plan("flow_cps", GRID)
+target("rollout", fs.rollout, {"denoiser": DENOISER, "plan": POLICY, "shape": (2, 3), "seed": 0, "backend": "naive"},
+       lambda r: is_sample(r.x), of=fs.rollout, **_RUN)  # fmt: skip
+target("log_prob", fs.log_prob, {"denoiser": DENOISER, "plan": POLICY, "states": [LATENT] * 4},
+       lambda r: finite(r.log_prob), states="states", **_RUN)  # fmt: skip
 target("MixedRun", mixed, {"denoiser": DENOISER, "plans": [PLAN], "shape": (2, 3), "backend": "naive"}, is_row,
        of=fs.MixedRun, plans="plans?", denoiser="denoiser")  # fmt: skip
 target("MixedRun/admit", admit, {"place": 0, "plan": PLAN, "seed": 0}, is_row, of=fs.MixedRun.admit, x="x|latent",
@@ -356,7 +361,7 @@ target("ConsistencyDenoiser", partial(run_mapped, ConsistencyDenoiser), {"model"
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
-    "Point AdaptiveResult Likelihood Shards StepInfo": "records that the package fills",
+    "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo": "records that the package fills",
     "Measured Recommendation PlanRange": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",

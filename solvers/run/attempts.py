@@ -18,14 +18,11 @@ from fewstep.kernels import launch as words
 from fewstep.kernels.launch import Launch
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import Array, aligned
-from fewstep.solvers.run.batch import Batch, weighed
+from fewstep.solvers.run.batch import BEFORE_END, Batch, weighed
 from fewstep.solvers.run.denoising import Call, check_output, copies, predictions, time_dtype
 from fewstep.solvers.run.embedded import Pair
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
-
-# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
-BEFORE_END = float(np.nextafter(1.0, 0.0))
 
 
 class _Stage(NamedTuple):

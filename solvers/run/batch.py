@@ -23,6 +23,8 @@ from fewstep.solvers.schedule.process import Point
 
 # The slot of the denoiser's input; rows read its x0 prediction as "m".
 SEEN = "u"
+# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
+BEFORE_END = float(np.nextafter(1.0, 0.0))
 
 Slots = Mapping[str, Array]
 
