@@ -21,8 +21,8 @@ from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import between, flag, function, named, number, one_of
 from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
-from fewstep.solvers.run.attempts import BEFORE_END, Attempts, FusedAttempts
-from fewstep.solvers.run.batch import SEEN, Batch
+from fewstep.solvers.run.attempts import Attempts, FusedAttempts
+from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
