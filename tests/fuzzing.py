@@ -7,6 +7,7 @@ ValueError, TypeError or ImportError that names a replaced argument, before the 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import os
@@ -358,6 +359,52 @@ target("from_k_diffusion", partial(run_mapped, from_k_diffusion), {"model": MODE
 target("ConsistencyDenoiser", partial(run_mapped, ConsistencyDenoiser), {"model": MODEL, "process": EDM}, is_sample,
        of=ConsistencyDenoiser, predicts="predict(s|ion)", guidance="guidance|branches")  # fmt: skip
 
+
+def torch_targets() -> None:
+    """The samplers of k-diffusion's names, and the loop as a module, on torch tensors."""
+    import torch
+
+    from fewstep.bindings import k_diffusion
+    from fewstep.bindings.export.sampler_module import SamplerModule
+
+    class SigmaModel(Model):
+        """Calls on torch tensors, with k-diffusion's sigma of each sample."""
+
+        def __call__(self, x: Any, t: Any, **cond: Any) -> Any:
+            return super().__call__(x, t)
+
+    model, sigmas = SigmaModel(), torch.tensor([3.0, 1.5, 0.7, 0.0])
+    x = 3.0 * torch.from_numpy(LATENT)
+    for name in k_diffusion.__all__:
+        call = getattr(k_diffusion, name)
+        if not name.startswith("sample_") or name.endswith("cfg_pp"):  # these need ComfyUI's models
+            continue
+        parameters = inspect.signature(call).parameters
+        levels = {"sigmas": sigmas} if "sigmas" in parameters else {"sigma_min": 0.1, "sigma_max": 3.0}
+        steps = {"n": 4} if "n" in parameters else {}
+        # What extra_args holds is the model's, and a progress bar is tqdm's.
+        target(f"k_diffusion/{name}", call, {"model": model, "x": x, **levels, **steps}, is_torch_sample,
+               skip=("extra_args", "disable"), x="x|latent|shape|batch", sigmas="sigmas?|level",
+               sigma_min="sigma_min|sigma", sigma_max="sigma_max|sigma",
+               max_order="order", max_stage="order", predictor_order="order|predictor",
+               corrector_order="order|corrector",
+               noise_sampler="noise_sampler|noise", solver_type="solver_type|variant", deis_mode="deis_mode|variable",
+               r="r1?", r_1="r_?1", r_2="r_?2", ge_gamma="ge_gamma|gamma")  # fmt: skip
+
+    def as_module(x: Any, streams: Any = None, noise: Any = None, **made: Any) -> Any:
+        return SamplerModule(**made)(x, streams=streams, noise=noise)
+
+    target("SamplerModule", as_module, {"denoiser": DENOISER, "plan": PLAN, "x": x}, is_torch_sample,
+           of=SamplerModule, more=dict.fromkeys(("x", "streams", "noise")))  # fmt: skip
+
+
+def is_torch_sample(result: Any) -> None:
+    finite((result[0] if isinstance(result, tuple) else result).detach())
+
+
+if importlib.util.find_spec("torch") is not None:
+    torch_targets()
+
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
@@ -405,6 +452,8 @@ def attempt(target: Target, odd: Mapping[str, Any]) -> str:
             warnings.filterwarnings("error", ".*encountered in")  # NumPy's
             result = target.call(**{**target.base, **odd})
     except (ValueError, TypeError, ImportError) as error:
+        if "hold NaN or inf" in str(error) and any(_wide(value) for value in odd.values()):
+            return "right"  # beyond float32, and said so
         names = "|".join(target.aliases.get(name, re.escape(name)) for name in odd)
         if not re.search(rf"(?<![^\W_])({names})(?![^\W_])", str(error)):
             raise AssertionError(f"names none of {names}: {error!r}") from error
