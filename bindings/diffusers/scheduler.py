@@ -298,7 +298,10 @@ class Cursor:
         self.fresh, self.origin, self.state = True, schedule, schedule.state
         self.times, self.first, self.stride = schedule.times, times.data_ptr(), schedule.stride
         self.listed = times, 0, schedule.times
-        self.schedule = [(tensor := attributes[name], tensor._version) for name in schedule.watched]
+        self.schedule: list[tuple[Tensor, int]] = []
+        for name in schedule.watched:
+            tensor: Tensor = attributes[name]
+            self.schedule.append((tensor, tensor._version))
 
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
