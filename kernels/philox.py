@@ -130,10 +130,8 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
         first_sample = check_seed(first_sample, "first_sample")
         if first_sample + batch > 1 << 32:
             raise ValueError(f"first_sample={first_sample} and a batch of {batch} exceed the last sample, 2**32 - 1")
-        seeds, numbers = (
-            np.full(batch, value, np.uint64),
-            np.arange(first_sample, first_sample + batch, dtype=np.uint64),
-        )
+        seeds = np.full(batch, value, np.uint64)
+        numbers = np.arange(first_sample, first_sample + batch, dtype=np.uint64)
     table = np.empty((batch, 3), np.uint32)
     table[:, 0], table[:, 1], table[:, 2] = seeds & np.uint64(MASK), seeds >> np.uint64(32), numbers
     return table
