@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 from typing import Any, ClassVar, Protocol, TypeGuard
 
@@ -174,16 +175,15 @@ class _Guided:
 
     def _alone(self) -> Shares:
         """The conditional branch alone."""
-        weights = np.zeros((1, self.branches))
-        weights[0, -1] = 1.0
-        return Shares(weights, (self.branches - 1,))
+        last = self.branches - 1
+        return Shares(np.array([[0.0] * last + [1.0]]), (last,))
 
     def shares(self, moment: Moment) -> Shares:
         """The weight of each branch, and those to call: all with a weight that is not 0."""
         if not self.on(moment):
             return self._alone()
         weights = self._weights(moment)
-        return Shares(weights, tuple(int(j) for j in np.flatnonzero(weights.any(axis=0))))
+        return Shares(weights, tuple(j for j, used in enumerate(weights.any(axis=0).tolist()) if used))
 
     def _weights(self, moment: Moment) -> Floats:
         raise NotImplementedError
@@ -214,6 +214,9 @@ def _plain(name: str, value: object) -> Any:
 
 def _cfg(scales: Sequence[Floats]) -> Floats:
     """raw_0 + s1 (raw_1 - raw_0) + s2 (raw_2 - raw_1) ... as weights of the branches."""
+    if all(len(s) == 1 for s in scales):  # as usual: a table of many stages would notice NumPy's broadcasting
+        numbers = [1.0, *(float(s[0]) for s in scales), 0.0]
+        return np.array([[a - b for a, b in pairwise(numbers)]])
     ends = _side_by_side([np.ones(1), *scales, np.zeros(1)])
     return ends[:, :-1] - ends[:, 1:]
 

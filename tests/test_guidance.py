@@ -692,3 +692,22 @@ def test_a_tuned_plan_records_the_numbers() -> None:
     with pytest.raises(ValueError, match="guidance with momentum needs numbered steps"):
         fs.tune(denoiser, 4, shape=(2, 5), cond=({}, {}), cache=None, progress=False)
     assert network.calls == []
+
+
+def test_a_module_holds_one_network_and_reduces_nothing() -> None:
+    """Linear guidance exports with the loop; the rest is refused before any call."""
+    from fewstep.bindings.sampler_module import SamplerModule
+
+    plan = fs.plan("dpmpp_2m", grid_of("v"))
+    guidance = fs.Branches((lambda progress, at: -progress, lambda progress, at: 1.0 + progress), sigma_lo=0.2)
+    denoiser = fs.Denoiser(Network("torch"), VP, "v", guidance=guidance)
+    cond = tuple({"c": tensor(one["c"])} for one in COND)
+    found = SamplerModule(denoiser, plan, dtype="float64")(tensor(X), cond=cond)
+    np.testing.assert_allclose(found.numpy(), sample(denoiser, plan, "naive", "torch"), rtol=0, atol=1e-12)
+    for refused, message in (
+        (fs.APG(2.0), "does not support guidance rescale, APG, CFGZero"),
+        (fs.AutoGuidance(Network("torch"), 2.0), "holds one network"),
+        (fs.CFG(np.ones(3)), "holds 3 samples, and the batch is 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SamplerModule(denoiser.with_guidance(refused), plan)

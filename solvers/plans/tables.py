@@ -133,7 +133,7 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str, samples: 
                 f"Denoiser(variance={stage.variance[0]!r}); this one has variance={denoiser.variance!r}"
             )
         a, b = denoiser.prologue(stage.at)
-        weights = shares.weights[:, list(called)]
+        weights = shares.weights if len(called) == shares.weights.shape[1] else shares.weights[:, list(called)]
         p[k, :, 0], p[k, :, 1 : 1 + len(called)] = a, b * weights
         null[k, :2] = a, b
         # With one branch nothing is left to a reduction.
