@@ -35,6 +35,7 @@ F32 = NDArray[np.float32]
 STEP: Final = 0  # noise inside solver steps
 LATENT: Final = 1  # the initial x
 BROWNIAN: Final = 2  # nodes of the virtual Brownian tree
+EDIT: Final = 256  # and above: noise of a caller's edits, 16 domains for each of them
 
 # Philox4x32: multipliers, and the Weyl constants that are added to the key between rounds.
 M0: Final = 0xD2511F53

@@ -134,7 +134,7 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str) -> list[S
                 c_in=denoiser.c_in(stage.at),
                 w=w[k : k + 1, : len(op.writes)],
                 p=None if folded else p[k : k + 1],
-                draw=k + 1 if op.noisy else None,
+                draw=k // program.halves + 1 if op.noisy else None,
                 span=stage.drawn_over,
                 variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
             )
