@@ -33,6 +33,7 @@ from fewstep.solvers.run.checks import (
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.edits import Edit, EditInfo, Edits
 from fewstep.solvers.run.embedded import PAIRS, Attempt, Controller, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.grid import Grid
@@ -130,6 +131,7 @@ class _Options:
     max_calls: int
     noise: NoiseSource | None = None
     callback: Callable[[AttemptInfo], object] | None = None
+    edits: Edits | None = None
 
 
 def next_step(ends: Grid, s: Point, h: float, eta: float) -> _Step:
@@ -152,10 +154,14 @@ class _Run:
 
     def __init__(self, batch: Batch, options: _Options, samples: list[_Sample], streams: np.ndarray) -> None:
         self.batch, self.options, self.samples, self.streams = batch, options, samples, streams
+        self.x0: dict[int, Array] = {}  # of each sample's last call, (1, ...), where there are edits
 
     def __call__(self, x: Array) -> Array:
         """Integrate every sample from the first point of `ends` to the last. x is not modified."""
         o, batch, result = self.options, self.batch, x * 1.0
+        if o.edits is not None:
+            x = x * 1.0
+            self._edit(x, range(len(self.samples)), [sample.at for sample in self.samples], at_start=True)
         before, f1 = x, x * 0.0
         while self.samples:
             starts = [sample.at for sample in self.samples]
@@ -172,6 +178,8 @@ class _Run:
             if taken:
                 old, new = {"x": x, "before": before, "F1": f1}, {"x": high, "before": low, "F1": last}
                 x, before, f1 = self._moved(old, new, taken, starts, steps)
+                if o.edits is not None:
+                    self._edit(x, taken, starts)
             if o.callback is not None:
                 o.callback(self._info(x, norms, taken))
             done = [i for i in taken if self.samples[i].at == o.ends.points[-1]]
@@ -183,6 +191,20 @@ class _Run:
                     x, before, f1 = (batch.take(v, left) for v in (x, before, f1))
         return result
 
+    def to_clean(self, x: Array) -> Array:
+        """The last step, of all samples at once: to sigma 0, where x = alpha m."""
+        n, end, clean = len(self.samples), self.options.ends.points[-1], self.options.ends.process.clean
+        outputs = self._call(range(n), x, [end] * n)
+        row = {k: c for k, c in _seen(first_order(end, clean)).items() if c}
+        x = self.batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
+        if self.options.edits is not None:
+            for sample in self.samples:
+                sample.at, sample.accepted = clean, sample.accepted + 1
+            self._edit(x, range(n), [end] * n)
+            for sample in self.samples:
+                sample.accepted -= 1  # not a step that could have been rejected
+        return x
+
     def _call(self, rows: Sequence[int], u: Array, points: Sequence[Point]) -> Outputs:
         """Call the denoiser on some of the unfinished samples."""
         chosen = [self.samples[i] for i in rows]
@@ -190,7 +212,49 @@ class _Run:
             sample.nfe += 1
         low, high = self.options.ends.lam.tolist()
         progress = [min((p.lam - low) / (high - low), _BEFORE_END) for p in points]
-        return self.batch.call([sample.index for sample in chosen], u, points, progress)
+        outputs = self.batch.call([sample.index for sample in chosen], u, points, progress)
+        return outputs if self.options.edits is None else self._edit_x0(self.options.edits, chosen, u, points, outputs)
+
+    # --- edits: of each sample alone, which stands at a point of its own ---
+
+    def _edit_info(self, sample: _Sample, door: str, k: int, at: Point, x: Array, x0: Array | None) -> EditInfo:
+        batch, index = self.batch, np.array([sample.index])
+        streams = self.streams[index]
+
+        def draw(n: int, draw: int, domain: int) -> Array:
+            return batch.outside(batch.functions.normals(streams, [draw], domain, n), ())
+
+        return EditInfo(
+            door, k, sample.accepted - (door == "x"), None, True, at, sample.at if door == "x" else at,
+            sample.at if door == "x" else at, 0.0, x, x0, {}, {}, index, streams, batch.conditions_of(index), draw,
+        )  # fmt: skip
+
+    def _edit(self, x: Array, rows: Sequence[int], starts: Sequence[Point], *, at_start: bool = False) -> None:
+        """Edit the rows of x, which have finished a step that began at `starts`; in place."""
+        edits, whole = self.options.edits, self.batch.outside(x)
+        assert edits is not None
+        for i in rows:
+            sample, own = self.samples[i], whole[i : i + 1]
+            put = _put_in(own)
+            k = -1 if at_start else sample.accepted - 1
+            info = self._edit_info(sample, "x", k, starts[i], own, self.x0.get(sample.index))
+            if edits.apply(info, self.batch.frame, put, at_start=at_start):
+                sample.known = False  # F_1 was of another x
+
+    def _edit_x0(
+        self, edits: Edits, chosen: Sequence[_Sample], u: Array, points: Sequence[Point], outputs: Outputs
+    ) -> Outputs:
+        """The outputs of a call with their x0 predictions written out, and edited."""
+        m = self.batch.map([{"m": {"m": 1.0}}] * len(chosen), {SEEN: u}, outputs)["m"]
+        whole, seen = self.batch.outside(m), self.batch.outside(u)
+        for i, (sample, at) in enumerate(zip(chosen, points, strict=True)):
+            own = self.x0[sample.index] = whole[i : i + 1]
+            if edits.x0:
+                info = self._edit_info(sample, "x0", sample.nfe - 1, at, seen[i : i + 1], own)
+                edits.apply(info, self.batch.frame, _put_in(own))
+        p = np.zeros((len(chosen), 4))
+        p[:, 1] = 1.0
+        return Outputs([m], p, None) if edits.x0 else outputs
 
     def _first_calls(self, x: Array, f1: Array, row: Callable[[Point], Row]) -> Array:
         """F_1 of all samples; computed for those without one."""
@@ -294,6 +358,16 @@ class _Run:
         return self.batch.array(draws)
 
 
+def _put_in(own: Array) -> Callable[[Array], Array]:
+    """What writes to a sample's memory."""
+
+    def put(values: Array) -> Array:
+        own[...] = values
+        return own
+
+    return put
+
+
 def _seen(row: Row) -> dict[str, float]:
     """A row over the input of a call ("x"), as a row over slots."""
     return {SEEN if source == "x" else source: value for source, value in row.items()}
@@ -335,6 +409,9 @@ def sample_adaptive(
     backend: str = "auto",
     device: Device | None = None,
     dtype: DType | None = None,
+    edit: Edit | Sequence[Edit] | None = None,
+    edit_x0: Edit | Sequence[Edit] | None = None,
+    every: str = "step",
     callback: Callable[[AttemptInfo], object] | None = None,
 ) -> AdaptiveResult:
     """Draw samples with adaptive steps, chosen for each sample to meet a tolerance.
@@ -357,6 +434,8 @@ def sample_adaptive(
     seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" each attempt
               synchronises with the device once, to read the errors
     noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, called once per sample
+    edit, edit_x0  as for `Sampler`, called for one sample at a time, which stands at a point of its own: `edit` after
+              each accepted step, `edit_x0` after each call. every="stage" is refused: an attempt may be rejected
     callback  called with an `AttemptInfo` after each attempt; may raise to stop
 
     The error is controlled per step. On Gaussian mixtures the end point is within 5 tolerances of the exact one
@@ -380,6 +459,12 @@ def sample_adaptive(
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
+    edits = Edits.of(edit, edit_x0, every, check=True)
+    if every == "stage":
+        raise ValueError(
+            "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
+            "accepted step, or edit_x0, called after each call"
+        )
     for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an int >= 1, got {count!r}")
@@ -413,7 +498,9 @@ def sample_adaptive(
         _Sample(i, ends.points[0], Controller.of(h_init, pcoeff, icoeff, dcoeff, order, accept_safety))
         for i in range(sizes[0])
     ]
-    options = _Options(pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, max_calls, noise, callback)
+    options = _Options(
+        pair, frame or "flow", ends, rtol, atol, eta, s_noise, max_attempts, max_calls, noise, callback, edits
+    )
     run = _Run(batch, options, list(samples), streams)
     with no_grad(model):
         if x is None or outer is None:
@@ -422,21 +509,12 @@ def sample_adaptive(
             start = batch.latent(x, outer)
         result = run(start)
         if final_zero:
-            result = _to_clean(batch, ends.points[-1], result, samples)
+            run.samples = samples
+            result = run.to_clean(result)
     values = batch.outside(result)
     counts = (np.array([getattr(s, name) for s in samples]) for name in ("nfe", "accepted", "rejected"))
     dtype = None if outer is None else outer.dtype_of(x)
     return AdaptiveResult(Converter(model, "naive", state).result(values, outer, dtype), *counts)
-
-
-def _to_clean(batch: Batch, end: Point, x: Array, samples: Sequence[_Sample]) -> Array:
-    """The last step, of all samples at once: to sigma 0, where x = alpha m."""
-    n = len(samples)
-    outputs = batch.call(range(n), x, [end] * n, [_BEFORE_END] * n)
-    for sample in samples:
-        sample.nfe += 1
-    row = {k: c for k, c in _seen(first_order(end, batch.denoiser.process.clean)).items() if c}
-    return batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
