@@ -224,9 +224,10 @@ class _Run:
         def draw(n: int, draw: int, domain: int) -> Array:
             return batch.outside(batch.functions.normals(streams, [draw], domain, n), ())
 
+        to, cond = sample.at if door == "x" else at, batch.conditions_of(index)
         return EditInfo(
-            door, k, sample.accepted - (door == "x"), None, True, at, sample.at if door == "x" else at,
-            sample.at if door == "x" else at, 0.0, x, x0, {}, {}, index, streams, batch.conditions_of(index), draw,
+            door, k, sample.accepted - (door == "x"), None, True, at, to, to, 0.0, x, x0, {}, {}, index, batch.size,
+            streams, cond, draw,
         )  # fmt: skip
 
     def _edit(self, x: Array, rows: Sequence[int], starts: Sequence[Point], *, at_start: bool = False) -> None:

@@ -26,9 +26,11 @@ Draw = Callable[[int, int, int], Array]  # (n, draw, domain) -> (B, n)
 PARTS = 16  # draws that one edit may make at a time
 
 
-@dataclass(frozen=True)
+@dataclass
 class EditInfo:
     """The argument of an edit. Its arrays are the run's memory, of the model's library and on its device.
+
+    What the edit returns, or assigns or writes to `x` (at the door "x0": to `x0`), takes its place.
 
     door     "x": a stage has run and the edit may change x and the slots; "x0": a call has run and the edit may change
              x0, before x moves
@@ -43,7 +45,7 @@ class EditInfo:
     x0       (B, ...) the x0 prediction of that call, clipped and guided; None before the first
     slots    the plan's other slots that later calls read, by name, (B, ...): history, anchors. May be written to
     shares   the coefficient of x0 in each of these slots, as `to.alpha` is of x
-    samples  (B,) the samples' indices in the caller's batch
+    samples  (B,) the samples' indices in the caller's batch, of `batch` samples
     streams  (B, 3) of their noise, rows (seed low, seed high, sample); on a GPU a tensor, which recorded edits may read
     cond     the model's keyword arguments, one mapping per branch of guidance
     """
@@ -62,6 +64,7 @@ class EditInfo:
     slots: Mapping[str, Array]
     shares: Mapping[str, float]
     samples: np.ndarray
+    batch: int
     streams: Array
     cond: Sequence[Cond]
     _draw: Draw = field(repr=False)
@@ -155,22 +158,22 @@ class Edits:
         for place, edit in enumerate(edits, first):
             if at_start and not getattr(edit, "start", False):
                 continue
-            now = info.x if info.door == "x" else info.x0
+            own, now = replace(info, _place=place), getattr(info, info.door)
             finite = self.check and _finite(now)
             try:
-                found = edit(replace(info, _place=place))
+                found = edit(own)
             except Exception as error:
                 error.add_note(f"in {_where(edit, info)}")
                 raise
-            wrong = None if found is None else _wrong(found, now, frame)
-            if wrong is None and finite and not _finite(now if found is None else found):
+            found = getattr(own, own.door) if found is None else found
+            wrong = None if found is now else _wrong(found, now, frame)
+            if wrong is None and finite and not _finite(found):
                 wrong = "gave NaN or inf"
             if wrong is not None:
                 raise ValueError(f"{_where(edit, info)} {wrong}")
             called = True
-            if found is not None and found is not now:
-                now = put(found)
-                info = replace(info, x=now) if info.door == "x" else replace(info, x0=now)
+            if found is not now:
+                setattr(info, info.door, put(found))
         return called
 
 
@@ -296,7 +299,7 @@ class EditedRun:
         step = self.steps[k] if k >= 0 else -1
         return EditInfo(
             door, call, step, program.plan.steps, done, at, to, end, churn_of(program.plan, end, to), x,
-            x0, slots, shares, self.samples, run.addresses(), self.cond, run.normals,
+            x0, slots, shares, self.samples, len(self.samples), run.addresses(), self.cond, run.normals,
         )  # fmt: skip
 
     def _outside(self, values: Array) -> Array:

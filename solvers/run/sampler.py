@@ -207,8 +207,8 @@ class Sampler:
         cond      the model's keyword arguments; under guidance a sequence (null, condition) unless the
                   denoiser holds `null`
         edit      called with an `EditInfo` after each finished step (every="step") or each denoiser call
-                  (every="stage"): what it returns, or writes to x and None, is x from then on. A sequence is called in
-                  order. docs/edits.md; `fewstep.edits` has ready-made ones
+                  (every="stage"): what it returns, or writes to `info.x`, is x from then on. A sequence is called in
+                  order. See docs/edits.md; `fewstep.edits` has ready-made ones
         edit_x0   the same for the x0 prediction of every call, before x moves
         callback  called with a `StepInfo` after each step; may raise to stop
         progress  show a progress bar
