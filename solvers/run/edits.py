@@ -142,6 +142,11 @@ class Edits:
         return Same(self.stages, *self.x, None, *self.x0)
 
     @property
+    def unchecked(self) -> Edits:
+        """The same for a graph: a check would wait for the device."""
+        return replace(self, check=False)
+
+    @property
     def names(self) -> str:
         return ", ".join(map(name_of, (*self.x, *self.x0)))
 

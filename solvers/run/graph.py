@@ -77,7 +77,8 @@ class Graphs:
         self.run.claim()
         self._take(cond)
         if mode == "loop":
-            self._recorded(self._loop(drawn, edits), lambda: self._whole(drawn, edits))
+            of = "the model" if edits is None else "the model or its edits"
+            self._recorded(self._loop(drawn, edits), lambda: self._whole(drawn, edits), of)
         else:
             for k, variant in enumerate(map(self.run.variant, range(len(job.tables)))):
                 self._recorded(variant, functools.partial(self._stage, k))
@@ -111,7 +112,7 @@ class Graphs:
     def _whole(self, drawn: bool, edits: Edits | None) -> None:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
-        edited = None if edits is None else EditedRun(edits, run, self._conditions[self._structure])
+        edited = None if edits is None else EditedRun(edits.unchecked, run, self._conditions[self._structure])
         if edited is not None:
             call = edited.call(call)
             edited.start()
@@ -125,16 +126,16 @@ class Graphs:
         run, call = self.run, self._call()
         run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
-    def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
+    def _recorded(self, what: Hashable, body: Callable[[], None], of: str = "the model") -> None:
         key = self._structure, what
         if key not in self._graphs:
-            self._graphs[key] = self._record(body)
+            self._graphs[key] = self._record(body, of)
         self._graphs.move_to_end(key)
         # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonRun.variant`.
         while len(self._graphs) > LIMIT:
             self._graphs.popitem(last=False)[1].reset()
 
-    def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _record(self, body: Callable[[], None], of: str) -> torch.cuda.CUDAGraph:
         cuda, run = self.cuda, self.run
         here = cuda.current_stream(run.frame.device)
         # One stream for all graphs of a run: a memory pool is divided by stream.
@@ -156,7 +157,7 @@ class Graphs:
             ):
                 body()
         except Exception as error:
-            raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error
+            raise CaptureError(f"{of} cannot be captured: {culprit(error)}; {ADVICE}") from error
         return graph
 
     # --- conditions ---
