@@ -61,7 +61,7 @@ class _Given:
                 values = frame.array(self.frame.to_numpy(values), key[2])
             self._kept[key] = values
         own = self._kept[key]
-        own = own[None] if own.ndim == x.ndim - 1 else own
+        own = own.reshape(*[1] * (x.ndim - own.ndim), *own.shape)  # aligned on the right, as NumPy broadcasts
         if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
             own = own[samples[0] : samples[0] + 1]
         sizes = zip(own.shape, x.shape, strict=True) if own.ndim == x.ndim else [(0, 1)]
@@ -90,9 +90,9 @@ class Inpaint:
     step, and is `image` itself at the end. `resampled` plans repeat steps as its Algorithm 1 does. The second is
     ComfyUI's form, which passes both doors, every="stage", with fixed=True and start=True.
 
-    mask   1 where x is sampled, 0 where it is known; (B or 1, ...) or (...), with axes of 1 where it is the same.
-           Between 0 and 1 it blends; at the door "x" a blend of two noises has less noise than x should
-    image  of x's shape, or with axes of 1
+    mask   1 where x is sampled, 0 where it is known; of x's shape, or what broadcasts to it. Between 0 and 1 it blends;
+           at the door "x" a blend of two noises has less noise than x should
+    image  of x's shape, or what broadcasts to it
     fixed  one draw of z for all steps, and not a new one for each
     start  also before the first call
     """
@@ -291,7 +291,7 @@ class Clamp:
         self.low, self.high = float(low), float(high)
 
     def __call__(self, info: EditInfo) -> Array:
-        own = info.x if info.door == "x" else info.x0
+        own: Array = info.x if info.door == "x" else info.x0
         return own.clip(self.low, self.high)
 
 

@@ -196,7 +196,7 @@ def test_wrong_shapes_are_named() -> None:
     for mask, image, name in (
         (MASK[..., :3], IMAGE, "mask"),
         (MASK, IMAGE[:2], "image"),
-        (MASK, IMAGE[0, 0, 0], "image"),
+        (MASK, IMAGE[0, 0, 0, :3], "image"),
     ):
         with pytest.raises(ValueError, match=rf"{name} has shape") as caught:
             sample(fs.edits.Inpaint(mask, image))

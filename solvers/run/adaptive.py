@@ -224,7 +224,7 @@ class _Run:
         def draw(n: int, draw: int, domain: int) -> Array:
             return batch.outside(batch.functions.normals(streams, [draw], domain, n), ())
 
-        to, cond = sample.at if door == "x" else at, batch.conditions_of(index)
+        to, cond = sample.at if door == "x" else at, batch.conditions_of([sample.index])
         return EditInfo(
             door, k, sample.accepted - (door == "x"), None, True, at, to, to, 0.0, x, x0, {}, {}, index, batch.size,
             streams, cond, draw,
