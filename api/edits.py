@@ -47,8 +47,17 @@ class _Given:
         assert self.frame is not None
         return self.frame.to_numpy(self.values)
 
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless it broadcasts to x of that shape, and holds numbers."""
+        own = tuple(self.values.shape)
+        own = (*[1] * (len(shape) - len(own)), *own)
+        if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
+            raise ValueError(f"{self.name} has shape {tuple(self.values.shape)} for x of shape {shape}")
+        if not np.isfinite(self.host).all():
+            raise ValueError(f"{self.name} holds NaN or inf")
+
     def like(self, x: Array, info: EditInfo) -> Array:
-        """For the info's samples, with as many axes as x. Raises ValueError unless it broadcasts to x."""
+        """For the info's samples, with as many axes as x."""
         frame, samples = frame_of(x), info.samples
         assert frame is not None
         assert self.frame is not None
@@ -64,9 +73,6 @@ class _Given:
         own = own.reshape(*[1] * (x.ndim - own.ndim), *own.shape)  # aligned on the right, as NumPy broadcasts
         if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
             own = own[samples[0] : samples[0] + 1]
-        sizes = zip(own.shape, x.shape, strict=True) if own.ndim == x.ndim else [(0, 1)]
-        if any(a not in (1, b) for a, b in sizes):
-            raise ValueError(f"{self.name} has shape {tuple(self.values.shape)} for x of shape {tuple(x.shape)}")
         return own
 
 
@@ -103,6 +109,10 @@ class Inpaint:
         self.mask, self.image = _Given("mask", mask), _Given("image", image)
         self.fixed, self.start = fixed, start
 
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        self.mask.check(shape)
+        self.image.check(shape)
+
     def __call__(self, info: EditInfo) -> Array:
         own = info.x if info.door == "x" else info.x0
         mask, known = self._masked(info, own)
@@ -136,8 +146,9 @@ class Prefix(Inpaint):
         self, actions: Array, delay: int, *, decay: str | None = "exp", fixed: bool = False, start: bool = False
     ) -> None:
         one_of("decay", decay, ("exp", "linear", None))
-        super().__init__(np.zeros(1), actions, fixed=fixed, start=start)
-        self.image.name = "actions"
+        flag("fixed", fixed)
+        flag("start", start)
+        self.actions, self.fixed, self.start = _Given("actions", actions), fixed, start
         if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
             raise ValueError(f"delay must be an int >= 0, got {delay!r}")
         self.delay, self.decay = delay, decay
@@ -152,6 +163,17 @@ class Prefix(Inpaint):
         )
         return np.where(i < self.delay, 1.0, np.where(i < n, soft, 0.0))
 
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        known = tuple(self.actions.values.shape)
+        known = (1, *known) if len(known) == len(shape) - 1 else known
+        fits = len(known) == len(shape) and known[0] in (1, shape[0])
+        if not fits or known[1] > shape[1] or known[2:] != shape[2:]:
+            raise ValueError(f"actions has shape {known} for x of shape {shape}")
+        if self.delay > known[1]:
+            raise ValueError(f"delay = {self.delay} is more than the {known[1]} actions that are known")
+        if not np.isfinite(self.actions.host).all():
+            raise ValueError("actions holds NaN or inf")
+
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
         sizes, soft = tuple(own.shape[1:]), info.door == "x0"
         if (sizes, soft) not in self._made:
@@ -161,13 +183,9 @@ class Prefix(Inpaint):
 
     def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
         """The mask and the image for x of these sizes, (H, ...)."""
-        known = self.image.host
+        known = self.actions.host
         known = known[None] if known.ndim == len(sizes) else known
-        n = known.shape[1] if known.ndim > 1 else 0
-        if known.ndim != 1 + len(sizes) or n > sizes[0] or known.shape[2:] != sizes[1:]:
-            raise ValueError(f"actions has shape {known.shape} for x of shape (B, {', '.join(map(str, sizes))})")
-        if self.delay > n:
-            raise ValueError(f"delay = {self.delay} is more than the {n} actions that are known")
+        n = known.shape[1]
         w = self.weights(n, sizes[0])
         w = w if soft else np.where(w == 1.0, 1.0, 0.0)
         image = np.zeros((len(known), *sizes))
@@ -199,14 +217,19 @@ class RigidAugment:
         self.mask: np.ndarray | None = None
         if mask is not None:
             self.mask = np.atleast_2d(_as_numpy("mask", _Given("mask", mask).host))
-            if self.mask.ndim != 2 or not (self.mask >= 0.0).all() or not (self.mask.sum(1) > 0.0).all():
+            sums = self.mask.sum(-1)
+            if self.mask.ndim != 2 or not (self.mask >= 0.0).all() or not ((sums > 0.0) & (sums < math.inf)).all():
                 raise ValueError("mask must be (atoms,) or (B, atoms), >= 0, with an atom in every sample")
         self._shares: dict[int, tuple[_Given, _Given]] = {}
 
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        if len(shape) != 3 or shape[2] != 3:
+            raise ValueError(f"RigidAugment takes x of shape (B, atoms, 3), got {shape}")
+        if self.mask is not None and (len(self.mask) not in (1, shape[0]) or self.mask.shape[1] != shape[1]):
+            raise ValueError(f"mask has shape {self.mask.shape} for x of shape {shape}")
+
     def __call__(self, info: EditInfo) -> Array | None:
         x = info.x
-        if x.ndim != 3 or x.shape[2] != 3:
-            raise ValueError(f"RigidAugment takes x of shape (B, atoms, 3), got {tuple(x.shape)}")
         if x.shape[1] not in self._shares:
             own = (np.ones((1, x.shape[1])) if self.mask is None else self.mask)[:, :, None]
             own = own / own.sum(1, keepdims=True)
@@ -300,9 +323,11 @@ class DynamicThreshold(Quantile):
     divide by s, each sample's quantile of |x0|, limited to 1 .. maximum. `Denoiser(clip=...)` does it in the kernel.
     """
 
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        if door == "x":
+            raise ValueError("edit: DynamicThreshold is of the x0 prediction, pass it as edit_x0")
+
     def __call__(self, info: EditInfo) -> Array:
-        if info.door == "x":
-            raise ValueError("DynamicThreshold is of the x0 prediction: pass it as edit_x0")
         m = info.x0
         limits = naive.threshold(m, self.quantile, self.maximum)
         bound, gain = (naive.column(limits[:, i], m) for i in range(2))

@@ -39,6 +39,10 @@ def model(x: Any, t: Any) -> Any:
 DENOISER = fs.Denoiser(model, VP)
 
 
+def never(x: Any, t: Any) -> Any:
+    raise AssertionError("the network was called")
+
+
 def predict(x: np.ndarray, at: fs.Point) -> np.ndarray:
     return (x - at.sigma * model(x, None)) / at.alpha
 
@@ -198,9 +202,11 @@ def test_wrong_shapes_are_named() -> None:
         (MASK, IMAGE[:2], "image"),
         (MASK, IMAGE[0, 0, 0, :3], "image"),
     ):
-        with pytest.raises(ValueError, match=rf"{name} has shape") as caught:
-            sample(fs.edits.Inpaint(mask, image))
-        assert caught.value.__notes__[0].startswith("in edit Inpaint at step 1 of 6")
+        for door in ("edit", "edit_x0"):
+            with pytest.raises(ValueError, match=rf"{name} has shape"):
+                sample(**{door: fs.edits.Inpaint(mask, image)}, denoiser=fs.Denoiser(never, VP))
+    with pytest.raises(ValueError, match="image holds NaN or inf"):
+        sample(fs.edits.Inpaint(MASK, math.nan * IMAGE), denoiser=fs.Denoiser(never, VP))
 
 
 # --- prefixes of action chunks ---
@@ -246,7 +252,7 @@ def test_wrong_prefixes() -> None:
             fs.edits.Prefix(np.zeros((2, 3)), bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="delay = 4 is more than the 3 actions"):
         sample(fs.edits.Prefix(np.zeros((3, 4)), 4), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP))
-    with pytest.raises(ValueError, match=r"actions has shape \(1, 9, 4\) for x of shape \(B, 8, 4\)"):
+    with pytest.raises(ValueError, match=r"actions has shape \(1, 9, 4\) for x of shape \(1, 8, 4\)"):
         sample(fs.edits.Prefix(np.zeros((9, 4)), 4), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP))
 
 

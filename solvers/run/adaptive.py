@@ -460,7 +460,6 @@ def sample_adaptive(
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
-    edits = Edits.of(edit, edit_x0, every, check=True)
     if every == "stage":
         raise ValueError(
             "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
@@ -485,6 +484,7 @@ def sample_adaptive(
     state = dtype_name(("float64" if wide else "float32") if dtype is None else dtype)
     one_of("dtype", state, ("float32", "float64"))
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
+    edits = Edits.of(edit, edit_x0, every, sizes, check=True)
     if x is not None:
         check_latent(x, outer, sizes, model, state)
     named("backend", backend, BACKENDS)

@@ -128,12 +128,22 @@ class Edits:
     check: bool = False
 
     @classmethod
-    def of(cls, edit: object, edit_x0: object, every: str, *, check: bool = False) -> Edits | None:
-        """None without edits. Raises ValueError or TypeError that names the argument."""
+    def of(
+        cls, edit: object, edit_x0: object, every: str, shape: tuple[int, ...], *, check: bool = False
+    ) -> Edits | None:
+        """None without edits. Raises ValueError or TypeError that names the argument.
+
+        An edit with a method check(shape, door) may refuse x of that shape before the network is called.
+        """
         one_of("every", every, ("step", "stage"))
         if edit is None and edit_x0 is None:
             return None
         x, x0 = _list_of("edit", edit), _list_of("edit_x0", edit_x0)
+        for door, edits in (("x", x), ("x0", x0)):
+            for one in edits:
+                refuse = getattr(one, "check", None)
+                if callable(refuse):
+                    refuse(shape, door)
         return cls(x, x0, every == "stage", check) if x or x0 else None
 
     @property

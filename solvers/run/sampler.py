@@ -232,7 +232,7 @@ class Sampler:
         function("noise", noise, optional=True)
         flag("progress", progress)
         plain = edit is None and edit_x0 is None and every == "step"
-        edits = None if plain else Edits.of(edit, edit_x0, every, check=self.check)
+        edits = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
