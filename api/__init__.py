@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep import edits as edits
     from fewstep import problems as problems
     from fewstep.bindings.audit import audit as audit
     from fewstep.bindings.denoiser import Denoiser as Denoiser
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.plans.stages import Start as Start
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
+    from fewstep.solvers.run.edits import EditInfo as EditInfo
     from fewstep.solvers.run.latents import slerp as slerp
     from fewstep.solvers.run.likelihood import Likelihood as Likelihood
     from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
@@ -82,6 +84,7 @@ _MODULES = {
     "solvers.plans.stages": "PlanError Stage Start",
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
+    "solvers.run.edits": "EditInfo",
     "solvers.run.latents": "slerp",
     "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
@@ -99,12 +102,15 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = ["__version__", "problems", *_HOME]
+# Modules that are names themselves.
+_WHOLE = ("edits", "problems")
+
+__all__ = ["__version__", *_WHOLE, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "problems":
-        return importlib.import_module("fewstep.problems")
+    if name in _WHOLE:
+        return importlib.import_module(f"fewstep.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fewstep.{_HOME[name]}"), name)

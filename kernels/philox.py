@@ -36,6 +36,7 @@ STEP: Final = 0  # noise inside solver steps
 LATENT: Final = 1  # the initial x
 BROWNIAN: Final = 2  # nodes of the virtual Brownian tree
 PROBE: Final = 3  # signs of the probes of a trace
+EDIT: Final = 256  # and above: noise of a caller's edits, 16 domains for each of them
 
 # Philox4x32: multipliers, and the Weyl constants that are added to the key between rounds.
 M0: Final = 0xD2511F53

@@ -335,6 +335,30 @@ target("MixedRun", mixed, {"denoiser": DENOISER, "plans": [PLAN], "shape": (2, 3
        of=fs.MixedRun, plans="plans?", denoiser="denoiser")  # fmt: skip
 target("MixedRun/admit", admit, {"place": 0, "plan": PLAN, "seed": 0}, is_row, of=fs.MixedRun.admit, x="x|latent",
        sample="sample|first_sample")  # fmt: skip
+
+
+def edited(make: Callable[..., Any], *, both: bool = True, **arguments: Any) -> Any:
+    edit = make(**arguments)
+    return fs.sample(DENOISER, LATENT, solver="euler", steps=2, seed=0, edit=edit if both else None, edit_x0=edit,
+                     backend="naive")  # fmt: skip
+
+
+def molecule(**arguments: Any) -> Any:
+    edit = fs.edits.RigidAugment(**arguments)
+    return fs.sample(
+        DENOISER, shape=(2, 3, 3), solver="euler", steps=2, seed=0, edit=edit, edit_x0=edit, backend="naive"
+    )
+
+
+target("edits/Inpaint", partial(edited, fs.edits.Inpaint), {"mask": np.zeros((1, 3)), "image": LATENT}, is_sample,
+       of=fs.edits.Inpaint)  # fmt: skip
+target("edits/Prefix", partial(edited, fs.edits.Prefix), {"actions": LATENT[:, :2], "delay": 1}, is_sample,
+       of=fs.edits.Prefix)  # fmt: skip
+target("edits/RigidAugment", molecule, {"mask": np.ones(3)}, is_sample, of=fs.edits.RigidAugment)
+target("edits/Clamp", partial(edited, fs.edits.Clamp), {}, is_sample, of=fs.edits.Clamp)
+target("edits/DynamicThreshold", partial(edited, fs.edits.DynamicThreshold, both=False), {}, is_sample,
+       of=fs.edits.DynamicThreshold)  # fmt: skip
+target("edits/resampled", fs.edits.resampled, {"plan": PLAN, "times": 2}, is_plan, of=fs.edits.resampled)
 target("slerp", fs.slerp, {"a": LATENT, "b": LATENT[::-1].copy(), "weight": 0.3}, is_sample)
 target("recommend", fs.recommend, {"nfe": 10}, anything, nfe="nfe|budget|evaluations", denoiser="denoiser|shape")
 target("recommend/denoiser", fs.recommend, {"nfe": 10, "denoiser": TUNED, "shape": (3,), "cache": None}, anything,
@@ -408,7 +432,7 @@ if importlib.util.find_spec("torch") is not None:
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
-    "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo": "records that the package fills",
+    "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
     "Measured Recommendation PlanRange": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",

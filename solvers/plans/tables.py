@@ -136,8 +136,8 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str, samples: 
         weights = shares.weights if len(called) == shares.weights.shape[1] else shares.weights[:, list(called)]
         p[k, :, 0], p[k, :, 1 : 1 + len(called)] = a, b * weights
         null[k, :2] = a, b
-        # With one branch nothing is left to a reduction.
-        blended = denoiser.reduces and len(called) > 1
+        # With one branch nothing is left to a reduction, and the second half of a call has its prediction in a slot.
+        blended = denoiser.reduces and len(called) > 1 and k % program.halves == 0
         momentum = denoiser.momentum if averages else 0.0  # the average is not read before it is written
         blends.append(denoiser.blend(weights, a, b, momentum) if blended else None)
         averages += blended
@@ -175,7 +175,7 @@ def stage_tables(program: Program, denoiser: X0Prediction, dtype: str, samples: 
                 c_in=denoiser.c_in(stage.at),
                 w=np.ascontiguousarray(w[k, :, :rows], dtype),
                 p=None if folded else p[k].astype(dtype),
-                draw=k + 1 if op.noisy else None,
+                draw=k // program.halves + 1 if op.noisy else None,
                 span=stage.drawn_over,
                 variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
                 blend=blend,

@@ -7,7 +7,7 @@ them in place by the CPU kernel. Both call the network on the samples that are n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -51,11 +51,34 @@ def _stages(pair: Pair, width: int) -> tuple[list[_Stage], int]:
     return found, start
 
 
-class Attempts:
-    """The samples that are not finished: a slot is an array (n, elements), column i of `state` describes sample i."""
+# (call of the attempt, positions of its samples, its input, the x0 predictions) -> whether these are to be used
+Predicted = Callable[[int, Sequence[int], Array, Array], bool]
 
-    def __init__(self, batch: Batch, pair: Pair, ends: Grid, x: Array) -> None:
+
+def written(n: int) -> np.ndarray:
+    """The prediction p of n samples whose x0 predictions stand in the place of the network's output."""
+    p = np.zeros((n, 4))
+    p[:, 1] = 1.0
+    return p
+
+
+class Attempts:
+    """The samples that are not finished: a slot is an array (n, elements), column i of `state` describes sample i.
+
+    predicted  called with the x0 predictions of each call, see `Predicted`; edits_x0: whether it edits them in place
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        pair: Pair,
+        ends: Grid,
+        x: Array,
+        predicted: Predicted | None = None,
+        edits_x0: bool = False,
+    ) -> None:
         denoiser = batch.denoiser
+        self.predicted = predicted
         assert pair.form is not None
         self.sign = pair.form.sign
         self.batch, self.pair, self.ends, self.n = batch, pair, ends, len(x)
@@ -64,6 +87,7 @@ class Attempts:
         self.block = np.zeros(length, batch.dtype)
         self.p, self.times = np.zeros((pair.calls, self.n, 4)), np.zeros((pair.calls, self.n))
         self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.reduces
+        self.folds = self.folds and not (predicted and edits_x0)
         self.samples: Sequence[int] = range(self.n)
         self.branches: list[tuple[int, ...]] = [(0,)] * pair.calls
         self.shares = np.ones((pair.calls, self.n, 1))
@@ -141,7 +165,7 @@ class Attempts:
         x_in = naive.model_input(batch.outside(u), take(self._c_in(0), todo), self.like)
         raws = self._call(0, batch.bound([self.samples[i] for i in todo]), x_in, take(self._t(0), todo))
         inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
-        p, limit = self._prediction(0, u, inside, todo)
+        inside, p, limit = self._seen(0, todo, u, inside)
         (f1,) = batch.functions.stage([u], inside, take(self._table(0), todo), None, p, limit)
         self._write("F1", todo, f1)
 
@@ -159,7 +183,7 @@ class Attempts:
         x_in = naive.model_input(batch.outside(u), self._c_in(j), self.like)
         raws = self._call(j, self.bound, x_in, self._t(j))
         inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
-        self._stage(k, inside, *self._prediction(j, u, inside, range(self.n)))
+        self._stage(k, *self._seen(j, range(self.n), u, inside))
 
     def _call(self, j: int, bound: Call, x_in: Array, t: Array) -> Sequence[Array]:
         branches, frame = self.branches[j], self.batch.frame
@@ -182,6 +206,21 @@ class Attempts:
             blends = np.concatenate([denoiser.blend(own[None], a, b, 0.0) for own, a, b in inputs])
         p, limit = self.batch.functions.adjust(u, raws, blends, self.p[j, at])
         return p.astype(self.batch.dtype) if isinstance(p, np.ndarray) else p, limit
+
+    def _seen(
+        self, j: int, at: Sequence[int], u: Array, raws: Sequence[Array]
+    ) -> tuple[Sequence[Array], Array | None, Array | None]:
+        """The outputs of call j for a stage, with p and limit; or the x0 predictions, where they were edited."""
+        p, limit = self._prediction(j, u, raws, at)
+        if self.predicted is None:
+            return raws, p, limit
+        full = self.p[j, list(at)].astype(self.batch.dtype) if p is None else p
+        w = np.zeros((len(at), 1, layout.COLUMNS), self.batch.dtype)
+        w[:, 0, layout.PREDICTION] = 1.0
+        (m,) = self.batch.functions.stage([u], raws, w, None, full, limit)
+        if self.predicted(j, at, u, m):
+            return [m], written(len(at)).astype(self.batch.dtype), None
+        return raws, p, limit
 
     def _stage(self, k: int, raws: Sequence[Array], p: Array | None, limit: Array | None) -> None:
         stage = self.stages[k]

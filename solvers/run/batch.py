@@ -17,7 +17,15 @@ from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
 from fewstep.solvers.run.conditions import check_arrays, mapped
-from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, check_unnumbered, network_inputs
+from fewstep.solvers.run.denoising import (
+    Call,
+    Cond,
+    Condition,
+    DenoiserLike,
+    call_at,
+    check_unnumbered,
+    network_inputs,
+)
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
@@ -88,10 +96,10 @@ class Batch:
             return slot
         return self.array(frame.to_numpy(x))
 
-    def outside(self, slot: Array) -> Array:
-        """A slot as an array of the model's library, (n, ...)."""
+    def outside(self, slot: Array, shape: Sequence[int] | None = None) -> Array:
+        """A slot as an array of the model's library on the same memory, (n, *shape): a sample's shape if None."""
         values = self.frame.wrap(slot) if isinstance(slot, np.ndarray) else slot
-        return values.reshape(len(slot), *self.sample)
+        return values.reshape(len(slot), *(self.sample if shape is None else shape or (-1,)))
 
     def take(self, array: Array, rows: Sequence[int]) -> Array:
         """The samples at `rows`, in that order; the array itself if these are all."""
@@ -142,16 +150,21 @@ class Batch:
         rows = raw.reshape(len(raw), -1)
         return np.ascontiguousarray(self.frame.bits(rows)) if self.functions.backend == "numba" else rows
 
+    def conditions_of(self, samples: Sequence[int]) -> Sequence[Cond]:
+        """The conditions of `samples`, one mapping per branch."""
+
+        def of_samples(value: Array) -> Array:
+            return self.take(value, samples) if self.frame.is_array(value) and len(value) > 1 else value
+
+        found: Sequence[Cond] = mapped(of_samples, self._conditions)
+        return found
+
     def bound(self, samples: Sequence[int]) -> Call:
         """The network bound to the conditions of `samples`."""
         key = tuple(samples)
         if key not in self._bound:
             self._bound.clear()  # samples only leave: an earlier subset is never needed again
-
-            def of_samples(value: Array) -> Array:
-                return self.take(value, key) if self.frame.is_array(value) and len(value) > 1 else value
-
-            self._bound[key] = self.denoiser.bind(self.frame, len(key), mapped(of_samples, self._conditions))
+            self._bound[key] = self.denoiser.bind(self.frame, len(key), self.conditions_of(key))
         return self._bound[key]
 
     # --- maps ---

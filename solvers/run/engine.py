@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fewstep.kernels import cpu, naive, philox
+from fewstep.kernels import cpu, layout, naive, philox
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
@@ -91,7 +91,12 @@ class Run(Protocol):
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
-    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage
+    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage;
+                 k = -1 is the sample before the first call
+    slot, put    the memory of a buffer, (B, ...), and writing to it
+    edited       makes the model input of stage k + 1 again: the sample after stage k was written to
+    normals      (B, n) normals of the run's streams at an address of their own, in the state's dtype
+    addresses    the streams (B, 3) of those normals, on the device that they are drawn on
     release      drop references that later runs do not need
     """
 
@@ -102,6 +107,11 @@ class Run(Protocol):
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
     def x(self, k: int) -> Array: ...
     def x0(self, k: int) -> Array: ...
+    def slot(self, buffer: int) -> Array: ...
+    def put(self, buffer: int, values: Array) -> None: ...
+    def edited(self, k: int) -> None: ...
+    def normals(self, n: int, draw: int, domain: int) -> Array: ...
+    def addresses(self) -> Array: ...
     def release(self) -> None: ...
 
 
@@ -142,6 +152,7 @@ class FusedRun:
         self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
+        self._inputs_again: dict[int, Launch] = {}  # of the model inputs after edits
         self.stage = cpu.stage(job.dtype, self.size)  # runs without compiled code until that is ready
 
     def _view_inputs(self) -> None:
@@ -293,10 +304,44 @@ class FusedRun:
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.samples[self.tables[k].writes[0]]
+        return self.slot(self.job.program.buffer_of_x(k))
 
     def x0(self, k: int) -> np.ndarray:
-        return self.samples[self.job.program.x0[k]]
+        return self.slot(self.job.program.x0[k])
+
+    # --- edits ---
+
+    def slot(self, buffer: int) -> np.ndarray:
+        return self.samples[buffer]
+
+    def put(self, buffer: int, values: Array) -> None:
+        self.job.frame.wrap(self.slot(buffer))[...] = values
+
+    def edited(self, k: int) -> None:
+        if k + 1 == len(self.tables):
+            return
+        if k not in self._inputs_again:
+            # x to a buffer that nothing reads, and with it the model input: the same arithmetic as in a stage.
+            w = np.zeros((1, 1, layout.COLUMNS), self.job.dtype)
+            w[0, 0, 0] = 1.0
+            buffer = self.buffers[self.job.program.buffer_of_x(k)]
+            self._inputs_again[k] = Launch(
+                [buffer],
+                [],
+                w,
+                [np.empty_like(buffer)],
+                self.input_rows[(k + 1) % 2][: self.job.copies(k + 1)],
+                c_in=np.array([self.tables[k + 1].c_in], self.job.dtype),
+            )
+        self._inputs_again[k](self.stage.run)
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        drawn = np.empty((self.job.batch, n), np.float32)
+        cpu.normals(drawn, self.streams, draw, domain)
+        return self.job.frame.wrap(drawn.astype(self.job.dtype, copy=False))
+
+    def addresses(self) -> np.ndarray:
+        return self.streams
 
 
 class NaiveRun:
@@ -322,13 +367,7 @@ class NaiveRun:
         return latent
 
     def _draw(self, draw: int, domain: int) -> Array:
-        job = self.job
-        assert self.streams is not None
-        rows = [
-            philox.normals(job.elements, int(lo) | int(hi) << 32, int(sample), draw, domain)
-            for lo, hi, sample in self.streams
-        ]
-        return job.frame.array(np.stack(rows).reshape(job.shape), job.dtype)
+        return self.normals(self.job.elements, draw, domain).reshape(self.job.shape)
 
     def _normals(self, draw: int, z: np.ndarray | None) -> Array:
         return self._draw(draw, philox.STEP) if z is None else self.job.frame.array(z, self.job.dtype)
@@ -373,6 +412,30 @@ class NaiveRun:
 
     def x0(self, k: int) -> Array:
         return self.buffers[self.job.program.x0[k]]
+
+    # --- edits ---
+
+    def slot(self, buffer: int) -> Array:
+        return self.buffers[buffer]
+
+    def put(self, buffer: int, values: Array) -> None:
+        """Not in place, for autograd's graph."""
+        self.buffers[buffer] = naive.cast(values, self.buffers[buffer])
+
+    def edited(self, k: int) -> None:
+        """The model input is computed when it is asked for."""
+        self.latest = self.buffers[self.job.program.buffer_of_x(k)]
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        assert self.streams is not None
+        rows = [
+            philox.normals(n, int(lo) | int(hi) << 32, int(sample), draw, domain) for lo, hi, sample in self.streams
+        ]
+        return self.job.frame.array(np.stack(rows), self.job.dtype)
+
+    def addresses(self) -> np.ndarray:
+        assert self.streams is not None
+        return self.streams
 
 
 def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> np.ndarray:

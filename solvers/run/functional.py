@@ -90,12 +90,12 @@ class Functions:
         self.frame, self.dtype, self.size = frame, dtype, shape[0]
         self.elements = int(np.prod(shape[1:]))
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
-        """Standard normals (n, elements): sample i from streams[i], draw number draws[i]."""
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
+        """Standard normals (n, elements of a sample or as given): sample i from streams[i], draw number draws[i]."""
         drawn = []
         for stream, draw in zip(streams, draws, strict=True):
             low, high, sample = (int(v) for v in stream)
-            drawn.append(philox.normals(self.elements, low | high << 32, sample, draw, domain))
+            drawn.append(philox.normals(elements or self.elements, low | high << 32, sample, draw, domain))
         return self.frame.array(np.stack(drawn), self.dtype)
 
     def send(self, numbers: np.ndarray) -> Array:
@@ -157,8 +157,8 @@ class NumbaFunctions(Functions):
 
     backend = "numba"
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
-        out = np.empty((len(draws), self.elements), np.float32)
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
+        out = np.empty((len(draws), elements or self.elements), np.float32)
         for row, stream, draw in zip(out, streams, draws, strict=True):
             cpu.normals(row[None], stream[None], draw, domain)
         return out.astype(self.dtype)

@@ -27,10 +27,10 @@ class TritonFunctions(Functions):
         self.counter = frame.array(np.zeros(1), "int32")  # the tables below have one stage
         self._tolerance: tuple[object, list[Array]] = (None, [])  # the last one, on the device
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
         send, n = self.frame.array, len(draws)
-        out = self.frame.empty((1, n, self.elements), "float32")
-        if domain == philox.LATENT:
+        out = self.frame.empty((1, n, elements or self.elements), "float32")
+        if domain != philox.STEP and len({*draws}) == 1:
             triton_noise.fill(out[0], send(streams, "int64"), draws[0], domain)
             return out[0]
         numbers = np.zeros((1, n, triton_step.NUMBERS))

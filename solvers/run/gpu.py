@@ -368,10 +368,32 @@ class TritonRun(DeviceMemory):
 
     def x(self, k: int) -> Array:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.state[self.job.tables[k].writes[0]].reshape(self.job.shape)
+        return self.slot(self.job.program.buffer_of_x(k))
 
     def x0(self, k: int) -> Array:
-        return self.state[self.job.program.x0[k]].reshape(self.job.shape)
+        return self.slot(self.job.program.x0[k])
+
+    # --- edits: torch operators alone, which a graph records ---
+
+    def slot(self, buffer: int) -> Array:
+        return self.state[buffer].reshape(self.job.shape)
+
+    def put(self, buffer: int, values: Array) -> None:
+        self.slot(buffer).copy_(values)
+
+    def edited(self, k: int) -> None:
+        if k + 1 < len(self.job.tables):
+            copies = self.job.copies(k + 1)
+            scaled = (self.x(k) * self.job.tables[k + 1].c_in).to(self.x_in.dtype)
+            self.x_in[: copies * self.job.batch].view(copies, *self.job.shape).copy_(scaled)
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        drawn = self.torch.empty((self.job.batch, n), dtype=self.torch.float32, device=self.frame.device)
+        self._noise.fill(drawn, self.streams.device, draw, domain)
+        return drawn
+
+    def addresses(self) -> Array:
+        return self.streams.device
 
 
 class TritonColumns(DeviceMemory):

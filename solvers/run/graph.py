@@ -19,9 +19,12 @@ from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from fewstep.solvers.cache import Cache
+from fewstep.solvers.options import warn
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.denoising import Cond, Condition
+from fewstep.solvers.run.edits import EditedRun, Edits, Same
 from fewstep.solvers.run.gpu import TritonRun
 
 if TYPE_CHECKING:
@@ -58,8 +61,10 @@ class Graphs:
         self._side: torch.cuda.Stream | None = None
         self._pool: object = None
 
-    def prepare(self, mode: str, cond: Condition, drawn: bool) -> None:
+    def prepare(self, mode: str, cond: Condition, drawn: bool, edits: Edits | None = None) -> None:
         """Copy the conditions, and record what `loop` or `step` will replay. Call it before `load`: it uses the run.
+
+        edits  to record in a loop; between steps they run as they are
 
         Raises CaptureError if the model cannot be recorded.
         """
@@ -72,14 +77,19 @@ class Graphs:
         self.run.claim()
         self._take(cond)
         if mode == "loop":
-            self._recorded((drawn, "loop"), lambda: self._whole(drawn))
+            of = "the model" if edits is None else "the model or its edits"
+            self._recorded(self._loop(drawn, edits), lambda: self._whole(drawn, edits), of)
         else:
             for k, variant in enumerate(map(self.run.variant, range(len(job.tables)))):
                 self._recorded(variant, functools.partial(self._stage, k))
 
-    def loop(self, drawn: bool) -> None:
+    def loop(self, drawn: bool, edits: Edits | None = None) -> None:
         """Replay a whole sample, from the inputs of `load`."""
-        self._graphs[self._structure, (drawn, "loop")].replay()
+        self._graphs[self._structure, self._loop(drawn, edits)].replay()
+
+    def _loop(self, drawn: bool, edits: Edits | None) -> Hashable:
+        # Edits see the points of the plan as Python's numbers, which a graph fixes.
+        return (drawn, "loop") if edits is None else (drawn, "loop", edits.key, Same(self.run.job))
 
     def step(self, k: int) -> None:
         """Replay stage k, after `start` and the earlier stages."""
@@ -99,27 +109,33 @@ class Graphs:
         job = self.run.job
         return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])
 
-    def _whole(self, drawn: bool) -> None:
+    def _whole(self, drawn: bool, edits: Edits | None) -> None:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
+        edited = None if edits is None else EditedRun(edits.unchecked, run, self._conditions[self._structure])
+        if edited is not None:
+            call = edited.call(call)
+            edited.start()
         for k in range(run.calls):
             stage = min(k, last)  # table rows beyond the plan's stages write nothing
             run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
+            if edited is not None and k <= last:
+                edited.after(k)
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()
         run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
-    def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
+    def _recorded(self, what: Hashable, body: Callable[[], None], of: str = "the model") -> None:
         key = self._structure, what
         if key not in self._graphs:
-            self._graphs[key] = self._record(body)
+            self._graphs[key] = self._record(body, of)
         self._graphs.move_to_end(key)
         # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonRun.variant`.
         while len(self._graphs) > LIMIT:
             self._graphs.popitem(last=False)[1].reset()
 
-    def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def _record(self, body: Callable[[], None], of: str) -> torch.cuda.CUDAGraph:
         cuda, run = self.cuda, self.run
         here = cuda.current_stream(run.frame.device)
         # One stream for all graphs of a run: a memory pool is divided by stream.
@@ -141,7 +157,7 @@ class Graphs:
             ):
                 body()
         except Exception as error:
-            raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error
+            raise CaptureError(f"{of} cannot be captured: {culprit(error)}; {ADVICE}") from error
         return graph
 
     # --- conditions ---
@@ -196,13 +212,24 @@ class GraphMode:
         self.asked = asked
         self._failed: dict[str, CaptureError] = {}  # modes that "auto" has given up, with the reason
         self._warned = False
+        self._eager_edits: Cache[CaptureError] = Cache(LIMIT)  # those that cannot be recorded, by their key
 
-    def choose(self, graphs: Graphs | None, cond: Condition, *, drawn: bool, noise: bool, watched: bool) -> str:
+    def choose(
+        self,
+        graphs: Graphs | None,
+        cond: Condition,
+        *,
+        drawn: bool,
+        noise: bool,
+        watched: bool,
+        edits: Edits | None = None,
+    ) -> str:
         """Choose "off", "step" or "loop", and record the graphs of the call.
 
         drawn    whether the latent is drawn
         noise    whether the caller draws the noise of the steps
         watched  whether there is a callback or a progress bar
+        edits    of the call: recorded in a loop if they can be, else called between the graphs of steps
         """
         if graphs is None or self.asked == "off":
             return "off"
@@ -216,6 +243,16 @@ class GraphMode:
             raise ValueError(
                 f"noise= is called on the host for every draw, which graph={self.asked!r} cannot do: use graph='off'"
             )
+        if edits is not None and not watched and self.asked != "step" and self._records(graphs, cond, drawn, edits):
+            return "loop"
+        if edits is not None and edits.x0:
+            if self.asked == "step":
+                raise ValueError(
+                    "edit_x0 acts inside of a call's update, which graph='step' runs in one launch: use graph='loop' "
+                    "or 'off'"
+                )
+            return "off"
+        watched = watched or edits is not None
         for mode in [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]:
             if mode in self._failed:
                 continue
@@ -230,6 +267,21 @@ class GraphMode:
                 return mode
         self._warn_once("off")
         return "off"
+
+    def _records(self, graphs: Graphs, cond: Condition, drawn: bool, edits: Edits) -> bool:
+        """Record a loop with its edits. Warns once per edit, and returns False, if it cannot be recorded."""
+        if self._eager_edits.find(edits.key) is not None or "loop" in self._failed:
+            return False
+        try:
+            graphs.prepare("loop", cond, drawn, edits)
+        except CaptureError as error:
+            if self.asked == "loop":
+                raise
+            self._eager_edits.put(edits.key, error)
+            mode = "off" if edits.x0 else "step"
+            warn(f"graph='auto' falls back to {mode!r} with edit {edits.names}: {error}")
+            return False
+        return True
 
     def _warn_once(self, mode: str) -> None:
         if self._failed and not self._warned:

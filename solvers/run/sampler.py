@@ -21,10 +21,11 @@ from fewstep.solvers.run.checks import (
     model_frame,
     pick_backend,
 )
-from fewstep.solvers.run.compiled import Compiler, Prepared
+from fewstep.solvers.run.compiled import HALVES, WATCHED, Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.engine import NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
 from fewstep.solvers.run.loop import Request, StepInfo, run_plan
@@ -195,6 +196,9 @@ class Sampler:
         noise: NoiseSource | None = None,
         cond: Condition = None,
         first_sample: int = 0,
+        edit: Edit | Sequence[Edit] | None = None,
+        edit_x0: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Array | None = None,
@@ -207,6 +211,10 @@ class Sampler:
         noise     noise(draw, at, to, shape) replaces the drawn normals of the steps
         cond      the model's keyword arguments; under guidance a sequence (null, condition) unless the
                   denoiser holds `null`
+        edit      called with an `EditInfo` after each finished step (every="step") or each denoiser call
+                  (every="stage"): what it returns, or writes to `info.x`, is x from then on. A sequence is called in
+                  order. See docs/edits.md; `fewstep.edits` has ready-made ones
+        edit_x0   the same for the x0 prediction of every call, before x moves
         callback  called with a `StepInfo` after each step; may raise to stop
         progress  show a progress bar
         out       an array for the result, of x's or the model's library; it is returned
@@ -226,31 +234,35 @@ class Sampler:
             function("noise", noise)
         if progress is not False:
             flag("progress", progress)
+        plain = edit is None and edit_x0 is None and every == "step"
+        edits = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
                 "give x, the data to encode"
             )
         streams = None
-        if x is None or (plan.stochastic and noise is None):
+        if x is None or (plan.stochastic and noise is None) or edits is not None:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.check_streams(seed, self.shape[0], first_sample)
-        kept = callback is not None
+        kept = HALVES if edits is not None and edits.x0 else WATCHED if callback is not None or edits is not None else 0
         space = now.take(kept)
         try:
             with running(self.frame, keep_graph=self.backend == "naive"):
                 mode = "off"
                 if space.graphs is not None:
-                    watched, outside = kept or progress, noise is not None
-                    mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=outside, watched=watched)
+                    watched, outside = callback is not None or progress, noise is not None
+                    mode = self._mode.choose(
+                        space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
+                    )
                 latent = None if x is None else self._convert.latent(x, outer)
                 limits = now.limits if self.check else None
-                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits)
+                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits, edits)
                 values, outputs = run_plan(space, request, self._convert)
                 if limits is not None and not limits.usual(values, () if self._tried is now else outputs):
                     values = values * 1  # the run is made again, in the same memory
-                    report(limits, values, space.run, latent, streams, cond, noise is not None)
+                    report(limits, values, space.run, latent, streams, cond, noise is not None, edits is not None)
                 else:
                     self._tried = now
                 return self._convert.result(values, outer, dtype, out)

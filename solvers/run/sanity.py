@@ -93,6 +93,7 @@ def report(
     streams: np.ndarray | None,
     cond: Condition,
     outside: bool,
+    edited: bool = False,
 ) -> None:
     """Warn of a result that is not usual, and name the call: the run is made again, which calls the network again.
 
@@ -101,11 +102,13 @@ def report(
     x                      the result, in memory that the second run does not use
     latent, streams, cond  of the first run
     outside                whether the caller's `noise` gave its draws; the second run has zeros instead
+    edited                 whether the run had edits, which a second one may not call: no call is named then
     """
     bad = sum(not bool((abs(row) < math.inf).all()) for row in x.reshape(len(x), -1))
     what = f"{bad} of {len(x)} samples hold NaN or inf" if bad else f"the samples have an RMS of {_rms(x):.3g}"
     try:
-        where = _first_unusual(limits, run, latent, streams, cond, outside)
+        where = "a run with edits is not made again" if edited else None
+        where = where or _first_unusual(limits, run, latent, streams, cond, outside)
     except Exception:  # a network that cannot be called twice
         where = None
     message = f"{what}: " + (where or "calling the network again did not show where they came from")
