@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import instance
+from fewstep.solvers.options import instance, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, no_grad
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
@@ -19,6 +19,7 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.engine import Job
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
+from fewstep.solvers.run.sanity import Limits
 
 
 class MixedRun:
@@ -148,8 +149,18 @@ class MixedRun:
         return at is not None and at[1] == len(at[0].tables)
 
     def result(self, place: int) -> Array:
-        """A copy of a finished sample, (...). Raises ValueError if it is not finished."""
+        """A copy of a finished sample, (...). Raises ValueError if it is not finished.
+
+        On a CPU, warns of a sample that is not finite or far too large.
+        """
         at = self._at[place]
         if at is None or not self.done(place):
             raise ValueError(f"place {place} holds no finished request")
-        return self.columns.result(place, at[0])
+        sample = self.columns.result(place, at[0])
+        plan = at[0].program.plan
+        if self.frame.device == "cpu" and not Limits.of(plan, (1, *self.shape[1:])).usual(sample, ()):
+            warn(
+                f"the sample of place {place} holds NaN or inf or is far too large: "
+                f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
+            )
+        return sample

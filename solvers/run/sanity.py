@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.solvers.options import warn
-from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import Array, no_grad
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import Run
@@ -38,13 +38,13 @@ class Limits:
     result     above it is no RMS of a result, or of a network's output
     """
 
-    plan: Plan
+    plan: UncheckedPlan
     low: float
     high: float
     result: float
 
     @classmethod
-    def of(cls, plan: Plan, shape: Sequence[int]) -> Limits:
+    def of(cls, plan: UncheckedPlan, shape: Sequence[int]) -> Limits:
         """shape: of the latent, (B, ...)."""
         at, process = plan.start, plan.grid.process
         # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
