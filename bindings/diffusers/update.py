@@ -245,6 +245,12 @@ class Pool:
         self.kind: object = None
         self.kept: list[tuple[Tensor, UntypedStorage, int, int, int]] = []
 
+    @classmethod
+    def form(cls, x: Tensor, raw: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
+        """Shape, strides and dtype of what torch makes of these two, if the pool has memory for it."""
+        plain = x.is_cpu and x.is_contiguous() and x.stride() == raw.stride() and x.dtype is raw.dtype
+        return (tuple(x.shape), x.stride(), x.dtype) if plain and cls.LEAST <= x.nbytes <= cls.MOST else None
+
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new tensor."""
         kind = shape, strides, dtype, torch.is_inference_mode_enabled()
