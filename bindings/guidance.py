@@ -183,7 +183,8 @@ class _Guided:
         if not self.on(moment):
             return self._alone()
         weights = self._weights(moment)
-        return Shares(weights, tuple(j for j, used in enumerate(weights.any(axis=0).tolist()) if used))
+        used: list[bool] = np.any(weights, axis=0).tolist()
+        return Shares(weights, tuple(j for j, own in enumerate(used) if own))
 
     def _weights(self, moment: Moment) -> Floats:
         raise NotImplementedError
