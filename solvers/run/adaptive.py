@@ -196,8 +196,11 @@ class _Run:
         points = [Point(*p) for p in described[rows.T : rows.SIGMA + 1][:, where].T.tolist()]
         # The call at the start of the step is shared by all attempts from there.
         calls = state[rows.NFE, where] + (0.0 if j == 0 else j - state[rows.KNOWN, where])
-        numbers = [v.astype(np.int64).tolist() for v in (state[rows.SAMPLE, where], calls, state[rows.ACCEPTED, where])]
-        return edits.of_predictions(m, u, *numbers, points)
+        samples, made, steps = (
+            values.astype(np.int64).tolist()
+            for values in (state[rows.SAMPLE, where], calls, state[rows.ACCEPTED, where])
+        )
+        return edits.of_predictions(m, u, samples, made, steps, points)
 
     def to_clean(self, x: Array) -> Array:
         """The last step, of all samples at once: to sigma 0, where x = alpha m."""

@@ -165,8 +165,8 @@ class Attempts:
         x_in = naive.model_input(batch.outside(u), take(self._c_in(0), todo), self.like)
         raws = self._call(0, batch.bound([self.samples[i] for i in todo]), x_in, take(self._t(0), todo))
         inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
-        inside, p, limit = self._seen(0, todo, u, inside)
-        (f1,) = batch.functions.stage([u], inside, take(self._table(0), todo), None, p, limit)
+        seen, p, limit = self._seen(0, todo, u, inside)
+        (f1,) = batch.functions.stage([u], seen, take(self._table(0), todo), None, p, limit)
         self._write("F1", todo, f1)
 
     def run(self) -> None:
