@@ -100,7 +100,7 @@ def test_inpainting_as_comfyui(backend: str) -> None:
     own x is left alone. Its known part is then the same."""
     edit = fs.edits.Inpaint(MASK, IMAGE, fixed=True, start=True)
     found = sample(edit, edit, solver="heun", every="stage", **BACKENDS[backend])
-    noise = edit_noise(SHAPE, 0)
+    noise = drawn(SHAPE, 0, 256 + 2**20)
     first = GRID.points[0]
     x = first.sigma * drawn(SHAPE, 0, philox.LATENT)
     x = MASK * x + (1.0 - MASK) * (first.alpha * IMAGE + first.sigma * noise)

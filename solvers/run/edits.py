@@ -24,6 +24,7 @@ from fewstep.solvers.schedule.process import Point
 
 Draw = Callable[[int, int, int], Array]  # (n, draw, domain) -> (B, n)
 PARTS = 16  # draws that one edit may make at a time
+FIXED = 1 << 20  # added to the domain of a draw that all calls share
 
 
 @dataclass
@@ -79,8 +80,9 @@ class EditInfo:
         sizes = shape or tuple(self.x.shape[1:])
         if not 0 <= part < PARTS:
             raise ValueError(f"part must be an int from 0 to {PARTS - 1}, got {part!r}")
-        domain = philox.EDIT + self._place * PARTS + part
-        return self._draw(math.prod(sizes), 0 if fixed else self.k + 1, domain).reshape(len(self.samples), *sizes)
+        domain = philox.EDIT + self._place * PARTS + part + (FIXED if fixed else 0)
+        drawn = self._draw(math.prod(sizes), 0 if fixed else self.k + 1, domain)
+        return drawn.reshape(len(self.samples), *sizes)
 
 
 Edit = Callable[[EditInfo], Array | None]
