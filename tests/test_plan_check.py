@@ -354,6 +354,7 @@ def test_a_step_that_leaves_its_marginal_on_purpose_is_checked_against_what_is_m
     assert churned.stages[0].meant[1] == pytest.approx(
         math.hypot(hat + 1.5 * (t - hat), math.sqrt((1.3 * t) ** 2 - t**2))
     )
+    assert plan_from_json(json.loads(json.dumps(plan_as_json(churned)))).stages == churned.stages
     with pytest.raises(ValueError, match=r"step_scale = 1\.5 scales Euler's steps"):
         fs.plan("edm", grid, step_scale=1.5)
     with pytest.raises(ValueError, match="alpha = 0"):

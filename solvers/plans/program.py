@@ -56,6 +56,11 @@ class Program:
     slots: tuple[Mapping[str, int], ...] = ()
     halves: int = 1
 
+    @cached_property
+    def shares(self) -> list[dict[str, float]]:
+        """The coefficient of x0 in every slot after each op, see `x0_shares`."""
+        return x0_shares(self.plan)
+
     def buffer_of_x(self, k: int) -> int:
         """Of the sample after op k; before the first op if k is -1."""
         return (self.ops[k] if k >= 0 else self.init).writes[0]

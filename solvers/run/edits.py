@@ -15,7 +15,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.options import function, one_of
-from fewstep.solvers.plans.program import Program, x0_shares
+from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame
 from fewstep.solvers.run.denoising import Call, Cond
@@ -239,7 +239,6 @@ class EditedRun:
         self.samples = np.arange(job.batch)
         self.halves = self.program.halves
         self.steps = [0, *accumulate(int(table.done) for table in job.tables)]  # completed before each op
-        self.shares = x0_shares(self.program.plan)
 
     def call(self, call: Call) -> Call:
         """The network's call: where a call has two ops, the second gets the outputs of the first."""
@@ -310,7 +309,7 @@ class EditedRun:
             x.flags.writeable = False
         named = program.slots[k] if k >= 0 else {}
         slots = {name: outside(run.slot(buffer)) for name, buffer in named.items()}
-        shares = {name: self.shares[k][name] for name in named}
+        shares = {name: program.shares[k][name] for name in named}
         done = k < 0 or run.job.tables[k + (door == "x0")].done
         call = k // self.halves if k >= 0 else -1
         step = self.steps[k] if k >= 0 else -1
