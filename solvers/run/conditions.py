@@ -7,7 +7,7 @@ any depth has the batch as its first axis. Lists and tuples are structure (one e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -117,6 +117,21 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
 
     result: Mapping[str, Any] = mapped(side_by_side, *branches, path=())
     return result
+
+
+def structure(value: object, frame: Frame) -> Hashable:
+    """Equal for conditions whose arrays `stacked` sets side by side: their keys, shapes and dtypes, all else by value."""
+    if isinstance(value, Mapping):
+        return tuple((key, structure(value[key], frame)) for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return type(value), *(structure(item, frame) for item in value)
+    if frame.is_array(value):
+        return frame.dtype_of(value), *value.shape[1:]  # type: ignore[attr-defined]
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return type(value), value
 
 
 def _same(value: Leaf, other: Leaf) -> bool:
