@@ -119,14 +119,14 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
     return result
 
 
-def structure(value: object, frame: Frame) -> Hashable:
-    """Equal for conditions whose arrays `stacked` sets side by side: their keys, shapes and dtypes, all else by value."""
+def structure(value: Leaf, frame: Frame) -> Hashable:
+    """Equal for conditions whose arrays `stacked` can set side by side: keys, shapes and dtypes, all else by value."""
     if isinstance(value, Mapping):
         return tuple((key, structure(value[key], frame)) for key in sorted(value, key=str))
     if isinstance(value, (list, tuple)):
         return type(value), *(structure(item, frame) for item in value)
     if frame.is_array(value):
-        return frame.dtype_of(value), *value.shape[1:]  # type: ignore[attr-defined]
+        return frame.dtype_of(value), *value.shape[1:]
     try:
         hash(value)
     except TypeError:
