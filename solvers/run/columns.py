@@ -20,19 +20,18 @@ class Columns(Protocol):
     """The places of a batch, each with its own plan.
 
     begin        start a request in a place, from its latent (None to draw it) and its noise stream (1, 3)
-    branches     the branches of guidance that the next network call on `places` evaluates
-    model_input  (x_in, t) of `places`, in their order, then rows up to `size` that belong to none; one copy per batched
+    model_input  (branches, x_in, t) of the next network call: the branches of guidance that `places` need, and their
+                 inputs, in the order of `places`, then rows up to `size` that belong to none; one copy per batched
                  branch. Nothing moves until `advance`
-    advance      one stage of the samples in `places`, from the network's outputs (size, ...) of `branches`
+    advance      one stage of the samples in `places`, from the network's outputs (size, ...) of those branches
     drop         give up the request of a place
     result       a copy of a finished sample, (...)
     x0           a copy of the x0 prediction of stage k, (...), for jobs that keep it
     """
 
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None: ...
-    def branches(self, places: Sequence[int]) -> tuple[int, ...]: ...
-    def model_input(self, places: Sequence[int], size: int) -> tuple[Array, Array]: ...
-    def advance(self, places: Sequence[int], raws: Sequence[Array]) -> None: ...
+    def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]: ...
+    def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None: ...
     def drop(self, place: int) -> None: ...
     def result(self, place: int, job: Job) -> Array: ...
     def x0(self, place: int, job: Job, k: int) -> Array: ...
@@ -79,20 +78,19 @@ class LoneRuns:
         found = ((row, self._runs[place], self._stage[place]) for row, place in enumerate(places))
         return [(row, run, k) for row, run, k in found if run is not None and k < len(run.job.tables)]
 
-    def branches(self, places: Sequence[int]) -> tuple[int, ...]:
-        called = {j for _, run, k in self._active(places) for j in run.job.tables[k].branches}
-        return tuple(sorted(called)) or (0,)
-
-    def model_input(self, places: Sequence[int], size: int) -> tuple[Array, Array]:
+    def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]:
         x, t = [self._empty] * size, [self._no_time] * size
+        called: set[int] = set()
         for row, run, k in self._active(places):
             x_in, own = run.model_input(k)
             x[row], t[row] = x_in[:1], own[:1]
-        width = copies(self.denoiser, self.branches(places))
-        return self.frame.concatenate(x * width), self.frame.concatenate(t * width)
+            called.update(run.job.tables[k].branches)
+        branches = tuple(sorted(called)) or (0,)
+        width = copies(self.denoiser, branches)
+        return branches, self.frame.concatenate(x * width), self.frame.concatenate(t * width)
 
-    def advance(self, places: Sequence[int], raws: Sequence[Array]) -> None:
-        by_branch = dict(zip(self.branches(places), raws, strict=True))
+    def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None:
+        by_branch = dict(zip(branches, raws, strict=True))
         for row, run, k in self._active(places):
             run.advance(k, [by_branch[j][row : row + 1] for j in run.job.tables[k].branches])
             self._stage[places[row]] = k + 1

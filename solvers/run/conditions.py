@@ -98,6 +98,11 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
     Raises ValueError that names the path of what does not fit.
     """
     check_arrays(branches, frame, batch, hint=UNBATCHED)
+    return joined(branches, frame, batch)
+
+
+def joined(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> Mapping[str, Any]:
+    """`stacked`, of conditions whose arrays are checked."""
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):

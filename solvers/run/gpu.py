@@ -435,23 +435,20 @@ class TritonColumns(DeviceMemory):
         kept[place] = 0
         self.counter.copy_(kept)
 
-    def branches(self, places: Sequence[int]) -> tuple[int, ...]:
-        return self._branches
-
     def _whole(self, places: Sequence[int]) -> bool:
         return len(places) == self.batch and all(i == place for i, place in enumerate(places))
 
-    def model_input(self, places: Sequence[int], size: int) -> tuple[Array, Array]:
+    def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]:
         before = self.counter.clone()
         self._tick(self.copies)
         self.counter.copy_(before)  # a network that raises moves nothing
         if self._whole(places) and size == self.batch:
-            return self.x_in, self.t
+            return self._branches, self.x_in, self.t
         rows = [*places, *[places[0] if len(places) else 0] * (size - len(places))]
         index = self.frame.array([copy * self.batch + row for copy in range(self.copies) for row in rows], "int64")
-        return self.x_in[index], self.t[index]
+        return self._branches, self.x_in[index], self.t[index]
 
-    def advance(self, places: Sequence[int], raws: Sequence[Array]) -> None:
+    def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None:
         plain = [self._plain(raw) for raw in raws]
         before = self.counter.clone()
         self._tick(self.copies)

@@ -183,11 +183,11 @@ class MixedRun:
             raise ValueError(f"size = {size} does not hold {len(places)} places: give at least their number, and 1")
         with running(self.frame, keep_graph=self.backend == "naive"):
             call = self.denoiser.bind(self.frame, size, cond)
-            branches, inputs = self.columns.branches(places), self.columns.model_input(places, size)
+            branches, x_in, t = self.columns.model_input(places, size)
             began = perf_counter()
-            raws = call(branches, *inputs)
+            raws = call(branches, x_in, t)
             self.network_seconds += perf_counter() - began
-            self.columns.advance(places, raws)
+            self.columns.advance(places, branches, raws)
         finished = []
         for place in places:
             at = self._at[place]

@@ -18,7 +18,7 @@ import numpy as np
 from fewstep.solvers.options import at_least, flag, function, instance, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
-from fewstep.solvers.run.conditions import check_arrays, stacked, structure
+from fewstep.solvers.run.conditions import check_arrays, joined, structure
 from fewstep.solvers.run.denoising import Cond, Condition, DenoiserLike, GuidanceLike
 from fewstep.solvers.run.mixed import MixedRun
 from fewstep.solvers.run.serving_metrics import Metrics
@@ -426,7 +426,7 @@ class _Loop:
         """The branches' conditions of a batch; rows beyond the requests have those of the first."""
         rows = [*requests, *[requests[0]] * (size - len(requests))]
         branches = zip(*(request.conds for request in rows), strict=True)
-        return [stacked(conds, self.run.frame, 1) for conds in branches]
+        return [joined(conds, self.run.frame, 1) for conds in branches]
 
     def _after_stage(self, place: int, request: Request) -> None:
         """What a request does between two stages. Its own `edit` of x belongs here, before the next model input."""
