@@ -512,6 +512,7 @@ def test_metrics_count_what_happened() -> None:
         gone.cancel()
         wait([gone], SECONDS)
         waits_for(lambda: not engine.active)
+        engine.close()  # the last tick is counted
         outcomes = {"finished": 3, "expired": 1, "refused": 1, "cancelled": 1, "failed": None}
         for outcome, n in outcomes.items():
             assert value("fewstep_requests_total", {"outcome": outcome}) == n, outcome
