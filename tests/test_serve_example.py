@@ -256,7 +256,10 @@ import sys
 sys.path.insert(0, {folder!r})
 import ray
 from ray import serve
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+ray.init(
+    num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20,
+    runtime_env={{"working_dir": {folder!r}}},
+)
 import ray_app
 serve.start(http_options={{"host": "127.0.0.1", "port": {port}}})
 handle = serve.run(ray_app.Service.options(num_replicas=2, ray_actor_options={{"num_cpus": 0.5}}).bind())

@@ -1,7 +1,9 @@
 """The same engine on more than one machine: a Ray Serve deployment, one engine per replica.
 
     pip install 'ray[serve]'
-    serve run examples.serve.ray_app:app      # from the repository's root, on a machine of the cluster
+    cd examples/serve && serve run --working-dir . ray_app:app    # on a machine of the cluster
+
+Every machine needs fewstep; Ray sends this folder along.
 
     curl -X POST localhost:8000/ -H 'content-type: application/json' -d '{"label": 7, "seed": 1}' -o seven.png
 
@@ -10,11 +12,7 @@ fewer requests (it picks the two at random), and restarts a replica that fails i
 own seed alone, so that it does not matter which replica drew it. Inside the cluster, call `handle.sample.remote(...)`.
 """
 
-import sys
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 from app import PLACES, WAITING, Ask, Digits, png, refusal

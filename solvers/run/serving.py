@@ -293,7 +293,7 @@ class _Loop:
         if request.entered is None:
             return
         try:
-            if request.entered.wait(timeout):
+            if request.entered.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
                 return
         except BaseException:  # an interrupt: nobody gets the future
             request.future.cancel()
