@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import blocks
 
 import fewstep as fs
 
@@ -616,3 +617,20 @@ def test_many_threads_that_submit_cancel_and_give_up() -> None:
         assert not engine._loop.waiting._outside
     assert sum(sum(one.values()) for one in ends) == 360
     assert all(sum(one[kind] for one in ends) for kind in ("finished", "cancelled"))
+
+
+def test_the_code_of_the_page_runs() -> None:
+    space: dict[str, Any] = {"fs": fs, "np": np, "asyncio": asyncio}
+    page = blocks("serving.md")
+    exec(page[""], space)
+    cond = {"c": np.full(1, 0.1 * 6, np.float32)}
+    want = fs.Sampler(space["denoiser"], space["fast"], (1, 3, 16, 16))(seed=6, cond=cond)[0]
+    np.testing.assert_array_equal(space["images"][6], want)
+    exec(page["request"], space)
+    assert [call[:2] for call in space["seen"]] == [(k + 1, 20) for k in range(20)]
+    exec(page["coroutines"], space)
+    for seed, found in enumerate((space["first"], space["second"])):
+        want = fs.Sampler(space["denoiser"], space["fast"], (1, 3, 16, 16))(
+            seed=seed, cond={"c": np.ones(1, np.float32)}
+        )
+        np.testing.assert_array_equal(found, want[0])
