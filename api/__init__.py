@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.mixed import MixedRun as MixedRun
     from fewstep.solvers.run.one_call import sample as sample
     from fewstep.solvers.run.sampler import Sampler as Sampler
+    from fewstep.solvers.run.serving import Engine as Engine
     from fewstep.solvers.run.sharded import Shards as Shards
     from fewstep.solvers.run.sharded import sample_sharded as sample_sharded
     from fewstep.solvers.run.trajectory import LogProb as LogProb
@@ -91,6 +92,7 @@ _MODULES = {
     "solvers.run.mixed": "MixedRun",
     "solvers.run.one_call": "sample",
     "solvers.run.sampler": "Sampler",
+    "solvers.run.serving": "Engine",
     "solvers.run.sharded": "sample_sharded Shards",
     "solvers.run.trajectory": "LogProb log_prob Rollout rollout",
     "solvers.schedule.brownian": "BrownianTree",

@@ -7,7 +7,7 @@ any depth has the batch as its first axis. Lists and tuples are structure (one e
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -98,6 +98,11 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
     Raises ValueError that names the path of what does not fit.
     """
     check_arrays(branches, frame, batch, hint=UNBATCHED)
+    return joined(branches, frame, batch)
+
+
+def joined(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> Mapping[str, Any]:
+    """`stacked`, of conditions whose arrays are checked."""
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):
@@ -117,6 +122,21 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
 
     result: Mapping[str, Any] = mapped(side_by_side, *branches, path=())
     return result
+
+
+def structure(value: Leaf, frame: Frame) -> Hashable:
+    """Equal for conditions whose arrays `stacked` can set side by side: keys, shapes and dtypes, all else by value."""
+    if isinstance(value, Mapping):
+        return tuple((key, structure(value[key], frame)) for key in sorted(value, key=str))
+    if isinstance(value, (list, tuple)):
+        return type(value), *(structure(item, frame) for item in value)
+    if frame.is_array(value):
+        return frame.dtype_of(value), *value.shape[1:]
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return type(value), value
 
 
 def _same(value: Leaf, other: Leaf) -> bool:

@@ -476,18 +476,44 @@ class TritonColumns(DeviceMemory):
         kept[place] = 0
         self.counter.copy_(kept)
 
-    def branches(self) -> tuple[int, ...]:
-        return self._branches
+    def _whole(self, places: Sequence[int]) -> bool:
+        return len(places) == self.batch and all(i == place for i, place in enumerate(places))
 
-    def model_input(self) -> tuple[Array, Array]:
+    def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]:
+        before = self.counter.clone()
         self._tick(self.copies)
-        return self.x_in, self.t
+        self.counter.copy_(before)  # a network that raises moves nothing
+        if self._whole(places) and size == self.batch:
+            return self._branches, self.x_in, self.t
+        rows = [*places, *[places[0] if len(places) else 0] * (size - len(places))]
+        index = self.frame.array([copy * self.batch + row for copy in range(self.copies) for row in rows], "int64")
+        return self._branches, self.x_in[index], self.t[index]
 
-    def advance(self, raws: Sequence[Array]) -> None:
-        self._launch(self.structure, self.copies, [self._plain(raw) for raw in raws])
+    def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None:
+        plain = [self._plain(raw) for raw in raws]
+        before = self.counter.clone()
+        self._tick(self.copies)
+        if self._whole(places):
+            self._launch(self.structure, self.copies, [raw[: self.batch] for raw in plain])
+            return
+        # One launch moves the whole batch: samples outside `places` stand at the row that writes nothing meanwhile.
+        index = self.frame.array(places, "int64")
+        after = self.counter.clone()
+        self.counter.fill_(self.idle)
+        self.counter[index] = after[index]
+        wide = [raw.new_zeros((self.batch, *raw.shape[1:])).index_copy(0, index, raw[: len(places)]) for raw in plain]
+        self._launch(self.structure, self.copies, wide)
+        before[index] = after[index]
+        self.counter.copy_(before)
+
+    def drop(self, place: int) -> None:
+        self.counter[place] = self.idle
 
     def result(self, place: int, job: Job) -> Array:
         return self.state[job.program.result, place].reshape(self.shape).clone()
+
+    def x0(self, place: int, job: Job, k: int) -> Array:
+        return self.state[job.program.x0[k], place].reshape(self.shape).clone()
 
 
 def calls(job: Job) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from types import EllipsisType
+from typing import NamedTuple
 
 import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import instance, warn
+from fewstep.solvers.options import flag, instance, warn
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import Array, Device, frame_of, no_grad
+from fewstep.solvers.run.arrays import Array, Device, frame_of, running
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
 from fewstep.solvers.run.compiled import Compiler
@@ -20,6 +22,14 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike,
 from fewstep.solvers.run.engine import Job
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.sanity import Limits
+
+
+class Admission(NamedTuple):
+    """A request ready to start: its plan compiled, its latent (None to draw it) and its noise stream (1, 3)."""
+
+    job: Job
+    x: Array | None
+    streams: np.ndarray
 
 
 class MixedRun:
@@ -36,6 +46,7 @@ class MixedRun:
     backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps or that
               reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another
     device    as for `Sampler`
+    previews  keep each stage's x0 prediction for `x0`
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
     each sample independently.
@@ -51,8 +62,10 @@ class MixedRun:
         *,
         backend: str = "auto",
         device: Device | None = None,
+        previews: bool = False,
     ) -> None:
         check_denoiser(denoiser)
+        flag("previews", previews)
         self.shape = check_shape(shape)
         self.denoiser, self.frame = denoiser, model_frame(denoiser, device)
         self.backend = pick_backend(backend, self.frame, triton=denoiser.model_dtype("float32") != "float64")
@@ -71,13 +84,17 @@ class MixedRun:
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
         self._compiler = Compiler(self.backend, self.frame, lone, "float32")
         self._convert = Converter(self.frame, self.backend, "float32")
+        self.previews = previews
+        self.network_seconds = 0.0  # spent in calls of the network so far
         self._jobs: Cache[Job] = Cache(max(32, 2 * len(plans)))  # requests bring guidance scales of their own
         jobs = [self._job(plan, ...) for plan in plans]
         self.columns: Columns
         if self.backend == "triton":
             self.columns = TritonColumns([job for job in jobs if isinstance(job, TritonJob)], self.shape)
         else:
-            self.columns = LoneRuns(denoiser, self.frame, self.shape, "float32", self._compiler.run)
+            self.columns = LoneRuns(
+                denoiser, self.frame, self.shape, "float32", self._compiler.run, max(self.shape[0], 2 * len(plans))
+            )
         self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
 
     def _job(self, plan: Plan, guidance: GuidanceLike | EllipsisType) -> Job:
@@ -89,7 +106,7 @@ class MixedRun:
                     f"guidance = {guidance!r:.200} has a different number of branches from "
                     f"{self.denoiser.guidance!r:.200}, or other networks in them: requests share each call"
                 )
-            return self._compiler.job(denoiser, plan)
+            return self._compiler.job(denoiser, plan, keep_x0=self.previews)
 
         return self._jobs.get((id(plan), denoiser.guidance), make)
 
@@ -111,12 +128,21 @@ class MixedRun:
 
         Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """
+        self.start(place, self.admission(plan, seed=seed, sample=sample, x=x, guidance=guidance))
+
+    def admission(
+        self,
+        plan: Plan,
+        *,
+        seed: int,
+        sample: int = 0,
+        x: Array | None = None,
+        guidance: GuidanceLike | EllipsisType = ...,
+    ) -> Admission:
+        """A request for `start`, checked and compiled, in any thread: see `admit` for arguments and errors."""
         instance("plan", plan, Plan, "a Plan")
-        instance("place", place, (int, np.integer), "an int")
         if not any(plan is own for own in self.plans):
             raise ValueError(f"plan {plan.solver!r} is not among the plans that this MixedRun was made with")
-        if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):
-            raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
         job = self._job(plan, guidance)
         if x is not None:
             outer = frame_of(x)
@@ -124,20 +150,49 @@ class MixedRun:
             check_latent(latent, outer, (1, *self.shape[1:]), self.frame, "float32")
             assert outer is not None
             x = self._convert.latent(latent, outer)
-        self.columns.begin(place, job, x, philox.streams(seed, 1, sample))
-        self._at[place] = job, 0
+        return Admission(job, x, philox.streams(seed, 1, sample))
 
-    def step(self, cond: Condition = None) -> list[int]:
+    def start(self, place: int, admission: Admission) -> None:
+        """Start a request of `admission` in a free place."""
+        instance("place", place, (int, np.integer), "an int")
+        if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):
+            raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
+        self.columns.begin(place, *admission)
+        self._at[place] = admission.job, 0
+
+    def drop(self, place: int) -> None:
+        """Give up the request of a place, which is free from then on."""
+        self.columns.drop(place)
+        self._at[place] = None
+
+    def step(
+        self, cond: Condition = None, *, places: Sequence[int] | None = None, size: int | None = None
+    ) -> list[int]:
         """One call of the network and one stage of every request. Returns the places that finished.
 
-        cond  of the whole batch, (B, ...) by place
+        cond    of the whole batch, (B, ...) by place
+        places  call the network on these places alone, and leave the requests in all others where they are; `cond` is
+                (size, ...) in the order of `places`
+        size    the batch that the network gets, padded beyond `places`; by default their number
         """
-        with no_grad(self.frame, keep_graph=self.backend == "naive"):
-            call = self.denoiser.bind(self.frame, self.shape[0], cond)
-            branches = self.columns.branches()
-            self.columns.advance(call(branches, *self.columns.model_input()))
+        everywhere = range(self.shape[0])
+        if places is None:
+            places = everywhere
+        elif not set(places) <= set(everywhere) or len(set(places)) < len(places):
+            raise ValueError(f"places must be distinct numbers in 0 .. {self.shape[0] - 1}, got {list(places)}")
+        size = len(places) if size is None else size
+        if size < max(1, len(places)):
+            raise ValueError(f"size = {size} does not hold {len(places)} places: give at least their number, and 1")
+        with running(self.frame, keep_graph=self.backend == "naive"):
+            call = self.denoiser.bind(self.frame, size, cond)
+            branches, x_in, t = self.columns.model_input(places, size)
+            began = perf_counter()
+            raws = call(branches, x_in, t)
+            self.network_seconds += perf_counter() - began
+            self.columns.advance(places, branches, raws)
         finished = []
-        for place, at in enumerate(self._at):
+        for place in places:
+            at = self._at[place]
             if at is not None and not self.done(place):
                 self._at[place] = at[0], at[1] + 1
                 finished += [place] if self.done(place) else []
@@ -164,3 +219,15 @@ class MixedRun:
                 f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
             )
         return sample
+
+    def calls(self, place: int) -> tuple[int, int]:
+        """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""
+        at = self._at[place]
+        return (0, 0) if at is None else (at[1], len(at[0].tables))
+
+    def x0(self, place: int) -> Array:
+        """A copy of the x0 prediction of a place's last call, (...). Raises ValueError if there is none."""
+        at = self._at[place]
+        if at is None or not at[1] or not self.previews:
+            raise ValueError(f"place {place} has no x0 prediction: use MixedRun(previews=True), and step first")
+        return self.columns.x0(place, at[0], at[1] - 1)

@@ -64,6 +64,57 @@ def test_every_sample_is_the_one_it_would_be_alone() -> None:
     assert torch.equal(run.result(0), kept)
 
 
+def test_some_of_the_places() -> None:
+    """The others stand still, whatever size the network is called with; a network that raises moves nothing."""
+    sizes: list[int] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) == 4:
+            raise OSError("busy")
+        return net(x, t)
+
+    run = poisoned(fs.Denoiser(network, VP))
+    run.admit(2, PLANS["unipc"], seed=7)
+    run.admit(0, PLANS["ddpm"], seed=8)
+    assert run.step(places=[2]) == []
+    with pytest.raises(OSError, match="busy"):
+        run.step(places=[2, 0], size=4)
+    assert run.step(places=[2, 0], size=3) == []
+    run.admit(1, PLANS["edm"], seed=9)
+    assert run.step(places=[1, 2]) == []
+    assert run.step(places=[2, 1, 0]) == [2, 0]
+    run.drop(1)
+    run.admit(1, PLANS["ddpm"], seed=10)
+    assert run.step(places=[1]) == []
+    assert run.step() == [1]
+    assert sizes == [1, 4, 3, 2, 3, 1, 3]
+    denoiser = fs.Denoiser(net, VP)
+    for place, name, seed in ((2, "unipc", 7), (0, "ddpm", 8), (1, "ddpm", 10)):
+        assert torch.equal(run.result(place), alone(denoiser, PLANS[name], seed=seed))
+
+
+def test_an_engine_on_the_kernels() -> None:
+    """Requests with conditions and guidance of their own, padded to buckets, with previews."""
+    denoiser, seen = fs.Denoiser(net, VP, "v", guidance=2.5, null={"c": torch.zeros(1)}), []
+    with fs.Engine(
+        denoiser, SHAPE, list(PLANS.values()), backend="triton", device="cpu", buckets=[2], previews=True
+    ) as engine:
+        futures = []
+        for i, name in enumerate([*PLANS] * 2):
+            cond, preview = {"c": torch.full((1,), 0.1 * i)}, (lambda k, n, x0: seen.append(x0)) if i == 3 else None
+            futures.append(engine.submit(PLANS[name], seed=i, cond=cond, guidance=1.5 + i, preview=preview))
+        for i, (name, future) in enumerate(zip([*PLANS] * 2, futures, strict=True)):
+            cond = {"c": torch.full((1,), 0.1 * i)}
+            want = alone(denoiser.with_guidance(1.5 + i), PLANS[name], seed=i, cond=cond)
+            assert torch.equal(future.result(), want)
+    want_x0: list[torch.Tensor] = []
+    sampler = fs.Sampler(denoiser.with_guidance(4.5), PLANS["unipc"], (1, *SHAPE[1:]), backend="naive", device="cpu")
+    sampler(seed=3, cond={"c": torch.full((1,), 0.1 * 3)}, callback=lambda info: want_x0.append(info.x0[0].clone()))
+    assert len(seen) == len(want_x0)
+    assert all(torch.equal(a, b) for a, b in zip(seen, want_x0, strict=True))
+
+
 def test_guided_in_half_precision() -> None:
     denoiser = fs.Denoiser(net, VP, "v", guidance=2.5, clip=1.0, dtype="float16")
     run = poisoned(denoiser)
