@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.levels import rolling as rolling
+    from fewstep.solvers.run.levels import sample_levels as sample_levels
     from fewstep.solvers.run.likelihood import Likelihood as Likelihood
     from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
     from fewstep.solvers.run.loop import StepInfo as StepInfo
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.trajectory import Rollout as Rollout
     from fewstep.solvers.run.trajectory import log_prob as log_prob
     from fewstep.solvers.run.trajectory import rollout as rollout
+    from fewstep.solvers.schedule import levels as levels
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -83,6 +86,7 @@ _MODULES = {
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
     "solvers.run.latents": "slerp",
+    "solvers.run.levels": "rolling sample_levels",
     "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
@@ -99,12 +103,15 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = ["__version__", "problems", *_HOME]
+# Public modules.
+_PARTS = {"problems": "problems", "levels": "solvers.schedule.levels"}
+
+__all__ = ["__version__", *_PARTS, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "problems":
-        return importlib.import_module("fewstep.problems")
+    if name in _PARTS:
+        return importlib.import_module(f"fewstep.{_PARTS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fewstep.{_HOME[name]}"), name)
