@@ -123,6 +123,7 @@ class _Window:
         self.stage_after = np.array([int(np.argmax(self.ends >= s)) for s in range(plan.steps + 1)])
         self.stage = np.zeros((self.batch, self.tokens), np.int64)
         self.first = 0
+        self._raw_dtype: object = ...  # of the network output checked last
 
     def enter(self, places: Sequence[int], x: Array | None, streams: np.ndarray, *, data: bool = False) -> None:
         """Put latents (B n, ...) in these places of the ring, for each sample; with `data`, finished tokens."""
@@ -147,8 +148,8 @@ class _Window:
         """Call the network until every token (T,), in the order of the ring, has finished so many steps."""
         goal = self.stage_after[steps]
         with self.running():
-            while (moving := self.stage < goal).any():
-                self._call(network, moving)
+            for _ in range(int((goal - self.stage).max())):
+                self._call(network, self.stage < goal)
 
     def _call(self, network: Call, moving: NDArray[np.bool_]) -> None:
         """One call of the network, and one stage of the moving tokens (B, T)."""
@@ -164,7 +165,9 @@ class _Window:
             x_in, t = self.frame.concatenate([x_in] * width), self.frame.concatenate([t] * width)
         raws = {}
         for branch, raw in zip(called, network(called, x_in, t), strict=True):
-            check_output(raw, self.shape, self.frame)
+            if getattr(raw, "dtype", None) is not self._raw_dtype or raw.shape != self.shape:
+                check_output(raw, self.shape, self.frame)
+                self._raw_dtype = raw.dtype
             raws[branch] = self._turned(raw, self.first).reshape(-1, *self.shape[2:])
         self.columns.advance(rows, raws)
         self.stage = self.stage + moving

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -161,6 +162,7 @@ class FusedTokens:
         if job.denoiser.bound is not None:
             limit = np.array([[job.denoiser.bound, 1.0, 0.0, 0.0]], state)
         self._z = np.zeros(shape, state) if (steps.draws >= 0).any() else None
+        self._drawn = np.zeros(shape if self._z is not None else (0, 0), np.float32)
         self._sets = [[aligned(shape, state) for _ in range(tables.slots)] for _ in range(2)]
         for memory in (*self._sets[0], *self._sets[1]):
             memory[...] = 0.0
@@ -176,6 +178,7 @@ class FusedTokens:
             for i in range(2)
         ]  # fmt: skip
         self._now = 0  # the set that holds the tokens
+        self._kinds: dict[object, int] = {}  # of network outputs, by their dtypes
         self._stage = cpu.stage(job.dtype, count * job.elements)
 
     def enter(self, rows: Rows, columns: NDArray[np.int64], x: Array | None, streams: np.ndarray) -> None:
@@ -202,7 +205,9 @@ class FusedTokens:
             launch.memory[words.RAW + j] = 0
             if raw is not None:
                 launch.memory[words.RAW + j], kept = self.frame.address(raw)
-                launch.memory[words.RAW_KIND + j] = words.kind_of(self.frame.bits(raw[:1]))
+                if raw.dtype not in self._kinds:
+                    self._kinds[raw.dtype] = words.kind_of(self.frame.bits(raw[:1]))
+                launch.memory[words.RAW_KIND + j] = self._kinds[raw.dtype]
                 held.append(kept)
         self._all_w.take(rows, 0, self._w, "clip")  # without a mode, NumPy buffers the output
         self._all_c.take(rows, 0, self._c, "clip")
@@ -214,13 +219,15 @@ class FusedTokens:
         self._now = 1 - self._now
 
     def _draw(self, rows: Rows, z: np.ndarray) -> None:
-        """The noise of each column's row, a call for each draw number."""
+        """The noise of each column's row, a call for each draw number. Rows without one leave theirs unread."""
         draws = self.steps.draws[rows]
-        for draw in set(draws.tolist()) - {-1}:
-            (index,) = np.nonzero(draws == draw)
-            drawn = np.empty((len(index), self.job.elements), np.float32)
-            cpu.normals(drawn, np.ascontiguousarray(self.streams[index]), draw, philox.STEP)
-            z[index] = drawn
+        order = np.argsort(draws, kind="stable")
+        draws, streams = draws[order], self.streams[order]
+        cuts = [0, *(np.flatnonzero(draws[1:] != draws[:-1]) + 1).tolist(), self.count]
+        for a, b in pairwise(cuts):
+            if draws[a] >= 0:
+                cpu.normals(self._drawn[a:b], streams[a:b], int(draws[a]), philox.STEP)
+        z[order] = self._drawn
 
     def x(self) -> Array:
         values = self._sets[self._now][0].reshape(self.count, *self.job.shape[1:])
