@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pages import DOCS, blocks
 
 import fewstep as fs
 from fewstep.kernels import philox
@@ -413,3 +415,43 @@ def test_streams_that_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="seed: an int seed has streams for 4 tokens"):
         list(run)
     assert len([*fs.rolling(denoiser, plan, (1, 2, 3), seed=[0], frames=10)]) == 10
+
+
+# --- the page, and diffusers ---
+
+
+def test_the_code_of_the_page_runs() -> None:
+    space: dict[str, Any] = {"fs": fs, "np": np}
+    page = blocks("levels.md")
+    for name in ("", "schedules", "known", "rolling", "alone"):
+        exec(page[name], space)
+    assert space["x"].shape == space["y"].shape == (2, 4, 8)
+    assert space["slow"].T.tolist() == [[0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 4], *[[0, 0, 1, 2, 3, 4]] * 2]
+    assert (space["z"][:, [0, 3]] == 1.0).all()
+    assert (space["z"][:, 1:3] != 1.0).all()
+    assert [frame.shape for frame in space["first"]] == [(1, 8)] * 20
+
+
+@pytest.mark.parametrize("name", ["uniform", "staircase", "pyramid"])
+def test_the_pictures_of_the_page(name: str) -> None:
+    text = (DOCS / "levels.md").read_text(encoding="utf-8").partition(f"```text {name}\n")[2].partition("```")[0]
+    assert [[int(n) for n in line.split()] for line in text.splitlines()] == getattr(fs.levels, name)(2, 4).T.tolist()
+
+
+def test_flow_matching_with_a_time_for_each_token() -> None:
+    """diffusers moves every token to its next lower level, along x0 - eps; the caller puts those back that wait."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    sigmas = scheduler.sigmas.double().numpy()
+    plan = fs.plan("euler", fs.Grid.from_times(FLOW, sigmas))
+    denoiser = fs.Denoiser(net, FLOW, "flow")
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, 5)).astype(np.float32))
+    schedule = fs.levels.pyramid(4, 3)
+    found = fs.sample_levels(denoiser, plan, (2, 3, 5), schedule, x=x)
+    for row, after in pairwise(schedule):
+        at = scheduler.sigmas[torch.from_numpy(row)].expand(2, 3)
+        scheduler.set_timesteps(4)
+        moved = scheduler.step(-net(x, at), scheduler.timesteps[0], x, per_token_timesteps=1000.0 * at).prev_sample
+        x = torch.where(torch.from_numpy(after > row)[:, None], moved, x)
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
