@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
     from fewstep.solvers.run.edits import EditInfo as EditInfo
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.levels import rolling as rolling
+    from fewstep.solvers.run.levels import sample_levels as sample_levels
     from fewstep.solvers.run.likelihood import Likelihood as Likelihood
     from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
     from fewstep.solvers.run.loop import StepInfo as StepInfo
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.trajectory import Rollout as Rollout
     from fewstep.solvers.run.trajectory import log_prob as log_prob
     from fewstep.solvers.run.trajectory import rollout as rollout
+    from fewstep.solvers.schedule import levels as levels
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -87,6 +90,7 @@ _MODULES = {
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
     "solvers.run.edits": "EditInfo",
     "solvers.run.latents": "slerp",
+    "solvers.run.levels": "rolling sample_levels",
     "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
@@ -104,15 +108,15 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-# Modules that are names themselves.
-_WHOLE = ("edits", "problems")
+# Public modules.
+_PARTS = {"edits": "edits", "levels": "solvers.schedule.levels", "problems": "problems"}
 
-__all__ = ["__version__", *_WHOLE, *_HOME]
+__all__ = ["__version__", *_PARTS, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHOLE:
-        return importlib.import_module(f"fewstep.{name}")
+    if name in _PARTS:
+        return importlib.import_module(f"fewstep.{_PARTS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fewstep.{_HOME[name]}"), name)

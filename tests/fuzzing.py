@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +382,13 @@ target("Engine", engine, {"denoiser": DENOISER, "shape": (2, 3), "plans": [PLAN]
 target("Engine/submit", submit, _REQUEST, is_row, of=fs.Engine.submit, x="x|latent", sample="sample|first_sample",
        deadline="deadline")  # fmt: skip
 target("Engine/asubmit", asubmit, _REQUEST, is_row, of=fs.Engine.asubmit, x="x|latent", sample="sample|first_sample")
+_TOKENS = {"denoiser": DENOISER, "plan": PLAN, "shape": (2, 2, 3), "seed": 0, "backend": "naive"}
+target("sample_levels", fs.sample_levels, _TOKENS, is_row, known="known|levels", **_RUN)
+target("rolling", lambda **given: [*islice(fs.rolling(**given), 3)][-1], _TOKENS, is_row, of=fs.rolling,
+       context="context|window|frames|offset", **_RUN)  # fmt: skip
+target("levels/uniform", fs.levels.uniform, {"steps": 3, "tokens": 2}, finite)
+target("levels/staircase", fs.levels.staircase, {"steps": 3, "tokens": 2}, finite)
+target("levels/pyramid", fs.levels.pyramid, {"steps": 3, "tokens": 2}, finite)
 target("slerp", fs.slerp, {"a": LATENT, "b": LATENT[::-1].copy(), "weight": 0.3}, is_sample)
 target("recommend", fs.recommend, {"nfe": 10}, anything, nfe="nfe|budget|evaluations", denoiser="denoiser|shape")
 target("recommend/denoiser", fs.recommend, {"nfe": 10, "denoiser": TUNED, "shape": (3,), "cache": None}, anything,
