@@ -104,7 +104,7 @@ def normals(first, stream, draw, domain: tl.constexpr, BLOCK: tl.constexpr):
 
     first   int64, a multiple of 4
     stream  pointer to three int64 (seed low, seed high, sample), each in 0 .. 2^32 - 1
-    draw    integer scalar
+    draw    integer scalar, or a compile-time constant
     BLOCK   a power of two, at least 4
 
     Returns float32 (BLOCK,).
@@ -113,7 +113,8 @@ def normals(first, stream, draw, domain: tl.constexpr, BLOCK: tl.constexpr):
     quad = tl.arange(0, BLOCK // 4).to(tl.uint32) + (first // 4).to(tl.uint32)
     zero = tl.zeros([BLOCK // 4], tl.uint32)
     sample = tl.load(stream + 2).to(tl.uint32) + zero
-    w0, w1, w2, w3 = philox_words(quad, draw.to(tl.uint32) + zero, sample, zero + domain, k0, k1)
+    # `tl.full` takes a tensor and a compile-time constant: Inductor 2.11 makes one of a draw that is 1.
+    w0, w1, w2, w3 = philox_words(quad, tl.full((), draw, tl.uint32) + zero, sample, zero + domain, k0, k1)
     a0, a1 = normal_pair(w0, w1)
     a2, a3 = normal_pair(w2, w3)
     # The innermost axis of a join is the operand: [quad, i, j] = a_(2 i + j).

@@ -300,6 +300,7 @@ def test_every_compiler_gives_the_same_bits(target: str) -> None:
         assert with_fusion == without, kernel
 
 
+NOISE = {"out": "*fp32", "streams": "*i64", "draw": "i32", "n": "i32", "domain": 0, "BLOCK": 1024}
 RUN = {
     "state": "*fp32", "numbers": "*fp32", "indices": "*i32", "counter": "*i32", "streams": "*i64", "r1": "*fp16",
     "r2": None, "r3": None, "z": None, "own_p": None, "own_limit": None, "x_in": "*fp16", "n": "i32", "size": "i32",
@@ -315,6 +316,8 @@ TICK = {
     "counter_step": "i32", "rows": "i32", "row_step": "i32", "BLOCK": 4,
 }  # fmt: skip
 CORNERS = {
+    **{f"draw {draw} as a constant": (triton_noise.normals_kernel, NOISE, {"draw": draw}) for draw in (0, 1, 2, 16)},
+    "a draw beyond 2^31": (triton_noise.normals_kernel, NOISE, {"draw": "i64"}),
     "one element": (triton_step.run_kernel, RUN, {"n": 1, "size": 1, "copy": 1, "rows": 1}),
     "the init row": (triton_step.run_kernel, RUN, {"r1": None, "SLOTS": 1, "OUTPUTS": 1, "rows": 1}),
     "a batch of plans": (triton_step.run_kernel, RUN, {"counter_step": 1, "row_step": 1}),
