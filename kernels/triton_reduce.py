@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fewstep.kernels import layout
 from fewstep.kernels.triton_noise import guard
-from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _padded, _prediction, _read
+from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _is_last, _padded, _prediction, _read, _stage_of
 
 # Further columns of `triton_step`'s float table, for guidance: the weights of the raws, then phi of the rescale.
 WEIGHTS_AT = C_IN_AT + 1
@@ -57,33 +57,24 @@ def _spread(v, inside, count):
     return mean.to(tl.float64), tl.sum(d * d).to(tl.float64)
 
 
-@triton.jit
-def _is_last(arrivals, b, parts):
-    """Whether this is the last of the sample's programs to arrive. Resets the count for the next launch."""
-    tl.debug_barrier()  # every thread has written before the arrival counts
-    last = tl.atomic_add(arrivals + b, 1, sem="acq_rel") == parts - 1
-    if last:
-        tl.store(arrivals + b, 0)
-    return last
-
-
-@triton.jit(do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["counter"])
 def rescale_kernel(
     numbers,  # (stages, rows, NUMBERS) float32: see `triton_step.run_kernel`
-    counter,  # (1 or B,) int32: the stage
+    stage, counter,  # as in `triton_step.run_kernel`
     r1, r2, r3,  # (B, n) of the model's dtype: two or three raw outputs, the conditional one last
     out,  # (B, 8) float32: columns 0 .. 3 are written
     partial,  # (B, parts, PARTS) float64: scratch
     arrivals,  # (B,) int32: zeros, before and after
     n,  # elements of a sample
     span,  # elements of a part
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b, :4] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (B, parts)."""
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    table = numbers + (stage * rows + b * row_step) * _NUMBERS
+    now = _stage_of(stage, counter, b * counter_step)
+    table = numbers + (now * rows + b * row_step) * _NUMBERS
     g1, g2, g3 = tl.load(table + _WEIGHTS_AT), tl.load(table + _WEIGHTS_AT + 1), tl.load(table + _WEIGHTS_AT + 2)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
@@ -110,7 +101,7 @@ def rescale_kernel(
     tl.store(sums + 2, square)
     tl.store(sums + 3, mean_c)
     tl.store(sums + 4, square_c)
-    if _is_last(arrivals, b, parts):
+    if _is_last(arrivals + b, parts):
         count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
         for j in range(parts):
             sums = partial + (b * parts + j) * _PARTS
@@ -211,17 +202,18 @@ def _latent(state, index, size):
     return x
 
 
-@triton.jit(do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["counter"])
 def threshold_kernel(
     numbers, indices,  # (stages, rows, NUMBERS) float32, (stages, rows, INDICES) int32: see `triton_step.run_kernel`
-    counter,  # (1 or B,) int32: the stage
+    stage, counter,  # as in `triton_step.run_kernel`
     state,  # (buffers, B, n) float32, or None where the prediction does not read x
     size,  # elements of a buffer, B n
     r1, r2, r3,  # (B, n) of the model's dtype: raw outputs, or None
     out,  # (B, 8) float32: columns 4 and 5 are written
     settings,  # (3,) float64: k, the fraction towards the next value, maximum
     n,  # elements of a sample
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     INDICES: tl.constexpr,
     RESCALED: tl.constexpr,  # whether p is out[b, :4], which `rescale_kernel` wrote, or the stage's own
     BLOCK: tl.constexpr,  # elements of a loop step
@@ -232,8 +224,8 @@ def threshold_kernel(
     the next larger one, and s is interpolated linearly between them.
     """
     b = tl.program_id(0).to(tl.int64)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    now = _stage_of(stage, counter, b * counter_step)
+    row = now * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
     if RESCALED:
@@ -248,16 +240,17 @@ def threshold_kernel(
     _bound(found, larger, rank + 1 < same, settings, n, out + b * 8)
 
 
-@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage", "shift"], do_not_specialize_on_alignment=["counter"])
 def digit_kernel(
-    numbers, indices, counter, state, size, r1, r2, r3, out, settings,  # as in `threshold_kernel`
+    numbers, indices, stage, counter, state, size, r1, r2, r3, out, settings,  # as in `threshold_kernel`
     digits,  # (B, DIGITS) int32, zeros before the first pass and after the last: 256 counts; 2^31 - 1 minus the next
     # larger value; the rank, the bits found and the number of equal values, from `_descend`
     arrivals,  # (B,) int32: zeros, before and after
     n,  # elements of a sample
     span,  # elements of a part
     shift,  # of the eight bits that this pass finds: 24, 16, 8, 0
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     INDICES: tl.constexpr,
     RESCALED: tl.constexpr,  # as in `threshold_kernel`
     LAST: tl.constexpr,  # whether this is the fifth pass, which finds the next larger value
@@ -268,8 +261,8 @@ def digit_kernel(
     Programs add integers and take their minimum, so that the result does not depend on their order.
     """
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    now = _stage_of(stage, counter, b * counter_step)
+    row = now * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
     if RESCALED:
@@ -281,7 +274,7 @@ def digit_kernel(
     if LAST:
         larger = _larger(x, r1, r2, r3, p, b * n, first, end, found, BLOCK)
         tl.atomic_max(kept + _LARGER_AT, 0x7FFFFFFF - larger, sem="relaxed")
-        if _is_last(arrivals, b, parts):
+        if _is_last(arrivals + b, parts):
             larger = 0x7FFFFFFF - tl.load(kept + _LARGER_AT, volatile=True)
             tied = tl.load(kept + _RANK_AT) + 1 < tl.load(kept + _SAME_AT)
             _bound(found, larger, tied, settings, n, out + b * 8)
@@ -293,7 +286,7 @@ def digit_kernel(
         bins = tl.arange(0, 256)
         counts = _count(x, r1, r2, r3, p, b * n, first, end, shift, found, BLOCK)
         tl.atomic_add(kept + bins, counts, mask=counts > 0, sem="relaxed")
-        if _is_last(arrivals, b, parts):
+        if _is_last(arrivals + b, parts):
             rank = tl.load(kept + _RANK_AT)
             if shift == 24:
                 rank = tl.load(settings).to(tl.int32)
@@ -332,7 +325,7 @@ def error_kernel(
         share = tl.where(e == 0.0, 0.0, e / tl.where(e == 0.0, 1.0, delta))
         total += tl.sum(share * share).to(tl.float64)
     tl.store(partial + (b * parts + part) * _PARTS, total)
-    if _is_last(arrivals, b, parts):
+    if _is_last(arrivals + b, parts):
         total = tl.full((), 0.0, tl.float64)
         for j in range(parts):
             total += tl.load(partial + (b * parts + j) * _PARTS, volatile=True)
@@ -363,14 +356,23 @@ def _span(scratch: Scratch, n: int) -> tuple[int, int]:
     return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
 
 
+def _each(counter: Tensor | None) -> int:
+    """The step of `counter` from one sample to the next."""
+    return int(counter is not None and len(counter) > 1)
+
+
 def guidance_scale(
     numbers: Tensor,
-    counter: Tensor,
+    counter: Tensor | None,
     raws: Sequence[Tensor],
     out: Tensor,
     scratch: Scratch,
+    *,
+    stage: int = 0,
 ) -> None:
-    """p times `naive.guidance_scale`, for the stage that `counter` names: see `rescale_kernel` for shapes and dtypes.
+    """p times `naive.guidance_scale`, for the stage that `counter` names, or else `stage`.
+
+    See `rescale_kernel` for shapes and dtypes.
 
     raws  two or three, the conditional one last
     """
@@ -378,15 +380,15 @@ def guidance_scale(
     parts, span = _span(scratch, n)
     with guard(out):
         rescale_kernel[(samples, parts)](
-            numbers, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
-            int(len(counter) > 1), rows, int(rows > 1), BLOCK, num_warps=WARPS,
+            numbers, stage, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
+            _each(counter), rows, int(rows > 1), BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
 def threshold(
     numbers: Tensor,
     indices: Tensor,
-    counter: Tensor,
+    counter: Tensor | None,
     state: Tensor | None,
     raws: Sequence[Tensor],
     out: Tensor,
@@ -394,8 +396,9 @@ def threshold(
     scratch: Scratch,
     *,
     rescaled: bool,
+    stage: int = 0,
 ) -> None:
-    """`naive.threshold` of the prediction of the stage that `counter` names.
+    """`naive.threshold` of the prediction of the stage that `counter` names, or else `stage`.
 
     See `threshold_kernel` for shapes and dtypes.
 
@@ -403,8 +406,8 @@ def threshold(
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
     parts, span = _span(scratch, n)
-    sources = numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
-    steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], rescaled
+    sources = numbers, indices, stage, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
+    steps = _each(counter), rows, int(rows > 1), indices.shape[-1], rescaled
     with guard(out):
         if parts == 1:
             threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)

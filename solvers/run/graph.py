@@ -103,12 +103,11 @@ class Graphs:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
         for k in range(run.calls):
-            stage = min(k, last)  # table rows beyond the plan's stages write nothing
-            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
+            run.advance(k, call(run.job.tables[min(k, last)].branches, *run.model_input(k)))
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()
-        run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
+        run.advance_by_counter(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
     def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
         key = self._structure, what
@@ -127,7 +126,6 @@ class Graphs:
         side.wait_stream(here)
         with cuda.stream(side):
             for _ in range(WARM_UPS):
-                run.counter.zero_()  # or the stages would read past the end of the tables
                 body()
         here.wait_stream(side)
         self._pool = self._pool or cuda.graph_pool_handle()
