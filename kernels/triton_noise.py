@@ -33,6 +33,19 @@ SQRT_HALF_BITS = tl.constexpr(ref.SQRT_HALF_BITS)
 U_SCALE, U_HALF, TURN = tl.constexpr(ref.U_SCALE), tl.constexpr(ref.U_HALF), tl.constexpr(ref.TURN / 4)
 ROUNDS = tl.constexpr(ref.ROUNDS)
 
+THREADS = 64 if torch.version.hip else 32  # of a warp on this machine's GPU
+WARPS = 4  # of a program
+
+
+def elements(warps: int, threads: int = THREADS) -> int:
+    """Elements of a program of so many warps: 8 per thread, one 128-bit access for 16-bit tensors, two for float32.
+
+    The one place that decides the size of a program. With 4 warps of 32 threads and 32 registers each, 16 programs fit
+    an SM, and 16 thousand elements still occupy 16 SMs. Derived, not measured.
+    """
+    return 8 * threads * warps
+
+
 # Whether `triton.jit` makes functions of Triton's interpreter, which torch.compile cannot wrap.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -175,7 +188,7 @@ def fill(
     domain: int,
     *,
     scale: Tensor | None = None,
-    block: int = 1024,
+    block: int = elements(WARPS),
     kernel: Kernel | None = None,
 ) -> None:
     """Write standard normals to `out`.
@@ -187,4 +200,6 @@ def fill(
     """
     samples, n = out.shape[0], math.prod(out.shape[1:])
     with guard(out):
-        (kernel or normals_kernel)[(samples * triton.cdiv(n, block),)](out, streams, scale, draw, n, domain, block)
+        (kernel or normals_kernel)[(samples * triton.cdiv(n, block),)](
+            out, streams, scale, draw, n, domain, block, num_warps=WARPS
+        )  # fmt: skip

@@ -3,10 +3,10 @@
 Bytes per element: each input once at its own size; the quantile reads five times, from L2 after the first. Written: a
 few numbers per sample, which `triton_step.run_kernel` reads.
 
-A sample of up to SPAN elements is reduced by one program. A longer one is split, and the program that finishes last
-adds up the parts in their order, so that the result does not depend on which one that is; a split quantile takes five
-launches, one per pass. Blocks are summed in float32 (variances around the block's own mean), and the sums of blocks in
-float64.
+A sample is split into parts, by its size alone, so that the result depends neither on its batch nor on the GPU's
+load. The program that finishes last adds up the parts, in a fixed order. A program sums in registers, per lane
+(variances in float32, by Welford's update), and its lanes once, at its end; parts are summed in float64. A quantile is
+exact however it is split: one launch for a short sample, else five, one per pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels.triton_noise import guard
+from fewstep.kernels.triton_noise import elements, guard
 from fewstep.kernels.triton_step import C_IN_AT, NUMBERS, P_AT, _is_last, _padded, _prediction, _read, _stage_of
 
 # Further columns of `triton_step`'s float table, for guidance: the weights of the raws, then phi of the rescale.
@@ -29,8 +29,10 @@ WEIGHTS_AT = C_IN_AT + 1
 PHI_AT = WEIGHTS_AT + layout.RAWS
 assert PHI_AT < NUMBERS
 
-BLOCK, WARPS = 2048, 8  # 8 elements per thread
-SPAN = 1 << 16  # most elements that one program reduces
+WARPS = 8
+BLOCK = elements(WARPS)
+MOST_PARTS = 1024  # of a sample: 8 programs for each SM of a large GPU, and 4 parts for each thread that adds them up
+SHORT = 4096  # most elements of a quantile in one launch
 PARTS = 8  # float64 numbers that a part leaves
 # Columns of what a split quantile keeps of a sample between its passes, after 256 counts: see `digit_kernel`.
 LARGER_AT, RANK_AT, FOUND_AT, SAME_AT, DIGITS = 256, 257, 258, 259, 260
@@ -41,20 +43,25 @@ _LARGER_AT, _RANK_AT, _FOUND_AT, _SAME_AT = (tl.constexpr(i) for i in (LARGER_AT
 
 
 @triton.jit
-def _merge(count, mean, square, other_count, other_mean, other_square):
-    """Merge two sets' counts, means and sums of squares around the mean (Chan, Golub and LeVeque 1979), in float64."""
-    total = count + other_count
-    delta = other_mean - mean
-    share = other_count / total
-    return total, mean + delta * share, square + other_square + delta * delta * count * share
+def _welford(mean, square, v, inside, steps):
+    """Take in one more value per lane (Welford 1962): the means, and the sums of squares around them."""
+    delta = v - mean
+    mean = tl.where(inside, mean + delta / steps, mean)
+    return mean, tl.where(inside, square + delta * (v - mean), square)
 
 
 @triton.jit
-def _spread(v, inside, count):
-    """Mean of a block's `count` values and sum of squares around it, float64 scalars."""
-    mean = tl.sum(tl.where(inside, v, 0.0)) / count
-    d = tl.where(inside, v - mean, 0.0)
-    return mean.to(tl.float64), tl.sum(d * d).to(tl.float64)
+def _part(ptr, used):
+    """A number of each part, which another program wrote in this launch."""
+    return tl.load(ptr, mask=used, other=0.0, volatile=True)
+
+
+@triton.jit
+def _merge(counts, means, squares):
+    """The mean of all sets and the sum of squares around it (Chan, Golub and LeVeque 1979), scalars."""
+    mean = tl.sum(counts * means) / tl.sum(counts)
+    d = means - mean
+    return mean, tl.sum(squares + counts * d * d)
 
 
 @triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["counter"])
@@ -69,6 +76,7 @@ def rescale_kernel(
     span,  # elements of a part
     counter_step, rows,  # as in `triton_step.run_kernel`
     row_step,  # 0 for one row, 1 for one per sample
+    LANES: tl.constexpr,  # a power of two, at least parts
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b, :4] = p with its raw columns times phi std(conditional) / std(guided) + 1 - phi. Grid: (B, parts)."""
@@ -79,8 +87,8 @@ def rescale_kernel(
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    zero = tl.full((), 0.0, tl.float64)
-    count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
+    zero = tl.zeros([BLOCK], tl.float32)
+    mean, square, mean_c, square_c, counts, steps = zero, zero, zero, zero, zero, 0.0
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
@@ -90,32 +98,28 @@ def rescale_kernel(
         guided, conditional = g1 * y1 + g2 * y2, y2
         if y3 is not None:
             guided, conditional = guided + g3 * y3, y3
-        size = tl.minimum(end - start, BLOCK)
-        block_mean, block_square = _spread(guided, inside, size.to(tl.float32))
-        block_mean_c, block_square_c = _spread(conditional, inside, size.to(tl.float32))
-        _, mean_c, square_c = _merge(count, mean_c, square_c, size.to(tl.float64), block_mean_c, block_square_c)
-        count, mean, square = _merge(count, mean, square, size.to(tl.float64), block_mean, block_square)
+        steps += 1.0
+        mean, square = _welford(mean, square, guided, inside, steps)
+        mean_c, square_c = _welford(mean_c, square_c, conditional, inside, steps)
+        counts += inside.to(tl.float32)
+    mean_all, square_all = _merge(counts, mean, square)
+    mean_all_c, square_all_c = _merge(counts, mean_c, square_c)
     sums = partial + (b * parts + part) * _PARTS
-    tl.store(sums, count)
-    tl.store(sums + 1, mean)
-    tl.store(sums + 2, square)
-    tl.store(sums + 3, mean_c)
-    tl.store(sums + 4, square_c)
+    tl.store(sums, mean_all.to(tl.float64))
+    tl.store(sums + 1, square_all.to(tl.float64))
+    tl.store(sums + 2, mean_all_c.to(tl.float64))
+    tl.store(sums + 3, square_all_c.to(tl.float64))
     if _is_last(arrivals + b, parts):
-        count, mean, square, mean_c, square_c = zero, zero, zero, zero, zero
-        for j in range(parts):
-            sums = partial + (b * parts + j) * _PARTS
-            size = tl.load(sums, volatile=True)
-            _, mean_c, square_c = _merge(
-                count, mean_c, square_c, size, tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True)
-            )
-            count, mean, square = _merge(
-                count, mean, square, size, tl.load(sums + 1, volatile=True), tl.load(sums + 2, volatile=True)
-            )
+        j = tl.arange(0, LANES)
+        used = j < parts
+        left = partial + (b * parts + j) * _PARTS
+        sizes = tl.where(used, tl.minimum(span, n - j.to(tl.int64) * span), 0).to(tl.float64)
+        _, square_sum = _merge(sizes, _part(left, used), _part(left + 1, used))
+        _, square_sum_c = _merge(sizes, _part(left + 2, used), _part(left + 3, used))
         phi = tl.load(table + _PHI_AT).to(tl.float64)
         # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
-        flat = square == 0.0
-        ratio = tl.sqrt(square_c / tl.where(flat, 1.0, square))
+        flat = square_sum == 0.0
+        ratio = tl.sqrt(square_sum_c / tl.where(flat, 1.0, square_sum))
         factor = tl.where(flat, 1.0, phi * ratio + (1.0 - phi)).to(tl.float32)
         tl.store(out + b * 8, tl.load(table + _P_AT))
         for j in tl.static_range(1, 4):
@@ -307,6 +311,7 @@ def error_kernel(
     n,  # elements of a sample
     span,  # elements of a part
     rtol, atol,  # (1,) float64: tolerances
+    LANES: tl.constexpr,  # a power of two, at least parts
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)). Grid: (B, parts)."""
@@ -314,22 +319,21 @@ def error_kernel(
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    total = tl.full((), 0.0, tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    relative, least = tl.load(rtol), tl.load(atol)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
         e, y = _read(error, at, lane, inside), _read(low, at, lane, inside)
-        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * tl.load(rtol)
-        delta = tl.maximum(delta, tl.load(atol))
+        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * relative
+        delta = tl.maximum(delta, least)
         # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
         share = tl.where(e == 0.0, 0.0, e / tl.where(e == 0.0, 1.0, delta))
-        total += tl.sum(share * share).to(tl.float64)
-    tl.store(partial + (b * parts + part) * _PARTS, total)
+        total += share * share
+    tl.store(partial + (b * parts + part) * _PARTS, tl.sum(total))
     if _is_last(arrivals + b, parts):
-        total = tl.full((), 0.0, tl.float64)
-        for j in range(parts):
-            total += tl.load(partial + (b * parts + j) * _PARTS, volatile=True)
-        tl.store(out + b, tl.sqrt(total / n))
+        j = tl.arange(0, LANES)
+        tl.store(out + b, tl.sqrt(tl.sum(_part(partial + (b * parts + j) * _PARTS, j < parts)) / n))
 
 
 class Scratch(NamedTuple):
@@ -342,7 +346,8 @@ class Scratch(NamedTuple):
     @classmethod
     def of(cls, samples: int, n: int, device: torch.device | str) -> Scratch:
         """Scratch for (samples, n) on `device`."""
-        parts = triton.cdiv(n, SPAN)
+        parts = min(triton.cdiv(n, BLOCK), MOST_PARTS)
+        parts = triton.cdiv(n, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK)  # none is empty
         return cls(
             torch.zeros((samples, parts, PARTS), dtype=torch.float64, device=device),
             torch.zeros(samples, dtype=torch.int32, device=device),
@@ -350,10 +355,10 @@ class Scratch(NamedTuple):
         )
 
 
-def _span(scratch: Scratch, n: int) -> tuple[int, int]:
-    """Parts of a sample, and elements of a part, a multiple of BLOCK."""
+def _span(scratch: Scratch, n: int) -> tuple[int, int, int]:
+    """Parts of a sample, elements of a part, a multiple of BLOCK, and the lanes that add up the parts."""
     parts = scratch.partial.shape[1]
-    return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
+    return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK, triton.next_power_of_2(parts)
 
 
 def _each(counter: Tensor | None) -> int:
@@ -377,11 +382,11 @@ def guidance_scale(
     raws  two or three, the conditional one last
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
-    parts, span = _span(scratch, n)
+    parts, span, lanes = _span(scratch, n)
     with guard(out):
         rescale_kernel[(samples, parts)](
             numbers, stage, counter, *_padded(raws, layout.RAWS), out, scratch.partial, scratch.arrivals, n, span,
-            _each(counter), rows, int(rows > 1), BLOCK, num_warps=WARPS,
+            _each(counter), rows, int(rows > 1), lanes, BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 
@@ -405,11 +410,11 @@ def threshold(
     rescaled  whether p is out[:, :4], which `guidance_scale` wrote, or the stage's own
     """
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), numbers.shape[1]
-    parts, span = _span(scratch, n)
+    parts, span, _ = _span(scratch, n)
     sources = numbers, indices, stage, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
     steps = _each(counter), rows, int(rows > 1), indices.shape[-1], rescaled
     with guard(out):
-        if parts == 1:
+        if n <= SHORT:
             threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
             return
         for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
@@ -436,9 +441,10 @@ def error_norm(
     samples, n = error.shape[0], math.prod(error.shape[1:])
     out = torch.empty(samples, dtype=torch.float64, device=error.device)
     scratch = scratch or Scratch.of(samples, n, error.device)
-    parts, span = _span(scratch, n)
+    parts, span, lanes = _span(scratch, n)
     with guard(out):
         error_kernel[(samples, parts)](
-            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, BLOCK, num_warps=WARPS
-        )
+            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, lanes, BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
     return out

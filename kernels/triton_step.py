@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
-from fewstep.kernels.triton_noise import Kernel, guard, normals, quads, times
+from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, normals, quads, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
@@ -352,20 +352,15 @@ def run_kernel(
 
 # --- launches ---
 
-# (elements, warps) of a program: 8 elements per thread, one 128-bit access for 16-bit tensors and two for float32.
-# With 128 threads (256 on GPUs with wavefronts of 64) and 32 registers each, 16 programs fit an SM, and 16 thousand
-# elements still occupy 16 SMs. Derived, not measured.
-BLOCKS = {"cuda": (1024, 4), "hip": (2048, 4)}
-
 
 def block() -> tuple[int, int]:
-    """Elements and warps of a program on this machine's GPU."""
-    return BLOCKS["hip" if torch.version.hip else "cuda"]
+    """Elements and warps of a program."""
+    return elements(WARPS), WARPS
 
 
-def grid(samples: int, n: int, elements: int) -> tuple[int]:
-    """Programs of `elements` elements over (samples, n): none spans two samples."""
-    return (samples * triton.cdiv(n, elements),)
+def grid(samples: int, n: int, width: int) -> tuple[int]:
+    """Programs of `width` elements over (samples, n): none spans two samples."""
+    return (samples * triton.cdiv(n, width),)
 
 
 def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
@@ -401,11 +396,11 @@ def stage(
     size, steps = samples * n, (_step(w), _step(p), _step(limit), _step(c_in))
     if not any(steps):
         samples, n = 1, size  # nothing differs between samples
-    elements, warps = block()
+    width, warps = block()
     with guard(outputs[0]):
-        (kernel or stage_kernel)[grid(samples, n, elements)](
+        (kernel or stage_kernel)[grid(samples, n, width)](
             *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
-            *_padded(outputs, layout.OUTPUTS), x_in, n, size, *steps, copies, elements, num_warps=warps,
+            *_padded(outputs, layout.OUTPUTS), x_in, n, size, *steps, copies, width, num_warps=warps,
         )  # fmt: skip
 
 
@@ -428,9 +423,9 @@ class Clock(NamedTuple):
     arrivals: Tensor | None = None  # like moved, zeros
 
 
-def pack(samples: int, n: int, elements: int) -> int:
-    """How many samples that share a table a program of `elements` elements holds: whole ones, each of whole quads."""
-    return max(1, min(elements // max(4, triton.next_power_of_2(n)), triton.next_power_of_2(samples)))
+def pack(samples: int, n: int, width: int) -> int:
+    """How many samples that share a table a program of `width` elements holds: whole ones, each of whole quads."""
+    return max(1, min(width // max(4, triton.next_power_of_2(n)), triton.next_power_of_2(samples)))
 
 
 def run(
@@ -452,22 +447,22 @@ def run(
 ) -> None:
     """One stage of a run, the one that `counter` names, or else `stage`: see `run_kernel` for shapes and dtypes."""
     _, samples, n = state.shape
-    elements, warps = block()
+    width, warps = block()
     rows = numbers.shape[1]
     drawn = structure.noise and z is None
     times, t, moved, arrivals = clock or (None, None, None, None)
     units, length, together = samples, n, 1
     if rows == 1 and own_p is None and own_limit is None:
         if drawn:
-            together = pack(samples, n, elements)
+            together = pack(samples, n, width)
         else:
             units, length = 1, samples * n  # nothing differs between samples
-    programs = grid(units, length, elements) if together == 1 else (triton.cdiv(samples, together),)
+    programs = grid(units, length, width) if together == 1 else (triton.cdiv(samples, together),)
     with guard(state):
         run_kernel[programs](
             state, numbers, indices, times, stage, counter, moved, arrivals, streams if drawn else None,
             *_padded(raws, layout.RAWS), z, own_p, own_limit, x_in, t, length, samples * n, samples,
             int(counter is not None and len(counter) > 1), rows, len(numbers) - 1,
             structure.slots, structure.outputs, copies, structure.predict, structure.clip, rows == 1, together,
-            elements, num_warps=warps,
+            width, num_warps=warps,
         )  # fmt: skip

@@ -34,6 +34,11 @@ TARGETS = {
 SIZES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
+def width(target: str, warps: int = triton_noise.WARPS) -> int:
+    """Elements of a program: what the kernels launch on the target."""
+    return triton_noise.elements(warps, TARGETS[target].warp_size)
+
+
 class Variant(NamedTuple):
     structure: triton_step.Structure
     raws: int
@@ -80,7 +85,7 @@ def compiled(
     even = {"n", "size", "copy", "span"} - constants.keys()
     aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in even]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    warps = warps or triton_step.BLOCKS[TARGETS[target].backend][1]
+    warps = warps or triton_noise.WARPS
     return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": fusion})
 
 
@@ -100,7 +105,7 @@ def run_kernel(v: Variant, target: str, *, fusion: bool = True) -> Any:
         "streams": "*i64" if s.noise else None, **raws, "z": None, "own_p": None, "own_limit": None,
         "x_in": f"*{v.model}", "t": "*fp32", "n": "i32", "size": "i32", "samples": "i32", "counter_step": "i32",
         "rows": 1, "last": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict,
-        "CLIP": s.clip, "SHARED": True, "PACK": 1, "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0],
+        "CLIP": s.clip, "SHARED": True, "PACK": 1, "BLOCK": width(target),
     }  # fmt: skip
     return compiled(triton_step.run_kernel, ordered(triton_step.run_kernel, given), target, fusion=fusion)
 
@@ -116,7 +121,7 @@ def traffic(v: Variant, per_thread: int = 8) -> tuple[int, int]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_live_tensor_moves_once_by_128_bits(name: str, target: str) -> None:
     v = VARIANTS[name]
-    block, warps = triton_step.BLOCKS[TARGETS[target].backend]
+    block, warps = width(target), triton_noise.WARPS
     assert block // (warps * TARGETS[target].warp_size) == 8  # elements a thread, as `traffic` has it
     found = run_kernel(v, target)
     if target == "gfx942":
@@ -211,7 +216,7 @@ NOISE = {"out": "*fp32", "streams": "*i64", "scale": None, "draw": "i32", "n": "
 
 
 def noise_kernel(target: str, *, fusion: bool = True) -> Any:
-    block = triton_step.BLOCKS[TARGETS[target].backend][0]
+    block = width(target)
     return compiled(triton_noise.normals_kernel, NOISE | {"BLOCK": block}, target, fusion=fusion)
 
 
@@ -240,7 +245,7 @@ SPLIT = TABLES | RAWS | STEPS | {
 }  # fmt: skip
 REDUCTIONS = {
     "guidance rescale": (triton_reduce.rescale_kernel, TABLES | RAWS | {"out": "*fp32"} | PARTIAL | STEPS | {
-        "n": "i32", "span": "i32"}, 2),
+        "n": "i32", "span": "i32", "LANES": 32}, 2),
     "dynamic threshold": (triton_reduce.threshold_kernel, TABLES | RAWS | STEPS | {
         "indices": "*i32", "state": "*fp32", "size": "i32", "out": "*fp32", "settings": "*fp64", "n": "i32",
         "INDICES": triton_step.INDICES, "RESCALED": True}, 5 * 4),
@@ -248,7 +253,7 @@ REDUCTIONS = {
     "dynamic threshold, split, last pass": (triton_reduce.digit_kernel, SPLIT | {"LAST": True}, 4),
     "error norm": (triton_reduce.error_kernel, {
         "error": "*fp32", "low": "*fp32", "before": "*fp32", "out": "*fp64", "n": "i32", "span": "i32", "rtol": "*fp64",
-        "atol": "*fp64"} | PARTIAL, 3 * 2),
+        "atol": "*fp64", "LANES": 32} | PARTIAL, 3 * 2),
 }  # fmt: skip
 
 
@@ -257,7 +262,7 @@ REDUCTIONS = {
 def test_reductions_read_by_128_bits_and_spill_nothing(name: str, target: str) -> None:
     """The last number of a row: 128-bit loads of a thread's 8 elements, over all passes."""
     kernel, signature, loads = REDUCTIONS[name]
-    block = triton_reduce.BLOCK * TARGETS[target].warp_size // 32
+    block = width(target, triton_reduce.WARPS)
     found = compiled(kernel, ordered(kernel, signature | {"BLOCK": block}), target, warps=triton_reduce.WARPS)
     if target == "gfx942":
         spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
@@ -289,7 +294,7 @@ TRAINING = {
 def test_training_kernels_move_by_128_bits_and_spill_nothing(name: str, target: str) -> None:
     """The last numbers of a row: 128-bit loads and stores of a thread's 8 elements, over all passes."""
     kernel, signature, loads, stores = TRAINING[name]
-    block = triton_train.BLOCK * TARGETS[target].warp_size // 32
+    block = width(target, triton_train.WARPS)
     found = compiled(kernel, ordered(kernel, signature | {"BLOCK": block}), target, warps=triton_train.WARPS)
     if target == "gfx942":
         spills = [int(n) for n in re.findall(r"gpr_spill_count:\s*(\d+)", found.asm["amdgcn"])]
@@ -308,7 +313,7 @@ def stage_kernel(target: str, *, fusion: bool = True) -> Any:
     given |= dict.fromkeys(["s0", "s1", "s2", "o0", "o1", "o2", "w", "p", "limit", "c_in", "z"], "*fp32")
     given |= dict.fromkeys(["r1", "r2", "x_in"], "*bf16")
     given |= dict.fromkeys(["n", "copy", "w_step", "p_step", "limit_step", "c_step"], "i32")
-    given |= {"COPIES": 2, "BLOCK": triton_step.BLOCKS[TARGETS[target].backend][0]}
+    given |= {"COPIES": 2, "BLOCK": width(target)}
     return compiled(triton_step.stage_kernel, given, target, fusion=fusion)
 
 
