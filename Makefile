@@ -33,7 +33,7 @@ $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
-		torch==2.11.0 triton==3.6.0 numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
 	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -424,7 +424,9 @@ class Clock(NamedTuple):
 
 def pack(samples: int, n: int, width: int) -> int:
     """How many samples that share a table a program of `width` elements holds: whole ones, each of whole quads."""
-    return max(1, min(width // max(4, triton.next_power_of_2(n)), triton.next_power_of_2(samples)))
+    widest: int = max(4, triton.next_power_of_2(n))
+    most: int = min(width // widest, triton.next_power_of_2(samples))
+    return max(1, most)
 
 
 def run(

@@ -178,7 +178,9 @@ def test_a_compiler_sees_the_kernels_of_a_gpu(draw):
     assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
     noise, stage = (node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target))
     elements, warps = triton_step.block()
-    assert kernel_side_table.get_kernel(noise["kernel_idx"]) is triton_noise.normals_kernel
+    drawn = kernel_side_table.get_kernel(noise["kernel_idx"])
+    assert drawn.fn is triton_noise.normals_kernel
+    assert [(config.kwargs, config.num_warps) for config in drawn.configs] == [({}, triton_noise.WARPS)]
     assert noise["grid"] == [(2 * -(-4800 // 1024), 1, 1)]
     assert noise["tensors_to_clone"] == ["out"]
     assert {k: noise["kwargs"][k] for k in ("draw", "n", "domain")} == {"draw": draw, "n": 4800, "domain": philox.STEP}
