@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -22,8 +22,24 @@ demo: setup      ## sample digits from the trained network with several solvers,
 	$(BIN)/fewstep compare --model digits --plot compare.png
 	$(BIN)/fewstep sample --model digits --solver dpmpp_2m --steps 15 --guidance 2 --seed 0 --n 60 --out digits.png
 
-test: setup      ## every test
+test: setup      ## every test; those of the GPU kernels also with the lowest torch and triton
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-lowest
+
+# torch 2.11 comes as its CUDA build: 5 GB on disk, three minutes to install, and as many to run.
+LOWEST := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.installed
+$(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
+		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
+	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
+		tests/test_triton_launches.py tests/test_inductor.py tests/test_torch_ops.py
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
@@ -77,4 +93,4 @@ tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tu
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
 clean:           ## remove the environment and caches
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -148,13 +148,12 @@ def test_a_large_stage_beside_a_copy(name: str, dtype: str, guided: bool, rows: 
     table = run.job.tables[k]
     branches, copies = run.variant(k)
     raws = [torch.randn(LARGE, device="cuda", dtype=getattr(torch, dtype)) for _ in branches]
-    run.counter.fill_(k + 1)
     slots = sum(b is not None for b in table.slots)
     moved = (4 * (slots + len(table.writes)) + SIZES[dtype] * (len(branches) + copies)) * math.prod(LARGE)
     source = torch.ones(moved // 8, device="cuda")
     target = torch.empty_like(source)
     ours, copy = turns([
-        lambda: microseconds(lambda: run._stage(raws, copies), 5),
+        lambda: microseconds(lambda: run._stage(raws, copies, row=k + 1), 5),
         lambda: microseconds(lambda: target.copy_(source), 5),
     ])  # fmt: skip
     kind = "guided" if guided else "plain"
@@ -184,9 +183,8 @@ def test_a_small_stage_beside_an_empty_node(name: str, rows: Rows) -> None:
     run = made._now.idle[False][0].run
     branches, copies = run.variant(4)
     raws = [torch.randn(SMALL, device="cuda", dtype=torch.float16) for _ in branches]
-    run.counter.fill_(5)
     nodes = 200
-    stage = graph_of(lambda: run._stage(raws, copies), nodes)
+    stage = graph_of(lambda: run._stage(raws, copies, row=5), nodes)
     nothing = triton.jit(_nothing)
     empty = graph_of(lambda: nothing[(1,)](run.counter), nodes)
     ours, floor = turns([lambda: microseconds(stage.replay) / nodes, lambda: microseconds(empty.replay) / nodes])

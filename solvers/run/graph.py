@@ -117,14 +117,13 @@ class Graphs:
             call = edited.call(call)
             edited.start()
         for k in range(run.calls):
-            stage = min(k, last)  # table rows beyond the plan's stages write nothing
-            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
+            run.advance(k, call(run.job.tables[min(k, last)].branches, *run.model_input(k)))
             if edited is not None and k <= last:
                 edited.after(k)
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()
-        run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
+        run.advance_by_counter(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
     def _recorded(self, what: Hashable, body: Callable[[], None], of: str = "the model") -> None:
         key = self._structure, what
@@ -143,7 +142,6 @@ class Graphs:
         side.wait_stream(here)
         with cuda.stream(side):
             for _ in range(WARM_UPS):
-                run.counter.zero_()  # or the stages would read past the end of the tables
                 body()
         here.wait_stream(side)
         self._pool = self._pool or cuda.graph_pool_handle()

@@ -27,8 +27,7 @@ from fewstep.solvers.run import sampler as sampler_module
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
 KERNELS = [
-    (triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel"),
-    (triton_reduce, "blend_kernel"),
+    (triton_step, "run_kernel"), (triton_noise, "normals_kernel"), (triton_reduce, "blend_kernel"),
 ]  # fmt: skip
 
 
