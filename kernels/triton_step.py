@@ -37,6 +37,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
+from fewstep.kernels.triton_launch import launch
 from fewstep.kernels.triton_noise import Kernel, guard, normals, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
@@ -316,7 +317,7 @@ def block() -> tuple[int, int]:
 
 def grid(samples: int, n: int, elements: int) -> tuple[int]:
     """Programs of `elements` elements over (samples, n): none spans two samples."""
-    return (samples * triton.cdiv(n, elements),)
+    return (samples * -(-n // elements),)
 
 
 def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
@@ -389,7 +390,8 @@ def run(
     rows = numbers.shape[1]
     drawn = structure.noise and z is None
     with guard(state):
-        run_kernel[grid(samples, n, elements)](
+        launch(
+            run_kernel, grid(samples, n, elements),
             state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z,
             own_p, own_limit, x_in, n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
             structure.slots, structure.outputs, copies, structure.predict, structure.clip, elements,
@@ -401,7 +403,8 @@ def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
     """Move each counter to its next stage and write the times of these stages to t: see `tick_kernel`."""
     rows = times.shape[1]
     with guard(t):
-        tick_kernel[(1,)](
+        launch(
+            tick_kernel, (1,),
             counter, times, t, len(t), samples, len(times) - 1, int(len(counter) > 1), rows, int(rows > 1),
             triton.next_power_of_2(len(t)), num_warps=1,
         )  # fmt: skip

@@ -3,25 +3,29 @@
     "loop"  the latent's draw, every denoiser call and every stage in one graph: one launch per sample
     "step"  one denoiser call and its stage: one launch per call, so that callbacks can run in between
 
-A graph depends on structure only: the branches called, the shapes and dtypes of the conditions, and the values of
-conditions that are not tensors. Schedules, seeds, guidance scales and the contents of tensors are in device memory that
-later calls overwrite. A run keeps its `LIMIT` most recently used graphs; an older one is freed, and recorded again when
-it is needed. All graphs of a run share one memory pool, because no two of them run at once.
+A graph depends on structure only: the branches called, the shapes and dtypes of the conditions, the values of
+conditions that are not tensors, and autocast's state. Schedules, seeds, guidance scales and the contents of tensors are
+in device memory that later calls overwrite. A run keeps its `LIMIT` most recently used graphs; an older one is freed,
+and recorded again when it is needed. All graphs of a run share one memory pool, because no two of them run at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+import time
 import traceback
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.denoising import Cond, Condition
+from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.run.gpu import TritonRun
 
 if TYPE_CHECKING:
@@ -30,16 +34,33 @@ if TYPE_CHECKING:
 MODES = ("auto", "off", "step", "loop")
 
 LIMIT = 8
-WARM_UPS = 3  # calls before recording, in which libraries choose algorithms, allocators grow and compilers run
+LONG_CALL = 1e-3  # seconds: a longer denoiser call hides the launch of its own graph, so "auto" records no loop of it
 
 ADVICE = (
     "a captured model may not synchronise with the GPU (.item(), .cpu(), print, an `if` on a tensor), and may not "
     "compute on the CPU or on another stream: remove that from the model, or use graph='off'"
 )
 
+# torch records one graph at a time in a process. A network may hold graphs of its own, which it records while it is
+# called here: the lock admits its own thread again.
+_RECORDING = threading.RLock()
+
+# Failed captures of torch before 2.12: the allocator of pinned memory holds on to them.
+_BROKEN: list[object] = []
+
+_WAITED = "called a synchronizing CUDA operation"  # torch's warning
+
 
 class CaptureError(RuntimeError):
     """The model cannot be recorded; the message names the line at fault, and what to do."""
+
+
+class Recorded(NamedTuple):
+    """The graphs that a sampler holds: how many, the seconds that recording took, and the bytes of their memory."""
+
+    graphs: int
+    seconds: float
+    nbytes: int
 
 
 def capture_api(frame: Frame) -> ModuleType | None:
@@ -47,34 +68,261 @@ def capture_api(frame: Frame) -> ModuleType | None:
     return frame.torch.cuda if isinstance(frame, TorchFrame) and frame.device.startswith("cuda") else None
 
 
+class Recorder:
+    """Records work on one device as CUDA graphs that share a memory pool: no two of them may run at once.
+
+    cuda    `torch.cuda`
+    device  the device of the work
+    """
+
+    def __init__(self, cuda: ModuleType, device: torch.device | str) -> None:
+        self.cuda, self.device = cuda, device
+        self._side: torch.cuda.Stream | None = None
+        self._pool: tuple[int, int] | None = None
+
+    def warm(self, body: Callable[[], object]) -> float:
+        """Run the work twice before it is recorded. Returns the seconds of the second time.
+
+        In the first run libraries choose algorithms, allocators grow and compilers run. The second must not wait for
+        the device: a capture would fail.
+
+        Raises CaptureError if it waits.
+        """
+        with _RECORDING, _uncached_autocast(), self._aside():
+            body()
+            begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            try:
+                with _no_waits(self.cuda):
+                    body()
+            except _WaitError as error:
+                raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error
+            end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """Record the work, which `warm` has run.
+
+        Raises CaptureError if it fails. Unlike `torch.cuda.graph`, this neither waits for the device nor empties the
+        allocator's cache, which would disturb other threads.
+        """
+        with _RECORDING, _uncached_autocast(), self._aside():
+            self._pool = self._pool or self.cuda.graph_pool_handle()
+            graph: torch.cuda.CUDAGraph = self.cuda.CUDAGraph()
+            try:
+                # thread_local: work of other threads on the device does not break the capture.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    body()
+                finally:
+                    graph.capture_end()
+            except BaseException as error:
+                self._recover(graph)
+                if not isinstance(error, Exception):
+                    raise
+                raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error
+        return graph
+
+    def forget(self) -> None:
+        """All graphs were freed: the next is recorded in a new pool, because torch does not reopen an empty one."""
+        self._pool = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory that the graphs keep."""
+        if self._pool is None:
+            return 0
+        segments = self.cuda.memory_snapshot(self._pool, include_traces=False)
+        return sum(int(segment["total_size"]) for segment in segments)
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """A stream of this recorder's own, in the order of the current one's work."""
+        here = self.cuda.current_stream(self.device)
+        # One stream for all graphs: a memory pool is divided by stream.
+        side = self._side = self._side or self.cuda.Stream(self.device)
+        side.wait_stream(here)
+        try:
+            with self.cuda.stream(side):
+                yield
+        finally:
+            here.wait_stream(side)
+
+    def _recover(self, failed: object) -> None:
+        """End what a failed capture leaves open.
+
+        In torch before 2.12 `capture_end` raises before it tells the allocator: all later allocations would go through
+        the dead graph's filter, `empty_cache` would raise, and so would `torch.randn`, because the random generator
+        waits for the capture's end as well. The next successful capture closes the generator's state.
+        """
+        import torch
+
+        pool, self._pool = self._pool, None
+        index = torch.device(self.device).index or 0
+        try:
+            torch._C._cuda_endAllocateToPool(index, pool)
+        except RuntimeError:  # torch has done it
+            return
+        _BROKEN.append(failed)
+        torch._C._cuda_releasePool(index, pool)
+        one = torch.zeros(1, device=self.device)
+        graph = self.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        one.zero_()
+        graph.capture_end()
+        graph.reset()
+
+
+class _WaitError(RuntimeError):
+    pass
+
+
+@contextlib.contextmanager
+def _no_waits(cuda: ModuleType) -> Iterator[None]:
+    """Raise _WaitError where this thread waits for the device.
+
+    torch's debug mode holds for the whole process, and its mode "error" would raise in other threads, which may wait.
+    So it only warns, and this thread's warning becomes an error; the others' are dropped.
+    """
+    thread, mode = threading.get_ident(), cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=_WAITED)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, *where: object) -> None:
+            if _WAITED not in str(message):
+                others(message, *where)  # type: ignore[arg-type]
+            elif threading.get_ident() == thread:
+                raise _WaitError(_WAITED)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            cuda.set_sync_debug_mode(mode)
+
+
+@contextlib.contextmanager
+def _uncached_autocast() -> Iterator[None]:
+    """Switch autocast's cache of weights off, and empty it before and after.
+
+    Casts made before a recording are freed when the user leaves autocast, but the graph would go on reading them; casts
+    made while recording are not computed, but later calls would read them.
+    """
+    import torch
+
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cached)
+
+
+def settings(device: str) -> Hashable:
+    """What of torch's state in this thread a recorded call depends on: autocast, and inference mode."""
+    import torch
+
+    cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return cast, torch.is_inference_mode_enabled()
+
+
+class Weights:
+    """The addresses of a model's parameters and buffers, which a graph holds fixed.
+
+    A model's own modules are found where it is one, is a method of one, or holds one in its attributes or its closure.
+    """
+
+    def __init__(self, model: object) -> None:
+        self._places = [
+            (held, name)
+            for network in dict.fromkeys(_networks(model))
+            for module in network.modules()
+            for held in (module._parameters, module._buffers)
+            for name, value in held.items()
+            if value is not None
+        ]
+        self._addresses = self._now()
+
+    def _now(self) -> list[int]:
+        return [held[name].data_ptr() for held, name in self._places]  # type: ignore[union-attr]
+
+    def moved(self) -> bool:
+        """Whether one has other memory than when this was made. About 70 ns per tensor."""
+        try:
+            return self._now() != self._addresses
+        except (KeyError, AttributeError):  # it was removed, or is None now
+            return True
+
+
+def _networks(model: object) -> Iterator[torch.nn.Module]:
+    import torch
+
+    cells = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
+    own = (getattr(model, name, None) for name in ("__self__", "func"))
+    for value in (model, *own, *getattr(model, "__dict__", {}).values(), *cells):
+        if isinstance(value, torch.nn.Module):
+            yield value
+
+
 class Graphs:
     """The recorded graphs of one run, and the static copies of the conditions that the graphs read."""
 
     def __init__(self, run: TritonRun, cuda: ModuleType) -> None:
-        self.run, self.cuda = run, cuda
+        self.run = run
+        self.recorder = Recorder(cuda, run.frame.device)
+        self.seconds = 0.0  # that recording took, with the warm-up
+        self.generation = 0  # see `GraphMode`
         self._graphs: OrderedDict[tuple[Hashable, Hashable], torch.cuda.CUDAGraph] = OrderedDict()
         self._conditions: OrderedDict[Hashable, list[Cond]] = OrderedDict()
         self._structure: Hashable = None
-        self._side: torch.cuda.Stream | None = None
-        self._pool: object = None
+        self._warm: dict[tuple[Hashable, Hashable], float] = {}  # seconds of a call and its stage, by variant
+        self._weights: Weights | None = None
 
-    def prepare(self, mode: str, cond: Condition, drawn: bool) -> None:
-        """Copy the conditions, and record what `loop` or `step` will replay. Call it before `load`: it uses the run.
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def take(self, cond: Condition) -> None:
+        """Copy a call's conditions, and forget the graphs of parameters that have moved. Call it before `load`.
 
         Raises CaptureError if the model cannot be recorded.
         """
-        job = self.run.job
-        if job.denoiser.variance is not None:
+        denoiser = self.run.job.denoiser
+        if isinstance(denoiser.model, InLibrary):
+            raise CaptureError(
+                "a network of another array library takes memory of its own, which nobody keeps for a graph: use "
+                "graph='off'"
+            )
+        if denoiser.variance is not None:
             raise CaptureError(
                 "a network that predicts its variance scales the noise of each stage by a different number, which a "
                 "graph would fix: use graph='off'"
             )
         self.run.claim()
+        if self._weights is not None and self._weights.moved():
+            self.close()
         self._take(cond)
+
+    def long_calls(self) -> bool:
+        """Whether a denoiser call takes longer than LONG_CALL, measured once for each structure.
+
+        Raises CaptureError if the model waits for the device.
+        """
+        return max(self._warmed(k) for k in self.run.job.kinds.values()) > LONG_CALL
+
+    def prepare(self, mode: str, drawn: bool) -> None:
+        """Record what `loop` or `step` will replay, after `take`. Call it before `load`: it uses the run.
+
+        Raises CaptureError if the model cannot be recorded.
+        """
         if mode == "loop":
             self._recorded((drawn, "loop"), lambda: self._whole(drawn))
         else:
-            for k, variant in enumerate(map(self.run.variant, range(len(job.tables)))):
+            for variant, k in self.run.job.kinds.items():
                 self._recorded(variant, functools.partial(self._stage, k))
 
     def loop(self, drawn: bool) -> None:
@@ -91,6 +339,9 @@ class Graphs:
             graph.reset()
         self._graphs.clear()
         self._conditions.clear()
+        self._warm.clear()
+        self._weights = None
+        self.recorder.forget()
 
     # --- what is recorded ---
 
@@ -110,39 +361,36 @@ class Graphs:
         run, call = self.run, self._call()
         run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
+    def _warmed(self, k: int) -> float:
+        """The seconds of stage k with its call, which has run before: see `Recorder.warm`."""
+        key = self._structure, self.run.variant(k)
+        if key not in self._warm:
+
+            def body() -> None:
+                self.run.start(drawn=True)  # the counter at the first row: further stages would leave the tables
+                self._stage(k)
+
+            started = time.perf_counter()
+            self._warm[key] = self.recorder.warm(body)
+            self.seconds += time.perf_counter() - started
+        return self._warm[key]
+
     def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
         key = self._structure, what
         if key not in self._graphs:
-            self._graphs[key] = self._record(body)
+            for k in self.run.job.kinds.values():
+                self._warmed(k)
+            # A model may move its parameters in its first call: look after the warm-up.
+            self._weights = self._weights or Weights(self.run.job.denoiser.model)
+            if not self._graphs:
+                self.recorder.forget()
+            started = time.perf_counter()
+            self._graphs[key] = self.recorder.record(body)
+            self.seconds += time.perf_counter() - started
         self._graphs.move_to_end(key)
-        # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonRun.variant`.
+        # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonJob.kinds`.
         while len(self._graphs) > LIMIT:
             self._graphs.popitem(last=False)[1].reset()
-
-    def _record(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        cuda, run = self.cuda, self.run
-        here = cuda.current_stream(run.frame.device)
-        # One stream for all graphs of a run: a memory pool is divided by stream.
-        side = self._side = self._side or cuda.Stream(run.frame.device)
-        side.wait_stream(here)
-        with cuda.stream(side):
-            for _ in range(WARM_UPS):
-                run.counter.zero_()  # or the stages would read past the end of the tables
-                body()
-        here.wait_stream(side)
-        self._pool = self._pool or cuda.graph_pool_handle()
-        graph: torch.cuda.CUDAGraph = cuda.CUDAGraph()
-        try:
-            # thread_local: work of other threads on the device does not break the capture. The outer context restores
-            # the stream, because a failed capture leaves its own stream current.
-            with (
-                cuda.stream(here),
-                cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"),
-            ):
-                body()
-        except Exception as error:
-            raise CaptureError(f"the model cannot be captured: {culprit(error)}; {ADVICE}") from error
-        return graph
 
     # --- conditions ---
 
@@ -157,10 +405,11 @@ class Graphs:
                     f"{name_of(path)} is neither a tensor nor a hashable value, and a graph would fix it: pass "
                     "tensors, or use graph='off'"
                 )
-        self._structure = tuple(
+        own = tuple(
             (j, path, tensor_key(leaf, frame) if frame.is_array(leaf) else (type(leaf), leaf))
             for j, path, leaf in found
         )
+        self._structure = own, settings(frame.device.partition(":")[0])
         if self._structure in self._conditions:
             for old, new in zip(self._conditions[self._structure], given, strict=True):
                 for (_, to), (_, value) in zip(leaves(old), leaves(new), strict=True):
@@ -173,6 +422,8 @@ class Graphs:
             old_structure, _ = self._conditions.popitem(last=False)
             for key in [k for k in self._graphs if k[0] == old_structure]:
                 self._graphs.pop(key).reset()
+            for known in [k for k in self._warm if k[0] == old_structure]:
+                del self._warm[known]
 
 
 def tensor_key(tensor: Array, frame: Frame) -> Hashable:
@@ -184,7 +435,11 @@ def culprit(error: BaseException) -> str:
     while error.__context__ is not None:  # leaving a broken capture raises a second error
         error = error.__context__
     stack = traceback.extract_tb(error.__traceback__)
-    own = [f for f in stack if not any(part in f.filename for part in ("/torch/", "/triton/", "/solvers/run/graph.py"))]
+    own = [
+        f
+        for f in stack
+        if not any(part in f.filename for part in ("/torch/", "/triton/", "/solvers/run/graph.py", "/warnings.py"))
+    ]
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     return f"{reason} ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else reason
 
@@ -195,6 +450,13 @@ class GraphMode:
     def __init__(self, asked: str) -> None:
         self.asked = asked
         self._failed: dict[str, CaptureError] = {}  # modes that "auto" has given up, with the reason
+        self._warned = False
+        self._generation = 0  # of the graphs that may be replayed
+
+    def recapture(self) -> None:
+        """Let no graph that exists now be replayed again."""
+        self._generation += 1
+        self._failed.clear()
         self._warned = False
 
     def choose(self, graphs: Graphs | None, cond: Condition, *, drawn: bool, noise: bool, watched: bool) -> str:
@@ -216,20 +478,34 @@ class GraphMode:
             raise ValueError(
                 f"noise= is called on the host for every draw, which graph={self.asked!r} cannot do: use graph='off'"
             )
-        for mode in [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]:
-            if mode in self._failed:
-                continue
+        if graphs.generation != self._generation:
+            graphs.close()
+            graphs.generation = self._generation
+        modes = [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]
+        modes = [mode for mode in modes if mode not in self._failed]
+        try:
+            if modes:
+                graphs.take(cond)
+                if len(modes) == 2 and graphs.long_calls():
+                    modes = ["step"]
+        except CaptureError as error:
+            self._give_up(modes, error)
+            modes = []
+        for mode in modes:
             try:
-                graphs.prepare(mode, cond, drawn)
+                graphs.prepare(mode, drawn)
             except CaptureError as error:
-                if self.asked != "auto":
-                    raise
-                self._failed[mode] = error
+                self._give_up([mode], error)
             else:
                 self._warn_once(mode)
                 return mode
         self._warn_once("off")
         return "off"
+
+    def _give_up(self, modes: list[str], error: CaptureError) -> None:
+        if self.asked != "auto":
+            raise error
+        self._failed |= dict.fromkeys(modes, error)
 
     def _warn_once(self, mode: str) -> None:
         if self._failed and not self._warned:
