@@ -106,11 +106,12 @@ def _cupy(cuda: str | None) -> Finding:
     """CuPy, and the extra for the CUDA that torch was built for."""
     use, major = "CuPy denoisers", (cuda or "").partition(".")[0]
     fitting = f"cupy-cuda{major}x" if major in ("12", "13") else None
-    fix = (
-        f"pip install 'fewstep[cupy-cuda{major}]'" if fitting else "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
-    )
+    fix = f"pip install 'fewstep[cupy-cuda{major}]'"
+    if fitting is None:
+        fix = "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
+    of_torch = f"; torch is built for CUDA {cuda}" if cuda else ""
     if not _present("cupy"):
-        return Finding("cupy", "missing", use + (f"; torch is built for CUDA {cuda}" if cuda else ""), fix)
+        return Finding("cupy", "missing", use + of_torch, fix)
     for package in (fitting or "cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy"):
         try:
             said = f"{package} {version(package)} ({use})"

@@ -17,6 +17,7 @@ from fewstep.solvers.run import compiled
 from fewstep.solvers.run import graph as graph_module
 from fewstep.solvers.run import sampler as sampler_module
 from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.dlpack import InLibrary
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
@@ -474,7 +475,7 @@ def test_what_was_recorded(cuda: FakeCuda) -> None:
 
 def test_a_network_of_another_library_is_not_recorded(cuda: FakeCuda) -> None:
     """Its memory pool would hand the memory that a graph writes to other arrays."""
-    foreign = fs.InLibrary(lambda x, t: 0.5 * x, torch, "cpu")
+    foreign = InLibrary(lambda x, t: 0.5 * x, torch, "cpu")
     foreign.frame = TorchFrame("cpu")
     made = fs.Sampler(fs.Denoiser(foreign, VP), plan(1, "ddim"), SHAPE, backend="triton", graph="auto")
     with pytest.warns(RuntimeWarning, match="falls back to 'off': a network of another array library"):
