@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from triton.runtime.interpreter import InterpretedFunction
 
+from fewstep.bindings import denoiser
 from fewstep.solvers.run.arrays import TorchFrame
 
 
@@ -75,6 +76,8 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setattr(torch._dynamo, "mark_static_address", lambda tensor: None)
     patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     patch.setattr(TorchFrame, "device_of", lambda frame, array: frame.device)
+    of = denoiser.frame_of
+    patch.setattr(denoiser, "frame_of", lambda m: TorchFrame("cuda") if isinstance(m, torch.nn.Module) else of(m))
 
     interpreted = InterpretedFunction.run
 
