@@ -15,12 +15,14 @@ generator are left in the capture (`FakeCuda.poisoned`).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import threading
 import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,6 +83,8 @@ class Waits(TorchDispatchMode):
 
 
 class FakeStream:
+    cuda_stream = 0
+
     def __init__(self, cuda: FakeCuda, name: str) -> None:
         self.cuda, self.name = cuda, name
 
@@ -159,6 +163,9 @@ class FakeGraph:
         self.recorded = True
         self.tape.not_yet_computed()
 
+    def raw_cuda_graph(self) -> int:
+        return self.cuda.raw.index(self)
+
     def replay(self) -> None:
         assert self.recorded
         self.cuda.log.append("replay")
@@ -189,6 +196,7 @@ class FakeCuda:
         self.released: set[Any] = set()
         self.open_pools: list[Any] = []
         self.generator_captures = False
+        self.raw: list[FakeGraph] = []  # all graphs, by `raw_cuda_graph`
         self._streams = threading.local()
         self._pools = itertools.count(1)
 
@@ -220,8 +228,9 @@ class FakeCuda:
     def Event(self, enable_timing: bool = False) -> FakeEvent:  # noqa: N802
         return FakeEvent(self)
 
-    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
-        return FakeGraph(self)
+    def CUDAGraph(self, keep_graph: bool = False) -> FakeGraph:  # noqa: N802
+        self.raw.append(FakeGraph(self))
+        return self.raw[-1]
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -270,6 +279,86 @@ class FakeCuda:
             monkeypatch.setattr(module, name, getattr(self, name))
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate_to_pool, raising=False)
         monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: self.release(pool), raising=False)
+
+
+class FakeDriver:
+    """`cuda.bindings.driver`, as far as `while_graph` needs it: graphs of child graphs, a while node and its kernel."""
+
+    CU_GRAPH_COND_ASSIGN_DEFAULT = 1
+    CUgraph = int
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL=13)
+    CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_WHILE=1)
+    CUDA_CONDITIONAL_NODE_PARAMS = CUgraphNodeParams = CUDA_KERNEL_NODE_PARAMS = SimpleNamespace
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.graphs: list[list[Any]] = []  # each a chain of nodes: callables
+        self.conditions: list[list[int]] = []  # default and current value of each handle
+        self.freed: list[str] = []
+
+    def cuCtxGetCurrent(self) -> tuple[int, str]:  # noqa: N802
+        return 0, "context"
+
+    def cuModuleLoadData(self, image: bytes) -> tuple[int, str]:  # noqa: N802
+        assert image.endswith(b"\0")
+        return 0, "module"
+
+    def cuModuleGetFunction(self, module: str, name: bytes) -> tuple[int, bytes]:  # noqa: N802
+        return 0, name
+
+    def cuGraphCreate(self, flags: int) -> tuple[int, int]:  # noqa: N802
+        self.graphs.append([])
+        return 0, len(self.graphs) - 1
+
+    def cuGraphConditionalHandleCreate(self, graph: int, context: str, default: int, flags: int) -> tuple[int, int]:  # noqa: N802
+        self.conditions.append([default, default])
+        return 0, len(self.conditions) - 1
+
+    def _add(self, graph: int, after: Any, node: Any) -> tuple[int, Any]:
+        assert (after or []) == self.graphs[graph][-1:]  # a chain
+        self.graphs[graph].append(node)
+        return 0, node
+
+    def cuGraphAddChildGraphNode(self, graph: int, after: Any, count: int, child: int) -> tuple[int, Any]:  # noqa: N802
+        return self._add(graph, after, self.cuda.raw[child].tape.run)
+
+    def cuGraphAddNode(self, graph: int, after: Any, edges: None, count: int, node: Any) -> tuple[int, Any]:  # noqa: N802
+        assert (node.type, node.conditional.type, node.conditional.size) == (13, 1, 1)
+        _, body = self.cuGraphCreate(0)
+        node.conditional.phGraph_out = [body]
+        value = self.conditions[node.conditional.handle]
+
+        def loop() -> None:
+            value[1] = value[0]
+            while value[1]:
+                for each in self.graphs[body]:
+                    each()
+
+        return self._add(graph, after, loop)
+
+    def cuGraphAddKernelNode(self, graph: int, after: Any, count: int, kernel: Any) -> tuple[int, Any]:  # noqa: N802
+        assert kernel.func == b"go_on"
+        (handle, address), _ = kernel.kernelParams
+        left = ctypes.c_int32.from_address(address)
+
+        def go_on() -> None:
+            left.value -= 1
+            self.conditions[handle][1] = int(left.value > 0)
+
+        return self._add(graph, after, go_on)
+
+    def cuGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:  # noqa: N802
+        return 0, graph
+
+    def cuGraphLaunch(self, graph: int, stream: int) -> tuple[int]:  # noqa: N802
+        self.cuda.log.append("while")
+        for node in self.graphs[graph]:
+            node()
+        return (0,)
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in ("cuGraphExecDestroy", "cuGraphDestroy", "cuModuleUnload"), name
+        return lambda what: (self.freed.append(name) or 0,)
 
 
 _INTERPRETER = threading.RLock()  # it replaces Triton's functions while it runs a kernel

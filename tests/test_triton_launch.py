@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import timeit
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,3 +120,17 @@ def test_the_hosts_time_of_a_step(stub: StubDriver) -> None:
     cached = microseconds(lambda: launch(add_kernel, (1,), x, x, x, 64, 2, 64))
     assert cached < 0.7 * plain
     assert ours < 30.0
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_the_kernel_of_a_while_node_assembles(target: str, tmp_path: Path) -> None:
+    """By the assembler that Triton brings; the driver resolves the one external function when it loads the code."""
+    from fewstep.solvers.run.while_graph import GO_ON
+
+    source = tmp_path / "go_on.ptx"
+    source.write_bytes(GO_ON.rstrip(b"\0"))
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [str(assembler), f"-arch={target}", str(source), "-o", str(tmp_path / "go_on.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"cudaGraphSetConditional" in (tmp_path / "go_on.cubin").read_bytes()

@@ -2,6 +2,7 @@
 
     "loop"  the latent's draw, every denoiser call and every stage in one graph: one launch per sample
     "step"  one denoiser call and its stage: one launch per call, so that callbacks can run in between
+    "while" the latent's draw, and one call and stage that are repeated on the device: experimental, see `while_graph`
 
 A graph depends on structure only: the branches called, the shapes and dtypes of the conditions, the values of
 conditions that are not tensors, and autocast's state. Schedules, seeds, guidance scales and the contents of tensors are
@@ -27,11 +28,12 @@ from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.denoising import Cond, Condition
 from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.run.gpu import TritonRun
+from fewstep.solvers.run.while_graph import WhileGraph, bindings
 
 if TYPE_CHECKING:
     import torch
 
-MODES = ("auto", "off", "step", "loop")
+MODES = ("auto", "off", "step", "loop", "while")
 
 LIMIT = 8
 LONG_CALL = 1e-3  # seconds: a longer denoiser call hides the launch of its own graph, so "auto" records no loop of it
@@ -101,15 +103,15 @@ class Recorder:
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
-    def record(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        """Record the work, which `warm` has run.
+    def record(self, body: Callable[[], object], *, keep: bool = False) -> torch.cuda.CUDAGraph:
+        """Record the work, which `warm` has run. keep: whether its `raw_cuda_graph` will be needed.
 
         Raises CaptureError if it fails. Unlike `torch.cuda.graph`, this neither waits for the device nor empties the
         allocator's cache, which would disturb other threads.
         """
         with _RECORDING, _uncached_autocast(), self._aside():
             self._pool = self._pool or self.cuda.graph_pool_handle()
-            graph: torch.cuda.CUDAGraph = self.cuda.CUDAGraph()
+            graph: torch.cuda.CUDAGraph = self.cuda.CUDAGraph(keep_graph=True) if keep else self.cuda.CUDAGraph()
             try:
                 # thread_local: work of other threads on the device does not break the capture.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -277,7 +279,8 @@ class Graphs:
         self.recorder = Recorder(cuda, run.frame.device)
         self.seconds = 0.0  # that recording took, with the warm-up
         self.generation = 0  # see `GraphMode`
-        self._graphs: OrderedDict[tuple[Hashable, Hashable], torch.cuda.CUDAGraph] = OrderedDict()
+        self._graphs: OrderedDict[tuple[Hashable, Hashable], torch.cuda.CUDAGraph | WhileGraph] = OrderedDict()
+        self._loop = "loop"  # or "while": how the latest whole sample was recorded
         self._conditions: OrderedDict[Hashable, list[Cond]] = OrderedDict()
         self._structure: Hashable = None
         self._warm: dict[tuple[Hashable, Hashable], float] = {}  # seconds of a call and its stage, by variant
@@ -319,15 +322,19 @@ class Graphs:
 
         Raises CaptureError if the model cannot be recorded.
         """
-        if mode == "loop":
-            self._recorded((drawn, "loop"), lambda: self._whole(drawn))
-        else:
+        if mode == "step":
             for variant, k in self.run.job.kinds.items():
-                self._recorded(variant, functools.partial(self._stage, k))
+                self._recorded(variant, functools.partial(self.recorder.record, functools.partial(self._stage, k)))
+            return
+        self._loop = mode
+        if mode == "loop":
+            self._recorded((drawn, mode), lambda: self.recorder.record(lambda: self._whole(drawn)))
+        else:
+            self._recorded((drawn, mode), lambda: self._repeated(drawn))
 
     def loop(self, drawn: bool) -> None:
         """Replay a whole sample, from the inputs of `load`."""
-        self._graphs[self._structure, (drawn, "loop")].replay()
+        self._graphs[self._structure, (drawn, self._loop)].replay()
 
     def step(self, k: int) -> None:
         """Replay stage k, after `start` and the earlier stages."""
@@ -361,6 +368,19 @@ class Graphs:
         run, call = self.run, self._call()
         run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
+    def _repeated(self, drawn: bool) -> WhileGraph:
+        """The start of a run, and its stage in a while node."""
+        job, record = self.run.job, self.recorder.record
+        if len(job.kinds) > 1:
+            raise CaptureError("graph='while' repeats one kind of stage, and this plan's differ: use graph='loop'")
+        try:
+            bindings()
+        except ImportError as error:
+            raise CaptureError(f"graph='while' needs cuda-bindings 13, or use graph='loop': {error}") from None
+        parts = record(lambda: self.run.start(drawn), keep=True), record(lambda: self._stage(0), keep=True)
+        left = self.run.torch.zeros(1, dtype=self.run.torch.int32, device=self.run.frame.device)
+        return WhileGraph(*parts, left, lambda: len(self.run.job.tables))
+
     def _warmed(self, k: int) -> float:
         """The seconds of stage k with its call, which has run before: see `Recorder.warm`."""
         key = self._structure, self.run.variant(k)
@@ -375,7 +395,7 @@ class Graphs:
             self.seconds += time.perf_counter() - started
         return self._warm[key]
 
-    def _recorded(self, what: Hashable, body: Callable[[], None]) -> None:
+    def _recorded(self, what: Hashable, record: Callable[[], torch.cuda.CUDAGraph | WhileGraph]) -> None:
         key = self._structure, what
         if key not in self._graphs:
             for k in self.run.job.kinds.values():
@@ -385,7 +405,7 @@ class Graphs:
             if not self._graphs:
                 self.recorder.forget()
             started = time.perf_counter()
-            self._graphs[key] = self.recorder.record(body)
+            self._graphs[key] = record()
             self.seconds += time.perf_counter() - started
         self._graphs.move_to_end(key)
         # Never a graph of this call: a run has fewer variants than LIMIT, see `TritonJob.kinds`.
@@ -468,9 +488,10 @@ class GraphMode:
         """
         if graphs is None or self.asked == "off":
             return "off"
-        if self.asked == "loop" and watched:
+        if self.asked in ("loop", "while") and watched:
             raise ValueError(
-                "graph='loop' runs a whole sample in one launch, without callbacks or a progress bar: use graph='step'"
+                f"graph={self.asked!r} runs a whole sample in one launch, without callbacks or a progress bar: use "
+                "graph='step'"
             )
         if noise:
             if self.asked == "auto":

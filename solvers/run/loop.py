@@ -63,7 +63,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     run, job = space.run, space.run.job
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
-    if graphs is not None and request.mode == "loop":
+    if graphs is not None and request.mode != "step":
         graphs.run.load(request.x, request.streams)
         graphs.loop(request.x is None)
         return run.x(last), ()

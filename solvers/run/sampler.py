@@ -46,7 +46,7 @@ class Sampler:
     graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (needed for
               callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows,
               "step" where a call takes over a millisecond, and warns once if the model cannot be recorded. On a CPU
-              only "auto" and "off"
+              only "auto" and "off". "while", experimental, is "loop" without the calls beyond a plan under `capacity`
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
@@ -83,7 +83,7 @@ class Sampler:
         # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
         self.backend = pick_backend(backend, self.frame, triton=able)
-        if graph in ("step", "loop") and (self.backend != "triton" or capture_api(self.frame) is None):
+        if graph not in ("auto", "off") and (self.backend != "triton" or capture_api(self.frame) is None):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"

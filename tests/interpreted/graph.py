@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 import warnings
 from typing import Any
 
 import pytest
 import torch
-from captures import FakeCuda, Launcher, Tape, Waits
+from captures import FakeCuda, FakeDriver, Launcher, Tape, Waits
 
 import fewstep as fs
 from fewstep.kernels import triton_noise, triton_step
-from fewstep.solvers.run import compiled
+from fewstep.solvers.run import compiled, while_graph
 from fewstep.solvers.run import graph as graph_module
 from fewstep.solvers.run import sampler as sampler_module
 from fewstep.solvers.run.arrays import TorchFrame
@@ -568,6 +569,39 @@ def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
     assert cuda.log.count("record") == 1
     with pytest.raises(ValueError, match=r"capacity must be an int >= 0, .* got -1"):
         fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
+
+
+def test_one_step_in_a_while_node(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan up to the capacity makes its own calls only; other seeds, scales and conditions in the same graph."""
+    driver = FakeDriver(cuda)
+    monkeypatch.setattr(while_graph, "bindings", lambda: driver)
+    monkeypatch.setattr(graph_module, "bindings", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
+    denoiser = fs.Denoiser(Net(), VP, guidance=2.0)
+    cond = conditions(0.1, 0.5)
+    made = fs.Sampler(denoiser, plan(4), SHAPE, backend="triton", graph="while", capacity=4)
+    for steps, scale in ((4, 2.0), (2, 3.0), (1, 2.0), (3, 1.5)):
+        made.update(plan(steps), guidance=scale)
+        cuda.log.clear()
+        assert torch.equal(made(seed=steps, cond=cond), oracle(plan(steps), scale)(seed=steps, cond=cond))
+        assert cuda.log.count("while") == 1
+        assert cuda.log.count("record") == (2 if steps == 4 else 0)  # the start and a step
+        assert "replay" not in cuda.log
+    made.recapture()
+    made(seed=1, cond=cond)
+    assert driver.freed == ["cuGraphExecDestroy", "cuGraphDestroy", "cuModuleUnload"]
+    assert sum(cuda.graphs.values()) == 2
+    with pytest.raises(ValueError, match="graph='while' runs a whole sample in one launch"):
+        made(seed=1, cond=cond, progress=True)
+    partly = sampler(Net(), plan(4), "while", fs.CFG(3.0, start=0.25, stop=0.6))
+    with pytest.raises(graph_module.CaptureError, match="repeats one kind of stage, and this plan's differ"):
+        partly(seed=1, cond=cond)
+
+
+def test_a_while_node_needs_cuda_bindings(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    with pytest.raises(graph_module.CaptureError, match="needs cuda-bindings 13, or use graph='loop'"):
+        sampler(Net(), plan(2), "while")(seed=0)
 
 
 def test_another_structure_is_recorded_again(cuda: FakeCuda) -> None:
