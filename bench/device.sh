@@ -20,7 +20,7 @@ started=$SECONDS
 statuses=()
 
 part() {  # part NAME SECONDS COMMAND...: run it, log it, note its status
-    local name=$1 limit=$2 begin=$SECONDS
+    local name=$1 limit=$(($2 * ${SLOWER:-1})) begin=$SECONDS
     shift 2
     echo "== $name (at most $limit s)"
     timeout -s INT -k 10 "$limit" "$@" > "$OUT/$name.log" 2>&1

@@ -361,7 +361,7 @@ class FakeDriver:
         return lambda what: (self.freed.append(name) or 0,)
 
 
-_INTERPRETER = threading.RLock()  # it replaces Triton's functions while it runs a kernel
+INTERPRETER = threading.RLock()  # it replaces Triton's functions while it runs a kernel
 
 
 class Launcher:
@@ -372,7 +372,7 @@ class Launcher:
 
     def __getitem__(self, grid: Any) -> Any:
         def run(*args: Any, **kwargs: Any) -> None:
-            with _INTERPRETER, _disable_current_modes():  # the interpreter's own torch calls are on no tape
+            with INTERPRETER, _disable_current_modes():  # the interpreter's own torch calls are on no tape
                 self.kernel[grid](*args, **kwargs)
 
         def launch(*args: Any, **kwargs: Any) -> None:

@@ -16,12 +16,13 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import pytest
 import torch
-from captures import FakeCuda, Tape
+from captures import INTERPRETER, FakeCuda, Tape
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 from triton.runtime.interpreter import InterpretedFunction
 
 from fewstep.bindings import denoiser
+from fewstep.solvers.run import sampler
 from fewstep.solvers.run.arrays import TorchFrame
 
 
@@ -76,8 +77,9 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setattr(torch._dynamo, "mark_static_address", lambda tensor: None)
     patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     patch.setattr(TorchFrame, "device_of", lambda frame, array: frame.device)
-    of = denoiser.frame_of
-    patch.setattr(denoiser, "frame_of", lambda m: TorchFrame("cuda") if isinstance(m, torch.nn.Module) else of(m))
+    of, torchs = denoiser.frame_of, (torch.nn.Module, torch.Tensor)
+    for module in (denoiser, sampler):
+        patch.setattr(module, "frame_of", lambda value: TorchFrame("cuda") if isinstance(value, torchs) else of(value))
 
     interpreted = InterpretedFunction.run
 
@@ -85,7 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
         tape = _get_current_dispatch_mode()
 
         def run() -> None:
-            with _disable_current_modes():
+            with INTERPRETER, _disable_current_modes():
                 interpreted(kernel, *args, **options)
 
         if isinstance(tape, Tape):

@@ -93,12 +93,13 @@ def test_all_of_it_runs(tree: Path, tmp_path: Path) -> None:
         "PYTHONPATH": "tests",
         "PYTEST_ADDOPTS": "-p fake_device",
         "DRY_RUN": "1",
+        "SLOWER": "10",
         "OMP_NUM_THREADS": "1",
         "TESTS": " ".join(f"tests/test_gpu_runs.py::{name}" for name in tests),
     }
     command = ["bash", "bench/device.sh", str(out), str(wheels)]
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-12000:] + done.stderr[-2000:]
     assert (tree / "build" / "gpu" / "carried_thing.py").exists()
     assert f"{tree}/build/gpu/fewstep/__init__.py" in done.stdout
     assert (out / "parts.txt").read_text().count(": status 0,") == 5
