@@ -238,7 +238,7 @@ class GraphedCall:
         with self._lock:
             if self._recorder is None:
                 self._recorder = Recorder(torch.cuda, tensors[0].device)
-                self._done = torch.cuda.Event()
+                self._done = self._recorder.cuda.Event()
             here = torch.cuda.current_stream(self._recorder.device)
             if self._done is not None:
                 here.wait_event(self._done)  # of the last call, which may have been on another stream

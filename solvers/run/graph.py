@@ -21,13 +21,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.conditions import leaves, mapped, name_of
 from fewstep.solvers.run.denoising import Cond, Condition
 from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.run.gpu import TritonRun
+from fewstep.solvers.run.network import torch_parts
 from fewstep.solvers.run.while_graph import WhileGraph, bindings
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Recorder:
     def __init__(self, cuda: ModuleType, device: torch.device | str) -> None:
         self.cuda, self.device = cuda, device
         self._side: torch.cuda.Stream | None = None
-        self._pool: tuple[int, int] | None = None
+        self._pool: torch.cuda._POOL_HANDLE | None = None
 
     def warm(self, body: Callable[[], object]) -> float:
         """Run the work twice before it is recorded. Returns the seconds of the second time.
@@ -161,6 +162,8 @@ class Recorder:
         import torch
 
         pool, self._pool = self._pool, None
+        if pool is None:
+            return
         index = torch.device(self.device).index or 0
         try:
             torch._C._cuda_endAllocateToPool(index, pool)
@@ -192,9 +195,9 @@ def _no_waits(cuda: ModuleType) -> Iterator[None]:
         warnings.filterwarnings("always", message=_WAITED)
         others = warnings.showwarning
 
-        def show(message: Warning | str, *where: object) -> None:
+        def show(message: Warning | str, *where: Any) -> None:
             if _WAITED not in str(message):
-                others(message, *where)  # type: ignore[arg-type]
+                others(message, *where)
             elif threading.get_ident() == thread:
                 raise _WaitError(_WAITED)
 
@@ -236,22 +239,24 @@ def settings(device: str) -> Hashable:
 class Weights:
     """The addresses of a model's parameters and buffers, which a graph holds fixed.
 
-    A model's own modules are found where it is one, is a method of one, or holds one in its attributes or its closure.
+    Those of the modules that the model is, is a method of, or holds in its attributes, its closure, or the globals that
+    it names. Not deeper: the other parts of a pipeline may move without harm.
     """
 
     def __init__(self, model: object) -> None:
-        self._places = [
-            (held, name)
-            for network in dict.fromkeys(_networks(model))
-            for module in network.modules()
-            for held in (module._parameters, module._buffers)
-            for name, value in held.items()
-            if value is not None
-        ]
+        import torch
+
+        self._places: list[tuple[dict[str, Any], str]] = []
+        for part in torch_parts(getattr(model, "__self__", model), depth=1):
+            if isinstance(part, torch.nn.Module):
+                held = [own for module in part.modules() for own in (module._parameters, module._buffers)]
+                self._places += [(own, name) for own in held for name, value in own.items() if value is not None]
+            else:
+                self._places.append(({"": part}, ""))
         self._addresses = self._now()
 
     def _now(self) -> list[int]:
-        return [held[name].data_ptr() for held, name in self._places]  # type: ignore[union-attr]
+        return [held[name].data_ptr() for held, name in self._places]
 
     def moved(self) -> bool:
         """Whether one has other memory than when this was made. About 70 ns per tensor."""
@@ -259,16 +264,6 @@ class Weights:
             return self._now() != self._addresses
         except (KeyError, AttributeError):  # it was removed, or is None now
             return True
-
-
-def _networks(model: object) -> Iterator[torch.nn.Module]:
-    import torch
-
-    cells = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
-    own = (getattr(model, name, None) for name in ("__self__", "func"))
-    for value in (model, *own, *getattr(model, "__dict__", {}).values(), *cells):
-        if isinstance(value, torch.nn.Module):
-            yield value
 
 
 class Graphs:

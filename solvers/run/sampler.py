@@ -149,8 +149,8 @@ class Sampler:
         """Record the CUDA graphs anew at the next call: after a change of the network that replays would not see.
 
         Parameters and buffers in other memory (`param.data = ...`, offloading, other weights) are noticed without it,
-        if the model is a module, a method of one, or holds one. New modules (an added LoRA), Python values that the
-        network reads, and tensors outside its modules are not.
+        if the model is a module, a method of one, or refers to one itself. New modules (an added LoRA) and Python
+        values that the network reads are not.
         """
         self._mode.recapture()
 
