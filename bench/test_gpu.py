@@ -117,8 +117,7 @@ def middle(job: Any) -> int:
 
 def stage_of(run: Any, k: int, raws: list[Any]) -> Callable[[], Any]:
     """Launches stage k alone, again and again."""
-    run.counter.fill_(k + 1)
-    return partial(run._stage, raws, run.variant(k)[1])
+    return partial(run._stage, raws, run.variant(k)[1], row=k + 1)
 
 
 def microseconds(run: Callable[[], Any], inner: int = 1) -> float:

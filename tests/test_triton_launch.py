@@ -105,7 +105,7 @@ def test_a_sample_compiles_and_launches_no_more_than_it_must(stub: StubDriver) -
 
 @pytest.mark.slow
 def test_the_hosts_time_of_a_step(stub: StubDriver) -> None:
-    """The least of many runs. 9 us on one core, without what CUDA's driver adds; Triton's own launch takes 30."""
+    """The least of many runs. 13 us on one core, without what CUDA's driver adds; Triton's own launch takes 30."""
     run = made()._now.idle[False][0].run
     branches, _ = run.variant(4)
     raws = [torch.zeros(SHAPE, dtype=torch.float16) for _ in branches]

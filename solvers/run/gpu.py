@@ -1,8 +1,9 @@
 """Runs on a GPU: the coefficients of a plan in device tables, one launch per stage.
 
-A counter on the device selects the table row of a stage, so that launches carry no coefficients: the same launches
-serve every schedule, seed and guidance scale of one structure, and a CUDA graph can replay them. The tables have one
-column for all samples (`TritonRun`), or one per sample (`TritonColumns`).
+A stage's number selects its table row, so that launches carry no coefficients: the same launches serve every schedule,
+seed and guidance scale of one structure, and a CUDA graph can replay them. A graph of one stage for all of them reads
+that number from a counter on the device, which its launch moves on. The tables have one column for all samples
+(`TritonRun`), or one per sample (`TritonColumns`).
 """
 
 from __future__ import annotations
@@ -200,12 +201,10 @@ class DeviceMemory:
         self.batch, device = shape[0], self.frame.device
         self.state = torch.zeros((buffers, self.batch, job.elements), dtype=torch.float32, device=device)
         self.x_in = self.frame.empty((copies * self.batch, *shape[1:]), job.model_dtype).zero_()
-        self.t = self.frame.empty((copies * self.batch,), job.time_dtype)
+        self.t = self.frame.empty((copies * self.batch,), job.time_dtype).zero_()
         self.streams = Mirror(np.zeros((self.batch, 3), np.int64), self.frame)
-        self.counter = torch.zeros(columns, dtype=torch.int32, device=device)
-
-    def _tick(self, copies: int) -> None:
-        self._step.tick(self.counter, self.times, self.t[: copies * self.batch], self.batch)
+        # The next stage, and how many programs of a launch have read it.
+        self.counter, self.arrivals = torch.zeros((2, columns), dtype=torch.int32, device=device)
 
     def _launch(
         self,
@@ -215,9 +214,15 @@ class DeviceMemory:
         z: Array | None = None,
         own_p: Array | None = None,
         own_limit: Array | None = None,
+        *,
+        stage: int | None,
+        moves: bool,
     ) -> None:
+        """Launch a stage, None for the one that the counter names; `moves` sets the counter to the next one."""
+        moved = (self.counter, self.arrivals) if moves else ()
         self._step.run(
-            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
+            structure, self.state, self.numbers, self.indices, self.counter if stage is None else None, self.x_in,
+            copies, raws, stage=stage or 0, clock=self._step.Clock(self.times, self.t, *moved),
             streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
         )  # fmt: skip
 
@@ -251,14 +256,12 @@ class TritonRun(DeviceMemory):
         self._warm()
 
     def _warm(self) -> None:
-        """Compile every kernel variant now, by one launch of each before the first run."""
+        """Compile the kernels now, by one launch of each; those that move the counter when a graph is recorded."""
         self._init_stage()
         for branches, copies in sorted(self.job.kinds):
             batch = self.job.batch
             raws = [self.x_in[i * batch : (i + 1) * batch] for i in range(len(branches))]
-            self._tick(copies)
-            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies)
-            self.counter.zero_()
+            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies, row=1)
         self._draw_latent()
         self.release()
 
@@ -304,7 +307,6 @@ class TritonRun(DeviceMemory):
 
     def start(self, drawn: bool, z: np.ndarray | None = None) -> None:
         """Draw the latent if asked to, and compute the first model input."""
-        self.counter.zero_()
         if drawn:
             self._draw_latent()
         self._init_stage(None if z is None else self.frame.array(z, "float32"))
@@ -314,13 +316,18 @@ class TritonRun(DeviceMemory):
         self.start(x is None, z)
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        copies = self.job.copies(k)
-        self._tick(copies)
-        return self.x_in[: copies * self.job.batch], self.t[: copies * self.job.batch]
+        """What the last stage wrote."""
+        count = self.job.copies(self._known(k)) * self.job.batch
+        return self.x_in[:count], self.t[:count]
+
+    def _known(self, k: int) -> int:
+        """Stage k, or the plan's last for a k beyond it, whose row writes nothing."""
+        return min(k, len(self.job.tables) - 1)
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
-        """One fused stage."""
-        job, table = self.job, self.job.tables[k]
+        """One fused stage; k may lie beyond the plan, up to `calls`."""
+        known = self._known(k)
+        job, table = self.job, self.job.tables[known]
         raws, variance = job.predictions(raws)
         drawn = None if z is None else self.frame.array(z, "float32")
         if table.variance is not None and variance is not None and table.draw is not None:
@@ -328,35 +335,40 @@ class TritonRun(DeviceMemory):
                 drawn = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
                 self._noise.fill(drawn, self.streams.device, table.draw, philox.STEP)
             drawn = drawn * job.denoiser.noise_factor(variance.float(), table.variance)
-        self._stage(raws, self.variant(k)[1], drawn)
+        self._stage(raws, self.variant(known)[1], drawn, row=k + 1)
+
+    def advance_by_counter(self, k: int, raws: Sequence[Array]) -> None:
+        """One fused stage, the one that the counter names, which is moved on: a launch for every stage like stage k."""
+        self._stage(self.job.predictions(raws)[0], self.variant(k)[1], row=None)
 
     # --- launches ---
 
     def _draw_latent(self) -> None:
-        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
-        self.state[0].mul_(self.sigma)
+        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT, scale=self.sigma)
 
     def _init_stage(self, z: Array | None = None) -> None:
-        self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
+        structure = self._step.Structure(1, 1, noise=self.job.program.init.noisy)
+        self._launch(structure, self.job.copies(0), [], z, stage=0, moves=True)
 
-    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
+    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None, *, row: int | None) -> None:
+        """The stage of a table row, or of the counter's."""
         raws = [self._plain(raw) for raw in raws]
-        self._launch(self.structure, copies, raws, z, *self._reductions(raws))
+        self._launch(self.structure, copies, raws, z, *self._reductions(raws, row), stage=row, moves=row is None)
 
-    def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
+    def _reductions(self, raws: Sequence[Array], row: int | None) -> tuple[Array | None, Array | None]:
         """p and the limit of each sample, computed by reductions over whole samples before the stage."""
-        numbers = self.numbers
+        numbers, counter, stage = self.numbers, self.counter if row is None else None, row or 0
         p = limit = None
         if self.scratch is None:
             return p, limit
         if self.job.denoiser.rescale and len(raws) > 1:
             p = self.reduced
-            self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
+            self._reduce.guidance_scale(numbers, counter, raws, p, self.scratch, stage=stage)
         if self.job.denoiser.threshold is not None:
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
-                numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
-                self.scratch, rescaled=p is not None,
+                numbers, self.indices, counter, self.state, raws, self.reduced, self.settings,
+                self.scratch, rescaled=p is not None, stage=stage,
             )  # fmt: skip
         return p, limit
 
@@ -433,27 +445,26 @@ class TritonColumns(DeviceMemory):
         self.streams.send()
         here = self.state[0, place]
         if x is None:
-            self._noise.fill(here[None], self.streams.device[place : place + 1], 0, philox.LATENT)
-            here.mul_(float(np.float32(job.start.sigma)))
+            sigma = self.torch.full((1,), job.start.sigma, dtype=self.torch.float32, device=here.device)
+            self._noise.fill(here[None], self.streams.device[place : place + 1], 0, philox.LATENT, scale=sigma)
         else:
             here.copy_(x.reshape(-1))
         # The init row of this sample; all others use the row that writes nothing.
         kept = self.counter.clone()
         self.counter.fill_(self.idle)
         self.counter[place] = 0
-        self._launch(self.structure, self.copies, [])
-        kept[place] = 0
+        self._launch(self.structure, self.copies, [], stage=None, moves=False)
+        kept[place] = 1
         self.counter.copy_(kept)
 
     def branches(self) -> tuple[int, ...]:
         return self._branches
 
     def model_input(self) -> tuple[Array, Array]:
-        self._tick(self.copies)
         return self.x_in, self.t
 
     def advance(self, raws: Sequence[Array]) -> None:
-        self._launch(self.structure, self.copies, [self._plain(raw) for raw in raws])
+        self._launch(self.structure, self.copies, [self._plain(raw) for raw in raws], stage=None, moves=True)
 
     def result(self, place: int, job: Job) -> Array:
         return self.state[job.program.result, place].reshape(self.shape).clone()

@@ -356,12 +356,11 @@ class Graphs:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
         for k in range(run.calls):
-            stage = min(k, last)  # table rows beyond the plan's stages write nothing
-            run.advance(stage, call(run.job.tables[stage].branches, *run.model_input(stage)))
+            run.advance(k, call(run.job.tables[min(k, last)].branches, *run.model_input(k)))
 
     def _stage(self, k: int) -> None:
         run, call = self.run, self._call()
-        run.advance(k, call(run.job.tables[k].branches, *run.model_input(k)))
+        run.advance_by_counter(k, call(run.job.tables[k].branches, *run.model_input(k)))
 
     def _repeated(self, drawn: bool) -> WhileGraph:
         """The start of a run, and its stage in a while node."""
@@ -382,8 +381,11 @@ class Graphs:
         if key not in self._warm:
 
             def body() -> None:
-                self.run.start(drawn=True)  # the counter at the first row: further stages would leave the tables
-                self._stage(k)
+                run, call = self.run, self._call()
+                run.start(drawn=True)  # the counter at the first stage
+                raws = call(run.job.tables[k].branches, *run.model_input(k))
+                run.advance_by_counter(k, raws)
+                run.advance(k, raws)  # as a loop does it: a kernel must not be compiled while recording
 
             started = time.perf_counter()
             self._warm[key] = self.recorder.warm(body)

@@ -22,7 +22,7 @@ from fewstep.solvers.run.dlpack import InLibrary
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
-KERNELS = [(triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel")]
+KERNELS = [(triton_step, "run_kernel"), (triton_noise, "normals_kernel")]
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,8 @@ VP = fs.VP.linear()
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (32, 4))
     monkeypatch.setattr(triton_reduce, "BLOCK", 32)
-    monkeypatch.setattr(triton_reduce, "SPAN", 64)
+    monkeypatch.setattr(triton_reduce, "SHORT", 64)
+    monkeypatch.setattr(triton_reduce, "MOST_PARTS", 3)
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,13 +46,27 @@ def test_guidance_rescale(count: int, n: int, dtype: torch.dtype) -> None:
     numbers, _, counter = tables(P_AT=[7.0, 1.0, 2.0, 3.0], WEIGHTS_AT=weights, PHI_AT=[0.7])
     out = torch.full((3, 8), float("nan"))
     scratch = triton_reduce.Scratch.of(3, n, "cpu")
-    assert scratch.partial.shape[1] == -(-n // 64)
+    assert scratch.partial.shape[1] == {1: 1, 150: 3, 64: 2, 33: 2}[n]  # two blocks a part at most
     for _ in range(2):  # the arrivals are back at 0
         triton_reduce.guidance_scale(numbers, counter, raws, out, scratch)
         factor = naive.guidance_scale(raws, np.array(weights[:count]), 0.7)
         np.testing.assert_allclose(out[:, 1:4].numpy(), factor[:, None] * [1.0, 2.0, 3.0], rtol=2e-6)
     np.testing.assert_array_equal(out[:, 0].numpy(), 7.0)
     assert out[:, 4:].isnan().all()
+
+
+def test_a_sample_is_reduced_alone_to_the_same_bits() -> None:
+    raws, numbers, counter = [draw(i, 3, 150) for i in range(2)], *tables(P_AT=[7.0, 1.0, 2.0, 3.0])[::2]
+    numbers[1, 0, triton_reduce.WEIGHTS_AT : triton_reduce.PHI_AT + 1] = torch.tensor([-2.0, 3.0, 0.0, 0.7])
+    tolerances = [torch.tensor([v], dtype=torch.float64) for v in (0.05, 0.01)]
+    found = []
+    for samples in (slice(0, 3), slice(1, 2)):
+        own, out = [raw[samples] for raw in raws], torch.zeros(len(raws[0][samples]), 8)
+        triton_reduce.guidance_scale(numbers, counter, own, out, triton_reduce.Scratch.of(len(out), 150, "cpu"))
+        found.append((out, triton_reduce.error_norm(own[0], own[1], own[1], *tolerances)))
+    (together, norms), (alone, norm) = found
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(norms[1:2], norm)
 
 
 def test_a_constant_output_is_not_rescaled() -> None:
