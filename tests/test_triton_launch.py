@@ -14,7 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
-from stub_driver import StubDriver, installed  # noqa: E402
+from launch_stub import StubDriver, installed  # noqa: E402
 
 import fewstep as fs  # noqa: E402
 from fewstep.kernels import triton_launch  # noqa: E402
