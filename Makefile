@@ -39,7 +39,7 @@ $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 
 test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
 	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
-		tests/test_triton_launches.py tests/test_inductor.py tests/test_torch_ops.py
+		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
@@ -73,14 +73,9 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 default-spacings: setup  ## measure every solver's default spacing, into docs/ranking/spacings.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.default_spacings
 
-# No network, and nothing is installed into the machine's own python3, which brings torch, triton and pytest. Under 8
-# minutes: what runs out of time is interrupted, and the benchmark writes what it has by then.
-GPU := env PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider -W default -o addopts="-ra" -m gpu
-gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and docs/bench.md's table
-	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device')"
-	rm -rf build/gpu build/lib && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
-	timeout -s INT -k 10 225 $(GPU) tests/test_gpu_runs.py
-	timeout -s INT -k 10 225 $(GPU) -s bench/test_gpu.py; status=$$?; \
+# No network, and nothing is installed into the machine's own python3: see the script.
+gpu:             ## on a machine with a GPU: bench/results/<gpu>.json and docs/bench.md's table, then the GPU tests
+	PYTHON=$(PYTHON) bench/device.sh build/device; status=$$?; cp build/device/*.json bench/results/ && \
 		PYTHONPATH=build/gpu $(PYTHON) bench/readme.py && exit $$status
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)

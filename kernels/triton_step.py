@@ -36,6 +36,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
+from fewstep.kernels.triton_launch import launch
 from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, normals, quads, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
@@ -359,7 +360,7 @@ def block() -> tuple[int, int]:
 
 def grid(samples: int, n: int, width: int) -> tuple[int]:
     """Programs of `width` elements over (samples, n): none spans two samples."""
-    return (samples * triton.cdiv(n, width),)
+    return (samples * -(-n // width),)
 
 
 def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
@@ -424,9 +425,7 @@ class Clock(NamedTuple):
 
 def pack(samples: int, n: int, width: int) -> int:
     """How many samples that share a table a program of `width` elements holds: whole ones, each of whole quads."""
-    widest: int = max(4, triton.next_power_of_2(n))
-    most: int = min(width // widest, triton.next_power_of_2(samples))
-    return max(1, most)
+    return max(1, min(width // max(4, 1 << (n - 1).bit_length()), 1 << (samples - 1).bit_length()))
 
 
 def run(
@@ -460,7 +459,8 @@ def run(
             units, length = 1, samples * n  # nothing differs between samples
     programs = grid(units, length, width) if together == 1 else (triton.cdiv(samples, together),)
     with guard(state):
-        run_kernel[programs](
+        launch(
+            run_kernel, programs,
             state, numbers, indices, times, stage, counter, moved, arrivals, streams if drawn else None,
             *_padded(raws, layout.RAWS), z, own_p, own_limit, x_in, t, length, samples * n, samples,
             int(counter is not None and len(counter) > 1), rows, len(numbers) - 1,

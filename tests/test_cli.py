@@ -521,6 +521,31 @@ def test_doctor_reports_versions_and_the_command_for_what_is_missing(cli, monkey
     assert "pip install 'fewstep[onnx]'" in printed
 
 
+def test_doctor_knows_which_cupy_fits(monkeypatch):
+    """The extra for torch's CUDA; another one that is installed works, but is named."""
+    from importlib.metadata import PackageNotFoundError
+
+    from fewstep.cli import doctor
+
+    installed = {}
+
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "_present", lambda module: bool(installed))
+    assert doctor._cupy("13.0").fix == "pip install 'fewstep[cupy-cuda13]'"
+    assert doctor._cupy("12.8").fix == "pip install 'fewstep[cupy-cuda12]'"
+    assert doctor._cupy(None).fix == "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
+    installed["cupy-cuda12x"] = "14.2.0"
+    fits, other = doctor._cupy("12.8"), doctor._cupy("13.0")
+    assert (fits.status, fits.detail, fits.fix) == ("ok", "cupy-cuda12x 14.2.0 (CuPy denoisers)", "")
+    assert (other.status, other.fix) == ("ok", "pip install 'fewstep[cupy-cuda13]'")
+    assert other.detail == "cupy-cuda12x 14.2.0 (CuPy denoisers); torch is built for CUDA 13.0"
+
+
 def test_bench_hands_its_options_on(cli, monkeypatch):
     seen = {}
 

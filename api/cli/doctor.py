@@ -36,7 +36,6 @@ PACKAGES = {
     "torch": ("torch", "torch denoisers, the digits network", "pip install 'fewstep[torch]'"),
     "safetensors": ("safetensors", "loading weights", "pip install 'fewstep[torch]'"),
     "triton": ("triton", "GPU kernels", "pip install 'fewstep[gpu]'"),
-    "cupy": ("cupy", "CuPy denoisers", "pip install 'fewstep[gpu]'"),
     "diffusers": ("diffusers", "fused schedulers, benchmarks", "pip install 'fewstep[diffusers]'"),
     "onnxruntime": ("onnxruntime", "ONNX denoisers", "pip install 'fewstep[onnx]'"),
     "scipy": ("scipy", "reference solutions, tuning", "pip install 'fewstep[cli]'"),
@@ -95,11 +94,33 @@ def _devices() -> Iterator[Finding]:
         yield Finding("torch", "bad", _said(error), "pip install --force-reinstall torch")
         return
 
+    yield _cupy(torch.version.cuda)
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             yield Finding(f"cuda:{i}", "ok", torch.cuda.get_device_name(i))
     else:
         yield Finding("cuda", "missing", "torch finds no CUDA device: everything runs on the CPU")
+
+
+def _cupy(cuda: str | None) -> Finding:
+    """CuPy, and the extra for the CUDA that torch was built for."""
+    use, major = "CuPy denoisers", (cuda or "").partition(".")[0]
+    fitting = f"cupy-cuda{major}x" if major in ("12", "13") else None
+    fix = f"pip install 'fewstep[cupy-cuda{major}]'"
+    if fitting is None:
+        fix = "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
+    of_torch = f"; torch is built for CUDA {cuda}" if cuda else ""
+    if not _present("cupy"):
+        return Finding("cupy", "missing", use + of_torch, fix)
+    for package in (fitting or "cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy"):
+        try:
+            said = f"{package} {version(package)} ({use})"
+        except PackageNotFoundError:
+            continue
+        if fitting is not None and package.startswith("cupy-cuda") and package != fitting:
+            return Finding("cupy", "ok", said + of_torch, fix)
+        return Finding("cupy", "ok", said)
+    return Finding("cupy", "ok", use)
 
 
 def _backends() -> Iterator[Finding]:

@@ -116,12 +116,16 @@ class TritonJob(Job):
     structure  the specialisation of the kernel, shared by all stages
     signature  everything that a recorded graph depends on, which excludes the coefficients
     tables_on_host, block  the tables of the plan, and the same packed in pinned memory
+    variants   of each stage, the branches that it calls and the number of copies of the model input that it writes
+    kinds      the variants that differ, each with its first stage
     """
 
     structure: Structure = field(init=False, repr=False)
     signature: tuple[Hashable, ...] = field(init=False, repr=False)
     tables_on_host: Sequence[Array] = field(init=False, repr=False)
     block: Array = field(init=False, repr=False)
+    variants: tuple[tuple[tuple[int, ...], int], ...] = field(init=False, repr=False)
+    kinds: dict[tuple[tuple[int, ...], int], int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -135,8 +139,11 @@ class TritonJob(Job):
             torch.from_numpy(order_statistic(self.denoiser.threshold, self.elements)),
             torch.tensor([self.start.sigma], dtype=torch.float32, device="cpu"),
         )
-        block = packed(own)
+        block, last = packed(own), len(self.tables) - 1
+        variants = tuple((table.branches, self.copies(min(k + 1, last))) for k, table in enumerate(self.tables))
         laid_out = {
+            "variants": variants,
+            "kinds": {variants[k]: k for k in reversed(range(len(variants)))},
             "structure": structure(self),
             "signature": signature(self),
             "tables_on_host": own,
@@ -224,8 +231,13 @@ class DeviceMemory:
         )  # fmt: skip
 
     def _plain(self, raw: Array) -> Array:
-        """A network output as the kernel reads it: contiguous (channels-last is copied), float64 rounded to float32."""
+        """A network output as the kernel reads it: contiguous (channels-last is copied), float64 rounded to float32.
+
+        Raises TypeError for a tensor without memory of its own, such as a DTensor.
+        """
         raw = raw.detach()
+        if not raw.data_ptr() and raw.numel():
+            raise TypeError(f"{type(raw).__name__} has no memory of its own: return a plain torch.Tensor")
         return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
 
 
@@ -251,7 +263,7 @@ class TritonRun(DeviceMemory):
     def _warm(self) -> None:
         """Compile the kernels now, by one launch of each; those that move the counter when a graph is recorded."""
         self._init_stage()
-        for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
+        for branches, copies in sorted(self.job.kinds):
             batch = self.job.batch
             raws = [self.x_in[i * batch : (i + 1) * batch] for i in range(len(branches))]
             self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies, row=1)
@@ -259,9 +271,8 @@ class TritonRun(DeviceMemory):
         self.release()
 
     def variant(self, k: int) -> tuple[tuple[int, ...], int]:
-        """The branches that stage k calls, and the number of copies of the model input that it writes."""
-        job = self.job
-        return job.tables[k].branches, job.copies(min(k + 1, len(job.tables) - 1))
+        """See `TritonJob`."""
+        return self.job.variants[k]
 
     # --- a run ---
 
