@@ -525,7 +525,7 @@ def test_doctor_knows_which_cupy_fits(monkeypatch):
     """The extra for torch's CUDA; another one that is installed works, but is named."""
     from importlib.metadata import PackageNotFoundError
 
-    from fewstep.cli import doctor
+    from fewstep.cli import findings
 
     installed = {}
 
@@ -534,13 +534,13 @@ def test_doctor_knows_which_cupy_fits(monkeypatch):
             raise PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(doctor, "version", version)
-    monkeypatch.setattr(doctor, "_present", lambda module: bool(installed))
-    assert doctor._cupy("13.0").fix == "pip install 'fewstep[cupy-cuda13]'"
-    assert doctor._cupy("12.8").fix == "pip install 'fewstep[cupy-cuda12]'"
-    assert doctor._cupy(None).fix == "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
+    monkeypatch.setattr(findings, "version", version)
+    monkeypatch.setattr(findings, "_present", lambda module: bool(installed))
+    assert findings._cupy("13.0").fix == "pip install 'fewstep[cupy-cuda13]'"
+    assert findings._cupy("12.8").fix == "pip install 'fewstep[cupy-cuda12]'"
+    assert findings._cupy(None).fix == "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
     installed["cupy-cuda12x"] = "14.2.0"
-    fits, other = doctor._cupy("12.8"), doctor._cupy("13.0")
+    fits, other = findings._cupy("12.8"), findings._cupy("13.0")
     assert (fits.status, fits.detail, fits.fix) == ("ok", "cupy-cuda12x 14.2.0 (CuPy denoisers)", "")
     assert (other.status, other.fix) == ("ok", "pip install 'fewstep[cupy-cuda13]'")
     assert other.detail == "cupy-cuda12x 14.2.0 (CuPy denoisers); torch is built for CUDA 13.0"
@@ -576,7 +576,7 @@ def test_solvers_lists_every_solver(cli):
 
 
 def test_without_typer_one_line_says_what_to_install():
-    code = "import sys; sys.modules['typer'] = None; from fewstep.cli import main; main(['doctor'])"
+    code = "import sys; sys.modules['typer'] = None; from fewstep.cli import main; main(['solvers'])"
     result = python(code)
     assert result.returncode == 1
     assert result.stderr == "error: the command line needs typer and rich: pip install 'fewstep[cli]'\n"
