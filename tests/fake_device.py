@@ -107,7 +107,7 @@ FEW = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One dtype and two solvers of the benchmark, at sizes for the interpreter; FEW of its tests, unless FAKE_ROWS=all."""
+    """One dtype and two solvers of the benchmark, at sizes for the interpreter: FEW of its tests, or FAKE_ROWS=all."""
     few = os.environ.get("FAKE_ROWS") != "all"
     for item in [*items]:
         module: Any = getattr(item, "module", None)

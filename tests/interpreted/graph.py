@@ -476,6 +476,15 @@ def test_recapture(cuda: FakeCuda) -> None:
     assert cuda.log[-1] == "replay"
 
 
+def test_moved_parameters_of_a_second_network_are_recorded_again(cuda: FakeCuda) -> None:
+    net, guide = Linear(), Linear()
+    made, want = (sampler(net, plan(2), mode, fs.AutoGuidance(guide, 2.0)) for mode in ("loop", "off"))
+    made(seed=0)
+    guide.inner.weight.data = 0.5 * guide.inner.weight.data
+    assert torch.equal(made(seed=1), want(seed=1))
+    assert cuda.log.count("record") == 2
+
+
 def test_long_calls_are_recorded_one_by_one(cuda: FakeCuda) -> None:
     """ "auto" on a network whose call outlasts a launch: no loop, which would take much longer to record."""
     for milliseconds, replays in ((0.9, 1), (1.1, 4)):
