@@ -3,10 +3,10 @@
 Bytes per element: each input once at its own size; the quantile reads five times, from L2 after the first. Written: a
 few numbers per sample, which `triton_step.run_kernel` reads.
 
-A sample of up to SPAN elements is reduced by one program. A longer one is split, and the program that finishes last
-adds up the parts in their order, so that the result does not depend on which one that is; a split quantile takes five
-launches, one per pass. Blocks are summed in float32 (variances around the block's own mean), and the sums of blocks in
-float64.
+A sample is split into parts, by its size alone, so that the result depends neither on its batch nor on the GPU's
+load. The program that finishes last adds up the parts, in a fixed order. A program sums in registers, per lane
+(variances in float32, by Welford's update), and its lanes once, at its end; parts are summed in float64. A quantile is
+exact however it is split: one launch for a short sample, else five, one per pass.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels.triton_noise import guard
-from fewstep.kernels.triton_step import NUMBERS, P_AT, _padded, _prediction, _read
+from fewstep.kernels.triton_noise import elements, guard
+from fewstep.kernels.triton_step import NUMBERS, P_AT, _is_last, _padded, _prediction, _read, _stage_of
 
-BLOCK, WARPS = 2048, 8  # 8 elements per thread
-SPAN = 1 << 16  # most elements that one program reduces
+WARPS = 8
+BLOCK = elements(WARPS)
+MOST_PARTS = 1024  # of a sample: 8 programs for each SM of a large GPU, and 4 parts for each thread that adds them up
+SHORT = 4096  # most elements of a quantile in one launch
 PARTS = 8  # float64 numbers that a part leaves
 # Columns of what a split quantile keeps of a sample between its passes, after 256 counts: see `digit_kernel`.
 LARGER_AT, RANK_AT, FOUND_AT, SAME_AT, DIGITS = 256, 257, 258, 259, 260
@@ -39,30 +41,28 @@ _LARGER_AT, _RANK_AT, _FOUND_AT, _SAME_AT = (tl.constexpr(i) for i in (LARGER_AT
 
 
 @triton.jit
-def _merge(count, mean, mean_b, aa, ab, bb, size, other, other_b, other_aa, other_ab, other_bb):
-    """Merge two sets' counts, means and products around the means (Chan, Golub and LeVeque 1979), in float64."""
-    total = count + size
-    delta, delta_b = other - mean, other_b - mean_b
-    share = size / total
-    weight = count * share
-    return (
-        total,
-        mean + delta * share,
-        mean_b + delta_b * share,
-        aa + other_aa + delta * delta * weight,
-        ab + other_ab + delta * delta_b * weight,
-        bb + other_bb + delta_b * delta_b * weight,
-    )
+def _part(ptr, used):
+    """A number of each part, which another program wrote in this launch."""
+    return tl.load(ptr, mask=used, other=0.0, volatile=True)
 
 
 @triton.jit
-def _is_last(arrivals, b, parts):
-    """Whether this is the last of the sample's programs to arrive. Resets the count for the next launch."""
-    tl.debug_barrier()  # every thread has written before the arrival counts
-    last = tl.atomic_add(arrivals + b, 1, sem="acq_rel") == parts - 1
-    if last:
-        tl.store(arrivals + b, 0)
-    return last
+def _mean(counts, means):
+    """The mean of all sets, a scalar. It is exact where all means agree: a constant has no spread."""
+    largest = tl.max(tl.where(counts > 0.0, means, -float("inf")))
+    return largest + tl.sum(tl.where(counts > 0.0, counts * (means - largest), 0.0)) / tl.sum(counts)
+
+
+@triton.jit
+def _merge(counts, means, means_b, aa, ab, bb):
+    """The means of two values over all sets, and their products around the means, scalars.
+
+    Chan, Golub and LeVeque 1979.
+    """
+    mean, mean_b = _mean(counts, means), _mean(counts, means_b)
+    d, d_b = means - mean, means_b - mean_b
+    aa, ab, bb = tl.sum(aa + counts * d * d), tl.sum(ab + counts * d * d_b), tl.sum(bb + counts * d_b * d_b)
+    return mean, mean_b, aa, ab, bb
 
 
 @triton.jit
@@ -74,11 +74,11 @@ def _latent(state, index, size):
     return x
 
 
-@triton.jit(do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["counter"])
 def blend_kernel(
     blends,  # (stages, rows, BLEND) float32: see `layout`
     indices,  # (stages, rows, INDICES) int32: see `triton_step.run_kernel`
-    counter,  # (1 or B,) int32: the stage
+    stage, counter,  # as in `triton_step.run_kernel`
     state,  # (buffers, B, n) float32, or None where no mix reads x
     size,  # elements of a buffer, B n
     r1, r2, r3,  # (B, n), each of its own dtype: raw outputs, or None
@@ -87,21 +87,22 @@ def blend_kernel(
     arrivals,  # (B,) int32: zeros, before and after
     n,  # elements of a sample
     span,  # elements of a part
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     INDICES: tl.constexpr,
+    LANES: tl.constexpr,  # a power of two, at least parts
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b, :4] = `naive.blend` of sample b: the moments of two mixes of its sources, then p. Grid: (B, parts)."""
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    row = _stage_of(stage, counter, b * counter_step) * rows + b * row_step
     table = blends + row * _BLEND
     x = _latent(state, indices + row * INDICES, size)
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    zero = tl.full((), 0.0, tl.float64)
-    count, mean, mean_b, aa, ab, bb = zero, zero, zero, zero, zero, zero
+    zero = tl.zeros([BLOCK], tl.float32)
+    mean, mean_b, aa, ab, bb, counts, steps = zero, zero, zero, zero, zero, zero, 0.0
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
@@ -111,45 +112,46 @@ def blend_kernel(
         y3 = _read(r3, at, lane, inside)
         u = _prediction(table + _MIX_A, None, a0, y1, y2, y3, BLOCK)
         v = _prediction(table + _MIX_B, None, a0, y1, y2, y3, BLOCK)
-        width = tl.minimum(end - start, BLOCK)
-        block_a = tl.sum(tl.where(inside, u, 0.0)) / width.to(tl.float32)
-        block_b = tl.sum(tl.where(inside, v, 0.0)) / width.to(tl.float32)
-        du = tl.where(inside, u - block_a, 0.0)
-        dv = tl.where(inside, v - block_b, 0.0)
-        count, mean, mean_b, aa, ab, bb = _merge(
-            count, mean, mean_b, aa, ab, bb, width.to(tl.float64), block_a.to(tl.float64), block_b.to(tl.float64),
-            tl.sum(du * du).to(tl.float64), tl.sum(du * dv).to(tl.float64), tl.sum(dv * dv).to(tl.float64),
-        )  # fmt: skip
+        # One more value per lane (Welford 1962): no lane is outside before the last step.
+        steps += 1.0
+        du, dv = tl.where(inside, u - mean, 0.0), tl.where(inside, v - mean_b, 0.0)
+        mean += du / steps
+        mean_b += dv / steps
+        aa += du * (u - mean)
+        ab += du * (v - mean_b)
+        bb += dv * (v - mean_b)
+        counts += inside.to(tl.float32)
+    mean_all, mean_all_b, aa_all, ab_all, bb_all = _merge(counts, mean, mean_b, aa, ab, bb)
     sums = partial + (b * parts + part) * _PARTS
-    tl.store(sums, count)
-    tl.store(sums + 1, mean)
-    tl.store(sums + 2, mean_b)
-    tl.store(sums + 3, aa)
-    tl.store(sums + 4, ab)
-    tl.store(sums + 5, bb)
-    if _is_last(arrivals, b, parts):
-        count, mean, mean_b, aa, ab, bb = zero, zero, zero, zero, zero, zero
-        for j in range(parts):
-            sums = partial + (b * parts + j) * _PARTS
-            count, mean, mean_b, aa, ab, bb = _merge(
-                count, mean, mean_b, aa, ab, bb, tl.load(sums, volatile=True), tl.load(sums + 1, volatile=True),
-                tl.load(sums + 2, volatile=True), tl.load(sums + 3, volatile=True), tl.load(sums + 4, volatile=True),
-                tl.load(sums + 5, volatile=True),
-            )  # fmt: skip
+    tl.store(sums, mean_all.to(tl.float64))
+    tl.store(sums + 1, mean_all_b.to(tl.float64))
+    tl.store(sums + 2, aa_all.to(tl.float64))
+    tl.store(sums + 3, ab_all.to(tl.float64))
+    tl.store(sums + 4, bb_all.to(tl.float64))
+    if _is_last(arrivals + b, parts):
+        j = tl.arange(0, LANES)
+        used = j < parts
+        left = partial + (b * parts + j) * _PARTS
+        sizes = tl.where(used, tl.minimum(span, n - j.to(tl.int64) * span), 0).to(tl.float64)
+        total_mean, total_mean_b, square_a, product, square_b = _merge(
+            sizes, _part(left, used), _part(left + 1, used), _part(left + 2, used), _part(left + 3, used),
+            _part(left + 4, used),
+        )  # fmt: skip
         phi, radius = tl.load(table + _PHI).to(tl.float64), tl.load(table + _RADIUS).to(tl.float64)
         # A constant output (a zero-initialised last layer) has no spread to restore: 0/0.
-        flat = aa == 0.0
-        ratio = tl.where(flat, 1.0, tl.sqrt(bb / tl.where(flat, 1.0, aa)))
-        norm = tl.sqrt(aa + count * mean * mean)
+        flat = square_a == 0.0
+        ratio = tl.where(flat, 1.0, tl.sqrt(square_b / tl.where(flat, 1.0, square_a)))
+        count = tl.full((), n, tl.int64).to(tl.float64)
+        norm = tl.sqrt(square_a + count * total_mean * total_mean)
         beyond = norm > radius
         factor = (phi * ratio + (1.0 - phi)) * tl.where(beyond, radius / tl.where(beyond, norm, 1.0), 1.0)
-        square = bb + count * mean_b * mean_b
+        square = square_b + count * total_mean_b * total_mean_b
         empty = square == 0.0
-        q = tl.where(empty, 0.0, (ab + count * mean * mean_b) / tl.where(empty, 1.0, square))
-        for j in tl.static_range(4):
-            moved = tl.load(table + _SCALED + j).to(tl.float64) + q * tl.load(table + _PROJECTED + j).to(tl.float64)
-            p = tl.load(table + _FIXED + j).to(tl.float64) + factor * moved
-            tl.store(out + b * 8 + j, p.to(tl.float32))
+        q = tl.where(empty, 0.0, (product + count * total_mean * total_mean_b) / tl.where(empty, 1.0, square))
+        for i in tl.static_range(4):
+            changed = tl.load(table + _SCALED + i).to(tl.float64) + q * tl.load(table + _PROJECTED + i).to(tl.float64)
+            p = tl.load(table + _FIXED + i).to(tl.float64) + factor * changed
+            tl.store(out + b * 8 + i, p.to(tl.float32))
 
 
 @triton.jit
@@ -223,17 +225,18 @@ def _bound(found, larger, tied, settings, n, out):
     tl.store(out + 5, (1.0 / s).to(tl.float32))
 
 
-@triton.jit(do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage"], do_not_specialize_on_alignment=["counter"])
 def threshold_kernel(
     numbers, indices,  # (stages, rows, NUMBERS) float32, (stages, rows, INDICES) int32: see `triton_step.run_kernel`
-    counter,  # (1 or B,) int32: the stage
+    stage, counter,  # as in `triton_step.run_kernel`
     state,  # (buffers, B, n) float32, or None where the prediction does not read x
     size,  # elements of a buffer, B n
     r1, r2, r3,  # (B, n) of the model's dtype: raw outputs, or None
     out,  # (B, 8) float32: columns 4 and 5 are written
     settings,  # (3,) float64: k, the fraction towards the next value, maximum
     n,  # elements of a sample
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     INDICES: tl.constexpr,
     BLENDED: tl.constexpr,  # whether p is out[b, :4], which `blend_kernel` wrote, or the stage's own
     BLOCK: tl.constexpr,  # elements of a loop step
@@ -244,8 +247,8 @@ def threshold_kernel(
     the next larger one, and s is interpolated linearly between them.
     """
     b = tl.program_id(0).to(tl.int64)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    now = _stage_of(stage, counter, b * counter_step)
+    row = now * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
     if BLENDED:
@@ -260,16 +263,17 @@ def threshold_kernel(
     _bound(found, larger, rank + 1 < same, settings, n, out + b * 8)
 
 
-@triton.jit(do_not_specialize=["shift"], do_not_specialize_on_alignment=["counter"])
+@triton.jit(do_not_specialize=["stage", "shift"], do_not_specialize_on_alignment=["counter"])
 def digit_kernel(
-    numbers, indices, counter, state, size, r1, r2, r3, out, settings,  # as in `threshold_kernel`
+    numbers, indices, stage, counter, state, size, r1, r2, r3, out, settings,  # as in `threshold_kernel`
     digits,  # (B, DIGITS) int32, zeros before the first pass and after the last: 256 counts; 2^31 - 1 minus the next
     # larger value; the rank, the bits found and the number of equal values, from `_descend`
     arrivals,  # (B,) int32: zeros, before and after
     n,  # elements of a sample
     span,  # elements of a part
     shift,  # of the eight bits that this pass finds: 24, 16, 8, 0
-    counter_step, rows, row_step,  # as in `triton_step.run_kernel`
+    counter_step, rows,  # as in `triton_step.run_kernel`
+    row_step,  # 0 for one row, 1 for one per sample
     INDICES: tl.constexpr,
     BLENDED: tl.constexpr,  # as in `threshold_kernel`
     LAST: tl.constexpr,  # whether this is the fifth pass, which finds the next larger value
@@ -280,8 +284,8 @@ def digit_kernel(
     Programs add integers and take their minimum, so that the result does not depend on their order.
     """
     b, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    now = _stage_of(stage, counter, b * counter_step)
+    row = now * rows + b * row_step
     x = _latent(state, indices + row * INDICES, size)
     p = numbers + row * _NUMBERS + _P_AT
     if BLENDED:
@@ -293,7 +297,7 @@ def digit_kernel(
     if LAST:
         larger = _larger(x, r1, r2, r3, p, b * n, first, end, found, BLOCK)
         tl.atomic_max(kept + _LARGER_AT, 0x7FFFFFFF - larger, sem="relaxed")
-        if _is_last(arrivals, b, parts):
+        if _is_last(arrivals + b, parts):
             larger = 0x7FFFFFFF - tl.load(kept + _LARGER_AT, volatile=True)
             tied = tl.load(kept + _RANK_AT) + 1 < tl.load(kept + _SAME_AT)
             _bound(found, larger, tied, settings, n, out + b * 8)
@@ -305,7 +309,7 @@ def digit_kernel(
         bins = tl.arange(0, 256)
         counts = _count(x, r1, r2, r3, p, b * n, first, end, shift, found, BLOCK)
         tl.atomic_add(kept + bins, counts, mask=counts > 0, sem="relaxed")
-        if _is_last(arrivals, b, parts):
+        if _is_last(arrivals + b, parts):
             rank = tl.load(kept + _RANK_AT)
             if shift == 24:
                 rank = tl.load(settings).to(tl.int32)
@@ -326,6 +330,7 @@ def error_kernel(
     n,  # elements of a sample
     span,  # elements of a part
     rtol, atol,  # (1,) float64: tolerances
+    LANES: tl.constexpr,  # a power of two, at least parts
     BLOCK: tl.constexpr,  # elements of a loop step
 ):  # fmt: skip
     """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)). Grid: (B, parts)."""
@@ -333,22 +338,21 @@ def error_kernel(
     lane = tl.arange(0, BLOCK)
     first = part.to(tl.int64) * span
     end = tl.minimum(first + span, n)
-    total = tl.full((), 0.0, tl.float64)
+    total = tl.zeros([BLOCK], tl.float64)
+    relative, least = tl.load(rtol), tl.load(atol)
     for start in range(first, end, BLOCK):
         inside = lane < end - start
         at = b * n + start
         e, y = _read(error, at, lane, inside), _read(low, at, lane, inside)
-        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * tl.load(rtol)
-        delta = tl.maximum(delta, tl.load(atol))
+        delta = tl.maximum(tl.abs(y), tl.abs(_read(before, at, lane, inside))) * relative
+        delta = tl.maximum(delta, least)
         # 0 / 0 is no error: with atol = 0 a value that is 0 in both solutions agrees.
         share = tl.where(e == 0.0, 0.0, e / tl.where(e == 0.0, 1.0, delta))
-        total += tl.sum(share * share).to(tl.float64)
-    tl.store(partial + (b * parts + part) * _PARTS, total)
-    if _is_last(arrivals, b, parts):
-        total = tl.full((), 0.0, tl.float64)
-        for j in range(parts):
-            total += tl.load(partial + (b * parts + j) * _PARTS, volatile=True)
-        tl.store(out + b, tl.sqrt(total / n))
+        total += share * share
+    tl.store(partial + (b * parts + part) * _PARTS, tl.sum(total))
+    if _is_last(arrivals + b, parts):
+        j = tl.arange(0, LANES)
+        tl.store(out + b, tl.sqrt(tl.sum(_part(partial + (b * parts + j) * _PARTS, j < parts)) / n))
 
 
 class Scratch(NamedTuple):
@@ -361,7 +365,8 @@ class Scratch(NamedTuple):
     @classmethod
     def of(cls, samples: int, n: int, device: torch.device | str) -> Scratch:
         """Scratch for (samples, n) on `device`."""
-        parts = triton.cdiv(n, SPAN)
+        parts = min(triton.cdiv(n, BLOCK), MOST_PARTS)
+        parts = triton.cdiv(n, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK)  # none is empty
         return cls(
             torch.zeros((samples, parts, PARTS), dtype=torch.float64, device=device),
             torch.zeros(samples, dtype=torch.int32, device=device),
@@ -369,28 +374,35 @@ class Scratch(NamedTuple):
         )
 
 
-def _span(scratch: Scratch, n: int) -> tuple[int, int]:
-    """Parts of a sample, and elements of a part, a multiple of BLOCK."""
+def _span(scratch: Scratch, n: int) -> tuple[int, int, int]:
+    """Parts of a sample, elements of a part, a multiple of BLOCK, and the lanes that add up the parts."""
     parts = scratch.partial.shape[1]
-    return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK
+    return parts, triton.cdiv(triton.cdiv(n, parts), BLOCK) * BLOCK, triton.next_power_of_2(parts)
+
+
+def _each(counter: Tensor | None) -> int:
+    """The step of `counter` from one sample to the next."""
+    return int(counter is not None and len(counter) > 1)
 
 
 def blend(
     blends: Tensor,
     indices: Tensor,
-    counter: Tensor,
+    counter: Tensor | None,
     state: Tensor | None,
     raws: Sequence[Tensor],
     out: Tensor,
     scratch: Scratch,
+    *,
+    stage: int = 0,
 ) -> None:
-    """`naive.blend` for the stage that `counter` names: see `blend_kernel` for shapes and dtypes."""
+    """`naive.blend` for the stage that `counter` names, or else `stage`: see `blend_kernel` for shapes and dtypes."""
     samples, n, rows = out.shape[0], math.prod(raws[0].shape[1:]), blends.shape[1]
-    parts, span = _span(scratch, n)
+    parts, span, lanes = _span(scratch, n)
     with guard(out):
         blend_kernel[(samples, parts)](
-            blends, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, scratch.partial,
-            scratch.arrivals, n, span, int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], BLOCK,
+            blends, indices, stage, counter, state, samples * n, *_padded(raws, layout.RAWS), out, scratch.partial,
+            scratch.arrivals, n, span, _each(counter), rows, int(rows > 1), indices.shape[-1], lanes, BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
 
@@ -398,7 +410,7 @@ def blend(
 def threshold(
     numbers: Tensor,
     indices: Tensor,
-    counter: Tensor,
+    counter: Tensor | None,
     state: Tensor | None,
     raws: Sequence[Tensor],
     out: Tensor,
@@ -406,8 +418,9 @@ def threshold(
     scratch: Scratch,
     *,
     blended: bool,
+    stage: int = 0,
 ) -> None:
-    """`naive.threshold` of the prediction of the stage that `counter` names.
+    """`naive.threshold` of the prediction of the stage that `counter` names, or else `stage`.
 
     See `threshold_kernel` for shapes and dtypes.
 
@@ -415,11 +428,11 @@ def threshold(
     """
     sample = raws[0].shape[1:] if raws or state is None else state.shape[2:]  # a call may have no outputs
     samples, n, rows = out.shape[0], math.prod(sample), numbers.shape[1]
-    parts, span = _span(scratch, n)
-    sources = numbers, indices, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
-    steps = int(len(counter) > 1), rows, int(rows > 1), indices.shape[-1], blended
+    parts, span, _ = _span(scratch, n)
+    sources = numbers, indices, stage, counter, state, samples * n, *_padded(raws, layout.RAWS), out, settings
+    steps = _each(counter), rows, int(rows > 1), indices.shape[-1], blended
     with guard(out):
-        if parts == 1:
+        if n <= SHORT:
             threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
             return
         for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
@@ -446,9 +459,10 @@ def error_norm(
     samples, n = error.shape[0], math.prod(error.shape[1:])
     out = torch.empty(samples, dtype=torch.float64, device=error.device)
     scratch = scratch or Scratch.of(samples, n, error.device)
-    parts, span = _span(scratch, n)
+    parts, span, lanes = _span(scratch, n)
     with guard(out):
         error_kernel[(samples, parts)](
-            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, BLOCK, num_warps=WARPS
-        )
+            error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, lanes, BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
     return out

@@ -71,7 +71,7 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
     limits = None if request.x is None else request.limits
-    if graphs is not None and request.mode == "loop":
+    if graphs is not None and request.mode != "step":
         if limits is not None:
             limits.check_latent(request.x)
         graphs.run.load(request.x, request.streams)

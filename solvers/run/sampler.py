@@ -27,7 +27,7 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike,
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.engine import NoiseSource
-from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
+from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
 from fewstep.solvers.run.loop import Request, StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import report
@@ -46,8 +46,9 @@ class Sampler:
     device    of the arrays of a model that is a plain callable: "cpu" or "cuda" make them torch tensors
     dtype     of the state and of the result: float32 (default) or float64
     graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (needed for
-              callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows, and
-              warns once if the model cannot be recorded. On a CPU only "auto" and "off"
+              callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows,
+              "step" where a call takes over a millisecond, and warns once if the model cannot be recorded. On a CPU
+              only "auto" and "off". "while", experimental, is "loop" without the calls beyond a plan under `capacity`
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
@@ -85,7 +86,7 @@ class Sampler:
         # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
         self.backend = pick_backend(backend, self.frame, triton=able)
-        if graph in ("step", "loop") and (self.backend != "triton" or capture_api(self.frame) is None):
+        if graph not in ("auto", "off") and (self.backend != "triton" or capture_api(self.frame) is None):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
@@ -142,6 +143,29 @@ class Sampler:
     def nbytes(self) -> int:
         """About how much memory the sampler holds between calls."""
         return self._now.nbytes
+
+    @property
+    def recorded(self) -> Recorded:
+        """The CUDA graphs that the sampler holds between calls, what recording them took and the memory they keep."""
+        held = [space.graphs for idle in self._now.idle for space in tuple(idle) if space.graphs is not None]
+        count, seconds = sum(map(len, held)), sum(graphs.seconds for graphs in held)
+        return Recorded(count, seconds, sum(graphs.recorder.nbytes for graphs in held))
+
+    def recapture(self) -> None:
+        """Record the CUDA graphs anew at the next call: after a change of the network that replays would not see.
+
+        Parameters and buffers in other memory (`param.data = ...`, offloading, other weights) are noticed without it,
+        if the model is a module, a method of one, or refers to one itself. New modules (an added LoRA) and Python
+        values that the network reads are not.
+        """
+        self._mode.recapture()
+
+    def __repr__(self) -> str:
+        text = f"Sampler({self.plan.solver!r}, {self.plan.steps} steps, shape={self.shape}, backend={self.backend!r}"
+        found = self.recorded
+        if found.graphs:
+            text += f", graph={self.graph!r}: {found.graphs} in {found.nbytes / 2**20:.1f} MiB, {found.seconds:.2f} s"
+        return text + ")"
 
     def prepare(self, plan: Plan | None = None, *, guidance: GuidanceLike | EllipsisType = ...) -> Prepared:
         """Compile another plan or guidance in advance, so that `update` only copies its tables.

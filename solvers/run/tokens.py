@@ -271,17 +271,19 @@ class TritonTokens(DeviceMemory):
         else:
             here[index] = x.reshape(len(columns), -1).to(here.dtype)
         self._rows.set(rows.astype(np.int32))
-        self._launch(self.structure, 1, [])
+        self._launch(self.structure, 1, [], stage=None, moves=False)
         self._last = rows
 
     def model_input(self, rows: Rows) -> tuple[Array, Array]:
-        self._rows.set(rows.astype(np.int32) - 1)  # the tick moves to the row, and writes its time
-        self._tick(1)
+        self._rows.set(rows.astype(np.int32))
+        # A launch writes the time of the row behind its own, and columns may go to any row from there.
+        self.t.copy_(self.times.gather(0, self._rows.device[None].long())[0])
         return self.x_in, self.t
 
     def advance(self, rows: Rows, raws: Mapping[int, Array]) -> None:
         filler = next(iter(raws.values()))  # for branches that no column reads in this call
-        self._launch(self.structure, 1, [self._plain(raws.get(j, filler)) for j in range(self.job.denoiser.branches)])
+        plain = [self._plain(raws.get(j, filler)) for j in range(self.job.denoiser.branches)]
+        self._launch(self.structure, 1, plain, stage=None, moves=False)
         self._last = rows
 
     def x(self) -> Array:

@@ -115,6 +115,21 @@ def test_predictions_are_not_edited_in_graphs_of_steps(cuda: FakeCuda) -> None:
         sampler(Net(), plan(), "step")(seed=1, edit_x0=waits)
 
 
+def test_long_calls_are_not_recorded_for_an_edit_of_x(cuda: FakeCuda) -> None:
+    """ "auto" runs it between the graphs of steps; one of a prediction has only the loop."""
+    cuda.milliseconds = 1.1
+    made, want = sampler(Net(), plan(), "auto"), oracle(plan())
+    for edits, replays in (({"edit": recordable}, 3), ({"edit_x0": pulled}, 1)):
+        cuda.log.clear()
+        assert torch.equal(made(seed=1, **edits), want(seed=1, **edits))
+        assert cuda.log.count("replay") == replays
+
+
+def test_a_while_node_has_no_edits(cuda: FakeCuda) -> None:
+    with pytest.raises(ValueError, match="graph='while' repeats one step, and edits see each"):
+        sampler(Net(), plan(), "while")(seed=1, edit=recordable)
+
+
 def test_ready_made_edits(cuda: FakeCuda) -> None:
     """Those of torch operators are recorded; an alignment's SVD and a quantile on the host are not."""
     mask, image = torch.tensor([[[0.0, 1.0, 1.0]]]), torch.ones(SHAPE)

@@ -21,7 +21,7 @@ VP, FLOW = fs.VP.linear(), fs.Flow()
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (32, 4))
     monkeypatch.setattr(triton_reduce, "BLOCK", 32)
-    monkeypatch.setattr(triton_reduce, "SPAN", 64)  # a sample has two parts
+    monkeypatch.setattr(triton_reduce, "SHORT", 64)  # a sample of 70 elements is split, into three parts
 
 
 def network(x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:

@@ -18,7 +18,8 @@ VP = fs.VP.linear()
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (32, 4))
     monkeypatch.setattr(triton_reduce, "BLOCK", 32)
-    monkeypatch.setattr(triton_reduce, "SPAN", 64)
+    monkeypatch.setattr(triton_reduce, "SHORT", 64)
+    monkeypatch.setattr(triton_reduce, "MOST_PARTS", 3)
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -72,7 +73,7 @@ def test_a_blend(name: str, n: int, dtype: torch.dtype) -> None:
     _, indices, counter = tables()
     out = torch.full((3, 8), float("nan"))
     scratch = triton_reduce.Scratch.of(3, n, "cpu")
-    assert scratch.partial.shape[1] == -(-n // 64)
+    assert scratch.partial.shape[1] == {1: 1, 150: 3, 64: 2, 33: 2}[n]  # two blocks a part at most
     want = naive.blend([None if state is None else state[0], *raws], numbers)
     for _ in range(2):  # the arrivals are back at 0
         triton_reduce.blend(blend_tables(numbers), indices, counter, state, raws, out, scratch)
@@ -80,10 +81,39 @@ def test_a_blend(name: str, n: int, dtype: torch.dtype) -> None:
     assert out[:, 4:].isnan().all()
 
 
-def test_a_constant_output_is_not_rescaled() -> None:
+def test_a_sample_is_reduced_alone_to_the_same_bits() -> None:
+    raws, (_, indices, counter), blends = [draw(i, 3, 150) for i in range(2)], tables(), blend_tables(BLENDS["rescale"])
+    tolerances = [torch.tensor([v], dtype=torch.float64) for v in (0.05, 0.01)]
+    found = []
+    for samples in (slice(0, 3), slice(1, 2)):
+        own, out = [raw[samples] for raw in raws], torch.zeros(len(raws[0][samples]), 8)
+        scratch = triton_reduce.Scratch.of(len(out), 150, "cpu")
+        triton_reduce.blend(blends, indices, counter, None, own, out, scratch)
+        found.append((out, triton_reduce.error_norm(own[0], own[1], own[1], *tolerances)))
+    (together, norms), (alone, norm) = found
+    assert torch.equal(together[1:2], alone)
+    assert torch.equal(norms[1:2], norm)
+
+
+def test_a_launch_names_its_stage() -> None:
+    """The number of the launch, in place of the counter's."""
+    raws, (numbers, indices, counter) = [draw(i, 3, 150) for i in range(2)], tables(P_AT=[0.0, -2.0, 3.0, 0.0])
+    settings, found = torch.tensor([139.0, 0.3, 1000.0], dtype=torch.float64), []
+    for how in ({"counter": counter}, {"counter": None, "stage": 1}):
+        out, scratch = torch.zeros(3, 8), triton_reduce.Scratch.of(3, 150, "cpu")
+        own: dict[str, Any] = {"raws": raws, "out": out, "scratch": scratch, "state": None, "indices": indices, **how}
+        triton_reduce.blend(blend_tables(BLENDS["rescale"]), **own)
+        triton_reduce.threshold(numbers, settings=settings, blended=False, **own)
+        assert out[:, [0, 4]].all()
+        found.append(out)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [0.25, -0.1])  # of -0.1 the sum of seventy is not exact
+def test_a_constant_output_is_not_rescaled(value: float) -> None:
     _, indices, counter = tables()
     out = torch.zeros(1, 8)
-    flat, scratch = torch.full((1, 70), 0.25), triton_reduce.Scratch.of(1, 70, "cpu")
+    flat, scratch = torch.full((1, 70), value), triton_reduce.Scratch.of(1, 70, "cpu")
     triton_reduce.blend(blend_tables(BLENDS["rescale"]), indices, counter, None, [flat, flat], out, scratch)
     np.testing.assert_array_equal(out[0, :4].numpy(), [7.0, -2.0, 3.0, 0.0])
 
