@@ -24,6 +24,7 @@ from fewstep.bindings.k_diffusion.noise import (
     torchsde_noise,
 )
 from fewstep.solvers.options import flag, function, number
+from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
@@ -211,8 +212,16 @@ def _reads_unguided(plan: Plan) -> bool:
 class _NullFirstDenoiser(Denoiser):
     """A model that applies its own guidance: one call returns the null branch's prediction and the guided one."""
 
-    def weights(self, progress: float) -> tuple[float, ...]:
-        return 0.0, 1.0  # the model's output is guided already
+    @property
+    def branches(self) -> int:
+        return 2
+
+    @property
+    def networks(self) -> tuple[Callable[..., Any], ...]:
+        return self.model, self.model
+
+    def shares(self, moment: Moment) -> Shares:
+        return Shares(np.array([[0.0, 1.0]]), (1,))  # the model's output is guided already
 
     def bind(self, frame: Frame, batch: int, cond: Any) -> Callable[..., tuple[Tensor, ...]]:
         tracker: _Tracker = cond["tracker"]
