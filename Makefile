@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -24,6 +24,21 @@ demo: setup      ## sample digits from the trained network with several solvers,
 
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk.
+LOWEST := .venv-lowest
+LOWEST_STAMP := $(LOWEST)/.installed
+$(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
+		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
+	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
+		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
@@ -57,14 +72,9 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 default-spacings: setup  ## measure every solver's default spacing, into docs/ranking/spacings.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.default_spacings
 
-# No network, and nothing is installed into the machine's own python3, which brings torch, triton and pytest. Under 8
-# minutes: what runs out of time is interrupted, and the benchmark writes what it has by then.
-GPU := env PYTHONPATH=build/gpu $(PYTHON) -m pytest -p no:cacheprovider -W default -o addopts="-ra" -m gpu
-gpu:             ## on a machine with a GPU: the GPU tests, then bench/results/<gpu>.json and docs/bench.md's table
-	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device')"
-	rm -rf build/gpu build/lib && $(PYTHON) -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu .
-	timeout -s INT -k 10 225 $(GPU) tests/test_gpu_runs.py
-	timeout -s INT -k 10 225 $(GPU) -s bench/test_gpu.py; status=$$?; \
+# No network, and nothing is installed into the machine's own python3: see the script.
+gpu:             ## on a machine with a GPU: bench/results/<gpu>.json and docs/bench.md's table, then the GPU tests
+	PYTHON=$(PYTHON) bench/device.sh build/device; status=$$?; cp build/device/*.json bench/results/ && \
 		PYTHONPATH=build/gpu $(PYTHON) bench/readme.py && exit $$status
 
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
@@ -77,4 +87,4 @@ tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tu
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
 clean:           ## remove the environment and caches
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

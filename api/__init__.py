@@ -14,13 +14,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fewstep import edits as edits
     from fewstep import problems as problems
     from fewstep.bindings.audit import audit as audit
-    from fewstep.bindings.denoiser import CFG as CFG
     from fewstep.bindings.denoiser import Denoiser as Denoiser
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
     from fewstep.bindings.diffusers.pipeline import restore as restore
+    from fewstep.bindings.guidance import APG as APG
+    from fewstep.bindings.guidance import CFG as CFG
+    from fewstep.bindings.guidance import AutoGuidance as AutoGuidance
+    from fewstep.bindings.guidance import Branches as Branches
+    from fewstep.bindings.guidance import CFGZero as CFGZero
     from fewstep.kernels.cpu import warmup as warmup
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
@@ -35,7 +40,10 @@ if TYPE_CHECKING:
     from fewstep.solvers.plans.stages import Start as Start
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
+    from fewstep.solvers.run.edits import EditInfo as EditInfo
     from fewstep.solvers.run.latents import slerp as slerp
+    from fewstep.solvers.run.levels import rolling as rolling
+    from fewstep.solvers.run.levels import sample_levels as sample_levels
     from fewstep.solvers.run.likelihood import Likelihood as Likelihood
     from fewstep.solvers.run.likelihood import log_likelihood as log_likelihood
     from fewstep.solvers.run.loop import StepInfo as StepInfo
@@ -45,6 +53,11 @@ if TYPE_CHECKING:
     from fewstep.solvers.run.serving import Engine as Engine
     from fewstep.solvers.run.sharded import Shards as Shards
     from fewstep.solvers.run.sharded import sample_sharded as sample_sharded
+    from fewstep.solvers.run.trajectory import LogProb as LogProb
+    from fewstep.solvers.run.trajectory import Rollout as Rollout
+    from fewstep.solvers.run.trajectory import log_prob as log_prob
+    from fewstep.solvers.run.trajectory import rollout as rollout
+    from fewstep.solvers.schedule import levels as levels
     from fewstep.solvers.schedule.brownian import BrownianTree as BrownianTree
     from fewstep.solvers.schedule.grid import Grid as Grid
     from fewstep.solvers.schedule.grid import grid as grid
@@ -65,8 +78,9 @@ __version__ = "0.1.0"
 # The same names by their module, for the import on first use.
 _MODULES = {
     "bindings.audit": "audit",
-    "bindings.denoiser": "CFG Denoiser DynamicThreshold",
+    "bindings.denoiser": "Denoiser DynamicThreshold",
     "bindings.diffusers.pipeline": "accelerate restore",
+    "bindings.guidance": "APG AutoGuidance Branches CFG CFGZero",
     "kernels.cpu": "warmup",
     "recommender": "Measured recommend Recommendation",
     "solvers.plans.plan": "Plan",
@@ -74,7 +88,9 @@ _MODULES = {
     "solvers.plans.stages": "PlanError Stage Start",
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
+    "solvers.run.edits": "EditInfo",
     "solvers.run.latents": "slerp",
+    "solvers.run.levels": "rolling sample_levels",
     "solvers.run.likelihood": "Likelihood log_likelihood",
     "solvers.run.loop": "StepInfo",
     "solvers.run.mixed": "MixedRun",
@@ -82,6 +98,7 @@ _MODULES = {
     "solvers.run.sampler": "Sampler",
     "solvers.run.serving": "Engine",
     "solvers.run.sharded": "sample_sharded Shards",
+    "solvers.run.trajectory": "LogProb log_prob Rollout rollout",
     "solvers.schedule.brownian": "BrownianTree",
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",
@@ -91,12 +108,15 @@ _MODULES = {
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = ["__version__", "problems", *_HOME]
+# Public modules.
+_PARTS = {"edits": "edits", "levels": "solvers.schedule.levels", "problems": "problems"}
+
+__all__ = ["__version__", *_PARTS, *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "problems":
-        return importlib.import_module("fewstep.problems")
+    if name in _PARTS:
+        return importlib.import_module(f"fewstep.{_PARTS[name]}")
     if name not in _HOME:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fewstep.{_HOME[name]}"), name)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from fewstep.bindings.denoiser import CFG, Denoiser
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.guidance import CFG
 from fewstep.digits_data import load_digits
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.options import needs

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.solvers.options import flag, number, one_of
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
@@ -271,7 +272,8 @@ def _measure(
     shape = check_sample_shape(shape)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
-    branches = max(sum(w != 0.0 for w in denoiser.weights(progress)) for progress in (0.0, 0.5))
+    middle = denoiser.process.point_at_sigma(1.0)
+    branches = max(1, *(len(denoiser.shares(Moment(middle, progress)).called) for progress in (0.0, 0.5)))
     calls = nfe // branches
     if calls < 1:
         raise ValueError(

@@ -4,11 +4,14 @@ A table goes between two marks, <!-- name --> and <!-- /name -->. Most come from
 a summary ("costs"), docs/bench.md what a step adds to a real network ("latency"), steps without one ("cpu") and other
 ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins"). The "gpu" table of
 docs/bench.md is that of `make gpu`, or "not measured" if no results match the current kernels.
+
+`python bench/readme.py FILE` prints the budgets of a GPU's results instead, those that were missed last.
 """
 
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 from fewstep.solvers.files import write_whole
@@ -206,6 +209,19 @@ def gpu_table(results=RESULTS):
     return lines
 
 
+def budgets(path):
+    """The rows of a GPU's results with a budget, and how many were met."""
+    told = json.loads(Path(path).read_text(encoding="utf-8"))
+    rows = sorted((row for row in told["rows"] if row["budget"] is not None), key=lambda row: not row["met"])
+    lines = [f"{told['device']}, {told['date']}: {sum(row['met'] for row in rows)} of {len(rows)} budgets met", ""]
+    lines += [f"{'case':72}{'ours':>12}{'peer':>12}{'ratio':>8}  budget"]
+    for row in rows:
+        figures = f"{row['ours']:12.4g}{row['peer']:12.4g}{row['ratio']:8.3f}"
+        verdict = f"{row['budget'][0]} {row['budget'][1]:g}  {'met' if row['met'] else 'MISSED'}"
+        lines.append(f"{row['case'][:71]:72}{figures}  {verdict}")
+    return lines
+
+
 def filled(text, name, lines):
     """The text with these lines between the two marks of `name`. Raises ValueError if a mark is missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -231,4 +247,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        print("\n".join(budgets(sys.argv[1])))
+    else:
+        main()

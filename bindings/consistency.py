@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fewstep.bindings.denoiser import CFG, Denoiser
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.guidance import Guidance
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.run.arrays import Array
 from fewstep.solvers.schedule.process import Point, Process
@@ -29,7 +30,7 @@ class ConsistencyDenoiser(Denoiser):
         model: Callable[..., Array],
         process: Process,
         predicts: str = "edm",
-        guidance: float | CFG | None = None,
+        guidance: float | Guidance | None = None,
         *,
         boundary: Boundary | None = None,
         **options: Any,

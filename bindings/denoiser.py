@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from numbers import Real
-from typing import Any, Self, TypeGuard
+from itertools import groupby
+from typing import Any, Self
 
 import numpy as np
 
+from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
 from fewstep.solvers.options import between, flag, number, one_of, warn
+from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
@@ -22,52 +22,6 @@ from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
 
 Cond = Mapping[str, Any]
-
-
-# Guidance scales, bounds and factors beyond it overflow float32 in the run.
-_LARGEST = 1e12
-
-
-@dataclass(frozen=True)
-class CFG:
-    """Classifier-free guidance (Ho & Salimans 2022): raw = raw_null + scale (raw_cond - raw_null).
-
-    scale        1 is unguided; a pair (s1, s2) combines three outputs as raw_0 + s1 (raw_1 - raw_0)
-                 + s2 (raw_2 - raw_1) (Brooks et al. 2023, eq. 3)
-    rescale      phi of Lin et al. (2023, section 3.4): moves each sample's standard deviation of the guided output
-                 towards that of the conditional output
-    start, stop  fractions of the steps between which guidance is on (Kynkäänniemi et al. 2024); outside them only
-                 the conditional branch is called
-    """
-
-    scale: float | tuple[float, float]
-    rescale: float = 0.0
-    start: float = 0.0
-    stop: float = 1.0
-
-    def __post_init__(self) -> None:
-        given: object = self.scale
-        if isinstance(given, list):
-            object.__setattr__(self, "scale", tuple(given))  # hashable
-        scales = self.scale if isinstance(self.scale, tuple) else (self.scale,)
-        if not all(_is_number(value) and abs(number(value)) <= _LARGEST for value in scales):
-            raise ValueError(
-                f"guidance scale must be a finite number or a pair of them, up to {_LARGEST:g}, got {self.scale!r:.80}"
-            )
-        if not 1 <= len(scales) <= 2:
-            raise ValueError(f"guidance scale takes one number or a pair, got {self.scale!r}")
-        between("guidance rescale", self.rescale, 0.0, 1.0)
-        between("guidance start", self.start, 0.0, 1.0)
-        between("guidance stop", self.stop, self.start, 1.0)
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        return tuple(map(float, self.scale if isinstance(self.scale, tuple) else (self.scale,)))
-
-    def weights(self, progress: float) -> tuple[float, ...]:
-        """The weights of the raw outputs, null branch first; they sum to 1. progress: finished steps / steps."""
-        scales = (*self.scales, 0.0) if self.start <= progress < self.stop else (1.0,) * len(self.scales) + (0.0,)
-        return (1.0 - scales[0], *(a - b for a, b in pairwise(scales)))
 
 
 @dataclass(frozen=True)
@@ -82,24 +36,11 @@ class DynamicThreshold:
 
     def __post_init__(self) -> None:
         between("quantile", self.quantile, 0.0, 1.0)
-        between("maximum", self.maximum, 1.0, _LARGEST)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _as_guidance(value: object) -> CFG | None:
-    """None, a CFG, or a number for its scale; anything else is a TypeError."""
-    if value is None or isinstance(value, CFG):
-        return value
-    if not _is_number(value):
-        raise TypeError(f"guidance must be a number (the scale), a CFG or None, got {value!r}")
-    return CFG(value if math.isnan(number(value)) else float(value))  # an int may be beyond a float
+        between("maximum", self.maximum, 1.0, LARGEST)
 
 
 def _positive(name: str, value: object) -> float:
-    if not (_is_number(value) and 0.0 < number(value) <= _LARGEST):
+    if not (is_number(value) and 0.0 < number(value) <= LARGEST):
         raise ValueError(f"{name} must be a positive finite number, got {value!r:.80}")
     return float(value)
 
@@ -181,7 +122,8 @@ class Denoiser:
                 raw like x_in
     process     the noising process that the network was trained on
     predicts    "epsilon", "sample" (x0), "v", "flow" (eps - x0) or "edm" (F inside the preconditioning)
-    guidance    a CFG scale or a `CFG`; None or 1 calls the network once
+    guidance    the scale of a `CFG`, or a `CFG`, `APG`, `CFGZero`, `AutoGuidance` or `Branches`; None or 1 calls the
+                network once
     clip        a bound for a static clip of the x0 prediction, or a `DynamicThreshold`
     null        the condition of the null branch, so that `cond` holds only the other one
     batched     True runs the branches of guidance as one batch of 2 B, False as separate calls
@@ -203,7 +145,7 @@ class Denoiser:
         model: Callable[..., Any],
         process: Process,
         predicts: str = "epsilon",
-        guidance: float | CFG | None = None,
+        guidance: float | Guidance | None = None,
         clip: float | DynamicThreshold | None = None,
         *,
         null: Cond | None = None,
@@ -227,7 +169,7 @@ class Denoiser:
         if not isinstance(predicts, str) or predicts not in PREDICTIONS:
             raise ValueError(unknown("prediction type", predicts, tuple(PREDICTIONS)))
         if not (clip is None or isinstance(clip, DynamicThreshold)):
-            if not (_is_number(clip) and 0.0 < number(clip) <= _LARGEST):
+            if not (is_number(clip) and 0.0 < number(clip) <= LARGEST):
                 raise ValueError(f"clip must be a positive bound on |x0| or a DynamicThreshold, got {clip!r:.80}")
             clip = float(clip)
         if not (null is None or isinstance(null, Mapping)):
@@ -235,7 +177,7 @@ class Denoiser:
         self.model = model
         self.process = process
         self.predicts = predicts
-        self.guidance = _as_guidance(guidance)
+        self.guidance = as_guidance(guidance)
         self.clip = clip
         self.null = null
         flag("batched", batched)
@@ -249,12 +191,30 @@ class Denoiser:
         self.sigma_data = own if sigma_data is None else _positive("sigma_data", sigma_data)
         one_of("variance", variance, (None, *VARIANCES))
         self.variance = variance
+        self._check_guidance()
 
-    def with_guidance(self, guidance: float | CFG | None) -> Self:
+    def with_guidance(self, guidance: float | Guidance | None) -> Self:
         """The same denoiser, of the same class, under another guidance."""
         other = copy.copy(self)
-        other.guidance = _as_guidance(guidance)
+        other.guidance = as_guidance(guidance)
+        other._check_guidance()
         return other
+
+    def _check_guidance(self) -> None:
+        """Raises ValueError for a guidance that does not fit the network."""
+        if getattr(self.guidance, "zero_steps", 0) and (self.predicts != "flow" or self.variance is not None):
+            raise ValueError(
+                "guidance zero_steps sets the velocity of a flow network to 0, and this one predicts "
+                f"{self.predicts!r}: use zero_steps=0, or predicts='flow'"
+            )
+        own = self.frame
+        for network in self.networks:
+            other = frame_of(network)
+            if own is not None and other is not None and (other.name, other.device) != (own.name, own.device):
+                raise ValueError(
+                    f"a network of the guidance is on {other.name} {other.device}, the model on {own.name} "
+                    f"{own.device}: move one of them"
+                )
 
     # --- used by the loop ---
 
@@ -268,12 +228,39 @@ class Denoiser:
         return self.clip if isinstance(self.clip, DynamicThreshold) else None
 
     @property
-    def rescale(self) -> float:
-        return self.guidance.rescale if self.guidance else 0.0
+    def branches(self) -> int:
+        """The number of branches of guidance, 1 without it."""
+        return self.guidance.branches if self.guidance else 1
 
-    def weights(self, progress: float) -> tuple[float, ...]:
-        """The weights of the branches at that fraction of the steps; a branch of weight 0 is not called."""
-        return self.guidance.weights(progress) if self.guidance else (1.0,)
+    @property
+    def networks(self) -> tuple[Callable[..., Any], ...]:
+        """The network of each branch."""
+        models = self.guidance.models if self.guidance else (None,)
+        return tuple(self.model if model is None else model for model in models)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether the coefficients of the branches depend on whole samples."""
+        return self.guidance is not None and self.guidance.reduces
+
+    @property
+    def momentum(self) -> float:
+        """Of the guidance's running average."""
+        return self.guidance.momentum if self.guidance else 0.0
+
+    @property
+    def by_step(self) -> str | None:
+        """What of the guidance needs numbered steps, or None."""
+        return self.guidance.by_step if self.guidance else None
+
+    def shares(self, moment: Moment) -> Shares:
+        """The weight of each branch in a call, and the branches to call."""
+        return self.guidance.shares(moment) if self.guidance else ALONE
+
+    def blend(self, weights: np.ndarray, a: float, b: float, momentum: float) -> np.ndarray:
+        """The numbers of a reducing guidance in a call, see `solvers.plans.tables.X0Prediction`."""
+        assert self.guidance is not None
+        return self.guidance.blend(weights, a, b, momentum)
 
     def prologue(self, at: Point) -> tuple[float, float]:
         """(a, b) of the x0 prediction a x + b raw. Raises ValueError where raw does not determine x0.
@@ -327,7 +314,7 @@ class Denoiser:
 
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
         """One mapping of keyword arguments per branch, the null branch first."""
-        branches = len(self.weights(0.0))
+        branches = self.branches
         listed: Sequence[Any] = cond if isinstance(cond, (tuple, list)) else [{} if cond is None else cond]
         if not all(isinstance(c, Mapping) for c in listed):
             kinds = ", ".join(type(c).__name__ for c in listed)
@@ -341,8 +328,10 @@ class Denoiser:
         given = [dict(c) for c in listed]
         if len(given) == branches:
             return given  # type: ignore[return-value]
-        if branches > 1 and len(given) == 1 and branches == 2 and self.null is not None:
+        if len(given) == 1 and branches == 2 and self.null is not None:
             return [dict(self.null), *given]
+        if len(given) == 1 and self.guidance is not None and self.guidance.one_condition:
+            return given * branches  # type: ignore[return-value]
         if branches == 1 and len(given) == 2:
             if self.guidance is None:
                 warn(
@@ -364,12 +353,12 @@ class Denoiser:
 
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
-        model = self.model
         torch = sys.modules.get("torch")
-        if frame.name == "numpy" and torch is not None:
-            model = self._on_numpy()
-        elif frame.name == "torch" and torch is not None and torch.is_grad_enabled():
-            model = without_own_graph(model)
+        watched = frame.name == "numpy" and torch is not None
+        models = tuple(_on_numpy(network) if watched else network for network in self.networks)
+        if frame.name == "torch" and torch is not None and torch.is_grad_enabled():
+            models = tuple(map(without_own_graph, models))
+        model = models[-1]
         if cond is None and self.guidance is None:
             return lambda branches, x_in, t: (model(x_in, t),)
         conds = self.conditions(cond)
@@ -378,14 +367,13 @@ class Denoiser:
             (own,) = conds
             return lambda branches, x_in, t: (model(x_in, t, **own),)
         together: dict[tuple[int, ...], Cond] = {}
+        networks = self.networks
 
-        def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
+        def batched(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
+            """One call of the one network of these branches."""
+            model = models[branches[0]]
             if len(branches) == 1:
                 return (model(x_in, t, **conds[branches[0]]),)
-            if not self.batched:
-                # A model may modify or return its arguments: all calls but the last get copies.
-                copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
-                return tuple(model(*own, **conds[j]) for own, j in zip([*copies, (x_in, t)], branches, strict=True))
             if branches not in together:
                 together[branches] = stacked([conds[j] for j in branches], frame, batch)
             raw = model(x_in, t, **together[branches])
@@ -398,26 +386,48 @@ class Denoiser:
                 )
             return tuple(raw[i * batch : (i + 1) * batch] for i in range(len(branches)))
 
-        if self.batched and len(conds) > 1:
-            full = tuple(range(len(conds)))
-            together[full] = stacked(conds, frame, batch)
+        def by_network(branches: tuple[int, ...]) -> list[tuple[int, ...]]:
+            return [tuple(own) for _, own in groupby(branches, key=lambda j: id(networks[j]))]
+
+        def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
+            if not branches:
+                return ()
+            if not self.batched and len(branches) > 1:
+                # A model may modify or return its arguments: all calls but the last get copies.
+                copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
+                calls = zip([*copies, (x_in, t)], branches, strict=True)
+                return tuple(models[j](*own, **conds[j]) for own, j in calls)
+            if one_network or len(branches) == 1:
+                return batched(branches, x_in, t)
+            raws: list[Any] = []
+            for own in by_network(branches):
+                part = slice(len(raws) * batch, (len(raws) + len(own)) * batch)
+                raws += batched(own, x_in[part], t[part])
+            return tuple(raws)
+
+        full = tuple(range(len(conds)))
+        one_network = len(by_network(full)) == 1
+        if self.batched:
+            for alike in by_network(full):
+                if len(alike) > 1:
+                    together[alike] = stacked([conds[j] for j in alike], frame, batch)
         return call
 
-    def _on_numpy(self) -> Callable[..., Any]:
-        """The model, with an error that names the remedy if it is a torch model that gets NumPy arrays."""
-        model = self.model
-        if self.frame is not None:
-            return model
 
-        def call(x_in: Any, t: Any, /, **cond: Any) -> Any:
-            try:
-                return model(x_in, t, **cond)
-            except (AttributeError, TypeError) as error:
-                if "numpy" not in str(error):
-                    raise
-                raise TypeError(
-                    f"the model failed on NumPy arrays ({error}). If it is a torch model, pass device='cpu' or "
-                    "'cuda', or give x as a torch tensor"
-                ) from error
+def _on_numpy(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model, with an error that names the remedy if it is a torch model that gets NumPy arrays."""
+    if frame_of(model) is not None:
+        return model
 
-        return call
+    def call(x_in: Any, t: Any, /, **cond: Any) -> Any:
+        try:
+            return model(x_in, t, **cond)
+        except (AttributeError, TypeError) as error:
+            if "numpy" not in str(error):
+                raise
+            raise TypeError(
+                f"the model failed on NumPy arrays ({error}). If it is a torch model, pass device='cpu' or "
+                "'cuda', or give x as a torch tensor"
+            ) from error
+
+    return call

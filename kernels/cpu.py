@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.kernels import attempts, interpreted
-from fewstep.kernels.launch import KINDS, SERIAL_ELEMENTS, kind_of
+from fewstep.kernels.launch import ELEMENTS, KINDS, SAMPLES, SERIAL_ELEMENTS, kind_of
 
 
 class Kernel:
@@ -116,11 +116,11 @@ _BRIDGES = Kernel(
     interpreted.bridge_batch,
     "void(float64[:,::1], uint32[:,::1], int64, uint32[::1], float64[::1], float64[::1], boolean[::1])",
 )
-_GUIDANCE = Kernel(
+_BLEND = Kernel(
     "numba_reduce",
-    "guidance_scale",
-    interpreted.guidance_scale,
-    f"void({_OUTPUTS}, float64[::1], float64, float64[::1])",
+    "blend",
+    interpreted.blend,
+    "void(int64[::1], float64[:,::1], float64[:,::1])",
 )
 _MAGNITUDES = Kernel(
     "numba_reduce",
@@ -153,7 +153,7 @@ ROWS = Kernel(
     ),
 )
 ATTEMPTS = (PROPOSE, CONTROL, ROWS)
-KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _GUIDANCE, _MAGNITUDES, _ERROR_NORM, *ATTEMPTS)
+KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, *ATTEMPTS)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -215,17 +215,10 @@ def bridges(
     _BRIDGES.run(out, streams, domain, draws, weights, stds, right)
 
 
-def guidance_scale(raws: Sequence[np.ndarray], weights: np.ndarray, phi: float) -> np.ndarray:
-    """The factor of guidance rescale on each sample's guided output, (B,) float64: see `naive.guidance_scale`.
-
-    raws     (B, n), 16-bit floats as their bits, the conditional output last
-    weights  (len(raws),) of the raws in the guided output
-    """
-    out = np.empty(len(raws[0]))
-    shares = np.ascontiguousarray(weights, np.float64)
-    _GUIDANCE.request(len(raws) * raws[0].size)
-    _GUIDANCE.run(*_addresses(raws), raws[0].shape[1], shares, float(phi), out)
-    return out
+def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
+    """Write `naive.blend` of each sample to p: see `numba_reduce.blend`."""
+    _BLEND.request(int(memory[SAMPLES] * memory[ELEMENTS]))
+    _BLEND.run(memory, blends, p)
 
 
 def threshold(
@@ -238,9 +231,9 @@ def threshold(
     p     (1 or B, 4) of the state's dtype
     out   (B, 4) of the state's dtype
     """
-    n = raws[0].shape[1]
-    m = np.empty(raws[0].shape, p.dtype)
-    _MAGNITUDES.request(len(raws) * raws[0].size)
+    m = np.empty(next(a for a in (*raws, x) if a is not None).shape, p.dtype)
+    n = m.shape[1]
+    _MAGNITUDES.request(max(1, len(raws)) * m.size)
     _MAGNITUDES.run(0 if x is None else x.ctypes.data, *_addresses(raws), n, p, m)
     position = quantile * (n - 1)
     k = int(position)

@@ -130,31 +130,58 @@ def bridge_batch(
             b = w
 
 
-def _deviation(values: np.ndarray) -> np.ndarray:
-    """The standard deviation of each row, its sums in element order."""
-    mean = np.cumsum(values, axis=1)[:, -1] / values.shape[1]
-    square = (values - mean[:, None]) ** 2
-    result: np.ndarray = np.sqrt(np.cumsum(square, axis=1)[:, -1] / values.shape[1])
-    return result
-
-
 def _outputs(raws: np.ndarray, kinds: np.ndarray, samples: int, n: int) -> list[np.ndarray]:
     return [
         _floats(_at(int(address), words.KINDS[kind], samples, n)) for address, kind in zip(raws, kinds, strict=True)
     ]
 
 
-def guidance_scale(
-    raws: np.ndarray, kinds: np.ndarray, sizes: np.ndarray, n: int, weights: np.ndarray, phi: float, out: np.ndarray
-) -> None:
+LANES = 512  # in which the sums of a blend are split, a power of two; its blocks of that size stay in L1
+
+
+def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
+    m = memory.tolist()
+    samples, n = m[words.SAMPLES], m[words.ELEMENTS]
+    places = [(0, words.X_KIND), *((words.RAW + j, words.RAW_KIND + j) for j in range(layout.RAWS))]
     with np.errstate(all="ignore"):
-        values = [raw.astype(np.float64) for raw in _outputs(raws, kinds, len(out), n)]
-        guided = np.zeros_like(values[0])
-        for weight, value in zip(weights, values, strict=True):
-            if weight != 0.0:
-                guided = guided + weight * value
-        spread = _deviation(guided)
-        out[...] = np.where(spread != 0.0, phi * _deviation(values[-1]) / spread + (1.0 - phi), 1.0)
+        values = [
+            _floats(_at(m[place], words.KINDS[m[kind]], samples, n)).astype(np.float64) if m[place] else None
+            for place, kind in places
+        ]
+        for b in range(samples):
+            row = blends[b if len(blends) > 1 else 0]
+            mixes = np.zeros((2, n))
+            for j, value in enumerate(values):
+                for mix, c in zip(mixes, (row[layout.MIX_A + j], row[layout.MIX_B + j]), strict=True):
+                    if c != 0.0 and value is not None:
+                        mix += c * value[b]
+            u, v = mixes - mixes[:, :1]
+            first_a, first_c = mixes[:, 0]
+            s = np.array([_lane_sum(part) for part in (u, v, u * u, u * v, v * v)])
+            spread_a, spread_c = s[2] - s[0] * s[0] / n, s[4] - s[1] * s[1] / n
+            norm = np.sqrt(s[2] + 2.0 * first_a * s[0] + n * first_a * first_a)
+            product = s[3] + first_a * s[1] + first_c * s[0] + n * first_a * first_c
+            square = s[4] + 2.0 * first_c * s[1] + n * first_c * first_c
+            f, q, phi = 1.0, 0.0, row[layout.PHI]
+            if spread_a > 0.0:
+                f = phi * np.sqrt(max(spread_c, 0.0) / spread_a) + (1.0 - phi)
+            if norm > row[layout.RADIUS]:
+                f *= row[layout.RADIUS] / norm
+            if square > 0.0:
+                q = product / square
+            fixed, scaled, projected = (row[j : j + 4] for j in (layout.FIXED, layout.SCALED, layout.PROJECTED))
+            p[b] = fixed + f * (scaled + q * projected)
+
+
+def _lane_sum(values: np.ndarray) -> np.float64:
+    """The sum of a row in the compiled order: element i into lane i mod LANES, then halves of the lanes."""
+    rows = np.zeros((-(-len(values) // LANES) + 1, LANES))  # the first row is the sums' start
+    rows[1:].reshape(-1)[: len(values)] = values
+    lanes = np.cumsum(rows, axis=0)[-1]
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    total: np.float64 = lanes[0]
+    return total
 
 
 def magnitudes(

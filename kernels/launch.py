@@ -150,6 +150,20 @@ class Launch:
         launch(stage, self.memory, self.units, self.size, (self.held, keep))
 
 
+def sources(x: np.ndarray | None, raws: Sequence[np.ndarray]) -> np.ndarray:
+    """The memory of a launch that only names its sources, for `cpu.blend`; the caller keeps them alive.
+
+    x, raws  (B, elements), C-contiguous: x of any dtype in KINDS, 16-bit floats as their bits
+    """
+    memory = np.zeros(WORDS, np.int64)
+    memory[SAMPLES : ELEMENTS + 1] = raws[0].shape
+    if x is not None:
+        memory[0], memory[X_KIND] = x.ctypes.data, kind_of(x)
+    for j, raw in enumerate(raws):
+        memory[RAW + j], memory[RAW_KIND + j] = raw.ctypes.data, kind_of(raw)
+    return memory
+
+
 def resize(memory: np.ndarray, samples: int, elements: int) -> int:
     """Set the shape of a launch, and how it is split. Returns its units.
 

@@ -14,3 +14,9 @@ NOISE = PREDICTION + 1  # column 12: z
 COLUMNS = NOISE + 1
 OUTPUTS = 5  # most rows: the new x first
 INPUTS = 3  # most copies of the next model input, one per branch of a guided batch
+
+# A blend: numbers, one row for all samples or one per sample, from which a reduction makes p (see `naive.blend`). Five
+# groups of four coefficients over [x, raw_1, raw_2, raw_3], then two numbers.
+MIX_A, MIX_B, FIXED, SCALED, PROJECTED = 0, 4, 8, 12, 16
+PHI, RADIUS = 20, 21
+BLEND = 24  # columns; the last two are not used

@@ -87,23 +87,38 @@ def combine(sources: Sequence[Array | None], c: Array, like: Array) -> Array:
     return total
 
 
-def guidance_scale(raws: Sequence[Array], weights: np.ndarray, phi: float) -> np.ndarray:
-    """Guidance rescale (Lin et al. 2023, section 3.4): the factor on the guided output of each sample.
+def blend(sources: Sequence[Array | None], blends: np.ndarray) -> np.ndarray:
+    """The coefficients p of the prediction that depend on whole samples, see `layout` for the numbers of a blend.
 
-    guided = sum_j weights[j] raws[j], factor = phi std(conditional) / std(guided) + 1 - phi, 1 where guided is constant
+        A = mix_a · sources, B = mix_b · sources
+        f = (phi std(B) / std(A) + 1 - phi) min(1, radius / |A|),  q = <A, B> / |B|^2
+        p = fixed + f (scaled + q projected)
 
-    raws     (B, ...), the conditional output last
-    weights  one per raw
-    phi      0 .. 1
+    The ratio of deviations is 1 where A is constant, and q is 0 where B is 0. Guidance rescale, adaptive projected
+    guidance and CFG-Zero* are blends: see `bindings.guidance`.
 
-    Returns (B,) float64.
+    sources  x and the network's outputs, (B, ...); None where its coefficients are 0
+    blends   (1 or B, BLEND)
+
+    Returns (B, 4) float64.
     """
-    values = [as_float64(raw) for raw in raws]
-    guided = sum((g * v for g, v in zip(weights, values, strict=True)), np.zeros_like(values[0]))
-    spread = guided.std(axis=1)
+    values = [None if source is None else as_float64(source) for source in sources]
+    numbers = np.broadcast_to(blends, (next(len(v) for v in values if v is not None), layout.BLEND))
+
+    def mix(first: int) -> np.ndarray:
+        terms = ((numbers[:, first + j, None], v) for j, v in enumerate(values) if v is not None)
+        used = [np.where(c != 0.0, c * v, 0.0) for c, v in terms if c.any()]
+        return sum(used[1:], used[0]) if used else np.zeros((len(numbers), 1))
+
+    a, b = mix(layout.MIX_A), mix(layout.MIX_B)
+    phi, radius = numbers[:, layout.PHI], numbers[:, layout.RADIUS]
+    spread, norm, square = a.std(axis=1), np.sqrt((a * a).sum(axis=1)), (b * b).sum(axis=1)
     # A constant output, such as that of a zero-initialised last layer, would give 0 / 0.
-    ratio = np.divide(values[-1].std(axis=1), spread, out=np.ones_like(spread), where=spread != 0.0)
-    return np.asarray(phi * ratio + (1.0 - phi))
+    ratio = np.divide(b.std(axis=1), spread, out=np.ones_like(spread), where=spread != 0.0)
+    f = (phi * ratio + (1.0 - phi)) * np.divide(radius, norm, out=np.ones_like(norm), where=norm > radius)
+    q = np.divide((a * b).sum(axis=1), square, out=np.zeros_like(square), where=square > 0.0)
+    fixed, scaled, projected = (numbers[:, j : j + 4] for j in (layout.FIXED, layout.SCALED, layout.PROJECTED))
+    return np.asarray(fixed + f[:, None] * (scaled + q[:, None] * projected))
 
 
 def threshold(m: Array, quantile: float, maximum: float) -> np.ndarray:

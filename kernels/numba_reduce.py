@@ -1,8 +1,8 @@
 """Per-sample reductions on the CPU: the numbers of a whole sample that a stage needs before it can map elements.
 
-Bytes per element: each input once at its own size; guidance rescale moves 16 of scratch, magnitudes write the
-state's size, an error norm writes a number per sample. Sums are in float64 in element order, so a sample's numbers do
-not depend on the batch.
+Bytes per element: each input once at its own size; magnitudes write the state's size, a blend and an error norm a few
+numbers per sample. Sums are in float64 in an order that depends on a sample's size alone, so its numbers do not depend
+on the batch.
 
 Network outputs come as addresses and positions in `launch.KINDS`, so that all their dtypes share one compiled function.
 """
@@ -11,46 +11,109 @@ from __future__ import annotations
 
 import numpy as np
 
+from fewstep.kernels import launch as words
 from fewstep.kernels import layout
+from fewstep.kernels.interpreted import LANES
 from fewstep.kernels.numba_bits import jit
 from fewstep.kernels.numba_step import combine, load, prediction_terms
 
 _SLOTS, _RAWS = layout.SLOTS, layout.RAWS
+_MIX_A, _MIX_B, _FIXED, _SCALED, _PROJECTED = (
+    layout.MIX_A,
+    layout.MIX_B,
+    layout.FIXED,
+    layout.SCALED,
+    layout.PROJECTED,
+)
+_PHI, _RADIUS = layout.PHI, layout.RADIUS
+_BYTES = (4, 8, 2, 2)  # of launch.KINDS
 
 
 @jit()
-def _deviation(values):
-    """The standard deviation, in two passes: a sum of squares would cancel."""
-    mean = 0.0
-    for v in values:
-        mean += v
-    mean /= len(values)
-    square = 0.0
-    for v in values:
-        square += (v - mean) ** 2
-    return np.sqrt(square / len(values))
+def blend(memory, blends, p):
+    """p[b] = `naive.blend` of sample b, from the sources of a launch.
 
-
-@jit()
-def guidance_scale(raws, kinds, sizes, n, weights, phi, out):
-    """out[b] = phi std(conditional) / std(guided) + 1 - phi, 1 where guided is constant (Lin et al. 2023).
-
-    raws     (R,) int64 addresses of (B, n) network outputs, the conditional one last
-    kinds    (R,) int64, their dtypes, of `sizes` bytes
-    weights  (R,) float64, of the raws in the guided output
-    out      (B,) float64, overwritten
+    memory  of a launch, see `launch.sources`
+    blends  (1 or B, BLEND) float64
+    p       (B, 4) float64, overwritten
     """
-    guided, raw = np.empty(n), np.empty(n)
-    for b in range(len(out)):
-        guided[:] = 0.0
-        for j in range(len(raws)):
-            load(raws[j] + b * n * sizes[j], kinds[j], raw)
-            if weights[j] != 0.0:
-                for i in range(n):
-                    guided[i] += weights[j] * raw[i]
-        spread = _deviation(guided)
-        # A constant output, such as that of a zero-initialised last layer, would give 0 / 0.
-        out[b] = phi * _deviation(raw) / spread + (1.0 - phi) if spread != 0.0 else 1.0
+    samples, n = memory[words.SAMPLES], memory[words.ELEMENTS]
+    scratch = np.empty((1 + _RAWS, LANES))
+    mixes, sums = np.empty((2, LANES)), np.empty((5, LANES))  # sums of the mixes, then of their squares and products
+    a, c = mixes[0], mixes[1]
+    # The terms of the mixes, as `combine` takes them; their sources are rows of the scratch.
+    counts, numbers = np.zeros(2, np.int64), np.empty((2, layout.COLUMNS))
+    source, at = np.zeros((2, layout.COLUMNS), np.int64), np.empty(1 + _RAWS, np.int64)
+    for j in range(1 + _RAWS):
+        at[j] = scratch.ctypes.data + j * LANES * 8
+    for b in range(samples):
+        row = blends[b if len(blends) > 1 else 0]
+        for k in range(2):
+            count = 0
+            for j in range(1 + _RAWS):
+                if row[_MIX_A + 4 * k + j] != 0.0:
+                    numbers[k, count], source[k, count] = row[_MIX_A + 4 * k + j], j
+                    count += 1
+            counts[k] = count
+        sums[:] = 0.0
+        # Sums around the first elements: a plain sum of squares would cancel.
+        first_a, first_c = 0.0, 0.0
+        for start in range(0, n, LANES):
+            m = min(LANES, n - start)
+            for j in range(1 + _RAWS):
+                if row[_MIX_A + j] != 0.0 or row[_MIX_B + j] != 0.0:
+                    place = 0 if j == 0 else words.RAW + j - 1
+                    kind = memory[words.X_KIND if j == 0 else words.RAW_KIND + j - 1]
+                    load(memory[place] + (b * n + start) * _BYTES[kind], kind, scratch[j, :m])
+            for k in range(2):
+                combine(mixes.ctypes.data + k * LANES * 8, m, k, counts, numbers, source, at)
+            if start == 0:
+                first_a, first_c = a[0], c[0]
+            _add_moments(a, first_a, m, sums[0], sums[2])
+            _add_moments(c, first_c, m, sums[1], sums[4])
+            _add_products(a, c, first_a, first_c, m, sums[3])
+        width = LANES
+        while width > 1:  # halves of the lanes are added up
+            width //= 2
+            for j in range(5):
+                _fold(sums[j, :width], sums[j, width : 2 * width])
+        s = sums[:, 0]
+        spread_a, spread_c = s[2] - s[0] * s[0] / n, s[4] - s[1] * s[1] / n
+        norm = np.sqrt(s[2] + 2.0 * first_a * s[0] + n * first_a * first_a)
+        product = s[3] + first_a * s[1] + first_c * s[0] + n * first_a * first_c
+        square = s[4] + 2.0 * first_c * s[1] + n * first_c * first_c
+        f, q = 1.0, 0.0
+        if spread_a > 0.0:  # a constant output, such as that of a zero-initialised last layer, would give 0 / 0
+            f = row[_PHI] * np.sqrt(max(spread_c, 0.0) / spread_a) + (1.0 - row[_PHI])
+        if norm > row[_RADIUS]:
+            f *= row[_RADIUS] / norm
+        if square > 0.0:
+            q = product / square
+        for j in range(1 + _RAWS):
+            p[b, j] = row[_FIXED + j] + f * (row[_SCALED + j] + q * row[_PROJECTED + j])
+
+
+# Element i of a block is added to lane i, and no loop writes more than two arrays: so LLVM vectorises them.
+
+
+@jit()
+def _add_moments(a, first, m, sums, squares):
+    for i in range(m):
+        u = a[i] - first
+        sums[i] += u
+        squares[i] += u * u
+
+
+@jit()
+def _add_products(a, c, first_a, first_c, m, sums):
+    for i in range(m):
+        sums[i] += (a[i] - first_a) * (c[i] - first_c)
+
+
+@jit()
+def _fold(a, b):
+    for i in range(len(a)):
+        a[i] += b[i]
 
 
 @jit()
@@ -58,7 +121,8 @@ def magnitudes(x, raws, kinds, sizes, n, p, out):
     """out[b] = |m|, m = p · [x, raws], the x0 prediction of sample b, computed in the state's dtype.
 
     x      the address of (B, n) of the state's dtype, or 0
-    raws   as in `guidance_scale`
+    raws   (R,) int64 addresses of (B, n) network outputs
+    kinds  (R,) int64, their dtypes, of `sizes` bytes
     p      (1 or B, 4) of the state's dtype
     out    (B, n) of the state's dtype, overwritten
     """

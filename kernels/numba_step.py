@@ -215,6 +215,13 @@ def _combine_pair(address, other, scaled, scale, n, second, counts, c, source, a
 
 
 @jit()
+def _alive(scratch, normals):
+    """A use of both arrays, which the compiler cannot drop."""
+    if len(scratch) < 0 or len(normals) < 0:
+        raise AssertionError
+
+
+@jit()
 def _terms(values, start, row, present, counts, c, source):
     """Set row `row` of c and source to the numbers of values[start:] that are not 0 and whose sources are present."""
     count = 0
@@ -350,6 +357,8 @@ def _stage(dtype, size):
             for j in range(done, _INPUTS):
                 if memory[words.INPUT + j] != 0:
                     _store(x, scale, memory[words.INPUT + j] + offset * width, model)
+        # The addresses do not keep the memory: Numba frees an array after its last use.
+        _alive(scratch, normals)
 
     return fused
 

@@ -36,6 +36,7 @@ STEP: Final = 0  # noise inside solver steps
 LATENT: Final = 1  # the initial x
 BROWNIAN: Final = 2  # nodes of the virtual Brownian tree
 PROBE: Final = 3  # signs of the probes of a trace
+EDIT: Final = 256  # and above: noise of a caller's edits, 16 domains for each of them
 
 # Philox4x32: multipliers, and the Weyl constants that are added to the key between rounds.
 M0: Final = 0xD2511F53
@@ -130,7 +131,8 @@ def streams(seed: int | Sequence[int] | NDArray[np.integer], batch: int, first_s
         first_sample = check_seed(first_sample, "first_sample")
         if first_sample + batch > 1 << 32:
             raise ValueError(f"first_sample={first_sample} and a batch of {batch} exceed the last sample, 2**32 - 1")
-        seeds, numbers = np.uint64(value), np.arange(first_sample, first_sample + batch, dtype=np.uint64)
+        seeds = np.full(batch, value, np.uint64)
+        numbers = np.arange(first_sample, first_sample + batch, dtype=np.uint64)
     table = np.empty((batch, 3), np.uint32)
     table[:, 0], table[:, 1], table[:, 2] = seeds & np.uint64(MASK), seeds >> np.uint64(32), numbers
     return table

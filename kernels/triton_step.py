@@ -7,9 +7,9 @@ written; noise is drawn in registers and moves nothing. A guided DPM-Solver++ 2M
 Two kernels share the arithmetic below, term for term that of `naive.step`:
 
     stage_kernel  separate tensors and the tables of one stage: `torch_ops.stage`
-    run_kernel    one block of buffers, and tables (stages, 1 or B, ...) indexed by a counter on the device: what a
-                  captured graph replays. No coefficient is compiled in, and a batch may hold samples at different
-                  steps of different solvers
+    run_kernel    one block of buffers, and tables (stages, 1 or B, ...) on the device: what a captured graph replays.
+                  The stage is a number of the launch, or a counter on the device, which the launch then moves on. No
+                  coefficient is compiled in, and a batch may hold samples at different steps of different solvers
 
 A kernel is specialised by what is live: which slots, how many raws, outputs and copies; a pointer that is None
 compiles to nothing. In each thread every load of an element precedes every store, so an output may overwrite an input
@@ -31,13 +31,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout, philox
-from fewstep.kernels.triton_noise import Kernel, guard, normals, times
+from fewstep.kernels.triton_launch import launch
+from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, normals, quads, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
@@ -52,6 +52,8 @@ NUMBERS = 80
 WRITES_AT = layout.SLOTS
 DRAW_AT = WRITES_AT + layout.OUTPUTS
 INDICES = 16
+
+TIMES = tl.constexpr(128)  # times that a program writes at once
 
 _P_AT, _LIMIT_AT, _C_IN_AT, _NUMBERS = (tl.constexpr(i) for i in (P_AT, LIMIT_AT, C_IN_AT, NUMBERS))
 _WRITES_AT, _DRAW_AT, _INDICES = (tl.constexpr(i) for i in (WRITES_AT, DRAW_AT, INDICES))
@@ -75,7 +77,8 @@ def _term(total, c, column: tl.constexpr, v):
     """total + c[column] v. A coefficient of exactly 0 drops v, even a NaN."""
     if v is not None:
         weight = tl.load(c + column)
-        total = total + tl.where(weight != 0.0, times(weight, v), 0.0)
+        if weight != 0.0:
+            total = total + times(weight, v)
     return total
 
 
@@ -187,7 +190,25 @@ def stage_kernel(
             _write(x_in, j * copy + at, lane, v, inside)
 
 
-# --- a run: numbered buffers, tables indexed by a counter ---
+# --- a run: numbered buffers, tables of all stages ---
+
+
+@triton.jit
+def _stage_of(stage, counter, at):
+    """The stage, int64: what the counter says, or else the launch."""
+    if counter is not None:
+        stage = tl.load(counter + at)
+    return tl.full((), stage, tl.int64)
+
+
+@triton.jit
+def _is_last(arrivals, programs):
+    """Whether this is the last of a number of programs to arrive. Resets the count for the next launch."""
+    tl.debug_barrier()  # every thread has read and written before the arrival counts
+    last = tl.atomic_add(arrivals, 1, sem="acq_rel") == programs - 1
+    if last:
+        tl.store(arrivals, 0)
+    return last
 
 
 @triton.jit
@@ -207,39 +228,64 @@ def _put(state, index, j: tl.constexpr, size, at, lane, inside, v):
     tl.store(state + buffer * size + at + lane, v, mask=inside & (buffer >= 0))
 
 
-@triton.jit(do_not_specialize_on_alignment=["counter"])
+@triton.jit(
+    do_not_specialize=["stage", "last"],
+    do_not_specialize_on_alignment=["counter", "moved", "arrivals", "clock", "t"],
+)
 def run_kernel(
     state,  # (buffers, B, n) float32
     numbers,  # (stages, rows, NUMBERS) float32: coefficients; rows = 1, or B where each sample has its own
     indices,  # (stages, rows, INDICES) int32: buffers and draw numbers
-    counter,  # (1 or B,) int32: the stage
+    clock,  # (stages, rows) of t's dtype: the model's time at each stage, or None
+    stage,  # this stage, where counter is None
+    counter,  # (1 or B,) int32: this stage, or None
+    moved,  # (1 or B,) int32: receives the next stage, or None; may be counter
+    arrivals,  # (1 or B,) int32: zeros, before and after; needed where counter moves, else None
     streams,  # (B, 3) int64: noise streams, None where no stage draws
     r1, r2, r3,  # (B, n) of the model's dtype: the network's raw outputs, or None
     z,  # (B, n) float32: noise from outside, in place of streams, or None
     own_p, own_limit,  # (B, 8) float32: p and limit as a reduction left them, None for those of `numbers`
     x_in,  # (COPIES B, n) of the model's dtype: the next model input
+    t,  # (COPIES B,): the next time input, or None
     n,  # elements of a sample
-    size,  # elements of a buffer, B n
-    copy,  # elements of one copy of the model input, B n
-    counter_step,  # of counter: 0 for one counter, 1 for one per sample
-    rows,  # of numbers and indices
-    row_step,  # of their rows: 0 for one, 1 for one per sample
+    size,  # elements of a buffer, and of one copy of the model input, B n
+    samples,  # B
+    counter_step,  # of counter, moved and arrivals: 0 for one counter, 1 for one per sample
+    rows,  # of numbers, indices and clock
+    last,  # the last stage
     SLOTS: tl.constexpr,  # most slots that a stage reads
     OUTPUTS: tl.constexpr,  # most rows that a stage writes
     COPIES: tl.constexpr,
     PREDICT: tl.constexpr,  # whether m is computed (else folded into w)
     CLIP: tl.constexpr,  # whether m is clipped
+    SHARED: tl.constexpr,  # whether the samples share the row of a stage
+    PACK: tl.constexpr,  # samples of a program; more than one only where they share all tables
     BLOCK: tl.constexpr,  # elements of a program
 ):  # fmt: skip
-    """One stage of a run, the one that `counter` names: see `stage_kernel`. Grid: (B cdiv(n, BLOCK),)."""
-    chunks = tl.cdiv(n, BLOCK)
-    b = (tl.program_id(0) // chunks).to(tl.int64)
-    first = (tl.program_id(0) % chunks).to(tl.int64) * BLOCK
+    """One stage of a run: see `stage_kernel`. Grid: (B cdiv(n, BLOCK),), or (cdiv(B, PACK),) for PACK > 1.
+
+    Where the samples share all tables and nothing is drawn, the batch may be passed as one sample of B n elements.
+    """
+    program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    inside = lane < n - first
-    at = b * n + first
-    stage = tl.load(counter + b * counter_step).to(tl.int64)
-    row = stage * rows + b * row_step
+    if PACK == 1:
+        chunks = tl.cdiv(n, BLOCK)
+        b = (program // chunks).to(tl.int64)
+        first = (program % chunks).to(tl.int64) * BLOCK
+        inside = lane < n - first
+        at = b * n + first
+    else:
+        chunks = 1
+        b = program.to(tl.int64) * PACK  # the first of the samples
+        element = lane % (BLOCK // PACK)
+        inside = (element < n) & (lane // (BLOCK // PACK) < samples - b)
+        at = b * n
+        lane = lane // (BLOCK // PACK) * n + element
+    now = _stage_of(stage, counter, b * counter_step)
+    then = tl.minimum(now + 1, last)
+    row = now * rows
+    if not SHARED:
+        row += b
     w, index = numbers + row * _NUMBERS, indices + row * _INDICES
     a0 = _slot(state, index, 0, SLOTS, size, at, lane, inside)
     a1 = _slot(state, index, 1, SLOTS, size, at, lane, inside)
@@ -257,7 +303,13 @@ def run_kernel(
         draw = tl.load(index + _DRAW_AT)
         e = tl.zeros([BLOCK], tl.float32)
         if draw >= 0:
-            e = normals(first, streams + b * 3, draw, STEP, BLOCK)
+            if PACK == 1:
+                e = normals(quads(first, BLOCK // 4), streams + b * 3, draw, STEP, BLOCK // 4)
+            else:
+                quad = tl.arange(0, BLOCK // 4)
+                own = tl.minimum(b + quad // (BLOCK // PACK // 4), samples - 1)
+                quad = (quad % (BLOCK // PACK // 4)).to(tl.uint32)
+                e = normals(quad, streams + own * 3, draw, STEP, BLOCK // 4)
     p = None
     limit = None
     if PREDICT:
@@ -275,48 +327,40 @@ def run_kernel(
         y = _row(w + j * COLUMNS, a0, a1, a2, a3, a4, a5, a6, a7, g1, g2, g3, m, e, BLOCK)
         _put(state, index, j, size, at, lane, inside, y)
     v = tl.load(w + _C_IN_AT) * x
-    moves = inside & (tl.load(index + _WRITES_AT) >= 0)  # a sample whose stage writes no x keeps its model input
+    moves = tl.load(index + _WRITES_AT) >= 0  # a sample whose stage writes no x keeps its model input
     for j in tl.static_range(COPIES):
-        _write(x_in, j * copy + at, lane, v, moves)
-
-
-@triton.jit
-def tick_kernel(
-    counter,  # (1 or samples,) int32: the stage
-    times,  # (stages, rows) of t's dtype: the model's time at each stage
-    t,  # (count,): what the model is given; entry i belongs to sample i mod samples
-    count, samples,
-    last,  # the last stage
-    counter_step, rows, row_step,  # as in `run_kernel`
-    BLOCK: tl.constexpr,  # a power of two, at least count
-):  # fmt: skip
-    """Move each counter to its next stage, at most `last`, and write the times of these stages to t. Grid: (1,)."""
-    lane = tl.arange(0, BLOCK)
-    inside = lane < count
-    b = lane % samples
-    stage = tl.load(counter + b * counter_step, mask=inside, other=0) + 1
-    stage = tl.minimum(stage, last)
-    tl.store(t + lane, tl.load(times + stage.to(tl.int64) * rows + b * row_step, mask=inside), mask=inside)
-    tl.debug_barrier()  # every thread has read before any writes
-    tl.store(counter + b * counter_step, stage, mask=inside & (lane < samples) & ((counter_step > 0) | (lane == 0)))
+        _write(x_in, j * size + at, lane, v, inside & moves)
+    if t is not None:
+        if SHARED:
+            # The programs share the samples out anew: one may have many samples, or a part of one.
+            for begin in range(program * TIMES, samples, tl.num_programs(0) * TIMES):
+                other = begin + tl.arange(0, TIMES)
+                for j in tl.static_range(COPIES):
+                    tl.store(t + j * samples + other, tl.load(clock + then), mask=(other < samples) & moves)
+        else:
+            for j in tl.static_range(COPIES):
+                tl.store(t + j * samples + b, tl.load(clock + then * rows + b), mask=(program % chunks == 0) & moves)
+    if moved is not None:
+        if counter is None:
+            if program == 0:
+                tl.store(moved, then.to(tl.int32))
+        else:
+            readers = tl.where(counter_step == 0, tl.num_programs(0), chunks)
+            if _is_last(arrivals + b * counter_step, readers):
+                tl.store(moved + b * counter_step, then.to(tl.int32))
 
 
 # --- launches ---
 
-# (elements, warps) of a program: 8 elements per thread, one 128-bit access for 16-bit tensors and two for float32.
-# With 128 threads (256 on GPUs with wavefronts of 64) and 32 registers each, 16 programs fit an SM, and 16 thousand
-# elements still occupy 16 SMs. Derived, not measured.
-BLOCKS = {"cuda": (1024, 4), "hip": (2048, 4)}
-
 
 def block() -> tuple[int, int]:
-    """Elements and warps of a program on this machine's GPU."""
-    return BLOCKS["hip" if torch.version.hip else "cuda"]
+    """Elements and warps of a program."""
+    return elements(WARPS), WARPS
 
 
-def grid(samples: int, n: int, elements: int) -> tuple[int]:
-    """Programs of `elements` elements over (samples, n): none spans two samples."""
-    return (samples * triton.cdiv(n, elements),)
+def grid(samples: int, n: int, width: int) -> tuple[int]:
+    """Programs of `width` elements over (samples, n): none spans two samples."""
+    return (samples * -(-n // width),)
 
 
 def _padded(arrays: Sequence[Tensor | None], room: int) -> list[Tensor | None]:
@@ -349,12 +393,14 @@ def stage(
     """
     samples, n = outputs[0].shape[0], math.prod(outputs[0].shape[1:])
     copies = 0 if x_in is None else x_in.shape[0] // samples
-    elements, warps = block()
+    size, steps = samples * n, (_step(w), _step(p), _step(limit), _step(c_in))
+    if not any(steps):
+        samples, n = 1, size  # nothing differs between samples
+    width, warps = block()
     with guard(outputs[0]):
-        (kernel or stage_kernel)[grid(samples, n, elements)](
+        (kernel or stage_kernel)[grid(samples, n, width)](
             *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
-            *_padded(outputs, layout.OUTPUTS), x_in, n, samples * n,
-            _step(w), _step(p), _step(limit), _step(c_in), copies, elements, num_warps=warps,
+            *_padded(outputs, layout.OUTPUTS), x_in, n, size, *steps, copies, width, num_warps=warps,
         )  # fmt: skip
 
 
@@ -368,40 +414,56 @@ class Structure(NamedTuple):
     noise: bool = False  # whether a stage draws
 
 
+class Clock(NamedTuple):
+    """The model's time input, which a launch writes for the next call, and the counter, which it may move."""
+
+    times: Tensor  # (stages, 1 or B) of t's dtype
+    t: Tensor  # (copies B,)
+    moved: Tensor | None = None  # (1 or B,) int32
+    arrivals: Tensor | None = None  # like moved, zeros
+
+
+def pack(samples: int, n: int, width: int) -> int:
+    """How many samples that share a table a program of `width` elements holds: whole ones, each of whole quads."""
+    return max(1, min(width // max(4, 1 << (n - 1).bit_length()), 1 << (samples - 1).bit_length()))
+
+
 def run(
     structure: Structure,
     state: Tensor,
     numbers: Tensor,
     indices: Tensor,
-    counter: Tensor,
+    counter: Tensor | None,
     x_in: Tensor,
     copies: int,
     raws: Sequence[Tensor] = (),
     *,
+    stage: int = 0,
+    clock: Clock | None = None,
     streams: Tensor | None = None,
     z: Tensor | None = None,
     own_p: Tensor | None = None,
     own_limit: Tensor | None = None,
 ) -> None:
-    """One stage of a run, the one that `counter` names: see `run_kernel` for shapes and dtypes."""
+    """One stage of a run, the one that `counter` names, or else `stage`: see `run_kernel` for shapes and dtypes."""
     _, samples, n = state.shape
-    elements, warps = block()
+    width, warps = block()
     rows = numbers.shape[1]
     drawn = structure.noise and z is None
+    times, t, moved, arrivals = clock or (None, None, None, None)
+    units, length, together = samples, n, 1
+    if rows == 1 and own_p is None and own_limit is None:
+        if drawn:
+            together = pack(samples, n, width)
+        else:
+            units, length = 1, samples * n  # nothing differs between samples
+    programs = grid(units, length, width) if together == 1 else (triton.cdiv(samples, together),)
     with guard(state):
-        run_kernel[grid(samples, n, elements)](
-            state, numbers, indices, counter, streams if drawn else None, *_padded(raws, layout.RAWS), z,
-            own_p, own_limit, x_in, n, samples * n, samples * n, int(len(counter) > 1), rows, int(rows > 1),
-            structure.slots, structure.outputs, copies, structure.predict, structure.clip, elements,
-            num_warps=warps,
-        )  # fmt: skip
-
-
-def tick(counter: Tensor, times: Tensor, t: Tensor, samples: int) -> None:
-    """Move each counter to its next stage and write the times of these stages to t: see `tick_kernel`."""
-    rows = times.shape[1]
-    with guard(t):
-        tick_kernel[(1,)](
-            counter, times, t, len(t), samples, len(times) - 1, int(len(counter) > 1), rows, int(rows > 1),
-            triton.next_power_of_2(len(t)), num_warps=1,
+        launch(
+            run_kernel, programs,
+            state, numbers, indices, times, stage, counter, moved, arrivals, streams if drawn else None,
+            *_padded(raws, layout.RAWS), z, own_p, own_limit, x_in, t, length, samples * n, samples,
+            int(counter is not None and len(counter) > 1), rows, len(numbers) - 1,
+            structure.slots, structure.outputs, copies, structure.predict, structure.clip, rows == 1, together,
+            width, num_warps=warps,
         )  # fmt: skip

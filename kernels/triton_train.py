@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.kernels.triton_noise import Kernel, guard
+from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard
 
-BLOCK, WARPS = 1024, 4
+BLOCK = elements(WARPS)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from fewstep.cli.output import contact_sheet, plotting
 from fewstep.models import Condition, load_model
 from fewstep.problems import energy_distance
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.run.arrays import TorchFrame
@@ -175,8 +176,8 @@ def diffusers_ends(make: Callable[[str], Any], ensemble: Ensemble, cond: Conditi
     scheduler.set_timesteps(nfe)
     torched = isinstance(ensemble.frame, TorchFrame)
     call = denoiser.bind(ensemble.frame, n, spread_conditions(denoiser, ensemble.frame, cond, range(n)))
-    weights = denoiser.weights(0.5)
-    branches = tuple(j for j, w in enumerate(weights) if w)
+    shares = denoiser.shares(Moment(denoiser.process.point_at_sigma(1.0), 0.5))
+    branches, (weights,) = shares.called, shares.weights
     dtype = denoiser.model_dtype("float32")
     x = scheduler.init_noise_sigma * torch.from_numpy(ensemble.z.reshape(n, *ensemble.sample)).float()
     with torch.no_grad():

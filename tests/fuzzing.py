@@ -8,6 +8,7 @@ ValueError, TypeError or ImportError that names a replaced argument, before the 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import inspect
 import math
 import os
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ ARRAYS = [
 OBJECTS = [
     *(None, ..., NotImplemented, Odd(), Odd, int, object(), {}, {1: 2}, {"c": np.zeros(3)}, {"c": Odd()}),
     *([], (), [None], [[]], [0.0, 1.0], (1.0, 0.0), (3, -1), (2, 2.5), (True, 3), [1, 2, 3], ["a"], {1, 2}),
-    *(range(3), iter(()), fs.Flow(2.0), PLAN, GRID, DENOISER, fs.CFG(2.0), fs.DynamicThreshold()),
+    *(range(3), iter(()), fs.Flow(2.0), PLAN, GRID, DENOISER, fs.CFG(2.0), fs.APG(2.0), fs.DynamicThreshold()),
 ]
 VALUES: list[Any] = [*NUMBERS, *TEXTS, *ARRAYS, *OBJECTS]
 odd_values = st.one_of(
@@ -313,6 +315,14 @@ def is_row(x: Any) -> None:
 target("Denoiser", denoise, {"model": MODEL, "process": VP}, is_sample, of=fs.Denoiser, predicts="predict(s|ion)",
        null="null|cond|branches", dtype="dtype", guidance="guidance|branches")  # fmt: skip
 target("CFG", partial(guide, fs.CFG, "guidance"), {"scale": 2.0}, is_sample, of=fs.CFG, scale="scale|guidance|branches")
+target("APG", partial(guide, fs.APG, "guidance"), {"scale": 2.0}, is_sample, of=fs.APG, scale="scale|guidance")
+target(
+    "CFGZero", partial(guide, fs.CFGZero, "guidance"), {"scale": 2.0}, is_sample, of=fs.CFGZero, scale="scale|guidance"
+)
+target("AutoGuidance", partial(guide, fs.AutoGuidance, "guidance"), {"guide": MODEL, "scale": 2.0}, is_sample,
+       of=fs.AutoGuidance, scale="scale|guidance")  # fmt: skip
+target("Branches", partial(guide, fs.Branches, "guidance"), {"weights": (-1.0, 2.0)}, is_sample, of=fs.Branches,
+       weights="weights|guidance|branches")  # fmt: skip
 target("DynamicThreshold", partial(guide, fs.DynamicThreshold, "clip"), {}, is_sample, of=fs.DynamicThreshold)
 _RUN = {"x": "x|latent|shape", "grid": "grid|process", "solver": "solver", "denoiser": "denoiser|cond"}
 _CALL: dict[str, Any] = {"denoiser": DENOISER, "solver": "euler", "steps": 3, "seed": 0, "backend": "naive"}
@@ -333,16 +343,52 @@ target("sample_sharded", sharded, {"denoiser": TUNED, "plan": PLAN, "shape": (2,
 target("log_likelihood", likelihood, {"denoiser": DENOISER, "x": LATENT, "device": "cpu", "solver": "euler", "steps": 3,
        "seed": 0}, lambda r: finite(r.log_prob, r.latent), of=fs.log_likelihood, **_RUN, rtol="rtol|atol",
        atol="rtol|atol")  # fmt: skip
+POLICY = fs.plan("flow_cps", GRID)
+target("rollout", fs.rollout, {"denoiser": DENOISER, "plan": POLICY, "shape": (2, 3), "seed": 0, "backend": "naive"},
+       lambda r: is_sample(r.x), of=fs.rollout, **_RUN)  # fmt: skip
+target("log_prob", fs.log_prob, {"denoiser": DENOISER, "plan": POLICY, "states": [LATENT] * 4},
+       lambda r: finite(r.log_prob), states="states", **_RUN)  # fmt: skip
 target("MixedRun", mixed, {"denoiser": DENOISER, "plans": [PLAN], "shape": (2, 3), "backend": "naive"}, is_row,
        of=fs.MixedRun, plans="plans?", denoiser="denoiser")  # fmt: skip
 target("MixedRun/admit", admit, {"place": 0, "plan": PLAN, "seed": 0}, is_row, of=fs.MixedRun.admit, x="x|latent",
        sample="sample|first_sample")  # fmt: skip
+
+
+def edited(make: Callable[..., Any], *, both: bool = True, **arguments: Any) -> Any:
+    edit = make(**arguments)
+    return fs.sample(DENOISER, LATENT, solver="euler", steps=2, seed=0, edit=edit if both else None, edit_x0=edit,
+                     backend="naive")  # fmt: skip
+
+
+def molecule(**arguments: Any) -> Any:
+    edit = fs.edits.RigidAugment(**arguments)
+    return fs.sample(
+        DENOISER, shape=(2, 3, 3), solver="euler", steps=2, seed=0, edit=edit, edit_x0=edit, backend="naive"
+    )
+
+
+target("edits/Inpaint", partial(edited, fs.edits.Inpaint), {"mask": np.zeros((1, 3)), "image": LATENT}, is_sample,
+       of=fs.edits.Inpaint)  # fmt: skip
+target("edits/Prefix", partial(edited, fs.edits.Prefix), {"actions": LATENT[:, :2], "delay": 1}, is_sample,
+       of=fs.edits.Prefix)  # fmt: skip
+target("edits/RigidAugment", molecule, {"mask": np.ones(3)}, is_sample, of=fs.edits.RigidAugment)
+target("edits/Clamp", partial(edited, fs.edits.Clamp), {}, is_sample, of=fs.edits.Clamp)
+target("edits/DynamicThreshold", partial(edited, fs.edits.DynamicThreshold, both=False), {}, is_sample,
+       of=fs.edits.DynamicThreshold)  # fmt: skip
+target("edits/resampled", fs.edits.resampled, {"plan": PLAN, "times": 2}, is_plan, of=fs.edits.resampled)
 _REQUEST = {"plan": PLAN, "seed": 0}
 target("Engine", engine, {"denoiser": DENOISER, "shape": (2, 3), "plans": [PLAN], "backend": "naive"}, is_row,
        of=fs.Engine, plans="plans?", denoiser="denoiser")  # fmt: skip
 target("Engine/submit", submit, _REQUEST, is_row, of=fs.Engine.submit, x="x|latent", sample="sample|first_sample",
        deadline="deadline")  # fmt: skip
 target("Engine/asubmit", asubmit, _REQUEST, is_row, of=fs.Engine.asubmit, x="x|latent", sample="sample|first_sample")
+_TOKENS = {"denoiser": DENOISER, "plan": PLAN, "shape": (2, 2, 3), "seed": 0, "backend": "naive"}
+target("sample_levels", fs.sample_levels, _TOKENS, is_row, known="known|levels", **_RUN)
+target("rolling", lambda **given: [*islice(fs.rolling(**given), 3)][-1], _TOKENS, is_row, of=fs.rolling,
+       context="context|window|frames|offset", **_RUN)  # fmt: skip
+target("levels/uniform", fs.levels.uniform, {"steps": 3, "tokens": 2}, finite)
+target("levels/staircase", fs.levels.staircase, {"steps": 3, "tokens": 2}, finite)
+target("levels/pyramid", fs.levels.pyramid, {"steps": 3, "tokens": 2}, finite)
 target("slerp", fs.slerp, {"a": LATENT, "b": LATENT[::-1].copy(), "weight": 0.3}, is_sample)
 target("recommend", fs.recommend, {"nfe": 10}, anything, nfe="nfe|budget|evaluations", denoiser="denoiser|shape")
 target("recommend/denoiser", fs.recommend, {"nfe": 10, "denoiser": TUNED, "shape": (3,), "cache": None}, anything,
@@ -367,10 +413,56 @@ target("from_k_diffusion", partial(run_mapped, from_k_diffusion), {"model": MODE
 target("ConsistencyDenoiser", partial(run_mapped, ConsistencyDenoiser), {"model": MODEL, "process": EDM}, is_sample,
        of=ConsistencyDenoiser, predicts="predict(s|ion)", guidance="guidance|branches")  # fmt: skip
 
+
+def torch_targets() -> None:
+    """The samplers of k-diffusion's names, and the loop as a module, on torch tensors."""
+    import torch
+
+    from fewstep.bindings import k_diffusion
+    from fewstep.bindings.export.sampler_module import SamplerModule
+
+    class SigmaModel(Model):
+        """Calls on torch tensors, with k-diffusion's sigma of each sample."""
+
+        def __call__(self, x: Any, t: Any, **cond: Any) -> Any:
+            return super().__call__(x, t)
+
+    model, sigmas = SigmaModel(), torch.tensor([3.0, 1.5, 0.7, 0.0])
+    x = 3.0 * torch.from_numpy(LATENT)
+    for name in k_diffusion.__all__:
+        call = getattr(k_diffusion, name)
+        if not name.startswith("sample_") or name.endswith("cfg_pp"):  # these need ComfyUI's models
+            continue
+        parameters = inspect.signature(call).parameters
+        levels = {"sigmas": sigmas} if "sigmas" in parameters else {"sigma_min": 0.1, "sigma_max": 3.0}
+        steps = {"n": 4} if "n" in parameters else {}
+        # What extra_args holds is the model's, and a progress bar is tqdm's.
+        target(f"k_diffusion/{name}", call, {"model": model, "x": x, **levels, **steps}, is_torch_sample,
+               skip=("extra_args", "disable"), x="x|latent|shape|batch", sigmas="sigmas?|level",
+               sigma_min="sigma_min|sigma", sigma_max="sigma_max|sigma",
+               max_order="order", max_stage="order", predictor_order="order|predictor",
+               corrector_order="order|corrector",
+               noise_sampler="noise_sampler|noise", solver_type="solver_type|variant", deis_mode="deis_mode|variable",
+               r="r1?", r_1="r_?1", r_2="r_?2", ge_gamma="ge_gamma|gamma")  # fmt: skip
+
+    def as_module(x: Any, streams: Any = None, noise: Any = None, **made: Any) -> Any:
+        return SamplerModule(**made)(x, streams=streams, noise=noise)
+
+    target("SamplerModule", as_module, {"denoiser": DENOISER, "plan": PLAN, "x": x}, is_torch_sample,
+           of=SamplerModule, more=dict.fromkeys(("x", "streams", "noise")))  # fmt: skip
+
+
+def is_torch_sample(result: Any) -> None:
+    finite((result[0] if isinstance(result, tuple) else result).detach())
+
+
+if importlib.util.find_spec("torch") is not None:
+    torch_targets()
+
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
-    "Point AdaptiveResult Likelihood Shards StepInfo": "records that the package fills",
+    "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
     "Measured Recommendation PlanRange": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
@@ -414,6 +506,8 @@ def attempt(target: Target, odd: Mapping[str, Any]) -> str:
             warnings.filterwarnings("error", ".*encountered in")  # NumPy's
             result = target.call(**{**target.base, **odd})
     except (ValueError, TypeError, ImportError) as error:
+        if "hold NaN or inf" in str(error) and any(_wide(value) for value in odd.values()):
+            return "right"  # beyond float32, and said so
         names = "|".join(target.aliases.get(name, re.escape(name)) for name in odd)
         if not re.search(rf"(?<![^\W_])({names})(?![^\W_])", str(error)):
             raise AssertionError(f"names none of {names}: {error!r}") from error

@@ -397,6 +397,22 @@ def test_guided_samples_are_the_same_alone_and_on_both_backends(case, solver):
     np.testing.assert_array_equal(naive.nfe[alike], whole.nfe[alike])
 
 
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_denoiser_for_one_point_at_a_time(solver):
+    """A subclass need not take arrays of points."""
+
+    class OnePoint(fs.Denoiser):
+        def prologue(self, at: fs.Point) -> tuple[float, float]:
+            return super().prologue(at) if at.sigma > 0.0 else (0.0, 1.0)
+
+    x = latents(GAUSSIAN, fs.EDM(), 3).reshape(3, 6)
+    options = {"solver": solver, "cond": {"k": steep(3)}, "rtol": 1e-3}
+    one, together = (kind(Recorder(), fs.EDM(), predicts="sample") for kind in (OnePoint, fs.Denoiser))
+    found, want = fs.sample_adaptive(one, x, **options), fs.sample_adaptive(together, x, **options)
+    np.testing.assert_array_equal(found.x, want.x)
+    np.testing.assert_array_equal(found.nfe, want.nfe)
+
+
 def test_guidance_is_that_of_a_combined_network():
     process, scale = fs.EDM(), 2.5
     x = latents(GAUSSIAN, process, 3).reshape(3, 6)

@@ -521,6 +521,31 @@ def test_doctor_reports_versions_and_the_command_for_what_is_missing(cli, monkey
     assert "pip install 'fewstep[onnx]'" in printed
 
 
+def test_doctor_knows_which_cupy_fits(monkeypatch):
+    """The extra for torch's CUDA; another one that is installed works, but is named."""
+    from importlib.metadata import PackageNotFoundError
+
+    from fewstep.cli import findings
+
+    installed = {}
+
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(findings, "version", version)
+    monkeypatch.setattr(findings, "_present", lambda module: bool(installed))
+    assert findings._cupy("13.0").fix == "pip install 'fewstep[cupy-cuda13]'"
+    assert findings._cupy("12.8").fix == "pip install 'fewstep[cupy-cuda12]'"
+    assert findings._cupy(None).fix == "pip install 'fewstep[cupy-cuda12]', or cupy-cuda13"
+    installed["cupy-cuda12x"] = "14.2.0"
+    fits, other = findings._cupy("12.8"), findings._cupy("13.0")
+    assert (fits.status, fits.detail, fits.fix) == ("ok", "cupy-cuda12x 14.2.0 (CuPy denoisers)", "")
+    assert (other.status, other.fix) == ("ok", "pip install 'fewstep[cupy-cuda13]'")
+    assert other.detail == "cupy-cuda12x 14.2.0 (CuPy denoisers); torch is built for CUDA 13.0"
+
+
 def test_bench_hands_its_options_on(cli, monkeypatch):
     seen = {}
 
@@ -551,7 +576,7 @@ def test_solvers_lists_every_solver(cli):
 
 
 def test_without_typer_one_line_says_what_to_install():
-    code = "import sys; sys.modules['typer'] = None; from fewstep.cli import main; main(['doctor'])"
+    code = "import sys; sys.modules['typer'] = None; from fewstep.cli import main; main(['solvers'])"
     result = python(code)
     assert result.returncode == 1
     assert result.stderr == "error: the command line needs typer and rich: pip install 'fewstep[cli]'\n"

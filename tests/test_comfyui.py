@@ -237,3 +237,13 @@ def test_the_page(monkeypatch):
     exec(page["install"], install)
     assert install["NODE_CLASS_MAPPINGS"] is comfyui.NODE_CLASS_MAPPINGS
     assert torch.equal(run(after["sampler"])[0], run(before["sampler"])[0])
+
+
+def test_the_widgets_of_adaptive_sampling_stay_in_its_ranges():
+    from fewstep.bindings.comfyui.nodes import WIDGETS
+    from fewstep.solvers.run.adaptive import _RANGES
+
+    for name in ("rtol", "atol", "h_init", "pcoeff", "icoeff", "dcoeff", "accept_safety"):
+        low, high = _RANGES[name]
+        _, widget = WIDGETS[name]
+        assert low <= widget["min"] < widget["max"] <= high, name

@@ -640,7 +640,7 @@ HOLD: dict[str, Callable[[torch.Tensor], object]] = {
 
 
 @pytest.mark.parametrize("how", HOLD)
-@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_memory_that_the_caller_holds_is_not_used_again(name: str, how: str) -> None:
     """Large results take the memory of earlier ones, but only once nobody can see these."""
     twin, places = make(twins, name), []

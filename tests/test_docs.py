@@ -25,7 +25,7 @@ def generator():
 
 
 def test_the_code_of_the_readme_runs(capsys):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch").manual_seed(0)  # one random network in forty makes its samples grow, with a warning
     space = {}
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), space)

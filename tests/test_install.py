@@ -187,6 +187,23 @@ def test_the_version_needs_no_extra(bare: Path, tmp_path: Path) -> None:
     assert done.stdout == f"fewstep {importlib.metadata.version('fewstep')}\n"
 
 
+@pytest.mark.slow
+def test_doctor_needs_no_extra(bare: Path, tmp_path: Path) -> None:
+    """It is what says that an extra is missing; without rich as plain text."""
+    code = "import sys; sys.argv[1:] = {}\nfrom fewstep.cli import main; main()"
+    told = {row["what"]: row for row in json.loads(run(bare, code.format(["doctor", "--json"]), tmp_path).stdout)}
+    assert told["backend numba"]["status"] == "ok"
+    for package in ("typer", "rich"):
+        assert (told[package]["status"], told[package]["fix"]) == ("missing", "pip install 'fewstep[cli]'")
+    lines = run(bare, code.format(["doctor"]), tmp_path).stdout.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["missing", "typer"])
+    assert lines[at + 1].strip() == "pip install 'fewstep[cli]'"
+    # Any other command needs them.
+    refused = run(bare, code.format(["solvers"]), tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr == "error: the command line needs typer and rich: pip install 'fewstep[cli]'\n"
+
+
 def test_the_pins_allow_what_is_installed() -> None:
     """constraints.txt names the core dependencies at versions that the project's own bounds take."""
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)

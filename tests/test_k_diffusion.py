@@ -654,3 +654,27 @@ def test_the_page_gives_the_same_image(monkeypatch):
     assert len(seen) == len(SIGMAS)
     exec("from fewstep.bindings.k_diffusion import KernelNoise" + rest, after)
     assert not torch.equal(after["a"], after["b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("sample_euler", {"x": np.zeros((2, 3))}, "x must be a torch tensor"),
+        ("sample_euler", {"model": 0}, "model must be callable"),
+        ("sample_euler", {"callback": 0}, "callback must be callable"),
+        ("sample_euler", {"sigmas": [3.0, math.nan, 0.0]}, "sigmas must be finite"),
+        ("sample_euler", {"sigmas": "high"}, "sigmas must be numbers"),
+        ("sample_euler", {"flow": -1}, "flow must be True or False"),
+        ("sample_dpmpp_2m_sde", {"noise_sampler": 0}, "noise_sampler must be callable"),
+        ("sample_dpmpp_2m_sde", {"s_noise": ""}, "s_noise must be"),
+        ("sample_er_sde", {"noise_scaler": 0}, "noise_scaler must be callable"),
+        ("sample_sa_solver", {"tau_func": 0}, "tau_func must be callable"),
+    ],
+)
+def test_arguments_of_other_types_are_named_before_any_call(name, change, message):
+    def model(x, sigma):
+        raise AssertionError("the model was called")
+
+    arguments = {"model": model, "x": 3.0 * torch.ones(2, 3), "sigmas": torch.tensor([3.0, 1.0, 0.0]), **change}
+    with pytest.raises((TypeError, ValueError), match=message):
+        getattr(kd, name)(**arguments)

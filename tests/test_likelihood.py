@@ -387,8 +387,8 @@ def test_a_network_with_parameters():
         ({"dtype": "float16"}, ValueError, "dtype is the state's"),
         ({"denoiser": {"clip": 1.0}}, ValueError, "has a clip"),
         ({"denoiser": {"clip": fs.DynamicThreshold()}}, ValueError, "has a clip"),
-        ({"denoiser": {"guidance": fs.CFG(2.0, rescale=0.5)}}, ValueError, "rescales its guidance"),
-        ({"denoiser": {"guidance": fs.CFG(2.0, stop=0.5)}}, ValueError, "only a part of the steps"),
+        ({"denoiser": {"guidance": fs.CFG(2.0, rescale=0.5)}}, ValueError, "statistics of the sample"),
+        ({"denoiser": {"guidance": fs.CFG(2.0, stop=0.5)}}, ValueError, "only a part of the path"),
         ({"denoiser": {"guidance": 2.0}}, ValueError, "needs cond"),
     ],
 )

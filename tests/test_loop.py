@@ -101,6 +101,25 @@ def test_a_sample_is_the_same_bits_in_any_company(solver: str, dtype: str, monke
     assert same(make(solver=solver, dtype=dtype)(seed=11), whole)
 
 
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [200, 6000])
+def test_outputs_of_another_dtype_beside_noise(kind: str, size: int) -> None:
+    """The chunks of converted outputs and of normals live to the end of the stage: other arrays must not take their
+    memory."""
+
+    def wide(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (0.9 * x / (1.0 + abs(x))).to(getattr(torch, kind))
+
+    for predicts in ("sample", "epsilon"):
+        for solver in ("ddpm", "dpmpp_2m_sde"):
+            plan = fs.plan(solver, fs.grid(VP, 20, "karras", sigma_max=60.0, sigma_min=0.02))
+            pair = [
+                fs.Sampler(fs.Denoiser(wide, VP, predicts), plan, (2, size), backend=backend, device="cpu")(seed=0)
+                for backend in ("naive", "numba")
+            ]
+            assert same(*pair)
+
+
 def test_one_call_is_the_sampler() -> None:
     y = fs.sample(DENOISER, shape=SHAPE, grid=GRID, solver="ddpm", seed=11)
     assert same(y, make()(seed=11))

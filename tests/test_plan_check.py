@@ -335,3 +335,29 @@ def test_making_a_plan_warns_of_nothing() -> None:
             grid = fs.Grid.from_sigmas(fs.EDM(1e-8, 1e8), ratios)
             assert fs.plan("ddpm", grid).nfe == len(ratios) - 1
             assert fs.plan("dpmpp_2m", grid).nfe == len(ratios) - 1
+
+
+def test_a_step_that_leaves_its_marginal_on_purpose_is_checked_against_what_is_meant() -> None:
+    """AlphaFold 3's step scale: x keeps t_hat + 1.5 (t - t_hat) of the noise, and any other number is refused."""
+    grid = fs.Grid.from_sigmas(fs.EDM(), [8.0, 4.0, 1.0, 0.0])
+    options = {"method": "euler", "step_scale": 1.5}
+    plan = fs.plan("edm", grid, s_churn=0.0, **options)
+    assert [stage.meant for stage in plan.stages] == [(1.0, 2.0), (1.0, 0.5), (1.0, 0.5)]
+    assert plan.stages[0].rows["x"] == pytest.approx({"x": 1.0 + 1.5 * (4.0 / 8.0 - 1.0), "m": 1.5 * 0.5}, rel=1e-15)
+    for wrong in (None, (1.0, 4.0), (0.9, 2.0)):
+        stages = (replace(plan.stages[0], meant=wrong), *plan.stages[1:])
+        with pytest.raises(fs.PlanError, match=r"stage 0 .* leaves the marginal"):
+            replace(plan, stages=stages)
+    churned = fs.plan("edm", grid, s_churn=0.9, s_tmin=0.0, s_tmax=99.0, **options)
+    hat, t = 1.3 * 8.0, 4.0
+    assert churned.stages[0].end == grid.points[1]
+    assert churned.stages[0].meant[1] == pytest.approx(
+        math.hypot(hat + 1.5 * (t - hat), math.sqrt((1.3 * t) ** 2 - t**2))
+    )
+    assert plan_from_json(json.loads(json.dumps(plan_as_json(churned)))).stages == churned.stages
+    with pytest.raises(ValueError, match=r"step_scale = 1\.5 scales Euler's steps"):
+        fs.plan("edm", grid, step_scale=1.5)
+    with pytest.raises(ValueError, match="alpha = 0"):
+        fs.plan("edm", fs.grid(fs.Flow(), 3), **options)
+    euler = zip(fs.plan("edm", grid, method="euler", s_churn=0.0).stages, fs.plan("euler", grid).stages, strict=True)
+    assert all(ours.rows["x"] == theirs.rows["x"] for ours, theirs in euler)

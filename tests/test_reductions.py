@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fewstep.kernels import cpu, interpreted, naive
+from fewstep.kernels import cpu, interpreted, launch, layout, naive
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -31,10 +31,10 @@ def rescale_noise_cfg(cfg: torch.Tensor, text: torch.Tensor, phi: float) -> torc
 def both(run: Callable[[], np.ndarray]) -> np.ndarray:
     """What a kernel returns compiled, after a check that it returns the same bits interpreted."""
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in (cpu._GUIDANCE, cpu._MAGNITUDES, cpu._ERROR_NORM):
+        for kernel in (cpu._BLEND, cpu._MAGNITUDES, cpu._ERROR_NORM):
             kernel.compile()
         compiled = run()
-        for kernel in (cpu._GUIDANCE, cpu._MAGNITUDES, cpu._ERROR_NORM):
+        for kernel in (cpu._BLEND, cpu._MAGNITUDES, cpu._ERROR_NORM):
             patch.setattr(kernel, "run", getattr(interpreted, kernel.twin))
         assert run().tobytes() == compiled.tobytes()
     return compiled
@@ -47,12 +47,31 @@ def draw(seed: int, count: int, batch: int, n: int, dtype: torch.dtype) -> list[
     return [(torch.randn((batch, n), generator=g, dtype=torch.float64) + shift).to(dtype) for _ in range(count)]
 
 
+def blended(x: torch.Tensor | None, raws: list[torch.Tensor], **groups: Any) -> np.ndarray:
+    """p (B, 4) of the kernel, for a blend given by the names of its groups in `layout`; the oracle's is as close."""
+    row = np.zeros((1, layout.BLEND))
+    row[0, layout.RADIUS] = np.inf
+    for name, values in groups.items():
+        at = getattr(layout, name)
+        row[0, at : at + np.size(values)] = values
+    out = np.full((len(raws[0]), 4), np.nan)
+    held = [None if x is None else bits(x), *(bits(r) for r in raws)]
+
+    def run() -> np.ndarray:
+        cpu.blend(launch.sources(held[0], held[1:]), row, out)  # type: ignore[arg-type]
+        return out.copy()
+
+    found = both(run)
+    sources = [x, *raws]
+    np.testing.assert_allclose(found, naive.blend(sources, row), rtol=1e-9, atol=1e-12)
+    return found
+
+
 def fused_scale(raws: list[torch.Tensor], weights: list[float], phi: float, p: np.ndarray) -> np.ndarray:
-    """p with its raw columns times the factor, as runs multiply it."""
-    factor = both(lambda: cpu.guidance_scale([bits(r) for r in raws], np.array(weights), phi))
-    out = np.repeat(p, len(factor), axis=0)
-    out[:, 1:] = out[:, 1:] * factor[:, None]
-    return out
+    """p with its raw columns times the factor of guidance rescale."""
+    last = [0.0] + [float(j + 1 == len(raws)) for j in range(len(raws))]
+    groups = {"MIX_A": [0.0, *weights], "MIX_B": last, "FIXED": p[0, :1], "SCALED": [0.0, *p[0, 1:]], "PHI": phi}
+    return blended(None, raws, **groups).astype(p.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,8 +98,6 @@ def test_guidance_rescale_is_diffusers(
     np.testing.assert_allclose(found, want, rtol=1e-9, atol=1e-9 * np.abs(want).max())
     np.testing.assert_array_equal(out[:, 0], 7.0)  # x is not part of the guided output
     np.testing.assert_array_equal(out[:, 3], 0.0)
-    factor = naive.guidance_scale([null, text], np.array(weights), phi)
-    np.testing.assert_allclose(factor * scale, out[:, 2], rtol=1e-9)
 
 
 def test_guidance_rescale_over_three_branches() -> None:
@@ -102,7 +119,34 @@ def test_a_constant_output_is_not_rescaled(n: int) -> None:
     zeros[1] = 3.0
     out = fused_scale([zeros, zeros], [-1.0, 2.0], 0.7, np.array([[1.0, -1.0, 2.0, 0.0]], np.float32))
     np.testing.assert_array_equal(out, [[1.0, -1.0, 2.0, 0.0]] * 2)
-    np.testing.assert_array_equal(naive.guidance_scale([zeros, zeros], np.array([-1.0, 2.0]), 0.7), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 17, 511, 512, 513, 1024, 5000])
+def test_a_blend_is_the_oracles(dtype: torch.dtype, n: int) -> None:
+    """All parts at once, over x and three outputs of two dtypes; a source whose coefficients are 0 may hold NaN."""
+    x, (null, text, more) = draw(1, 1, 3, n, torch.float64)[0], draw(2, 3, 3, n, dtype)
+    found = blended(x, [null, text, more.double()], MIX_A=[0.5, -1.0, 1.5, 0.3], MIX_B=[0.2, 0.0, 1.0, -0.4],
+                    FIXED=[1.0, 2.0, 3.0, 4.0], SCALED=[0.1, 0.2, 0.3, 0.4], PROJECTED=[-1.0, 0.5, 0.0, 2.0],
+                    PHI=0.6, RADIUS=0.7)  # fmt: skip
+    assert np.isfinite(found).all()
+    nan = torch.full_like(null, float("nan"))
+    assert np.isfinite(blended(None, [nan, text, nan], MIX_A=[0.0, 0.0, 1.5], FIXED=[1.0], SCALED=[2.0])).all()
+
+
+def test_a_blend_of_zeros() -> None:
+    """<A, B> / |B|^2 and radius / |A| are 0 / 0 there."""
+    zeros = torch.zeros((2, 20))
+    groups = {"MIX_A": [0.0, 1.0], "MIX_B": [0.0, 0.0, 1.0], "FIXED": [1.0], "SCALED": [2.0], "PROJECTED": [3.0]}
+    np.testing.assert_array_equal(blended(None, [zeros, zeros], RADIUS=0.5, **groups)[:, 0], [3.0, 3.0])
+
+
+def test_a_samples_blend_does_not_depend_on_its_batch() -> None:
+    raws = draw(5, 2, 4, 333, torch.float32)
+    groups = {"MIX_A": [0.0, 1.0, -2.0], "MIX_B": [0.0, 0.0, 1.0], "SCALED": [1.0], "PROJECTED": [1.0], "PHI": 0.3}
+    whole = blended(None, raws, RADIUS=2.0, **groups)
+    for b in range(4):
+        assert blended(None, [r[b : b + 1].clone() for r in raws], RADIUS=2.0, **groups).tobytes() == whole[b].tobytes()
 
 
 def fused_threshold(

@@ -409,6 +409,24 @@ def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
         fs.sample(fs.Denoiser(lambda x, t: 1e4 * np.tanh(x), process, predicts), shape=(4, 8), steps=8, seed=0)
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_place_whose_sample_is_not_finite_is_named(backend: str) -> None:
+    def model(x: Any, t: Any) -> Any:
+        out = 0.5 * x
+        out[1] = np.nan
+        return out
+
+    plan = fs.plan("euler", fs.grid(VP, 3))
+    run = fs.MixedRun(fs.Denoiser(model, VP), [plan], (2, 4), backend=backend)
+    for place in (0, 1):
+        run.admit(place, plan, seed=place)
+    while not run.done(0):
+        run.step()
+    assert np.isfinite(run.result(0)).all()
+    with pytest.warns(RuntimeWarning, match="the sample of place 1 holds NaN or inf"):
+        assert np.isnan(run.result(1)).all()
+
+
 def test_the_second_run_asks_nobody_again() -> None:
     asked = []
 

@@ -142,3 +142,56 @@ def test_no_stage_is_wider_than_the_fused_kernel():
 def test_bad_options_say_what_would_work(solver, options, message):
     with pytest.raises(ValueError, match=message):
         fs.plan(solver, fs.grid(VP, 5), **options)
+
+
+def test_the_sampler_of_gencast():
+    """Price et al. 2024 (GenCast): DPM-Solver++(2S) with EDM's churn before each step, as a plain loop in sigma."""
+    process = fs.EDM(sigma_min=0.03, sigma_max=80.0)
+    n, churn, low, inflation = 6, 2.5, 0.75, 1.05
+    grid = fs.grid(process, n, "karras")
+    plan = fs.plan("dpmpp_2s", grid, s_churn=churn, s_tmin=low, s_noise=inflation)
+    draws = np.random.default_rng(0).standard_normal((2 * n + 1, 5))
+
+    def denoise(x, sigma):
+        return x / (1.0 + x * x / (1.0 + sigma)) * 0.8
+
+    used = [0]
+
+    def noise(draw):
+        used.append(draw)
+        return draws[draw]
+
+    start = 80.0 * np.random.default_rng(1).standard_normal(5)
+    found, calls = run_plan(plan, lambda x, at: denoise(x, at.sigma), start, noise)
+
+    x, levels, call = start, grid.sigma.tolist(), 0
+    for now, after in itertools.pairwise(levels):
+        rate = min(churn / n, math.sqrt(2.0) - 1.0) if now >= low else 0.0
+        raised = now * (1.0 + rate)
+        if rate:
+            x = x + math.sqrt(raised**2 - now**2) * inflation * draws[call]  # the draw of the call before
+        first = denoise(x, raised)
+        call += 1
+        if after == 0.0:
+            x = first
+            break
+        middle = math.sqrt(raised * after)
+        inner = middle / raised * x + (1.0 - middle / raised) * first
+        second = denoise(inner, middle)
+        call += 1
+        x = after / raised * x + (1.0 - after / raised) * second
+    assert len(calls) == call == plan.nfe == 2 * n - 1
+    assert len(used) - 1 == sum(level >= low for level in levels[:-1])
+    np.testing.assert_allclose(found, x, rtol=1e-12)
+
+
+def test_churn_is_for_finite_levels_alone():
+    """Without churn the plan is the one it was; with it every stage meets its marginal, which a plan checks."""
+    for process in (fs.VP.linear(), fs.Flow()):
+        grid = fs.grid(process, 5)
+        plain, same = fs.plan("dpmpp_2s", grid), fs.plan("dpmpp_2s", grid, s_churn=0.0)
+        assert plain.stages == same.stages
+        assert plain.init is None
+        churned = fs.plan("dpmpp_2s", grid, s_churn=2.0)
+        assert churned.stochastic
+        assert [stage.end for stage in churned.stages if stage.end] == [*grid.points[1:-1]]

@@ -149,8 +149,12 @@ def compiler_for_a_gpu(monkeypatch):
 class Update(torch.nn.Module):
     """Two rows with noise, from x and two guided outputs, and the model's next input for both halves."""
 
+    def __init__(self, draw=3):
+        super().__init__()
+        self.draw = draw
+
     def forward(self, x, raw, w, c_in, streams):
-        z = torch_ops.normals(streams, list(x.shape), 3, philox.STEP)
+        z = torch_ops.normals(streams, list(x.shape), self.draw, philox.STEP)
         return tuple(torch_ops.stage([x], [0], [raw, raw + 1], w, c_in, 2, torch.float16, None, None, z))
 
 
@@ -162,26 +166,29 @@ def fake_update():
 
 
 @pytest.mark.usefixtures("compiler_for_a_gpu")
-def test_a_compiler_sees_the_kernels_of_a_gpu():
+@pytest.mark.parametrize("draw", [0, 1, 16])  # the analysis of what a kernel writes makes a constant of 1
+def test_a_compiler_sees_the_kernels_of_a_gpu(draw):
     """The graph that AOTAutograd passes on for CUDA tensors: the kernels, which write only to new memory."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     from fewstep.kernels import triton_noise, triton_step
 
     with FakeTensorMode():
-        graph, _ = aot_export_module(Update(), fake_update(), trace_joint=False)
+        graph, _ = aot_export_module(Update(draw), fake_update(), trace_joint=False)
     assert not [node for node in graph.graph.nodes if "fewstep" in str(node.target)]
     noise, stage = (node.kwargs for node in graph.graph.nodes if "triton_kernel" in str(node.target))
     elements, warps = triton_step.block()
-    assert kernel_side_table.get_kernel(noise["kernel_idx"]) is triton_noise.normals_kernel
+    drawn = kernel_side_table.get_kernel(noise["kernel_idx"])
+    assert drawn.fn is triton_noise.normals_kernel
+    assert [(config.kwargs, config.num_warps) for config in drawn.configs] == [({}, triton_noise.WARPS)]
     assert noise["grid"] == [(2 * -(-4800 // 1024), 1, 1)]
     assert noise["tensors_to_clone"] == ["out"]
-    assert {k: noise["kwargs"][k] for k in ("draw", "n", "domain")} == {"draw": 3, "n": 4800, "domain": philox.STEP}
+    assert {k: noise["kwargs"][k] for k in ("draw", "n", "domain")} == {"draw": draw, "n": 4800, "domain": philox.STEP}
 
     launched = kernel_side_table.get_kernel(stage["kernel_idx"])
     assert launched.fn is triton_step.stage_kernel
     assert [(config.kwargs, config.num_warps) for config in launched.configs] == [({}, warps)]
-    assert stage["grid"] == [(2 * -(-4800 // elements), 1, 1)]
+    assert stage["grid"] == [(-(-9600 // elements), 1, 1)]  # the samples share a table: one of 9600 elements
     assert stage["tensors_to_clone"] == ["o0", "o1", "x_in"]
     given = {**stage["kwargs"], **kernel_side_table.get_constant_args(stage["constant_args_idx"])}
     assert given.keys() == set(triton_step.stage_kernel.arg_names)
@@ -190,7 +197,7 @@ def test_a_compiler_sees_the_kernels_of_a_gpu():
     assert (tensors["x_in"].shape, tensors["x_in"].dtype) == ((4, 3, 40, 40), torch.float16)
     numbers = {k: v for k, v in given.items() if isinstance(v, int)}
     steps = dict.fromkeys(["w_step", "p_step", "limit_step", "c_step"], 0)
-    assert numbers == {"n": 4800, "copy": 9600, "COPIES": 2, "BLOCK": elements, **steps}
+    assert numbers == {"n": 9600, "copy": 9600, "COPIES": 2, "BLOCK": elements, **steps}
 
 
 @pytest.mark.usefixtures("compiler_for_a_gpu")

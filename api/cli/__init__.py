@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             unicode = stream.encoding.lower().startswith("utf")
             stream.reconfigure(errors="backslashreplace" if unicode else "replace")
-    if (sys.argv[1:] if argv is None else argv) == ["--version"]:  # also without typer
+    words = sys.argv[1:] if argv is None else argv
+    if words == ["--version"]:  # also without typer
         from fewstep import __version__
 
         print(f"fewstep {__version__}")
@@ -38,6 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         import rich  # noqa: F401
         import typer  # noqa: F401
     except ImportError:
+        if words in (["doctor"], ["doctor", "--json"]):  # which says what is missing
+            from fewstep.cli import findings
+
+            found = findings.examine()
+            print(findings.as_json(found) if words[1:] else findings.as_text(found))
+            raise SystemExit(findings.status(found)) from None
         print("error: the command line needs typer and rich: pip install 'fewstep[cli]'", file=sys.stderr)
         raise SystemExit(1) from None
     try:

@@ -133,7 +133,7 @@ def load(spec: str, shapes: Sequence[tuple[int, ...]]) -> Denoiser:
     if not isinstance(made, Denoiser) and (not callable(made) or isinstance(made, type)):
         raise TypeError(f"{what}: {name}() must return a network or a Denoiser, got {type(made).__name__}")
     denoiser = made if isinstance(made, Denoiser) else Denoiser(made, PROCESS, "epsilon")
-    if len(denoiser.weights(0.0)) > 1:
+    if denoiser.branches > 1:
         raise ValueError(f"{what}: the bench has no conditions for guidance: return the denoiser without it")
     if callable(getattr(denoiser.model, "eval", None)):
         denoiser.model.eval()  # type: ignore[attr-defined]

@@ -46,8 +46,10 @@ def sample(
     With a folder as --out, several processes share the work (torchrun --nproc-per-node 4 -m fewstep sample --out dir/
     ...), and the same command resumes a job that was killed.
     """
+    from fewstep.solvers.plans.program import compile_plan
     from fewstep.solvers.plans.registry import get_solver
     from fewstep.solvers.plans.registry import plan as make_plan
+    from fewstep.solvers.plans.tables import branch_calls
     from fewstep.solvers.run.arrays import NumpyFrame
     from fewstep.solvers.run.checks import pick_backend
     from fewstep.solvers.run.sampler import Sampler
@@ -71,7 +73,7 @@ def sample(
     chosen = load_model(model)
     labels = chosen.labels(n) if label is None else np.full(n, label)
     denoiser = chosen.denoiser(guidance)
-    evaluations = sum(sum(w != 0 for w in denoiser.weights(k / plan.steps)) for k in range(plan.steps))
+    evaluations = sum(len(called) for _, called in branch_calls(compile_plan(plan), denoiser))
     settings = {
         "model": model,
         "solver": solver,
@@ -81,7 +83,7 @@ def sample(
         "seed": seed,
         "n": n,
         "nfe": plan.nfe,
-        "evaluations": round(plan.nfe * evaluations / plan.steps),
+        "evaluations": evaluations,
         "options": options,
     }
     known = labels if chosen.classes else None

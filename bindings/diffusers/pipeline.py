@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fewstep.bindings.diffusers import SCHEDULERS
 from fewstep.bindings.diffusers.interface import check_noise
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.run.graph import Recorder, Weights, settings
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +49,8 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, no
     pipe       any pipeline with a scheduler of `fewstep.bindings.diffusers.SCHEDULERS` among its components
     corrected  fix the schedulers' known bugs (docs/diffusers.md lists them); this changes the affected images
     graph      also capture the denoiser's call in a CUDA graph, once per set of shapes. The network must be on a CUDA
-               device, in eval mode and free of host syncs; after loading other weights, `restore` and `accelerate`
-               again
+               device, in eval mode and free of host syncs. Weights that move are noticed; after adding modules (a
+               LoRA), `restore` and `accelerate` again
     noise      "torch" draws what diffusers draws; "fewstep" draws other normals, several times faster on a CPU, from a
                seed that each run takes from its generator (docs/diffusers.md); the images differ
 
@@ -211,14 +213,18 @@ def _graphs(components: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, Grap
 class GraphedCall:
     """A function on CUDA tensors, replayed from CUDA graphs, one per set of shapes; the `GRAPHS` used last are kept.
 
-    Tensor arguments may change from call to call; any other change of the arguments captures a new graph. The result
-    is a copy, because the next replay overwrites the graph's memory. Calls that record gradients run the function
-    itself.
+    Tensor arguments may change from call to call; any other change of the arguments, and another state of autocast,
+    captures a new graph, and parameters that have moved capture all anew. The result is a copy, because the next replay
+    overwrites the graph's memory. Calls that record gradients run the function itself. Threads take turns.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.graphs: Cache[_Captured] = Cache(GRAPHS)
+        self.graphs: Cache[_Captured] = Cache(GRAPHS, drop=lambda captured: captured.graph.reset())
+        self._recorder: Recorder | None = None
+        self._weights: Weights | None = None
+        self._lock = threading.RLock()  # the function may call another
+        self._done: torch.cuda.Event | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         import torch
@@ -228,29 +234,49 @@ class GraphedCall:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if torch.is_grad_enabled() or not tensors:
             return self.function(*args, **kwargs)
-        key = (spec, *[_leaf_key(leaf) for leaf in leaves])
-        graph, inputs, outputs, form, _ = self.graphs.get(key, lambda: self._capture(leaves, spec))
-        for held, given in zip(inputs, tensors, strict=True):
-            held.copy_(given)
-        graph.replay()
-        return pytree.tree_unflatten([o.clone() if isinstance(o, torch.Tensor) else o for o in outputs], form)
+        key = (spec, settings(tensors[0].device.type), *[_leaf_key(leaf) for leaf in leaves])
+        with self._lock:
+            if self._recorder is None:
+                self._recorder = Recorder(torch.cuda, tensors[0].device)
+                self._done = self._recorder.cuda.Event()
+            here = torch.cuda.current_stream(self._recorder.device)
+            if self._done is not None:
+                here.wait_event(self._done)  # of the last call, which may have been on another stream
+            if self._weights is not None and self._weights.moved():
+                self.forget()
+            graph, inputs, outputs, form, _ = self.graphs.get(key, lambda: self._capture(leaves, spec))
+            for held, given in zip(inputs, tensors, strict=True):
+                held.copy_(given)
+            graph.replay()
+            found = [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
+            if self._done is not None:
+                self._done.record(here)
+        return pytree.tree_unflatten(found, form)
+
+    def forget(self) -> None:
+        """Free all graphs."""
+        self.graphs.clear()
+        self._weights = None
+        if self._recorder is not None:
+            self._recorder.forget()
 
     def _capture(self, leaves: list[Any], spec: TreeSpec) -> _Captured:
         import torch
         from torch.utils import _pytree as pytree
 
-        held = [leaf.to("cuda", copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        recorder = self._recorder
+        assert recorder is not None
+        held = [leaf.to(recorder.device, copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(held, spec)
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # first-use allocations and choices must not be captured
-                self.function(*args, **kwargs)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = self.function(*args, **kwargs)
-        outputs, form = pytree.tree_flatten(result)
+        results: list[object] = []
+
+        def body() -> None:
+            results[:] = [self.function(*args, **kwargs)]
+
+        recorder.warm(body)
+        self._weights = self._weights or Weights([self.function])
+        graph = recorder.record(body)
+        outputs, form = pytree.tree_flatten(results[0])
         inputs = [leaf for leaf in held if isinstance(leaf, torch.Tensor)]
         others = [leaf for leaf in held if not isinstance(leaf, torch.Tensor)]
         return _Captured(graph, inputs, outputs, form, others)

@@ -298,7 +298,10 @@ class Cursor:
         self.fresh, self.origin, self.state = True, schedule, schedule.state
         self.times, self.first, self.stride = schedule.times, times.data_ptr(), schedule.stride
         self.listed = times, 0, schedule.times
-        self.schedule = [(tensor := attributes[name], tensor._version) for name in schedule.watched]
+        self.schedule: list[tuple[Tensor, int]] = []
+        for name in schedule.watched:
+            tensor: Tensor = attributes[name]
+            self.schedule.append((tensor, tensor._version))
 
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
@@ -709,12 +712,13 @@ class Usual:
     alike   tells whether other tensors (sample, output, memory) are like those of that step
     before  the state, if it has a memory
     factor  that of an update without noise which is x + factor raw
+    form    of its result, if that takes memory of the pool
     draws   whether the update draws fewstep's noise itself
     moves   the transition, if it changes the memory
     """
 
     __slots__ = (
-        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "last", "moves", "options",
+        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "form", "last", "moves", "options",
         "update", "wrap",
     )  # fmt: skip
 
@@ -728,6 +732,7 @@ class Usual:
         self.wrap, self.draw = transition.wrap, transition.draw
         update = transition.update
         self.factor = update.factor if self.draw is None else None
+        self.form = Pool.form(x, raw) if self.factor is not None else None
         self.update = update
         self.bound = Bound(update, x) if update.binds(x, raw, memory) else None
         single = self.draw is not None and self.draw.interval is None
@@ -754,7 +759,10 @@ class Usual:
             memory = held
         z = None
         if self.factor is not None:
-            rows = [_add(x, raw, alpha=self.factor)]
+            if self.form is None:
+                rows = [_add(x, raw, alpha=self.factor)]
+            else:
+                rows = [_add(x, raw, alpha=self.factor, out=cursor.pool.empty(*self.form))]
         else:
             noise: Tensor | Streams | None = None
             if self.draw is not None:

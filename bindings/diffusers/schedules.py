@@ -88,15 +88,16 @@ class Schedule:
         self.stride: int = written["timesteps"].element_size()
         self.begun: dict[int, State] = {}
         self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
-        makes = [(n, v, _COPIES[type(v)]) for n, v in written.items() if n not in self.plain]
-        self.made = [(name, make(value), make) for name, value, make in makes]
+        self.made = [(n, *_kept(v)) for n, v in written.items() if n not in self.plain]
         self.lists = [name for name, value, _ in self.made if isinstance(value, list)]
         self.read: Callable[[Mapping[str, Any]], Sequence[Any]] = operator.itemgetter(*held)
         self.values = self.read(held)
-        shown = [
-            (i, content[name], _SHOWN.get(type(held[name]), vars)) for i, name in enumerate(held) if name in content
+        self.tensors = [(held[n], version) for n, version in content.items() if type(held.get(n)) is Tensor]
+        self.content: list[tuple[int, Any, Callable[[Any], Any]]] = [
+            (i, content[name], _SHOWN.get(type(value), vars))
+            for i, (name, value) in enumerate(held.items())
+            if name in content and type(value) is not Tensor
         ]
-        self.content: list[tuple[int, Any, Callable[[Any], Any]]] = shown
 
     def holds(self, attributes: Mapping[str, Any]) -> bool:
         """Whether a scheduler with these attributes would be given this schedule again."""
@@ -104,6 +105,9 @@ class Schedule:
             found = self.read(attributes)
             if not all(map(operator.is_, found, self.values)) and not all(map(_alike, found, self.values)):
                 return False
+            for tensor, version in self.tensors:
+                if tensor._version != version:
+                    return False
             for i, known, shown in self.content:
                 if shown(found[i]) != known:
                     return False
@@ -115,7 +119,7 @@ class Schedule:
         """Whether nothing was edited in place since a scheduler was given this schedule."""
         for name, value, _ in self.made:
             own = attributes[name]
-            if own._version if type(value) is Tensor else not np.array_equal(own, value):
+            if own._version if type(own) is Tensor else not np.array_equal(own, value):
                 return False
         return self.holds(attributes)
 
@@ -134,6 +138,19 @@ def watched(attributes: Mapping[str, Any]) -> list[str]:
 
 
 _COPIES: Mapping[type, Callable[[Any], Any]] = {Tensor: Tensor.clone, np.ndarray: np.ndarray.copy, list: list.copy}
+
+
+def _kept(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What is kept of an attribute, and what makes one like it of that. Raises KeyError if it cannot be copied."""
+    if type(value) is Tensor and value.is_cpu and value.dtype in (torch.int64, torch.float32, torch.float64):
+        return value.detach().numpy().copy(), _tensor
+    make = _COPIES[type(value)]
+    return make(value), make
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A new tensor of these elements, in two thirds of the time of `clone`."""
+    return torch.from_numpy(array.copy())
 
 
 def _alike(a: Any, b: Any) -> bool:

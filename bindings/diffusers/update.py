@@ -28,9 +28,13 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _empty_like = torch.empty_like
-_holders = torch._C._storage_Use_Count
-# As compiled code allocates: in half the time of `empty_like`. Its stub is missing.
-_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = vars(guards)["_empty_strided_cpu"]
+# Parts of torch's compiler, which a later torch may not have: without them a step takes longer.
+_holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+_guards: Any = getattr(guards, "TensorGuards", None)
+# As compiled code allocates: in half the time of `empty_like`.
+_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+    guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
+)
 
 # Without Triton the operator has no GPU kernel, and its definition copies the tables to the host.
 _TRITON = importlib.util.find_spec("triton") is not None
@@ -216,12 +220,14 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     It compares types, dtypes, devices, shapes, strides, lazy negation, whether a gradient is needed, the modes of torch
     that act on operators, and which of the tensors are the same.
     """
+    if _guards is None:
+        return _plain_guard(tensors)
     first = [next(j for j, other in enumerate(tensors) if other is tensor) for tensor in tensors]
     single = [i for i, j in enumerate(first) if i == j]
     # One list per tensor; the stub says that there is one in all.
     shapes: list[Any] = [list(tensors[i].shape) for i in single]
     strides: list[Any] = [list(tensors[i].stride()) for i in single]
-    check: Callable[..., bool] = guards.TensorGuards(
+    check: Callable[..., bool] = _guards(
         *(tensors[i] for i in single), dynamic_dims_sizes=shapes, dynamic_dims_strides=strides
     ).check
     if len(single) == len(tensors):
@@ -230,6 +236,22 @@ def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return lambda *others: (
         all(map(operator.is_, others, [others[j] for j in first])) and check(*[others[i] for i in single])
     )
+
+
+def _plain_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """`guard` without torch's compiler."""
+
+    def traits(those: Sequence[Tensor]) -> list[object]:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._len_torch_dispatch_stack()
+        own = [
+            (type(t), t.dtype, t.device, t.shape, t.stride(), t.is_neg(), t.requires_grad, t.is_inference())
+            for t in those
+        ]
+        same = [[a is b for b in those] for a in those]
+        return [modes, own, same]
+
+    known = traits(tensors)
+    return lambda *others: len(others) == len(tensors) and traits(others) == known
 
 
 class Pool:
@@ -245,6 +267,18 @@ class Pool:
         self.kind: object = None
         self.kept: list[tuple[Tensor, UntypedStorage, int, int, int]] = []
 
+    @classmethod
+    def form(cls, x: Tensor, raw: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
+        """Shape, strides and dtype of what torch makes of these two, if the pool has memory for it."""
+        plain = (
+            _holders is not None
+            and x.is_cpu
+            and x.is_contiguous()
+            and x.stride() == raw.stride()
+            and x.dtype is raw.dtype
+        )
+        return (tuple(x.shape), x.stride(), x.dtype) if plain and cls.LEAST <= x.nbytes <= cls.MOST else None
+
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new tensor."""
         kind = shape, strides, dtype, torch.is_inference_mode_enabled()
@@ -253,7 +287,12 @@ class Pool:
         for tensor, storage, place, address, references in self.kept:
             # Two holders are those of this list; others are tensors, views, NumPy's arrays, graphs. References to the
             # storage itself count apart, and one that was resized or shared with a process has another address.
-            if _holders(place) == 2 and getrefcount(storage) == references and storage.data_ptr() == address:
+            if (
+                _holders is not None
+                and _holders(place) == 2
+                and getrefcount(storage) == references
+                and storage.data_ptr() == address
+            ):
                 unused: Tensor = tensor.data
                 return unused
         tensor = _empty(shape, strides, dtype)

@@ -35,7 +35,7 @@ class SamplerModule(nn.Module):
     noise       (`len(self.draws)`, B, ...) normals instead of `streams`, one per draw in order (`self.noise`)
     checkpoint  recompute each denoiser call in the backward pass instead of keeping its activations
 
-    Raises ValueError for dynamic thresholding and guidance rescale, which need reductions over whole samples, and for
+    Raises ValueError for dynamic thresholding and guidances that reduce whole samples (rescale, APG, CFGZero), and for
     networks that predict their variance: use `fewstep.Sampler`.
     """
 
@@ -46,11 +46,13 @@ class SamplerModule(nn.Module):
         flag("checkpoint", checkpoint)
         dtype = dtype_name("" if dtype is None else dtype)  # NumPy takes None for float64
         one_of("dtype", dtype, ("float32", "float64"))
-        if denoiser.rescale or denoiser.threshold is not None:
+        if denoiser.reduces or denoiser.threshold is not None:
             raise ValueError(
-                "SamplerModule does not support guidance rescale or DynamicThreshold: use fewstep.Sampler, or a static "
-                "clip"
+                "SamplerModule does not support guidance rescale, APG, CFGZero or DynamicThreshold, which reduce whole "
+                "samples: use fewstep.Sampler, or a static clip"
             )
+        if any(network is not denoiser.model for network in denoiser.networks):
+            raise ValueError("SamplerModule holds one network, and the guidance calls others: use fewstep.Sampler")
         if denoiser.variance is not None:
             raise ValueError(
                 f"SamplerModule does not support variance={denoiser.variance!r}: use fewstep.Sampler, or a model that "

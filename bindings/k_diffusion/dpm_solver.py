@@ -46,7 +46,10 @@ def sample_dpm_fast(
 
 
 def _ends(sigma_min: float, sigma_max: float) -> tuple[float, float]:
-    low, high = float(sigma_min), float(sigma_max)
+    try:
+        low, high = float(sigma_min), float(sigma_max)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"sigma_min = {sigma_min!r:.80}, sigma_max = {sigma_max!r:.80}: {error}") from None
     if not 0.0 < low < high < math.inf:
         raise ValueError(f"0 < sigma_min < sigma_max < inf is needed, got sigma_min = {low}, sigma_max = {high}")
     return high, low

@@ -23,6 +23,7 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
+from fewstep.solvers.options import flag, function, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
@@ -80,6 +81,18 @@ class SamplerCall:
     last: float | None = None
     below_one: bool = False
 
+    def __post_init__(self) -> None:
+        import torch
+
+        function("model", self.model, classes=False)
+        if not isinstance(self.x, torch.Tensor):
+            raise TypeError(f"x must be a torch tensor, got {type(self.x).__name__}; for NumPy use fewstep.sample")
+        if dtype_name(self.x.dtype, "x of dtype") not in FLOATS:
+            raise ValueError(f"x must have a floating dtype, got {self.x.dtype}")
+        function("callback", self.callback, optional=True)
+        if self.flow is not None:
+            flag("flow", self.flow)
+
     @cached_property
     def process(self) -> Process:
         flow = is_flow(self.model) if self.flow is None else self.flow
@@ -88,7 +101,12 @@ class SamplerCall:
     @cached_property
     def given(self) -> np.ndarray:
         """The sigmas as given, float64 (steps + 1,)."""
-        levels = float64(self.sigmas)
+        try:
+            levels = float64(self.sigmas)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"sigmas must be numbers, got {self.sigmas!r:.80}: {error}") from None
+        if not np.isfinite(levels).all():
+            raise ValueError(f"sigmas must be finite, got {levels!r:.80}")
         if levels.ndim != 1:
             raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
         return levels
@@ -109,6 +127,8 @@ class SamplerCall:
         return (self.extra_args or {}).get("seed")
 
     def gaussian(self, given: Noise) -> NoiseSampler | KernelNoise:
+        if given is not None and not isinstance(given, KernelNoise):
+            function("noise_sampler", given)
         return gaussian_noise(self.x, self.seed) if given is None else given
 
     def brownian(self, given: Noise) -> NoiseSampler | KernelNoise:
@@ -142,14 +162,11 @@ class SamplerCall:
         """
         import torch
 
-        if not isinstance(self.x, torch.Tensor):
-            raise TypeError(f"x must be a torch tensor, got {type(self.x).__name__}; for NumPy use fewstep.sample")
-        if dtype_name(self.x.dtype) not in FLOATS:
-            raise ValueError(f"x must have a floating dtype, got {self.x.dtype}")
         if len(self.levels) < 2:
             return self.x  # no step
         if "s_noise" in options and noise_sampler is not None:
-            options["s_noise"] *= getattr(model_sampling(self.model), "noise_scale", 1.0)
+            # NaN for what is no number, which the solver refuses by name.
+            options["s_noise"] = number(options["s_noise"]) * getattr(model_sampling(self.model), "noise_scale", 1.0)
         process = process or self.process
         state = "float64" if self.x.dtype == torch.float64 else "float32"
         levels, shape = self.levels, tuple(self.x.shape)
@@ -309,8 +326,8 @@ def sampler(
     last, below_one  of the `SamplerCall`
     """
 
-    def make(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @functools.wraps(function)
+    def make(own_function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(own_function)
         def sample(
             model: SigmaModel,
             x: Tensor,
@@ -323,10 +340,10 @@ def sampler(
             **options: Any,
         ) -> Tensor:
             call = SamplerCall(model, x, sigmas, extra_args, callback, disable, flow, last, below_one)
-            return function(call, *own, **options)
+            return own_function(call, *own, **options)
 
         common = list(inspect.signature(sample, follow_wrapped=False).parameters.values())
-        own = [*inspect.signature(function).parameters.values()][1:]
+        own = [*inspect.signature(own_function).parameters.values()][1:]
         after = [p for p in own if p.kind is p.KEYWORD_ONLY]
         positional = [*common[:6], *(p for p in own if p.kind is not p.KEYWORD_ONLY)]
         flow_parameter = next(p for p in common if p.name == "flow")

@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.bindings.k_diffusion.noise import KernelNoise, Noise, NoiseSampler
 from fewstep.bindings.k_diffusion.run import SamplerCall, model_sampling, sampler
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import flag, function, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,7 @@ def sample_er_sde(
         assert noise_scaler is not None
         return np.asarray(noise_scaler(torch.as_tensor(rho, dtype=torch.float64, device="cpu")))
 
+    function("noise_scaler", noise_scaler, optional=True)
     scale = "sde_5" if noise_scaler is None else noise_scale
     return call("er_sde", call.gaussian(noise_sampler), order=max_stage, noise_scale=scale, s_noise=s_noise)
 
@@ -122,6 +123,8 @@ def _sa_solver(
     use_pece: bool,
     simple_order_2: bool,
 ) -> Tensor:
+    function("tau_func", tau, optional=True)
+    flag("use_pece", use_pece)
     inner = model_sampling(call.model)
     if tau is None and inner is not None:
         high, low = (float(inner.percent_to_sigma(share)) for share in (0.2, 0.8))

@@ -51,7 +51,8 @@ def _fused(kept: Tensor, fresh: Tensor) -> bool:
     """Whether the Numba kernel updates this average."""
     narrow = kept.dtype == torch.float32 and fresh.dtype in (torch.bfloat16, torch.float16)
     on_cpu = kept.device.type == fresh.device.type == "cpu"
-    return narrow and on_cpu and kept.is_contiguous() and kept.numel() >= FUSED_ELEMENTS
+    plain = on_cpu and all(p.data_ptr() for p in (kept, fresh))  # a DTensor has no memory of its own
+    return narrow and plain and kept.is_contiguous() and kept.numel() >= FUSED_ELEMENTS
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, network_inputs
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -60,17 +61,17 @@ def branch_weights(denoiser: DenoiserLike, batch: int, guidance: ArrayLike | Non
 
     guidance  (B,) or one scale of classifier-free guidance instead of the denoiser's own
     """
-    if denoiser.clip is not None or denoiser.rescale:
+    if denoiser.clip is not None or denoiser.reduces or denoiser.by_step is not None:
         raise ValueError(
-            "an objective takes no clip and no guidance rescale, whose gradients vanish or couple elements: use a "
-            "Denoiser without them, and add them when you sample"
+            "an objective takes no clip and no guidance rescale, whose gradients vanish or couple elements, and no "
+            "guidance by steps or by reductions: use a Denoiser without them, and add them when you sample"
         )
-    own = denoiser.weights(0.0)
     if guidance is None:
-        return np.tile(np.asarray(own, dtype=np.float64), (batch, 1))
-    if len(own) != 2:
+        own = denoiser.shares(Moment(denoiser.process.point_at_sigma(1.0), 0.0)).weights
+        return np.array(np.broadcast_to(own, (batch, denoiser.branches)))
+    if denoiser.branches != 2:
         raise ValueError(
-            f"guidance is given for each sample, but the denoiser has {len(own)} branches: it needs "
+            f"guidance is given for each sample, but the denoiser has {denoiser.branches} branches: it needs "
             "Denoiser(guidance=...) of any scale, so that there are a null and a conditional branch"
         )
     scale = np.broadcast_to(np.asarray(guidance, dtype=np.float64), (batch,))

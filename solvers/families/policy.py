@@ -20,7 +20,7 @@ def _window(window: Sequence[int] | None, steps: int) -> range:
     """The steps that draw noise. Raises ValueError unless `window` is None or (first, stop) within the grid."""
     if window is None:
         return range(steps)
-    plain = isinstance(window, (tuple, list)) and all(isinstance(v, int) and not isinstance(v, bool) for v in window)
+    plain = isinstance(window, (tuple, list)) and all(type(v) is int for v in window)
     if not (plain and len(window) == 2 and 0 <= window[0] <= window[1] <= steps):
         raise ValueError(
             f"window must be None or a pair of steps (first, stop), 0 <= first <= stop <= {steps}, got {window!r:.80}"

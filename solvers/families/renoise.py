@@ -50,16 +50,22 @@ def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, 
 # --- churn ---
 
 
-def churned_points(grid: Grid, s_churn: float, s_tmin: float, s_tmax: float) -> list[Point]:
+GAMMA_MAX = math.sqrt(2.0) - 1.0  # EDM's: a step's noise is at most doubled in variance
+
+
+def churned_points(
+    grid: Grid, s_churn: float, s_tmin: float, s_tmax: float, gamma_max: float = GAMMA_MAX
+) -> list[Point]:
     """The point with rho = t_hat where each step starts (Karras et al. 2022, Algorithm 2, lines 4 and 5).
 
-    gamma = min(S_churn / N, sqrt(2) - 1) if S_tmin <= rho <= S_tmax else 0, and t_hat = rho + gamma rho. Where the
+    gamma = min(S_churn / N, gamma_max) if S_tmin <= rho <= S_tmax else 0, and t_hat = rho + gamma rho. Where the
     process has a largest noise level (VP's last time), t_hat does not exceed it.
     """
     at_least("s_churn", s_churn, 0.0)
     at_least("s_tmin", s_tmin, 0.0)
     at_least("s_tmax", s_tmax, 0.0)
-    gamma = min(s_churn / grid.steps, math.sqrt(2.0) - 1.0)
+    at_least("gamma_max", gamma_max, 0.0)
+    gamma = min(s_churn / grid.steps, gamma_max)
     hats = []
     for s in grid.points[:-1]:
         rho = s.ratio
@@ -90,7 +96,30 @@ def with_churn(first: Point, stages: Iterable[Stage]) -> Iterator[Start | Stage]
             yield before
         else:
             rows = {**before.rows, "x": add_noise(before.rows["x"], before.to, stage.at)}
-            yield replace(before, rows=rows, to=stage.at)
+            meant = before.meant
+            if meant is not None:
+                up = stage.at.alpha / before.to.alpha
+                meant = meant[0] * up, math.hypot(meant[1] * up, rows["x"]["z"])
+            yield replace(before, rows=rows, to=stage.at, end=before.to, meant=meant)
         before = stage
     if before is not None:
         yield before
+
+
+def stretched(stage: Stage, scale: float) -> Stage:
+    """The stage with `scale` times its step of x / alpha, as the step scale of AlphaFold 3 (Abramson et al. 2024).
+
+    That leaves the marginal on purpose: x has the noise that scale times the step leaves, and `to` is where the next
+    call is told that it is.
+    """
+    s, t = stage.at, stage.to
+    if scale == 1.0:
+        return stage
+    if s.alpha == 0.0:
+        raise ValueError(
+            f"step_scale = {scale!r}: a first step from alpha = 0 has no x / alpha to scale; start below it"
+        )
+    stay = (1.0 - scale) * t.alpha / s.alpha
+    row = scaled(stage.rows["x"], scale)
+    row["x"] = row.get("x", 0.0) + stay
+    return replace(stage, rows={**stage.rows, "x": row}, meant=(t.alpha, abs(scale * t.sigma + stay * s.sigma)))

@@ -26,7 +26,14 @@ from fewstep.solvers.families.coordinates import (
     pick_frame,
     vp_schedule,
 )
-from fewstep.solvers.families.renoise import ancestral_split, churned_points, renoised, with_churn
+from fewstep.solvers.families.renoise import (
+    GAMMA_MAX,
+    ancestral_split,
+    churned_points,
+    renoised,
+    stretched,
+    with_churn,
+)
 from fewstep.solvers.families.rows import plus, scaled
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, Weights, second_order
 from fewstep.solvers.options import at_least, between, one_of
@@ -94,25 +101,33 @@ def always(tableau: Tableau) -> Method:
     return lambda k, s, t: (tableau, ())
 
 
-def _integrate(grid: Grid, steps: Sequence[Step], method: Method, coords: Coordinates) -> Iterator[Start | Stage]:
-    """Every step by its method, with noise where a step starts above the end of the one before it (churn, Restart)."""
+def _integrate(
+    grid: Grid, steps: Sequence[Step], method: Method, coords: Coordinates, step_scale: float = 1.0
+) -> Iterator[Start | Stage]:
+    """Every step by its method, with noise where a step starts above the end of the one before it (churn, Restart).
+
+    step_scale  of Euler's steps, see `stretched`
+    """
 
     def stages() -> Iterator[Stage]:
         for k, (s, t, done) in enumerate(steps):
             finite = math.isfinite(coords.time(s)) and math.isfinite(coords.time(t))
             if not finite or (t.sigma == 0.0 and coords.straight):
-                yield Stage(s, {"x": first_order(s, t)}, t, done)
+                yield stretched(Stage(s, {"x": first_order(s, t)}, t, done), step_scale)
                 continue
             tableau, inner = method(k, s, t) if t.sigma > 0.0 else (EULER, ())
             for stage in rk_step(grid, tableau, coords, s, t, inner):
+                stage = stretched(stage, step_scale)
                 yield stage if done else replace(stage, done=False)
 
     return with_churn(grid.points[0], stages())
 
 
-def _steps(grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf) -> list[Step]:
+def _steps(
+    grid: Grid, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, gamma_max: float = GAMMA_MAX
+) -> list[Step]:
     """The grid's steps, from t_hat to t."""
-    hats = churned_points(grid, s_churn, s_tmin, s_tmax)
+    hats = churned_points(grid, s_churn, s_tmin, s_tmax, gamma_max)
     return [Step(hat, t) for hat, t in zip(hats, grid.points[1:], strict=True)]
 
 
@@ -251,12 +266,24 @@ def heunpp2(
 
 @solver("edm", spacing={VP: "beta", Exploding: "kl_optimal"})
 def edm(
-    grid: Grid, s_churn: float = 40.0, s_tmin: float = 0.05, s_tmax: float = 50.0, alpha: float = 1.0
+    grid: Grid,
+    s_churn: float = 40.0,
+    s_tmin: float = 0.05,
+    s_tmax: float = 50.0,
+    alpha: float = 1.0,
+    method: str = "heun",
+    step_scale: float = 1.0,
+    gamma_max: float = GAMMA_MAX,
 ) -> Iterator[Start | Stage]:
     """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): Heun in sigma with churn.
 
     The defaults are the paper's for ImageNet-64 (Table 5), which also scales the noise: s_noise=1.003.
-    alpha is the place of the second call, as in heun.
+    alpha is the place of the second call, as in heun; method="euler" makes none.
+
+    gamma_max is the most by which churn raises a level, as a fraction of it.
+    step_scale is eta in x_next = x_hat + eta (t_next - t_hat) d_cur, for method="euler" alone: samples then have less
+    noise than the network is told. AlphaFold 3 (Abramson et al. 2024, Algorithm 18) has 1.5, with s_churn = 0.8 N,
+    gamma_max=0.8, s_noise=1.003, and churn where the step ends above 1.
 
     Algorithm 2, lines 4 to 11, beside what computes each; x stands for x / alpha, t for sigma / alpha, D for the x0
     prediction m (a test runs these lines against the plan):
@@ -271,8 +298,13 @@ def edm(
             d_mean = d_cur / 2 + d_prime / 2                     # HEUN.b; call 0 keeps x_hat + h d_cur / 2 as "sum2"
             x_next = x_hat + (t_next - t_hat) * d_mean           # "sum2" + h d_prime / 2, the row "x" of call 1
     """
-    steps = _steps(grid, s_churn, s_tmin, s_tmax)
-    yield from _integrate(grid, steps, always(_second_order(alpha)), COORDINATES["sigma"])
+    one_of("method", method, ("heun", "euler"))
+    between("step_scale", step_scale, 0.0, 100.0)
+    if step_scale != 1.0 and method != "euler":
+        raise ValueError(f"step_scale = {step_scale!r} scales Euler's steps, which method='euler' takes alone")
+    steps = _steps(grid, s_churn, s_tmin, s_tmax, gamma_max)
+    own = always(EULER if method == "euler" else _second_order(alpha))
+    yield from _integrate(grid, steps, own, COORDINATES["sigma"], step_scale)
 
 
 @solver("edm_general")

@@ -12,6 +12,7 @@ from fewstep.solvers.options import number, one_of
 from fewstep.solvers.plans.explain import explain
 from fewstep.solvers.plans.self_check import check, check_sources, follow
 from fewstep.solvers.plans.stages import PlanError, Stage, Start, UncheckedPlan
+from fewstep.solvers.plans.tables import X0Prediction
 from fewstep.solvers.schedule.grid import Grid
 
 
@@ -46,13 +47,25 @@ class Plan(UncheckedPlan):
         """How much an error made once, by rounding or by the network, has grown at most in what a later call sees."""
         return max(end.amplification for end in follow(self))
 
-    def explain(self, *, model_bytes: int = 4, state_bytes: int = 4, raws: int = 1) -> str:
+    def explain(
+        self,
+        *,
+        model_bytes: int = 4,
+        state_bytes: int = 4,
+        raws: int = 1,
+        denoiser: X0Prediction | None = None,
+        samples: int = 1,
+    ) -> str:
         """What each stage reads, writes and costs, as a table in plain text.
 
         model_bytes, state_bytes  size of an element on the model's side and of the slots
         raws                      outputs of the network in a call: 2 under classifier-free guidance
+        denoiser                  whose guidance is counted in place of `raws`, call by call
+        samples                   of the batch, for a guidance with numbers for each of them
         """
-        return explain(self, model_bytes=model_bytes, state_bytes=state_bytes, raws=raws)
+        return explain(
+            self, model_bytes=model_bytes, state_bytes=state_bytes, raws=raws, denoiser=denoiser, samples=samples
+        )
 
 
 def make_plan(

@@ -7,7 +7,9 @@
      "init": null | {"row": {source: number}, "to": [t, alpha, sigma], "at": null | [t, alpha, sigma]},
      "stages": [{"at": [t, alpha, sigma], "to": [t, alpha, sigma], "rows": {slot: {source: number}},
                  "done": bool, "noise": number, "exact": bool, "variance": null | [name, number],
-                 "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`)}]}
+                 "span": [[t, alpha, sigma], [t, alpha, sigma]] (where it is not from `at` to `to`),
+                 "end": [t, alpha, sigma] (where churn follows the step),
+                 "meant": [alpha, sigma] (where the method leaves `to` on purpose)}]}
 
 Numbers are written with all their digits, so a plan is read back to the bit. A file holds only numbers and names, and
 nothing in it is executed. A tuned plan (`fewstep.tune`) records its denoiser in options["tuning"].
@@ -95,6 +97,8 @@ def plan_as_json(plan: Plan) -> dict[str, object]:
                 "exact": stage.exact,
                 "variance": None if stage.variance is None else list(stage.variance),
                 **({} if stage.span is None else {"span": [_point(end) for end in stage.span]}),
+                **({} if stage.end is None else {"end": _point(stage.end)}),
+                **({} if stage.meant is None else {"meant": [float(value) for value in stage.meant]}),
             }
             for stage in plan.stages
         ],
@@ -266,7 +270,7 @@ def process_from_json(data: object, where: str) -> Process:
 
 
 def _stage(data: object, where: str) -> Stage:
-    own = Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span",))
+    own = Fields(data, where, ("at", "to", "rows", "done", "noise", "exact", "variance"), ("span", "end", "meant"))
     rows = own.get("rows", dict)
     variance = own.optional("variance", list)
     if variance is not None:
@@ -279,6 +283,12 @@ def _stage(data: object, where: str) -> Stage:
         if len(ends) != 2:
             raise ValueError(f"{where}: span must be two points, got {len(ends)}")
         span = (_point_from(ends[0], f"{where}: span[0]"), _point_from(ends[1], f"{where}: span[1]"))
+    meant = None
+    if "meant" in own.data:
+        pair = own.get("meant", list)
+        if len(pair) != 2:
+            raise ValueError(f"{where}: meant must be alpha and sigma, got {len(pair)} values")
+        meant = (finite(pair[0], f"{where}: meant[0]"), finite(pair[1], f"{where}: meant[1]"))
     return Stage(
         own.point("at"),
         {_name(slot, f"{where}: rows"): _row_from(row, f"{where}: rows[{slot!r:.80}]") for slot, row in rows.items()},
@@ -288,6 +298,8 @@ def _stage(data: object, where: str) -> Stage:
         own.get("exact", bool),
         None if variance is None else (variance[0], finite(variance[1], f"{where}: variance[1]")),
         span,
+        own.point("end") if "end" in own.data else None,
+        meant,
     )
 
 

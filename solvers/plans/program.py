@@ -7,12 +7,12 @@ over them. Slot names are gone, and so is every tensor that no later stage reads
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
-from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, UncheckedPlan
+from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, Stage, UncheckedPlan
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept."""
+    """A plan with buffers assigned: `result` holds the sample, `x0[k]` the k-th prediction if it is kept.
+
+    in_place  whether an output may overwrite an input of its stage
+    slots    the buffer of every other slot that is read after op k, by name; kept with `x0`
+    halves   the ops of each call: 1, or 2 where the prediction is written before the rows read it (`halved`)
+    """
 
     plan: UncheckedPlan
     init: Op
@@ -47,9 +52,50 @@ class Program:
     buffers: int
     result: int
     x0: tuple[int, ...] = ()
+    in_place: bool = False
+    slots: tuple[Mapping[str, int], ...] = ()
+    halves: int = 1
+
+    @cached_property
+    def shares(self) -> list[dict[str, float]]:
+        """The coefficient of x0 in every slot after each op, see `x0_shares`."""
+        return x0_shares(self.plan)
+
+    def buffer_of_x(self, k: int) -> int:
+        """Of the sample after op k; before the first op if k is -1."""
+        return (self.ops[k] if k >= 0 else self.init).writes[0]
 
 
 X0_SLOT = "x0 prediction"
+
+
+def halved(plan: UncheckedPlan) -> UncheckedPlan:
+    """Two stages for each of the plan's: the first writes the x0 prediction to a slot, which the second reads as "m".
+
+    Between them the prediction may be edited. Both have the outputs of one call of the network; the second needs them
+    only for "u".
+    """
+    stages: list[Stage] = []
+    for stage in plan.stages:
+        stages.append(Stage(stage.at, {"x": {"x": 1.0}, X0_SLOT: {PREDICTION: 1.0}}, stage.at, done=False))
+        rows = {
+            slot: {X0_SLOT if source == PREDICTION else source: c for source, c in row.items()}
+            for slot, row in stage.rows.items()
+        }
+        stages.append(replace(stage, rows=rows))
+    return UncheckedPlan(plan.solver, plan.grid, tuple(stages), plan.init, plan.options, plan.noise_scale, plan.dtype)
+
+
+def x0_shares(plan: UncheckedPlan) -> list[dict[str, float]]:
+    """The coefficient of x0 in every slot after each stage, for a perfect denoiser."""
+    now = {"x": plan.start.alpha if plan.init is None else plan.init.to.alpha}
+    found = []
+    for stage in plan.stages:
+        values = {**now, PREDICTION: 1.0, UNGUIDED: 1.0, NOISE: 0.0}
+        now |= {slot: sum(c * values[source] for source, c in row.items()) for slot, row in stage.rows.items()}
+        now["x"] = stage.to.alpha  # each stage answers for itself alone
+        found.append(dict(now))
+    return found
 
 
 def live_rows(plan: UncheckedPlan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
@@ -57,12 +103,14 @@ def live_rows(plan: UncheckedPlan, *, keep_x0: bool = False) -> list[dict[str, R
     return [rows for rows, _ in _live(plan, keep_x0)]
 
 
-def _live(plan: UncheckedPlan, keep_x0: bool) -> list[tuple[dict[str, Row], set[str]]]:
-    """The live rows of each stage, and the slots that are still read after it."""
+def _live(
+    plan: UncheckedPlan, keep_x0: bool, lasting: frozenset[str] = frozenset()
+) -> list[tuple[dict[str, Row], set[str]]]:
+    """The live rows of each stage, and the slots that are still read after it, or that are `lasting`."""
     live = {"x"}
     kept: list[tuple[dict[str, Row], set[str]]] = []
     for stage in reversed(plan.stages):
-        after = live
+        after = live = live | lasting
         rows: dict[str, Row] = {}
         for slot, row in stage.rows.items():
             if slot in after:
@@ -84,10 +132,13 @@ def is_rename(slot: str, row: Row) -> bool:
     return coefficient == 1.0 and source not in SOURCES
 
 
-def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool = False) -> Program:
+def compile_plan(
+    plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool = False, halves: bool = False
+) -> Program:
     """Assign buffers to slots.
 
-    keep_x0   also write each stage's x0 prediction, for callbacks
+    keep_x0   also write each stage's x0 prediction, for callbacks and edits; no two slots then share a buffer
+    halves    in place of it: the program of the `halved` plan, whose predictions may be edited
     in_place  let an output overwrite an input that no later stage reads. The CPU kernels keep outputs apart from
               inputs, so that the compiler may reorder loads and stores when it vectorises
     """
@@ -97,11 +148,20 @@ def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool =
     if plan.init is not None:
         where, buffers = {"x": 1}, 2
         init = Op((0,), (1,), _matrix([plan.init.row], {"x": 0}, (0,), plan.noise_scale))
-    ops, x0 = [], []
-    for stage, (rows, after) in zip(plan.stages, _live(plan, keep_x0), strict=True):
-        renamed = {slot: where[next(iter(row))] for slot, row in rows.items() if is_rename(slot, row)}
+    ops, x0, slots = [], [], []
+    plan = halved(plan) if halves else plan
+    alone = keep_x0 or halves
+    for stage, (rows, after) in zip(
+        plan.stages, _live(plan, keep_x0, _LASTING if halves else frozenset()), strict=True
+    ):
         # In the order of `where`, and not of a set: structures and sums are the same in every process.
         carried = {slot: buffer for slot, buffer in where.items() if slot in after and slot not in rows}
+        renamed: dict[str, int] = {}
+        for slot, row in rows.items():
+            if is_rename(slot, row):
+                buffer = where[next(iter(row))]
+                if not (alone and buffer in (*carried.values(), *renamed.values())):  # an edit would turn it twice
+                    renamed[slot] = buffer
         written = ["x", *[slot for slot in rows if slot != "x" and slot not in renamed]]
         used = set[str]().union(*[rows[slot] for slot in written])
         reads = tuple(dict.fromkeys([where["x"], *[where[slot] for slot in where if slot in used]]))
@@ -117,8 +177,14 @@ def compile_plan(plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool =
         w = _matrix([rows[slot] for slot in written], where, reads, plan.noise_scale * stage.noise)
         ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
-        x0 += [where.pop(X0_SLOT)] if keep_x0 else []
-    return Program(plan, init, tuple(ops), buffers, where["x"], tuple(x0))
+        if alone:
+            x0.append(where[X0_SLOT] if halves else where.pop(X0_SLOT))
+            slots.append({slot: buffer for slot, buffer in where.items() if slot not in ("x", X0_SLOT)})
+    kept = tuple(x0), in_place, tuple(slots), 2 if halves else 1
+    return Program(plan, init, tuple(ops), buffers, where["x"], *kept)
+
+
+_LASTING = frozenset({X0_SLOT})
 
 
 def _matrix(rows: list[Row], where: Mapping[str, int], reads: tuple[int, ...], noise_scale: float) -> np.ndarray:

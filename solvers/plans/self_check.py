@@ -4,7 +4,8 @@ Each slot is followed as a combination of x0, the starting noise and the draws. 
 is called at another level than that of "x" (`ddim_inverse`, the levels that a tuned plan tells), it cannot be right
 about both x0 and the noise in x: a stage may then be exact for either, and one that is not `exact` must be so for the
 noise. Any other stage that is not `exact` has its own gap bounded by the size of its step. After each of them "x" is
-put on its marginal: no stage answers for another.
+put on its marginal: no stage answers for another. So it is after a stage that leaves `to` on purpose, as one with a
+`step_scale` does, which is checked against what it says is `meant`.
 
 Rounding is followed beside it. Each write of a slot adds an error of one unit roundoff of its terms, independent of all
 others; the covariance of these errors over the slots goes through the same rows. Its root at "x", over the size of the
@@ -220,12 +221,13 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
     slots = _Slots(plan)
     first = 0 if plan.init is None else 1
 
-    def end_of(k: int, to: Point, bound: Marginal = (0.0, 0.0)) -> Followed:
+    def end_of(k: int, to: Point, bound: Marginal = (0.0, 0.0), meant: Marginal | None = None) -> Followed:
         slots.apply(k + first)
         (alpha, sigma), deviation, size = slots.after.x, slots.after.deviation, math.hypot(to.alpha, to.sigma)
         larger = max(1.0, size)
         tolerance = MARGINAL_TOLERANCE * larger + min(_BUILDERS * deviation, _BUILDERS_SHARE * larger)
-        gap = alpha - to.alpha, sigma - to.sigma
+        aim = meant or (to.alpha, to.sigma)
+        gap = alpha - aim[0], sigma - aim[1]
         return Followed(k, (alpha, sigma), gap, deviation / size, tolerance, bound, slots.largest)
 
     before = slots.now.x
@@ -243,7 +245,7 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
             kept_on = any(c for source, c in stage.rows["x"].items() if source not in SOURCES)
             if not (elsewhere and kept_on):
                 bound = _bound(start, before, to, kept_on)
-        end = end_of(k, to, bound)
+        end = end_of(k, to, bound, stage.meant)
         if elsewhere and bound == (0.0, 0.0) and _misses(end.gap, end.tolerance):
             slots.see_noise(at)
             other = end_of(k, to)
@@ -255,7 +257,7 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
         slots.accept()
         yield end
         before = end.found
-        if not stage.exact:
+        if not stage.exact or stage.meant is not None:
             slots.put_x(to, before[1])
             before = to.alpha, to.sigma
         if stage.done:
@@ -304,11 +306,12 @@ def check(plan: UncheckedPlan) -> None:
         if not (abs(signal) <= end.tolerance + bound[0] and abs(noise) <= end.tolerance + bound[1]):
             exact = end.k < 0 or plan.stages[end.k].exact
             to = plan.init.to if plan.init is not None and end.k < 0 else plan.stages[end.k].to
+            aim = (None if end.k < 0 else plan.stages[end.k].meant) or (to.alpha, to.sigma)
             more = "" if exact else f", with steps of this size allowed ({end.bound[0]:.3g}, {end.bound[1]:.3g}) off"
             raise PlanError(
                 f"{plan.solver}: {_where(plan, end.k)} leaves the marginal: a perfect denoiser gives slot 'x' "
                 f"(alpha, sigma) = ({end.found[0]:.12g}, {end.found[1]:.12g}) instead of "
-                f"({to.alpha:.12g}, {to.sigma:.12g}){more}"
+                f"({aim[0]:.12g}, {aim[1]:.12g}){more}"
             )
     _check_range(plan, end.largest, plan.dtype)
 

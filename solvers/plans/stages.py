@@ -49,6 +49,9 @@ class Stage:
     variance  how a network that also predicts its variance scales "z" (`bindings.denoiser.VARIANCES`): the name
            of its parametrisation and the number that goes with it; None leaves "z" as it is
     span   the stretch of a noise path that "z" belongs to, for an outside noise source; None is from `at` to `to`
+    end    where the step ended before "z" raised x to `to` for the next step (churn); None is `to`
+    meant  (alpha, sigma) of "x" for a perfect denoiser where the method leaves `to` on purpose; the next stage is then
+           checked from `to` again, because its call is made as if x were there
     """
 
     at: Point
@@ -59,6 +62,8 @@ class Stage:
     exact: bool = True
     variance: tuple[str, float] | None = None
     span: tuple[Point, Point] | None = None
+    end: Point | None = None
+    meant: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -70,9 +75,12 @@ class Stage:
         exact: bool = True,
         variance: tuple[str, float] | None = None,
         span: tuple[Point, Point] | None = None,
+        end: Point | None = None,
+        meant: tuple[float, float] | None = None,
     ) -> None:
         # A plan has up to a hundred of them: dataclasses' own takes four times as long for a frozen class.
         vars(self).update(at=at, rows=rows, to=to, done=done, noise=noise, exact=exact, variance=variance, span=span)
+        vars(self).update(end=end, meant=meant)
 
     @property
     def drawn_over(self) -> tuple[Point, Point]:

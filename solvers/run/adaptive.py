@@ -20,9 +20,10 @@ from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.options import between, flag, function, named, number, one_of
 from fewstep.solvers.plans.stages import first_order
+from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
-from fewstep.solvers.run.attempts import BEFORE_END, Attempts, FusedAttempts
-from fewstep.solvers.run.batch import SEEN, Batch
+from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
+from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
@@ -35,6 +36,7 @@ from fewstep.solvers.run.checks import (
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, inputs_of
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.grid import Grid
@@ -106,6 +108,7 @@ class _Options:
     control: np.ndarray  # see `kernels.attempts.control`
     noise: NoiseSource | None = None
     callback: Callable[[AttemptInfo], object] | None = None
+    edits: AdaptiveEdits | None = None
 
 
 class _Run:
@@ -113,8 +116,11 @@ class _Run:
 
     def __init__(self, batch: Batch, options: _Options, x: Array, h_init: float, streams: np.ndarray) -> None:
         self.batch, self.options, self.streams = batch, options, streams
-        self.attempts = (FusedAttempts if batch.functions.backend == "numba" else Attempts)(
-            batch, options.pair, options.ends, x
+        edits = options.edits
+        kind = FusedAttempts if batch.functions.backend == "numba" and edits is None else Attempts
+        predicted = None if edits is None else self._predicted
+        self.attempts = kind(
+            batch, options.pair, options.ends, x, predicted, edits is not None and bool(edits.edits.x0)
         )
         self.state = self.attempts.state
         self.counts = np.zeros((3, len(x)), np.int64)  # nfe, accepted and rejected of the finished samples
@@ -153,7 +159,8 @@ class _Run:
                 attempts.first_calls(todo)
             attempts.run()
             norms = attempts.error_norms(o.rtol, o.atol)
-            starts = self._starts() if o.noise is not None and fresh is not None else []
+            told = o.edits is not None or (o.noise is not None and fresh is not None)
+            starts = self._starts() if told else []
             cpu.CONTROL.run(state, norms, o.control, report)
             problem, at, accepted, finished = report.tolist()
             if problem:
@@ -163,13 +170,54 @@ class _Run:
                 attempts.accept(taken)
                 if fresh is not None:
                     self._add_noise(starts, fresh)
+                if o.edits is not None:
+                    self._edit(o.edits, taken, starts)
             if o.callback is not None:
                 o.callback(self._info(norms))
             if finished:
                 result = self._leave(result)
                 taken = np.flatnonzero(state[rows.TAKEN, : attempts.n]).tolist()
-            todo = [] if o.pair.kept else taken
+            # An edit has changed the x that F_1 belongs to.
+            todo = taken if not o.pair.kept or o.edits is not None else []
         return result
+
+    def _edit(self, edits: AdaptiveEdits, taken: Sequence[int], starts: Sequence[Point]) -> None:
+        n, state = self.attempts.n, self.state
+        samples, accepted = (state[row, :n].astype(np.int64).tolist() for row in (rows.SAMPLE, rows.ACCEPTED))
+        ends = [list(pair) for pair in zip(starts, self._starts(), strict=True)]
+        edits.after_steps(self.attempts.slots["x"], taken, samples, [count - 1 for count in accepted], ends)
+        state[rows.KNOWN, list(taken)] = 0.0
+
+    def _predicted(self, j: int, at: Sequence[int], u: Array, m: Array) -> bool:
+        """Call j of an attempt has given the x0 predictions m of the samples at these positions, on u."""
+        edits, state, where = self.options.edits, self.state, list(at)
+        assert edits is not None
+        described = state[rows.START : rows.END] if j == 0 else self.points[:, j - 1]
+        points = [Point(*p) for p in described[rows.T : rows.SIGMA + 1][:, where].T.tolist()]
+        # The call at the start of the step is shared by all attempts from there.
+        calls = state[rows.NFE, where] + (0.0 if j == 0 else j - state[rows.KNOWN, where])
+        samples, made, steps = (
+            values.astype(np.int64).tolist()
+            for values in (state[rows.SAMPLE, where], calls, state[rows.ACCEPTED, where])
+        )
+        return edits.of_predictions(m, u, samples, made, steps, points)
+
+    def to_clean(self, x: Array) -> Array:
+        """The last step, of all samples at once: to sigma 0, where x = alpha m."""
+        batch, n, edits = self.batch, len(x), self.options.edits
+        end, clean = self.options.ends.points[-1], self.options.ends.process.clean
+        outputs = batch.call(range(n), x, [end] * n, [BEFORE_END] * n)
+        (calls, steps, _), samples = self.counts.tolist(), [*range(n)]
+        if edits is not None:
+            m = batch.map([{"m": {"m": 1.0}}] * n, {SEEN: x}, outputs)["m"]
+            if edits.of_predictions(m, x, samples, calls, steps, [end] * n):
+                outputs = Outputs([m], written(n), None)
+        row = {SEEN if k == "x" else k: c for k, c in first_order(end, clean).items() if c}
+        x = batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
+        if edits is not None:
+            edits.after_steps(x, samples, samples, steps, [[end, clean]] * n)
+        self.counts[0] += 1
+        return x
 
     def _next_points(self) -> np.ndarray | None:
         """Find the points of the next steps. Returns the standard deviation of the noise behind each, if any draws."""
@@ -302,6 +350,9 @@ def sample_adaptive(
     backend: str = "auto",
     device: Device | None = None,
     dtype: DType | None = None,
+    edit: Edit | Sequence[Edit] | None = None,
+    edit_x0: Edit | Sequence[Edit] | None = None,
+    every: str = "step",
     callback: Callable[[AttemptInfo], object] | None = None,
 ) -> AdaptiveResult:
     """Draw samples with adaptive steps, chosen for each sample to meet a tolerance.
@@ -324,6 +375,8 @@ def sample_adaptive(
     seed, first_sample, cond, backend, device, dtype  as for `fewstep.sample`. On backend "triton" each attempt
               synchronises with the device once, to read the errors
     noise     noise(draw, at, to, (1, ...)) replaces the ancestral normals, called once per sample
+    edit, edit_x0  as for `Sampler`, called for one sample at a time, which stands at a point of its own: `edit` after
+              each accepted step, `edit_x0` after each call. every="stage" is refused: an attempt may be rejected
     callback  called with an `AttemptInfo` after each attempt; may raise to stop
 
     The error is controlled per step. On Gaussian mixtures the end point is within 5 tolerances of the exact one
@@ -348,6 +401,11 @@ def sample_adaptive(
     flag("final_zero", final_zero)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
+    if every == "stage":
+        raise ValueError(
+            "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
+            "accepted step, or edit_x0, called after each call"
+        )
     for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be an int >= 1, got {count!r}")
@@ -370,6 +428,7 @@ def sample_adaptive(
     state = dtype_name(("float64" if wide else "float32") if dtype is None else dtype)
     one_of("dtype", state, ("float32", "float64"))
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
+    edits = Edits.of(edit, edit_x0, every, sizes, check=True)
     if x is not None:
         check_latent(x, outer, sizes, model, state)
     named("backend", backend, BACKENDS)
@@ -383,28 +442,23 @@ def sample_adaptive(
     exponents = (pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2.0 * dcoeff) / order, dcoeff / order
     limits = accept_safety, float(pair.kept), float(pair.calls), float(max_attempts), float(max_calls)
     control = np.array([*exponents, *limits])
-    options = _Options(pair, ends, rtol, atol, eta, s_noise, control, noise, callback)
+    own_edits = None if edits is None else AdaptiveEdits(edits, batch, streams)
+    options = _Options(pair, ends, rtol, atol, eta, s_noise, control, noise, callback, own_edits)
     with no_grad(model):
         if x is None or outer is None:
             start = batch.latents(streams) * ends.points[0].sigma
         else:
             start = batch.latent(x, outer)
+        if own_edits is not None:
+            start = start * 1.0
+            own_edits.at_start(start, ends.points[0])
         run = _Run(batch, options, start, h_init, streams)
         result = run(start)
         if final_zero:
-            result = _to_clean(batch, ends.points[-1], result)
-            run.counts[0] += 1
+            result = run.to_clean(result)
     values = batch.outside(result)
     dtype = None if outer is None else outer.dtype_of(x)
     return AdaptiveResult(Converter(model, "naive", state).result(values, outer, dtype), *run.counts)
-
-
-def _to_clean(batch: Batch, end: Point, x: Array) -> Array:
-    """The last step, of all samples at once: to sigma 0, where x = alpha m."""
-    n = len(x)
-    outputs = batch.call(range(n), x, [end] * n, [BEFORE_END] * n)
-    row = {SEEN if k == "x" else k: c for k, c in first_order(end, batch.denoiser.process.clean).items() if c}
-    return batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:

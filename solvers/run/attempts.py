@@ -7,7 +7,7 @@ them in place by the CPU kernel. Both call the network on the samples that are n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,14 +16,13 @@ from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, layout, naive
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import Launch
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import Array, aligned
-from fewstep.solvers.run.batch import Batch
+from fewstep.solvers.run.batch import BEFORE_END, Batch, weighed
 from fewstep.solvers.run.denoising import Call, check_output, copies, predictions, time_dtype
 from fewstep.solvers.run.embedded import Pair
 from fewstep.solvers.schedule.grid import Grid
-
-# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
-BEFORE_END = float(np.nextafter(1.0, 0.0))
+from fewstep.solvers.schedule.process import Point
 
 
 class _Stage(NamedTuple):
@@ -52,11 +51,34 @@ def _stages(pair: Pair, width: int) -> tuple[list[_Stage], int]:
     return found, start
 
 
-class Attempts:
-    """The samples that are not finished: a slot is an array (n, elements), column i of `state` describes sample i."""
+# (call of the attempt, positions of its samples, its input, the x0 predictions) -> whether these are to be used
+Predicted = Callable[[int, Sequence[int], Array, Array], bool]
 
-    def __init__(self, batch: Batch, pair: Pair, ends: Grid, x: Array) -> None:
+
+def written(n: int) -> np.ndarray:
+    """The prediction p of n samples whose x0 predictions stand in the place of the network's output."""
+    p = np.zeros((n, 4))
+    p[:, 1] = 1.0
+    return p
+
+
+class Attempts:
+    """The samples that are not finished: a slot is an array (n, elements), column i of `state` describes sample i.
+
+    predicted  called with the x0 predictions of each call, see `Predicted`; edits_x0: whether it edits them in place
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        pair: Pair,
+        ends: Grid,
+        x: Array,
+        predicted: Predicted | None = None,
+        edits_x0: bool = False,
+    ) -> None:
         denoiser = batch.denoiser
+        self.predicted = predicted
         assert pair.form is not None
         self.sign = pair.form.sign
         self.batch, self.pair, self.ends, self.n = batch, pair, ends, len(x)
@@ -64,18 +86,17 @@ class Attempts:
         self.stages, length = _stages(pair, self.n)
         self.block = np.zeros(length, batch.dtype)
         self.p, self.times = np.zeros((pair.calls, self.n, 4)), np.zeros((pair.calls, self.n))
-        self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.rescale
-        guidance = denoiser.guidance
-        self.guided_always = guidance is None or (guidance.start <= 0.0 and guidance.stop >= 1.0)
-        self.branches: list[tuple[int, ...]] = []
-        self.shares = np.zeros((pair.calls, self.n, 1))
-        self._weigh(np.zeros((pair.calls, self.n)))
+        self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.reduces
+        self.folds = self.folds and not (predicted and edits_x0)
+        self.samples: Sequence[int] = range(self.n)
+        self.branches: list[tuple[int, ...]] = [(0,)] * pair.calls
+        self.shares = np.ones((pair.calls, self.n, 1))
+        self.at = np.zeros((rows.POINT, pair.calls, self.n))  # of every call, where guidance needs to know
         self.time_dtype = time_dtype(denoiser, batch.model_dtype)
         self.like = batch.frame.empty((1,), batch.model_dtype)
         self.bound = batch.bound(range(self.n))
         self.reached = f"u{len(pair.c)}"
         self.slots = self._slots(x)
-        self.samples: Sequence[int] = range(self.n)
         # On a GPU the times go with the block, where the dtypes allow it.
         self._own_times = self.time_dtype == batch.dtype and batch.functions.backend == "triton"
         if batch.functions.backend != "naive":
@@ -86,24 +107,28 @@ class Attempts:
 
     # --- numbers ---
 
-    def _weigh(self, lam: np.ndarray) -> None:
-        """Set the branches of guidance of each call, and their weights, at lambda (calls, n)."""
-        if self.guided_always and self.branches:
-            return
+    def _weigh(self, points: np.ndarray) -> None:
+        """Set where the calls are made, the branches of guidance of each, and their weights. points: see `prepare`."""
+        denoiser, n = self.batch.denoiser, self.n
+        start = self.state[rows.START : rows.START + rows.POINT, None, :n]
+        self.at = np.concatenate([start, points[:, : self.pair.calls - 1]], axis=1)
         low, high = self.ends.lam.tolist()
-        progress = np.minimum((lam - low) / (high - low), BEFORE_END)
-        weights = np.array([[self.batch.denoiser.weights(float(done)) for done in call] for call in progress])
-        self.branches = [tuple(np.flatnonzero(call.any(axis=0)).tolist()) for call in weights]
-        shares = np.zeros((*lam.shape, max(map(len, self.branches))))
-        for own, call, branches in zip(shares, weights, self.branches, strict=True):
-            own[:, : len(branches)] = call[:, branches]
-        self.shares = shares
+        progress = np.minimum((self.at[rows.LAM] - low) / (high - low), BEFORE_END)
+        where = self.at[rows.T : rows.SIGMA + 1]
+        self.branches, found = [], []
+        for j in range(self.pair.calls):
+            moments = [Moment(Point(*where[:, j, i].tolist()), float(progress[j, i])) for i in range(n)]
+            weights, called = weighed(denoiser, moments, self.samples, self.batch.size)
+            self.branches.append(called)
+            found.append(weights)
+        self.shares = np.zeros((self.pair.calls, n, max(1, *map(len, self.branches))))
+        for own, weights in zip(self.shares, found, strict=True):
+            own[:, : weights.shape[1]] = weights
 
     def prepare(self, points: np.ndarray) -> None:
         """Compute the coefficients of the next attempt, for points (POINT, K, n) at its targets."""
-        if not self.guided_always:
-            start = self.state[rows.START + rows.LAM, : self.n]
-            self._weigh(np.concatenate([start[None], points[rows.LAM, : self.pair.calls - 1]]))
+        if self.batch.denoiser.guidance is not None:
+            self._weigh(points)
         pair = self.pair
         cpu.ROWS.run(
             self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
@@ -140,8 +165,8 @@ class Attempts:
         x_in = naive.model_input(batch.outside(u), take(self._c_in(0), todo), self.like)
         raws = self._call(0, batch.bound([self.samples[i] for i in todo]), x_in, take(self._t(0), todo))
         inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
-        p, limit = self._prediction(0, u, inside, todo)
-        (f1,) = batch.functions.stage([u], inside, take(self._table(0), todo), None, p, limit)
+        seen, p, limit = self._seen(0, todo, u, inside)
+        (f1,) = batch.functions.stage([u], seen, take(self._table(0), todo), None, p, limit)
         self._write("F1", todo, f1)
 
     def run(self) -> None:
@@ -158,7 +183,7 @@ class Attempts:
         x_in = naive.model_input(batch.outside(u), self._c_in(j), self.like)
         raws = self._call(j, self.bound, x_in, self._t(j))
         inside = [batch.functions.raw(batch.inside_of(raw)) for raw in raws]
-        self._stage(k, inside, *self._prediction(j, u, inside, range(self.n)))
+        self._stage(k, *self._seen(j, range(self.n), u, inside))
 
     def _call(self, j: int, bound: Call, x_in: Array, t: Array) -> Sequence[Array]:
         branches, frame = self.branches[j], self.batch.frame
@@ -174,9 +199,28 @@ class Attempts:
         """p and the limit of a clip for the samples at the positions `at`; None where m is multiplied out."""
         if self.folds:
             return None, None
-        shares = self.shares[j, at][:, : len(self.branches[j])]
-        p, limit = self.batch.functions.adjust(u, raws, shares, self.p[j, at])
+        denoiser, blends = self.batch.denoiser, None
+        if denoiser.reduces and len(self.branches[j]) > 1:
+            weights = self.shares[j, at][:, : len(self.branches[j])]
+            inputs = zip(weights, self.at[rows.A, j, at].tolist(), self.at[rows.B, j, at].tolist(), strict=True)
+            blends = np.concatenate([denoiser.blend(own[None], a, b, 0.0) for own, a, b in inputs])
+        p, limit = self.batch.functions.adjust(u, raws, blends, self.p[j, at])
         return p.astype(self.batch.dtype) if isinstance(p, np.ndarray) else p, limit
+
+    def _seen(
+        self, j: int, at: Sequence[int], u: Array, raws: Sequence[Array]
+    ) -> tuple[Sequence[Array], Array | None, Array | None]:
+        """The outputs of call j for a stage, with p and limit; or the x0 predictions, where they were edited."""
+        p, limit = self._prediction(j, u, raws, at)
+        if self.predicted is None:
+            return raws, p, limit
+        full = self.p[j, list(at)].astype(self.batch.dtype) if p is None else p
+        w = np.zeros((len(at), 1, layout.COLUMNS), self.batch.dtype)
+        w[:, 0, layout.PREDICTION] = 1.0
+        (m,) = self.batch.functions.stage([u], raws, w, None, full, limit)
+        if self.predicted(j, at, u, m):
+            return [m], written(len(at)).astype(self.batch.dtype), None
+        return raws, p, limit
 
     def _stage(self, k: int, raws: Sequence[Array], p: Array | None, limit: Array | None) -> None:
         stage = self.stages[k]

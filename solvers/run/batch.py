@@ -12,16 +12,27 @@ from typing import NamedTuple
 import numpy as np
 
 from fewstep.kernels import layout, philox
+from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame
 from fewstep.solvers.run.conditions import check_arrays, mapped
-from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, call_at, network_inputs
+from fewstep.solvers.run.denoising import (
+    Call,
+    Cond,
+    Condition,
+    DenoiserLike,
+    call_at,
+    check_unnumbered,
+    network_inputs,
+)
 from fewstep.solvers.run.functional import Functions, NumbaFunctions
 from fewstep.solvers.schedule.process import Point
 
 # The slot of the denoiser's input; rows read its x0 prediction as "m".
 SEEN = "u"
+# The progress of a call at the very end: 1 would be after the last step, where guidance is off.
+BEFORE_END = float(np.nextafter(1.0, 0.0))
 
 Slots = Mapping[str, Array]
 
@@ -60,6 +71,7 @@ class Batch:
     def __init__(
         self, denoiser: DenoiserLike, frame: Frame, backend: str, dtype: str, shape: Sequence[int], cond: Condition
     ) -> None:
+        check_unnumbered(denoiser)
         self.denoiser, self.frame, self.dtype = denoiser, frame, dtype
         self.size, self.sample = shape[0], tuple(shape[1:])
         self.inside: Frame = NumpyFrame() if backend == "numba" else frame  # of the slots
@@ -84,10 +96,10 @@ class Batch:
             return slot
         return self.array(frame.to_numpy(x))
 
-    def outside(self, slot: Array) -> Array:
-        """A slot as an array of the model's library, (n, ...)."""
+    def outside(self, slot: Array, shape: Sequence[int] | None = None) -> Array:
+        """A slot as an array of the model's library on the same memory, (n, *shape): a sample's shape if None."""
         values = self.frame.wrap(slot) if isinstance(slot, np.ndarray) else slot
-        return values.reshape(len(slot), *self.sample)
+        return values.reshape(len(slot), *(self.sample if shape is None else shape or (-1,)))
 
     def take(self, array: Array, rows: Sequence[int]) -> Array:
         """The samples at `rows`, in that order; the array itself if these are all."""
@@ -120,30 +132,39 @@ class Batch:
         samples   the indices of the rows of u in the batch
         progress  of each sample, 0 to 1, for guidance between `start` and `stop`
         """
-        weights = [self.denoiser.weights(done) for done in progress]
-        branches = tuple(sorted({j for own in weights for j, g in enumerate(own) if g}))
+        moments = [Moment(*moment) for moment in zip(points, progress, strict=True)]
+        weights, branches = weighed(self.denoiser, moments, samples, self.size)
         inputs, call = network_inputs(self.denoiser, points), self.bound(samples)
-        found, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
-        raws = [self.functions.raw(self.inside_of(raw)) for raw in found]
-        p, shares = np.zeros((len(samples), 4)), np.array([[own[j] for j in branches] for own in weights])
-        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * shares
-        return Outputs(raws, *self.functions.adjust(u, raws, shares, p))
+        outputs, _ = call_at(self.denoiser, self.frame, call, self.outside(u), inputs, branches, self.model_dtype)
+        raws = [self.functions.raw(self.inside_of(raw)) for raw in outputs]
+        p = np.zeros((len(samples), 4))
+        p[:, 0], p[:, 1 : len(branches) + 1] = inputs.a, inputs.b[:, None] * weights
+        blends = None
+        if self.denoiser.reduces and len(branches) > 1:
+            rows = zip(weights, inputs.a, inputs.b, strict=True)
+            blends = np.concatenate([self.denoiser.blend(w[None], a, b, 0.0) for w, a, b in rows])
+        return Outputs(raws, *self.functions.adjust(u, raws, blends, p))
 
     def inside_of(self, raw: Array) -> Array:
         """A network output as (n, elements); for the CPU kernels, its bits in NumPy."""
         rows = raw.reshape(len(raw), -1)
         return np.ascontiguousarray(self.frame.bits(rows)) if self.functions.backend == "numba" else rows
 
+    def conditions_of(self, samples: Sequence[int]) -> Sequence[Cond]:
+        """The conditions of `samples`, one mapping per branch."""
+
+        def of_samples(value: Array) -> Array:
+            return self.take(value, samples) if self.frame.is_array(value) and len(value) > 1 else value
+
+        found: Sequence[Cond] = mapped(of_samples, self._conditions)
+        return found
+
     def bound(self, samples: Sequence[int]) -> Call:
         """The network bound to the conditions of `samples`."""
         key = tuple(samples)
         if key not in self._bound:
             self._bound.clear()  # samples only leave: an earlier subset is never needed again
-
-            def of_samples(value: Array) -> Array:
-                return self.take(value, key) if self.frame.is_array(value) and len(value) > 1 else value
-
-            self._bound[key] = self.denoiser.bind(self.frame, len(key), mapped(of_samples, self._conditions))
+            self._bound[key] = self.denoiser.bind(self.frame, len(key), self.conditions_of(key))
         return self._bound[key]
 
     # --- maps ---
@@ -179,3 +200,21 @@ class Batch:
             p = p.astype(self.dtype) if isinstance(p, np.ndarray) else p
         found = self.functions.stage([slots[name] for name in used], raws, w.astype(self.dtype), z, p, limit)
         return dict(zip(rows[0], found, strict=True))
+
+
+def weighed(
+    denoiser: DenoiserLike, moments: Sequence[Moment], samples: Sequence[int], size: int
+) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The branches of guidance that samples at these moments call, and the weights of each sample, (n, called).
+
+    samples  their indices in the batch of `size`
+
+    Raises ValueError for a scale of another batch.
+    """
+    found = [denoiser.shares(moment) for moment in moments]
+    odd = next((len(s.weights) for s in found if len(s.weights) not in (1, size)), None)
+    if odd is not None:
+        raise ValueError(f"the guidance scale holds {odd} samples, and the batch is {size}: one for each")
+    own = [s.weights[i if len(s.weights) > 1 else 0] for i, s in zip(samples, found, strict=True)]
+    branches = tuple(sorted({j for shares in found for j in shares.called}))
+    return np.array(own)[:, list(branches)], branches

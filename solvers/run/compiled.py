@@ -29,9 +29,9 @@ class Compiler:
     dtype: str
     capacity: int = 0
 
-    def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False) -> Job:
-        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton")
-        tables = stage_tables(program, denoiser, self.dtype)
+    def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False, halves: bool = False) -> Job:
+        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton", halves=halves)
+        tables = stage_tables(program, denoiser, self.dtype, self.shape[0])
         model_dtype = denoiser.model_dtype(self.dtype)
         times = time_dtype(denoiser, model_dtype)
         kind = TritonJob if self.backend == "triton" else Job
@@ -57,9 +57,13 @@ class Workspace:
         return cls(run, Graphs(run, cuda) if cuda is not None and isinstance(run, TritonRun) else None)
 
 
+# The kinds of jobs of one plan: without its x0 predictions, with them, and in halves between which they are edited.
+PLAIN, WATCHED, HALVES = 0, 1, 2
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A plan and a guidance compiled for one sampler (`Sampler.prepare`), with its idle workspaces.
+    """A plan and a guidance compiled for one sampler (`Sampler.prepare`), with its idle workspaces by kind of job.
 
     A sampler uses one at a time. `update` replaces it as a whole and never edits it.
     """
@@ -67,7 +71,7 @@ class Prepared:
     compiler: Compiler
     denoiser: DenoiserLike
     plan: Plan
-    idle: tuple[deque[Workspace], deque[Workspace]] = field(default_factory=lambda: (deque(), deque()))
+    idle: tuple[deque[Workspace], ...] = field(default_factory=lambda: (deque(), deque(), deque()))
 
     @cached_property
     def limits(self) -> Limits:
@@ -79,11 +83,16 @@ class Prepared:
 
     @cached_property
     def watched(self) -> Job:
-        """The job that also writes each x0 prediction, for callbacks; compiled on first use."""
+        """The job that also writes each x0 prediction, for callbacks and edits; compiled on first use."""
         return self.compiler.job(self.denoiser, self.plan, keep_x0=True)
 
-    def job(self, watched: bool) -> Job:
-        return self.watched if watched else self.plain
+    @cached_property
+    def in_halves(self) -> Job:
+        """The job whose x0 predictions can be edited; compiled on first use."""
+        return self.compiler.job(self.denoiser, self.plan, halves=True)
+
+    def job(self, kind: int) -> Job:
+        return self.in_halves if kind == HALVES else self.watched if kind else self.plain
 
     @property
     def nbytes(self) -> int:
@@ -94,36 +103,36 @@ class Prepared:
     def _workspace(self) -> int:
         """Bytes of a workspace: its slots, latent, two inputs of the network in each branch, launches."""
         job = self.plain
-        arrays = job.program.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
+        arrays = job.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
         return arrays * job.batch * job.elements * np.dtype(job.dtype).itemsize + 4096 * len(job.tables)
 
-    def fill(self, watched: bool = False) -> None:
+    def fill(self, kind: int = PLAIN) -> None:
         """Make sure that a workspace is idle."""
-        if not self.idle[watched]:
-            self.idle[watched].append(Workspace.of(self.compiler.run(self.job(watched))))
+        if not self.idle[kind]:
+            self.idle[kind].append(Workspace.of(self.compiler.run(self.job(kind))))
 
-    def take(self, watched: bool) -> Workspace:
+    def take(self, kind: int) -> Workspace:
         """A workspace that no other call uses until `give`. No context manager: a small call would notice."""
         try:
-            return self.idle[watched].popleft()
+            return self.idle[kind].popleft()
         except IndexError:
-            return Workspace.of(self.compiler.run(self.job(watched)))
+            return Workspace.of(self.compiler.run(self.job(kind)))
 
-    def give(self, watched: bool, taken: Workspace) -> None:
+    def give(self, kind: int, taken: Workspace) -> None:
         """Also after an interruption: every run rewrites its memory from the start."""
         taken.run.release()
-        self.idle[watched].append(taken)
+        self.idle[kind].append(taken)
 
     def take_over(self, old: Prepared) -> None:
         """Take the idle GPU runs of `old`, with their memory and graphs, where this job's structure fits them."""
-        for watched in (False, True):
-            while old.idle[watched]:
+        for kind in (PLAIN, WATCHED, HALVES):
+            while old.idle[kind]:
                 try:
-                    space = old.idle[watched].popleft()
+                    space = old.idle[kind].popleft()
                 except IndexError:  # another thread took it, and finishes with the old plan
                     break
-                job = self.job(watched)
+                job = self.job(kind)
                 if not (isinstance(space.run, TritonRun) and isinstance(job, TritonJob) and space.run.adopt(job)):
-                    old.idle[watched].append(space)  # none of the others fits either: all have one structure
+                    old.idle[kind].append(space)  # none of the others fits either: all have one structure
                     break
-                self.idle[watched].append(space)
+                self.idle[kind].append(space)

@@ -28,19 +28,17 @@ class Threshold(Protocol):
 
 
 class Guidance(Protocol):
-    """Classifier-free guidance, see `bindings.denoiser.CFG`."""
+    """How the outputs of the branches become one, see `bindings.guidance`."""
 
     @property
-    def scales(self) -> tuple[float, ...]: ...
-    @property
-    def rescale(self) -> float: ...
-    @property
-    def start(self) -> float: ...
-    @property
-    def stop(self) -> float: ...
+    def constant(self) -> bool:
+        """Whether it is on in every call."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Its numbers as JSON types. Raises ValueError for what no file can hold: networks, functions."""
 
 
-GuidanceLike = float | Guidance | None  # a scale, a `CFG`, or no guidance
+GuidanceLike = float | Guidance | None  # a scale, a guidance such as `CFG`, or none
 
 
 class DenoiserLike(X0Prediction, Protocol):
@@ -49,6 +47,8 @@ class DenoiserLike(X0Prediction, Protocol):
     model      model(x_in, t, **cond) -> raw
     bound      of a static clip of the x0 prediction, or None
     threshold  of dynamic thresholding, or None
+    branches   of guidance, 1 without it; networks: the network of each
+    by_step    what of the guidance needs numbered steps, or None
     batched    whether the branches of guidance are evaluated in one call on copies of the batch
     frame      the array library and device of the network, None for a plain callable
     """
@@ -67,6 +67,12 @@ class DenoiserLike(X0Prediction, Protocol):
     def time_dtype(self) -> str | None: ...
     @property
     def guidance(self) -> Guidance | None: ...
+    @property
+    def branches(self) -> int: ...
+    @property
+    def networks(self) -> tuple[Any, ...]: ...
+    @property
+    def by_step(self) -> str | None: ...
     @property
     def bound(self) -> float | None: ...
     @property
@@ -90,6 +96,12 @@ def check_denoiser(denoiser: object) -> None:
         )
 
 
+def check_unnumbered(denoiser: DenoiserLike) -> None:
+    """Raises ValueError for a guidance that needs numbered steps, which adaptive steps and tuning do not have."""
+    if denoiser.by_step is not None:
+        raise ValueError(f"guidance with {denoiser.by_step} needs numbered steps: use fewstep.Sampler")
+
+
 def order_statistic(threshold: Threshold | None, elements: int) -> NDArray[np.float64]:
     """(k, fraction towards order statistic k + 1, maximum) of a dynamic threshold; zeros without one."""
     if threshold is None:
@@ -105,7 +117,7 @@ def time_dtype(denoiser: DenoiserLike, model_dtype: str) -> str:
 
 def copies(denoiser: DenoiserLike, branches: Sequence[int]) -> int:
     """How many copies of the batch one call of the network takes."""
-    return len(branches) if denoiser.batched else 1
+    return max(1, len(branches)) if denoiser.batched else 1
 
 
 # --- what a network returns ---

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fewstep.kernels import cpu, naive, philox
+from fewstep.kernels import cpu, layout, naive, philox
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
@@ -56,6 +56,12 @@ class Job:
     def elements(self) -> int:
         return math.prod(self.shape[1:])
 
+    @cached_property
+    def buffers(self) -> int:
+        """The buffers of the plan, and those of the guidance's running average."""
+        used = (b for table in self.tables for b in (*table.writes, table.average or 0))
+        return max(self.program.buffers, 1 + max(used))
+
     def copies(self, k: int) -> int:
         """The number of copies of the batch in the model input of stage k."""
         return copies(self.denoiser, self.tables[k].branches)
@@ -85,7 +91,12 @@ class Run(Protocol):
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
-    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage
+    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage;
+                 k = -1 is the sample before the first call
+    slot, put    the memory of a buffer, (B, ...), and writing to it
+    edited       makes the model input of stage k + 1 again: the sample after stage k was written to
+    normals      (B, n) normals of the run's streams at an address of their own, in the state's dtype
+    addresses    the streams (B, 3) of those normals, on the device that they are drawn on
     release      drop references that later runs do not need
     """
 
@@ -96,6 +107,11 @@ class Run(Protocol):
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
     def x(self, k: int) -> Array: ...
     def x0(self, k: int) -> Array: ...
+    def slot(self, buffer: int) -> Array: ...
+    def put(self, buffer: int, values: Array) -> None: ...
+    def edited(self, k: int) -> None: ...
+    def normals(self, n: int, draw: int, domain: int) -> Array: ...
+    def addresses(self) -> Array: ...
     def release(self) -> None: ...
 
 
@@ -109,9 +125,10 @@ class FusedRun:
         self.size = batch * elements
         self.rows = (batch, elements)
         self.serial = self.size <= words.SERIAL_ELEMENTS
-        self.buffers = [aligned((batch, elements), state) for _ in range(job.program.buffers)]
+        self.buffers = [aligned((batch, elements), state) for _ in range(job.buffers)]
         self.streams = np.zeros((batch, 3), np.uint32)
         self.p, self.limit = np.zeros((batch, 4), state), np.zeros((batch, 4), state)
+        self.blended = np.zeros((batch, 4))
         copies = max(job.copies(k) for k in range(len(job.tables)))
         # Two model inputs alternate: a model may return its input, or keep it until the next call.
         stored = np.dtype(_STORED.get(job.model_dtype, job.model_dtype))
@@ -135,6 +152,7 @@ class FusedRun:
         self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
+        self._inputs_again: dict[int, Launch] = {}  # of the model inputs after edits
         self.stage = cpu.stage(job.dtype, self.size)  # runs without compiled code until that is ready
 
     def _view_inputs(self) -> None:
@@ -160,17 +178,17 @@ class FusedRun:
             limit = np.array([[bound, 1.0, 0.0, 0.0]], job.dtype)
         elif job.denoiser.threshold is not None:
             limit = self.limit
-        rescaled = table.p is not None and job.denoiser.rescale and len(table.branches) > 1
+        average = [] if table.average is None else [self.buffers[table.average]]
         return Launch(
             [None if b is None else self.buffers[b] for b in table.slots],
-            [self.input_rows[0][0]] * len(table.branches),  # placeholders for the network's outputs
+            [*[self.input_rows[0][0]] * len(table.branches), *average],  # placeholders for the network's outputs
             table.w,
             [self.buffers[b] for b in table.writes],
             self.input_rows[(k + 1) % 2][: job.copies(k + 1)] if after else [],
             c_in=c_in,
             streams=None if table.draw is None else self.streams,
             draw=table.draw or 0,
-            p=self.p if rescaled else table.p,
+            p=table.p if table.blend is None else self.p,
             limit=limit,
             known=self._known,
         )
@@ -249,7 +267,7 @@ class FusedRun:
         """The launch of a stage whose numbers depend on the network's outputs, or with noise from outside."""
         job, table, launch = self.job, self.tables[k], self.launches[k]
         if table.p is not None:
-            self._reduce_stage(table, raws)
+            self._reduce_stage(table, launch, raws)
         if table.variance is not None and table.draw is not None:
             if z is None:
                 cpu.normals(self.latent, self.streams, table.draw, philox.STEP)
@@ -263,17 +281,16 @@ class FusedRun:
         for launch in self.launches:
             launch.memory[words.RAW_KIND + j - words.RAW] = words.kind_of(self.job.frame.bits(raw))
 
-    def _reduce_stage(self, table: StageTable, raws: Sequence[Array]) -> None:
-        denoiser = self.job.denoiser
-        bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
-        p = table.p
-        assert p is not None
-        if denoiser.rescale and len(table.branches) > 1:
-            self.p[...] = p
-            self.p[:, 1:] = p[:, 1:] * cpu.guidance_scale(bits, table.weights, denoiser.rescale)[:, None]
-            p = self.p
-        clip = denoiser.threshold
+    def _reduce_stage(self, table: StageTable, launch: Launch, raws: Sequence[Array]) -> None:
+        if table.blend is not None:
+            cpu.blend(launch.memory, table.blend, self.blended)
+            self.p[...] = self.blended
+        clip = self.job.denoiser.threshold
         if clip is not None:
+            bits = [self.job.frame.bits(raw).reshape(self.rows) for raw in raws]
+            bits += [] if table.average is None else [self.buffers[table.average]]
+            p = table.p if table.blend is None else self.p
+            assert p is not None
             x = None if table.slots[0] is None else self.buffers[table.slots[0]]
             cpu.threshold(x, bits, p, clip.quantile, clip.maximum, self.limit)
 
@@ -287,10 +304,44 @@ class FusedRun:
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.samples[self.tables[k].writes[0]]
+        return self.slot(self.job.program.buffer_of_x(k))
 
     def x0(self, k: int) -> np.ndarray:
-        return self.samples[self.job.program.x0[k]]
+        return self.slot(self.job.program.x0[k])
+
+    # --- edits ---
+
+    def slot(self, buffer: int) -> np.ndarray:
+        return self.samples[buffer]
+
+    def put(self, buffer: int, values: Array) -> None:
+        self.job.frame.wrap(self.slot(buffer))[...] = values
+
+    def edited(self, k: int) -> None:
+        if k + 1 == len(self.tables):
+            return
+        if k not in self._inputs_again:
+            # x to a buffer that nothing reads, and with it the model input: the same arithmetic as in a stage.
+            w = np.zeros((1, 1, layout.COLUMNS), self.job.dtype)
+            w[0, 0, 0] = 1.0
+            buffer = self.buffers[self.job.program.buffer_of_x(k)]
+            self._inputs_again[k] = Launch(
+                [buffer],
+                [],
+                w,
+                [np.empty_like(buffer)],
+                self.input_rows[(k + 1) % 2][: self.job.copies(k + 1)],
+                c_in=np.array([self.tables[k + 1].c_in], self.job.dtype),
+            )
+        self._inputs_again[k](self.stage.run)
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        drawn = np.empty((self.job.batch, n), np.float32)
+        cpu.normals(drawn, self.streams, draw, domain)
+        return self.job.frame.wrap(drawn.astype(self.job.dtype, copy=False))
+
+    def addresses(self) -> np.ndarray:
+        return self.streams
 
 
 class NaiveRun:
@@ -299,7 +350,7 @@ class NaiveRun:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.latest: Array = None
-        self.buffers: list[Array] = [None] * job.program.buffers
+        self.buffers: list[Array] = [None] * job.buffers
         self.like = job.frame.empty((1,), job.model_dtype)
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
@@ -316,13 +367,7 @@ class NaiveRun:
         return latent
 
     def _draw(self, draw: int, domain: int) -> Array:
-        job = self.job
-        assert self.streams is not None
-        rows = [
-            philox.normals(job.elements, int(lo) | int(hi) << 32, int(sample), draw, domain)
-            for lo, hi, sample in self.streams
-        ]
-        return job.frame.array(np.stack(rows).reshape(job.shape), job.dtype)
+        return self.normals(self.job.elements, draw, domain).reshape(self.job.shape)
 
     def _normals(self, draw: int, z: np.ndarray | None) -> Array:
         return self._draw(draw, philox.STEP) if z is None else self.job.frame.array(z, self.job.dtype)
@@ -341,9 +386,10 @@ class NaiveRun:
             drawn = drawn * job.denoiser.noise_factor(naive.cast(variance, drawn), table.variance)
         slots = [None if b is None else self.buffers[b] for b in table.slots]
         p, limit, clip = table.p, None, job.denoiser.threshold
-        if p is not None and job.denoiser.rescale and len(raws) > 1:
-            p = np.repeat(p, job.batch, axis=0)
-            p[:, 1:] *= naive.guidance_scale(raws, table.weights, job.denoiser.rescale)[:, None]
+        average = None if table.average is None else self.buffers[table.average]
+        raws = raws if average is None else [*raws, average]
+        if table.blend is not None:
+            p = naive.blend([slots[0], *raws], table.blend).astype(job.dtype)
         if job.denoiser.bound is not None:
             limit = np.array([[job.denoiser.bound, 1.0]])
         elif clip is not None:
@@ -366,6 +412,30 @@ class NaiveRun:
 
     def x0(self, k: int) -> Array:
         return self.buffers[self.job.program.x0[k]]
+
+    # --- edits ---
+
+    def slot(self, buffer: int) -> Array:
+        return self.buffers[buffer]
+
+    def put(self, buffer: int, values: Array) -> None:
+        """Not in place, for autograd's graph."""
+        self.buffers[buffer] = naive.cast(values, self.buffers[buffer])
+
+    def edited(self, k: int) -> None:
+        """The model input is computed when it is asked for."""
+        self.latest = self.buffers[self.job.program.buffer_of_x(k)]
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        assert self.streams is not None
+        rows = [
+            philox.normals(n, int(lo) | int(hi) << 32, int(sample), draw, domain) for lo, hi, sample in self.streams
+        ]
+        return self.job.frame.array(np.stack(rows), self.job.dtype)
+
+    def addresses(self) -> np.ndarray:
+        assert self.streams is not None
+        return self.streams
 
 
 def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tuple[int, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fewstep.kernels import cpu, naive, philox
-from fewstep.kernels.launch import Launch
+from fewstep.kernels.launch import Launch, sources
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.denoising import DenoiserLike
 
@@ -86,16 +86,16 @@ class Functions:
     backend = "naive"
 
     def __init__(self, denoiser: DenoiserLike, frame: Frame, dtype: str, shape: Sequence[int]) -> None:
-        self.rescale, self.bound, self.dynamic = denoiser.rescale, denoiser.bound, denoiser.threshold
+        self.bound, self.dynamic = denoiser.bound, denoiser.threshold
         self.frame, self.dtype, self.size = frame, dtype, shape[0]
         self.elements = int(np.prod(shape[1:]))
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
-        """Standard normals (n, elements): sample i from streams[i], draw number draws[i]."""
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
+        """Standard normals (n, elements of a sample or as given): sample i from streams[i], draw number draws[i]."""
         drawn = []
         for stream, draw in zip(streams, draws, strict=True):
             low, high, sample = (int(v) for v in stream)
-            drawn.append(philox.normals(self.elements, low | high << 32, sample, draw, domain))
+            drawn.append(philox.normals(elements or self.elements, low | high << 32, sample, draw, domain))
         return self.frame.array(np.stack(drawn), self.dtype)
 
     def send(self, numbers: np.ndarray) -> Array:
@@ -106,19 +106,19 @@ class Functions:
         """A network output (n, elements) as `stage` takes it."""
         return raw
 
-    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Array, Array | None]:
-        """Apply guidance rescale to p, and compute the limit of the clip from the network's outputs.
+    def adjust(
+        self, u: Array, raws: Sequence[Array], blends: np.ndarray | None, p: np.ndarray
+    ) -> tuple[Array, Array | None]:
+        """Compute p by blends, and the limit of the clip, from the network's outputs.
 
-        u        (n, elements), the input of the call
-        weights  (n, branches) of the raws in the guided output
-        p        (n, 4) before the rescale
+        u       (n, elements), the input of the call
+        blends  (n, BLEND), or None where p is known
+        p       (n, 4)
 
         Returns p (n, 4), and the limit (n, 4) or None; arrays of `frame` if they were computed on its device.
         """
-        if self.rescale:
-            for i, share in enumerate(weights):
-                if np.count_nonzero(share) > 1:
-                    p[i, 1 : len(raws) + 1] *= self._guidance_scale([raw[i : i + 1] for raw in raws], share)
+        if blends is not None:
+            p = self._blend(u, raws, blends)
         if self.dynamic is not None:
             return p, self._threshold(u, raws, p.astype(self.dtype), self.dynamic.quantile, self.dynamic.maximum)
         return p, self.static_limit(len(p))
@@ -126,8 +126,8 @@ class Functions:
     def static_limit(self, n: int) -> np.ndarray | None:
         return None if self.bound is None else np.tile(np.array([[self.bound, 1.0, 0.0, 0.0]], self.dtype), (n, 1))
 
-    def _guidance_scale(self, raws: Sequence[Array], weights: np.ndarray) -> float:
-        return float(naive.guidance_scale(raws, weights, self.rescale)[0])
+    def _blend(self, u: Array, raws: Sequence[Array], blends: np.ndarray) -> np.ndarray:
+        return naive.blend([u, *raws], blends)
 
     def _threshold(self, u: Array, raws: Sequence[Array], p: np.ndarray, quantile: float, maximum: float) -> np.ndarray:
         m = naive.combine([u, *(naive.cast(raw, u) for raw in raws)], p, u)
@@ -157,14 +157,16 @@ class NumbaFunctions(Functions):
 
     backend = "numba"
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
-        out = np.empty((len(draws), self.elements), np.float32)
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
+        out = np.empty((len(draws), elements or self.elements), np.float32)
         for row, stream, draw in zip(out, streams, draws, strict=True):
             cpu.normals(row[None], stream[None], draw, domain)
         return out.astype(self.dtype)
 
-    def _guidance_scale(self, raws: Sequence[Array], weights: np.ndarray) -> float:
-        return float(cpu.guidance_scale(raws, weights, self.rescale)[0])
+    def _blend(self, u: Array, raws: Sequence[Array], blends: np.ndarray) -> np.ndarray:
+        p = np.empty((len(blends), 4))
+        cpu.blend(sources(u, raws), blends, p)
+        return p
 
     def _threshold(self, u: Array, raws: Sequence[Array], p: np.ndarray, quantile: float, maximum: float) -> np.ndarray:
         limit = np.zeros((len(p), 4), self.dtype)

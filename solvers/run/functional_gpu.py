@@ -27,10 +27,10 @@ class TritonFunctions(Functions):
         self.counter = frame.array(np.zeros(1), "int32")  # the tables below have one stage
         self._tolerance: tuple[object, list[Array]] = (None, [])  # the last one, on the device
 
-    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int) -> Array:
+    def normals(self, streams: np.ndarray, draws: Sequence[int], domain: int, elements: int | None = None) -> Array:
         send, n = self.frame.array, len(draws)
-        out = self.frame.empty((1, n, self.elements), "float32")
-        if domain == philox.LATENT:
+        out = self.frame.empty((1, n, elements or self.elements), "float32")
+        if domain != philox.STEP and len({*draws}) == 1:
             triton_noise.fill(out[0], send(streams, "int64"), draws[0], domain)
             return out[0]
         numbers = np.zeros((1, n, triton_step.NUMBERS))
@@ -49,26 +49,26 @@ class TritonFunctions(Functions):
         """Contiguous; float64 is rounded first."""
         return (raw.float() if self.frame.dtype_of(raw) == "float64" else raw).contiguous()
 
-    def adjust(self, u: Array, raws: Sequence[Array], weights: np.ndarray, p: np.ndarray) -> tuple[Array, Array | None]:
-        n, branches = weights.shape
-        rescaled = bool(self.rescale) and branches > 1
-        if not rescaled and self.dynamic is None:
+    def adjust(
+        self, u: Array, raws: Sequence[Array], blends: np.ndarray | None, p: np.ndarray
+    ) -> tuple[Array, Array | None]:
+        n = len(p)
+        if blends is None and self.dynamic is None:
             return p, self.static_limit(n)
-        numbers = np.zeros((1, n, triton_step.NUMBERS))
-        numbers[0, :, triton_step.P_AT : triton_step.P_AT + 4] = p
-        numbers[0, :, triton_reduce.WEIGHTS_AT : triton_reduce.WEIGHTS_AT + branches] = weights
-        # Samples without guidance at this call are not rescaled: phi = 0.
-        numbers[0, :, triton_reduce.PHI_AT] = self.rescale * (np.count_nonzero(weights, axis=1) > 1)
-        table, reduced = self.frame.array(numbers, "float32"), self.frame.empty((n, 8), "float32")
-        if rescaled:
-            triton_reduce.guidance_scale(table, self.counter, raws, reduced, self.scratch)
+        indices = self.frame.array(np.zeros((1, n, triton_step.INDICES)), "int32")
+        reduced = self.frame.empty((n, 8), "float32")
+        if blends is not None:
+            rows = self.frame.array(blends[None], "float32")
+            triton_reduce.blend(rows, indices, self.counter, u[None], raws, reduced, self.scratch)
         if self.dynamic is None:
             return reduced, self.static_limit(n)
-        indices = self.frame.array(np.zeros((1, n, triton_step.INDICES)), "int32")
+        numbers = np.zeros((1, n, triton_step.NUMBERS))
+        numbers[0, :, triton_step.P_AT : triton_step.P_AT + 4] = p
+        table, blended = self.frame.array(numbers, "float32"), blends is not None
         triton_reduce.threshold(
-            table, indices, self.counter, u[None], raws, reduced, self.settings, self.scratch, rescaled=rescaled
+            table, indices, self.counter, u[None], raws, reduced, self.settings, self.scratch, blended=blended
         )
-        return reduced if rescaled else p, reduced[:, 4:]
+        return reduced if blended else p, reduced[:, 4:]
 
     def stage(
         self,

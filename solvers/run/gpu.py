@@ -1,8 +1,9 @@
 """Runs on a GPU: the coefficients of a plan in device tables, one launch per stage.
 
-A counter on the device selects the table row of a stage, so that launches carry no coefficients: the same launches
-serve every schedule, seed and guidance scale of one structure, and a CUDA graph can replay them. The tables have one
-column for all samples (`TritonRun`), or one per sample (`TritonColumns`).
+A stage's number selects its table row, so that launches carry no coefficients: the same launches serve every schedule,
+seed and guidance scale of one structure, and a CUDA graph can replay them. A graph of one stage for all of them reads
+that number from a counter on the device, which its launch moves on. The tables have one column for all samples
+(`TritonRun`), or one per sample (`TritonColumns`).
 """
 
 from __future__ import annotations
@@ -28,41 +29,44 @@ class DeviceTables(NamedTuple):
     """The tables of `triton_step.run` on the host: row 0 is the init row, row k + 1 stage k, later rows write nothing.
 
     numbers  float32 (stages + 1, rows, NUMBERS), indices int32 (stages + 1, rows, INDICES): see `triton_step`
+    blends   float32 (stages + 1, rows, BLEND): see `layout`
     times    float64 (stages + 1, rows), t of each stage
     """
 
     numbers: np.ndarray
     indices: np.ndarray
+    blends: np.ndarray
     times: np.ndarray
 
 
 def device_tables(job: Job) -> DeviceTables:
-    """A job's tables for the GPU kernels, with one column for all samples."""
-    from fewstep.kernels import triton_reduce as reduce
+    """A job's tables for the GPU kernels, with one row for all samples, or one for each under such a guidance."""
+    from fewstep.kernels import layout
     from fewstep.kernels import triton_step as kernel
 
-    tables, count, rows = job.tables, len(job.tables), calls(job) + 1
-    numbers = np.zeros((rows, 1, kernel.NUMBERS), np.float32)
-    indices = np.full((rows, 1, kernel.INDICES), -1, np.int32)
-    times = np.full((rows, 1), tables[-1].t)
+    tables, count, rows, own = job.tables, len(job.tables), calls(job) + 1, len(job.tables[0].w)
+    numbers = np.zeros((rows, own, kernel.NUMBERS), np.float32)
+    indices = np.full((rows, own, kernel.INDICES), -1, np.int32)
+    blends = np.zeros((rows, own, layout.BLEND), np.float32)
+    times = np.full((rows, own), tables[-1].t)
     bound = job.denoiser.bound
-    _fill(numbers[0, 0], indices[0, 0], *_start(job.program.init), tables[0].c_in)
+    _fill(numbers[0], indices[0], *_start(job.program.init), tables[0].c_in)
     for k, table in enumerate(tables, 1):
         c_in = tables[k].c_in if k < count else 1.0
         draw = -1 if table.draw is None else table.draw
-        _fill(numbers[k, 0], indices[k, 0], table.w[0], table.slots, table.writes, draw, c_in)
+        _fill(numbers[k], indices[k], table.w, table.slots, table.writes, draw, c_in)
         if table.p is not None:
-            numbers[k, 0, kernel.P_AT : kernel.P_AT + 4] = table.p[0]
-            numbers[k, 0, reduce.WEIGHTS_AT : reduce.WEIGHTS_AT + len(table.weights)] = table.weights
-            numbers[k, 0, reduce.PHI_AT] = job.denoiser.rescale
+            numbers[k, :, kernel.P_AT : kernel.P_AT + 4] = table.p
+        if table.blend is not None:
+            blends[k] = table.blend
         if bound is not None:
-            numbers[k, 0, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = bound, 1.0
-        times[k, 0] = table.t
-    return DeviceTables(numbers, indices, times)
+            numbers[k, :, kernel.LIMIT_AT : kernel.LIMIT_AT + 2] = bound, 1.0
+        times[k] = table.t
+    return DeviceTables(numbers, indices, blends, times)
 
 
 def _start(op: Op) -> tuple[np.ndarray, tuple[int | None, ...], tuple[int, ...], int]:
-    return init_table(op, "float32")[0], op.reads, op.writes, 0 if op.noisy else -1
+    return init_table(op, "float32"), op.reads, op.writes, 0 if op.noisy else -1
 
 
 def _fill(
@@ -76,12 +80,12 @@ def _fill(
 ) -> None:
     from fewstep.kernels import triton_step as kernel
 
-    numbers[: w.size] = w.ravel()
-    numbers[kernel.C_IN_AT] = c_in
+    numbers[:, : w[0].size] = w.reshape(len(w), -1)
+    numbers[:, kernel.C_IN_AT] = c_in
     for j, buffer in enumerate(slots):
-        indices[j] = -1 if buffer is None else buffer
-    indices[kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
-    indices[kernel.DRAW_AT] = draw
+        indices[:, j] = -1 if buffer is None else buffer
+    indices[:, kernel.WRITES_AT : kernel.WRITES_AT + len(writes)] = writes
+    indices[:, kernel.DRAW_AT] = draw
 
 
 ALIGN = 16  # bytes: Triton specialises kernels for pointers aligned to 16
@@ -112,12 +116,16 @@ class TritonJob(Job):
     structure  the specialisation of the kernel, shared by all stages
     signature  everything that a recorded graph depends on, which excludes the coefficients
     tables_on_host, block  the tables of the plan, and the same packed in pinned memory
+    variants   of each stage, the branches that it calls and the number of copies of the model input that it writes
+    kinds      the variants that differ, each with its first stage
     """
 
     structure: Structure = field(init=False, repr=False)
     signature: tuple[Hashable, ...] = field(init=False, repr=False)
     tables_on_host: Sequence[Array] = field(init=False, repr=False)
     block: Array = field(init=False, repr=False)
+    variants: tuple[tuple[tuple[int, ...], int], ...] = field(init=False, repr=False)
+    kinds: dict[tuple[tuple[int, ...], int], int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check(self)
@@ -126,12 +134,16 @@ class TritonJob(Job):
         own = (
             torch.from_numpy(tables.numbers),
             torch.from_numpy(tables.indices),
+            torch.from_numpy(tables.blends),
             torch.from_numpy(tables.times).to(getattr(torch, self.time_dtype)),
             torch.from_numpy(order_statistic(self.denoiser.threshold, self.elements)),
             torch.tensor([self.start.sigma], dtype=torch.float32, device="cpu"),
         )
-        block = packed(own)
+        block, last = packed(own), len(self.tables) - 1
+        variants = tuple((table.branches, self.copies(min(k + 1, last))) for k, table in enumerate(self.tables))
         laid_out = {
+            "variants": variants,
+            "kinds": {variants[k]: k for k in reversed(range(len(variants)))},
             "structure": structure(self),
             "signature": signature(self),
             "tables_on_host": own,
@@ -193,12 +205,10 @@ class DeviceMemory:
         self.batch, device = shape[0], self.frame.device
         self.state = torch.zeros((buffers, self.batch, job.elements), dtype=torch.float32, device=device)
         self.x_in = self.frame.empty((copies * self.batch, *shape[1:]), job.model_dtype).zero_()
-        self.t = self.frame.empty((copies * self.batch,), job.time_dtype)
+        self.t = self.frame.empty((copies * self.batch,), job.time_dtype).zero_()
         self.streams = Mirror(np.zeros((self.batch, 3), np.int64), self.frame)
-        self.counter = torch.zeros(columns, dtype=torch.int32, device=device)
-
-    def _tick(self, copies: int) -> None:
-        self._step.tick(self.counter, self.times, self.t[: copies * self.batch], self.batch)
+        # The next stage, and how many programs of a launch have read it.
+        self.counter, self.arrivals = torch.zeros((2, columns), dtype=torch.int32, device=device)
 
     def _launch(
         self,
@@ -208,15 +218,26 @@ class DeviceMemory:
         z: Array | None = None,
         own_p: Array | None = None,
         own_limit: Array | None = None,
+        *,
+        stage: int | None,
+        moves: bool,
     ) -> None:
+        """Launch a stage, None for the one that the counter names; `moves` sets the counter to the next one."""
+        moved = (self.counter, self.arrivals) if moves else ()
         self._step.run(
-            structure, self.state, self.numbers, self.indices, self.counter, self.x_in, copies, raws,
+            structure, self.state, self.numbers, self.indices, self.counter if stage is None else None, self.x_in,
+            copies, raws, stage=stage or 0, clock=self._step.Clock(self.times, self.t, *moved),
             streams=self.streams.device, z=z, own_p=own_p, own_limit=own_limit,
         )  # fmt: skip
 
     def _plain(self, raw: Array) -> Array:
-        """A network output as the kernel reads it: contiguous (channels-last is copied), float64 rounded to float32."""
+        """A network output as the kernel reads it: contiguous (channels-last is copied), float64 rounded to float32.
+
+        Raises TypeError for a tensor without memory of its own, such as a DTensor.
+        """
         raw = raw.detach()
+        if not raw.data_ptr() and raw.numel():
+            raise TypeError(f"{type(raw).__name__} has no memory of its own: return a plain torch.Tensor")
         return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
 
 
@@ -225,35 +246,33 @@ class TritonRun(DeviceMemory):
 
     def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))
-        super().__init__(job, job.shape, buffers=job.program.buffers, copies=copies, columns=1)
+        super().__init__(job, job.shape, buffers=job.buffers, copies=copies, columns=1)
         self.job = job
         torch, device, batch = self.torch, self.frame.device, job.batch
         self.structure, self.calls = job.structure, calls(job)
         self.block = torch.empty_like(job.block, device=device)
-        self.numbers, self.indices, self.times, self.settings, self.sigma = unpacked(self.block, job.tables_on_host)
+        views = unpacked(self.block, job.tables_on_host)
+        self.numbers, self.indices, self.blends, self.times, self.settings, self.sigma = views
         self.block.copy_(job.block, non_blocking=True)
         self.reduced = torch.zeros((batch, 8), dtype=torch.float32, device=device)
-        reduces = job.denoiser.rescale or job.denoiser.threshold is not None
+        reduces = job.denoiser.reduces or job.denoiser.threshold is not None
         self.scratch = self._reduce.Scratch.of(batch, job.elements, device) if reduces else None
         self.free = torch.cuda.Event() if device != "cpu" else None
         self._warm()
 
     def _warm(self) -> None:
-        """Compile every kernel variant now, by one launch of each before the first run."""
+        """Compile the kernels now, by one launch of each; those that move the counter when a graph is recorded."""
         self._init_stage()
-        for branches, copies in sorted({self.variant(k) for k in range(len(self.job.tables))}):
+        for branches, copies in sorted(self.job.kinds):
             batch = self.job.batch
             raws = [self.x_in[i * batch : (i + 1) * batch] for i in range(len(branches))]
-            self._tick(copies)
-            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies)
-            self.counter.zero_()
+            self._stage([raw if len(raw) else self.x_in[:batch] for raw in raws], copies, row=1)
         self._draw_latent()
         self.release()
 
     def variant(self, k: int) -> tuple[tuple[int, ...], int]:
-        """The branches that stage k calls, and the number of copies of the model input that it writes."""
-        job = self.job
-        return job.tables[k].branches, job.copies(min(k + 1, len(job.tables) - 1))
+        """See `TritonJob`."""
+        return self.job.variants[k]
 
     # --- a run ---
 
@@ -280,7 +299,7 @@ class TritonRun(DeviceMemory):
             and new.outputs <= own.outputs
             and (own.noise or not new.noise)
             and (new.predict, new.clip) == (own.predict, own.clip)
-            and job.program.buffers <= len(self.state)
+            and job.buffers <= len(self.state)
         )
 
     def load(self, x: Array | None, streams: np.ndarray | None) -> None:
@@ -293,7 +312,6 @@ class TritonRun(DeviceMemory):
 
     def start(self, drawn: bool, z: np.ndarray | None = None) -> None:
         """Draw the latent if asked to, and compute the first model input."""
-        self.counter.zero_()
         if drawn:
             self._draw_latent()
         self._init_stage(None if z is None else self.frame.array(z, "float32"))
@@ -304,13 +322,18 @@ class TritonRun(DeviceMemory):
         return x
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        copies = self.job.copies(k)
-        self._tick(copies)
-        return self.x_in[: copies * self.job.batch], self.t[: copies * self.job.batch]
+        """What the last stage wrote."""
+        count = self.job.copies(self._known(k)) * self.job.batch
+        return self.x_in[:count], self.t[:count]
+
+    def _known(self, k: int) -> int:
+        """Stage k, or the plan's last for a k beyond it, whose row writes nothing."""
+        return min(k, len(self.job.tables) - 1)
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
-        """One fused stage."""
-        job, table = self.job, self.job.tables[k]
+        """One fused stage; k may lie beyond the plan, up to `calls`."""
+        known = self._known(k)
+        job, table = self.job, self.job.tables[known]
         raws, variance = job.predictions(raws)
         drawn = None if z is None else self.frame.array(z, "float32")
         if table.variance is not None and variance is not None and table.draw is not None:
@@ -318,35 +341,46 @@ class TritonRun(DeviceMemory):
                 drawn = self.torch.empty(job.shape, dtype=self.torch.float32, device=self.frame.device)
                 self._noise.fill(drawn, self.streams.device, table.draw, philox.STEP)
             drawn = drawn * job.denoiser.noise_factor(variance.float(), table.variance)
-        self._stage(raws, self.variant(k)[1], drawn)
+        self._stage(raws, self.variant(known)[1], drawn, row=k + 1)
+
+    def advance_by_counter(self, k: int, raws: Sequence[Array]) -> None:
+        """One fused stage, the one that the counter names, which is moved on: a launch for every stage like stage k."""
+        self._stage(self.job.predictions(raws)[0], self.variant(k)[1], row=None)
 
     # --- launches ---
 
     def _draw_latent(self) -> None:
-        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT)
-        self.state[0].mul_(self.sigma)
+        self._noise.fill(self.state[0], self.streams.device, 0, philox.LATENT, scale=self.sigma)
 
     def _init_stage(self, z: Array | None = None) -> None:
-        self._launch(self._step.Structure(1, 1, noise=self.job.program.init.noisy), self.job.copies(0), [], z)
+        structure = self._step.Structure(1, 1, noise=self.job.program.init.noisy)
+        self._launch(structure, self.job.copies(0), [], z, stage=0, moves=True)
 
-    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None) -> None:
+    def _stage(self, raws: Sequence[Array], copies: int, z: Array | None = None, *, row: int | None) -> None:
+        """The stage of a table row, or of the counter's."""
         raws = [self._plain(raw) for raw in raws]
-        self._launch(self.structure, copies, raws, z, *self._reductions(raws))
+        blended = self.job.denoiser.reduces and len(raws) > 1
+        average = average_of(self.job)
+        if blended and average is not None:
+            raws.append(self.state[average])
+        p, limit = self._reductions(raws, blended, row)
+        self._launch(self.structure, copies, raws, z, p, limit, stage=row, moves=row is None)
 
-    def _reductions(self, raws: Sequence[Array]) -> tuple[Array | None, Array | None]:
+    def _reductions(self, raws: Sequence[Array], blended: bool, row: int | None) -> tuple[Array | None, Array | None]:
         """p and the limit of each sample, computed by reductions over whole samples before the stage."""
-        numbers = self.numbers
+        numbers, counter, stage = self.numbers, self.counter if row is None else None, row or 0
         p = limit = None
         if self.scratch is None:
             return p, limit
-        if self.job.denoiser.rescale and len(raws) > 1:
+        if blended:
             p = self.reduced
-            self._reduce.guidance_scale(numbers, self.counter, raws, p, self.scratch)
+            state = self.state if mixes_x(self.job) else None
+            self._reduce.blend(self.blends, self.indices, counter, state, raws, p, self.scratch, stage=stage)
         if self.job.denoiser.threshold is not None:
             limit = self.reduced[:, 4:]
             self._reduce.threshold(
-                numbers, self.indices, self.counter, self.state, raws, self.reduced, self.settings,
-                self.scratch, rescaled=p is not None,
+                numbers, self.indices, counter, self.state, raws, self.reduced, self.settings,
+                self.scratch, blended=p is not None, stage=stage,
             )  # fmt: skip
         return p, limit
 
@@ -358,10 +392,32 @@ class TritonRun(DeviceMemory):
 
     def x(self, k: int) -> Array:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.state[self.job.tables[k].writes[0]].reshape(self.job.shape)
+        return self.slot(self.job.program.buffer_of_x(k))
 
     def x0(self, k: int) -> Array:
-        return self.state[self.job.program.x0[k]].reshape(self.job.shape)
+        return self.slot(self.job.program.x0[k])
+
+    # --- edits: torch operators alone, which a graph records ---
+
+    def slot(self, buffer: int) -> Array:
+        return self.state[buffer].reshape(self.job.shape)
+
+    def put(self, buffer: int, values: Array) -> None:
+        self.slot(buffer).copy_(values)
+
+    def edited(self, k: int) -> None:
+        if k + 1 < len(self.job.tables):
+            copies = self.job.copies(k + 1)
+            scaled = (self.x(k) * self.job.tables[k + 1].c_in).to(self.x_in.dtype)
+            self.x_in[: copies * self.job.batch].view(copies, *self.job.shape).copy_(scaled)
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        drawn = self.torch.empty((self.job.batch, n), dtype=self.torch.float32, device=self.frame.device)
+        self._noise.fill(drawn, self.streams.device, draw, domain)
+        return drawn
+
+    def addresses(self) -> Array:
+        return self.streams.device
 
 
 class TritonColumns(DeviceMemory):
@@ -377,18 +433,9 @@ class TritonColumns(DeviceMemory):
 
     def __init__(self, jobs: Sequence[TritonJob], shape: Sequence[int]) -> None:
         job = jobs[0]
-        for denoiser in (job.denoiser for job in jobs):
-            if denoiser.rescale or denoiser.threshold is not None or denoiser.variance is not None:
-                raise ValueError(
-                    "backend='triton' cannot mix plans under guidance rescale, dynamic thresholding or a learned "
-                    "variance: use fewstep.Sampler, or backend='naive'"
-                )
         self._branches = job.tables[0].branches
-        if any(table.branches != self._branches for job in jobs for table in job.tables):
-            raise ValueError(
-                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
-                "at every step, or use backend='naive'"
-            )
+        for own in jobs:
+            self._check(own)
         self.copies = job.copies(0)
         super().__init__(job, shape, buffers=max(j.program.buffers for j in jobs), copies=self.copies, columns=shape[0])
         shapes = [job.structure for job in jobs]
@@ -410,8 +457,26 @@ class TritonColumns(DeviceMemory):
         self.numbers, self.indices, self.times = (mirror.device for mirror in self._mirrors)
         self.counter.fill_(self.idle)
 
+    def _check(self, job: Job) -> None:
+        """Raises ValueError unless one launch can move a job's samples together with the others."""
+        denoiser = job.denoiser
+        if denoiser.reduces or denoiser.threshold is not None or denoiser.variance is not None:
+            raise ValueError(
+                "backend='triton' cannot mix plans under guidance rescale, APG, CFGZero, dynamic thresholding or a "
+                "learned variance: use fewstep.Sampler, or backend='naive'"
+            )
+        if len(job.tables[0].w) > 1:
+            raise ValueError("a guidance scale for each sample belongs to a batch: give each request its own guidance")
+        if any(table.branches != self._branches for table in job.tables):
+            raise ValueError(
+                "backend='triton' cannot mix plans that call different branches: guidance must be on in every plan and "
+                "at every step, or use backend='naive'"
+            )
+
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
-        own, from_numpy = device_tables(job), self.torch.from_numpy
+        self._check(job)
+        tables, from_numpy = device_tables(job), self.torch.from_numpy
+        own = tables.numbers, tables.indices, tables.times
         for mirror, values, empty in zip(self._mirrors, own, (0.0, -1, 0.0), strict=True):
             mirror.wait()
             column = mirror.host[:, place]
@@ -423,25 +488,22 @@ class TritonColumns(DeviceMemory):
         self.streams.send()
         here = self.state[0, place]
         if x is None:
-            self._noise.fill(here[None], self.streams.device[place : place + 1], 0, philox.LATENT)
-            here.mul_(float(np.float32(job.start.sigma)))
+            sigma = self.torch.full((1,), job.start.sigma, dtype=self.torch.float32, device=here.device)
+            self._noise.fill(here[None], self.streams.device[place : place + 1], 0, philox.LATENT, scale=sigma)
         else:
             here.copy_(x.reshape(-1))
         # The init row of this sample; all others use the row that writes nothing.
         kept = self.counter.clone()
         self.counter.fill_(self.idle)
         self.counter[place] = 0
-        self._launch(self.structure, self.copies, [])
-        kept[place] = 0
+        self._launch(self.structure, self.copies, [], stage=None, moves=False)
+        kept[place] = 1
         self.counter.copy_(kept)
 
     def _whole(self, places: Sequence[int]) -> bool:
         return len(places) == self.batch and all(i == place for i, place in enumerate(places))
 
     def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]:
-        before = self.counter.clone()
-        self._tick(self.copies)
-        self.counter.copy_(before)  # a network that raises moves nothing
         if self._whole(places) and size == self.batch:
             return self._branches, self.x_in, self.t
         rows = [*places, *[places[0] if len(places) else 0] * (size - len(places))]
@@ -450,19 +512,17 @@ class TritonColumns(DeviceMemory):
 
     def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None:
         plain = [self._plain(raw) for raw in raws]
-        before = self.counter.clone()
-        self._tick(self.copies)
         if self._whole(places):
-            self._launch(self.structure, self.copies, [raw[: self.batch] for raw in plain])
+            self._launch(self.structure, self.copies, [raw[: self.batch] for raw in plain], stage=None, moves=True)
             return
         # One launch moves the whole batch: samples outside `places` stand at the row that writes nothing meanwhile.
         index = self.frame.array(places, "int64")
-        after = self.counter.clone()
+        before = self.counter.clone()
         self.counter.fill_(self.idle)
-        self.counter[index] = after[index]
+        self.counter[index] = before[index]
         wide = [raw.new_zeros((self.batch, *raw.shape[1:])).index_copy(0, index, raw[: len(places)]) for raw in plain]
-        self._launch(self.structure, self.copies, wide)
-        before[index] = after[index]
+        self._launch(self.structure, self.copies, wide, stage=None, moves=True)
+        before[index] = self.counter[index]
         self.counter.copy_(before)
 
     def drop(self, place: int) -> None:
@@ -478,6 +538,19 @@ class TritonColumns(DeviceMemory):
 def calls(job: Job) -> int:
     """The number of denoiser calls in a recorded loop of a job."""
     return max(len(job.tables), job.capacity)
+
+
+def average_of(job: Job) -> int | None:
+    """The buffer of the guidance's running average, the same in all stages; None without one."""
+    return next((table.average for table in job.tables if table.average is not None), None)
+
+
+def mixes_x(job: Job) -> bool:
+    """Whether a blend of the job reads x."""
+    from fewstep.kernels import layout
+
+    blends = (table.blend for table in job.tables if table.blend is not None)
+    return any(bool(blend[:, [layout.MIX_A, layout.MIX_B]].any()) for blend in blends)
 
 
 def structure(job: Job) -> Structure:
@@ -500,9 +573,10 @@ def signature(job: Job) -> tuple[Hashable, ...]:
     stages = [(table.branches, job.copies(k), table.p is not None) for k, table in enumerate(job.tables)]
     stages += [stages[-1]] * (calls(job) - len(stages))
     return (
-        tuple(stages), program.init.noisy, len(program.x0), denoiser.model, denoiser.batched,
-        denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, bool(denoiser.rescale), job.shape,
-        job.model_dtype, job.time_dtype,
+        tuple(stages), program.init.noisy, len(program.x0), denoiser.networks, denoiser.batched,
+        denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, denoiser.reduces, job.shape,
+        job.model_dtype, job.time_dtype, average_of(job), mixes_x(job),
+        len(job.tables[0].w),
     )  # fmt: skip
 
 

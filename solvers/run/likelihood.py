@@ -1,11 +1,6 @@
-"""The log-density of data under a denoiser: the probability-flow ODE from data to noise, and the trace of its Jacobian.
+"""`log_likelihood`: the log-density of data under a denoiser, by the probability-flow ODE from data to noise.
 
-In the angle phi = atan(sigma / alpha), y = x / sqrt(alpha^2 + sigma^2) and its log-density obey
-
-    dy/dphi = cot(phi) y - m / sin(phi)        d log p(y) / dphi = -(D cot(phi) - tr(dm/dy) / sin(phi))
-
-along the ODE (Chen et al. 2018; Song et al. 2021, arXiv 2011.13456, section 4.3 and appendix D.2), with m the x0
-prediction and D the number of elements. Both slopes are smooth and bounded at either end, also at alpha = 0.
+The ODE and its steps are in `density_ode`, the traces in `divergence`.
 """
 
 from __future__ import annotations
@@ -13,8 +8,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,25 +17,17 @@ from fewstep.kernels import philox
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, TABLEAUX, Tableau
 from fewstep.solvers.options import between, function, instance, named
 from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name
-from fewstep.solvers.run.batch import SEEN, Batch
+from fewstep.solvers.run.batch import Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, network_inputs
-from fewstep.solvers.run.divergence import Trace, trace_of
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_unnumbered
+from fewstep.solvers.run.density_ode import DensityOde, FloatArray, State, adaptive_steps, angle, fixed_steps
+from fewstep.solvers.run.divergence import trace_of
 from fewstep.solvers.run.dlpack import any_library
-from fewstep.solvers.run.embedded import FOURTH
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Point
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-FloatArray = NDArray[np.float64]
-
-_FIRST_STEP = 0.02  # of an adaptive run, in the angle
-_SAFETY = 0.81  # a step whose next one would be shorter than this share of it is rejected
 
 
 class Likelihood(NamedTuple):
@@ -60,160 +46,6 @@ class Likelihood(NamedTuple):
     latent: Array
     nfe: NDArray[np.int64]
     error: FloatArray
-
-
-class _State(NamedTuple):
-    """Samples on their way, or their slopes: y (n, D), and the integral of the divergence (n, estimates)."""
-
-    y: Tensor
-    volume: FloatArray
-
-
-def angle(p: Point) -> float:
-    return math.atan2(p.sigma, p.alpha)
-
-
-class _Ode:
-    """The joint ODE of the samples of a batch."""
-
-    def __init__(self, batch: Batch, frame: TorchFrame, trace: Trace) -> None:
-        self.batch, self.frame, self.trace = batch, frame, trace
-        self.nfe = np.zeros(batch.size, np.int64)
-
-    def column(self, values: Sequence[float] | FloatArray) -> Tensor:
-        """Numbers of the samples as a factor of slots (n, D)."""
-        column: Tensor = self.frame.array(np.reshape(values, (-1, 1)), self.batch.dtype)
-        return column
-
-    def slope(self, samples: Sequence[int], points: Sequence[Point], y: Tensor) -> _State:
-        """The slopes of some samples, each at its own point."""
-        u = (y * self.column([math.hypot(p.alpha, p.sigma) for p in points])).detach().requires_grad_()
-        outputs = self.batch.call(samples, u, points, [0.0] * len(points))
-        m = self.batch.map([{"m": {"m": 1.0}}] * len(points), {SEEN: u}, outputs)["m"]
-        if not m.requires_grad:
-            raise ValueError(
-                "log_likelihood differentiates the network, and its output does not depend on x in autograd's graph: "
-                "remove no_grad, detach or numpy() from the model"
-            )
-        self.nfe[list(samples)] += 1
-        a, s = np.array([(p.alpha, p.sigma) for p in points]).T[:, :, None]
-        volume = (a * u.shape[1] - (a * a + s * s) * self.trace(m, u, samples)) / s
-        csc = self.column(np.hypot(a, s) / s)
-        return _State(self.column(a / s) * y - csc * m.detach(), volume)
-
-    def moved(self, state: _State, h: FloatArray, weights: Sequence[float], slopes: Sequence[_State]) -> _State:
-        """state + h sum_j weights_j slopes_j."""
-        y, volume = state
-        for weight, slope in zip(weights, slopes, strict=False):
-            if weight:
-                y = y + self.column(weight * h) * slope.y
-                volume = volume + (weight * h)[:, None] * slope.volume
-        return _State(y, volume)
-
-    def step(
-        self,
-        tableau: Tableau,
-        samples: Sequence[int],
-        points: Sequence[Sequence[Point]],
-        h: FloatArray,
-        state: _State,
-        first: _State | None = None,
-    ) -> tuple[_State, list[_State]]:
-        """One step of every sample: the new state, and the slopes of its stages.
-
-        points  of each stage, of each sample
-        first   the slopes at the start, if they are known
-        """
-        slopes = [] if first is None else [first]
-        for row, at in zip(tableau.a[len(slopes) :], points[len(slopes) :], strict=True):
-            slopes.append(self.slope(samples, at, self.moved(state, h, row, slopes).y))
-        return self.moved(state, h, tableau.b, slopes), slopes
-
-
-def stage_points(grid: Grid, tableau: Tableau, s: Point, t: Point) -> list[Point]:
-    """The points of a step's stages; s and t themselves where c is 0 or 1."""
-    low, high = angle(s), angle(t)
-    ends = {0.0: s, 1.0: t}
-
-    def point(c: float) -> Point:
-        return grid.process.point_at_sigma(math.tan(low + c * (high - low)))
-
-    return [ends.get(round(c, 12)) or point(c) for c in tableau.c]
-
-
-def _fixed(ode: _Ode, grid: Grid, tableau: Tableau, path: Sequence[Point], state: _State) -> _State:
-    n = len(state.y)
-    steps = [(stage_points(grid, tableau, s, t), angle(t) - angle(s)) for s, t in pairwise(path)]
-    network_inputs(ode.batch.denoiser, [p for points, _ in steps for p in points])  # bad points raise before any call
-    for points, h in steps:
-        state, _ = ode.step(tableau, range(n), [[p] * n for p in points], np.full(n, h), state)
-    return state
-
-
-def _adaptive(
-    ode: _Ode, grid: Grid, path: Sequence[Point], state: _State, rtol: float, atol: float, max_calls: int
-) -> _State:
-    """Steps of Dormand & Prince's 5(4) pair, chosen for each sample from the errors of y and of the volume per element.
-
-    A finished sample leaves the batch.
-    """
-    batch, (start, end) = ode.batch, (path[0], path[-1])
-    network_inputs(batch.denoiser, [start, end])
-    n, elements = state.y.shape
-    left = [*range(n)]
-    at = [start] * n
-    proposed = np.full(n, _FIRST_STEP)
-    known = ode.slope(left, at, state.y)
-    y, volume = state.y.clone(), state.volume + 0.0 * known.volume
-    while left:
-        s = [at[i] for i in left]
-        ends, h = [], np.empty(len(left))
-        for k, i in enumerate(left):
-            remaining = angle(end) - angle(s[k])
-            last = proposed[i] > remaining * (1.0 - 1e-9)
-            h[k] = remaining if last else proposed[i]
-            ends.append(end if last else grid.process.point_at_sigma(math.tan(angle(s[k]) + h[k])))
-        points = [*zip(*(stage_points(grid, DORMAND_PRINCE, *pair) for pair in zip(s, ends, strict=True)), strict=True)]
-        before = _State(batch.take(y, left), volume[left])
-        high, slopes = ode.step(DORMAND_PRINCE, left, points, h, before, known)
-        slopes.append(ode.slope(left, ends, high.y))
-        low = ode.moved(before, h, FOURTH, slopes)
-        norms = np.array(batch.functions.error_norms(low.y - high.y, low.y, before.y, rtol, atol))
-        scale = np.maximum(atol, rtol * np.abs(high.volume.mean(1)) / elements)
-        norms = np.maximum(norms, np.abs((low.volume - high.volume).mean(1)) / elements / scale)
-        proposed[left] = h * _factors(norms, left)
-        taken = np.flatnonzero(proposed[left] >= _SAFETY * h).tolist()
-        if taken:
-            index = [left[k] for k in taken]
-            y = batch.put(y, index, batch.take(high.y, taken))
-            volume[index] = high.volume[taken]
-            for k in taken:
-                at[left[k]] = ends[k]
-        kept = [k for k, i in enumerate(left) if at[i] is not end]
-        spent = [left[k] for k in kept if ode.nfe[left[k]] + 6 > max_calls]
-        if spent:
-            raise RuntimeError(
-                f"sample {spent[0]} has come to t = {at[spent[0]].t:.6g} in {ode.nfe[spent[0]]} calls, near "
-                f"max_calls = {max_calls}: raise rtol, atol or max_calls"
-            )
-        # Where a step was taken, the slopes at its end are those of the next start.
-        last_or_first = [slopes[-1] if k in taken else slopes[0] for k in kept]
-        known = _State(
-            ode.frame.concatenate([slope.y[k : k + 1] for slope, k in zip(last_or_first, kept, strict=True)])
-            if kept
-            else y[:0],
-            np.array([slope.volume[k] for slope, k in zip(last_or_first, kept, strict=True)]),
-        )
-        left = [left[k] for k in kept]
-    return _State(y, volume)
-
-
-def _factors(norms: FloatArray, samples: Sequence[int]) -> FloatArray:
-    """How much longer the next step may be than one with that error: 1 + atan(e^(-1/5) - 1), as adaptive sampling."""
-    for i, norm in zip(samples, norms.tolist(), strict=True):
-        if not math.isfinite(norm):
-            raise ValueError(f"the error estimate of sample {i} is {norm}: the network returned NaN or inf")
-    return np.asarray(1.0 + np.arctan((norms + 1e-8) ** -0.2 - 1.0))
 
 
 @any_library
@@ -303,18 +135,18 @@ def log_likelihood(
     elements = batch.functions.elements
     method, trace = trace_of(divergence, probes, elements, frame, streams)
 
-    ode = _Ode(batch, frame, trace)
     first, last = path[0], path[-1]
+    ode = DensityOde(batch, frame, trace, (last.lam, first.lam))
     torch = frame.torch
     with torch.inference_mode(False), torch.enable_grad():
         y = batch.latent(moved, frame if outer is None or isinstance(outer, TorchFrame) else outer) * math.cos(
             angle(first)
         )
-        begin = _State(y, np.zeros((len(y), 1)))
+        begin = State(y, np.zeros((len(y), 1)))
         if rtol is not None and atol is not None:
-            end = _adaptive(ode, grid, path, begin, rtol, atol, max_calls)
+            end = adaptive_steps(ode, grid, path, begin, rtol, atol, max_calls)
         else:
-            end = _fixed(ode, grid, tableau, path, begin)
+            end = fixed_steps(ode, grid, tableau, path, begin)
     norm = math.hypot(last.alpha, last.sigma)
     latent = batch.outside((end.y * norm).detach())
     at_noise = _normal(latent, last.sigma) if prior is None else _given(prior, latent)
@@ -363,12 +195,14 @@ def _check_smooth(denoiser: DenoiserLike) -> None:
     """Raises ValueError for what the log-density of the ODE is not defined or not differentiated with."""
     if denoiser.bound is not None or denoiser.threshold is not None:
         raise ValueError("denoiser has a clip, where the ODE has no density: use one without clip")
-    if denoiser.rescale:
-        raise ValueError("denoiser rescales its guidance by statistics of the sample: use CFG(scale) without rescale")
     guidance = denoiser.guidance
-    if guidance is not None and not (guidance.start == 0.0 and guidance.stop == 1.0):
+    if denoiser.reduces:
+        raise ValueError("denoiser's guidance depends on statistics of the sample: use CFG(scale) without rescale")
+    check_unnumbered(denoiser)
+    if guidance is not None and not guidance.constant:
         raise ValueError(
-            "denoiser guides only a part of the steps, where the ODE jumps: use CFG(scale) without start and stop"
+            "denoiser guides only a part of the path, where the ODE jumps: use a guidance without start, stop, "
+            "sigma_lo and sigma_hi"
         )
 
 

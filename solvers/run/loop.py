@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,7 +14,8 @@ from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.compiled import Workspace
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition
-from fewstep.solvers.run.engine import NoiseSource, outside_noise
+from fewstep.solvers.run.edits import EditedRun, Edits
+from fewstep.solvers.run.engine import NoiseSource, Run, outside_noise
 from fewstep.solvers.run.sanity import Limits
 from fewstep.solvers.schedule.process import Point
 
@@ -45,6 +47,7 @@ class Request(NamedTuple):
     streams  (B, 3) of the noise, None if nothing is drawn
     limits   what is usual for the latent, None to take it unchecked
     mode     "off", or the mode of the graphs to replay
+    edits    of x and of the x0 predictions, None without any
     """
 
     x: Array | None
@@ -55,7 +58,8 @@ class Request(NamedTuple):
     callback: Callable[[StepInfo], None] | None
     progress: bool
     mode: str
-    limits: Limits | None
+    limits: Limits | None = None
+    edits: Edits | None = None
 
 
 def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Array, Sequence[Array]]:
@@ -67,22 +71,28 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
     last = len(job.tables) - 1
     graphs = space.graphs if request.mode != "off" else None
     limits = None if request.x is None else request.limits
-    if graphs is not None and request.mode == "loop":
+    if graphs is not None and request.mode != "step":
         if limits is not None:
             limits.check_latent(request.x)
         graphs.run.load(request.x, request.streams)
-        graphs.loop(request.x is None)
+        graphs.loop(request.x is None, request.edits)
         return run.x(last), ()
     # Graphs hold their conditions already.
     call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
-    noise, callback = request.noise, request.callback
+    noise = request.noise
     init = noise if job.program.init.noisy else None
     latent = run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
     if limits is not None:
         limits.check_latent(latent)
-    step = 0
+    after = None if request.callback is None else _after_each(run, request.callback, request.outer, convert)
+    if request.edits is not None:
+        edited = EditedRun(request.edits, run, job.denoiser.conditions(request.cond))
+        call = call and edited.call(call)
+        edited.start()
+        after = edited.before(after)
+    halves = job.program.halves
     raws: Sequence[Array] = ()
-    with _bar(len(job.tables)) if request.progress else _NO_BAR as bar:
+    with _bar(len(job.tables) // halves) if request.progress else _NO_BAR as bar:
         for k, table in enumerate(job.tables):
             if call is not None:
                 z = None
@@ -92,13 +102,28 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
                 run.advance(k, raws, z)
             elif graphs is not None:
                 graphs.step(k)
-            if bar is not None:
+            if after is not None:
+                after(k)
+            if bar is not None and (k + 1) % halves == 0:
                 bar.update(1)
-            if callback is not None and table.done:
-                x, x0 = (convert.copy(values, request.outer) for values in (run.x(k), run.x0(k)))
-                callback(StepInfo(step, job.program.plan.steps, k + 1, table.at, table.to, x, x0))
-                step += 1
     return run.x(last), raws
+
+
+def _after_each(
+    run: Run, callback: Callable[[StepInfo], None], outer: Frame | None, convert: Converter
+) -> Callable[[int], None]:
+    """What calls the callback after op k if that finished a step."""
+    job, program = run.job, run.job.program
+    finished = [*accumulate(int(table.done) for table in job.tables)]
+
+    def after(k: int) -> None:
+        table = job.tables[k]
+        if table.done:
+            x, x0 = (convert.copy(values, outer) for values in (run.x(k), run.x0(k)))
+            calls = k // program.halves + 1
+            callback(StepInfo(finished[k] - 1, program.plan.steps, calls, table.at, table.to, x, x0))
+
+    return after
 
 
 class _Bar(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import flag, instance
+from fewstep.solvers.options import flag, instance, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, running
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
@@ -21,6 +21,7 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.engine import Job
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
+from fewstep.solvers.run.sanity import Limits
 
 
 class Admission(NamedTuple):
@@ -42,8 +43,8 @@ class MixedRun:
 
     plans     the plans that requests may follow, all on the denoiser's process
     shape     (B, ...) of the batch; the network also gets the empty places, and its outputs there are ignored
-    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps, rescale,
-              dynamic thresholding and learned variances need another backend
+    backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps or that
+              reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another
     device    as for `Sampler`
     previews  keep each stage's x0 prediction for `x0`
 
@@ -100,9 +101,10 @@ class MixedRun:
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
 
         def make() -> Job:
-            if len(denoiser.weights(0.0)) != len(self.denoiser.weights(0.0)):
+            if denoiser.networks != self.denoiser.networks:
                 raise ValueError(
-                    f"guidance = {guidance!r} has a different number of branches from {self.denoiser.guidance}"
+                    f"guidance = {guidance!r:.200} has a different number of branches from "
+                    f"{self.denoiser.guidance!r:.200}, or other networks in them: requests share each call"
                 )
             return self._compiler.job(denoiser, plan, keep_x0=self.previews)
 
@@ -122,7 +124,7 @@ class MixedRun:
 
         seed, sample  its noise stream, as in `Sampler(seed=seed, first_sample=sample)`
         x             (...) a latent at the plan's first point; without it one is drawn from the stream
-        guidance      a scale or `CFG` for this request, with as many branches as the denoiser's
+        guidance      a scale or a guidance for this request, with the branches and networks of the denoiser's
 
         Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """
@@ -202,11 +204,21 @@ class MixedRun:
         return at is not None and at[1] == len(at[0].tables)
 
     def result(self, place: int) -> Array:
-        """A copy of a finished sample, (...). Raises ValueError if it is not finished."""
+        """A copy of a finished sample, (...). Raises ValueError if it is not finished.
+
+        On a CPU, warns of a sample that is not finite or far too large.
+        """
         at = self._at[place]
         if at is None or not self.done(place):
             raise ValueError(f"place {place} holds no finished request")
-        return self.columns.result(place, at[0])
+        sample = self.columns.result(place, at[0])
+        plan = at[0].program.plan
+        if self.frame.device == "cpu" and not Limits.of(plan, (1, *self.shape[1:])).usual(sample, ()):
+            warn(
+                f"the sample of place {place} holds NaN or inf or is far too large: "
+                f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
+            )
+        return sample
 
     def calls(self, place: int) -> tuple[int, int]:
         """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""

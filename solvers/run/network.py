@@ -28,7 +28,7 @@ def frame_reached(model: object) -> Frame | None:
     """
     if sys.modules.get("torch") is None or _converts(model):
         return None
-    found = (frame_of(part) for part in _torch_parts(model))
+    found = (frame_of(part) for part in torch_parts(model))
     return next((frame for frame in found if isinstance(frame, TorchFrame)), None)
 
 
@@ -38,7 +38,7 @@ def warn_if_training(model: object) -> None:
         return
     import torch
 
-    for part in _torch_parts(model):
+    for part in torch_parts(model):
         if isinstance(part, torch.nn.Module) and part.training:
             random = next((type(m).__name__ for m in part.modules() if m.training and _is_random(m)), None)
             if random is not None:
@@ -91,11 +91,11 @@ def _is_random(module: torch.nn.Module) -> bool:
     return (isinstance(dropout, float) and dropout > 0.0) or isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
 
 
-def _torch_parts(model: object) -> Iterator[Any]:
-    """The modules and tensors that a callable reaches, breadth first, each once."""
+def torch_parts(model: object, depth: int = _DEPTH) -> Iterator[Any]:
+    """The modules and tensors that a callable reaches within `depth` references, breadth first, each once."""
     torch = sys.modules["torch"]
     level, seen = [model], set[int]()
-    for _ in range(_DEPTH + 1):
+    for _ in range(depth + 1):
         following: list[object] = []
         for value in level:
             if id(value) in seen:
@@ -142,7 +142,7 @@ def weights_digest(model: object, each: int = 64) -> str | None:
     import torch
 
     found, any_module = hashlib.sha256(), False
-    for part in _torch_parts(model):
+    for part in torch_parts(model):
         if isinstance(part, torch.nn.Module):
             any_module = True
             for name, tensor in sorted(part.state_dict().items()):

@@ -21,6 +21,7 @@ from fewstep.solvers.run.arrays import Array, Device, DType, Frame, dtype_name, 
 from fewstep.solvers.run.checks import BACKENDS, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.edits import Edit
 from fewstep.solvers.run.engine import NoiseSource
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.network import warn_if_training
@@ -125,6 +126,9 @@ def sample(
     device: Device | None = None,
     dtype: DType | None = None,
     check: bool | None = None,
+    edit: Edit | Sequence[Edit] | None = None,
+    edit_x0: Edit | Sequence[Edit] | None = None,
+    every: str = "step",
     progress: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
     **solver_options: Any,
@@ -193,8 +197,9 @@ def sample(
     held = sampler.nbytes
     try:
         return sampler(
-            x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, callback=callback, progress=progress
-        )
+            x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, edit=edit, edit_x0=edit_x0, every=every,
+            callback=callback, progress=progress,
+        )  # fmt: skip
     finally:
         if sampler.nbytes != held:  # calls at once leave it more memory
             SAMPLERS.weigh(key)

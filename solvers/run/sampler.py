@@ -21,12 +21,13 @@ from fewstep.solvers.run.checks import (
     model_frame,
     pick_backend,
 )
-from fewstep.solvers.run.compiled import Compiler, Prepared
+from fewstep.solvers.run.compiled import HALVES, WATCHED, Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.engine import NoiseSource
-from fewstep.solvers.run.graph import MODES, GraphMode, capture_api
+from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
 from fewstep.solvers.run.loop import Request, StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import report
@@ -45,8 +46,9 @@ class Sampler:
     device    of the arrays of a model that is a plain callable: "cpu" or "cuda" make them torch tensors
     dtype     of the state and of the result: float32 (default) or float64
     graph     CUDA graphs: "loop" runs a whole sample in one launch, "step" one denoiser call and its update (needed for
-              callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows, and
-              warns once if the model cannot be recorded. On a CPU only "auto" and "off"
+              callbacks and progress), "off" uses no graphs. "auto" takes the first of these that the model allows,
+              "step" where a call takes over a millisecond, and warns once if the model cannot be recorded. On a CPU
+              only "auto" and "off". "while", experimental, is "loop" without the calls beyond a plan under `capacity`
     capacity  the least number of denoiser calls in a loop graph: all plans of up to `capacity` calls replay one graph
               (calls beyond the plan's are made but have no effect); 0 records a graph for each number of calls
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
@@ -84,7 +86,7 @@ class Sampler:
         # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
         able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
         self.backend = pick_backend(backend, self.frame, triton=able)
-        if graph in ("step", "loop") and (self.backend != "triton" or capture_api(self.frame) is None):
+        if graph not in ("auto", "off") and (self.backend != "triton" or capture_api(self.frame) is None):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
@@ -93,7 +95,8 @@ class Sampler:
             raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
         if check is not None:
             flag("check", check)
-        warn_if_training(denoiser.model)
+        for network in {id(network): network for network in denoiser.networks}.values():
+            warn_if_training(network)
         self.graph, self.capacity = graph, capacity
         self.check = self.frame.device == "cpu" if check is None else check
         self._options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "graph": graph}
@@ -128,10 +131,41 @@ class Sampler:
     def plan(self) -> Plan:
         return self._now.plan
 
+    def explain(self) -> str:
+        """`Plan.explain` under this sampler's guidance, batch and dtypes."""
+        model, state = self.denoiser.model_dtype(self.dtype), self.dtype
+        sizes = {"float64": 8, "float32": 4}
+        return self.plan.explain(
+            model_bytes=sizes.get(model, 2), state_bytes=sizes[state], denoiser=self.denoiser, samples=self.shape[0]
+        )
+
     @property
     def nbytes(self) -> int:
         """About how much memory the sampler holds between calls."""
         return self._now.nbytes
+
+    @property
+    def recorded(self) -> Recorded:
+        """The CUDA graphs that the sampler holds between calls, what recording them took and the memory they keep."""
+        held = [space.graphs for idle in self._now.idle for space in tuple(idle) if space.graphs is not None]
+        count, seconds = sum(map(len, held)), sum(graphs.seconds for graphs in held)
+        return Recorded(count, seconds, sum(graphs.recorder.nbytes for graphs in held))
+
+    def recapture(self) -> None:
+        """Record the CUDA graphs anew at the next call: after a change of the network that replays would not see.
+
+        Parameters and buffers in other memory (`param.data = ...`, offloading, other weights) are noticed without it,
+        if the model is a module, a method of one, or refers to one itself. New modules (an added LoRA) and Python
+        values that the network reads are not.
+        """
+        self._mode.recapture()
+
+    def __repr__(self) -> str:
+        text = f"Sampler({self.plan.solver!r}, {self.plan.steps} steps, shape={self.shape}, backend={self.backend!r}"
+        found = self.recorded
+        if found.graphs:
+            text += f", graph={self.graph!r}: {found.graphs} in {found.nbytes / 2**20:.1f} MiB, {found.seconds:.2f} s"
+        return text + ")"
 
     def prepare(self, plan: Plan | None = None, *, guidance: GuidanceLike | EllipsisType = ...) -> Prepared:
         """Compile another plan or guidance in advance, so that `update` only copies its tables.
@@ -186,6 +220,9 @@ class Sampler:
         noise: NoiseSource | None = None,
         cond: Condition = None,
         first_sample: int = 0,
+        edit: Edit | Sequence[Edit] | None = None,
+        edit_x0: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Array | None = None,
@@ -198,6 +235,10 @@ class Sampler:
         noise     noise(draw, at, to, shape) replaces the drawn normals of the steps
         cond      the model's keyword arguments; under guidance a sequence (null, condition) unless the
                   denoiser holds `null`
+        edit      called with an `EditInfo` after each finished step (every="step") or each denoiser call
+                  (every="stage"): what it returns, or writes to `info.x`, is x from then on. A sequence is called in
+                  order. See docs/edits.md; `fewstep.edits` has ready-made ones
+        edit_x0   the same for the x0 prediction of every call, before x moves
         callback  called with a `StepInfo` after each step; may raise to stop
         progress  show a progress bar
         out       an array for the result, of x's or the model's library; it is returned
@@ -217,31 +258,35 @@ class Sampler:
             function("noise", noise)
         if progress is not False:
             flag("progress", progress)
+        plain = edit is None and edit_x0 is None and every == "step"
+        edits = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
                 "give x, the data to encode"
             )
         streams = None
-        if x is None or (plan.stochastic and noise is None):
+        if x is None or (plan.stochastic and noise is None) or edits is not None:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.check_streams(seed, self.shape[0], first_sample)
-        kept = callback is not None
+        kept = HALVES if edits is not None and edits.x0 else WATCHED if callback is not None or edits is not None else 0
         space = now.take(kept)
         try:
             with running(self.frame, keep_graph=self.backend == "naive"):
                 mode = "off"
                 if space.graphs is not None:
-                    watched, outside = kept or progress, noise is not None
-                    mode = self._mode.choose(space.graphs, cond, drawn=x is None, noise=outside, watched=watched)
+                    watched, outside = callback is not None or progress, noise is not None
+                    mode = self._mode.choose(
+                        space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
+                    )
                 latent = None if x is None else self._convert.latent(x, outer)
                 limits = now.limits if self.check else None
-                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits)
+                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits, edits)
                 values, outputs = run_plan(space, request, self._convert)
                 if limits is not None and not limits.usual(values, () if self._tried is now else outputs):
                     values = values * 1  # the run is made again, in the same memory
-                    report(limits, values, space.run, latent, streams, cond, noise is not None)
+                    report(limits, values, space.run, latent, streams, cond, noise is not None, edits is not None)
                 else:
                     self._tried = now
                 return self._convert.result(values, outer, dtype, out)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fewstep.solvers.options import warn
-from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import Array, no_grad
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import Run
@@ -38,13 +38,13 @@ class Limits:
     result     above it is no RMS of a result, or of a network's output
     """
 
-    plan: Plan
+    plan: UncheckedPlan
     low: float
     high: float
     result: float
 
     @classmethod
-    def of(cls, plan: Plan, shape: Sequence[int]) -> Limits:
+    def of(cls, plan: UncheckedPlan, shape: Sequence[int]) -> Limits:
         """shape: of the latent, (B, ...)."""
         at, process = plan.start, plan.grid.process
         # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
@@ -93,6 +93,7 @@ def report(
     streams: np.ndarray | None,
     cond: Condition,
     outside: bool,
+    edited: bool = False,
 ) -> None:
     """Warn of a result that is not usual, and name the call: the run is made again, which calls the network again.
 
@@ -101,11 +102,13 @@ def report(
     x                      the result, in memory that the second run does not use
     latent, streams, cond  of the first run
     outside                whether the caller's `noise` gave its draws; the second run has zeros instead
+    edited                 whether the run had edits, which a second one may not call: no call is named then
     """
     bad = sum(not bool((abs(row) < math.inf).all()) for row in x.reshape(len(x), -1))
     what = f"{bad} of {len(x)} samples hold NaN or inf" if bad else f"the samples have an RMS of {_rms(x):.3g}"
     try:
-        where = _first_unusual(limits, run, latent, streams, cond, outside)
+        where = "a run with edits is not made again" if edited else None
+        where = where or _first_unusual(limits, run, latent, streams, cond, outside)
     except Exception:  # a network that cannot be called twice
         where = None
     message = f"{what}: " + (where or "calling the network again did not show where they came from")

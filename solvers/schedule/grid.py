@@ -146,7 +146,8 @@ class Grid:
             if not 0.0 <= number(start) < 1.0:
                 raise ValueError(f"start = {start!r}: tail takes 0 <= start < 1")
             # 1 - k / steps, rounded in the number's own precision, may be just below a whole number of steps.
-            precision = float(np.finfo(start.dtype).eps) if isinstance(start, np.floating) else 2.0**-52
+            given: object = start
+            precision = float(np.finfo(given.dtype).eps) if isinstance(given, np.floating) else 2.0**-52
             skip = min(math.floor(float(start) * self.steps + max(1e-9, 4.0 * precision * self.steps)), self.steps - 1)
         else:
             if number(start) != 0.0:

@@ -27,7 +27,7 @@ from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.conditions import spread
-from fewstep.solvers.run.denoising import Condition, DenoiserLike
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_unnumbered
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
@@ -125,6 +125,7 @@ class Ensemble:
         device: Device | None = None,
         batch: int = 512,
     ) -> None:
+        check_unnumbered(denoiser)
         self.denoiser, self.cond, self.batch = denoiser, cond, batch
         self.frame = model_frame(denoiser, device)
         self.sample = z.shape[1:]

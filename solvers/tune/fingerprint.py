@@ -268,8 +268,5 @@ def load_plan(
 
 
 def guidance_as_json(guidance: Guidance | None) -> dict[str, Any] | None:
-    """A `CFG` as JSON types."""
-    if guidance is None:
-        return None
-    plain = {name: float(getattr(guidance, name)) for name in ("rescale", "start", "stop")}
-    return {"scale": list(guidance.scales), **plain}
+    """The numbers of a guidance as JSON types."""
+    return None if guidance is None else guidance.as_json()

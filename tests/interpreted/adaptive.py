@@ -21,7 +21,7 @@ SHAPE = (3, 1, 5, 7)  # 35 elements: two blocks, and split in the reductions
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_step, "block", lambda: (32, 4))
     monkeypatch.setattr(triton_reduce, "BLOCK", 32)
-    monkeypatch.setattr(triton_reduce, "SPAN", 32)
+    monkeypatch.setattr(triton_reduce, "SHORT", 32)
 
 
 def net(x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:

@@ -1,147 +1,38 @@
-"""Graph mode with a fake of CUDA's capture API, without a GPU; it does not prove that capture works on a GPU.
-
-The fake records torch operators and Triton launches inside `cuda.graph(...)` as a tape of operations on tensors, and
-`replay` runs the tape again. As with a real graph, operations on the host (a Python number, a table read there) are not
-on the tape, so that a replay with other seeds, schedules or conditions is wrong unless they are all read from memory
-that the recorded operations share. The fake also checks the order of API calls. It cannot check streams, events, memory
-pools, or what CUDA refuses to record.
-"""
+"""Graph mode with a stand-in for CUDA's capture API (`tests/captures.py`), without a GPU."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
+import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from captures import FakeCuda, FakeDriver, Launcher, Tape, Waits
 
 import fewstep as fs
-from fewstep.kernels import triton_noise, triton_step
-from fewstep.solvers.run import compiled
+from fewstep.kernels import triton_noise, triton_reduce, triton_step
+from fewstep.solvers.run import compiled, while_graph
 from fewstep.solvers.run import graph as graph_module
 from fewstep.solvers.run import sampler as sampler_module
+from fewstep.solvers.run.arrays import TorchFrame
+from fewstep.solvers.run.dlpack import InLibrary
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
-KERNELS = [(triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel")]
-
-
-class Tape(TorchDispatchMode):
-    """Records torch operators; `launches` (below) adds the Triton kernels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
-        out = func(*args, **kwargs)
-        self.operations.append((func, args, kwargs, out))
-        return out
-
-    def run(self) -> None:
-        for func, args, kwargs, out in self.operations:
-            new = func(*args, **kwargs)
-            for old, fresh in zip(
-                torch.utils._pytree.tree_leaves(out), torch.utils._pytree.tree_leaves(new), strict=True
-            ):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != fresh.data_ptr():
-                    old.copy_(fresh)  # a graph's temporaries live at fixed addresses
-
-
-class FakeGraph:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.tape = cuda, Tape()
-
-    def replay(self) -> None:
-        self.cuda.log.append("replay")
-        self.tape.run()
-
-    def reset(self) -> None:
-        self.cuda.log.append("reset")
-
-
-class FakeStream:
-    def __init__(self, cuda: FakeCuda, name: str) -> None:
-        self.cuda, self.name = cuda, name
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.cuda.log.append(f"{self.name} waits for {other.name}")
-
-
-class FakeCuda:
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.recording: Tape | None = None
-        self.current = FakeStream(self, "current")
-
-    def Stream(self, device: Any) -> FakeStream:  # noqa: N802
-        self.log.append("new stream")
-        return FakeStream(self, "side")
-
-    def current_stream(self, device: Any) -> FakeStream:
-        return self.current
-
-    @contextlib.contextmanager
-    def stream(self, stream: FakeStream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        self.log.append(f"on {stream.name}")
-        try:
-            yield
-        finally:
-            self.log.append(f"off {stream.name}")
-            self.current = before
-
-    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
-        return FakeGraph(self)
-
-    def graph_pool_handle(self) -> str:
-        self.log.append("pool")
-        return "pool"
-
-    @contextlib.contextmanager
-    def graph(self, graph: FakeGraph, *, pool: str, stream: FakeStream, capture_error_mode: str) -> Iterator[None]:
-        assert (pool, stream.name, capture_error_mode) == ("pool", "side", "thread_local")
-        self.log.append("record")
-        self.recording = graph.tape
-        before, self.current = self.current, stream
-        try:
-            with graph.tape:
-                yield
-        finally:
-            self.recording = None
-        self.current = before  # not after an error: `torch.cuda.graph` leaves its stream the current one
-
-
-class Launcher:
-    """A Triton kernel whose launches go onto the tape that is recording."""
-
-    def __init__(self, kernel: Any, cuda: FakeCuda) -> None:
-        self.kernel, self.cuda = kernel, cuda
-
-    def __getitem__(self, grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            tape = self.cuda.recording
-            if tape is None:
-                self.kernel[grid](*args, **kwargs)
-                return
-            tape.operations.append((lambda *a, **k: self.kernel[grid](*a, **k), args, kwargs, None))
-            with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own torch calls
-                self.kernel[grid](*args, **kwargs)
-
-        return launch
+KERNELS = [
+    (triton_step, "run_kernel"), (triton_noise, "normals_kernel"), (triton_reduce, "blend_kernel"),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     monkeypatch.setattr(triton_step, "block", lambda: (16, 4))
-    monkeypatch.setattr(graph_module, "WARM_UPS", 1)
+    fake.install(monkeypatch)
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Launcher(getattr(module, name), fake))
     for module in (graph_module, compiled, sampler_module):
@@ -178,21 +69,58 @@ def oracle(plan: fs.Plan, guidance: Any = None) -> fs.Sampler:
     return sampler(Net(), plan, "auto", guidance, "naive")
 
 
+@contextlib.contextmanager
+def capturing(cuda: FakeCuda) -> Any:
+    graph = cuda.CUDAGraph()
+    with cuda.stream(cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            yield graph
+        finally:
+            graph.capture_end()
+
+
 def test_the_tape_tells_memory_from_host_values(cuda: FakeCuda) -> None:
-    """The fake itself: a replay reads current values from tensors, but not from Python numbers."""
+    """The stand-in itself: a replay reads current values from tensors, but not from Python numbers."""
     a, out, number = torch.ones(2), torch.zeros(2), 3.0
-    g = cuda.CUDAGraph()
-    with cuda.graph(g, pool="pool", stream=FakeStream(cuda, "side"), capture_error_mode="thread_local"):
-        out.copy_(a * 2.0 + number)
+    with capturing(cuda) as g:
+        between = a * 2.0 + number
+        out.copy_(between)
+    assert between.isnan().all()  # a capture computes nothing
     a.fill_(10.0)
     number = 0.0
     g.replay()
     assert torch.equal(out, torch.full((2,), 23.0))
-    with (
-        pytest.raises(RuntimeError, match="not permitted"),
-        cuda.graph(cuda.CUDAGraph(), pool="pool", stream=FakeStream(cuda, "side"), capture_error_mode="thread_local"),
-    ):
-        a.sum().item()
+
+
+def test_the_stand_in_refuses_what_cuda_refuses(cuda: FakeCuda) -> None:
+    ended = pytest.raises(RuntimeError, match="due to a previous error during capture")
+    a, other = torch.ones(2), cuda.Stream()
+
+    def on_another_stream(*, fork: bool, join: bool) -> None:
+        here = cuda.current
+        if fork:
+            other.wait_stream(here)
+        with cuda.stream(other):
+            torch.zeros(2)  # an allocation outside the pool, unless the stream belongs to the capture
+        if join:
+            here.wait_stream(other)
+
+    for refused in (lambda: a.sum().item(), cuda.Event().synchronize, lambda: on_another_stream(fork=False, join=True)):
+        with ended, capturing(cuda), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            refused()
+        assert cuda.poisoned
+        cuda.open_pools.clear()
+    with pytest.raises(RuntimeError, match="unjoined"), capturing(cuda):
+        on_another_stream(fork=True, join=False)
+    cuda.open_pools.clear()
+    with capturing(cuda):
+        on_another_stream(fork=True, join=True)
+        with pytest.raises(AssertionError, match="second capture"), capturing(cuda):
+            pass
+        with pytest.raises(AssertionError, match="the whole device"):
+            cuda.synchronize()
+    assert not cuda.poisoned
 
 
 @pytest.mark.parametrize("mode", ["loop", "step"])
@@ -274,21 +202,25 @@ def test_a_condition_of_another_kind_is_checked_again(cuda: FakeCuda) -> None:
 
 
 def test_launches_and_their_order(cuda: FakeCuda) -> None:
-    looped = sampler(Net(), plan(), "loop")
+    net = Net()
+    looped = sampler(net, plan(), "loop")
     looped(seed=0)
-    warm = ["new stream", "side waits for current", "on side", "off side", "current waits for side"]
-    record = ["on current", "record", "off current"]
-    assert cuda.log == [*warm, "pool", *record, "replay"]
+    aside = ["side waits for current", "on side"], ["off side", "current waits for side"]
+    warm = [*aside[0], *aside[1]]
+    record = [*aside[0], "record", *aside[1]]
+    first = [*aside[0], "pool", "record", *aside[1]]
+    assert cuda.log == ["new stream", *warm, *first, "replay"]
+    assert net.calls == 2 + 3  # a stage is warmed up twice, and the loop is recorded
     cuda.log.clear()
     looped(seed=1)
     assert cuda.log == ["replay"]  # one launch a sample
     cuda.log.clear()
     sampler(Net(), plan(), "step")(seed=0)
-    assert cuda.log == [*warm, "pool", *record, *["replay"] * 3]
+    assert cuda.log == ["new stream", *warm, *first, *["replay"] * 3]
     cuda.log.clear()
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     looped(x, seed=0)  # one more graph, on the same stream, in the same pool
-    assert cuda.log == [*warm[1:], *record, "replay"]
+    assert cuda.log == [*record, "replay"]
 
 
 def test_callbacks_see_every_step(cuda: FakeCuda) -> None:
@@ -319,6 +251,28 @@ def test_guidance_for_a_part_of_the_way_has_a_graph_each(cuda: FakeCuda) -> None
     assert cuda.log.count("replay") == 4
 
 
+@pytest.mark.parametrize("mode", ["loop", "step"])
+@pytest.mark.parametrize(
+    "make", [lambda s: fs.APG(s, norm_threshold=2.0, momentum=-s / 10.0), fs.CFGZero, lambda s: fs.CFG([s, 1.5], 0.3),
+             lambda s: fs.APG(torch.tensor([s, 2.0])), lambda s: fs.AutoGuidance(GUIDE, s)],
+    ids=["APG", "CFGZero", "rescaled pair", "APG by sample", "AutoGuidance"],
+)  # fmt: skip
+def test_new_numbers_of_a_guidance_need_no_new_graph(make: Any, mode: str, cuda: FakeCuda) -> None:
+    """Coefficients, thresholds and momenta are in device tables, and the average in memory of the run."""
+    cond = conditions(0.1, 0.5)
+    if make(2.0).branches == 3:
+        cond = (cond[0], *cond)
+    made = sampler(Net(), plan(), mode, make(2.0))
+    for scale in (2.0, 4.0):
+        made.update(guidance=make(scale))
+        eager = sampler(Net(), plan(), "off", make(scale))(seed=1, cond=cond)
+        assert torch.equal(made(seed=1, cond=cond), eager)
+    assert cuda.log.count("record") == 1  # one kind of stage
+
+
+GUIDE = Net()
+
+
 class Syncing(Net):
     def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
         if t.sum().item() < 0:
@@ -339,6 +293,261 @@ def test_a_model_that_cannot_be_recorded(cuda: FakeCuda) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(auto(seed=1), oracle(plan())(seed=1))
+
+
+def test_a_model_that_waits_is_never_captured(cuda: FakeCuda) -> None:
+    """The last warm-up finds it, and no other thread is stopped for the same: torch's debug mode is the process's."""
+    waiting, done, failures = threading.Event(), threading.Event(), []
+
+    class Slow(Syncing):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+            if cuda.sync_mode:
+                waiting.set()
+                done.wait(10)
+            return super().forward(x, t, c)
+
+    def elsewhere() -> None:
+        assert waiting.wait(10)
+        try:
+            with Waits(cuda):
+                torch.ones(2).sum().item()
+            warnings.warn("of its own", stacklevel=1)
+        except RuntimeError as error:
+            failures.append(error)
+        done.set()
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    auto = sampler(Slow(), plan(), "auto")
+    with Waits(cuda), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = auto(seed=0)
+    thread.join()
+    assert not failures
+    texts = [str(warning.message) for warning in caught]
+    assert len(texts) == 2
+    assert "of its own" in texts
+    (text,) = (text for text in texts if text != "of its own")
+    assert "falls back to 'off'" in text
+    assert "synchronizing CUDA operation" in text
+    assert "record" not in cuda.log
+    assert (cuda.sync_mode, cuda.current) == (0, cuda.default)
+    assert torch.equal(found, oracle(plan())(seed=0))
+
+
+@pytest.mark.parametrize("mends", [False, True], ids=["torch 2.11", "torch 2.12"])
+def test_a_failed_capture_leaves_nothing_behind(mends: bool, cuda: FakeCuda) -> None:
+    """Random draws and the allocator's `empty_cache` work again, and so does the next recording in the same pool."""
+    cuda.mends = mends
+    streams = [cuda.Stream()]
+
+    class Elsewhere(Net):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+            with cuda.stream(streams[0]) if streams else contextlib.nullcontext():
+                return super().forward(x, t, c)
+
+    made = sampler(Elsewhere(), plan(), "loop")
+    for _ in range(2):
+        with pytest.raises(graph_module.CaptureError, match="not permitted"):
+            made(seed=0)
+        assert not cuda.poisoned
+        assert not +cuda.graphs
+        assert cuda.current is cuda.default
+    streams.clear()
+    assert torch.equal(made(seed=0), oracle(plan())(seed=0))
+    assert not cuda.poisoned
+
+
+def test_first_calls_from_two_threads(cuda: FakeCuda) -> None:
+    """One capture at a time in the process; the stand-in refuses a second."""
+    cuda.pause = 0.05
+    made = [sampler(Net(), plan(2), mode) for mode in ("loop", "step", "loop")]
+    found: list[Any] = [None] * 6
+    threads = [
+        threading.Thread(target=lambda i=i: found.__setitem__(i, made[i % 3](seed=i // 3))) for i in range(len(found))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, sample in enumerate(found):
+        assert torch.equal(sample, oracle(plan(2))(seed=i // 3))
+
+
+class Linear(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(9, 9, bias=False)
+        self.register_buffer("shift", torch.zeros(9))
+        torch.nn.init.eye_(self.inner.weight)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (self.inner(x.reshape(-1, 9)) + self.shift).reshape(x.shape).float()
+
+
+def test_autocast(cuda: FakeCuda) -> None:
+    """Casts of weights are a part of the graph, not of autocast's cache; each of its states has a graph."""
+    net = Linear()
+    made, want = sampler(net, plan(2), "loop"), sampler(net, plan(2), "auto", backend="naive")
+    with torch.no_grad():
+        net.inner.weight.add_(1e-3)  # bfloat16 rounds it
+
+    def under(dtype: torch.dtype | None) -> None:
+        context = torch.autocast("cpu", dtype) if dtype is not None else contextlib.nullcontext()
+        with context:
+            ours = made(seed=1)
+            theirs = net(torch.ones(SHAPE), torch.ones(2))  # the cache holds nothing of the recording
+        with context:
+            assert torch.equal(ours, want(seed=1))
+            assert torch.equal(theirs, net(torch.ones(SHAPE), torch.ones(2)))
+
+    for records, dtype in enumerate((torch.bfloat16, None, torch.float16), 1):
+        for _ in range(2):
+            under(dtype)
+            with torch.no_grad():
+                net.inner.weight.mul_(0.75)
+        assert cuda.log.count("record") == records
+    assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("mode", ["loop", "step"])
+def test_moved_parameters_are_recorded_again(mode: str, cuda: FakeCuda) -> None:
+    net = Linear()
+    made, want = sampler(net, plan(2), mode), sampler(net, plan(2), "auto", backend="naive")
+    made(seed=0)
+
+    def move_data() -> None:
+        net.inner.weight.data = 0.5 * net.inner.weight.data
+
+    def replace() -> None:
+        net.inner.weight = torch.nn.Parameter(0.25 * net.inner.weight.detach())
+
+    def replace_buffer() -> None:
+        net.shift = torch.full((9,), 0.125)
+
+    def in_place() -> None:
+        net.inner.weight.data.mul_(2.0)
+
+    for change, records in ((move_data, 2), (replace, 3), (replace_buffer, 4), (in_place, 4)):
+        change()
+        for seed in (1, 2):
+            assert torch.equal(made(seed=seed), want(seed=seed))
+        assert cuda.log.count("record") == records
+    assert sum(cuda.graphs.values()) == 1  # the earlier ones were freed
+
+
+def test_parameters_behind_a_function(cuda: FakeCuda) -> None:
+    net = Linear()
+    for model in (net.forward, lambda x, t: net(x, t)):
+        made = sampler(model, plan(1, "ddim"), "loop")  # type: ignore[arg-type]
+        want = sampler(net, plan(1, "ddim"), "auto", backend="naive")
+        made(seed=0)
+        net.inner.weight.data = 0.5 * net.inner.weight.data
+        assert torch.equal(made(seed=1), want(seed=1))
+
+
+def test_recapture(cuda: FakeCuda) -> None:
+    """For changes that a replay does not see and no address shows; "auto" tries again."""
+    scale = [1.0]
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if scale[0] < 0.0:
+            t.sum().item()
+        return scale[0] * x
+
+    def want(seed: int) -> torch.Tensor:
+        naive = fs.Sampler(fs.Denoiser(model, VP), plan(1, "ddim"), SHAPE, backend="naive", device="cpu")
+        return naive(seed=seed)  # type: ignore[no-any-return]
+
+    options = {"backend": "triton", "device": "cpu", "graph": "auto"}
+    made = fs.Sampler(fs.Denoiser(model, VP), plan(1, "ddim"), SHAPE, **options)  # type: ignore[arg-type]
+    for number in (1.0, 0.5):
+        scale[0] = number
+        made.recapture()
+        assert torch.equal(made(seed=1), want(1))
+    scale[0] = -1.0
+    made.recapture()
+    with pytest.warns(RuntimeWarning, match="falls back to 'off'"):
+        assert torch.equal(made(seed=1), want(1))
+    cuda.log.clear()
+    scale[0] = 0.25
+    made.recapture()
+    assert torch.equal(made(seed=1), want(1))
+    assert cuda.log[-1] == "replay"
+
+
+def test_moved_parameters_of_a_second_network_are_recorded_again(cuda: FakeCuda) -> None:
+    net, guide = Linear(), Linear()
+    made, want = (sampler(net, plan(2), mode, fs.AutoGuidance(guide, 2.0)) for mode in ("loop", "off"))
+    made(seed=0)
+    guide.inner.weight.data = 0.5 * guide.inner.weight.data
+    assert torch.equal(made(seed=1), want(seed=1))
+    assert cuda.log.count("record") == 2
+
+
+def test_long_calls_are_recorded_one_by_one(cuda: FakeCuda) -> None:
+    """ "auto" on a network whose call outlasts a launch: no loop, which would take much longer to record."""
+    for milliseconds, replays in ((0.9, 1), (1.1, 4)):
+        cuda.milliseconds = milliseconds
+        net = Net()
+        made = sampler(net, plan(4), "auto")
+        cuda.log.clear()
+        assert torch.equal(made(seed=1), oracle(plan(4))(seed=1))
+        assert cuda.log.count("replay") == replays
+        assert net.calls == 2 + (1 if replays == 4 else 4)
+
+
+def test_what_was_recorded(cuda: FakeCuda) -> None:
+    made = sampler(Net(), plan(), "loop")
+    assert made.recorded == (0, 0.0, 0)
+    assert repr(made) == "Sampler('dpmpp_2m_sde', 3 steps, shape=(2, 1, 3, 3), backend='triton')"
+    started = time.perf_counter()
+    made(seed=0)
+    graphs, seconds, nbytes = made.recorded
+    assert (graphs, nbytes) == (1, 2 << 20)
+    assert 0.0 < seconds < time.perf_counter() - started
+    assert "graph='loop': 1 in 2.0 MiB, " in repr(made)
+
+
+def test_a_network_of_another_library_is_not_recorded(cuda: FakeCuda) -> None:
+    """Its memory pool would hand the memory that a graph writes to other arrays."""
+    foreign = InLibrary(lambda x, t: 0.5 * x, torch, "cpu")
+    foreign.frame = TorchFrame("cpu")
+    made = fs.Sampler(fs.Denoiser(foreign, VP), plan(1, "ddim"), SHAPE, backend="triton", graph="auto")
+    with pytest.warns(RuntimeWarning, match="falls back to 'off': a network of another array library"):
+        made(seed=0)
+    assert "record" not in cuda.log
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, as a DTensor is."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        made: Wrapped = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        return made
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        values = [a.inner if isinstance(a, cls) else a for a in args]
+        return cls(func(*values, **(kwargs or {})))
+
+
+@pytest.mark.parametrize("mode", ["off", "loop"])
+def test_outputs_without_memory_are_refused(mode: str, cuda: FakeCuda) -> None:
+    net = Net()
+    for model, options in (
+        (lambda x, t: Wrapped(net(x, t)), {}),
+        (lambda x, t, c: Wrapped(net(x, t, c)), {"guidance": 2.0}),
+    ):
+        made = fs.Sampler(
+            fs.Denoiser(model, VP, **options), plan(), SHAPE, backend="triton", device="cpu", graph=mode
+        )  # fmt: skip
+        with pytest.raises(TypeError, match=r"Wrapped has no memory of its own: return a plain torch\.Tensor"):
+            made(seed=0, cond=conditions(0.0, 1.0) if options else None)
 
 
 def test_the_line_that_stopped_a_recording_is_named() -> None:
@@ -395,6 +604,39 @@ def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
     assert cuda.log.count("record") == 1
     with pytest.raises(ValueError, match=r"capacity must be an int >= 0, .* got -1"):
         fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
+
+
+def test_one_step_in_a_while_node(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every plan up to the capacity makes its own calls only; other seeds, scales and conditions in the same graph."""
+    driver = FakeDriver(cuda)
+    monkeypatch.setattr(while_graph, "bindings", lambda: driver)
+    monkeypatch.setattr(graph_module, "bindings", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "current_stream", cuda.current_stream)
+    denoiser = fs.Denoiser(Net(), VP, guidance=2.0)
+    cond = conditions(0.1, 0.5)
+    made = fs.Sampler(denoiser, plan(4), SHAPE, backend="triton", graph="while", capacity=4)
+    for steps, scale in ((4, 2.0), (2, 3.0), (1, 2.0), (3, 1.5)):
+        made.update(plan(steps), guidance=scale)
+        cuda.log.clear()
+        assert torch.equal(made(seed=steps, cond=cond), oracle(plan(steps), scale)(seed=steps, cond=cond))
+        assert cuda.log.count("while") == 1
+        assert cuda.log.count("record") == (2 if steps == 4 else 0)  # the start and a step
+        assert "replay" not in cuda.log
+    made.recapture()
+    made(seed=1, cond=cond)
+    assert driver.freed == ["cuGraphExecDestroy", "cuGraphDestroy", "cuModuleUnload"]
+    assert sum(cuda.graphs.values()) == 2
+    with pytest.raises(ValueError, match="graph='while' runs a whole sample in one launch"):
+        made(seed=1, cond=cond, progress=True)
+    partly = sampler(Net(), plan(4), "while", fs.CFG(3.0, start=0.25, stop=0.6))
+    with pytest.raises(graph_module.CaptureError, match="repeats one kind of stage, and this plan's differ"):
+        partly(seed=1, cond=cond)
+
+
+def test_a_while_node_needs_cuda_bindings(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    with pytest.raises(graph_module.CaptureError, match="needs cuda-bindings 13, or use graph='loop'"):
+        sampler(Net(), plan(2), "while")(seed=0)
 
 
 def test_another_structure_is_recorded_again(cuda: FakeCuda) -> None:

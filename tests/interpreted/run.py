@@ -10,7 +10,7 @@ import torch
 from classifier import guided_and_exact
 
 import fewstep as fs
-from fewstep.kernels import triton_step
+from fewstep.kernels import triton_noise, triton_step
 
 VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 7)
@@ -36,6 +36,7 @@ def pair(denoiser: fs.Denoiser, plan: fs.Plan, **options: Any) -> tuple[fs.Sampl
     return ours, fs.Sampler(denoiser, plan, SHAPE, backend="naive", device="cpu", **options)
 
 
+LAUNCHED = [(triton_step, "run_kernel"), (triton_noise, "normals_kernel")]
 SOLVERS: dict[str, dict[str, Any]] = {
     "dpmpp_2m": {},
     "dpmpp_3m_sde": {},
@@ -67,6 +68,48 @@ def test_guidance_in_half_precision(predicts: str, batched: bool, clip: float | 
     ours, theirs = pair(denoiser, fs.plan("dpmpp_2m_sde", fs.grid(VP, 4)))
     cond = ({"c": torch.zeros(2)}, {"c": torch.tensor([0.5, -0.25])})
     assert torch.equal(ours(seed=1, cond=cond), theirs(seed=1, cond=cond))
+
+
+@pytest.mark.parametrize("shape", [(140, 2), (5, 7), (3, 16), (4, 17)], ids=str)
+def test_small_samples_share_a_program(shape: tuple[int, int]) -> None:
+    """More samples than a program writes times for; samples that fill a whole number of quads or do not."""
+
+    def small(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x / (1.0 + x * x) + t.reshape(-1, 1) / 4096.0 * torch.linspace(0.5, 1.0, len(x)).reshape(-1, 1)
+
+    together = triton_step.pack(*shape, 32)
+    assert together == {2: 8, 7: 4, 16: 2, 17: 1}[shape[1]]
+    plan = fs.plan("dpmpp_2m_sde", fs.grid(VP, 3))
+    ours, theirs = (
+        fs.Sampler(fs.Denoiser(small, VP), plan, shape, backend=name, device="cpu") for name in ("triton", "naive")
+    )
+    for memory in (ours._now.idle[False][0].run.state, ours._now.idle[False][0].run.t):
+        memory.fill_(float("nan"))
+    assert torch.equal(ours(seed=3), theirs(seed=3))
+
+
+class Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.launches += 1
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("batch", [2, 140])
+def test_one_launch_a_stage(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage writes the next call's time, too: whatever the batch, a call has no other launch, nor has the latent."""
+    ours = fs.Sampler(
+        fs.Denoiser(net, VP), fs.plan("dpmpp_2m", fs.grid(VP, 3)), (batch, 1, 1, 4), backend="triton", device="cpu"
+    )
+    counted = {name: Counted(getattr(module, name)) for module, name in LAUNCHED}
+    for module, name in LAUNCHED:
+        monkeypatch.setattr(module, name, counted[name])
+    ours(seed=0)
+    assert [kernel.launches for kernel in counted.values()] == [1 + 3, 1]  # the first model input, then one per call
 
 
 def test_the_edm_preconditioning() -> None:

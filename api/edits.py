@@ -1,0 +1,395 @@
+"""Ready-made edits, for `edit=` and `edit_x0=` of `sample`, `Sampler` and `sample_adaptive`.
+
+    known = fewstep.edits.Inpaint(mask, image)
+    images = fewstep.sample(denoiser, shape=image.shape, edit=known, seed=0)
+
+One object serves both doors: at "x" it acts on the sample after a step, at "x0" on the prediction of a call. The arrays
+given to an edit may be NumPy's or torch's; they are converted once per library and device of a run. All noise is drawn
+by address (`EditInfo.normals`): a sample is the same alone and in a batch. docs/edits.md has recipes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+
+from fewstep.bindings.denoiser import DynamicThreshold as Quantile
+from fewstep.kernels import naive
+from fewstep.solvers.options import at_least, between, flag, instance, number, one_of
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.stages import NOISE, SOURCES, Stage
+from fewstep.solvers.run.arrays import Array, TorchFrame, frame_of
+from fewstep.solvers.run.edits import EditInfo
+from fewstep.solvers.schedule.process import Point
+
+__all__ = ["Clamp", "DynamicThreshold", "Inpaint", "Prefix", "RigidAugment", "resampled"]
+
+
+class _Given:
+    """A caller's array (B or 1, ...) or (...), in the library, on the device and in the dtype of a run's arrays."""
+
+    def __init__(self, name: str, values: object) -> None:
+        frame = frame_of(values)
+        if frame is None:
+            values = _as_numpy(name, values)
+            frame = frame_of(values)
+        self.name, self.frame = name, frame
+        self.values: Array = values
+        self._kept: dict[tuple[str, str, str], Array] = {}
+
+    @property
+    def host(self) -> np.ndarray:
+        """In float64 on the host."""
+        assert self.frame is not None
+        return self.frame.to_numpy(self.values)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless it broadcasts to x of that shape, and holds numbers."""
+        own = tuple(self.values.shape)
+        own = (*[1] * (len(shape) - len(own)), *own)
+        if len(own) != len(shape) or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
+            raise ValueError(f"{self.name} has shape {tuple(self.values.shape)} for x of shape {shape}")
+        if not np.isfinite(self.host).all():
+            raise ValueError(f"{self.name} holds NaN or inf")
+
+    def like(self, x: Array, info: EditInfo) -> Array:
+        """For the info's samples, with as many axes as x."""
+        frame, samples = frame_of(x), info.samples
+        assert frame is not None
+        assert self.frame is not None
+        key = frame.name, frame.device, frame.dtype_of(x)
+        if key not in self._kept:
+            values = self.values
+            if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
+                values = values.detach().to(x)
+            else:
+                values = frame.array(self.frame.to_numpy(values), key[2])
+            self._kept[key] = values
+        own = self._kept[key]
+        own = own.reshape(*[1] * (x.ndim - own.ndim), *own.shape)  # aligned on the right, as NumPy broadcasts
+        if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
+            own = own[samples[0] : samples[0] + 1]
+        return own
+
+
+def _as_numpy(name: str, values: object) -> np.ndarray:
+    try:
+        found = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        found = np.full((), math.nan)
+    if found.ndim == 0:
+        raise TypeError(f"{name} must be an array, got {values!r:.80}")
+    return found
+
+
+class Inpaint:
+    """Keep the known part of an image, and sample the rest.
+
+        x  = mask x + (1 - mask) (alpha image + sigma z)      at the door "x"
+        x0 = mask x0 + (1 - mask) image                       at the door "x0"
+
+    The first is RePaint's (Lugmayr et al. 2022, eq. 8): the known part is noised again to the level of x after each
+    step, and is `image` itself at the end. `resampled` plans repeat steps as its Algorithm 1 does. The second is
+    ComfyUI's form, which passes both doors, every="stage", with fixed=True and start=True.
+
+    mask   1 where x is sampled, 0 where it is known; of x's shape, or what broadcasts to it. Between 0 and 1 it blends;
+           at the door "x" a blend of two noises has less noise than x should
+    image  of x's shape, or what broadcasts to it
+    fixed  one draw of z for all steps, and not a new one for each
+    start  also before the first call
+    """
+
+    def __init__(self, mask: Array, image: Array, *, fixed: bool = False, start: bool = False) -> None:
+        flag("fixed", fixed)
+        flag("start", start)
+        self.mask, self.image = _Given("mask", mask), _Given("image", image)
+        self.fixed, self.start = fixed, start
+
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        self.mask.check(shape)
+        self.image.check(shape)
+
+    def __call__(self, info: EditInfo) -> Array:
+        own = info.x if info.door == "x" else info.x0
+        mask, known = self._masked(info, own)
+        if info.door == "x":
+            known = known * info.to.alpha + info.normals(fixed=self.fixed) * info.to.sigma
+        return mask * own + (1.0 - mask) * known
+
+    def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
+        return self.mask.like(own, info), self.image.like(own, info)
+
+
+class Prefix(Inpaint):
+    """Sample a chunk of actions that begins with those of the chunk before it (Black et al. 2025, "Real-Time Execution
+    of Action Chunking Flow Policies").
+
+    The first `delay` actions will have been executed when the new chunk arrives: they are kept. The others of `actions`
+    may be revised, the more the later: their weights W fall over time, i = delay .. n - 1,
+
+        W_i = c_i (exp(c_i) - 1) / (e - 1),  c_i = (n - i) / (n - delay + 1)       (eq. 5; decay="linear": W_i = c_i)
+
+    At the door "x0" the prediction becomes W actions + (1 - W) x0. At the door "x" the kept actions alone are put back,
+    noised to the level of x. The paper's own guidance also takes the network's gradient; this does not.
+
+    actions  (B or 1, n, ...) or (n, ...): what is left of the chunk before, n at most the length of x's axis 1
+    delay    how many of them are kept, 0 .. n
+    decay    "exp", "linear", or None: a hard mask, without weights beyond `delay`
+    fixed, start  as for `Inpaint`
+    """
+
+    def __init__(
+        self, actions: Array, delay: int, *, decay: str | None = "exp", fixed: bool = False, start: bool = False
+    ) -> None:
+        one_of("decay", decay, ("exp", "linear", None))
+        flag("fixed", fixed)
+        flag("start", start)
+        self.actions, self.fixed, self.start = _Given("actions", actions), fixed, start
+        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"delay must be an int >= 0, got {delay!r}")
+        self.delay, self.decay = delay, decay
+        self._made: dict[tuple[tuple[int, ...], bool], tuple[_Given, _Given]] = {}
+
+    def weights(self, n: int, horizon: int) -> np.ndarray:
+        """W of a chunk of `horizon` actions, n of which are known; float64."""
+        i = np.arange(horizon)
+        c = np.clip((n - i) / (n - self.delay + 1), 0.0, 1.0)
+        soft = (
+            np.zeros(horizon) if self.decay is None else c if self.decay == "linear" else c * np.expm1(c) / np.expm1(1)
+        )
+        return np.where(i < self.delay, 1.0, np.where(i < n, soft, 0.0))
+
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        known = tuple(self.actions.values.shape)
+        known = (1, *known) if len(known) == len(shape) - 1 else known
+        fits = len(known) == len(shape) and known[0] in (1, shape[0])
+        if not fits or known[1] > shape[1] or known[2:] != shape[2:]:
+            raise ValueError(f"actions has shape {known} for x of shape {shape}")
+        if self.delay > known[1]:
+            raise ValueError(f"delay = {self.delay} is more than the {known[1]} actions that are known")
+        if not np.isfinite(self.actions.host).all():
+            raise ValueError("actions holds NaN or inf")
+
+    def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
+        sizes, soft = tuple(own.shape[1:]), info.door == "x0"
+        if (sizes, soft) not in self._made:
+            self._made[sizes, soft] = self._laid_out(sizes, soft)
+        mask, image = self._made[sizes, soft]
+        return mask.like(own, info), image.like(own, info)
+
+    def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
+        """The mask and the image for x of these sizes, (H, ...)."""
+        known = self.actions.host
+        known = known[None] if known.ndim == len(sizes) else known
+        n = known.shape[1]
+        w = self.weights(n, sizes[0])
+        w = w if soft else np.where(w == 1.0, 1.0, 0.0)
+        image = np.zeros((len(known), *sizes))
+        image[:, :n] = known
+        return _Given("delay", (1.0 - w).reshape(1, -1, *[1] * (len(sizes) - 1))), _Given("actions", image)
+
+
+class RigidAugment:
+    """Random rigid motions of a molecule during sampling, as the AlphaFold 3 family makes them; x is (B, atoms, 3).
+
+    At the door "x", before each call: x and the slots are centred, turned by a uniformly random rotation R and moved by
+    t ~ N(0, translation^2) (Abramson et al. 2024, Algorithms 18 and 19). The churn of the next step is in x already:
+    its mean over the atoms, which centring takes out, is drawn again, so that x is distributed as if it had been moved
+    before the noise. At the door "x0": the prediction is moved rigidly onto x (Kabsch 1976; SVD), so that the step does
+    not turn the molecule.
+
+        rigid = fewstep.edits.RigidAugment()
+        fewstep.sample(denoiser, shape=(5, atoms, 3), solver="edm", edit=rigid, edit_x0=rigid, ...)
+
+    mask         (atoms,) or (B, atoms): 1 for atoms, 0 for padding, which no mean and no alignment counts
+    translation  standard deviation of t, in the data's units
+    """
+
+    start = True
+
+    def __init__(self, mask: Array | None = None, *, translation: float = 1.0) -> None:
+        between("translation", translation, 0.0, 1e9)
+        self.translation = translation
+        self.mask: np.ndarray | None = None
+        if mask is not None:
+            self.mask = np.atleast_2d(_as_numpy("mask", _Given("mask", mask).host))
+            sums = self.mask.sum(-1)
+            if self.mask.ndim != 2 or not (self.mask >= 0.0).all() or not ((sums > 0.0) & (sums < math.inf)).all():
+                raise ValueError("mask must be (atoms,) or (B, atoms), >= 0, with an atom in every sample")
+        self._shares: dict[int, tuple[_Given, _Given]] = {}
+
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        if len(shape) != 3 or shape[2] != 3:
+            raise ValueError(f"RigidAugment takes x of shape (B, atoms, 3), got {shape}")
+        if self.mask is not None and (len(self.mask) not in (1, shape[0]) or self.mask.shape[1] != shape[1]):
+            raise ValueError(f"mask has shape {self.mask.shape} for x of shape {shape}")
+
+    def __call__(self, info: EditInfo) -> Array | None:
+        x = info.x
+        if x.shape[1] not in self._shares:
+            own = (np.ones((1, x.shape[1])) if self.mask is None else self.mask)[:, :, None]
+            own = own / own.sum(1, keepdims=True)
+            # The mean of white noise has its variance times the sum of the squared shares.
+            spread = np.sqrt((own**2).sum(1, keepdims=True))
+            self._shares[x.shape[1]] = _Given("mask", own), _Given("mask", spread)
+        return self._moved(info) if info.door == "x" else self._aligned(info)
+
+    def _moved(self, info: EditInfo) -> Array:
+        x, alpha = info.x, info.to.alpha
+        shares, spread = self._shares[x.shape[1]]
+        values = _numbers(x)
+        centre = _back((values * shares.like(values, info)).sum(1)[:, None], x)
+        drawn = info.normals(1, 10)
+        turn = _rotation(drawn[:, 0, :4])
+        moved = drawn[:, :, 4:7] * self.translation
+        for name, slot in info.slots.items():
+            share = info.shares[name]
+            slot[...] = _turned(turn, slot - centre * (share / alpha)) + moved * share
+        again = drawn[:, :, 7:] * (spread.like(drawn, info) * info.churn)
+        return _turned(turn, x - centre) + (moved * alpha + again)
+
+    def _aligned(self, info: EditInfo) -> Array | None:
+        """The x0 prediction moved rigidly onto x / alpha; None where x has no signal."""
+        if info.at.alpha == 0.0:
+            return None
+        m, x = _numbers(info.x0), _numbers(info.x) / info.at.alpha
+        lib, share = _library(m), self._shares[m.shape[1]][0].like(m, info)
+        centre, aim = (m * share).sum(1)[:, None], (x * share).sum(1)[:, None]
+        # R minimises sum_i w_i |R (m_i - centre) - (x_i - aim)|^2; det(R) = 1: no reflection.
+        covariance = ((m - centre) * share).swapaxes(1, 2) @ (x - aim)
+        u, _, vh = lib.linalg.svd(covariance)
+        v, sign = vh.swapaxes(1, 2), lib.linalg.det(u @ vh)
+        flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
+        turn = flipped @ u.swapaxes(1, 2)
+        return _back((m - centre) @ turn.swapaxes(1, 2) + aim, info.x0)
+
+
+def _library(array: Array) -> ModuleType:
+    frame = frame_of(array)
+    return frame.torch if isinstance(frame, TorchFrame) else np
+
+
+def _rotation(q: Array) -> list[list[Array]]:
+    """Uniformly random rotations from normals (B, 4): unit quaternions (Shoemake 1992). Rows of columns (B, 1)."""
+    w, a, b, c = (q[:, i : i + 1] for i in range(4))
+    s = 2.0 / (w * w + a * a + b * b + c * c)
+    return [
+        [1.0 - s * (b * b + c * c), s * (a * b - c * w), s * (a * c + b * w)],
+        [s * (a * b + c * w), 1.0 - s * (a * a + c * c), s * (b * c - a * w)],
+        [s * (a * c - b * w), s * (b * c + a * w), 1.0 - s * (a * a + b * b)],
+    ]
+
+
+def _turned(turn: list[list[Array]], x: Array) -> Array:
+    """R x for x (B, atoms, 3): sums in one order, so that every library has the same bits."""
+    parts = [x[:, :, i] for i in range(3)]
+    rows = [r[0] * parts[0] + r[1] * parts[1] + r[2] * parts[2] for r in turn]
+    lib = _library(x)
+    return np.stack(rows, -1) if lib is np else lib.stack(rows, -1)
+
+
+def _numbers(x: Array) -> Array:
+    """x in float64: in NumPy if it is on the CPU, so that both libraries have the same sums; torch with gradients."""
+    if isinstance(x, np.ndarray):
+        return x.astype(np.float64)
+    return x.double() if x.requires_grad or not x.is_cpu else x.numpy().astype(np.float64)
+
+
+def _back(values: Array, like: Array) -> Array:
+    if isinstance(like, np.ndarray):
+        return values.astype(like.dtype)
+    return _library(like).as_tensor(values).to(like)
+
+
+class Clamp:
+    """Clip to low .. high: the x0 prediction of each call at the door "x0", x itself at the door "x"."""
+
+    def __init__(self, low: float = -1.0, high: float = 1.0) -> None:
+        if not -math.inf < number(low) < number(high) < math.inf:
+            raise ValueError(f"low must be below high, and both finite, got low = {low!r}, high = {high!r}")
+        self.low, self.high = float(low), float(high)
+
+    def __call__(self, info: EditInfo) -> Array:
+        own: Array = info.x if info.door == "x" else info.x0
+        return own.clip(self.low, self.high)
+
+
+class DynamicThreshold(Quantile):
+    """Dynamic thresholding (Saharia et al. 2022, section 2.3) as an edit of the x0 prediction: clip to [-s, s] and
+    divide by s, each sample's quantile of |x0|, limited to 1 .. maximum. `Denoiser(clip=...)` does it in the kernel.
+    """
+
+    def check(self, shape: tuple[int, ...], door: str) -> None:
+        if door == "x":
+            raise ValueError("edit: DynamicThreshold is of the x0 prediction, pass it as edit_x0")
+
+    def __call__(self, info: EditInfo) -> Array:
+        m = info.x0
+        limits = naive.threshold(m, self.quantile, self.maximum)
+        bound, gain = (naive.column(limits[:, i], m) for i in range(2))
+        m = naive.where(m > bound, bound, m)
+        return naive.where(m < -bound, -bound, m) * gain
+
+
+# --- resampling ---
+
+
+def resampled(plan: Plan, times: int = 10, jump: int = 1) -> Plan:
+    """The plan with every `jump` steps made `times` times, with noise back up in between (Lugmayr et al. 2022,
+    "RePaint", Algorithm 1 with jump=1): the sampled part of an inpainting gets to agree with the known part.
+
+    The noise is in the row of the step before it, so that an edit finds x at the level where the steps begin again.
+    Steps to clean data are made once. `info.steps` counts the repeated ones.
+
+    plan   of a solver that keeps nothing from one step to the next: ddpm, ddim, euler_ancestral, heun, dpmpp_2s ...
+
+    Raises ValueError for a plan with history, churn, or a variance that the network predicts.
+    """
+    instance("plan", plan, Plan, "a Plan")
+    for name, count in (("times", times), ("jump", jump)):
+        at_least(name, count, 1)
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+    if plan.init is not None or any(stage.end or stage.variance or stage.noise != 1.0 for stage in plan.stages):
+        raise ValueError(f"plan {plan.solver!r} adds noise of its own between steps: resample one without churn")
+    steps: list[list[Stage]] = [[]]
+    for stage in plan.stages:
+        steps[-1].append(stage)
+        if stage.done:
+            steps.append([])
+    stages: list[Stage] = []
+    for first in range(0, plan.steps, jump):
+        window = [stage for step in steps[first : first + jump] for stage in step]
+        _check_alone(plan, window)
+        last, top = window[-1], window[0].at
+        repeats = times if last.to.sigma > 0.0 else 1
+        again = [*window[:-1], replace(last, rows={**last.rows, "x": _raised(last, top)}, to=top, end=last.to)]
+        stages += [*again * (repeats - 1), *window]
+    options = {**plan.options, "resampled": [times, jump]}
+    return Plan(plan.solver, plan.grid, tuple(stages), None, options, plan.noise_scale, plan.dtype)
+
+
+def _check_alone(plan: Plan, window: Sequence[Stage]) -> None:
+    """Raises ValueError if a stage reads a slot that the steps before these wrote."""
+    written = {"x", *SOURCES}
+    for stage in window:
+        read = set[str]().union(*stage.rows.values()) - written
+        if read:
+            raise ValueError(
+                f"plan {plan.solver!r} reads {', '.join(map(repr, sorted(read)))} of earlier steps, which are others "
+                "when steps are repeated: use a solver without history, such as ddpm or dpmpp_2s"
+            )
+        written |= set(stage.rows)
+
+
+def _raised(stage: Stage, top: Point) -> dict[str, float]:
+    """The stage's row for x, then noise up to `top`: one draw for both."""
+    t = stage.to
+    keep = top.alpha / t.alpha
+    row = {source: keep * c for source, c in stage.rows["x"].items()}
+    added = math.sqrt(max(0.0, (top.sigma - keep * t.sigma) * (top.sigma + keep * t.sigma)))
+    return {**row, NOISE: math.hypot(row.get(NOISE, 0.0), added)}
