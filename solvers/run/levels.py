@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import named, number, warn
+from fewstep.solvers.options import function, named, number, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls
@@ -342,6 +342,8 @@ def rolling(
     Returns an iterator of frames (B, ...). Raises ValueError or TypeError that names the argument, before the model is
     called; ValueError when the streams of the seed are used up.
     """
+    if callable(cond):
+        function("cond", cond, classes=False)
     constant = None if callable(cond) else cond
     window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, known, constant, device), _state(dtype))
     _whole("context", context, 0)
@@ -350,6 +352,7 @@ def rolling(
     noisy = window.tokens - context
     offset = -(-plan.steps // noisy) if offset is None else offset
     _whole("offset", offset, 1)
+    offset = min(offset, plan.steps)  # a frame that starts later does not change
     if offset * noisy < plan.steps:
         raise ValueError(
             f"offset = {offset}: {noisy} noisy frames, {offset} steps apart, are finished after {offset * noisy} "

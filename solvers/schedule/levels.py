@@ -91,8 +91,8 @@ def _counts(steps: int, tokens: int) -> None:
 
 
 def _count(name: str, value: object, low: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-        raise ValueError(f"{name} must be an int >= {low}, got {value!r:.80}")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= _MOST:
+        raise ValueError(f"{name} must be an int >= {low}, at most {_MOST}, got {value!r:.80}")
 
 
 def _fits(steps: int, tokens: int, lag: int, names: str) -> int:

@@ -12,7 +12,7 @@ import fewstep as fs
 from fewstep.kernels import triton_step
 
 VP, EDM = fs.VP.linear(), fs.EDM()
-SHAPE = (2, 3, 5, 7)  # tokens of 35 elements: two blocks
+SHAPE = (2, 2, 5, 7)  # tokens of 35 elements: two blocks
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +49,17 @@ def test_each_token_is_the_sample_it_would_be_alone(case: str) -> None:
     found = fs.sample_levels(denoiser, plan, SHAPE, seed=7, cond=conds[0], **common)
     sampler = fs.Sampler(denoiser, plan, (1, *SHAPE[2:]), **common)
     for i in range(2):
-        for j in range(3):
+        for j in range(2):
             torch.testing.assert_close(
                 found[i, j], sampler(seed=7, first_sample=65536 * i + j, cond=conds[1 + i])[0], rtol=0.0, atol=0.0
             )
 
 
 def test_rolling() -> None:
-    denoiser, plan = fs.Denoiser(net, EDM, "edm"), fs.plan("edm", fs.grid(EDM, 3), s_churn=40.0)
+    denoiser, plan = fs.Denoiser(net, EDM, "edm"), fs.plan("edm", fs.grid(EDM, 2), s_churn=40.0)
     common = {"backend": "triton", "device": "cpu"}
     known = torch.ones(2, 1, 5, 7)
-    frames = [*fs.rolling(denoiser, plan, (2, 3, 5, 7), known=known, context=1, frames=4, seed=7, **common)]
+    frames = [*fs.rolling(denoiser, plan, (2, 3, 5, 7), known=known, context=1, frames=3, seed=7, **common)]
     sampler = fs.Sampler(denoiser, plan, (1, *SHAPE[2:]), **common)
     for j, frame in enumerate(frames):
         for i in range(2):
@@ -69,14 +69,13 @@ def test_rolling() -> None:
 def test_latents_and_known_tokens() -> None:
     denoiser, plan = fs.Denoiser(net, VP, "v"), fs.plan("dpmpp_2m", fs.grid(VP, 3))
     x, known = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *SHAPE)).astype(np.float32))
-    schedule = fs.levels.pyramid(3, 3)
+    schedule = fs.levels.pyramid(3, 2)
     schedule[:, 1] = 3
     found = fs.sample_levels(denoiser, plan, SHAPE, schedule, x=x, known=known, backend="triton")
     sampler = fs.Sampler(denoiser, plan, (1, *SHAPE[2:]), backend="triton", device="cpu")
     for i in range(2):
         torch.testing.assert_close(found[i, 1], known[i, 1], rtol=0.0, atol=0.0)
-        for j in (0, 2):
-            torch.testing.assert_close(found[i, j], sampler(x[i, j][None])[0], rtol=0.0, atol=0.0)
+        torch.testing.assert_close(found[i, 0], sampler(x[i, 0][None])[0], rtol=0.0, atol=0.0)
 
 
 def test_reductions_are_refused() -> None:
