@@ -15,6 +15,8 @@ from typing import Any
 
 from griffe import Extension, Object
 
+import fewstep
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # The reference is read from the sources, which setup.py maps to one package: here they are copied to its layout.
@@ -51,7 +53,7 @@ class AlignedLists(Extension):
             obj.docstring.value = as_markdown(obj.docstring.value)
 
 
-ITEM = re.compile(r"^(?P<names>\S.{0,38}?\S|\S) {2,}(?P<meaning>\S.*)$")
+ITEM = re.compile(r"^(?P<names>\S.{0,38}?\S|\S) {2,}(?P<meaning>[^#\s].*)$")
 
 
 def as_markdown(docstring: str) -> str:
@@ -67,7 +69,20 @@ def _paragraph(text: str) -> str:
         return _table(items)
     if indent:
         return f"```python\n{textwrap.dedent(text)}\n```"
-    return text
+    return _linked(text)
+
+
+# `Sampler`, `fewstep.plan` and `list_solvers()` are public names; a bare `plan` is mostly an argument.
+MENTION = re.compile(r"(?<!`)`(fewstep\.)?(\w+)(\(\))?`(?!`)")
+
+
+def _linked(text: str) -> str:
+    def link(found: re.Match[str]) -> str:
+        whole, (prefix, name, call) = found[0], found.groups()
+        known = name in fewstep.__all__ and (prefix or call or not name.islower() or "_" in name)
+        return f"[{whole}][fewstep.{name}]" if known else whole
+
+    return MENTION.sub(link, text)
 
 
 def _table(lines: list[str]) -> str:
@@ -77,6 +92,10 @@ def _table(lines: list[str]) -> str:
             rows.append([found["names"], found["meaning"]])
         else:
             rows[-1][1] += " " + line.strip()
-    cells = [(", ".join(f"`{name}`" for name in names.split(", ")), meaning) for names, meaning in rows]
-    body = [f"| {names} | {meaning} |".replace(r"\|", "|") for names, meaning in cells]
-    return "\n".join(["| | |", "|---|---|", *body])
+    body = [f"| {names} | {meaning} |" for names, meaning in map(_row, rows)]
+    return _linked("\n".join(["| name | meaning |", "|---|---|", *body]))
+
+
+def _row(row: list[str]) -> tuple[str, str]:
+    names, meaning = (text.replace("|", r"\|") for text in row)
+    return ", ".join(f"`{name}`" for name in names.split(", ")), meaning
