@@ -10,8 +10,10 @@ import numpy as np
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 import fewstep as fs
+from fewstep.solvers.schedule.process import Process
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "concepts"
 BLUE, ORANGE, GREEN, GREY = "#2c6fbb", "#d9822b", "#2f8f5b", "0.55"
@@ -31,7 +33,7 @@ def stage() -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 4.6))
     data = problem.draw(1500, seed=0)
-    axes.scatter(*data.T, s=3, color="0.8", linewidths=0, label="data", zorder=0)
+    axes.scatter(data[:, 0], data[:, 1], s=3, color="0.8", linewidths=0, label="data", zorder=0)
     for k, (start, mean, after) in enumerate(zip(states, means, states[1:], strict=False)):
         axes.plot(*np.transpose([start, mean]), "--", color=ORANGE, lw=0.9, zorder=1)
         axes.annotate(
@@ -53,7 +55,7 @@ def stage() -> None:
 
 def processes() -> None:
     """alpha and sigma of the four processes over their own time, at the points of a grid of ten steps."""
-    kinds = [
+    kinds: list[tuple[str, Process, str]] = [
         ("VP (DDPM, Stable Diffusion)", fs.VP.linear(), "t"),
         ("Flow (SD3, Flux)", fs.Flow(), "t"),
         ("EDM, VE", fs.EDM(), "t = sigma"),
@@ -137,7 +139,7 @@ def show(axes: Axes, image: np.ndarray, seed: int) -> None:
         spine.set(color=ORANGE if chosen else "0.8", linewidth=2.5 if chosen else 0.8)
 
 
-def save(figure: plt.Figure, name: str) -> None:
+def save(figure: Figure, name: str) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     figure.savefig(OUT / name, dpi=110)
     plt.close(figure)
