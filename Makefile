@@ -77,7 +77,8 @@ tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tu
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
 docs: setup      ## the documentation as a site, in build/site; a broken link or a page without a place in the menu is an error
-	$(BIN)/python -m mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	@echo build/site/index.html
 
 concept-plots: setup  ## draw the pictures of docs/concepts
 	$(BIN)/python -m reports.concepts

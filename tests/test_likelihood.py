@@ -421,7 +421,6 @@ def test_an_endless_run_ends():
 
 
 def test_the_code_of_the_page_runs():
-    space = {"fs": fs, "np": np, "torch": torch}
-    run_page("docs/likelihood.md", space)
+    space = run_page("docs/likelihood.md")
     assert space["result"].log_prob.shape == (8,)
     assert np.all(np.abs(space["estimate"].log_prob - space["result"].log_prob) < 6 * space["estimate"].error + 0.1)

@@ -83,6 +83,7 @@ def test_other_tests_run_every_block(page: str) -> None:
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")  # of libraries on the page
 def test_the_code_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     run_page(page, SETUPS[page]() if page in SETUPS else {})
 
 
@@ -101,6 +102,17 @@ def test_every_fence_is_one_that_the_tests_see() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     text = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
     assert set(re.findall(r"^::: fewstep\.(\w+)", text, re.MULTILINE)) >= set(fs.__all__) - {"__version__"}
+
+
+def test_the_names_in_the_tables_of_other_libraries_exist() -> None:
+    from fewstep.solvers.families.tableaux import TABLEAUX
+
+    text = (DOCS / "coming-from.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[2] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r'"(\w+)"', cell)}
+    assert {"unipc", "karras", "rk4_38", "v"} <= named
+    known = {*fs.list_solvers(), *fs.list_spacings(), *TABLEAUX, "epsilon", "v", "flow", "edm", "sd15", "sdxl", "svd"}
+    assert named <= known | {"dormand_prince", "encoder_hidden_states", "cond", "class_labels", "comfyui"}
 
 
 @pytest.mark.slow

@@ -338,8 +338,7 @@ def test_the_command_line_writes_labels_and_refuses_one_file_for_many(tmp_path, 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    space = {"fs": fs, "np": np}
-    run_page("docs/sharded.md", space)
+    space = run_page("docs/sharded.md")
     assert space["points"].shape == (1000, 2)
     assert capsys.readouterr().out.splitlines()[-1] == "process 2: 5 files made, 0 left to the others"
     assert contents(tmp_path / "samples") == contents(tmp_path / "by-three")

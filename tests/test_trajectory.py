@@ -251,7 +251,6 @@ def test_arguments_are_checked_before_the_model_is_called(change, error, text):
 
 def test_the_page_runs_and_learns():
     """docs/policies.md: a toy policy moves its samples to the target."""
-    space = {"fs": fs, "torch": torch}
-    run_page("docs/policies.md", space)
+    space = run_page("docs/policies.md")
     assert space["path"].log_prob.shape == (64, 8)
     assert space["rewards"][-1] > 0.5 * space["rewards"][0]
