@@ -53,7 +53,7 @@ class AlignedLists(Extension):
             obj.docstring.value = as_markdown(obj.docstring.value)
 
 
-ITEM = re.compile(r"^(?P<names>\S.{0,38}?\S|\S) {2,}(?P<meaning>[^#\s].*)$")
+ITEM = re.compile(r"^(?P<names>\S.{0,38}?\S|\S) {2,}(?P<meaning>\S.*)$")
 
 
 def as_markdown(docstring: str) -> str:
@@ -63,12 +63,10 @@ def as_markdown(docstring: str) -> str:
 
 def _paragraph(text: str) -> str:
     lines = text.splitlines()
-    indent = min(len(line) - len(line.lstrip()) for line in lines)
-    items = [line[indent:] for line in lines]
-    if ITEM.match(items[0]) and all(line.startswith(" ") or ITEM.match(line) for line in items):
-        return _table(items)
-    if indent:
+    if all(line.startswith("    ") for line in lines):
         return f"```python\n{textwrap.dedent(text)}\n```"
+    if ITEM.match(lines[0]) and all(line.startswith(" ") or ITEM.match(line) for line in lines):
+        return _table(lines)
     return _linked(text)
 
 
