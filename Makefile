@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report docs concept-plots clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -85,6 +85,13 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
+
+docs: setup      ## the documentation as a site, in build/site; a broken link or a page without a place in the menu is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
+	@echo build/site/index.html
+
+concept-plots: setup  ## draw the pictures of docs/concepts
+	$(BIN)/python -m reports.concepts
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

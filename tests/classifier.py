@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 
@@ -43,7 +43,7 @@ def guided_and_exact(backend: str) -> tuple[torch.Tensor, torch.Tensor]:
         "torch": torch, "fs": fs, "process": process, "network": network, "log_probability": log_probability,
         "plan": plan, "shape": SHAPE, "backend": backend, "latent": latent, "label": LABEL,
     }  # fmt: skip
-    exec(blocks("frameworks.md")["classifier"], names)
+    run_page("docs/frameworks.md", names, "classifier")
     share = 1.0 / (1.0 + TAU**2)
     posterior = fs.problems.Gaussian(share * LABEL, TAU * math.sqrt(share))
     exact = fs.Sampler(posterior.denoiser(process), plan, SHAPE, dtype="float64")(latent.double().numpy())

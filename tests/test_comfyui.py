@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from pages import blocks
+from pages import run_page
 
 from fewstep.bindings import comfyui, k_diffusion
 from fewstep.bindings.comfyui import nodes
@@ -227,14 +227,12 @@ def test_outside_comfyui_only_making_a_sampler_fails(monkeypatch):
 
 def test_the_page(monkeypatch):
     """docs/comfyui.md; its `before` block uses the fake's sampler."""
-    page = blocks("comfyui.md")
     built_in = KSAMPLER(lambda *args, **options: k_diffusion.sample_dpmpp_2m(*args, **options))
     monkeypatch.setattr(sys.modules["comfy.samplers"], "sampler_object", lambda name: built_in, raising=False)
     sys.modules["comfy"].samplers = sys.modules["comfy.samplers"]
-    before, after, install = {}, {}, {}
-    exec(page["before"], before)
-    exec(page["after"], after)
-    exec(page["install"], install)
+    before = run_page("docs/comfyui.md", {}, "before")
+    after = run_page("docs/comfyui.md", {}, "after")
+    install = run_page("docs/comfyui.md", {}, "install")
     assert install["NODE_CLASS_MAPPINGS"] is comfyui.NODE_CLASS_MAPPINGS
     assert torch.equal(run(after["sampler"])[0], run(before["sampler"])[0])
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import sys
 from typing import Any
 
 import diffusers
@@ -11,18 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers_pipelines import CASES
+from pages import DOCS, run_page
 
 from fewstep.bindings.diffusers import SCHEDULERS
 from fewstep.bindings.diffusers.corrections import CORRECTED
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-def block(page: str, name: str) -> str:
-    (code,) = re.findall(rf"<!-- {name} -->\n```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
-    return str(code)
 
 
 def pipeline() -> dict[str, Any]:
@@ -34,30 +27,26 @@ def pipeline() -> dict[str, Any]:
 
 def test_before_and_after(capsys: pytest.CaptureFixture[str]) -> None:
     names = pipeline()
-    images = []
-    for part in ("before", "after"):
-        names["arguments"]["generator"] = torch.Generator().manual_seed(0)
-        exec(block("diffusers.md", part), names)
-        images.append(names["image"])
+    names["arguments"]["generator"] = torch.Generator().manual_seed(0)
+    before = run_page("docs/diffusers.md", names, "before")["image"]
+    names["arguments"]["generator"] = torch.Generator().manual_seed(0)
+    after = run_page("docs/diffusers.md", names, "after")["image"]
     assert capsys.readouterr().out == "scheduler: UniPCMultistepScheduler runs fused\n"
-    np.testing.assert_allclose(images[1], images[0], atol=2e-3)
+    np.testing.assert_allclose(after, before, atol=2e-3)
 
 
-def test_a_loop_of_ones_own() -> None:
-    theirs = block("diffusers.md", "loop").replace("fewstep.bindings.diffusers", "diffusers")
-    ends = []
-    for code in (block("diffusers.md", "loop"), theirs):
-        x = torch.ones(1, 4, 8, 8)
-        names = {"config": diffusers.DDIMScheduler().config, "x": x, "unet": lambda x, t: torch.tanh(x)}
-        exec(code, names)
-        ends.append(names["x"])
-    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+def test_a_loop_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"config": diffusers.DDIMScheduler().config, "unet": lambda x, t: torch.tanh(x)}
+    ours = run_page("docs/diffusers.md", names | {"x": torch.ones(1, 4, 8, 8)}, "loop")["x"]
+    monkeypatch.setitem(sys.modules, "fewstep.bindings.diffusers", diffusers)
+    theirs = run_page("docs/diffusers.md", names | {"x": torch.ones(1, 4, 8, 8)}, "loop")["x"]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_the_audit() -> None:
     names = pipeline()
     names["arguments"]["num_inference_steps"] = 3
-    exec(block("audit.md", "audit"), names)
+    run_page("docs/audit.md", names)
     assert names["report"].steps == 3
 
 

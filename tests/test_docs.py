@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from pages import run_page
 
 import fewstep as fs
 
@@ -12,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+def shell_blocks():
+    return re.findall(r"^```sh\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +27,7 @@ def generator():
 
 def test_the_code_of_the_readme_runs(capsys):
     pytest.importorskip("torch").manual_seed(0)  # one random network in forty makes its samples grow, with a warning
-    space = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), space)
+    space = run_page("README.md")
     assert space["images"].shape == (8, 3, 32, 32)
     assert "unipc: 10 steps, 10 denoiser calls" in capsys.readouterr().out
 
@@ -40,7 +39,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     from fewstep.cli import main
 
     monkeypatch.chdir(tmp_path)
-    lines = [line.partition("#")[0].split() for block in blocks("sh") for line in block.splitlines()]
+    lines = [line.partition("#")[0].split() for block in shell_blocks() for line in block.splitlines()]
     commands = [words[1:] for words in lines if words[:1] == ["fewstep"]]
     assert {"sample", "compare", "bench", "recommend", "solvers", "doctor"} <= {words[0] for words in commands}
     for words in commands:

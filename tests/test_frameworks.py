@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 from fewstep.solvers.run import dlpack
@@ -308,8 +308,7 @@ class TestJax:
         """docs/frameworks.md"""
         import jax
 
-        page, names = blocks("frameworks.md"), {}
-        exec(page["before"] + page["after"], names)
+        names = run_page("docs/frameworks.md", {}, "needs-jax")
         assert isinstance(names["sample"], jax.Array)
         np.testing.assert_allclose(np.asarray(names["sample"]), np.asarray(names["by_hand"]), rtol=1e-3, atol=1e-3)
         assert isinstance(names["drawn"], jax.Array)
@@ -318,8 +317,7 @@ class TestJax:
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's, from its own pytree
 def test_the_page_on_torch():
     torch = pytest.importorskip("torch")
-    names = {}
-    exec(blocks("frameworks.md")["torch"], names)
+    names = run_page("docs/frameworks.md", {}, "torch")
     with torch.no_grad():
         torch.testing.assert_close(names["program"].module()(names["x"]), names["images"], rtol=1e-4, atol=1e-4)
 

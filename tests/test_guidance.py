@@ -9,7 +9,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 import torch
 from oracles import guidance as released
 from oracles.rows import run_plan
+from pages import DOCS, run_page
 from test_program import loose
 
 import fewstep as fs
@@ -615,10 +615,8 @@ def test_the_command_line_counts_evaluations() -> None:
 
 def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     """docs/guidance.md"""
-    page = (Path(__file__).resolve().parent.parent / "docs" / "guidance.md").read_text(encoding="utf-8")
-    space: dict[str, Any] = {}
-    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
-        exec(compile(code, "guidance.md", "exec"), space)
+    page = (DOCS / "guidance.md").read_text(encoding="utf-8")
+    space = run_page("docs/guidance.md")
     assert np.isfinite(space["images"]).all()
     (told,) = re.findall(r"^```text\n(.*?)\n```$", page, re.DOTALL | re.MULTILINE)
     assert capsys.readouterr().out.splitlines()[-1] == told

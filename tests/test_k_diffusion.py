@@ -14,7 +14,7 @@ import pytest
 import torch
 from oracles import adams, first_order, multistep, runge_kutta, singlestep
 from oracles import adaptive as adaptive_oracle
-from pages import blocks
+from pages import run_page
 from scipy import integrate
 
 import fewstep as fs
@@ -645,14 +645,11 @@ def test_the_page_gives_the_same_image(monkeypatch):
         "model": lambda x, sigma, cond: Model()(x, sigma, cond), "cond": 0.8, "preview": seen.append,
         "noise": latent([1.0]), "sigmas": torch.tensor([*SIGMAS, 0.0], dtype=torch.float64),
     }  # fmt: skip
-    page = blocks("k-diffusion.md")
-    before, after = dict(names), dict(names)
-    exec(page["before"], before)
-    first, rest = page["after"].split("from fewstep.bindings.k_diffusion import KernelNoise")
-    exec(first, after)
+    before = run_page("docs/k-diffusion.md", dict(names), "before")
+    after = run_page("docs/k-diffusion.md", dict(names), "after")
     torch.testing.assert_close(after["x"], before["x"], rtol=1e-10, atol=1e-10)
     assert len(seen) == len(SIGMAS)
-    exec("from fewstep.bindings.k_diffusion import KernelNoise" + rest, after)
+    run_page("docs/k-diffusion.md", after, "noise")
     assert not torch.equal(after["a"], after["b"])
 
 

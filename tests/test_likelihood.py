@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 from fewstep.kernels import philox
@@ -421,9 +421,6 @@ def test_an_endless_run_ends():
 
 
 def test_the_code_of_the_page_runs():
-    space = {"fs": fs, "np": np, "torch": torch}
-    page = blocks("likelihood.md")
-    exec(page[""], space)
+    space = run_page("docs/likelihood.md")
     assert space["result"].log_prob.shape == (8,)
-    exec(page["estimates"], space)
     assert np.all(np.abs(space["estimate"].log_prob - space["result"].log_prob) < 6 * space["estimate"].error + 0.1)

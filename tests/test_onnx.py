@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx", reason="needs the extra fewstep[onnx]")
 pytest.importorskip("onnxruntime", reason="needs the extra fewstep[onnx]")
 
 from onnx import TensorProto, helper  # noqa: E402
-from pages import blocks  # noqa: E402
+from pages import run_page  # noqa: E402
 
 from fewstep.bindings.onnx import OnnxModel  # noqa: E402
 
@@ -190,7 +190,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("onnx") / "digits.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's warning about its other exporter, which needs another package
-        exec(blocks("onnx.md")["export"], {"path": path})  # the code of the page
+        run_page("docs/onnx.md", {"path": path}, "export")
     assert torch is not None
     return path
 
@@ -271,8 +271,6 @@ def test_the_page_gives_the_same_image(digits):
     grid = fs.grid(VP, 6, "logsnr")
     noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
     names = {"path": str(digits), "grid": grid, "noise": noise, "labels": np.array([0, 1, 2, 3])}
-    page = blocks("onnx.md")
-    exec(page["before"], names)
-    exec(page["after"], names)
+    run_page("docs/onnx.md", names, "before", "after")
     np.testing.assert_allclose(names["images"], names["by_hand"], atol=1e-4)
     assert np.abs(names["images"]).max() > 0.9

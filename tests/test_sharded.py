@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 from fewstep.cli import main
@@ -338,12 +338,8 @@ def test_the_command_line_writes_labels_and_refuses_one_file_for_many(tmp_path, 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    space = {"fs": fs, "np": np}
-    page = blocks("sharded.md")
-    exec(page[""], space)
+    space = run_page("docs/sharded.md")
     assert space["points"].shape == (1000, 2)
-    exec(page["processes"], space)
     assert capsys.readouterr().out.splitlines()[-1] == "process 2: 5 files made, 0 left to the others"
     assert contents(tmp_path / "samples") == contents(tmp_path / "by-three")
-    exec(page["conditions"], space)
     assert joined(space["shards"]).shape == (100, 2)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 
@@ -251,9 +251,6 @@ def test_arguments_are_checked_before_the_model_is_called(change, error, text):
 
 def test_the_page_runs_and_learns():
     """docs/policies.md: a toy policy moves its samples to the target."""
-    space = {"fs": fs, "torch": torch}
-    page = blocks("policies.md")
-    exec(page[""], space)
+    space = run_page("docs/policies.md")
     assert space["path"].log_prob.shape == (64, 8)
-    exec(page["grpo"], space)
     assert space["rewards"][-1] > 0.5 * space["rewards"][0]
