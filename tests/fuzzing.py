@@ -434,8 +434,8 @@ if importlib.util.find_spec("torch") is not None:
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
-    "Point AdaptiveResult Likelihood LogProb Rollout Sampled Shards StepInfo EditInfo": "records that the package fills",
-    "Measured Recommendation PlanRange": "records that the package fills",
+    "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
+    "Measured Recommendation PlanRange Sampled": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",
