@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.plans.stages import Start as Start
     from fewstep.solvers.run.adaptive import AdaptiveResult as AdaptiveResult
     from fewstep.solvers.run.adaptive import sample_adaptive as sample_adaptive
+    from fewstep.solvers.run.draws import Sampled as Sampled
     from fewstep.solvers.run.edits import EditInfo as EditInfo
     from fewstep.solvers.run.latents import slerp as slerp
     from fewstep.solvers.run.levels import rolling as rolling
@@ -88,6 +89,7 @@ _MODULES = {
     "solvers.plans.stages": "PlanError Stage Start",
     "solvers.plans.registry": "list_solvers plan solver",
     "solvers.run.adaptive": "AdaptiveResult sample_adaptive",
+    "solvers.run.draws": "Sampled",
     "solvers.run.edits": "EditInfo",
     "solvers.run.latents": "slerp",
     "solvers.run.levels": "rolling sample_levels",

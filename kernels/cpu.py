@@ -134,6 +134,12 @@ _ERROR_NORM = Kernel(
     interpreted.error_norm,
     *(f"void({', '.join([f'{s}[:,::1]'] * 3)}, float64, float64, float64[::1])" for s in ("float32", "float64")),
 )
+_SQUARE_SUMS = Kernel(
+    "numba_reduce",
+    "square_sums",
+    interpreted.square_sums,
+    "void(uint32[:,::1], int64[::1], int64, int64, float64[:,::1])",
+)
 _MATRIX, _VECTOR, _CUBE = "float64[:,::1]", "float64[::1]", "float64[:,:,::1]"
 PROPOSE = Kernel(
     "numba_attempts",
@@ -153,7 +159,7 @@ ROWS = Kernel(
     ),
 )
 ATTEMPTS = (PROPOSE, CONTROL, ROWS)
-KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, *ATTEMPTS)
+KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, _SQUARE_SUMS, *ATTEMPTS)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -251,6 +257,17 @@ def error_norm(
     """`naive.error_norm` of each sample in out (B,) float64, of C-contiguous (B, n) of the state's dtype."""
     _ERROR_NORM.request(error.size)
     _ERROR_NORM.run(error, low, before, float(rtol), float(atol), out)
+
+
+def square_sums(streams: np.ndarray, draws: Sequence[int], n: int, domain: int) -> np.ndarray:
+    """(B, K) float64: the sum of the squares of the n normals of each sample's draws, of which no array is kept.
+
+    streams  (B, 3) uint32, rows (seed low, seed high, sample)
+    """
+    out, numbers = np.empty((len(streams), len(draws))), np.array(draws, np.int64)
+    _SQUARE_SUMS.request(out.size * n)
+    _SQUARE_SUMS.run(np.ascontiguousarray(streams, np.uint32), numbers, n, domain, out)
+    return out
 
 
 def _addresses(raws: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -136,7 +136,7 @@ def _outputs(raws: np.ndarray, kinds: np.ndarray, samples: int, n: int) -> list[
     ]
 
 
-LANES = 512  # in which the sums of a blend are split, a power of two; its blocks of that size stay in L1
+LANES = 512  # in which sums over a sample are split, a power of two; its blocks of that size stay in L1
 
 
 def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
@@ -157,7 +157,7 @@ def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
                         mix += c * value[b]
             u, v = mixes - mixes[:, :1]
             first_a, first_c = mixes[:, 0]
-            s = np.array([_lane_sum(part) for part in (u, v, u * u, u * v, v * v)])
+            s = np.array([lane_sum(part) for part in (u, v, u * u, u * v, v * v)])
             spread_a, spread_c = s[2] - s[0] * s[0] / n, s[4] - s[1] * s[1] / n
             norm = np.sqrt(s[2] + 2.0 * first_a * s[0] + n * first_a * first_a)
             product = s[3] + first_a * s[1] + first_c * s[0] + n * first_a * first_c
@@ -173,7 +173,7 @@ def blend(memory: np.ndarray, blends: np.ndarray, p: np.ndarray) -> None:
             p[b] = fixed + f * (scaled + q * projected)
 
 
-def _lane_sum(values: np.ndarray) -> np.float64:
+def lane_sum(values: np.ndarray) -> np.float64:
     """The sum of a row in the compiled order: element i into lane i mod LANES, then halves of the lanes."""
     rows = np.zeros((-(-len(values) // LANES) + 1, LANES))  # the first row is the sums' start
     rows[1:].reshape(-1)[: len(values)] = values
@@ -182,6 +182,13 @@ def _lane_sum(values: np.ndarray) -> np.float64:
         lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
     total: np.float64 = lanes[0]
     return total
+
+
+def square_sums(streams: np.ndarray, draws: np.ndarray, n: int, domain: int, out: np.ndarray) -> None:
+    for k, draw in enumerate(draws.tolist()):
+        for b in range(len(streams)):
+            (z,) = philox.normal_rows(n, streams[b : b + 1], draw, domain)
+            out[b, k] = lane_sum(z.astype(np.float64) ** 2)
 
 
 def magnitudes(

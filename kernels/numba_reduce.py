@@ -1,8 +1,8 @@
 """Per-sample reductions on the CPU: the numbers of a whole sample that a stage needs before it can map elements.
 
 Bytes per element: each input once at its own size; magnitudes write the state's size, a blend and an error norm a few
-numbers per sample. Sums are in float64 in an order that depends on a sample's size alone, so its numbers do not depend
-on the batch.
+numbers per sample; square sums read and write none, because their noise stays in L1. Sums are in float64 in an order
+that depends on a sample's size alone, so its numbers do not depend on the batch.
 
 Network outputs come as addresses and positions in `launch.KINDS`, so that all their dtypes share one compiled function.
 """
@@ -15,6 +15,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.interpreted import LANES
 from fewstep.kernels.numba_bits import jit
+from fewstep.kernels.numba_noise import CHUNK, PADDING, fill_blocks
 from fewstep.kernels.numba_step import combine, load, prediction_terms
 
 _SLOTS, _RAWS = layout.SLOTS, layout.RAWS
@@ -157,3 +158,45 @@ def error_norm(error, low, before, rtol, atol, out):
                 delta = max(atol, rtol * max(abs(np.float64(low[b, i])), abs(np.float64(before[b, i]))))
                 total += (e / delta) ** 2 if delta != 0.0 else np.inf
         out[b] = np.sqrt(total / n)
+
+
+@jit()
+def square_sums(streams, draws, n, domain, out):
+    """out[b, k] = the sum of the squares of the n normals of sample b, draw draws[k].
+
+    streams  (B, 3) uint32, rows (seed low, seed high, sample)
+    draws    (K,) int64
+    out      (B, K) float64, overwritten
+    """
+    z, sums = np.empty(min(CHUNK, n) + PADDING, np.float32), np.empty(LANES)
+    used = LANES  # the lanes beyond are 0 in a small sample
+    while used // 2 >= n and used > 1:
+        used //= 2
+    for b in range(len(streams)):
+        for k in range(len(draws)):
+            sums[:used] = 0.0
+            for lo in range(0, n, CHUNK):
+                m = min(CHUNK, n - lo)
+                fill_blocks(
+                    z,
+                    (m + 3) // 4,
+                    lo,
+                    streams[b, 0],
+                    streams[b, 1],
+                    streams[b, 2],
+                    np.uint32(draws[k]),
+                    np.uint32(domain),
+                )
+                for at in range(0, m, LANES):
+                    _add_squares(z[at : at + LANES], min(LANES, m - at), sums)
+            width = used
+            while width > 1:
+                width //= 2
+                _fold(sums[:width], sums[width : 2 * width])
+            out[b, k] = sums[0]
+
+
+@jit()
+def _add_squares(z, m, sums):
+    for i in range(m):
+        sums[i] += np.float64(z[i]) * np.float64(z[i])  # a product of two floats is exact in float64

@@ -346,6 +346,8 @@ target("log_likelihood", likelihood, {"denoiser": DENOISER, "x": LATENT, "device
 POLICY = fs.plan("flow_cps", GRID)
 target("rollout", fs.rollout, {"denoiser": DENOISER, "plan": POLICY, "shape": (2, 3), "seed": 0, "backend": "naive"},
        lambda r: is_sample(r.x), of=fs.rollout, **_RUN)  # fmt: skip
+target("sample/log_prob", sample, {**_CALL, "shape": (2, 3), "solver": "flow_cps", "log_prob": True},
+       lambda r: is_sample(r if hasattr(r, "shape") else r.x), of=fs.sample, **_RUN)  # fmt: skip
 target("log_prob", fs.log_prob, {"denoiser": DENOISER, "plan": POLICY, "states": [LATENT] * 4},
        lambda r: finite(r.log_prob), states="states", **_RUN)  # fmt: skip
 target("MixedRun", mixed, {"denoiser": DENOISER, "plans": [PLAN], "shape": (2, 3), "backend": "naive"}, is_row,
@@ -463,7 +465,7 @@ if importlib.util.find_spec("torch") is not None:
 WITHOUT = {
     "__version__ problems": "no callables",
     "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
-    "Measured Recommendation PlanRange": "records that the package fills",
+    "Measured Recommendation PlanRange Sampled": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",

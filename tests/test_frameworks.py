@@ -221,6 +221,15 @@ def test_what_cannot_be_exchanged_is_said(call, error, message):
         call()
 
 
+def test_log_probabilities_come_with_an_array_of_the_library():
+    sampler = fs.Sampler(fs.Denoiser(InLibrary(ToyModel(), toy), VP), fs.plan("ddpm", fs.grid(VP, 3)), SHAPE)
+    found, back = sampler(seed=1, log_prob=True), Toy(np.zeros(SHAPE, np.float32))
+    assert type(found.x) is Toy
+    np.testing.assert_array_equal(found.x.values, sampler(seed=1).values)
+    assert sampler(seed=1, log_prob=True, out=back).x is back
+    np.testing.assert_array_equal(back.values, found.x.values)
+
+
 def test_an_immutable_output_is_refused():
     model = ToyModel()
     sampler = fs.Sampler(fs.Denoiser(InLibrary(model, toy), VP), fs.plan("ddim", fs.grid(VP, 2)), SHAPE)

@@ -451,8 +451,11 @@ def test_the_loop_never_waits_for_the_gpu(mode: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         made(seed=1, out=out)
+        drawn = made(seed=1, out=out, log_prob=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    want = sampler(device="cpu", backend="naive")(seed=1, log_prob=True)
+    assert drawn.log_prob.tobytes() == want.log_prob.tobytes()
 
 
 @pytest.mark.parametrize("mode", ["step", "loop"])

@@ -46,7 +46,7 @@ print(json.dumps({"found": found, "torch": torch, "file": fs.__file__}))
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that no stale build folder is used."""
     source = tmp_path_factory.mktemp("source")
-    for folder in (*FOLDERS, "reports"):
+    for folder in (*FOLDERS, "reports", "examples"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -100,7 +100,7 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         for source in (ROOT / folder).rglob("*.py"):
             inner = source.relative_to(ROOT / folder).as_posix()
             assert f"{package.get(folder, f'fewstep/{folder}')}/{inner}" in names
-    # Nothing of the layout of the repository, no tests and no reports.
+    # Nothing of the layout of the repository, no tests, no reports and no examples.
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fewstep"}
     assert any("/licenses/LICENSE" in name for name in names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import fewstep as fs
+from fewstep.solvers.cache import Cache
 from fewstep.solvers.plans import registry
 from fewstep.solvers.run import one_call
 from fewstep.solvers.run.one_call import PLANS, SAMPLERS
@@ -361,6 +364,41 @@ def test_nothing_outlives_its_denoiser() -> None:
             assert [each() for each in (dropped, *memory)] == [None] * 4
     finally:
         gc.enable()
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_denoiser_may_outlive_the_modules_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When Python shuts down, names of modules are None before the last denoisers are freed."""
+    denoiser = fs.Denoiser(model, VP)
+    fs.sample(denoiser, shape=SHAPE, steps=2, seed=0)
+    cache = SAMPLERS
+    for module in (one_call, sys.modules[Cache.__module__]):
+        for name in [name for name in vars(module) if not name.startswith("__")]:
+            monkeypatch.setitem(vars(module), name, None)
+    del denoiser
+    gc.collect()
+    assert (len(cache), cache.bytes) == (0, 0)
+
+
+def test_a_program_that_keeps_its_denoisers_ends_in_silence() -> None:
+    """In places that Python frees early and late, of networks of both libraries."""
+    code = """
+import json, sys
+import numpy as np
+import fewstep as fs, torch
+from fewstep.solvers.run.one_call import SAMPLERS
+class Network(torch.nn.Module):
+    def forward(self, x, t): return 0.5 * x
+def made(): return [fs.Denoiser(model, fs.Flow(), "flow") for model in (lambda x, t: 0.5 * x, Network().eval())]
+here, np.kept, json.kept, sys.kept, fs.kept = (made() for _ in range(5))
+cycle = made(); cycle.append(cycle); kept = [SAMPLERS, cycle]; np.cache = SAMPLERS
+for denoiser in [*here, *np.kept, *json.kept, *sys.kept, *fs.kept, *cycle[:2]]:
+    fs.sample(denoiser, shape=(2, 3), steps=3, seed=0)
+del cycle
+assert len(SAMPLERS) == 12
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_replaced_network_is_not_kept() -> None:

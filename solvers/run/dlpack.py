@@ -150,9 +150,9 @@ def any_library(call: F) -> F:
         if out is not None:
             options["out"] = _output(outside, out)
         result = call(first, x, **options)
-        if out is not None:
-            return out
-        return result._replace(x=outside.give(result.x)) if hasattr(result, "_replace") else outside.give(result)
+        named = hasattr(result, "_replace")  # with other fields than x
+        x = out if out is not None else outside.give(result.x if named else result)
+        return result._replace(x=x) if named else x
 
     return cast(F, wrapped)
 

@@ -131,6 +131,9 @@ def sample(
     every: str = "step",
     progress: bool = False,
     callback: Callable[[StepInfo], None] | None = None,
+    log_prob: bool = False,
+    reduce: str = "sum",
+    unnormalised: bool = False,
     **solver_options: Any,
 ) -> Array:
     """Draw samples in one call.
@@ -142,6 +145,7 @@ def sample(
     steps, spacing  the grid on the denoiser's process, unless `grid` is given; the solver's default spacing if None
     start     skip this fraction of the steps, rounded down: 1 - k / steps runs k steps; x is then at the later point
     strength  instead of `start`: run this fraction of the steps, int(steps * strength), as diffusers does
+    log_prob  return a `Sampled`, x with the log-probability of each step's draw, for a stochastic solver
 
     The other arguments are those of `Sampler` and its call. On a CPU the plan and the sampler are kept for later calls
     with the same arguments, at most until the denoiser is freed.
@@ -198,7 +202,7 @@ def sample(
     try:
         return sampler(
             x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, edit=edit, edit_x0=edit_x0, every=every,
-            callback=callback, progress=progress,
+            callback=callback, progress=progress, log_prob=log_prob, reduce=reduce, unnormalised=unnormalised,
         )  # fmt: skip
     finally:
         if sampler.nbytes != held:  # calls at once leave it more memory

@@ -25,6 +25,7 @@ from fewstep.solvers.run.compiled import HALVES, WATCHED, Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
+from fewstep.solvers.run.draws import Draws
 from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.engine import NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
@@ -226,6 +227,9 @@ class Sampler:
         callback: Callable[[StepInfo], None] | None = None,
         progress: bool = False,
         out: Array | None = None,
+        log_prob: bool = False,
+        reduce: str = "sum",
+        unnormalised: bool = False,
     ) -> Array:
         """Draw one batch of samples: an array like x in type and dtype, else one of the model's library.
 
@@ -242,6 +246,9 @@ class Sampler:
         callback  called with a `StepInfo` after each step; may raise to stop
         progress  show a progress bar
         out       an array for the result, of x's or the model's library; it is returned
+        log_prob  return a `Sampled`: x, the log-probability of each step's draw, and which steps draw. For stochastic
+                  plans, as `rollout` takes them; not with `edit`, which changes x after the draw
+        reduce, unnormalised  the form of the log-probabilities, as for `fewstep.log_prob`
         """
         now = self._now
         plan = now.plan
@@ -258,6 +265,15 @@ class Sampler:
             function("noise", noise)
         if progress is not False:
             flag("progress", progress)
+        draws = None
+        if log_prob is not False:
+            flag("log_prob", log_prob)
+            draws = Draws(plan, self.shape, self.dtype, reduce, unnormalised)
+            if edit is not None:
+                raise ValueError("log_prob is of the draws, and edit changes x after them: use edit_x0, or no edit")
+            noise = noise if noise is None else draws.watched(noise)
+        elif unnormalised is not False or not (isinstance(reduce, str) and reduce == "sum"):
+            raise ValueError("reduce and unnormalised are the form of log-probabilities: pass log_prob=True")
         plain = edit is None and edit_x0 is None and every == "step"
         edits = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check)
         if x is None and plan.start != plan.grid.points[0]:
@@ -289,7 +305,8 @@ class Sampler:
                     report(limits, values, space.run, latent, streams, cond, noise is not None, edits is not None)
                 else:
                     self._tried = now
-                return self._convert.result(values, outer, dtype, out)
+                result = self._convert.result(values, outer, dtype, out)
+                return result if draws is None else draws.sampled(result, streams)
         finally:
             now.give(kept, space)
 

@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, instance, one_of
+from fewstep.solvers.options import instance
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.stages import NOISE, UNGUIDED, Row, Stage
+from fewstep.solvers.plans.stages import NOISE
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, device_of_inputs, model_frame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
+from fewstep.solvers.run.draws import check_form, check_policy, log_density, std
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
 
@@ -89,18 +90,23 @@ def rollout(
     backend: str = "auto",
     device: Device | None = None,
     dtype: DType | None = None,
+    reduce: str = "sum",
+    unnormalised: bool = False,
 ) -> Rollout:
     """Draw samples, and keep the trajectory and the log-probability of each step.
 
         path = fewstep.rollout(denoiser, fewstep.plan("flow_sde", grid), (16, 4, 32, 32), seed=0, cond=prompts)
 
     The arguments are those of `Sampler` and its call, and x is its sample to the bit. A sample's log-probabilities do
-    not depend on its batch.
+    not depend on its batch. `sample(..., log_prob=True)` returns them without the trajectory.
+
+    reduce, unnormalised  the form of the log-probabilities, as for `log_prob`
 
     Raises ValueError or TypeError that names the argument, before the model is called; ValueError for a plan that
     `log_prob` does not take.
     """
-    _check_policy(plan)
+    check_policy(plan)
+    check_form(reduce, unnormalised)
     sampler = Sampler(denoiser, plan, shape, backend=backend, device=device, dtype=dtype)
     seed = secrets.randbits(63) if seed is None else seed
     streams = philox.streams(seed, sampler.shape[0], first_sample)
@@ -112,16 +118,11 @@ def rollout(
     def keep(info: StepInfo) -> None:
         states.append(info.x)
 
-    x = sampler(latent, seed=seed, cond=cond, first_sample=first_sample, callback=keep)
-    stds = [_std(plan, stage) for stage in plan.stages if stage.done]
-    found = np.zeros((sampler.shape[0], plan.steps))
-    draws = [k + 1 for k, stage in enumerate(plan.stages) if stage.done]
-    for step, (draw, c) in enumerate(zip(draws, stds, strict=True)):
-        if c:
-            z = batch.normals(streams, [draw] * len(streams))
-            squares = np.asarray((_wide(z) ** 2).sum(1).tolist())
-            found[:, step] = -0.5 * squares - z.shape[1] * (math.log(c) + 0.5 * math.log(2.0 * math.pi))
-    return Rollout(x, tuple(states), found, np.array(stds) > 0.0)
+    drawn = sampler(
+        latent, seed=seed, cond=cond, first_sample=first_sample, callback=keep, log_prob=True, reduce=reduce,
+        unnormalised=unnormalised,
+    )  # fmt: skip
+    return Rollout(drawn.x, tuple(states), drawn.log_prob, drawn.noisy)
 
 
 def log_prob(
@@ -154,18 +155,18 @@ def log_prob(
     Raises ValueError or TypeError that names the argument, before the model is called: for a deterministic plan, and
     for one that draws before its first call, in an inner call of a step or with a learned variance.
     """
-    _check_policy(plan)
+    check_policy(plan)
     check_denoiser(denoiser)
     if plan.grid.process != denoiser.process:
         raise ValueError(f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}")
-    one_of("reduce", reduce, ("sum", "mean"))
-    flag("unnormalised", unnormalised)
+    check_form(reduce, unnormalised)
     wanted = _steps(steps, plan.steps)
     frame, outer, dtype = _libraries(denoiser, plan, states, cond, device)
     batch = Batch(denoiser, frame, "naive", dtype, tuple(states[0].shape), cond)
     slots = [batch.latent(state, outer) for state in states]
     found = [each for step, each in _draws(batch, plan, slots, wanted) if step in wanted]
-    densities = [_density(batch, after, mean, c, reduce, unnormalised) for after, mean, c in found]
+    n = math.prod(batch.sample)
+    densities = [log_density((_wide(after - mean) ** 2).sum(1), c, n, reduce, unnormalised) for after, mean, c in found]
     means = tuple(batch.outside(mean) for _, mean, _ in found)
     return LogProb(_columns(densities), means, np.array([c for _, _, c in found]), reduce)
 
@@ -192,27 +193,12 @@ def _draws(
         if not stage.done:
             x, others = mean, others | new
             continue
-        after, c = states[step + 1], _std(plan, stage)
+        after, c = states[step + 1], std(plan, stage)
         for slot, row in stage.rows.items():
             if slot != "x" and row.get(NOISE):  # the draw that led to x', in another slot
                 new[slot] = new[slot] + (row[NOISE] / stage.rows["x"][NOISE]) * (after - mean)
         yield step, (after, mean, c)
         step, x, others = step + 1, after, others | new
-
-
-def _without_draw(row: Row) -> dict[str, float]:
-    return {SEEN if source == "x" else source: c for source, c in row.items() if source != NOISE}
-
-
-def _density(batch: Batch, after: Array, mean: Array, c: float, reduce: str, unnormalised: bool) -> Array:
-    """(n,) of one step."""
-    square = _wide(after - mean) ** 2
-    if not c:
-        return _reduced(0.0 * square, reduce)
-    if unnormalised:
-        return -_reduced(square, reduce)
-    constant = (math.log(c) + 0.5 * math.log(2.0 * math.pi)) * (mean.shape[1] if reduce == "sum" else 1)
-    return -_reduced(square / (2.0 * c * c), reduce) - constant
 
 
 def _wide(values: Array) -> Array:
@@ -234,36 +220,6 @@ def _columns(values: Sequence[Array]) -> Array:
 
 
 # --- arguments ---
-
-
-def _std(plan: Plan, stage: Stage) -> float:
-    """c, the standard deviation of a stage's draw."""
-    return abs(stage.rows["x"].get(NOISE, 0.0) * plan.noise_scale * stage.noise)
-
-
-def _check_policy(plan: object) -> None:
-    """Raises for a plan whose steps are not Gaussian draws around a mean that the row gives."""
-    instance("plan", plan, Plan, "a fewstep.Plan")
-    assert isinstance(plan, Plan)
-
-    def reads(row: Row, source: str) -> bool:
-        return bool(row.get(source))
-
-    why = None
-    if not plan.stochastic or plan.noise_scale == 0.0:
-        why = "draws no noise: use a stochastic solver (flow_sde, flow_cps, ddim with eta=1, dpmpp_2m_sde ...)"
-    elif plan.init is not None:
-        why = "changes the latent before its first call (churn), which is no step of a policy"
-    elif any(reads(row, NOISE) for stage in plan.stages if not stage.done for row in stage.rows.values()):
-        why = "draws noise inside of a step, between two calls: use a solver that draws once a step"
-    elif any(reads(row, NOISE) and not reads(s.rows["x"], NOISE) for s in plan.stages for row in s.rows.values()):
-        why = "draws noise that x does not get in the same step"
-    elif any(stage.variance is not None for stage in plan.stages):
-        why = "has a learned variance: use variance='fixed_small' or 'fixed_large'"
-    elif any(reads(row, UNGUIDED) for stage in plan.stages for row in stage.rows.values()):
-        why = "reads the unguided prediction (CFG++): use a solver of plain guidance"
-    if why is not None:
-        raise ValueError(f"plan of solver {plan.solver!r} {why}")
 
 
 def _steps(steps: Sequence[int] | None, count: int) -> list[int]:

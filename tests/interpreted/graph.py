@@ -149,6 +149,22 @@ def test_replays_are_the_eager_numbers(mode: str, cuda: FakeCuda) -> None:
     assert cuda.log.count("record") == (2 if mode == "loop" else 1)
 
 
+@pytest.mark.parametrize("mode", ["loop", "step"])
+def test_log_probabilities_of_replays(mode: str, cuda: FakeCuda) -> None:
+    """They need nothing of the device: no other graph, and the numbers of the seed of each call."""
+    net, cond = Net(), {"c": torch.tensor([0.1, 0.5])}
+    made, other = sampler(net, plan(), mode), oracle(plan())
+    made(seed=1, cond=cond)
+    records = cuda.log.count("record")
+    for seed in (2, [5, 2**40]):
+        found, wanted = (each(seed=seed, cond=cond, log_prob=True) for each in (made, other))
+        assert torch.equal(found.x, wanted.x)
+        assert found.log_prob.tobytes() == wanted.log_prob.tobytes()
+    assert cuda.log.count("record") == records
+    with pytest.raises(ValueError, match="noise= is called on the host"):
+        made(seed=1, cond=cond, log_prob=True, noise=lambda draw, at, to, shape: torch.zeros(shape))
+
+
 def test_a_prepared_plan_is_one_copy_away(cuda: FakeCuda) -> None:
     """Schedules and scales prepared in advance: no capture, no tables on the host, one copy to the device."""
     net, cond = Net(), conditions(0.1, 0.5)

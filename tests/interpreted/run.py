@@ -135,6 +135,17 @@ def test_outside_noise_and_a_callback() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_log_probabilities(outside: bool) -> None:
+    z = np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
+    ours, theirs = pair(fs.Denoiser(net, VP), fs.plan("dpmpp_2m_sde", fs.grid(VP, 4)))
+    noise = (lambda draw, at, to, shape: z[draw]) if outside else None
+    a, b = (sampler(seed=5, noise=noise, log_prob=True) for sampler in (ours, theirs))
+    assert torch.equal(a.x, ours(seed=5, noise=noise))
+    assert a.log_prob.tobytes() == b.log_prob.tobytes()
+    assert (a.log_prob[:, a.noisy] != 0.0).all()
+
+
 HABITS = {
     "returns its input": lambda x, t: x,
     "in place": lambda x, t: x.mul_(0.5),

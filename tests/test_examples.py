@@ -1,0 +1,63 @@
+"""The programs of examples/, run short."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def loaded(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{Path(path).stem}", EXAMPLES / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_grpo_learns(tmp_path: Path) -> None:
+    """The reward rises well beyond the spread of an iteration's mean, and the first ratios are those of one policy."""
+    grpo = loaded("grpo/grpo.py")
+    found = grpo.learn(iterations=16, groups=8, members=16, pretraining=250)
+    assert len(found.rewards) == len(found.kls) == 16
+    # Points of the unit circle at random are at a mean squared distance of 2.
+    assert found.rewards[0] == pytest.approx(-2.0, abs=0.5)
+    assert sum(found.rewards[-4:]) / 4 > found.rewards[0] + 0.4
+    assert found.first_ratios.shape == (128, 7)
+    assert (found.first_ratios - 1.0).abs().max() < 1e-5
+    assert 0.0 < found.kls[0] < found.kls[-1] < math.inf
+    before, after = (float(grpo.reward(x, found.prompts).mean()) for x in (found.before, found.after))
+    assert after > before + 0.4
+    pytest.importorskip("matplotlib")
+    grpo.draw(found, str(tmp_path / "grpo.png"))
+    assert (tmp_path / "grpo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_grpo_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    grpo = loaded("grpo/grpo.py")
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--iterations", "2", "--seed", "1"])
+    monkeypatch.setattr(grpo, "pretrained", lambda updates, generator: grpo.Velocity())
+    threads = torch.get_num_threads()
+    try:
+        grpo.main()
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["iteration", "0"], ["iteration", "1"]]
+    assert lines[2].startswith("without noise: reward")
+
+
+def test_every_example_has_its_line() -> None:
+    text = (EXAMPLES / "README.md").read_text()
+    for folder in EXAMPLES.iterdir():
+        if folder.is_dir() and not folder.name.startswith((".", "_")):
+            assert f"`{folder.name}/`" in text
