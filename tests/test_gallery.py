@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import Page, browser, chromium
 from scipy.integrate import solve_ivp
 
 from fewstep.cli import main
-from fewstep.cli.gallery import ode, samplers
-from fewstep.cli.gallery.figure import Axis, Figure, Layer
-from fewstep.cli.gallery.page import html
+from fewstep.cli.gallery import (
+    batches,
+    churn,
+    consistency,
+    guidance,
+    guide,
+    ode,
+    precision,
+    progressive,
+    samplers,
+    students,
+    tuned,
+)
+from fewstep.cli.gallery.figure import Axis, Control, Figure, Layer
+from fewstep.cli.gallery.page import html, write_page
+from fewstep.cli.gallery.students import Students
+from fewstep.recommender import recommend
 from fewstep.solvers.families.tableaux import TABLEAUX
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def shown(figure: Figure, panel: int, kind: str, group: str, **at: int) -> list[Layer]:
@@ -89,6 +108,151 @@ def test_ddims_path_is_ddims(compared: Figure) -> None:
     np.testing.assert_allclose([np.array(p).T for p in lines.paths[:3]], np.stack(path, axis=1), atol=2e-3)
 
 
+# --- distilled students ---
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Students:
+    return students.load()
+
+
+def test_the_shipped_students_are_those_of_their_record(shipped: Students) -> None:
+    """Their one-step samples are as far from the data as measured after the training."""
+    from fewstep.distill_runs.evaluate import ring_data, sample_ring
+    from fewstep.distill_runs.metrics import sliced_wasserstein
+
+    folder = ROOT / "api" / "weights"
+    record = json.loads((folder / "ring_students.json").read_text("utf-8"))
+    assert (folder / "ring_students.safetensors").stat().st_size < 150_000
+    for recipe in (shipped.progressive, shipped.consistency):
+        rows = {row["nfe"]: row["swd"] for row in record[recipe.settings.method]["rows"]}
+        for nfe, (denoiser, plan) in recipe.samplers().items():
+            x = sample_ring(denoiser, plan, recipe.start_sigma)
+            assert sliced_wasserstein(x, ring_data()) == pytest.approx(rows[nfe], rel=1e-2), nfe
+    assert all(check["met"] for name in ("progressive", "consistency") for check in record[name]["checks"])
+
+
+def test_each_round_halves_the_steps_and_starts_from_the_last_student(shipped: Students) -> None:
+    figure = progressive.figure(shipped, n=256)
+    for i, (steps, before) in enumerate([(8, 16), (4, 8), (2, 4), (1, 2)]):
+        lengths = [len(shown(figure, 0, "line", group, round=i)[0].paths[0][0]) for group in ("student", "teacher")]
+        assert lengths == [steps + 1, before + 1]
+        if i:
+            (ends,) = shown(figure, 0, "stars", "teacher", round=i)
+            assert ends.paths == shown(figure, 0, "stars", "student", round=i - 1)[0].paths
+    rows = [row.cells for row in figure.rows if row.group == "student"]
+    assert all(float(row[3]) < 0.15 for row in rows)  # to the ODE's end points; modes are 0.54 apart
+
+
+def test_the_consistency_models_answers_and_their_spread(shipped: Students) -> None:
+    sigmas = np.array([80.0, 5.0, 0.5, 0.002])
+    x = consistency.trajectories(np.random.default_rng(0).standard_normal((64, 2)), sigmas)
+    found, means = consistency.answers(shipped, x, sigmas)
+    np.testing.assert_allclose(found[-1], x[-1], atol=1e-6)  # the boundary condition
+    np.testing.assert_allclose(means[0], np.zeros((64, 2)), atol=0.02)  # at most noise, the data's mean
+    assert np.sqrt(np.mean((found - x[-1]) ** 2)) < 0.1 < 0.3 < np.sqrt(np.mean((means[:2] - x[-1]) ** 2))
+    figure = consistency.figure(shipped, n=64)
+    row = next(row.cells for row in figure.rows if row.group == "consistency model")
+    assert 0.0 < float(row[3]) < 0.1
+    (spread,) = re.findall(r"spread by ([0-9.]+) ", figure.caption)
+    assert float(spread) == pytest.approx(float(row[3]), abs=6e-4)
+
+
+@pytest.mark.slow
+def test_training_anew_writes_students_that_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[str, int, int]] = []
+    trained = students.train(tmp_path, lambda *what: told.append(what), steps=12)
+    assert told[-1] == ("consistency", 12, 12)
+    monkeypatch.setattr(students, "files", lambda package: tmp_path)
+    again = students.load()
+    for a, b in zip(trained[:2], again[:2], strict=True):
+        for n, (denoiser, _) in a.samplers().items():
+            for key, value in denoiser.model.state_dict().items():
+                assert value.equal(b.samplers()[n][0].model.state_dict()[key])
+    assert "12 steps of 256" in again.made == trained.made
+
+
+# --- what the engine adds ---
+
+
+def test_shipped_plans_are_the_documented_ones_and_beat_those_by_hand() -> None:
+    for calls in tuned.BUDGETS:
+        mine = (ROOT / "api" / "weights" / f"ring-{calls}.json").read_bytes()
+        assert mine == (ROOT / "docs" / "tuning" / f"ring-{calls}.json").read_bytes()
+    figure = tuned.figure(n=100, budgets=(4,))
+    errors = {row.group: float(row.cells[2]) for row in figure.rows}
+    assert errors["tuned"] < 0.5 * errors["best by hand"] < errors["dpmpp_2m on quadratic"]
+
+
+def test_work_and_precision_lists_deterministic_solvers_by_their_error() -> None:
+    every = set(precision.deterministic())
+    assert {"ddim", "dpmpp_2m", "unipc", "rk4", "heun"} < every
+    assert not {"ddpm", "dpmpp_2m_sde", "ddim_inverse"} & every
+    figure = precision.figure(n=40, budgets=(4, 16), solvers=("ddim", "dpmpp_2m", "ipndm"))
+    names = figure.controls[0].values
+    assert len(names) == 3
+    errors = [next(row for row in reversed(figure.rows) if row.at == {"solver": i}).cells[2] for i in range(len(names))]
+    assert [float(e) for e in errors] == sorted(float(e) for e in errors)
+
+
+def test_without_churn_one_latent_has_one_end() -> None:
+    figure = churn.figure(n=40)
+    for k in range(len(churn.STEPS)):
+        reached = [int(row.cells[2]) for row in figure.rows if row.at["steps"] == k]
+        assert reached[0] == 1 < reached[-1]
+
+
+def test_a_sample_is_the_same_bits_in_every_batch() -> None:
+    figure = batches.figure()
+    assert len(figure.rows) == 5
+    assert {row.cells[-1] for row in figure.rows} == {"yes"}
+    assert len({row.cells[3] for row in figure.rows}) == 1
+    other = batches.alone([batches.SEED + 1])[0]
+    assert f"{other[0]:.7f}" != figure.rows[0].cells[1]
+
+
+@pytest.mark.slow
+def test_guidance_at_scale_one_is_no_guidance_and_large_scales_leave_the_data() -> None:
+    plain = guidance.drawn("CFG", 1.0, 20, 3)
+    np.testing.assert_array_equal(plain, guidance.drawn("APG", 1.0, 20, 3))
+    figure = guidance.figure(n=20)
+    for panel in figure.panels[1:]:
+        for kind in range(3):
+            line = [x for x in panel.layers if x.kind == "line"][kind]
+            assert len(line.paths[0][0]) == len(guidance.SCALES)
+    far = next(x for x in figure.panels[2].layers if x.kind == "line").paths[0][1]
+    assert far[-1] > 1.5 * far[0]
+    images = [x.image for x in figure.panels[0].layers]
+    assert len(images) == 18
+    assert len(set(images)) == 16  # scale 1 is one sheet for all kinds
+
+
+def test_the_guide_answers_every_choice_as_recommend_does() -> None:
+    figure = guide.figure(n=40, measured_at=(10, 40))
+    sizes = [len(control.values) for control in figure.controls]
+    assert len(figure.cards) == np.prod(sizes)
+    budgets = [int(v) for v in figure.controls[0].values]
+
+    def answer(nfe: int, process: int = 0, guided: int = 0, model: int = 0) -> list[str]:
+        return [figure.texts[i] for i in figure.cards[f"{budgets.index(nfe)},{process},{guided},{model}"]]
+
+    first, command, why, expected = answer(20, guided=1)
+    r = recommend(20, guidance=2.0)
+    assert first == f"{r.solver}, {r.steps} steps on the {r.spacing} spacing"
+    assert command == f"$ fewstep sample --solver {r.solver} --steps {r.steps} --spacing {r.spacing} --guidance 2.0"
+    assert why == r.why
+    assert f"{r.solver} with 10 calls has RMSE" in expected
+    assert "leaves no call" in answer(1, guided=1)[0]
+    flow = answer(10, process=3)
+    assert flow[1].startswith('$ fs.sample(denoiser, shape=..., solver="unipc"')
+    lcm = answer(4, model=list(guide.MODELS).index("lcm"))
+    assert lcm[0] == "lcm, 4 steps on the lcm spacing"
+    assert "the student's training decides" in lcm[3]
+    churned = answer(40)
+    assert "--option s_churn=5" in churned[1]
+    assert "RMSE" not in churned[3]  # a stochastic solver has no end point of its own
+
+
 # --- axes and the page's text ---
 
 
@@ -148,3 +312,130 @@ def test_bad_arguments_are_refused_before_any_work(tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "new").exists()
+
+
+# --- the page in a browser ---
+
+
+@pytest.fixture(scope="module")
+def page(compared: Figure, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """The page in Chromium, as wide as a laptop's."""
+    if chromium() is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    folder = tmp_path_factory.mktemp("gallery")
+    write_page([compared, ode.figure(), guide_of_two()], folder / "index.html")
+    with browser(folder / "profile") as made:
+        made.resize(1400)
+        made.open(folder / "index.html")
+        yield made
+
+
+def guide_of_two() -> Figure:
+    """A form of two lists, with an answer for each of four choices."""
+    controls = tuple(Control(name, name, ("0", "1"), choose=True) for name in "ab")
+    cards = {f"{i},{j}": (2 * i + j, 4) for i in (0, 1) for j in (0, 1)}
+    return Figure("form", "Form", "", "", controls=controls, texts=("00", "01", "10", "11", "$ a < b"), cards=cards)
+
+
+def marks(page: Page, name: str, panel: int = 0) -> str:
+    """The drawn marks of a panel, as text."""
+    return str(page.evaluate(f"document.querySelectorAll('#{name} .panel svg .marks')[{panel}].innerHTML"))
+
+
+def table(page: Page, name: str) -> list[list[str]]:
+    script = f"[...document.querySelectorAll('#{name} tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    return list(page.evaluate(script))
+
+
+@pytest.mark.slow
+def test_keys_move_the_slider_the_picture_and_the_table(page: Page) -> None:
+    page.evaluate("document.querySelector('#samplers input[type=range]').focus()")
+    before, rows = marks(page, "samplers"), table(page, "samplers")
+    assert [row[:2] for row in rows] == [["DDPM", "4"], ["DDIM", "4"], ["DPM-Solver++ 2M", "4"]]
+    page.press("ArrowRight", 39)
+    assert marks(page, "samplers") != before
+    assert page.evaluate("document.querySelector('#samplers output').textContent") == "16"
+    assert [row[1] for row in table(page, "samplers")] == ["16", "16", "16"]
+    page.press("ArrowLeft", 37)
+    assert marks(page, "samplers") == before
+    assert table(page, "samplers") == rows
+
+
+@pytest.mark.slow
+def test_a_line_is_where_its_data_are(page: Page) -> None:
+    """x(0) = 2.5 on an axis from -1.6 to 3.2: the drawn line begins at that share of the panel's height."""
+    script = """(() => {
+      const svg = document.querySelector('#ode .panel svg'), box = svg.querySelector('clipPath rect');
+      const d = svg.querySelector('.marks path').getAttribute('d');
+      const [x, y] = d.match(/M([-.0-9]+) ([-.0-9]+)/).slice(1).map(Number);
+      const at = (name) => Number(box.getAttribute(name));
+      return [(x - at('x') - 1) / (at('width') - 2), (y - at('y') - 1) / (at('height') - 2)];
+    })()"""
+    assert page.evaluate(script) == pytest.approx([0.0, (3.2 - 2.5) / 4.8], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_space_bar_hides_and_shows_a_sampler(page: Page) -> None:
+    before = marks(page, "samplers")
+    page.evaluate("document.querySelector('[data-toggle=DDIM]').focus()")
+    page.press(" ", 32)
+    assert [row[0] for row in table(page, "samplers")] == ["DDPM", "DPM-Solver++ 2M"]
+    assert len(marks(page, "samplers")) < len(before)
+    page.press(" ", 32)
+    assert marks(page, "samplers") == before
+
+
+@pytest.mark.slow
+def test_every_choice_of_a_form_has_its_own_answer(page: Page) -> None:
+    for i, j in ((1, 0), (0, 1), (1, 1), (0, 0)):
+        for name, value in (("a", i), ("b", j)):
+            select = f"document.querySelector('#form [data-control={name}]')"
+            page.evaluate(f"{select}.value = {value}; {select}.dispatchEvent(new Event('change'))")
+        assert page.evaluate("document.querySelector('#form .card').innerText").split() == [f"{i}{j}", "a", "<", "b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_readable_and_nothing_overflows(page: Page, width: int, scheme: str) -> None:
+    page.resize(width)
+    page.colours(scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.panel svg text')].map(t => 13 * t.ownerSVGElement.getScreenCTM().a)"
+    )
+    assert len(sizes) > 40
+    assert min(sizes) > 9.5  # pixels
+    ink, paper = (
+        page.evaluate(f"getComputedStyle(document.querySelector('section')).{c}") for c in ("color", "backgroundColor")
+    )
+    assert contrast(ink, paper) > 10.0
+    # The tick labels of an axis do not touch each other.
+    gaps = page.evaluate("""[...document.querySelectorAll('.panel svg')].flatMap(svg => {
+      const texts = [...svg.querySelectorAll('text[text-anchor=middle]:not([transform])')];
+      const boxes = texts.map(t => t.getBoundingClientRect());
+      return boxes.slice(0, -2).map((b, i) => boxes[i + 1].left - b.right);
+    })""")
+    assert min(gaps) > 2.0
+
+
+@pytest.mark.slow
+def test_the_page_makes_no_error_and_no_request(page: Page) -> None:
+    """After all that the tests above did, or a reload alone."""
+    page.evaluate("document.querySelectorAll('input, select').forEach(i => i.dispatchEvent(new Event('input')))")
+    wrong = [
+        e for e in page.events if e[0] in ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
+    ]
+    assert not wrong
+    asked = [e["request"]["url"] for method, e in page.events if method == "Network.requestWillBeSent"]
+    assert [url.partition(":")[0] for url in asked if not url.startswith("data:")] == ["file"]
+
+
+def contrast(a: str, b: str) -> float:
+    """The contrast ratio of two colours rgb(r, g, b) (WCAG 2)."""
+    lights = []
+    for colour in (a, b):
+        parts = np.array([float(v) for v in re.findall(r"[0-9.]+", colour)[:3]]) / 255.0
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        lights.append(float(linear @ [0.2126, 0.7152, 0.0722]))
+    return (max(lights) + 0.05) / (min(lights) + 0.05)

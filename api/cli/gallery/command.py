@@ -24,7 +24,19 @@ if TYPE_CHECKING:
 
 PAGE = "index.html"
 # Modules of figures in the order of the page, and whether they need the distilled students.
-FIGURES = {"samplers": False, "ode": False, "progressive": True, "consistency": True}
+FIGURES = {
+    "samplers": False,
+    "ode": False,
+    "progressive": True,
+    "consistency": True,
+    "precision": False,
+    "tuned": False,
+    "guidance": False,
+    "churn": False,
+    "batches": False,
+    "guide": False,
+}
+TORCH = {name for name, students in FIGURES.items() if students} | {"guidance"}
 
 
 def gallery(
@@ -41,7 +53,7 @@ def gallery(
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: that is a file; name a folder")
     needs("the gallery", "scipy", extra="cli")
-    if train or any(FIGURES[name] for name in chosen):
+    if train or TORCH & {*chosen}:
         needs("the gallery", "torch", "safetensors", extra="torch")
     out.mkdir(parents=True, exist_ok=True)
     for name in (PAGE, *(f"{name}.png" for name in chosen)):
@@ -72,12 +84,13 @@ def gallery(
                 trained = trained or students.load()
                 figure = partial(figure, trained)
             made.append(figure())
-            write_picture(made[-1], out / f"{name}.png")
+            if made[-1].picture:
+                write_picture(made[-1], out / f"{name}.png")
             seconds[name] = time.perf_counter() - begin
             bar.update(task, advance=1)
         write_page(made, out / PAGE)
     if as_json:
-        written = [f"{figure.name}.png" for figure in made] + [PAGE]
+        written = [f"{figure.name}.png" for figure in made if figure.picture] + [PAGE]
         rounded = {name: round(value, 2) for name, value in seconds.items()}
         typer.echo(json.dumps({"out": str(out), "files": written, "seconds": rounded}))
         return

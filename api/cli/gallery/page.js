@@ -42,7 +42,7 @@ function mark(svg, layer, sx, sy, box) {
   const opacity = [0.45, 0.85, 1][strong];
   const places = ([x, y]) => x.map((v, i) => [sx(v), sy(y[i])]);
   if (layer.kind === "image") {
-    element(svg, "image", { x: box.left, y: box.top, width: box.width, height: box.height, href: layer.image, style: "image-rendering: pixelated" });
+    element(svg, "image", { x: box.left, y: box.top, width: box.width, height: box.height, href: layer.image, preserveAspectRatio: "none", style: "image-rendering: pixelated" });
     return;
   }
   for (const path of layer.paths) {
@@ -169,7 +169,7 @@ function build(figure) {
     refresh.push(() => { draw(svg, panel, state, off); legend(key, panel, state, off); });
   }
   if (figure.rows.length) {
-    const table = element(element(grid, "div", { class: "scroll" }), "table");
+    const table = element(element(grid, "div", { class: figure.panels.length > 2 ? "scroll wide" : "scroll" }), "table");
     const head = element(element(table, "thead"), "tr");
     for (const name of figure.heads) element(head, "th", { scope: "col" }, name);
     const body = element(table, "tbody", { "aria-live": "polite" });

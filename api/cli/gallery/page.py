@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -21,8 +22,8 @@ def html(figures: Sequence[Figure]) -> str:
     for i, figure in enumerate(figures, 1):
         sections.append(
             f'<section id="{escape(figure.name)}"><h2><span>{i}</span> {escape(figure.title)}</h2>'
-            f'<p>{escape(figure.caption)}</p><div class="figure"></div>'
-            f'<p class="ran">{escape(figure.ran)}</p></section>'
+            f'<p>{_marked(figure.caption)}</p><div class="figure"></div>'
+            f'<p class="ran">{_marked(figure.ran)}</p></section>'
         )
     links = "".join(f'<a href="#{escape(f.name)}">{escape(f.title)}</a>' for f in figures)
     # "</" would end the script element.
@@ -44,6 +45,11 @@ def html(figures: Sequence[Figure]) -> str:
 def write_page(figures: Sequence[Figure], target: Path) -> None:
     text = html(figures)
     write_whole(target, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def _marked(text: str) -> str:
+    """Text as HTML, with code between backticks."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _compact(figure: Figure) -> dict[str, object]:

@@ -105,7 +105,6 @@ def _mark(axis: Axes, layer: Layer) -> None:
                 axis.axhspan(low, high, color="0.87", zorder=0, label=label)
         case "image":
             pixels = plotting().imread(io.BytesIO(base64.b64decode(layer.image.partition(",")[2])))
-            (low, high), (bottom, top) = axis.get_xlim(), axis.get_ylim()
-            axis.imshow(np.asarray(pixels), cmap="gray", extent=(low, high, bottom, top))
+            axis.imshow(np.asarray(pixels), extent=(0.0, 1.0, 0.0, 1.0), interpolation="nearest")
         case _:
             raise ValueError(f"layer of kind {layer.kind!r}")

@@ -25,6 +25,7 @@ PROCESS = VP.linear()
 RING = Mixture.ring()
 STEPS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 30, 50)
 SHOWN = 8  # paths
+DATA = 1000  # points that the distance is measured to
 SIZE = 2.5  # of the plane, in both directions from 0
 
 
@@ -78,7 +79,7 @@ LEVELS = (20.0, 3.0, 1.0, 0.4, 0.15)  # sigma / alpha of the field
 def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figure:
     denoiser = RING.denoiser(PROCESS)
     x = np.random.default_rng(seed).standard_normal((n, 2))
-    data = RING.draw(4096, seed + 1)
+    data = RING.draw(DATA, seed + 1)
     floor, spread = real_to_real(data, np.zeros(len(data), int), np.zeros(n, int), seed)
     top = make_grid(PROCESS, steps[-1])
     exact = RING.solve(x * np.hypot(top.alpha[0], top.sigma[0]), ends(top), rtol=1e-8)
@@ -132,7 +133,7 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
         "steps leave the deterministic ones short of the modes; solvers of higher order need fewer.",
         f"Exact denoiser of a ring of eight Gaussians; linear VP process, quadratic grid; {n} samples, seed {seed}. "
         "RMSE to "
-        "the exact ODE end points (a stochastic sampler has none); energy distance to 4096 points of data.",
+        "the exact ODE end points (a stochastic sampler has none); energy distance to as many points of data.",
         (
             Panel("paths from noise to data", square, square, tuple(flat), square=True),
             Panel(
