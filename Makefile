@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report clean
+.PHONY: help setup demo test test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report gallery clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -75,6 +75,9 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
+
+gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
+	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

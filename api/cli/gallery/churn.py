@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.cli.comparison import real_to_real
 from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, around, dots, path, paths
 from fewstep.cli.gallery.figure import plane as square_of
-from fewstep.cli.gallery.samplers import DATA, PROCESS, RING, traced
+from fewstep.cli.gallery.samplers import DATA, PROCESS, RING, real_band, traced
 from fewstep.problems import energy_distance
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -25,9 +24,9 @@ def figure(n: int = 500, seed: int = 3) -> Figure:
     x = rng.standard_normal((n, 2))
     one = np.repeat(np.array([[-0.9, 1.1]]), SHOWN, axis=0)
     data = RING.draw(DATA, seed + 1)
-    floor, spread = real_to_real(data, np.zeros(len(data), int), np.zeros(n, int), seed)
+    low, high = real_band(n, data, seed)
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
-    curves = [Layer("band", (path([max(floor - spread, 1e-4), floor + spread]),), strong=0, label="real data")]
+    curves = [Layer("band", (path([low, high]),), strong=0, label="real data")]
     rows, values = [], []
     for k, steps in enumerate(STEPS):
         found = []
@@ -67,7 +66,7 @@ def figure(n: int = 500, seed: int = 3) -> Figure:
             Panel(
                 "distance to the data",
                 Axis("S_churn", (-0.3, 7.8)),
-                Axis("energy distance", around([floor, *values]), log=True),
+                Axis("energy distance", around([low, *values]), log=True),
                 tuple(curves),
             ),
         ),

@@ -15,6 +15,7 @@ from fewstep.cli.gallery.figure import (
     Layer,
     Panel,
     Row,
+    Style,
     Toggle,
     around,
     dots,
@@ -76,7 +77,7 @@ def figure(students: Students, n: int = 1024, seed: int = 2) -> Figure:
     distances = {name: _rms(answer - end) for name, answer, _ in both}
     spreads = {name: float(np.sqrt(answer.var(axis=0).sum(-1).mean())) for name, answer, _ in both}
     for name, answer, colour in both:
-        style = {"colour": colour, "group": name}
+        style: Style = {"colour": colour, "group": name}
         # All answers of a trajectory, so that their spread is seen at every position of the slider.
         flat.append(Layer("dots", dots(answer[:, :SHOWN].reshape(-1, 2)), strong=0, **style))
         curves.append(Layer("line", (path(sigmas, distances[name]),), label=f"{name}, distance to the end", **style))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -67,6 +67,14 @@ class Layer:
     strong: int = 1
     dashed: bool = False
     image: str = ""
+
+
+class Style(TypedDict, total=False):
+    """What several layers have in common."""
+
+    colour: int
+    at: State
+    group: str
 
 
 @dataclass(frozen=True)

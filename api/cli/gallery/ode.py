@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, Toggle, around, path
+from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, Style, Toggle, around, path
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, Tableau
 
 Array = NDArray[np.float64]
@@ -20,12 +21,13 @@ COLOURS = {"Euler": 2, "Heun": 1, "RK4": 0}
 
 
 def slope(x: float, t: float) -> float:
-    return -np.sin(x) * t
+    return -math.sin(x) * t
 
 
 def exact(t: Array) -> Array:
     """tan(x / 2) = tan(x_0 / 2) exp(-t^2 / 2)."""
-    return 2.0 * np.arctan(np.tan(START / 2.0) * np.exp(-0.5 * t**2))
+    x: Array = 2.0 * np.arctan(math.tan(START / 2.0) * np.exp(-0.5 * t**2))
+    return x
 
 
 def integrate(f: Callable[[float, float], float], x: float, times: Array, tableau: Tableau) -> Array:
@@ -62,7 +64,7 @@ def figure() -> Figure:
     points, rows = [], []
     found = {name: errors(tableau) for name, tableau in METHODS.items()}
     for name, tableau in METHODS.items():
-        style = {"colour": COLOURS[name], "group": name}
+        style: Style = {"colour": COLOURS[name], "group": name}
         label = f"{name}, slope {order(found[name]):.2f}"
         points.append(Layer("line", (path(sizes, found[name]),), label=label, **style))
         points.append(Layer("dots", (path(sizes, found[name]),), **style))

@@ -35,7 +35,9 @@ def write_picture(figure: Figure, target: Path) -> None:
     for axis in axes.flat[len(figure.picture) :]:
         axis.set_visible(False)
     made.suptitle(figure.title, fontsize="x-large", x=0.01, ha="left")
-    made.supxlabel(textwrap.fill(figure.ran, 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35")
+    made.supxlabel(
+        textwrap.fill(figure.ran.replace("`", ""), 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35"
+    )
     write_whole(target, lambda to: made.savefig(to, dpi=100))
     pyplot.close(made)
 

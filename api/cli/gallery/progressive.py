@@ -14,6 +14,7 @@ from fewstep.cli.gallery.figure import (
     Layer,
     Panel,
     Row,
+    Style,
     Toggle,
     around,
     dots,
@@ -68,7 +69,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
     for i, grid in enumerate(recipe.grids[1:]):
         student = traced(recipe.denoiser(f"student{grid.steps}"), grid, eps)
         for j, (trace, end) in enumerate((teacher, student)):
-            style = {"colour": j, "group": names[j], "at": {"round": i}}
+            style: Style = {"colour": j, "group": names[j], "at": {"round": i}}
             # The teacher's lines are wide, so that they are seen beneath the student's.
             flat.append(Layer("line", paths(trace[:, :SHOWN]), strong=2 - j, **style))
             flat.append(Layer("dots", dots(trace[1:-1, :SHOWN].reshape(-1, 2)), **style))

@@ -7,7 +7,21 @@ from importlib.resources import as_file, files
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, Toggle, around, dots, path, plane
+from fewstep.cli.gallery.figure import (
+    Axis,
+    Cell,
+    Control,
+    Figure,
+    Layer,
+    Panel,
+    Row,
+    Style,
+    Toggle,
+    around,
+    dots,
+    path,
+    plane,
+)
 from fewstep.cli.gallery.samplers import PROCESS, RING, ends
 from fewstep.solvers.plans.plan import Plan, PlanError
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -65,7 +79,7 @@ def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> 
         best = min(found, key=lambda name: found[name][0])
         chosen = {"tuned": errors(shipped(calls)), "best by hand": found[best], kinds[2]: found[kinds[2]]}
         for colour, (kind, (rmse, x)) in enumerate(chosen.items()):
-            style = {"colour": colour, "group": kind, "at": {"calls": i}}
+            style: Style = {"colour": colour, "group": kind, "at": {"calls": i}}
             curves[kind].append(rmse)
             gaps = tuple(path(*zip(a, b, strict=True)) for a, b in zip(exact[:SHOWN], x[:SHOWN], strict=True))
             flat += [Layer("line", gaps, **style), Layer("dots", dots(x[:SHOWN]), **style)]
