@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report docs concept-plots clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report docs concept-plots gallery clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -92,6 +92,9 @@ docs: setup      ## the documentation as a site, in build/site; a broken link or
 
 concept-plots: setup  ## draw the pictures of docs/concepts
 	$(BIN)/python -m reports.concepts
+
+gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
+	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from fewstep.cli.commands import app
+from fewstep.cli.distill import finish
 from fewstep.distill_runs import digits as distill_digits
 from fewstep.distill_runs.evaluate import evaluate, ring_data
 from fewstep.distill_runs.evaluate import sample_ring as sample
@@ -91,6 +92,25 @@ def test_variants_of_distribution_matching_learn_and_resume_to_the_bit(options: 
     assert not any(torch.equal(after[k], v) for k, v in heads.items())
     assert train(kinds[2], tmp_path, resume=True) == 30
     assert_same(kinds[0], kinds[2])
+
+
+def test_progressive_keeps_the_student_of_every_round_and_writes_its_samples(tmp_path: Path) -> None:
+    recipe = make_recipe("progressive", "ring", 20, 32, options={"width": 16})
+    ends = {}
+
+    def watch(done: int, values: Mapping[str, float]) -> None:
+        ends[int(values["steps"])] = {k: v.clone() for k, v in recipe.modules["student"].state_dict().items()}
+
+    train(recipe, watch=watch)
+    assert list(ends) == [8, 4, 2, 1]
+    for steps, (denoiser, plan) in recipe.samplers().items():
+        assert plan.steps == plan.nfe == steps
+        for name, value in ends[steps].items():
+            assert torch.equal(denoiser.model.state_dict()[name], value), (steps, name)
+    assert not torch.equal(ends[8]["leave.bias"], ends[4]["leave.bias"])
+    outcome = finish(recipe, tmp_path)
+    assert [row["nfe"] for row in outcome.rows] == [1, 2, 4, 8]
+    assert {p.name for p in tmp_path.glob("*.png")} == {f"samples_{n}.png" for n in (1, 2, 4, 8)}
 
 
 def test_a_student_of_another_number_of_calls_is_refused() -> None:

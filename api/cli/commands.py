@@ -6,6 +6,7 @@ from fewstep.cli.bench import bench
 from fewstep.cli.compare import compare
 from fewstep.cli.distill import distill
 from fewstep.cli.doctor import doctor
+from fewstep.cli.gallery.command import gallery
 from fewstep.cli.recommend import recommend
 from fewstep.cli.sample import sample
 from fewstep.cli.sample_plan import sample_plan
@@ -13,6 +14,6 @@ from fewstep.cli.solvers import solvers
 from fewstep.cli.tune import tune
 from fewstep.cli.warmup import warmup
 
-for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, doctor, warmup):
+for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, gallery, doctor, warmup):
     app.command()(command)
 app.command(context_settings=OPTIONS)(audit)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fewstep.cli.app import OUT, AsJson, Guidance
+
+if TYPE_CHECKING:
+    from fewstep.recommender import Recommendation
 
 
 def recommend(
@@ -33,9 +36,6 @@ def recommend(
     steps = f"{r.steps} step{'s' * (r.steps > 1)}"
     OUT.print(f"[bold]{r.solver}[/], {', '.join([f'{steps} on the [bold]{r.spacing}[/] spacing', *options])}")
     OUT.print(r.why, soft_wrap=True)
-    words = ["fewstep sample", f"--solver {r.solver}", f"--steps {r.steps}", f"--spacing {r.spacing}"]
-    words += [f"--option {option}" for option in options]
-    words += [] if guidance is None or guidance_distilled else [f"--guidance {guidance}"]
     # The command line's models: `fewstep.models`.
     unlike = [] if process == "vp" else [f"of process {process}"]
     unlike += [] if distilled is None else [f"of kind {distilled}"]
@@ -45,4 +45,12 @@ def recommend(
             f"The command line has no model {' and '.join(unlike)}: this command runs the digits model instead.",
             soft_wrap=True,
         )
-    OUT.print(f"try it: [bold]{' '.join(words)}[/]", soft_wrap=True)
+    OUT.print(f"try it: [bold]{command_of(r, None if guidance_distilled else guidance)}[/]", soft_wrap=True)
+
+
+def command_of(r: Recommendation, guidance: float | None) -> str:
+    """The command that samples by a recommendation."""
+    words = ["fewstep sample", f"--solver {r.solver}", f"--steps {r.steps}", f"--spacing {r.spacing}"]
+    words += [f"--option {k}={v:g}" for k, v in r.options.items()]
+    words += [] if guidance is None else [f"--guidance {guidance}"]
+    return " ".join(words)

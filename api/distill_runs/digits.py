@@ -104,7 +104,7 @@ class DigitsProgressive(DigitsRecipe):
         return {"loss": loss, "steps": float(len(jumps))}
 
     def samplers(self) -> Samplers:
-        return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:-4:-1]}
+        return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}
 
 
 class LatentConsistency(DigitsRecipe):

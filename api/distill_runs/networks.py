@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-OCTAVES = 6
+WIDTH, OCTAVES = 128, 6
 
 
 class Points(nn.Module):
@@ -24,7 +24,7 @@ class Points(nn.Module):
     octaves: Tensor
 
     def __init__(
-        self, elements: int = 2, width: int = 128, depth: int = 3, *, strength: bool = False, octaves: int = OCTAVES
+        self, elements: int = 2, width: int = WIDTH, depth: int = 3, *, strength: bool = False, octaves: int = OCTAVES
     ) -> None:
         super().__init__()
         self.register_buffer("octaves", torch.pi / 2.0 * 2.0 ** torch.arange(octaves), persistent=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_runs.networks import OCTAVES, Points
+from fewstep.distill_runs.networks import OCTAVES, WIDTH, Points
 from fewstep.distill_runs.training import Recipe, RunSettings, Samplers
 from fewstep.problems import Mixture
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
@@ -41,7 +41,8 @@ class RingRecipe(Recipe):
         """Add a network with weights from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 101)
-            self.modules[name] = Points(elements, strength=strength, octaves=octaves)
+            width = int(self.option("width", WIDTH))
+            self.modules[name] = Points(elements, width, strength=strength, octaves=octaves)
         return self.modules[name]
 
     def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:

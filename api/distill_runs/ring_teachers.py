@@ -22,16 +22,21 @@ STDS = (0.3, 0.6)  # conditional and unconditional, of the guided run's two Gaus
 
 
 class RingProgressive(RingRecipe):
-    """Progressive distillation of 16 DDIM steps into 8, 4, 2 and 1. The first student starts from scratch."""
+    """Progressive distillation of 16 DDIM steps into students of 8, 4, 2 and 1 steps, all kept.
 
+    The first student starts from scratch. Option width=W sets the width of the network's layers.
+    """
+
+    OPTIONS = ("width",)
     TEACHER = 16
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.new_network("student")
-        self.averaged("teacher")
         self.new_optimiser("student")
         self.grids = halved_grids(edm_grid(self.TEACHER))
+        for grid in self.grids[1:]:
+            self.averaged(f"student{grid.steps}")
         phases = len(self.grids) - 1
         # The first student also learns to denoise, so it gets twice the steps of a later one.
         share = settings.steps // (phases + 1)
@@ -43,14 +48,13 @@ class RingProgressive(RingRecipe):
 
     def targets(self, phase: int) -> Jumps:
         if self._targets is None or self._targets[0] != phase:
-            teacher = self.denoiser("teacher") if phase else self.teacher
+            teacher = self.denoiser(f"student{self.grids[phase].steps}") if phase else self.teacher
             self._targets = phase, progressive.targets(teacher, self.grids[phase])
         return self._targets[1]
 
     def step(self, k: int) -> dict[str, float]:
         phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
-            self.modules["teacher"].load_state_dict(self.modules["student"].state_dict())
             self.new_optimiser("student")
         g = self.generator(k)
         x0, noise = self.data(g)
@@ -62,15 +66,21 @@ class RingProgressive(RingRecipe):
             self.lr_at(k, first, last - first),
             lambda part: progressive.loss(student, jumps, x0[part], noise[part], which[part]),
         )
+        if k == last - 1:
+            self.modules[f"student{len(jumps)}"].load_state_dict(self.modules["student"].state_dict())
         return {"loss": loss, "steps": float(len(jumps))}
 
     def samplers(self) -> Samplers:
-        return {1: (self.denoiser("student"), make_plan("ddim", self.grids[-1]))}
+        return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}
 
 
 class Consistency(RingRecipe):
-    """Consistency distillation over 18 noise levels with an averaged target, as in the paper's CIFAR-10 runs."""
+    """Consistency distillation over 18 noise levels with an averaged target, as in the paper's CIFAR-10 runs.
 
+    Option width=W sets the width of the network's layers.
+    """
+
+    OPTIONS = ("width",)
     LEVELS = 18
 
     def __init__(self, settings: RunSettings) -> None:
