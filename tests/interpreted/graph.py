@@ -28,7 +28,7 @@ VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
 KERNELS = [
     (triton_step, "run_kernel"), (triton_step, "tick_kernel"), (triton_noise, "normals_kernel"),
-    (triton_reduce, "blend_kernel"),
+    (triton_reduce, "blend_kernel"), (triton_reduce, "threshold_kernel"), (triton_reduce, "digit_kernel"),
 ]  # fmt: skip
 
 
@@ -142,6 +142,11 @@ class Launcher:
 
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return installed(monkeypatch)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The fake in the place of CUDA's capture API, until the patch is undone."""
     fake = FakeCuda()
     monkeypatch.setattr(triton_step, "block", lambda: (16, 4))
     monkeypatch.setattr(graph_module, "WARM_UPS", 1)
