@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking default-spacings weights distill-report tune-report docs concept-plots gallery clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -68,6 +68,9 @@ ranking: setup   ## rank every solver on three models: the tables and plots of d
 	mkdir -p docs/ranking
 	for model in $(RANKED); do $(BIN)/fewstep compare --model $$model --all --nfe 8,16 --n 200 \
 		--markdown docs/ranking/$$model.md --plot docs/ranking/$$model.png > /dev/null || exit 1; done
+
+matrix: setup    ## run every cell of the feature table, then write docs/matrix.md (about 10 minutes on two cores)
+	cd tests && ../$(BIN)/python -m matrix
 
 default-spacings: setup  ## measure every solver's default spacing, into docs/ranking/spacings.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.default_spacings

@@ -89,9 +89,15 @@ def list_solvers() -> tuple[str, ...]:
     return tuple(sorted(_SOLVERS))
 
 
+# Of `sample_adaptive`, which has no plan.
+EMBEDDED = ("dpm_solver_12", "dpm_solver_23", "dormand_prince")
+
+
 def get_solver(name: str) -> Solver:
     """The solver of that name. Raises ValueError with the closest names if it is unknown."""
     if not isinstance(name, str) or name not in _SOLVERS:
+        if name in EMBEDDED:
+            raise ValueError(f"solver {name!r} is an embedded pair of adaptive steps: use fewstep.sample_adaptive")
         raise ValueError(unknown("solver", name, list_solvers()))
     return _SOLVERS[name]
 

@@ -25,11 +25,17 @@ VP = fs.VP.linear()
 SHAPE = (2, 1, 3, 3)
 KERNELS = [
     (triton_step, "run_kernel"), (triton_noise, "normals_kernel"), (triton_reduce, "blend_kernel"),
+    (triton_reduce, "threshold_kernel"), (triton_reduce, "digit_kernel"),
 ]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return installed(monkeypatch)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """The fake in the place of CUDA's capture API, until the patch is undone."""
     fake = FakeCuda()
     monkeypatch.setattr(triton_step, "block", lambda: (16, 4))
     fake.install(monkeypatch)
