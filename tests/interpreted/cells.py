@@ -13,7 +13,6 @@ from matrix.refusals import check, covering_set
 from triton.runtime import interpreter
 
 from fewstep.kernels import triton_reduce, triton_step
-from fewstep.solvers.run import graph
 
 CELLS = [cell for cell in covering_set() if cell.place == "triton"]
 
@@ -51,7 +50,6 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cell], None]:
         with pytest.MonkeyPatch.context() as inner:
             if cell.graph != "off":
                 installed(inner)
-                inner.setattr(graph, "WARM_UPS", 0)  # nothing to warm up in an interpreter
             inner.setattr(triton_step, "block", lambda: (32, 4))
             check(cell)
 
