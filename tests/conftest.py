@@ -45,6 +45,7 @@ SWEEPS = frozenset(
         "test_export",
         "test_k_diffusion",
         "test_k_diffusion_cfg_pp",
+        "test_matrix",
         "test_places",
         "test_recommend",
         "test_recommend_measured",

@@ -5,9 +5,11 @@ Cells of backend "triton" run in `interpreted/cells.py`; `make matrix` runs all 
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from matrix.axes import Cell, cells, covering, pairs
-from matrix.features import FEATURES
+from matrix.features import FEATURES, Case
 from matrix.page import page
 from matrix.refusals import RULES, Absent, Refusal, check, covering_set, expected, kind
 from pages import DOCS
@@ -68,10 +70,30 @@ def test_a_wrong_expectation_is_found() -> None:
 
 
 def _off_by_little(c: object) -> None:
-    from matrix.features import Case
-
     assert isinstance(c, Case)
     c.equal(1e-8 + c.loop(c.plan()), c.loop(c.plan()))
+
+
+def test_no_feature_passes_for_another() -> None:
+    """What a feature changes is more than a tolerance: the oracle's samples differ from those without it."""
+    samples = {}
+    for name in FEATURES:
+        cell = Cell(name, "numba torch", "off", "float64", "dpmpp_2m")
+        if kind(cell) == "works":
+            FEATURES[name].run(own := Case(cell))
+            samples[name] = own.last
+    plain = ["drawn from a seed", "`noise=` from outside", "`callback=`", "`out=`", "`fs.sample`"]
+    plain += ["a float64 network under any state"]
+    alike = [
+        set(plain),
+        {"a condition", "nested conditions"},
+        {"CFG", "CFG, `batched=False`", "CFG, `null=` of the denoiser"},
+        {"`edit=`", '`edit=`, `every="stage"`'},  # one call a step
+        {"dynamic threshold", "`edits.DynamicThreshold` at x0"},
+    ]
+    for a, b in itertools.combinations(samples, 2):
+        if samples[a].shape == samples[b].shape and not any({a, b} <= group for group in alike):
+            assert abs(samples[a] - samples[b]).max() > 0.03, (a, b)
 
 
 def test_the_embedded_pairs_are_known() -> None:
