@@ -14,7 +14,6 @@ from fewstep.solvers.schedule.grid import grid as make_grid
 # No step adds more than a factor of sqrt(2): at 18 steps S_churn above 7.5 changes nothing.
 CHURN = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0, 7.5)
 STEPS = (8, 12, 18)
-RANGE = {"s_tmin": 0.05, "s_tmax": 50.0}
 SHOWN = 12  # paths from one latent
 
 
@@ -31,7 +30,7 @@ def figure(n: int = 500, seed: int = 3) -> Figure:
     for k, steps in enumerate(STEPS):
         found = []
         for i, churn in enumerate(CHURN):
-            plan = make_plan("edm", make_grid(PROCESS, steps), s_churn=churn, **RANGE)
+            plan = make_plan("edm", make_grid(PROCESS, steps), s_churn=churn, s_tmin=0.05, s_tmax=50.0)
             energy = energy_distance(traced(denoiser, plan, x, seed)[-1], data, unbiased=False)
             found.append(energy)
             trace = traced(denoiser, plan, one, seed)

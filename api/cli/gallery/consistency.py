@@ -133,4 +133,5 @@ def figure(students: Students, n: int = 1024, seed: int = 2) -> Figure:
 
 def _rms(difference: Array) -> Array:
     """Over samples and elements, (T,)."""
-    return np.sqrt(np.mean(difference**2, axis=(1, 2)))
+    found: Array = np.sqrt(np.mean(difference**2, axis=(1, 2)))
+    return found

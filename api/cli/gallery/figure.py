@@ -73,7 +73,6 @@ class Style(TypedDict, total=False):
     """What several layers have in common."""
 
     colour: int
-    at: State
     group: str
 
 

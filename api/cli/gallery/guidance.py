@@ -26,7 +26,11 @@ COLUMNS = 10
 
 
 def guidance_of(kind: str, scale: float) -> Guidance:
-    made = {"CFG": CFG(scale), "APG": APG(scale, eta=0.0, norm_threshold=6.0), "CFG-Zero*": CFGZero(scale)}
+    made: dict[str, Guidance] = {
+        "CFG": CFG(scale),
+        "APG": APG(scale, eta=0.0, norm_threshold=6.0),
+        "CFG-Zero*": CFGZero(scale),
+    }
     return made[kind]
 
 

@@ -51,7 +51,7 @@ def figure(
     for i, name in enumerate(names):
         mine = entries[name]
         error = [e.rmse or 0.0 for e in mine]
-        for layers, x in zip(panels, ([e.nfe for e in mine], [e.step_us * e.steps for e in mine]), strict=True):
+        for layers, x in zip(panels, ([float(e.nfe) for e in mine], [e.step_us * e.steps for e in mine]), strict=True):
             curve = (path(x, error),)
             layers.insert(0, Layer("line", curve, strong=0))
             layers.append(Layer("line", curve, 1, {"solver": i}, label=name, strong=2))

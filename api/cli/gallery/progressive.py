@@ -39,7 +39,8 @@ def traced(denoiser: Denoiser, grid: Grid, eps: Array) -> tuple[Array, Array]:
     import torch
 
     def unit(x: object, sigma: float) -> Array:
-        return np.asarray(x, dtype=np.float64) / np.sqrt(1.0 + sigma**2)
+        scaled: Array = np.asarray(x, dtype=np.float64) / np.sqrt(1.0 + sigma**2)
+        return scaled
 
     start = float(grid.sigma[0])
     x = torch.from_numpy(start * eps).float()
@@ -69,11 +70,12 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
     for i, grid in enumerate(recipe.grids[1:]):
         student = traced(recipe.denoiser(f"student{grid.steps}"), grid, eps)
         for j, (trace, end) in enumerate((teacher, student)):
-            style: Style = {"colour": j, "group": names[j], "at": {"round": i}}
+            style: Style = {"colour": j, "group": names[j]}
+            at = {"round": i}
             # The teacher's lines are wide, so that they are seen beneath the student's.
-            flat.append(Layer("line", paths(trace[:, :SHOWN]), strong=2 - j, **style))
-            flat.append(Layer("dots", dots(trace[1:-1, :SHOWN].reshape(-1, 2)), **style))
-            flat.append(Layer("stars", dots(end[:SHOWN]), **style))
+            flat.append(Layer("line", paths(trace[:, :SHOWN]), strong=2 - j, at=at, **style))
+            flat.append(Layer("dots", dots(trace[1:-1, :SHOWN].reshape(-1, 2)), at=at, **style))
+            flat.append(Layer("stars", dots(end[:SHOWN]), at=at, **style))
             count = len(trace) - 1
             which = "exact denoiser" if i + j == 0 else f"student of {count}"
             numbers = (_rms(end - exact), sliced_wasserstein(end, data))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +49,7 @@ class Choice(NamedTuple):
     name: str
     solver: str
     colour: int
-    options: dict[str, float] = {}  # noqa: RUF012
+    options: Mapping[str, Any] = {}
     on: bool = True
 
 
@@ -106,7 +107,9 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
     middle = min(range(len(steps)), key=lambda i: abs(steps[i] - 8))
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
     flat += [_at(field_arrows(level), {"field": i}) for i, level in enumerate(LEVELS)]
-    error_layers, distance_layers, rows = [], [], []
+    error_layers: list[Layer] = []
+    distance_layers: list[Layer] = []
+    rows = []
     rmses: list[float] = []
     rmse_of: dict[str, list[float]] = {}
     distances: list[float] = []

@@ -23,7 +23,7 @@ from fewstep.cli.gallery.figure import (
     plane,
 )
 from fewstep.cli.gallery.samplers import PROCESS, RING, ends
-from fewstep.solvers.plans.plan import Plan, PlanError
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -51,7 +51,7 @@ def by_hand(calls: int) -> dict[str, Plan]:
         for spacing in list_spacings():
             try:
                 plan = make_plan(solver, make_grid(PROCESS, calls, spacing))
-            except (PlanError, ValueError):  # no grid of that spacing for this process or number of steps
+            except ValueError:  # no grid of that spacing for this process or number of steps
                 continue
             if plan.nfe == calls:
                 found[f"{solver} on {spacing}"] = plan
@@ -79,10 +79,11 @@ def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> 
         best = min(found, key=lambda name: found[name][0])
         chosen = {"tuned": errors(shipped(calls)), "best by hand": found[best], kinds[2]: found[kinds[2]]}
         for colour, (kind, (rmse, x)) in enumerate(chosen.items()):
-            style: Style = {"colour": colour, "group": kind, "at": {"calls": i}}
+            style: Style = {"colour": colour, "group": kind}
+            at = {"calls": i}
             curves[kind].append(rmse)
             gaps = tuple(path(*zip(a, b, strict=True)) for a, b in zip(exact[:SHOWN], x[:SHOWN], strict=True))
-            flat += [Layer("line", gaps, **style), Layer("dots", dots(x[:SHOWN]), **style)]
+            flat += [Layer("line", gaps, at=at, **style), Layer("dots", dots(x[:SHOWN]), at=at, **style)]
             name = {"best by hand": f"best by hand: {best}"}.get(kind, kind)
             rows.append(Row((name, str(calls), f"{rmse:.4f}"), {"calls": i}, kind))
     measured = []
