@@ -311,7 +311,9 @@ def test_normals_are_the_addressed_ones():
 
 def test_what_the_module_cannot_do_is_said_at_once():
     plan = fs.plan("ddim", fs.grid(VP, 2))
-    with pytest.raises(ValueError, match=r"CFGZero or DynamicThreshold, which reduce whole samples: use fewstep\.Sampler"):
+    with pytest.raises(
+        ValueError, match=r"CFGZero or DynamicThreshold, which reduce whole samples: use fewstep\.Sampler"
+    ):
         SamplerModule(fs.Denoiser(Net(), VP, "v", clip=fs.DynamicThreshold()), plan)
     loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddpm", fs.grid(VP, 2)))
     with pytest.raises(ValueError, match="ddpm draws noise: pass streams"):
