@@ -113,6 +113,19 @@ def test_progressive_keeps_the_student_of_every_round_and_writes_its_samples(tmp
     assert {p.name for p in tmp_path.glob("*.png")} == {f"samples_{n}.png" for n in (1, 2, 4, 8)}
 
 
+def test_progressive_on_digits_shows_every_round_and_checks_up_to_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    measures = dict.fromkeys(("energy_distance", "accuracy", "feature_distance", "taught_accuracy"), 1.0)
+    draw = distill_digits.draw
+    monkeypatch.setattr(distill_digits, "draw", lambda denoiser, plan: draw(denoiser, plan, count=20))
+    monkeypatch.setattr(distill_digits, "taught", lambda x, label: 1.0)
+    monkeypatch.setattr(distill_digits, "teacher_best", lambda nfe: ("some teacher", measures))
+    outcome = evaluate(make_recipe("progressive", "digits", 10, batch=8))
+    assert [row["nfe"] for row in outcome.rows] == [1, 2, 4, 8]
+    assert list(outcome.samples) == ["1", "2", "4", "8"]
+    assert len(outcome.checks) == 3 * len(measures)
+    assert not any("8 calls" in check.name for check in outcome.checks)
+
+
 def test_a_student_of_another_number_of_calls_is_refused() -> None:
     with pytest.raises(ValueError, match="calls = 3: the student takes 1 or 4"):
         make_recipe("distribution_matching", "ring", options={"calls": 3})

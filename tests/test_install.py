@@ -95,6 +95,8 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert "fewstep/py.typed" in names
     for weights in (ROOT / "api" / "weights").iterdir():
         assert f"fewstep/weights/{weights.name}" in names
+    assert {f"fewstep/cli/gallery/page.{kind}" for kind in ("html", "css", "js")} < names
+    assert wheel.stat().st_size < 3_000_000
     package = {"api": "fewstep"}
     for folder in FOLDERS:
         for source in (ROOT / folder).rglob("*.py"):

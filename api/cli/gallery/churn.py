@@ -17,7 +17,7 @@ STEPS = (8, 12, 18)
 SHOWN = 12  # paths from one latent
 
 
-def figure(n: int = 500, seed: int = 3) -> Figure:
+def figure(n: int = 2000, seed: int = 3) -> Figure:
     denoiser = RING.denoiser(PROCESS)
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, 2))
@@ -58,7 +58,7 @@ def figure(n: int = 500, seed: int = 3) -> Figure:
         "out.",
         f"Exact denoiser of a ring of eight Gaussians; linear VP process, quadratic grid; solver edm; {n} samples "
         "for the "
-        f"distance, seed {seed}. S_churn is the sum over all steps of the noise level's relative growth, as in the "
+        f"distance, seed {seed}. S_churn is the sum over the steps of the noise level's relative growth, as in the "
         "paper.",
         (
             Panel("paths from one latent", square, square, tuple(flat), square=True),

@@ -112,7 +112,7 @@ def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> 
             Panel("samples and the ODE's end points", square, square, tuple(flat), square=True),
             Panel(
                 "error against calls",
-                Axis("denoiser calls", (3.6, 11.0), log=True),
+                Axis("denoiser calls", (3.5, 10.5)),
                 Axis("RMSE to the ODE", around([v for c in curves.values() for v in c]), log=True),
                 tuple(measured),
             ),
