@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from griffe import Extension, Object
+from mkdocs.plugins import event_priority
 
 import fewstep
 
@@ -24,6 +25,7 @@ PACKAGE = ROOT / "build" / "reference" / "fewstep"
 FOLDERS = {"api": PACKAGE, **{name: PACKAGE / name for name in ("bindings", "kernels", "solvers")}}
 
 
+@event_priority(100)  # before the reference looks for its sources
 def on_config(config: Any) -> None:
     """mkdocs calls this first."""
     shutil.rmtree(PACKAGE, ignore_errors=True)

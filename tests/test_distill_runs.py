@@ -246,7 +246,7 @@ def test_settings_name_what_is_wrong() -> None:
         make_recipe("consitency", "ring")
     with pytest.raises(ValueError, match="unknown problem"):
         make_recipe("consistency", "rings")
-    with pytest.raises(ValueError, match="has no option 'eta'; it takes: none"):
+    with pytest.raises(ValueError, match="has no option 'eta'; it takes: width"):
         make_recipe("consistency", "ring", options={"eta": 1})
 
 

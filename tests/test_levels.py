@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pages import DOCS, blocks
+from pages import DOCS, run_page
 
 import fewstep as fs
 from fewstep.kernels import philox
@@ -436,10 +436,7 @@ def test_streams_that_are_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_code_of_the_page_runs() -> None:
-    space: dict[str, Any] = {"fs": fs, "np": np}
-    page = blocks("levels.md")
-    for name in ("", "schedules", "known", "rolling", "alone"):
-        exec(page[name], space)
+    space = run_page("docs/levels.md", {"fs": fs, "np": np})
     assert space["x"].shape == space["y"].shape == (2, 4, 8)
     assert space["slow"].T.tolist() == [[0, 1, 2, 3, 4, 4], [0, 1, 2, 3, 4, 4], *[[0, 0, 1, 2, 3, 4]] * 2]
     assert (space["z"][:, [0, 3]] == 1.0).all()

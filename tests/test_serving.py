@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pages import blocks
+from pages import run_page
 
 import fewstep as fs
 
@@ -620,14 +620,13 @@ def test_many_threads_that_submit_cancel_and_give_up() -> None:
 
 def test_the_code_of_the_page_runs() -> None:
     space: dict[str, Any] = {"fs": fs, "np": np, "asyncio": asyncio}
-    page = blocks("serving.md")
-    exec(page[""], space)
+    run_page("docs/serving.md", space, "")
     cond = {"c": np.full(1, 0.1 * 6, np.float32)}
     want = fs.Sampler(space["denoiser"], space["fast"], (1, 3, 16, 16))(seed=6, cond=cond)[0]
     np.testing.assert_array_equal(space["images"][6], want)
-    exec(page["request"], space)
+    run_page("docs/serving.md", space, "request")
     assert [call[:2] for call in space["seen"]] == [(k + 1, 20) for k in range(20)]
-    exec(page["coroutines"], space)
+    run_page("docs/serving.md", space, "coroutines")
     for seed, found in enumerate((space["first"], space["second"])):
         want = fs.Sampler(space["denoiser"], space["fast"], (1, 3, 16, 16))(
             seed=seed, cond={"c": np.ones(1, np.float32)}
