@@ -36,7 +36,7 @@ def report(request):
     rows = request.config.fewstep_rows
 
     def add(case, ours, peer, ratio, budget=None, unit="us"):
-        met = None if budget is None else (ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
+        met = None if budget is None else bool(ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
         rows.append(
             {"case": case, "ours": ours, "peer": peer, "ratio": ratio, "budget": budget, "met": met, "unit": unit}
         )
