@@ -61,7 +61,7 @@ def step(
 
 
 def model_input(x: Array, c_in: Array, like: Array) -> Array:
-    """c_in x, rounded once to the dtype of `like`.
+    """c_in x in the dtype of `like`, see `cast`.
 
     x     (B, ...)
     c_in  (1 or B,)
@@ -160,8 +160,12 @@ def is_torch(a: Array) -> bool:
 
 
 def cast(a: Array, like: Array) -> Array:
-    """a in the dtype of `like`."""
-    return a.to(like) if is_torch(a) else a.astype(like.dtype, copy=False)
+    """a in the dtype of `like`. float64 becomes 16 bits by way of float32, as in torch and in the kernels."""
+    if is_torch(a):
+        return a.to(like)
+    if like.dtype.itemsize == 2 and a.dtype == np.float64:
+        a = a.astype(np.float32)
+    return a.astype(like.dtype, copy=False)
 
 
 def as_dtype(a: Array, dtype: np.dtype[Any] | torch.dtype) -> Array:

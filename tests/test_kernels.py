@@ -381,3 +381,17 @@ def test_an_array_of_another_dtype(name: str) -> None:
     given_[name] = [a, other][-len(given_[name]) :] if isinstance(given_[name], list) else given_[name].astype(float)
     with pytest.raises(ValueError, match="stage on float32 got a slot, an output or a table of float64"):
         Launch(raws=[a], w=np.zeros((1, 1, layout.COLUMNS), np.float32), **given_)
+
+
+def test_a_float64_state_makes_the_same_half_inputs_everywhere() -> None:
+    """Near a tie of float16, rounding by way of float32 and at once differ; every backend does the first."""
+    x = (1.0 + np.arange(64) * 2.0**-10 + 2.0**-11 + 1e-12).reshape(1, 64)
+    want = torch.from_numpy(x).half().numpy()
+    assert (x.astype(np.float16) != want).any()
+    np.testing.assert_array_equal(naive.model_input(x, np.ones(1), np.empty(0, np.float16)), want)
+    w = np.zeros((1, 1, layout.COLUMNS))
+    w[0, 0, 0] = 1.0
+    model = np.empty((1, 64), np.int16)
+    cpu.STAGE["float64"].compile()
+    Launch([x], [], w, [np.empty_like(x)], [model], c_in=np.ones(1))(cpu.STAGE["float64"].run)
+    np.testing.assert_array_equal(model.view(np.float16), want)
