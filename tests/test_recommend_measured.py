@@ -140,7 +140,8 @@ def test_tune_then_sample(tmp_path):
 
     with pytest.raises(ValueError, match="another denoiser"):
         run("sample-plan", path, "--model", "gaussian", "--out", out)
-    assert run("sample-plan", path, "--model", "gaussian", "--out", out, "--force").exit_code == 0
+    forced = run("sample-plan", path, "--model", "gaussian", "--out", out, "--force", "--json")
+    assert json.loads(forced.stdout) | {"model": "gaussian", "nfe": 4, "out": str(out)} == json.loads(forced.stdout)
 
 
 def test_bad_options_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, Guidance, ModelName, check_count
+from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, check_count
 from fewstep.cli.output import check_out, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -23,6 +24,7 @@ def sample_plan(
     n: Annotated[int, typer.Option(help="Number of samples.")] = 64,
     out: Annotated[Path, typer.Option("--out", help="A .png picture or an .npz archive.")] = Path("samples.png"),
     force: Annotated[bool, typer.Option("--force", help="Accept a plan tuned for another denoiser.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Draw samples by a plan from a file, after checking that the plan was tuned for this model."""
     from fewstep.solvers.run.sampler import Sampler
@@ -49,4 +51,7 @@ def sample_plan(
         "n": n,
     }
     write_samples(out, x, labels if chosen.classes else None, settings, chosen.points(seed))
+    if as_json:
+        typer.echo(json.dumps({**settings, "out": str(out)}))
+        return
     OUT.print(f"{n} samples of {model} by {escape(str(plan_path))}: {plan.nfe} calls, in [bold]{escape(str(out))}[/]")
