@@ -285,7 +285,7 @@ def mixed(**arguments: Any) -> Any:
 
 
 def admit(**arguments: Any) -> Any:
-    run = fs.MixedRun(DENOISER, [PLAN], (2, 3), backend="naive")
+    run = fs.MixedRun(DENOISER, [PLAN], (2, 3), backend="naive", previews=True)
     run.admit(**arguments)
     while not run.done(arguments["place"]):
         run.step()
