@@ -171,9 +171,9 @@ class FusedRun:
         ends = np.cumsum([len(t) for t in job.times]).tolist()
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         # Of torch's storages; NumPy's arrays cannot be moved.
-        self.places = None
+        self.places, self.time_place = None, 0
         if job.frame.name == "torch":
-            self.places = [(x.data_ptr(), t.data_ptr()) for x, t in zip(self.views, self.t, strict=True)]
+            self.places, self.time_place = [x.data_ptr() for x in self.views], self.t[0].data_ptr()
 
     def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]
@@ -215,6 +215,9 @@ class FusedRun:
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> np.ndarray:
         """Take the latent (or draw it), and write the first model input. x: NumPy, or of the model's library."""
         self.times[...] = self.true_times
+        # A time that a model moves in a run takes the values of later calls along: once a run is enough.
+        if self.places is not None and self.t[0].data_ptr() != self.time_place:
+            self._view_inputs()
         # All at once: between two calls of a network that fills the caches, making an object costs several times more.
         fresh = self._fresh
         self._ready = {k: (fresh(x_in), fresh(t)) for k, (x_in, t) in enumerate(zip(self.views, self.t, strict=True))}
@@ -237,7 +240,7 @@ class FusedRun:
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         x_in, t = self._ready.pop(k) if k in self._ready else self._inputs(k)
-        if self.places is not None and (x_in.data_ptr(), t.data_ptr()) != self.places[k]:
+        if self.places is not None and x_in.data_ptr() != self.places[k]:
             self._view_inputs()  # a model moved them, by `share_memory_` or through a queue to another process
             self._ready.clear()
             return self._inputs(k)
