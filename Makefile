@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -98,6 +98,9 @@ concept-plots: setup  ## draw the pictures of docs/concepts
 
 gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
 	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
+
+compat: setup    ## try the wheel in fresh environments, into docs/compat.md (ONLY="torch-2.15" for one; needs python3.11 to 3.13)
+	$(BIN)/python -m reports.compat $(ONLY)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
