@@ -40,6 +40,8 @@ _SIGNED = {"min": -100.0, "max": 100.0, "step": 0.01, "round": False}
 WIDGETS: Mapping[str, Widget] = {
     "eta": ("FLOAT", _SMALL),
     "s_noise": ("FLOAT", _SMALL),
+    "s_noise_end": ("FLOAT", _SMALL),
+    "noise_clip_std": ("FLOAT", _SMALL),
     "s_churn": ("FLOAT", _SMALL),
     "s_tmin": ("FLOAT", _ANY),
     "s_tmax": ("FLOAT", _ANY),
@@ -73,11 +75,13 @@ WIDGETS: Mapping[str, Widget] = {
 LIMITS: Mapping[tuple[str, str], Limits] = {
     ("dpm_adaptive", "order"): {"min": 2, "max": 3},
     ("lms", "to_zero"): {"default": False},
+    ("lcm", "s_noise_end"): {"default": 1.0},
 }
 # For one sampler: other choices.
 CHOICES: Mapping[tuple[str, str], list[str]] = {
     ("seeds_2", "solver_type"): ["phi_1", "phi_2"],
     ("exp_heun_2_x0", "solver_type"): ["phi_1", "phi_2"],
+    ("exp_heun_2_x0_sde", "solver_type"): ["phi_1", "phi_2"],
 }
 
 
@@ -111,8 +115,10 @@ def inputs(name: str, function: SamplerFunction) -> dict[str, Widget]:
         if option in WIDGETS:
             kind, limits = WIDGETS[option]
             kind = CHOICES.get((name, option), kind)
-            value = min(parameter.default, limits["max"]) if kind == "FLOAT" else parameter.default
-            found[option] = (kind, {"default": value, **limits, **LIMITS.get((name, option), {})})
+            value = {"default": parameter.default, **limits, **LIMITS.get((name, option), {})}
+            if kind == "FLOAT":
+                value["default"] = min(value["default"], limits["max"])
+            found[option] = (kind, value)
     if _stochastic(name, function):
         found["noise"] = (list(NOISES), {"default": NOISES[0]})
     return found
