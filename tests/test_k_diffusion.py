@@ -45,7 +45,11 @@ class Model:
 
 def denoise(x, alpha, sigma):
     """The same model for an oracle, whose sigma is the field's in both frames."""
-    return Model()(torch.as_tensor(x), torch.full((len(x),), float(sigma), dtype=torch.float64), 1.3).numpy()
+    return denoise_at(x, sigma, 1.3)
+
+
+def denoise_at(x, sigma, a):
+    return Model()(torch.as_tensor(x), torch.full((len(x),), float(sigma), dtype=torch.float64), a).numpy()
 
 
 class Noise:
@@ -661,6 +665,12 @@ def test_the_page_gives_the_same_image(monkeypatch):
     after = run_page("docs/k-diffusion.md", dict(names), "after")
     torch.testing.assert_close(after["x"], before["x"], rtol=1e-10, atol=1e-10)
     assert len(seen) == len(SIGMAS)
+    found = run_page("docs/k-diffusion.md", dict(names), "any")["x"].numpy()
+    want = singlestep.res_2s(
+        lambda y, alpha, sigma: denoise_at(y, sigma, 0.8), grid_of([*SIGMAS, 0.0], False),
+        (names["noise"] * SIGMAS[0]).numpy(), (), c2=0.7,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, want, rtol=1e-10, atol=1e-10)
     run_page("docs/k-diffusion.md", after, "noise")
     assert not torch.equal(after["a"], after["b"])
 

@@ -26,6 +26,7 @@ from fewstep.bindings.k_diffusion.noise import (
 from fewstep.solvers.options import flag, function, number
 from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
 from fewstep.solvers.run.one_call import SAMPLERS, kept, laid_out
@@ -339,7 +340,7 @@ class _Tracker:
                 self.churned += 1
                 return torch.randn_like(self.call.x)
             # Draw 0 is the churn before the first stage; stage k has draw k + 1.
-            start, end = self.plan.stages[number - 1].drawn_over
+            start, end = self.plan.stages[number - 1].drawn_over if number else (at, to)
             return source(self.call.level(start.sigma), self.call.level(end.sigma))
 
         return draw
@@ -379,3 +380,27 @@ def sampler(
         return sample
 
     return make
+
+
+def sampler_of(solver: str, **options: Any) -> Callable[..., Tensor]:
+    """Any solver of fewstep as a sampler of k-diffusion's convention.
+
+        sample = sampler_of("res_2s", c2=0.7)
+        x = sample(model, x, sigmas, extra_args={"cond": cond})
+
+    solver   a name of `fewstep.list_solvers`, except ddim_inverse, which runs the sigmas backwards
+    options  of the solver
+
+    The function takes `s_noise` and `noise_sampler` as its own options, and `flow`, by default as the model declares.
+    Raises ValueError for an unknown solver; the function, for an option that the solver does not have.
+    """
+    if solver == "ddim_inverse":
+        raise ValueError("solver 'ddim_inverse' runs from data to noise: use sample_euler on rising sigmas")
+    spec = get_solver(solver)
+
+    @sampler(flow=None)
+    def sample(call: SamplerCall, s_noise: float = 1.0, noise_sampler: Noise = None) -> Tensor:
+        return call(solver, call.gaussian(noise_sampler), s_noise=s_noise, **options)
+
+    sample.__name__, sample.__doc__ = f"sample_{solver}", spec.build.__doc__
+    return sample

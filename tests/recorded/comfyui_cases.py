@@ -80,6 +80,15 @@ SAMPLERS: dict[str, list[dict[str, object]]] = {
     "uni_pc": [{}, {"variant": "vary_coeff"}],
     "uni_pc_bh2": [{}],
 }  # fmt: skip
+# Helpers that scripts import, each with the arguments to record its numbers for.
+HELPERS: dict[str, list[list[float]]] = {
+    "get_sigmas_karras": [[1, 0.03, 14.6], [2, 0.03, 14.6], [10, 0.03, 14.6], [5, 0.002, 80.0, 3.0]],
+    "get_sigmas_exponential": [[1, 0.03, 14.6], [2, 0.03, 14.6], [10, 0.03, 14.6]],
+    "get_sigmas_polyexponential": [[1, 0.03, 14.6], [2, 0.03, 14.6], [10, 0.03, 14.6], [5, 0.03, 14.6, 0.7]],
+    "get_sigmas_vp": [[1], [2], [10], [5, 15.0, 0.2, 0.01]],
+    "get_sigmas_laplace": [[1, 0.03, 14.6], [2, 0.03, 14.6], [10, 0.03, 14.6], [5, 0.03, 14.6, 0.3, 0.8]],
+    "get_ancestral_step": [[3.0, 1.0], [3.0, 1.0, 0.6], [3.0, 1.0, 0.0], [3.0, 1.0, 2.0], [3.0, 0.0]],
+}
 FUNCTIONS = {"x^1.5": lambda x: x**1.5, "0.4": lambda sigma: 0.4}
 
 

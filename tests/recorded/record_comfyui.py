@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 from tqdm.auto import trange
 
@@ -125,6 +126,10 @@ def main(root, commit, newer=None, newer_commit=None):
         "how": "tests/recorded/record_comfyui.py, in float64, with the model and noise of comfyui_cases.py",
         "sha256": {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
         **names_in(root / "comfy/samplers.py", "KSAMPLER_NAMES", "SAMPLER_NAMES", "SCHEDULER_HANDLERS"),
+        "helpers": {
+            name: [[a, np.ravel(getattr(modules[1], name)(*a)).tolist()] for a in sets]
+            for name, sets in shared.HELPERS.items()
+        },
         "cases": [
             {"name": name, "options": options, "model": kind, "grid": grid, **found}
             for name, options, kind, grid, sigmas in shared.cases()
