@@ -433,7 +433,7 @@ def torch_targets() -> None:
     x = 3.0 * torch.from_numpy(LATENT)
     for name in k_diffusion.__all__:
         call = getattr(k_diffusion, name)
-        if not name.startswith("sample_") or name.endswith("cfg_pp"):  # these need ComfyUI's models
+        if not name.startswith("sample_") or "cfg" in name:  # these need ComfyUI's models
             continue
         parameters = inspect.signature(call).parameters
         levels = {"sigmas": sigmas} if "sigmas" in parameters else {"sigma_min": 0.1, "sigma_max": 3.0}
