@@ -564,8 +564,8 @@ def save_loop(
     model = loop.model_of(loop.unrolled() if unroll else loop.rolled())
     if model.ByteSize() >= 2**31:
         raise ValueError(
-            f"the file would have {model.ByteSize() / 2**30:.1f} GiB, and an ONNX file holds 2: use fewstep.Sampler over "
-            "OnnxModel, whose weights may lie in files of their own"
+            f"the file would have {model.ByteSize() / 2**30:.1f} GiB, and an ONNX file holds 2: use fewstep.Sampler "
+            "over OnnxModel, whose weights may lie in files of their own"
         )
     write_whole(target, lambda to: onnx.save(model, str(to)))
     return target
