@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +326,38 @@ def test_weights_are_there_once_and_steps_are_free_in_a_loop(tmp_path):
             assert len(weights) == 1
     assert sizes[False, 50] - sizes[False, 5] < 45 * 40  # four numbers a step, and room for their names
     assert sizes[True, 50] > 4 * sizes[False, 50]
+
+
+HEADERS = os.environ.get("ONNXRUNTIME_INCLUDE", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HEADERS, reason="ONNXRUNTIME_INCLUDE names no folder with ONNX Runtime's C++ headers")
+@pytest.mark.skipif(not all(map(shutil.which, ("g++", "cmake", "make"))), reason="needs g++, cmake and make")
+def test_the_cpp_example_needs_a_seed_alone(tmp_path):
+    """examples/cpp/onnx_loop.cpp against the library in the Python wheel, under the names that a release gives it."""
+
+    def run(*arguments):
+        return subprocess.run([*map(str, arguments)], capture_output=True, check=False)
+
+    (shipped,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(shipped)
+    build, libraries = tmp_path / "build", f"-DONNXRUNTIME_LIBRARY={tmp_path / 'libonnxruntime.so'}"
+    include = f"-DONNXRUNTIME_INCLUDE={HEADERS}"
+    found = run("cmake", "-S", ROOT / "examples/cpp", "-B", build, libraries, include)
+    assert found.returncode == 0, found.stderr.decode()
+    made = run("cmake", "--build", build, "--target", "onnx_loop")
+    assert made.returncode == 0, made.stdout.decode() + made.stderr.decode()
+    denoiser = fs.Denoiser(onnx_model(cond=()), EDM, "edm")
+    plan = fs.plan("edm", fs.grid(EDM, 5), s_churn=4.0)
+    path = save_loop(denoiser, plan, tmp_path / "loop.onnx", shape=SHAPE)
+    for batch, seed in ((1, 0), (5, 2**63 + 11)):
+        done = run(build / "onnx_loop", path, batch, seed)
+        assert done.returncode == 0, done.stderr.decode()
+        want = fs.Sampler(denoiser, plan, (batch, *SHAPE))(seed=seed)
+        agree(np.frombuffer(done.stdout, np.float32).reshape(want.shape), want)
+    assert run(build / "onnx_loop", tmp_path / "none.onnx", 1, 0).returncode == 1
 
 
 DENOISER, PLAN = fs.Denoiser(onnx_model(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2, "linspace"))
