@@ -461,6 +461,26 @@ def is_torch_sample(result: Any) -> None:
 if importlib.util.find_spec("torch") is not None:
     torch_targets()
 
+
+def onnx_targets() -> None:
+    """The loop as an ONNX file, of a network that only copies x."""
+    from onnx import TensorProto, helper
+
+    from fewstep.bindings.onnx import OnnxModel
+    from fewstep.bindings.onnx_loop import save_loop
+
+    sizes = {"x": ["batch", 3], "t": ["batch"], "raw": ["batch", 3]}
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
+    graph = helper.make_graph([helper.make_node("Tanh", ["x"], ["raw"])], "network", ports[:2], ports[2:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    denoiser = fs.Denoiser(OnnxModel(made.SerializeToString(), threads=1), VP)
+    target("save_loop", save_loop, {"denoiser": denoiser, "plan": PLAN, "path": FOLDER / "loop.onnx"}, anything,
+           denoiser="denoiser|ONNX network|process")  # fmt: skip
+
+
+if importlib.util.find_spec("onnx") is not None and importlib.util.find_spec("onnxruntime") is not None:
+    onnx_targets()
+
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
