@@ -39,7 +39,7 @@ class _Given:
             frame = frame_of(values)
         self.name, self.frame = name, frame
         self.values: Array = values
-        self._kept: dict[tuple[str, str, str], Array] = {}
+        self._kept: dict[tuple[str, str, str, int], Array] = {}
 
     @property
     def host(self) -> np.ndarray:
@@ -61,16 +61,16 @@ class _Given:
         frame, samples = frame_of(x), info.samples
         assert frame is not None
         assert self.frame is not None
-        key = frame.name, frame.device, frame.dtype_of(x)
+        key = frame.name, frame.device, frame.dtype_of(x), x.ndim
         if key not in self._kept:
             values = self.values
             if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
                 values = values.detach().to(x)
             else:
                 values = frame.array(self.frame.to_numpy(values), key[2])
-            self._kept[key] = values
+            # Aligned on the right, as NumPy broadcasts.
+            self._kept[key] = values.reshape(*[1] * (x.ndim - values.ndim), *values.shape)
         own = self._kept[key]
-        own = own.reshape(*[1] * (x.ndim - own.ndim), *own.shape)  # aligned on the right, as NumPy broadcasts
         if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
             own = own[samples[0] : samples[0] + 1]
         return own
@@ -174,6 +174,12 @@ class Prefix(Inpaint):
         if not np.isfinite(self.actions.host).all():
             raise ValueError("actions holds NaN or inf")
 
+    def __call__(self, info: EditInfo) -> Array:
+        if info.door == "x":
+            return super().__call__(info)
+        free, held = self._masked(info, info.x0)
+        return free * info.x0 + held
+
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
         sizes, soft = tuple(own.shape[1:]), info.door == "x0"
         if (sizes, soft) not in self._made:
@@ -182,7 +188,7 @@ class Prefix(Inpaint):
         return mask.like(own, info), image.like(own, info)
 
     def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
-        """The mask and the image for x of these sizes, (H, ...)."""
+        """1 - W and the actions for x of these sizes, (H, ...); soft: the actions times W."""
         known = self.actions.host
         known = known[None] if known.ndim == len(sizes) else known
         n = known.shape[1]
@@ -190,7 +196,8 @@ class Prefix(Inpaint):
         w = w if soft else np.where(w == 1.0, 1.0, 0.0)
         image = np.zeros((len(known), *sizes))
         image[:, :n] = known
-        return _Given("delay", (1.0 - w).reshape(1, -1, *[1] * (len(sizes) - 1))), _Given("actions", image)
+        w = w.reshape(1, -1, *[1] * (len(sizes) - 1))
+        return _Given("delay", 1.0 - w), _Given("actions", w * image if soft else image)
 
 
 class RigidAugment:
