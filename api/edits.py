@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from fewstep.solvers.plans.stages import NOISE, SOURCES, Stage
 from fewstep.solvers.run.arrays import Array, TorchFrame, frame_of
 from fewstep.solvers.run.edits import EditInfo
 from fewstep.solvers.schedule.process import Point
+
+if TYPE_CHECKING:
+    import torch
+
+_SQUARINGS = 30  # to the power of 2^30
 
 __all__ = ["Clamp", "DynamicThreshold", "Inpaint", "Prefix", "RigidAugment", "resampled"]
 
@@ -206,8 +212,8 @@ class RigidAugment:
     At the door "x", before each call: x and the slots are centred, turned by a uniformly random rotation R and moved by
     t ~ N(0, translation^2) (Abramson et al. 2024, Algorithms 18 and 19). The churn of the next step is in x already:
     its mean over the atoms, which centring takes out, is drawn again, so that x is distributed as if it had been moved
-    before the noise. At the door "x0": the prediction is moved rigidly onto x (Kabsch 1976; SVD), so that the step does
-    not turn the molecule.
+    before the noise. At the door "x0": the prediction is moved rigidly onto x (Kabsch 1976), so that the step does
+    not turn the molecule. Nothing waits for a device.
 
         rigid = fewstep.edits.RigidAugment()
         fewstep.sample(denoiser, shape=(5, atoms, 3), solver="edm", edit=rigid, edit_x0=rigid, ...)
@@ -264,15 +270,42 @@ class RigidAugment:
         if info.at.alpha == 0.0:
             return None
         m, x = _numbers(info.x0), _numbers(info.x) / info.at.alpha
-        lib, share = _library(m), self._shares[m.shape[1]][0].like(m, info)
+        share = self._shares[m.shape[1]][0].like(m, info)
         centre, aim = (m * share).sum(1)[:, None], (x * share).sum(1)[:, None]
-        # R minimises sum_i w_i |R (m_i - centre) - (x_i - aim)|^2; det(R) = 1: no reflection.
-        covariance = ((m - centre) * share).swapaxes(1, 2) @ (x - aim)
-        u, _, vh = lib.linalg.svd(covariance)
-        v, sign = vh.swapaxes(1, 2), lib.linalg.det(u @ vh)
-        flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
-        turn = flipped @ u.swapaxes(1, 2)
+        turn = _onto(((m - centre) * share).swapaxes(1, 2) @ (x - aim))
         return _back((m - centre) @ turn.swapaxes(1, 2) + aim, info.x0)
+
+
+def _onto(covariance: Array) -> Array:
+    """The rotations R (B, 3, 3), no reflections, that minimise sum_i w_i |R m_i - x_i|^2, from sum_i w_i m_i x_i^T."""
+    lib = _library(covariance)
+    if lib is not np and not covariance.is_cpu:
+        return _onto_without_waiting(covariance)
+    u, _, vh = lib.linalg.svd(covariance)
+    v, sign = vh.swapaxes(1, 2), lib.linalg.det(u @ vh)
+    flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
+    return flipped @ u.swapaxes(1, 2)
+
+
+def _onto_without_waiting(covariance: torch.Tensor) -> torch.Tensor:
+    """The same on a device, for which an SVD makes the host wait and which could then record no graph.
+
+    The quaternion of R is the eigenvector of the largest eigenvalue of a symmetric matrix (Horn 1987). Squared again
+    and again the matrix, moved to eigenvalues >= 0, becomes the projection on it: its largest column.
+    """
+    lib = _library(covariance)
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(1) for row in covariance.unbind(1))
+    upper = [[xx + yy + zz, yz - zy, zx - xz, xy - yx], [xx - yy - zz, xy + yx, zx + xz], [yy - xx - zz, yz + zy]]
+    upper.append([zz - xx - yy])
+    rows = [lib.stack([upper[min(i, j)][abs(i - j)] for j in range(4)], 1) for i in range(4)]
+    # No eigenvalue is below -sqrt(3) times the norm; the last term is for a covariance of 0.
+    low = math.sqrt(3.0) * covariance.square().sum((1, 2)).sqrt() + 1e-150
+    power = lib.stack(rows, 1) + lib.diag_embed(low[:, None].expand(-1, 4))
+    for _ in range(_SQUARINGS):
+        power = power / power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        power = power @ power
+    best = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, 4, 1)
+    return lib.stack([lib.cat(row, 1) for row in _rotation(power.gather(2, best)[:, :, 0])], 1)
 
 
 def _library(array: Array) -> ModuleType:
