@@ -45,7 +45,7 @@ class _Given:
             frame = frame_of(values)
         self.name, self.frame = name, frame
         self.values: Array = values
-        self._kept: dict[tuple[str, str, str, int], Array] = {}
+        self._kept: dict[tuple[str, str, object, int], Array] = {}
 
     @property
     def host(self) -> np.ndarray:
@@ -67,13 +67,13 @@ class _Given:
         frame, samples = frame_of(x), info.samples
         assert frame is not None
         assert self.frame is not None
-        key = frame.name, frame.device, frame.dtype_of(x), x.ndim
+        key = frame.name, frame.device, x.dtype, x.ndim  # NumPy takes long to name a dtype
         if key not in self._kept:
             values = self.values
             if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
                 values = values.detach().to(x)
             else:
-                values = frame.array(self.frame.to_numpy(values), key[2])
+                values = frame.array(self.frame.to_numpy(values), frame.dtype_of(x))
             # Aligned on the right, as NumPy broadcasts.
             self._kept[key] = values.reshape(*[1] * (x.ndim - values.ndim), *values.shape)
         own = self._kept[key]
@@ -242,38 +242,38 @@ class RigidAugment:
             raise ValueError(f"mask has shape {self.mask.shape} for x of shape {shape}")
 
     def __call__(self, info: EditInfo) -> Array | None:
-        x = info.x
-        if x.shape[1] not in self._shares:
-            own = (np.ones((1, x.shape[1])) if self.mask is None else self.mask)[:, :, None]
-            own = own / own.sum(1, keepdims=True)
+        atoms = info.x.shape[1]
+        if atoms not in self._shares:
+            own = (np.ones((1, atoms)) if self.mask is None else self.mask)[:, None]
+            own = own / own.sum(2, keepdims=True)
             # The mean of white noise has its variance times the sum of the squared shares.
-            spread = np.sqrt((own**2).sum(1, keepdims=True))
-            self._shares[x.shape[1]] = _Given("mask", own), _Given("mask", spread)
+            spread = np.sqrt((own**2).sum(2, keepdims=True))
+            self._shares[atoms] = _Given("mask", own), _Given("mask", spread)
         return self._moved(info) if info.door == "x" else self._aligned(info)
 
     def _moved(self, info: EditInfo) -> Array:
-        x, alpha = info.x, info.to.alpha
+        x, alpha = _hosted(info.x), info.to.alpha
         shares, spread = self._shares[x.shape[1]]
         values = _numbers(x)
-        centre = _back((values * shares.like(values, info)).sum(1)[:, None], x)
-        drawn = info.normals(1, 10)
-        turn = _rotation(drawn[:, 0, :4])
+        centre = _back(shares.like(values, info) @ values, x)
+        drawn = _hosted(info.normals(1, 10))
+        turn = _rotation(drawn[:, 0, :4]).mT
         moved = drawn[:, :, 4:7] * self.translation
         for name, slot in info.slots.items():
-            share = info.shares[name]
-            slot[...] = _turned(turn, slot - centre * (share / alpha)) + moved * share
+            own, share = _hosted(slot), info.shares[name]
+            own[...] = (own - centre * (share / alpha)) @ turn + moved * share
         again = drawn[:, :, 7:] * (spread.like(drawn, info) * info.churn)
-        return _turned(turn, x - centre) + (moved * alpha + again)
+        return _back((x - centre) @ turn + (moved * alpha + again), info.x)
 
     def _aligned(self, info: EditInfo) -> Array | None:
         """The x0 prediction moved rigidly onto x / alpha; None where x has no signal."""
         if info.at.alpha == 0.0:
             return None
-        m, x = _numbers(info.x0), _numbers(info.x) / info.at.alpha
-        share = self._shares[m.shape[1]][0].like(m, info)
-        centre, aim = (m * share).sum(1)[:, None], (x * share).sum(1)[:, None]
-        turn = _onto(((m - centre) * share).swapaxes(1, 2) @ (x - aim))
-        return _back((m - centre) @ turn.swapaxes(1, 2) + aim, info.x0)
+        m, x = _numbers(_hosted(info.x0)), _numbers(_hosted(info.x)) / info.at.alpha
+        shares = self._shares[m.shape[1]][0].like(m, info)
+        centre, aim = shares @ m, shares @ x
+        turn = _onto((m - centre).mT @ ((x - aim) * shares.mT))
+        return _back((m - centre) @ turn.mT + aim, info.x0)
 
 
 def _onto(covariance: Array) -> Array:
@@ -282,9 +282,9 @@ def _onto(covariance: Array) -> Array:
     if lib is not np and not covariance.is_cpu:
         return _onto_without_waiting(covariance)
     u, _, vh = lib.linalg.svd(covariance)
-    v, sign = vh.swapaxes(1, 2), lib.linalg.det(u @ vh)
+    v, sign = vh.mT, lib.linalg.det(u @ vh)
     flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
-    return flipped @ u.swapaxes(1, 2)
+    return flipped @ u.mT
 
 
 def _onto_without_waiting(covariance: torch.Tensor) -> torch.Tensor:
@@ -305,7 +305,7 @@ def _onto_without_waiting(covariance: torch.Tensor) -> torch.Tensor:
         power = power / power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
         power = power @ power
     best = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, 4, 1)
-    return lib.stack([lib.cat(row, 1) for row in _rotation(power.gather(2, best)[:, :, 0])], 1)
+    return _rotation(power.gather(2, best)[:, :, 0])
 
 
 def _library(array: Array) -> ModuleType:
@@ -313,30 +313,28 @@ def _library(array: Array) -> ModuleType:
     return frame.torch if isinstance(frame, TorchFrame) else np
 
 
-def _rotation(q: Array) -> list[list[Array]]:
-    """Uniformly random rotations from normals (B, 4): unit quaternions (Shoemake 1992). Rows of columns (B, 1)."""
-    w, a, b, c = (q[:, i : i + 1] for i in range(4))
-    s = 2.0 / (w * w + a * a + b * b + c * c)
-    return [
-        [1.0 - s * (b * b + c * c), s * (a * b - c * w), s * (a * c + b * w)],
-        [s * (a * b + c * w), 1.0 - s * (a * a + c * c), s * (b * c - a * w)],
-        [s * (a * c - b * w), s * (b * c + a * w), 1.0 - s * (a * a + b * b)],
-    ]
+def _rotation(q: Array) -> Array:
+    """Rotations (B, 3, 3) of quaternions (B, 4) of any length; of normals they are uniformly random (Shoemake 1992)."""
+    unit = q / ((q * q).sum(1) * 0.5)[:, None] ** 0.5
+    pairs = unit[:, :, None] * unit[:, None, :]  # 2 q_i q_j / |q|^2
+    wa, wb, wc = (pairs[:, 0, i] for i in (1, 2, 3))
+    aa, ab, ac = (pairs[:, 1, i] for i in (1, 2, 3))
+    bb, bc, cc = pairs[:, 2, 2], pairs[:, 2, 3], pairs[:, 3, 3]
+    rows = [1.0 - bb - cc, ab - wc, ac + wb, ab + wc, 1.0 - aa - cc, bc - wa, ac - wb, bc + wa, 1.0 - aa - bb]
+    return _library(q).stack(rows, 1).reshape(-1, 3, 3)
 
 
-def _turned(turn: list[list[Array]], x: Array) -> Array:
-    """R x for x (B, atoms, 3): sums in one order, so that every library has the same bits."""
-    parts = [x[:, :, i] for i in range(3)]
-    rows = [r[0] * parts[0] + r[1] * parts[1] + r[2] * parts[2] for r in turn]
-    lib = _library(x)
-    return np.stack(rows, -1) if lib is np else lib.stack(rows, -1)
+def _hosted(x: Array) -> Array:
+    """x in NumPy, in the same memory, if it is on the CPU, so that both libraries have the same sums.
+
+    torch with gradients, and on a device.
+    """
+    return x if isinstance(x, np.ndarray) or x.requires_grad or not x.is_cpu else x.numpy()
 
 
 def _numbers(x: Array) -> Array:
-    """x in float64: in NumPy if it is on the CPU, so that both libraries have the same sums; torch with gradients."""
-    if isinstance(x, np.ndarray):
-        return x.astype(np.float64)
-    return x.double() if x.requires_grad or not x.is_cpu else x.numpy().astype(np.float64)
+    """x in float64."""
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
 
 
 def _back(values: Array, like: Array) -> Array:

@@ -175,9 +175,9 @@ class Edits:
         for place, edit in enumerate(edits, first):
             if at_start and not getattr(edit, "start", False):
                 continue
-            # A copy costs as much as a small edit, and only a second edit can tell it from the info itself.
-            own = info if len(edits) == 1 and place == info._place else replace(info, _place=place)
-            now = getattr(info, info.door)
+            # A copy costs as much as a small edit, and only another edit can tell it from the info itself.
+            own, now = info if len(edits) == 1 else replace(info), getattr(info, info.door)
+            own._place = place
             finite = self.check and _finite(now)
             try:
                 found = edit(own)
