@@ -2,10 +2,10 @@
 
     python examples/molecules/molecules.py
 
-Abramson et al. 2024, Algorithms 18 and 19: EDM's churn (gamma_0 0.8 where a step ends above 1, noise scale 1.003), Euler
-steps 1.5 times as long, sigma_data 16, and before each step a random rigid motion of the molecule; in the open versions
-the prediction and the sample are then aligned. The molecules are chains of up to 16 atoms that fold in one of two ways,
-padded with a mask. The oracle is a plain loop in NumPy.
+Abramson et al. 2024, Algorithms 18 and 19: EDM's churn (gamma_0 0.8 where a step ends above 1, noise scale 1.003),
+Euler steps 1.5 times as long, sigma_data 16, and before each step a random rigid motion of the molecule; in the open
+versions the prediction and the sample are then aligned. The molecules are chains of 12 and 16 atoms that fold in one of
+two ways, padded with a mask. The oracle is a plain loop in NumPy.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def masks(n: int) -> torch.Tensor:
 class Network(torch.nn.Module):
     """F inside EDM's preconditioning, from coordinates (B, ATOMS, 3), t = ln(sigma) / 4 (B,) and a mask (B, ATOMS).
 
-    Each atom moves along the lines to all others, by weights that a small network has from the two and their distance: so
-    the output turns with its input, and padding is not seen.
+    Each atom moves along the lines to all others, by weights that a small network has from the two and their distance:
+    so the output turns with its input, and padding is not seen.
     """
 
     def __init__(self, width: int = 48, layers: int = 2) -> None:
@@ -93,9 +93,9 @@ def trained(updates: int, seed: int = 0) -> Network:
     """After training on turned and moved folds, with EDM's weights and the noise levels of AlphaFold 3."""
     torch.manual_seed(seed)
     network = Network()
-    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
     for update in range(updates):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1.0 - update / updates)
+        optimizer.param_groups[0]["lr"] = 3e-3 * (1.0 - update / updates)
         mask = masks(32)
         data = folds()[torch.randint(0, 2, (32,))]
         data = data - (data * mask[..., None]).sum(1, keepdim=True) / mask.sum(1)[:, None, None]
@@ -117,7 +117,7 @@ def trained(updates: int, seed: int = 0) -> Network:
 
 
 def plan(steps: int) -> fs.Plan:
-    """AlphaFold 3's Algorithm 18: churn in the steps that end above GAMMA_MIN, so from the last level before such an end."""
+    """AlphaFold 3's Algorithm 18. A step has churn where it ends above GAMMA_MIN: s_tmin is the lowest such start."""
     grid = fs.grid(AF3, steps, "karras")
     lowest = float(grid.sigma[:-1][grid.sigma[1:] > GAMMA_MIN].min())
     return fs.plan(
@@ -150,7 +150,7 @@ def by_hand(
     shifts: Draws,
     noises: Draws,
 ) -> np.ndarray:
-    """The oracle, in the published order: centre, turn, move, add noise, call, align the sample to the prediction, step.
+    """The oracle, in the published order: centre, turn, move, add noise, call, align x to the prediction, step.
 
     x                 (B, ATOMS, 3) at the largest noise level
     turns(k)          (B, 3, 3) a rotation before step k. The one applied undoes the alignment of step k - 1 first, so
@@ -180,7 +180,7 @@ def by_hand(
 
 
 def _rotation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """R with R a = b as nearly as can be, for (atoms, 3) points around 0: the top eigenvector of Horn's (1987) matrix."""
+    """R with R a nearest to b, for (atoms, 3) points around 0: from the top eigenvector of Horn's (1987) matrix."""
     s = a.T @ b
     d = np.array([s[1, 2] - s[2, 1], s[2, 0] - s[0, 2], s[0, 1] - s[1, 0]])
     n = np.block([[s.trace()[None, None], d[None]], [d[:, None], s + s.T - s.trace() * np.eye(3)]])
@@ -191,7 +191,7 @@ def _rotation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def published(network: Any, x: torch.Tensor, mask: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """The same in torch as open versions have it: the levels are on the device, and three numbers a step come from it."""
+    """The same in torch as in open versions: the levels are on the device, and a step reads three numbers from it."""
     gammas = torch.where(levels > GAMMA_MIN, GAMMA, 0.0)
     weights = mask[..., None] / mask.sum(1)[:, None, None]
     for now, after, gamma in zip(levels[:-1], levels[1:], gammas[1:], strict=True):
@@ -244,7 +244,7 @@ def misfit(x: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def figures(updates: int, steps: int, repeats: int) -> list[Table]:
     network, batch = trained(updates), 5
     mask = masks(batch)
-    levels = torch.from_numpy(fs.grid(AF3, steps, "karras").sigma).float()
+    levels = torch.tensor(fs.grid(AF3, steps, "karras").sigma, dtype=torch.float32)
     x = levels[0] * torch.randn(batch, ATOMS, 3)
     ours, rigid = sampler(network, batch, steps), fs.edits.RigidAugment(mask)
     loops = {
@@ -277,8 +277,8 @@ def figures(updates: int, steps: int, repeats: int) -> list[Table]:
 
     many = 32
     mask = masks(many)
-    found = sampler(network, many, steps)(seed=0, cond={"mask": mask}, edit=fs.edits.RigidAugment(mask),
-                                          edit_x0=fs.edits.RigidAugment(mask))  # fmt: skip
+    rigid = fs.edits.RigidAugment(mask)
+    found = sampler(network, many, steps)(seed=0, cond={"mask": mask}, edit=rigid, edit_x0=rigid)
     with torch.no_grad():
         theirs = published(network, levels[0] * torch.randn(many, ATOMS, 3), mask, levels)
     quality: list[list[str | float]] = []
@@ -291,7 +291,7 @@ def figures(updates: int, steps: int, repeats: int) -> list[Table]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--updates", type=int, default=1500, help="of the training")
+    parser.add_argument("--updates", type=int, default=1000, help="of the training")
     parser.add_argument("--steps", type=int, default=200, help="of the sampler; AlphaFold 3 has 200")
     given = parser.parse_args()
     torch.set_num_threads(1)
