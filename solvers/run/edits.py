@@ -175,7 +175,9 @@ class Edits:
         for place, edit in enumerate(edits, first):
             if at_start and not getattr(edit, "start", False):
                 continue
-            own, now = replace(info, _place=place), getattr(info, info.door)
+            # A copy costs as much as a small edit, and only another edit can tell it from the info itself.
+            own, now = info if len(edits) == 1 else replace(info), getattr(info, info.door)
+            own._place = place
             finite = self.check and _finite(now)
             try:
                 found = edit(own)
@@ -215,7 +217,7 @@ def _wrong(found: object, like: Array, frame: Frame) -> str | None:
 
 
 def _finite(x: Array) -> bool:
-    return bool((abs(x) < math.inf).all())
+    return bool(np.isfinite(x).all()) if isinstance(x, np.ndarray) else not bool((x - x).any())
 
 
 def churn_of(plan: UncheckedPlan, end: Point, to: Point) -> float:
