@@ -142,9 +142,9 @@ def run(sampler, sampling=None, sigmas=SIGMAS, mask=None, batch=slice(None), see
 
 def test_mappings_are_what_comfyui_reads():
     assert comfyui.NODE_CLASS_MAPPINGS.keys() == comfyui.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    assert len(comfyui.NODE_CLASS_MAPPINGS) == len(nodes.SAMPLERS) + 1
+    assert len(nodes.NODE_CLASS_MAPPINGS) == len(nodes.SAMPLERS) + 1
     assert {"euler", "dpm_fast", "dpm_adaptive", "dpmpp_3m_sde", "sa_solver"} <= nodes.SAMPLERS.keys()
-    for name, node in comfyui.NODE_CLASS_MAPPINGS.items():
+    for name, node in nodes.NODE_CLASS_MAPPINGS.items():
         assert node.RETURN_TYPES == ("SAMPLER",)
         assert callable(getattr(node, node.FUNCTION))
         assert node.CATEGORY.startswith("sampling/custom_sampling/samplers")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from fewstep.bindings.diffusers.interface import Scheduler
+    from fewstep.bindings.diffusers.plan_scheduler import PlanLike
 
 # Components that a pipeline may call in every step.
 DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
@@ -35,12 +36,22 @@ class Report:
     __repr__ = __str__
 
 
-def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, noise: str = "torch") -> Report:
+def accelerate(
+    pipe: object,
+    *,
+    plan: PlanLike | None = None,
+    corrected: bool = False,
+    graph: bool = False,
+    noise: str = "torch",
+) -> Report:
     """Replace a diffusers pipeline's schedulers by their fused twins, in place: same call, same image, less overhead.
 
         print(fewstep.accelerate(pipe))   # scheduler: DPMSolverMultistepScheduler runs fused
 
     pipe       any pipeline with a scheduler of `fewstep.bindings.diffusers.SCHEDULERS` among its components
+    plan       a `Plan` or the path of a plan file, to run in place of the pipeline's scheduler
+               (docs/plans-in-pipelines.md): other calls, other images. Call the pipeline with
+               num_inference_steps=plan.nfe
     corrected  fix the schedulers' known bugs (docs/diffusers.md lists them); this changes the affected images
     graph      also capture the denoiser's call in a CUDA graph, once per set of shapes. The network must be on a CUDA
                device, in eval mode and free of host syncs. Weights that move are noticed; after adding modules (a
@@ -51,11 +62,14 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, no
     A twin keeps the scheduler's configuration, schedule and shifts. Images agree to the rounding of the dtype; noise
     is drawn from the same generator in the same order. A scheduler that its twin would not make faster is left alone.
 
-    Raises TypeError if `pipe` is not a pipeline, ValueError if nothing in it can be replaced, `graph` is impossible or
-    `noise` is neither; the pipeline is then unchanged.
+    Raises TypeError if `pipe` is not a pipeline, ValueError if nothing in it can be replaced, `graph` is impossible,
+    `noise` is neither, or the plan was made on another process or tuned for another network; the pipeline is then
+    unchanged.
     """
     components = _components(pipe)
     check_noise(noise)
+    if plan is not None:
+        return _run_plan(pipe, components, plan, corrected, graph, noise)
     done: list[tuple[str, str]] = []
     twins: dict[str, Scheduler] = {}
     for name, scheduler in _schedulers(components).items():
@@ -78,6 +92,12 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, no
     if not twins:
         what = "; ".join(f"{name} {text}" for name, text in done) or "it has no scheduler"
         raise ValueError(f"nothing to accelerate in {type(pipe).__name__}: {what}")
+    return _install(pipe, components, twins, done, graph)
+
+
+def _install(
+    pipe: object, components: dict[str, Any], twins: Mapping[str, Scheduler], done: list[tuple[str, str]], graph: bool
+) -> Report:
     graphs = _graphs(components) if graph else {}
     for name, twin in twins.items():
         setattr(pipe, name, twin)
@@ -85,6 +105,26 @@ def accelerate(pipe: object, *, corrected: bool = False, graph: bool = False, no
         module.forward = captured
         done.append((name, "its call is captured in a CUDA graph for each set of shapes"))
     return Report(tuple(done))
+
+
+def _run_plan(
+    pipe: object, components: dict[str, Any], plan: PlanLike, corrected: bool, graph: bool, noise: str
+) -> Report:
+    """`accelerate` with a plan."""
+    from fewstep.bindings.diffusers import PlanScheduler
+    from fewstep.bindings.diffusers.plan_scheduler import described, read
+
+    if corrected:
+        raise ValueError("corrected=True is for diffusers' own schedulers, and plan= replaces it: omit one of them")
+    found = _schedulers(components)
+    if "scheduler" not in found:
+        raise ValueError(f"plan= replaces the component 'scheduler', and {type(pipe).__name__} has {sorted(found)}")
+    made = read(plan)
+    old = found["scheduler"]
+    twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
+    kind = type(old).__name__
+    what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
+    return _install(pipe, components, {"scheduler": twin}, [("scheduler", what)], graph)
 
 
 def restore(pipe: object) -> Report:
@@ -97,8 +137,13 @@ def restore(pipe: object) -> Report:
     components = _components(pipe)
     done = []
     for name, scheduler in _schedulers(components).items():
-        if is_twin(scheduler):
-            kind = type(scheduler).__name__
+        if scheduler.config.get("replaces") is not None:
+            from fewstep.bindings.diffusers.plan_scheduler import scheduler_of
+
+            replaced = scheduler_of(scheduler.config["replaces"])
+            setattr(pipe, name, replaced)
+            done.append((name, f"{type(replaced).__name__} is diffusers' own again"))
+        elif is_twin(scheduler) and hasattr(diffusers, kind := type(scheduler).__name__):
             setattr(pipe, name, _moved(scheduler, getattr(diffusers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
     for name, module in components.items():
