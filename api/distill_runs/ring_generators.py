@@ -16,7 +16,7 @@ from fewstep.distill_runs.phases import phase_at
 from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
 from fewstep.distill_runs.ring_teachers import Consistency
 from fewstep.distill_runs.training import RunSettings, Samplers
-from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
+from fewstep.solvers.distill import adversarial, distribution_matching, rectified
 from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
@@ -85,9 +85,8 @@ class Rectified(RingRecipe):
 class DistributionMatching(RingRecipe):
     """DMD2 (Yin et al. 2024): a generator, and a critic with five updates per generator update.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the critic takes the
-    step that made a sample as an input, unlike in the paper: with one critic for the mixture of all steps, the steps
-    divided the modes among themselves and each lost some.
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the student trains as
+    `distribution_matching.FewSteps` says: the critic takes the step that made a sample as an input.
 
     Options:
 
@@ -110,7 +109,7 @@ class DistributionMatching(RingRecipe):
         self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(calls)], 0.0])
         self.new_network("critic", strength=self.grid.steps > 1)
         self.new_network("student")
-        self.simulate = distribution_matching.BackwardSimulation(self.denoiser("student"), self.grid)
+        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid, "w")
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
@@ -125,23 +124,16 @@ class DistributionMatching(RingRecipe):
         return Denoiser(self.modules[name], PROCESS, "edm")
 
     def stops(self) -> np.ndarray:
-        """The student's step of each sample, (B,): the batch is divided evenly among the steps."""
-        n = self.settings.batch
-        return np.arange(n) * self.grid.steps // n
+        return self.few.stops(self.settings.batch)
 
     def entry(self, g: torch.Generator, noise: Tensor) -> Tensor:
         """The student's input x of the batch, each sample at its own step of the student's sampling."""
-        latent = PROCESS.sigma_max * noise
-        if self.grid.steps == 1:
-            return latent
-        seed, stops = int(torch.randint(2**31, (1,), generator=g)), torch.from_numpy(self.stops())
-        return torch.cat([self.simulate(latent[stops == k], k, seed=seed + k) for k in range(self.grid.steps)])
+        seed = int(torch.randint(2**31, (1,), generator=g)) if self.grid.steps > 1 else 0
+        return self.few.inputs(PROCESS.sigma_max * noise, self.stops(), seed=seed)
 
     def of_step(self, part: slice) -> dict[str, Tensor]:
         """The critic's condition: the step that made a sample, if there are several."""
-        if self.grid.steps == 1:
-            return {}
-        return {"w": torch.from_numpy(self.stops()[part]).float()}
+        return self.few.critic_cond(self.stops()[part])
 
     def begin(self) -> None:
         """Start the student as the critic at step 0, where the critic's two inputs for the step are 0 and 1."""
@@ -154,7 +146,7 @@ class DistributionMatching(RingRecipe):
             self.modules[name].load_state_dict(weights)
 
     def generate(self, x: Tensor, part: slice = slice(None)) -> Tensor:
-        return predict(self.denoiser("student"), x[part], points_of(PROCESS, self.grid.t[self.stops()[part]]))
+        return self.few.generate(x[part], self.stops()[part])
 
     def logits(self, x0: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
         """The output of the head on the critic for x0, noised: large for data."""
@@ -167,28 +159,17 @@ class DistributionMatching(RingRecipe):
         return logits
 
     def levels(self, g: torch.Generator) -> Array:
-        """Noise levels of the batch, drawn as for training a denoiser (Karras et al. 2022, Table 1)."""
-        ln = torch.randn((self.settings.batch,), generator=g, dtype=torch.float64) * 1.2 - 1.2
-        return np.asarray(ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy())
-
-    def weights(self, part: slice) -> Array:
-        """1 / c_out^2 at the student's levels, scaled to 1 at the noisiest.
-
-        The network moves samples by c_out times its output. c_out is small near the data, so that without the weight
-        the last step would be learnt last.
-        """
-        weight = losses.edm_weight(PROCESS.sigma_data)
-        at, first = (points_of(PROCESS, self.grid.t[stops]) for stops in (self.stops()[part], [0]))
-        return weight(at) / weight(first)
+        """Noise levels of the batch."""
+        return np.asarray(distribution_matching.noise_levels(PROCESS, self.settings.batch, g).sigma)
 
     def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
         """Update the critic on samples, and its head if real data are given."""
         noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
-        critic, weight = self.denoiser("critic"), losses.edm_weight(PROCESS.sigma_data)
+        critic = self.denoiser("critic")
 
         def loss_of(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
-            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p), weight=weight)
+            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p))
             if real is None:
                 return loss
             logits = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
@@ -225,7 +206,7 @@ class DistributionMatching(RingRecipe):
                 noise[p],
                 at,
                 critic_cond=self.of_step(p),
-                weight=self.weights(p),
+                weight=self.few.weights(self.stops()[p]),
             ).loss
             if not self.gan:
                 return loss
@@ -248,11 +229,12 @@ class Adversarial(RingRecipe):
 
     The features are the hidden layers of the consistency student at a low noise level, frozen. The heads learn at the
     run's full rate and the student slowly, so that the heads can separate its samples from data. With the paper's
-    lambda of 2.5 the distillation term dominates and draws the samples to the centres of the modes.
+    lambda of 2.5 the distillation term dominates and draws the samples to the centres of the modes. The adversarial
+    loss is a sum over three heads.
     """
 
     SHARP = 0.05  # noise level of the frozen network
-    DISTIL = 0.25  # lambda
+    DISTIL = 0.75  # lambda
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
