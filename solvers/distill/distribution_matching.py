@@ -3,8 +3,8 @@
 The generator follows the difference of two scores: that of its own distribution, from a critic, and that of the data,
 from the teacher. The critic is a denoiser trained on generated samples, several updates per generator update.
 
-A student of several calls trains on its own sampling (`FewSteps`), with three changes to the paper's recipe. Without them
-its samples get worse with more updates.
+A student of several calls trains on its own sampling (`FewSteps`), with changes to the paper's recipe without which its
+samples get worse with more updates.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def generator_loss(
     weight       a number or (B,), applied to the loss and not to the returned gradient
 
     The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over elements, mean over the batch. The
-    released code takes the mean over elements too: divide by D what its configs add to this loss (the GAN's weight). The
-    predictions are in float32 or wider, because their difference overflows or vanishes in float16. One kernel computes
+    released code takes the mean over the D elements too: multiply by D the GAN's weight of its configs. The predictions
+    are in float32 or wider, because their difference overflows or vanishes in float16. One kernel computes
     loss and gradient: `fewstep.kernels.torch_train.score_difference`.
     """
     with torch.no_grad():
@@ -202,7 +202,9 @@ class FewSteps:
         return Point(self.grid.t[stops], self.grid.alpha[stops], self.grid.sigma[stops])
 
     @torch.no_grad()
-    def inputs(self, latent: Tensor, stops: np.ndarray, *, seed: int = 0, cond: Mapping[str, Any] | None = None) -> Tensor:
+    def inputs(
+        self, latent: Tensor, stops: np.ndarray, *, seed: int = 0, cond: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """The student's inputs (B, ...), each sample at its own step of the student's sampling.
 
         latent  (B, ...) at the grid's first point
