@@ -11,9 +11,13 @@ data, parallel wrappers and precision are the caller's. One module per method:
     adversarial             hinge loss on frozen features plus distillation    (Sauer et al. 2023)
     rectified               flow matching, reflow and one-step distillation    (Liu et al. 2022, 2023)
     distribution_matching   the difference of two scores as the gradient       (Yin et al. 2024)
+    mean_flow               the average velocity, by one derivative            (Geng et al. 2025)
+    shortcut                one step for two of half the length                (Frans et al. 2024)
+    flow_maps               flow maps in continuous time, AYF                  (Sabour et al. 2025)
 
-Shared: `network` (a denoiser on a batch with a point per sample), `jumps` (a teacher's steps over the intervals of a
-grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`, `ema`, `lora`, `protocols` (types).
+Shared: `network` (a denoiser on a batch with a point per sample), `two_times` (students told the end of a step), `jumps`
+(a teacher's steps over the intervals of a grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`,
+`ema`, `lora`.
 
 A student or teacher is a `fewstep.Denoiser` around the caller's module, plain or wrapped for parallel training.
 """
