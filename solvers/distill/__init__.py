@@ -15,9 +15,15 @@ data, parallel wrappers and precision are the caller's. One module per method:
     shortcut                one step for two of half the length                (Frans et al. 2024)
     flow_maps               flow maps in continuous time, AYF                  (Sabour et al. 2025)
 
-Shared: `network` (a denoiser on a batch with a point per sample), `two_times` (students told the end of a step), `jumps`
-(a teacher's steps over the intervals of a grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`,
-`ema`, `lora`.
+    moment_matching         groups of samples by a kernel, IMM                 (Zhou et al. 2025)
+    score_identity          the Fisher divergence of two scores, SiD           (Zhou et al. 2024)
+    f_divergence            weights of distribution matching, f-distill        (Xu et al. 2025)
+    latent_adversarial      heads on the teacher's own noised features, LADD   (Sauer et al. 2024)
+    regularised             sCM and distribution matching together, rCM        (Zheng et al. 2025)
+
+Shared: `network` (a denoiser on a batch with a point per sample), `two_times` (students told the end of a step),
+`jumps` (a teacher's steps over the intervals of a grid, as plans), `boundary` (consistency scalings), `curricula`,
+`losses`, `ema`, `lora`.
 
 A student or teacher is a `fewstep.Denoiser` around the caller's module, plain or wrapped for parallel training.
 """
