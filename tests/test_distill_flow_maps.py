@@ -284,6 +284,9 @@ def test_a_jump_is_the_samplers_own_step_in_every_process() -> None:
             ends = [fs.Point(*(np.full(3, v[i]) for v in (grid.t, grid.alpha, grid.sigma))) for i in (k, k + 1)]
             x = jump(net, x, *ends)
         torch.testing.assert_close(x, want, rtol=1e-9, atol=1e-9)
+    clean = points_of(FLOW, [0.0] * 3)
+    x = normals(3, 2)
+    torch.testing.assert_close(jump(student(wrong), x, clean, clean), x, rtol=0, atol=0)
 
 
 def test_bad_students_times_and_ends_are_named() -> None:

@@ -158,8 +158,7 @@ def noise_levels(
     Within the process's sigma_min and sigma_max. Returns a point of arrays (batch,).
     """
     ln = mean + std * torch.randn((batch,), generator=generator, dtype=torch.float64, device=generator.device)
-    ratios = ln.exp().clamp(process.sigma_min, process.sigma_max).tolist()
-    return Point(*np.array([process.point_at_sigma(ratio) for ratio in ratios]).T)
+    return process.point_at_sigma(ln.exp().clamp(process.sigma_min, process.sigma_max).cpu().numpy())
 
 
 class FewSteps:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +29,7 @@ def draw_levels(
     mean, std  of the logit; the paper finds mean 1, std 1 best: mostly structure, some texture
     """
     logit = mean + std * torch.randn((batch,), generator=generator, dtype=torch.float64, device=generator.device)
-    ratios = logit.exp().clamp(process.sigma_min, process.sigma_max).tolist()
-    return Point(*np.array([process.point_at_sigma(ratio) for ratio in ratios]).T)
+    return process.point_at_sigma(logit.exp().clamp(process.sigma_min, process.sigma_max).cpu().numpy())
 
 
 def generator_loss(

@@ -62,7 +62,8 @@ def jump(student: FlowMapLike, x: Tensor, at: Point, to: Point, cond: Cond = Non
 
     at, to  points of arrays (B,), `to` the less noisy
     """
-    r = np.asarray(to.sigma) / np.asarray(at.sigma)
+    noisy = np.asarray(at.sigma) > 0.0  # from clean data a step goes nowhere
+    r = np.divide(to.sigma, at.sigma, out=np.ones(noisy.shape), where=noisy)
     m = predict(student, x, at, with_end(student, cond, to, x))
     return spread(r, x) * x + spread(np.asarray(to.alpha) - np.asarray(at.alpha) * r, x) * m
 
