@@ -18,7 +18,7 @@ from fewstep.solvers.schedule.process import EDM
 
 ARMS = 5
 PROCESS = EDM(0.002, 80.0, 0.5)
-TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 4000, 256, 3e-3
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 3000, 256, 3e-3
 
 
 def draw_pinwheel(n: int, g: torch.Generator, label: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,7 @@ class Regularised(Denoising):
             return regularised.loss(
                 student, self.teacher, critic, x0[p], noise[p], here, PROCESS.sigma_max * latent[p], start, fresh[p],
                 there, cond=self.cond(p), scale=self.SCALE, warm=min(1.0, 2.0 * done),
+                derivative="differences",
             ).loss  # fmt: skip
 
         loss = self.descend("student", lr, loss_of)
