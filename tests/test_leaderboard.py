@@ -47,7 +47,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         return kept(entry, problem, seed)
 
     monkeypatch.setattr(leaderboard, "student_score", counted)
-    monkeypatch.setattr(leaderboard, "SAMPLES", 40)
+    monkeypatch.setattr(leaderboard, "SAMPLES", {"ring": 40})
     monkeypatch.setattr(leaderboard, "ENTRIES", [e._replace(steps=3) for e in leaderboard.ENTRIES if "flow" in e.name])
     teacher = {"Teacher's best plan": {"0": Score(0.0, score(0.02, 0.001, nfe="50")[1])}, "names": {}}
     monkeypatch.setattr(leaderboard, "teacher_scores", lambda problem: teacher)
