@@ -12,7 +12,7 @@ that a plan shares with the first one are made once: most plans of a Jacobian di
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
 Indices = NDArray[np.int64]
+Features = Callable[[ModelArray], ModelArray]
 
 # The most float64 values of prediction history in memory: 2^26 are 512 MB.
 _HISTORY = 1 << 26
@@ -114,6 +115,8 @@ class Ensemble:
     cond      as for `Sampler`; sample i takes entry i mod L of an array of length L
     device    as for `Sampler`, for a model that is a plain callable
     batch     the most samples per network call, >= 1
+    features  a map of samples (b, ...) in the model's library to features (b, ...), which `ends` returns in place of
+              the samples: plans are then compared by what the map sees
     """
 
     def __init__(
@@ -124,24 +127,47 @@ class Ensemble:
         *,
         device: Device | None = None,
         batch: int = 512,
+        features: Features | None = None,
     ) -> None:
         check_unnumbered(denoiser)
-        self.denoiser, self.cond, self.batch = denoiser, cond, batch
+        self.denoiser, self.cond, self.batch, self.features = denoiser, cond, batch, features
         self.frame = model_frame(denoiser, device)
         self.sample = z.shape[1:]
         self.z = z.reshape(len(z), -1)
         self.calls = 0  # of the denoiser, counted per sample
         spread_conditions(denoiser, self.frame, cond, range(2))  # checks the conditions
+        self.width = self.observed(self.z[:1]).shape[1]  # of a row of `ends`
+
+    def observed(self, x: Array) -> Array:
+        """The features of samples (n, elements): float64 (n, width). Raises ValueError if they are not a row each."""
+        if self.features is None:
+            return x
+        rows = []
+        for first in range(0, len(x), self.batch):
+            part = x[first : first + self.batch]
+            given = self.frame.array(part.reshape(-1, *self.sample), self.denoiser.model_dtype("float64"))
+            with no_grad(self.frame):
+                found = np.asarray(self.frame.to_numpy(self.features(given)), np.float64)
+            if found.ndim == 0 or len(found) != len(part):
+                raise ValueError(f"features returned shape {found.shape} for {len(part)} samples, not a row each")
+            rows.append(found.reshape(len(part), -1))
+        return np.concatenate(rows)
 
     def ends(
-        self, plans: Sequence[Unrolled], samples: Sequence[int] | Indices, elements: Indices | slice = slice(None)
+        self,
+        plans: Sequence[Unrolled],
+        samples: Sequence[int] | Indices,
+        elements: Indices | slice = slice(None),
+        z: Array | None = None,
     ) -> Array:
         """The end point of each plan on each sample: float64 (P, n, elements). All plans have the same number of calls.
 
-        elements  the elements of a sample to return, all by default
+        elements  the elements of a sample (or of its features) to return, all by default
+        z         (n, elements) latents in place of the samples' own
         """
         index = np.asarray(samples)
-        out = np.empty((len(plans), len(index), self.z[0][elements].size))
+        z = self.z[index] if z is None else z
+        out = np.empty((len(plans), len(index), np.empty(self.width)[elements].size))
         groups: dict[tuple[bool, ...], list[int]] = {}
         for i, plan in enumerate(plans):
             groups.setdefault(plan.done, []).append(i)
@@ -152,13 +178,14 @@ class Ensemble:
             chosen = [members[j] for j in order]
             rows = max(1, _HISTORY // (len(chosen) * (len(done) + 1) * self.z.shape[1]))
             for first in range(0, len(index), rows):
-                part = index[first : first + rows]
-                found = self._run([plans[i] for i in chosen], [shared[j] for j in order], part)
-                out[chosen, first : first + rows] = found[:, :, elements]
+                part = slice(first, first + rows)
+                found = self._run([plans[i] for i in chosen], [shared[j] for j in order], index[part], z[part])
+                seen = self.observed(found.reshape(-1, self.z.shape[1]))
+                out[chosen, part] = seen.reshape(*found.shape[:2], -1)[:, :, elements]
         return out
 
-    def _run(self, plans: Sequence[Unrolled], shared: Sequence[int], samples: Indices) -> Array:
-        """Run P plans on b samples. Returns (P, b, elements).
+    def _run(self, plans: Sequence[Unrolled], shared: Sequence[int], samples: Indices, z: Array) -> Array:
+        """Run P plans from the latents z of b samples. Returns (P, b, elements).
 
         shared  the number of leading calls that each plan shares with plans[0], ascending; these are made once
         """
@@ -166,7 +193,7 @@ class Ensemble:
         nfe, done = plans[0].nfe, plans[0].done
         w = frame.array(np.stack([plan.w for plan in plans]), "float64")  # (P, N + 1, N + 1)
         history = frame.empty((count, nfe + 1, b * self.z.shape[1]), "float64")
-        history[:, 0] = frame.array(self.z[samples].reshape(1, -1), "float64")
+        history[:, 0] = frame.array(z.reshape(1, -1), "float64")
         steps = 0
         with no_grad(frame):
             for k in range(nfe):
