@@ -196,16 +196,41 @@ def study(
     features: Features | None = None,
 ) -> Study:
     """Draw latents, solve the ODE from them, and rank every hand-made plan of at most nfe calls."""
+    check_times(denoiser)
+    total = sum(splits.values())
+    ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch, features=features)
+    found = usable(denoiser, candidates(denoiser.process, nfe))
+    identity = identity_of(denoiser, ensemble, shape, cond, device, seed, splits)
+    say(f"{total} reference solutions")
+    target, error = reference_of(ensemble, cond, identity, cache, reference)
+    target = ensemble.observed(target)
+    ends = np.cumsum([0, *splits.values()])
+    parts = {name: range(int(a), int(b)) for name, a, b in zip(splits, ends[:-1], ends[1:], strict=True)}
+    say(f"ranking {len(found)} hand-made plans")
+    ranked = rank(ensemble, found, target, parts["train"])
+    return Study(ensemble, target, parts, ranked, len(found), error, identity)
+
+
+def check_times(denoiser: DenoiserLike) -> None:
     if denoiser.time_dtype is not None and denoiser.time_dtype not in FLOATS:
         raise ValueError(
             f"time_dtype={denoiser.time_dtype!r}: the reference solution and tuned plans call the network at "
             "fractional times; use a Denoiser with a float time_dtype"
         )
-    total = sum(splits.values())
-    ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch, features=features)
-    found = usable(denoiser, candidates(denoiser.process, nfe))
-    conds = _as_bytes(ensemble, cond)
-    identity = {
+
+
+def identity_of(
+    denoiser: DenoiserLike,
+    ensemble: Ensemble,
+    shape: Sequence[int],
+    cond: Condition,
+    device: Device | None,
+    seed: int,
+    splits: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a plan's record says of its denoiser and latents, for `fingerprint.check_plan`."""
+    features = ensemble.features
+    return {
         "fingerprint": fingerprint(denoiser, shape, cond, device),
         "cond": keep_conditions(denoiser, ensemble.frame, cond),
         "guidance": guidance_as_json(denoiser.guidance),
@@ -214,16 +239,29 @@ def study(
         "seed": seed,
         "seeds": dict(splits),
     }
-    say(f"{total} reference solutions")
+
+
+def reference_of(
+    ensemble: Ensemble,
+    cond: Condition,
+    identity: Mapping[str, Any],
+    cache: str | Path | None,
+    reference: Reference | None = None,
+) -> tuple[Array, float | None]:
+    """`reference_ends`, stored under the denoiser's fingerprint, guidance, process, device and conditions."""
     folder = cache_folder() if cache == "auto" else None if cache is None else Path(cache)
+    denoiser, conds = ensemble.denoiser, _as_bytes(ensemble, cond)
     key = (identity["fingerprint"], identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
-    target, error = reference_ends(ensemble, reference, key, folder)
-    target = ensemble.observed(target)
-    ends = np.cumsum([0, *splits.values()])
-    parts = {name: range(int(a), int(b)) for name, a, b in zip(splits, ends[:-1], ends[1:], strict=True)}
-    say(f"ranking {len(found)} hand-made plans")
-    ranked = rank(ensemble, found, target, parts["train"])
-    return Study(ensemble, target, parts, ranked, len(found), error, identity)
+    return reference_ends(ensemble, reference, key, folder)
+
+
+def difference_step(denoiser: DenoiserLike) -> float:
+    return _DIFFERENCE[denoiser.model_dtype("float64")]
+
+
+def speaker(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
+    """What progress is told: the caller's function, the standard error or nobody."""
+    return progress if callable(progress) else _to_stderr if progress else _silent
 
 
 def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
@@ -348,7 +386,7 @@ class Fit:
 
     def _jacobian(self, numbers: Array) -> Array:
         """Forward differences, with all plans in one ensemble to fill the network's batches."""
-        h = _DIFFERENCE[self.study.ensemble.denoiser.model_dtype("float64")]
+        h = difference_step(self.study.ensemble.denoiser)
         steps, forms = [], [self.form(numbers)]
         for i in range(len(numbers)):
             for step in (h, -h):
@@ -449,7 +487,7 @@ def tune(
     if not (reference is None or isinstance(reference, Plan) or callable(reference)):
         raise TypeError(f"reference must be a plan or a callable, got {type(reference).__name__}")
     scipy_optimize()
-    say = progress if callable(progress) else _to_stderr if progress else _silent
+    say = speaker(progress)
     made = study(
         denoiser,
         nfe,
