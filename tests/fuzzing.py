@@ -396,6 +396,8 @@ target("recommend", fs.recommend, {"nfe": 10}, anything, nfe="nfe|budget|evaluat
 target("recommend/denoiser", fs.recommend, {"nfe": 10, "denoiser": TUNED, "shape": (3,), "cache": None}, anything,
        nfe="nfe|budget|evaluations")  # fmt: skip
 target("tune", fs.tune, {"denoiser": TUNED, "nfe": 6, "shape": (3,), "cache": None, "progress": False}, anything)
+target("tune_sde", fs.tune_sde, {"denoiser": TUNED, "nfe": 3, "shape": (3,), "seeds": 64, "cache": None,
+       "progress": False}, anything)  # fmt: skip
 target("tune_range", fs.tune_range, {"denoiser": fs.Denoiser(SLOW, VP, guidance=2.0), "nfe": 6, "scales": (1.0, 2.0),
        "shape": (3,), "cond": ({}, {}), "cache": None, "progress": False}, anything)  # fmt: skip
 target("save_plan", fs.save_plan, {"plan": PLAN, "path": FOLDER / "saved.json"}, anything)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fewstep as fs
 from fewstep.bindings import maps
 
-SLOW = ("tune", "tune_range", "recommend/denoiser")
+SLOW = ("tune", "tune_sde", "tune_range", "recommend/denoiser")
 USED = [target for target in TARGETS if LONG or target.name not in SLOW]
 
 
