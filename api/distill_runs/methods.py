@@ -93,7 +93,7 @@ def make_recipe(
         own_lr if lr is None else lr,
         seed,
         parts,
-        bf16,
+        "bf16" if bf16 else "",
         given,
     )
     return recipe(settings)
