@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+# Only for the network in its wheel, which tests/test_terrain.py samples; it asks for onnxruntime-gpu, which replaces onnxruntime.
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt adaptive-terrain-diffusion
 	@touch $@
 
 demo: setup      ## sample digits from the trained network with several solvers, with error and speed
