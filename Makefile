@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report pipeline-report docs concept-plots gallery clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -88,6 +88,9 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
+
+pipeline-report: setup ## how far a plan fitted in a pipeline carries, into docs/plans-in-pipelines.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.pipeline_report
 
 docs: setup      ## the documentation as a site, in build/site; a broken link or a page without a place in the menu is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
