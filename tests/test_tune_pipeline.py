@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,8 +106,15 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def fit(denoiser: Any, nfe: int, **given: Any) -> fs.Plan:
         seen.append({"denoiser": denoiser, "nfe": nfe, **given})
         plan = fs.plan("unipc", fs.grid(denoiser.process, nfe, "logsnr"))
-        errors = {name: {"test": {"rmse": value}} for name, value in (("tuned", 0.1), ("hand", 0.2))}
-        record = {"guidance": None, "cond": None, "shape": list(given["shape"]), "errors": errors, "calls": 1234}
+        errors = {name: {"test": {"rmse": value, "median": value}} for name, value in (("tuned", 0.1), ("hand", 0.2))}
+        record = {
+            "guidance": None,
+            "cond": None,
+            "shape": list(given["shape"]),
+            "errors": errors,
+            "calls": 1234,
+            "complete": True,
+        }
         return replace(plan, options={**plan.options, "tuning": {**record, "fingerprint": [0.5] * 128}})
 
     monkeypatch.setattr(module, "tune", fit)
@@ -140,6 +148,50 @@ def test_the_plan_is_saved_and_runs(fits: list[dict[str, Any]], tmp_path: Path) 
     assert "fitted for guidance 4" in str(fs.accelerate(pipe, plan=tmp_path / "plan.json"))
     found = pipe(**arguments, num_inference_steps=4, latents=x.clone(), output_type="latent").images
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+def of_texts() -> tuple[Any, dict[str, Any]]:
+    """A pipeline whose stand-in for a text encoder knows the texts "a" and "b", and the arguments of its calls."""
+    pipe, arguments, *_ = wrapped_sd("epsilon")
+    known = {"a": arguments, "b": other(arguments)}
+
+    def encode_prompt(prompt: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return known[prompt]["prompt_embeds"], known[prompt]["negative_prompt_embeds"]
+
+    pipe.encode_prompt = encode_prompt
+    return pipe, known
+
+
+def test_prompts_are_texts(fits: list[dict[str, Any]]) -> None:
+    pipe, known = of_texts()
+    fs.tune_pipeline(pipe, ["a", "b"], 4, guidance=3.0, height=16, width=16, progress=False)
+    null, cond = fits[1]["cond"]
+    expected = torch.cat([known[name]["prompt_embeds"] for name in "ab"])
+    torch.testing.assert_close(cond["encoder_hidden_states"], expected, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(null["encoder_hidden_states"][:1], known["a"]["negative_prompt_embeds"])
+    assert fits[1]["seeds"] == 64
+
+
+def test_the_command(
+    fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fewstep.cli import main
+
+    pipe, _ = of_texts()
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda name, **given: pipe)
+    (tmp_path / "prompts.txt").write_text("b\n\n")
+    words = ["tune-pipeline", "mine", "--prompt", "a", "--prompts", str(tmp_path / "prompts.txt"), "--nfe", "4"]
+    words += ["--guidance", "3", "--height", "16", "--width", "16", "--quick", "--out", str(tmp_path / "plan.json")]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--json"])
+    assert not stopped.value.code
+    assert json.loads(capsys.readouterr().out)["pipeline"]["prompts"] == 2
+    assert fs.load_plan(tmp_path / "plan.json", force=True) == pipe.scheduler.plan
+    for missing, message in (([], "give prompts by --prompt"), (["--dtype", "int8"], "--dtype must be one of")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["tune-pipeline", "mine", "--out", str(tmp_path / "other.json"), *missing])
+        assert stopped.value.code
+        assert message in capsys.readouterr().err
 
 
 def test_another_network_is_refused(fits: list[dict[str, Any]]) -> None:
