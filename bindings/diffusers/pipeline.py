@@ -133,6 +133,8 @@ def _run_plan(
     kind = type(old).__name__
     what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
     what += f"; {fitted}" if fitted else ""
+    clips = [name for name in ("clip_sample", "thresholding") if old.config.get(name)]
+    what += f"; without the {clips[0]} of {kind}" if clips else ""
     return _install(pipe, components, {"scheduler": twin}, [("scheduler", what)], graph)
 
 
