@@ -263,21 +263,13 @@ def test_the_digits_pipeline(tmp_path: Path, resumed: bool) -> None:
 def test_real_fits_of_tiny_pipelines(name: str, tmp_path: Path) -> None:
     """End to end: the fitted plan is at least as good as the best hand-made one, and is what the pipeline runs."""
     pipe, arguments, shape, denoiser, cond = WRAPPED[name]()
-    fs.tune_pipeline(
-        pipe,
-        [arguments, other(arguments)],
-        3,
-        quick=True,
-        cache=None,
-        batch=64,
-        progress=False,
-        out=tmp_path / "p.json",
-    )
+    options: dict[str, Any] = {"quick": True, "cache": None, "batch": 64, "progress": print}
+    fs.tune_pipeline(pipe, [arguments, other(arguments)], 2, out=tmp_path / "plan.json", **options)
     plan = pipe.scheduler.plan
     errors = plan.options["tuning"]["errors"]
     assert errors["tuned"]["validation"]["rmse"] <= errors["hand"]["validation"]["rmse"]
     x = normals(*shape)
-    out = pipe(**arguments, num_inference_steps=3, latents=x.clone(), output_type="latent")
+    out = pipe(**arguments, num_inference_steps=plan.nfe, latents=x.clone(), output_type="latent")
     found = out.frames if hasattr(out, "frames") else out.images
     expected = fs.Sampler(denoiser, plan, shape)(x, cond=cond)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
