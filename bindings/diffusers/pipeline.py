@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers.fitted import check_fitted
 from fewstep.bindings.diffusers.interface import check_noise
 from fewstep.solvers.run.graphed_call import GraphedCall
 
@@ -120,10 +121,14 @@ def _run_plan(
     if "scheduler" not in found:
         raise ValueError(f"plan= replaces the component 'scheduler', and {type(pipe).__name__} has {sorted(found)}")
     made = read(plan)
+    fitted = check_fitted(made, components, type(pipe).__name__)
     old = found["scheduler"]
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
     kind = type(old).__name__
     what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
+    what += f"; {fitted}" if fitted else ""
+    clips = [name for name in ("clip_sample", "thresholding") if old.config.get(name)]
+    what += f"; without the {clips[0]} of {kind}" if clips else ""
     return _install(pipe, components, {"scheduler": twin}, [("scheduler", what)], graph)
 
 
