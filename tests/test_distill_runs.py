@@ -331,22 +331,6 @@ def arguments(out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """torchrun over gloo: the same losses as one process with the joint batch, up to rounding of the sums."""
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND)
-    logs = []
-    for name, before in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run"])):
-        launch = ["--standalone", "--nproc-per-node", "2"] if name == "two" else []
-        words = [*before, *launch, str(script), *arguments(tmp_path / name, "--steps", "20", "--json")]
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
-        assert done.returncode == 0, done.stderr
-        with (tmp_path / name / LOG).open() as file:
-            logs.append([float(row["loss"]) for row in csv.DictReader(file)])
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on(sent: signal.Signals, code: int, tmp_path: Path) -> None:
     out = tmp_path / "run"
