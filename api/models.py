@@ -66,15 +66,15 @@ def is_student(name: str) -> bool:
     return name not in MODELS and (Path(name) / "student.json").is_file()
 
 
-def student_model(name: str, calls: int | None = None) -> tuple[Model, Plan]:
+def student_model(name: str, calls: int | None = None, network: str | None = None) -> tuple[Model, Plan]:
     """The student in a folder as a model, and its plan of that many calls; by default of the most.
 
     Raises ValueError for a number of calls that the student does not take, or conditions that are no classes.
     """
     from fewstep.distill_runs.student import load_student
 
-    student = load_student(name)
-    plan, network = student.plan(calls), student.denoiser(calls)
+    student = load_student(name, network)
+    plan, denoiser = student.plan(calls), student.denoiser(calls)
     if student.classes is None and student.conditions_named:
         named = ", ".join(student.conditions_named)
         raise ValueError(
@@ -92,7 +92,7 @@ def student_model(name: str, calls: int | None = None) -> tuple[Model, Plan]:
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((0, *student.shape)), np.zeros(0, int)
 
-    return Model(name, student.shape, lambda scale: network, cond, data, student.classes or 0), plan
+    return Model(name, student.shape, lambda scale: denoiser, cond, data, student.classes or 0), plan
 
 
 def check_model(name: str, guidance: float | None = None, label: int | None = None) -> None:

@@ -542,9 +542,8 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
     assert "6 steps of consistency on cpu: about" in printed.err
     assert "fewstep sample --model run --steps 4" in printed.out
     assert {p.name for p in Path("run").glob("samples_*.png")} == {f"samples_{n}.png" for n in (1, 2, 4)}
-    app(
-        ["sample", "--model", "run", "--steps", "2", "--n", "5", "--seed", "3", "--out", "x.npz"], standalone_mode=False
-    )
+    draw = ["sample", "--model", "run", "--steps", "2", "--n", "5", "--seed", "3", "--out", "x.npz"]
+    app(draw, standalone_mode=False)
     found = np.load("x.npz")
     student = fs.load_student("run")
     expected = student.sample(5, 2, seed=3, cond={"arm": torch.arange(5) % 4})
@@ -560,6 +559,8 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
     Path("mine.py").write_text(MINE + "\n# another version\n")
     with pytest.raises(ValueError, match=r"mine\.py, which made the network, has changed since the run"):
         fs.load_student("run")
+    app([*draw, "--network", "mine.py:make_student"], standalone_mode=False)
+    np.testing.assert_array_equal(np.load("x.npz")["x"], expected.numpy())
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def distill(
     ema: Annotated[float, typer.Option(help="With --data: decay of the weights' average.")] = 0.999,
     on_nan: Annotated[str, typer.Option(help="With --data: stop, or rewind to the last checkpoint.")] = "stop",
     look_every: Annotated[int, typer.Option(help="With --data: steps between measured samples; 0: none.")] = 0,
+    samples: Annotated[int, typer.Option(help="With --data: samples that are drawn and measured.")] = 64,
     tensorboard: Annotated[Path | None, typer.Option(help="With --data: folder of a TensorBoard log.")] = None,
     wandb: Annotated[str | None, typer.Option(help="With --data: project of a Weights & Biases run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
@@ -90,7 +91,7 @@ def distill(
             "steps": 2000 if steps is None else steps, "batch": 64 if batch is None else batch,
             "lr": 1e-4 if lr is None else lr, "seed": seed, "parts": parts, "every": every, "options": options,
             "amp": "bf16" if bf16 else "fp16" if fp16 else None, "device": device, "schedule": schedule,
-            "warmup": warmup, "clip": clip, "ema": ema, "on_nan": on_nan, "look_every": look_every,
+            "warmup": warmup, "clip": clip, "ema": ema, "on_nan": on_nan, "look_every": look_every, "samples": samples,
         }  # fmt: skip
         distill_own(method, out, data, teacher, network, given, resume, as_json, tensorboard, wandb)
         return

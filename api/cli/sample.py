@@ -26,6 +26,9 @@ def sample(
     model: Annotated[
         str, typer.Option(help="digits, digits-exact, ring, gaussian, or the folder of a student of `fewstep distill`.")
     ] = "digits",
+    network: Annotated[
+        str | None, typer.Option(help="FILE.py:FUNCTION of a student's network; default: the one that its run had.")
+    ] = None,
     solver: Annotated[str | None, typer.Option(help="A name from `fewstep solvers`; default: dpmpp_2m.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the grid; default: 15, or the student's most.")] = None,
     spacing: Annotated[str | None, typer.Option(help="Spacing of the grid; by default the solver's own.")] = None,
@@ -73,11 +76,13 @@ def sample(
         flags = {"--solver": solver, "--spacing": spacing, "--guidance": guidance, "--option": option}
         if given := [flag for flag, value in flags.items() if value]:
             raise ValueError(f"{', '.join(given)}: a student samples by its own plans; --steps chooses one")
-        chosen, plan = student_model(model, steps)
+        chosen, plan = student_model(model, steps, network)
         solver, spacing = plan.solver, None
         if label is not None and not 0 <= label < chosen.classes:
             have = f"has classes 0 to {chosen.classes - 1}" if chosen.classes else "has no classes"
             raise ValueError(f"--class {label}: model {model!r} {have}")
+    elif network is not None:
+        raise ValueError(f"--network {network}: only the folder of a student takes one, got --model {model}")
     else:
         check_model(model, guidance, label)
         solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps

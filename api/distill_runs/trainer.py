@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from fewstep.distill_runs.own import ADAPTER, NARROW, Features, OwnRecipe, make_
 from fewstep.distill_runs.own_methods import METHODS
 from fewstep.distill_runs.student import Student
 from fewstep.distill_runs.training import CHECKPOINT, RunSettings
+from fewstep.kernels import cpu
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import lora
 from fewstep.solvers.options import function, named
@@ -66,7 +68,7 @@ class Trainer:
     every       steps between checkpoints
     look_every  steps between looks: `samples` samples are drawn and measured against `held`; 0 is the end alone
     metrics     more measures by name, samples (B, ...) as a NumPy array -> a number
-    held        data to compare with; by default part of the training data
+    held        data to compare with; by default the training samples whose conditions the samples are drawn with
     loggers     objects with `log(step, values)` and `samples(step, name, x)`
     features    for "adversarial": a frozen network, x0 -> feature maps; by default layers of the teacher's network
     options     of the method, by name
@@ -161,7 +163,13 @@ class Trainer:
         return made
 
     def estimate(self) -> float:
-        """Seconds that `fit` will take in this process, from two steps of each phase that are thrown away."""
+        """Seconds that `fit` will take in this process, from two steps of each phase that are thrown away.
+
+        On a CPU the kernels are compiled first, once per machine (`fewstep.warmup`).
+        """
+        if self._settings["device"] == "cpu":
+            with contextlib.suppress(ImportError, ValueError):  # then the steps themselves run without them
+                cpu.warmup()
         return training.estimate(self.recipe)
 
     def fit(self, *, resume: bool = False, watch: Watch | None = None) -> Student:
@@ -222,9 +230,9 @@ class Trainer:
         begin = time.perf_counter()
         real, cond = recipe.examples(self.count)
         count = len(real)
-        source = self._held or self.problem.data
-        load = source.chosen(count, torch.Generator(device="cpu").manual_seed(99))
-        held = load(slice(0, count))[0].double().numpy()
+        if self._held is not None:
+            real = self._held.chosen(count, torch.Generator(device="cpu").manual_seed(99))(slice(0, count))[0]
+        held = real.double().numpy()
         values: dict[str, float] = {}
         given = recipe.sampling_cond(on_device(cond, recipe.device), count)
         for calls, (denoiser, plan) in sorted(recipe.samplers().items()):
