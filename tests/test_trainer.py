@@ -500,6 +500,59 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
         fs.load_student(run, made(Image))
 
 
+class Unet(nn.Module):
+    """A U-Net of diffusers as model(x, t, **cond) -> raw, as in docs/recipes/distilling.md."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        out: Tensor = self.unet(x, t, return_dict=False, **cond)[0]
+        return out
+
+
+def test_a_unet_of_diffusers_becomes_an_lcm_lora_and_a_pipelines_unet(tmp_path: Path) -> None:
+    """Its adapters go through diffusers' layout into a fresh U-Net, which diffusers' own LCM scheduler then samples."""
+    diffusers = pytest.importorskip("diffusers")
+    from fewstep.solvers.distill import lora
+
+    def fresh() -> Unet:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = diffusers.UNet2DConditionModel(
+                sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16,),
+                down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), norm_num_groups=8,
+                cross_attention_dim=8, attention_head_dim=8,
+            )  # fmt: skip
+        return Unet(made)
+
+    process = fs.VP.scaled_linear()
+    text = {"encoder_hidden_states": numbers(4, 3, 8)}
+    null = {"encoder_hidden_states": torch.zeros(1, 3, 8)}
+    teacher = fs.Denoiser(fresh(), process, "epsilon", guidance=3.0, null=null)
+    student = fs.Trainer(
+        "latent_consistency", teacher=teacher, data=(numbers(4, 4, 8, 8), text), out=tmp_path, steps=4, batch=2,
+        lr=1e-2, options={"lora": 2}, samples=2, device="cpu",
+    ).fit()  # fmt: skip
+    net = fresh()
+    lora.load_adapter(net, "lcm", tmp_path / "adapter")
+    lora.save_adapter(net.unet, "lcm", tmp_path / "lora.safetensors", layout="diffusers")
+    other = fresh()
+    lora.load_adapter(other.unet, "lcm", tmp_path / "lora.safetensors")
+    assert any(not torch.equal(v, teacher.model.state_dict()[k]) for k, v in lora.merged_state(other).items())
+    for name, value in lora.merged_state(other).items():
+        torch.testing.assert_close(value, weights(student)[name], rtol=0, atol=1e-6)
+
+    scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(1)
+    x, cond = numbers(2, 4, 8, 8, seed=3), {"encoder_hidden_states": numbers(2, 3, 8, seed=4)}
+    with torch.no_grad():
+        raw = other.unet(x, scheduler.timesteps[0], **cond).sample
+    want = scheduler.step(raw, scheduler.timesteps[0], x).denoised
+    torch.testing.assert_close(student.sampler(2, 1)(x, cond=cond), want, rtol=1e-3, atol=1e-4)
+
+
 # --- the command, and processes ---
 
 MINE = """

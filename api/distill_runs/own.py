@@ -68,7 +68,10 @@ def make_problem(
     if not isinstance(student, Denoiser):
         raise TypeError(f"student is {type(student).__name__}; it must be a torch module or a fewstep.Denoiser")
     if not isinstance(student.model, nn.Module):
-        raise TypeError(f"the student's network is {type(student.model).__name__}; only a torch module can be trained")
+        raise TypeError(
+            f"the student's network is {type(student.model).__name__}; only a torch module can be trained: write the "
+            "call as the forward of a module that holds the network"
+        )
     if not any(p.is_floating_point() for p in student.model.parameters()):
         raise ValueError("the student's network has no parameters to train")
     if teacher is not None and teacher.process != student.process:
