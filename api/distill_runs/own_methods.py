@@ -91,9 +91,10 @@ class Progressive(OwnRecipe):
         return {"loss": loss, "steps": float(len(jumps))}
 
     def weight_at(self, at: Point) -> Array:
-        """The truncated SNR, of the data's own scale."""
-        sd = self.problem.student.sigma_data if self.problem.student.predicts == "edm" else 1.0
-        return np.asarray(np.maximum((sd / np.asarray(at.ratio)) ** 2, 1.0))
+        """The truncated SNR; of data of the process's own scale under EDM."""
+        if self.problem.student.predicts != "edm":
+            return losses.truncated_snr(at)
+        return np.asarray(np.maximum((self.problem.student.sigma_data / np.asarray(at.ratio)) ** 2, 1.0))
 
     def samplers(self) -> Samplers:
         return {g.steps: (self.finished(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}
