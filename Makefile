@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -86,6 +86,9 @@ weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
 
+leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard
+
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
@@ -98,6 +101,9 @@ concept-plots: setup  ## draw the pictures of docs/concepts
 
 gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
 	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
+
+compat: setup    ## try the wheel in fresh environments, into docs/compat.md (ONLY="torch-2.15" for one; needs python3.11 to 3.13)
+	$(BIN)/python -m reports.compat $(ONLY)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

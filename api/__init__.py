@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.schedule.process import Flow as Flow
     from fewstep.solvers.schedule.process import Point as Point
     from fewstep.solvers.tune.fingerprint import load_plan as load_plan
+    from fewstep.solvers.tune.stochastic import tune_sde as tune_sde
     from fewstep.solvers.tune.tuned_range import PlanRange as PlanRange
     from fewstep.solvers.tune.tuned_range import load_range as load_range
     from fewstep.solvers.tune.tuned_range import tune_range as tune_range
@@ -110,6 +111,7 @@ _MODULES = {
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",
     "solvers.tune.fingerprint": "load_plan",
+    "solvers.tune.stochastic": "tune_sde",
     "solvers.tune.tuned_range": "load_range PlanRange tune_range",
     "solvers.tune.tuning": "tune",
 }

@@ -38,7 +38,7 @@ CHOICES: dict[str, list[Any]] = {
     "clip_sample_range": [1.0, 1.5],
     "thresholding": [False, True],
     "dynamic_thresholding_ratio": [0.9, 0.995],
-    "sample_max_value": [1.0, 2.5],
+    "sample_max_value": [0.4, 1.0, 2.5],
     "rescale_betas_zero_snr": [False, True],
     "set_alpha_to_one": [False, True],
     "set_alpha_to_zero": [False, True],
@@ -97,6 +97,14 @@ STEP_OPTIONS: dict[str, list[Any]] = {
 }
 
 
+# Those with dynamic thresholding; a ceiling below 1 is applied last, so that predictions grow by its inverse.
+THRESHOLDING = [
+    name
+    for name in twins.SCHEDULERS
+    if "sample_max_value" in inspect.signature(getattr(diffusers, name).__init__).parameters
+]
+
+
 def choices(function: Any, *tables: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
     """Up to four of the options that a function takes."""
     known = set(inspect.signature(function).parameters)
@@ -139,6 +147,7 @@ def test_any_configuration(name: str, data: st.DataObject) -> None:
         ("DDIMScheduler", {"thresholding": True, "sample_max_value": 2.5}, {"eta": 0.5}),
         ("DDIMScheduler", {"clip_sample_range": 1.5}, {"use_clipped_model_output": True}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3, "thresholding": True}, {}),
+        *((name, {"thresholding": True, "sample_max_value": 0.5}, {}) for name in THRESHOLDING),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"}, {}),
         ("UniPCMultistepScheduler", {"solver_order": 3}, {"return_dict": False}),
         ("DEISMultistepScheduler", {"solver_order": 3}, {}),
@@ -549,6 +558,56 @@ def test_inside_torch_compile(name: str) -> None:
         with torch.no_grad():
             ends.append(run(scheduler, torch.ones(SHAPE)))
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_schedule_set_inside_torch_compile(name: str) -> None:
+    """Also by a scheduler that is made there: the compiler must lose no attribute of it."""
+
+    def loop(scheduler: Any, steps: int) -> torch.Tensor:
+        scheduler.set_timesteps(steps)
+        x = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE)
+        for t in scheduler.timesteps:
+            x_in = scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.sin(3.0 * x_in), t, x, return_dict=False)[0]
+        return x
+
+    cls = getattr(twins, name)
+    expected = loop(make(diffusers, name), 4)
+    for function in (loop, lambda _, steps: loop(cls(), steps)):
+        torch._dynamo.reset()
+        run, twin = torch.compile(function, backend="eager"), make(twins, name)
+        with torch.no_grad():
+            for steps in (6, 4):
+                end = run(twin, steps)
+        torch.testing.assert_close(end, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("DDIMScheduler", {"thresholding": True, "sample_max_value": -0.5}),
+        ("DDIMScheduler", {"thresholding": True, "sample_max_value": 0.0}),
+        ("UniPCMultistepScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 1.5}),
+        ("DDIMScheduler", {"clip_sample_range": -1.0}),
+    ],
+)
+def test_clips_that_are_the_parents(name: str, config: dict[str, Any]) -> None:
+    """To bounds below 0 and quantiles above 1: what the parent makes of them, or its error."""
+    compare(name, *pair(name, **config), 5, fused=False)
+
+
+def test_a_sample_that_was_not_scaled_warns() -> None:
+    """LMS warns where `scale_model_input` was not called before `step`, and steps all the same."""
+    ends = []
+    for scheduler in pair("LMSDiscreteScheduler", beta_end=0.0121):  # no other test's
+        scheduler.set_timesteps(5)
+        x = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE)
+        with pytest.warns(UserWarning, match="`scale_model_input` function should be called before `step`"):
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.sin(3.0 * x), t, x).prev_sample
+        ends.append(x)
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
 
 
 ODD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+import fewstep as fs
 from fewstep.cli.commands import app
 from fewstep.cli.distill import finish
 from fewstep.distill_runs import digits as distill_digits
-from fewstep.distill_runs.evaluate import evaluate, ring_data
+from fewstep.distill_runs import pinwheel as distill_pinwheel
+from fewstep.distill_runs.evaluate import distances, evaluate, pinwheel_data, ring_data
 from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
@@ -59,6 +61,37 @@ def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
         x = sample(denoiser, plan, recipe.start_sigma, 512)
         distances.append(sliced_wasserstein(x, RING.draw(512, 0)))
     assert distances[1] < 0.9 * distances[0], distances
+
+
+ON_PINWHEEL = ["consistency", "distribution_matching", "moment_matching", "regularised", "rectified"]
+
+
+@pytest.fixture
+def weak_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(distill_pinwheel, "TEACHER_STEPS", 20)
+    distill_pinwheel.pinwheel_teacher.cache_clear()
+    yield
+    distill_pinwheel.pinwheel_teacher.cache_clear()
+
+
+@pytest.mark.usefixtures("weak_teacher")
+@pytest.mark.parametrize("method", ON_PINWHEEL)
+def test_methods_train_on_the_pinwheel_with_its_classes(method: str) -> None:
+    """The class reaches every network: another class gives other samples, and the measures are those of each class."""
+    recipe = make_recipe(method, "pinwheel", 20, 40, options={"width": 16, "depth": 2})
+    train(recipe)
+    for denoiser, plan in recipe.samplers().values():
+        x = [
+            fs.Sampler(denoiser, plan, (1, 2))(recipe.start_sigma * torch.ones((1, 2)), seed=0, cond={"label": c})
+            for c in (torch.tensor([0]), torch.tensor([3]))
+        ]
+        assert not torch.equal(*x)
+    outcome = evaluate(recipe)
+    assert [row["nfe"] for row in outcome.rows] == list(recipe.samplers())
+    data = torch.from_numpy(pinwheel_data(1000, 2))
+    for x, near in ((data, True), (data.roll(1, 0), False)):  # the classes take turns: the other order is all wrong
+        found = distances(x, 5)
+        assert (found["swd"] < 0.1) == (found["energy distance"] < 0.1) == near
 
 
 @pytest.mark.slow
@@ -246,7 +279,7 @@ def test_settings_name_what_is_wrong() -> None:
         make_recipe("consitency", "ring")
     with pytest.raises(ValueError, match="unknown problem"):
         make_recipe("consistency", "rings")
-    with pytest.raises(ValueError, match="has no option 'eta'; it takes: width"):
+    with pytest.raises(ValueError, match="has no option 'eta'; it takes: width, depth"):
         make_recipe("consistency", "ring", options={"eta": 1})
 
 

@@ -206,7 +206,7 @@ def test_one_call_of_a_student_from_scratch_comes_near_the_data(
             ema=0.95, device="cpu", samples=2, features=lambda x: [x, x * x],
         ).fit()  # fmt: skip
         distances.append(sliced_wasserstein(trained.sample(256, 1).numpy(), held))
-    assert distances[1] < 0.4 * distances[0], distances
+    assert distances[1] < 0.5 * distances[0], distances
 
 
 def test_adapters_alone_are_trained_and_the_student_has_them_merged(tmp_path: Path) -> None:

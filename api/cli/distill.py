@@ -32,11 +32,12 @@ def distill(
         str,
         typer.Argument(
             help="progressive, guided, consistency, improved_consistency, continuous_consistency, latent_consistency, "
-            "rectified, distribution_matching or adversarial."
+            "rectified, distribution_matching, adversarial, mean_flow, shortcut, flow_maps, moment_matching, "
+            "score_identity, f_distill, latent_adversarial or regularised."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],
-    problem: Annotated[str, typer.Option(help="ring or digits; with --data, your own.")] = "ring",
+    problem: Annotated[str, typer.Option(help="ring, pinwheel or digits; with --data, your own.")] = "ring",
     data: Annotated[
         str | None, typer.Option(help="Your data: a folder, a .npy, .npz or .safetensors file, or FILE.py:FUNCTION.")
     ] = None,
@@ -257,11 +258,20 @@ def finish(recipe: Recipe, out: Path) -> Outcome:
     write_whole(out / STUDENT, lambda to: to.write_bytes(data))
     results = {"settings": vars(recipe.settings), "seconds": round(seconds, 1), **outcome.as_json()}
     write_whole(out / "results.json", lambda to: to.write_text(json.dumps(results, indent=2) + "\n"))
-    points = load_model("ring").points(0) if recipe.settings.problem == "ring" else None
+    points = _data_of(recipe.settings.problem)
     for nfe, x in outcome.samples.items():
         settings = {"model": recipe.settings.problem, "solver": recipe.settings.method, "nfe": nfe}
         write_samples(out / f"samples_{nfe}.png", x[:1000].numpy(), None, settings, points)
     return outcome
+
+
+def _data_of(problem: str) -> np.ndarray | None:
+    """Draws to show beneath samples in the plane."""
+    if problem == "pinwheel":
+        from fewstep.distill_runs.evaluate import pinwheel_data
+
+        return pinwheel_data(2000)
+    return load_model("ring").points(0) if problem == "ring" else None
 
 
 def show(outcome: Outcome) -> None:

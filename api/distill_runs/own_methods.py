@@ -290,14 +290,15 @@ class ImprovedConsistency(OwnRecipe):
 class ContinuousConsistency(OwnRecipe):
     """Continuous-time consistency distillation (sCD). Teacher and student are denoisers of an EDM process.
 
-    The network needs forward-mode derivatives, which fused attention lacks.
+    The network needs forward-mode derivatives, which fused attention lacks: option differences=1 does without them.
     """
 
-    OPTIONS = ("lora",)
+    OPTIONS = ("differences", "lora")
 
     def start(self) -> None:
         only_edm(self)
         self.new_student()
+        self.derivative = "differences" if self.option("differences") else "forward"
 
     def step(self, k: int) -> dict[str, float]:
         batch = self.batch(g := self.generator(k))
@@ -308,7 +309,9 @@ class ContinuousConsistency(OwnRecipe):
         def loss_of(p: slice) -> Tensor:
             x0, noise, cond = batch[p]
             at = points_of(self.process, sigma[p])
-            return continuous.loss(student, x0, noise, at, teacher=self.teacher, cond=cond, warm=warm)
+            return continuous.loss(
+                student, x0, noise, at, teacher=self.teacher, cond=cond, warm=warm, derivative=self.derivative
+            )
 
         loss = self.descend("student", self.lr_at(k), loss_of)
         self.follow(k)
@@ -421,36 +424,24 @@ class DistributionMatching(OwnRecipe):
         self.modules["critic"] = weights_of(cast(nn.Module, network)).to(self.device)
         self.new_optimiser("critic")
         self.critic = with_model(self.taught.with_guidance(None), self.modules["critic"])
-        self.simulate = distribution_matching.BackwardSimulation(self.denoiser("student"), self.few)
-
-    def stops(self) -> np.ndarray:
-        """The student's step of each sample, (B,): the batch is divided evenly among the steps."""
-        n = self.settings.batch
-        return np.arange(n) * self.few.steps // n
+        self.steps = distribution_matching.FewSteps(self.denoiser("student"), self.few)
+        self.stops = self.steps.stops(self.settings.batch)  # each sample's step of the student
 
     def entry(self, noise: Tensor, cond: Cond, part: slice, seed: int) -> Tensor:
         """The student's input x of a part of the batch, each sample at its own step of the student's sampling."""
-        first = Point(*(float(v[0]) for v in (self.few.t, self.few.alpha, self.few.sigma)))
-        latent = first.sigma * noise
-        stops = self.stops()[part]
-        if not stops.any():
-            return latent
+        latent, stops = float(self.few.sigma[0]) * noise, self.stops[part]
+        made = []
         with evaluating(self.modules["student"]):
-            made = []
             for k in np.unique(stops):
                 own = np.flatnonzero(stops == k)
                 index = torch.from_numpy(own).to(self.device)
-                given = picked(cond, index)
-                made.append(
-                    self.simulate(
-                        latent[index], int(k), seed=seed + int(k), cond=given, first_sample=part.start + int(own[0])
-                    )
-                )
+                # The noise is that of the sample's place in the whole batch.
+                run = {"seed": seed + int(k), "cond": picked(cond, index), "first_sample": part.start + int(own[0])}
+                made.append(self.steps.simulate(latent[index], int(k), **run))
         return torch.cat(made)
 
     def generate(self, x: Tensor, cond: Cond, part: slice) -> Tensor:
-        at = points_of(self.process, self.few.t[self.stops()[part]])
-        return predict(self.denoiser("student"), x, at, cond)
+        return self.steps.generate(x, self.stops[part], cond)
 
     def critic_step(self, lr: float, g: torch.Generator) -> float:
         """Update the critic on samples of the student."""
@@ -463,9 +454,7 @@ class DistributionMatching(OwnRecipe):
             with torch.no_grad():
                 fake = self.generate(self.entry(latent, cond, p, seed), cond, p)
             at = points_of(self.process, times[p])
-            return distribution_matching.critic_loss(
-                self.critic, fake, noise[p].to(self.device), at, cond=cond, weight=self.weight()
-            )
+            return distribution_matching.critic_loss(self.critic, fake, noise[p].to(self.device), at, cond=cond)
 
         return self.descend("critic", lr, loss_of)
 
@@ -483,7 +472,13 @@ class DistributionMatching(OwnRecipe):
             fake = self.generate(self.entry(latent, cond, p, seed), cond, p)
             at = points_of(self.process, times[p])
             return distribution_matching.generator_loss(
-                fake, self.taught, self.critic, noise[p].to(self.device), at, cond=cond
+                fake,
+                self.taught,
+                self.critic,
+                noise[p].to(self.device),
+                at,
+                cond=cond,
+                weight=self.steps.weights(self.stops[p]),
             ).loss
 
         loss = self.descend("student", lr, loss_of)

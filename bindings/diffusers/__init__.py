@@ -4,6 +4,8 @@
 
 Each is a subclass of the scheduler it is named after, with the same configuration, setup, saving and results; only
 `step` and `scale_model_input` become one fused pass. `fewstep.accelerate(pipe)` replaces those of a whole pipeline.
+
+`PlanScheduler` runs any plan of fewstep as a scheduler; `fewstep.accelerate(pipe, plan=plan)` puts it into a pipeline.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ SCHEDULERS = (
     "UniPCMultistepScheduler",
 )
 
-__all__ = list(SCHEDULERS)
+__all__ = [*SCHEDULERS, "PlanScheduler"]
 
 
 def __getattr__(name: str) -> Any:
@@ -49,13 +51,20 @@ def __getattr__(name: str) -> Any:
         import diffusers
 
         return diffusers.SchedulerMixin
-    if name not in SCHEDULERS:
+    if name not in __all__:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
     needs("fewstep.bindings.diffusers", "torch", "diffusers", extra="diffusers")
-    import diffusers
-
-    from fewstep.bindings.diffusers.corrections import CORRECTED
     from fewstep.bindings.diffusers.scheduler import fused
 
-    globals()[name] = twin = fused(CORRECTED.get(name) or getattr(diffusers, name))
+    if name == "PlanScheduler":
+        from fewstep.bindings.diffusers import plan_scheduler
+
+        parent: Any = plan_scheduler.PlanScheduler
+    else:
+        import diffusers
+
+        from fewstep.bindings.diffusers.corrections import CORRECTED
+
+        parent = CORRECTED.get(name) or getattr(diffusers, name)
+    globals()[name] = twin = fused(parent)
     return twin

@@ -116,6 +116,8 @@ class _Watch(TorchFunctionMode):
             return self.drawn(Draw(kwargs.get("dtype") or self.noise.dtype))
         if name == "quantile":
             self.quantile = float(args[1])
+            if not 0.0 <= self.quantile <= 1.0:
+                raise NotAffineError("torch refuses its quantile")
             return torch.ones(args[0].shape[0], dtype=args[0].dtype)
         if name in ("clamp", "clip") and isinstance(args[0], Tensor):
             return self._clamp(func, args, kwargs)
@@ -126,12 +128,17 @@ class _Watch(TorchFunctionMode):
         if value.numel() != self.noise.numel():
             if self.quantile is not None and self.largest is None and "max" in kwargs:
                 self.largest = float(kwargs["max"])
+                if not self.largest > 0.0:
+                    raise NotAffineError("its largest value is not positive")
+                return torch.ones_like(value)  # the kernel divides by the quantile, whatever its ceiling
             return func(*args, **kwargs)
         if self.clipped is not None:
             raise NotAffineError("it clips twice in one step")
         bound = None
         if self.quantile is None:
             bound = float(kwargs["max"] if "max" in kwargs else args[2])
+            if not bound > 0.0:
+                raise NotAffineError("its bound is not positive")
         self.clipped = (value.detach().clone(), bound)
         return self.prediction.reshape(value.shape).to(value.dtype)
 
@@ -264,5 +271,5 @@ def _clip(watch: _Watch) -> Clip | None:
     row = value.double().reshape(-1).numpy()
     if np.any(row[[NOISE, CLIPPED, *range(MEMORY, len(row))]]):
         raise NotAffineError("it clips something other than this step's prediction")
-    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or 1.0)
+    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or float("inf"))
     return Clip((float(row[X]), float(row[RAW])), bound, quantile)

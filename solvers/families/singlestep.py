@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fewstep.solvers.families.coordinates import pick_frame
+from fewstep.solvers.families.coordinates import COORDINATES, pick_frame
 from fewstep.solvers.families.exponential_rk import (
     EPS,
     FIRST_ORDER,
@@ -28,7 +28,7 @@ from fewstep.solvers.families.exponential_rk import (
     third_order,
 )
 from fewstep.solvers.families.renoise import ancestral_split, churned_points, with_churn
-from fewstep.solvers.options import at_least, one_of
+from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage, Start
 from fewstep.solvers.schedule.grid import Grid
@@ -152,17 +152,29 @@ def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "d
 
 
 @solver("dpmpp_2s_ancestral")
-def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
+def dpmpp_2s_ancestral(
+    grid: Grid, eta: float = 1.0, frame: str | None = None, after_one: float | None = None
+) -> Iterator[Stage]:
     """Ancestral DPM-Solver++(2S) (k-diffusion, 2022): 2S down to a lower noise level, then noise up again.
 
-    frame  how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default flow time for
-           flow models, sigma for others
+    frame      how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default flow time
+               for flow models, sigma for others
+    after_one  the flow time of a second call in a step from alpha 0, where the log-SNR has no middle; the step then
+               ends on that call's prediction (ComfyUI, 0.9999). None makes it in one call, which is exact there
     """
     at_least("eta", eta, 0.0)
+    if after_one is not None:
+        between("after_one", after_one, 0.0, 1.0)
     frame = pick_frame(grid, frame)
     for s, t in grid.pairs:
-        split = ancestral_split(s, t, eta, frame)
-        yield from ancestral_step(grid, s, t, second_order(0.5, "midpoint"), split)
+        keep, fresh = split = ancestral_split(s, t, eta, frame)
+        if after_one is None or s.alpha > 0.0 or t.sigma == 0.0:
+            yield from ancestral_step(grid, s, t, second_order(0.5, "midpoint"), split)
+            continue
+        p = grid.process.point_at_sigma(COORDINATES["flow"].ratio(after_one))
+        down = keep * t.sigma / s.sigma
+        inner = Target(p, p.sigma / s.sigma, (p.alpha,))
+        yield from stages(s, [inner, Target(t, down, (0.0, t.alpha), (fresh * t.sigma, 0.0))], X0, (s, t))
 
 
 @solver("dpmpp_sde")

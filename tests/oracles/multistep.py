@@ -356,10 +356,12 @@ def gradient_estimation(denoise, grid, x, draws, gamma=2.0, frame=None, to_zero=
     return y * scale[-1]
 
 
-def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, s_noise=1.0):
+def er_sde(
+    denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, points=None, s_noise=1.0
+):
     """Cui et al. 2023, the released code's vp_1_order, vp_2_order_taylor and vp_3_order_taylor.
 
-    The integrals are exact here, where the code has 100-point and ComfyUI 200-point left Riemann sums.
+    The integrals are exact here, where the code has 100-point and ComfyUI 200-point left Riemann sums (points).
     """
     from scipy.integrate import quad
 
@@ -391,6 +393,9 @@ def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=Fa
         if p > 1 and old_x0 is not None:
             tight = {"epsabs": 0, "epsrel": 1e-13, "limit": 200}
             s_int = quad(lambda v: math.exp(v) / fn(math.exp(v)), math.log(t), math.log(s), **tight)[0]
+            at = [t + j * (s - t) / points for j in range(points or 0)]
+            if points:
+                s_int = sum(1 / fn(v) for v in at) * (s - t) / points
             slope = d_x0
             if p > 2 and old_d_x0 is not None:
                 dd_x0 = 2 * (d_x0 - old_d_x0) / (s - lambdas_[i - 2])
@@ -400,6 +405,8 @@ def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=Fa
                     math.log(s),
                     **tight,
                 )[0]
+                if points:
+                    s_d_int = sum((v - s) / fn(v) for v in at) * (s - t) / points
                 x_new = x_new + alphas[i + 1] * ((t - s) ** 2 / 2 + s_d_int * fn(t)) * dd_x0
                 if interpolate:
                     slope = d_x0 + dd_x0 * (s - lambdas_[i - 1]) / 2
@@ -422,9 +429,12 @@ def sa_solver(
     pc_mode="PEC",
     simple_order_2=False,
     final_order=None,
+    early=False,
     s_noise=1.0,
 ):
     """Xue et al. 2023, Algorithm 1, in the loop of its code (sample_few_steps): eq. 15 and 18 by quadrature.
+
+    ComfyUI limits the order of the corrector at point k to n - k (early).
 
     Where the grid ends at sigma 0 the last step is the released code's denoise_to_zero.
     """
@@ -467,6 +477,8 @@ def sa_solver(
         c = min(taper(final_order, corrector_order - 1, k - 1, n, sigmas[-1] == 0) + 1, k + 1)
         if corrector_order == 1:
             c = 1
+        if early:
+            c = min(c, n - k)
         noise = next(draws) * s_noise if strength(k) > 0 else 0.0
         predicted = update(x, k, p, preds, noise, corrector=False)
         if k == n:

@@ -187,10 +187,10 @@ def dpmpp_3s(denoise, grid, x, draws, r1=1 / 3, r2=2 / 3, variant="dpmsolver"):
     return _singlestep(denoise, grid, x, update)
 
 
-def dpmpp_2s_ancestral(denoise, grid, x, draws, eta=1.0, frame=None, s_noise=1.0):
-    """k-diffusion's sample_dpmpp_2s_ancestral in sigma; ComfyUI's _RF form in flow time."""
+def dpmpp_2s_ancestral(denoise, grid, x, draws, eta=1.0, frame=None, after_one=None, s_noise=1.0):
+    """k-diffusion's sample_dpmpp_2s_ancestral in sigma; ComfyUI's _RF form in flow time, where after_one is 0.9999."""
     if frame == "flow" or (frame is None and isinstance(grid.process, Flow)):
-        return _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise)
+        return _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, after_one, s_noise)
     draws = iter(draws)
     y, sigmas, d = in_sigma(denoise, grid, x)
     for s, t in itertools.pairwise(sigmas):
@@ -214,7 +214,7 @@ def _ancestral(s, t, eta):
     return math.sqrt(max(0.0, t**2 * (1 - eta**2) + (eta * t**2 / s) ** 2)), up
 
 
-def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise):
+def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, after_one, s_noise):
     """On x scaled to alpha + sigma = 1, where every process is a rectified flow."""
     draws = iter(draws)
     scales = [a + s for a, s in zip(grid.alpha.tolist(), grid.sigma.tolist(), strict=True)]
@@ -231,9 +231,13 @@ def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise):
         if t == 0:
             x = x0
             continue
-        lam_s, lam_down = math.log((1 - s) / s), math.log((1 - down) / down)
-        mid = 1 / (math.exp((lam_s + lam_down) / 2) + 1)
-        x0 = d(mid / s * x + (1 - mid / s) * x0, mid)
+        if s == 1:
+            mid = after_one
+        else:
+            lam_s, lam_down = math.log((1 - s) / s), math.log((1 - down) / down)
+            mid = 1 / (math.exp((lam_s + lam_down) / 2) + 1)
+        if mid is not None:
+            x0 = d(mid / s * x + (1 - mid / s) * x0, mid)
         x = down / s * x + (1 - down / s) * x0
         if eta > 0:
             noise = math.sqrt(t**2 - down**2 * (1 - t) ** 2 / (1 - down) ** 2)

@@ -80,6 +80,7 @@ ROWS = [
             {"s_noise": 0.9},
             {"frame": "flow"},
             {"frame": "sigma", "eta": 0.8},
+            {"after_one": 0.9999},
         ],
         times=ancestral_times,
     ),

@@ -1,0 +1,47 @@
+// Samples from a package of fewstep's compile_loop, without Python.
+//
+//     torch_loop loop.pt2 4x1x8x8 [shape of the next input ...] < inputs > samples
+//
+// Standard input holds the float32 values of all inputs one after the other, in the package's order: x, the conditions,
+// the noise. Standard output gets the samples'. A package checks its inputs: a wrong shape ends in one line and code 1.
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <cstdio>
+#include <exception>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+// The sizes of "4x1x8x8".
+static std::vector<int64_t> sizes(const std::string& text) {
+  std::vector<int64_t> found;
+  std::istringstream parts(text);
+  for (std::string part; std::getline(parts, part, 'x');) found.push_back(std::stoll(part));
+  return found;
+}
+
+int main(int argc, char** argv) {
+  if (argc < 3) {
+    std::fprintf(stderr, "usage: %s loop.pt2 4x1x8x8 [shape ...] < inputs > samples\n", argv[0]);
+    return 2;
+  }
+  try {
+    c10::InferenceMode without_gradients;
+    torch::inductor::AOTIModelPackageLoader loop(argv[1]);
+    std::vector<at::Tensor> inputs;
+    for (int i = 2; i < argc; ++i) {
+      inputs.push_back(at::empty(sizes(argv[i]), at::kFloat));
+      const size_t count = inputs.back().numel();
+      if (std::fread(inputs.back().mutable_data_ptr<float>(), sizeof(float), count, stdin) != count)
+        throw std::runtime_error("standard input ends before input " + std::to_string(i - 2) + " is full");
+    }
+    const at::Tensor sample = loop.run(inputs).at(0).contiguous();
+    std::fwrite(sample.const_data_ptr<float>(), sizeof(float), sample.numel(), stdout);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
