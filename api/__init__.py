@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fewstep.bindings.guidance import AutoGuidance as AutoGuidance
     from fewstep.bindings.guidance import Branches as Branches
     from fewstep.bindings.guidance import CFGZero as CFGZero
+    from fewstep.distill_runs.student import Student as Student
+    from fewstep.distill_runs.student import load_student as load_student
+    from fewstep.distill_runs.trainer import Trainer as Trainer
     from fewstep.kernels.cpu import warmup as warmup
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
@@ -85,6 +88,8 @@ _MODULES = {
     "bindings.diffusers.pipeline": "accelerate restore",
     "bindings.diffusers.tune_pipeline": "tune_pipeline",
     "bindings.guidance": "APG AutoGuidance Branches CFG CFGZero",
+    "distill_runs.student": "load_student Student",
+    "distill_runs.trainer": "Trainer",
     "kernels.cpu": "warmup",
     "recommender": "Measured recommend Recommendation",
     "solvers.plans.plan": "Plan",

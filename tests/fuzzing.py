@@ -456,12 +456,24 @@ def torch_targets() -> None:
            of=SamplerModule, more=dict.fromkeys(("x", "streams", "noise")))  # fmt: skip
 
 
+def trainer_targets() -> None:
+    import torch
+
+    teacher = fs.Denoiser(torch.nn.Linear(3, 3), EDM, "edm")
+    base = {"method": "consistency", "data": torch.zeros(4, 3), "teacher": teacher, "device": "cpu"}
+    # Losses are not fuzzed: what networks and data do is test_trainer.py's.
+    target("Trainer", fs.Trainer, base, anything, skip=("metrics", "loggers", "held", "network"),
+           teacher="teacher|student", student="student(?:'s)?|teacher|process", seed="seed|lr", batch="batch|parts",
+           steps="steps|warmup")  # fmt: skip
+
+
 def is_torch_sample(result: Any) -> None:
     finite((result[0] if isinstance(result, tuple) else result).detach())
 
 
 if importlib.util.find_spec("torch") is not None:
     torch_targets()
+    trainer_targets()
 
 
 def onnx_targets() -> None:
@@ -487,12 +499,12 @@ if importlib.util.find_spec("onnx") is not None and importlib.util.find_spec("on
 WITHOUT = {
     "__version__ problems": "no callables",
     "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
-    "Measured Recommendation PlanRange Sampled": "records that the package fills",
+    "Measured Recommendation PlanRange Sampled Student": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",
     "warmup": "its one parameter is called between compilations; test_cold.py",
-    "load_range": "reads with the functions of load_plan",
+    "load_range load_student": "read with the functions of load_plan",
     "Mapped InLibrary": "what the functions below return and read",
     "from_diffusers": "takes a scheduler of diffusers: test_maps.py",
     "audit accelerate restore": "take any pipeline object; test_audit.py, test_diffusers_pipelines.py",

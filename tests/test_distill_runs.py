@@ -193,7 +193,7 @@ def test_the_digits_students_learn() -> None:
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), losses
     changed = {k for k, v in recipe.modules["student"].state_dict().items() if not torch.equal(v, before[k])}
     assert changed
-    assert all(".adapters.lcm." in k for k in changed)
+    assert all(".adapters.student." in k for k in changed)
 
 
 # --- the loop ---
@@ -361,22 +361,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def arguments(out: Path, *more: str) -> list[str]:
     return ["distill", "consistency", "--out", str(out), "--batch", "32", *more]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """torchrun over gloo: the same losses as one process with the joint batch, up to rounding of the sums."""
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND)
-    logs = []
-    for name, before in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run"])):
-        launch = ["--standalone", "--nproc-per-node", "2"] if name == "two" else []
-        words = [*before, *launch, str(script), *arguments(tmp_path / name, "--steps", "20", "--json")]
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
-        assert done.returncode == 0, done.stderr
-        with (tmp_path / name / LOG).open() as file:
-            logs.append([float(row["loss"]) for row in csv.DictReader(file)])
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
 
 
 @pytest.mark.slow

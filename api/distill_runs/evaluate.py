@@ -60,7 +60,7 @@ class Outcome(NamedTuple):
 
 def evaluate(recipe: Recipe) -> Outcome:
     """The outcome of a trained recipe."""
-    if isinstance(recipe, digits.DigitsRecipe):
+    if isinstance(recipe, digits.DIGITS):
         return _evaluate_digits(recipe)
     if isinstance(recipe, teachers.Guided):
         return _evaluate_guided(recipe)
@@ -231,7 +231,7 @@ def _evaluate_guided(recipe: teachers.Guided) -> Outcome:
 # --- digits ---
 
 
-def _evaluate_digits(recipe: digits.DigitsRecipe) -> Outcome:
+def _evaluate_digits(recipe: Recipe) -> Outcome:
     rows: list[dict[str, float | str]] = []
     checks, samples = [], {}
     for nfe, (denoiser, plan) in sorted(recipe.samplers().items()):

@@ -108,4 +108,4 @@ def is_image(x: NDArray[np.float32]) -> bool:
 
 def as_picture(x: NDArray[np.float32]) -> NDArray[np.float32]:
     """Images in -1 .. 1 as images in 0 .. 1."""
-    return np.clip(0.5 * x + 0.5, 0.0, 1.0)
+    return np.asarray(np.clip(0.5 * x + 0.5, 0.0, 1.0), np.float32)

@@ -20,16 +20,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.loggers import CsvLogger, Logger
 from fewstep.solvers.files import keep_previous, write_whole
-from fewstep.solvers.options import one_of, warn
+from fewstep.solvers.options import number, one_of, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import parse_json
 
@@ -97,24 +99,25 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "parts"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: it must be a whole number >= 1")
-        if not 0.0 < self.lr < math.inf:
-            raise ValueError(f"lr = {self.lr!r}: it must be positive and finite")
-        if not 0.0 < self.clip < math.inf:
-            raise ValueError(f"clip = {self.clip!r}: it must be positive and finite")
-        if not 0.0 <= self.ema < 1.0:
-            raise ValueError(f"ema = {self.ema!r}: the decay must be from 0 to below 1")
-        if self.warmup is not None and not (isinstance(self.warmup, int) and 0 <= self.warmup < self.steps):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r:.80}: it must be a whole number >= 1")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed!r:.80}: it must be a whole number from 0 to below 2^32")
+        for name in ("lr", "clip"):
+            if not 0.0 < number(getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)!r:.80}: it must be positive and finite")
+        if not 0.0 <= number(self.ema) < 1.0:
+            raise ValueError(f"ema = {self.ema!r:.80}: the decay must be from 0 to below 1")
+        if self.warmup is not None and not (type(self.warmup) is int and 0 <= self.warmup < self.steps):
             raise ValueError(
-                f"warmup = {self.warmup!r}: it must be a whole number from 0 to below steps = {self.steps}"
+                f"warmup = {self.warmup!r:.80}: it must be a whole number from 0 to below steps = {self.steps}"
             )
         for name, allowed in (("amp", tuple(AMP)), ("schedule", tuple(SCHEDULES)), ("on_nan", ON_NAN)):
             one_of(name, getattr(self, name), allowed)
         try:
             kind = torch.device(self.device).type
-        except RuntimeError:
-            raise ValueError(f"device = {self.device!r}: write cpu, cuda or cuda:0, for example") from None
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device = {self.device!r:.80}: write cpu, cuda or cuda:0, for example") from None
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device = {self.device!r}: torch finds no CUDA device here; use device='cpu'")
         if self.batch % (self.parts * world()):
@@ -194,6 +197,14 @@ class Recipe(ABC):
         warm = min(1.0, (done + 1) / (1 + (count // 50 if s.warmup is None else s.warmup)))
         return s.lr * 0.5**self.rewinds * warm * SCHEDULES[s.schedule](done / count)
 
+    def autocast(self) -> torch.autocast:
+        """The context of every loss."""
+        return torch.autocast(self.device.type, dtype=AMP[self.settings.amp], enabled=bool(self.settings.amp))
+
+    def forget(self) -> None:
+        """Drop what was computed from weights that a rewind has replaced; most methods keep nothing."""
+        return
+
     def phases(self) -> list[tuple[int, int]]:
         """(a step, how many of its cost there are): steps that stand for the whole run in an estimate of its time."""
         return [(0, self.settings.steps)]
@@ -214,7 +225,7 @@ class Recipe(ABC):
         total = torch.zeros((), device=self.device)
         for part in range(s.parts):
             begin = (rank() * s.parts + part) * size
-            with torch.autocast(self.device.type, dtype=AMP[s.amp], enabled=bool(s.amp)):
+            with self.autocast():
                 loss = loss_of(slice(begin, begin + size))
             scaled = self.scaler.scale(loss / s.parts)
             # Only this optimiser's parameters: a generator's loss also reaches the critic.
@@ -296,6 +307,11 @@ def weights_sum(recipe: Recipe) -> str:
 
 
 # --- files ---
+
+
+def write_array(path: Path, x: NDArray[np.float32]) -> None:
+    """Write a .npy file whole."""
+    write_whole(path, lambda to: np.save(to, x, allow_pickle=False))
 
 
 def save(recipe: Recipe, step: int, path: Path) -> None:
@@ -468,6 +484,7 @@ def train(
         rewinds = recipe.rewinds + 1
         back = load(recipe, out / CHECKPOINT)
         recipe.rewinds = rewinds
+        recipe.forget()
         warn(f"{text}: back to step {back}, with {0.5**rewinds:g} of the learning rate and other batches")
         return back
 
