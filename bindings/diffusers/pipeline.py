@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers import REFUSED, SCHEDULERS
 from fewstep.bindings.diffusers.interface import check_noise
 from fewstep.solvers.cache import Cache
 from fewstep.solvers.run.graph import Recorder, Weights, settings
@@ -23,7 +23,7 @@ DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
 
 
 # Twins that a whole run makes less than 1.2 times faster while torch draws the noise (docs/diffusers.md).
-DRAWN = frozenset({"DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
+DRAWN = frozenset({"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
 
 # Graphs that one network keeps: an argument that is a new number in every request would record without end.
 GRAPHS = 8
@@ -98,14 +98,14 @@ def restore(pipe: object) -> Report:
 
     Raises TypeError if `pipe` is not a pipeline, ValueError if it was not accelerated.
     """
-    import diffusers
+    from diffusers import schedulers
 
     components = _components(pipe)
     done = []
     for name, scheduler in _schedulers(components).items():
         if is_twin(scheduler):
             kind = type(scheduler).__name__
-            setattr(pipe, name, _moved(scheduler, getattr(diffusers, kind), {}))
+            setattr(pipe, name, _moved(scheduler, getattr(schedulers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
     for name, module in components.items():
         if isinstance(getattr(module, "__dict__", {}).get("forward"), GraphedCall):
@@ -145,14 +145,15 @@ def is_twin(scheduler: object) -> bool:
 
 def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
     """Why a scheduler is given no twin; None if it is given one."""
-    import diffusers
+    from diffusers import schedulers
 
     kind = type(scheduler)
     if is_twin(scheduler):
         return "it is fused"
     if kind.__name__ not in SCHEDULERS:
-        return f"there is no fused {kind.__name__}"
-    if kind is not getattr(diffusers, kind.__name__):
+        reason = REFUSED.get(kind.__name__)
+        return f"there is no fused {kind.__name__}" + (f": {reason}" if reason else "")
+    if kind is not getattr(schedulers, kind.__name__):
         return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"
     drawn = kind.__name__ in DRAWN or bool(scheduler.config.get("stochastic_sampling"))
     if drawn and noise == "torch" and not corrected:
