@@ -60,7 +60,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "SCMScheduler": {"setting": {"intermediate_timesteps": None}, "stop": -1},
     "UnCLIPScheduler": {},
 }
-GENERAL = [name for name in twins.SCHEDULERS if name not in SPECIAL]
+# Older releases lack some.
+PRESENT = [name for name in twins.SCHEDULERS if hasattr(diffusers.schedulers, name)]
+GENERAL = [name for name in PRESENT if name not in SPECIAL]
 
 
 def pair(name: str, **config: Any) -> tuple[Any, Any]:

@@ -25,6 +25,9 @@ from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 # Basis vectors: the sample, the network's output, the noise, the clipped prediction, then the memory.
 X, RAW, NOISE, CLIPPED, MEMORY = range(5)
 
+# The option in which the caller may pass the x0 prediction, in place of the network's output; True stands for it.
+PREDICTED = "pred_original_sample"
+
 # The place of a remembered tensor in a scheduler: an attribute, or an index into an attribute that is a list.
 Place = tuple[str, int | None]
 
@@ -234,6 +237,8 @@ class _Trial:
         options = dict(call.options)
         if call.noise is not None:
             options[call.noise[0]] = noise
+        if options.get(PREDICTED) is True:
+            options[PREDICTED] = raw
         arguments = (x, call.time) if call.method == "scale_model_input" else (raw, call.time, x)
         with watch, torch.no_grad():
             self.result = getattr(scheduler, call.method)(*arguments, **options)

@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
-from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
+from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.diffusers.update import Bound, Pool, guard
@@ -56,8 +56,8 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "UniPCMultistepScheduler": ("this_order", "timestep_list"),
 }
 
-# Those whose step takes a time for each sample.
-_TIMED_SAMPLES = ("DDPMWuerstchenScheduler",)
+# Those whose step is given a time for each sample.
+_TIMED_SAMPLES = ("DDPMWuerstchenScheduler", "SCMScheduler")
 
 # Told from None, which a caller may pass.
 _ABSENT: Any = object()
@@ -789,6 +789,13 @@ def _fused_step(
         if not tokens.fits(tokens_at, x, attributes.get("sigmas")):
             return None
         options = {name: value for name, value in options.items() if name != tokens.OPTION}
+    predicted = options.get(PREDICTED)
+    if isinstance(predicted, Tensor):  # Cosmos' pipelines pass the x0 prediction beside the output
+        if type(predicted) is not Tensor or predicted.shape != shape or predicted.dtype is not raw_dtype:
+            return None
+        if predicted.device != x.device:
+            return None
+        raw, options = predicted, {**options, PREDICTED: True}
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -801,7 +808,7 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    if tokens_at is None and given is None and (offset := cursor.offset(timestep)) is not None:
+    if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
         state.usual[offset] = Usual(transition, x, raw, memory, options)
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
