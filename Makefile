@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report test-diffusers clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -41,6 +41,17 @@ $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
 	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
 		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
+
+# Each release in a folder of its own, before the installed one on the path; its dependencies are the installed ones.
+DIFFUSERS ?= 0.35.0 0.39.0 0.42.1
+test-diffusers: setup ## the twins' tests with three releases of diffusers, the oldest in pyproject.toml and the newest among them
+	set -e; for version in $(DIFFUSERS); do \
+		folder=build/diffusers/$$version; \
+		test -d $$folder/diffusers || $(BIN)/python -m pip install -q --no-deps --target $$folder diffusers==$$version; \
+		echo "diffusers $$version"; \
+		PYTHONPATH=$(CURDIR)/$$folder $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_diffusers_schedulers.py \
+			tests/test_diffusers_corrections.py tests/test_diffusers_schedules.py; \
+	done
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
