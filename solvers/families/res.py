@@ -18,7 +18,7 @@ from fewstep.solvers.families.exponential import (
     usable_order,
 )
 from fewstep.solvers.families.first_order import ancestral_row
-from fewstep.solvers.options import at_least
+from fewstep.solvers.options import at_least, flag
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage
 from fewstep.solvers.schedule.grid import Grid
@@ -62,17 +62,26 @@ def res_2m(grid: Grid, final_order: FinalOrder = None) -> Iterator[Stage]:
 
 
 @solver("res_3m", memory=PREDICTIONS, spacing={VP: "logsnr"})
-def res_3m(grid: Grid, final_order: FinalOrder = None) -> Iterator[Stage]:
+def res_3m(grid: Grid, final_order: FinalOrder = None, released: bool = False) -> Iterator[Stage]:
     """Refined exponential solver, three-step: res_3s with its inner calls at the two points before (Zhang et al. 2023).
+
+    released  True takes c_3^3 in gamma, as the paper prints and RES4LYF computes: order two, as c_3 is not 1 here
 
     Like res_3s it weighs by phi_2 alone, which is dpmpp_3m with 2/3 M_1 in the place of M_2.
     """
     check_final_order(final_order, 3)
+    flag("released", released)
     for k, (s, t) in enumerate(grid.pairs):
         order, h = usable_order(grid, k, 3, final_order), grid.lams[k + 1] - grid.lams[k]
         row = exponential_row(s, t, h, 0.0)
         if order > 1:
             slope = step_moments(h, 2)[0]
-            integrals = [slope, 2.0 / 3.0 * slope][: order - 1]
-            row = add_differences(row, "m", history_nodes(grid, k, order), integrals, t.alpha)
+            nodes = history_nodes(grid, k, order)
+            bend = 2.0 / 3.0 * slope
+            if released and order == 3:
+                # b_2 c_2^2 + b_3 c_3^2 with b_2 = gamma b_3, b_3 = M_1 / (gamma c_2 + c_3)
+                c2, c3 = nodes.values()
+                gamma = (3.0 * c3**3 - 2.0 * c3) / (c2 * (2.0 - 3.0 * c2))
+                bend = slope * (gamma * c2**2 + c3**2) / (gamma * c2 + c3)
+            row = add_differences(row, "m", nodes, [slope, bend][: order - 1], t.alpha)
         yield Stage(s, {"x": row, **shift_history(k, 2)}, t)

@@ -343,12 +343,15 @@ def res_2m(denoise, grid, x, draws, final_order=None):
     return _res_multistep(denoise, grid, x, 2, final_order)
 
 
-def res_3m(denoise, grid, x, draws, final_order=None):
-    """The same with two points before: b_2 = gamma b_3, b_3 = phi_2 / (gamma c_2 + c_3), gamma as in res_3s."""
-    return _res_multistep(denoise, grid, x, 3, final_order)
+def res_3m(denoise, grid, x, draws, final_order=None, released=False):
+    """The same with two points before: b_2 = gamma b_3, b_3 = phi_2 / (gamma c_2 + c_3), gamma as in res_3s.
+
+    RES4LYF has c_3^3 in gamma (released), where third order needs c_3^2.
+    """
+    return _res_multistep(denoise, grid, x, 3, final_order, 3 if released else 2)
 
 
-def _res_multistep(denoise, grid, x, most, final_order):
+def _res_multistep(denoise, grid, x, most, final_order, power=2):
     lam, old = lambdas(grid), []
     for i in range(grid.steps):
         a_s, s_s, a_t, s_t = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
@@ -365,7 +368,7 @@ def _res_multistep(denoise, grid, x, most, final_order):
         if p == 2:
             b = [phi_2 / c[0]]
         elif p == 3:
-            gamma = (3 * c[1] ** 2 - 2 * c[1]) / (c[0] * (2 - 3 * c[0]))
+            gamma = (3 * c[1] ** power - 2 * c[1]) / (c[0] * (2 - 3 * c[0]))
             b = [gamma * phi_2 / (gamma * c[0] + c[1]), phi_2 / (gamma * c[0] + c[1])]
         total = (phi_1 - sum(b)) * x0 + sum(w * m for w, m in zip(b, old, strict=False))
         x = s_t / s_s * x + a_t * h * total
