@@ -82,6 +82,7 @@ ENTRIES = (
     Entry("ADD", "adversarial", 800),
     Entry("LADD", "latent_adversarial", 700),
     Entry("rCM", "regularised", 500),
+    Entry("TDM, four steps", "trajectory_matching", 300),
 )
 
 
