@@ -25,7 +25,7 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.evaluate import distances, pinwheel_data
 from fewstep.distill_runs.methods import make_recipe
 from fewstep.distill_runs.pinwheel import ARMS, pinwheel_teacher
-from fewstep.distill_runs.ring import PROCESS, RING
+from fewstep.distill_runs.ring import PROCESS, RING, RingRecipe
 from fewstep.distill_runs.training import train
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan import Plan
@@ -47,6 +47,10 @@ SOLVERS = ("ddim", "dpmpp_2m", "unipc", "heun")
 SPACINGS = ("karras", "exponential", "logsnr")
 MEASURES = ("swd", "energy distance")
 OUT = Path("docs/distill")
+
+
+Measures = Mapping[str, Mapping[str, float]]  # by number of calls and name
+Kept = tuple[float, Measures]  # of one seed: seconds and measures; a list once it was read from the file
 
 
 class Entry(NamedTuple):
@@ -108,6 +112,7 @@ def draw(denoiser: Denoiser, plan: Plan, problem: str, start: float, seed: int, 
 
 def student_score(entry: Entry, problem: str, seed: int) -> Score:
     recipe = make_recipe(entry.method, problem, entry.steps, BATCH, seed=seed, options={**SIZE, **dict(entry.options)})
+    assert isinstance(recipe, RingRecipe)
     begin = time.process_time()
     train(recipe)
     seconds = time.process_time() - begin
@@ -179,7 +184,7 @@ def cell(scores: Sequence[Mapping[str, Mapping[str, float]]], nfe: str, measure:
     return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
 
 
-def table(title: str, problem: str, found: Mapping[str, Mapping[str, Sequence[object]]]) -> list[str]:
+def table(title: str, problem: str, found: Mapping[str, Mapping[str, Kept]]) -> list[str]:
     heads = [f"{'SWD' if m == 'swd' else 'energy'}, {n}" for m in MEASURES for n in CALLS]
     lines = [
         f"## {title}",
@@ -192,11 +197,11 @@ def table(title: str, problem: str, found: Mapping[str, Mapping[str, Sequence[ob
         if name == "names":
             continue
         scores = [own[1] for own in by_seed.values()]
-        seconds = statistics.mean(float(str(own[0])) for own in by_seed.values())
+        seconds = statistics.mean(own[0] for own in by_seed.values())
         if name == "Other draws of the data":
             cells = [cell(scores, "0", m) for m in MEASURES for _ in CALLS]
         else:
-            cells = [cell(scores, str(n), m) for m in MEASURES for n in CALLS]  # type: ignore[arg-type]
+            cells = [cell(scores, str(n), m) for m in MEASURES for n in CALLS]
         entry = order.get(name)
         mark = " (data)" if entry is not None and entry.data else ""
         lines.append(
@@ -206,14 +211,14 @@ def table(title: str, problem: str, found: Mapping[str, Mapping[str, Sequence[ob
     return [*lines, "", *_goal(found), ""]
 
 
-def _goal(found: Mapping[str, Mapping[str, Sequence[object]]]) -> list[str]:
+def _goal(found: Mapping[str, Mapping[str, Kept]]) -> list[str]:
     """Which methods' one call is within 1.1 of the teacher's many calls in both measures, on the mean over seeds."""
     best = found.get("Teacher's best plan")
     if best is None:
         return []
 
-    def mean(by_seed: Mapping[str, Sequence[object]], nfe: str, measure: str) -> float:
-        values = [own[1][nfe][measure] for own in by_seed.values() if nfe in own[1]]  # type: ignore[index,operator]
+    def mean(by_seed: Mapping[str, Kept], nfe: str, measure: str) -> float:
+        values = [own[1][nfe][measure] for own in by_seed.values() if nfe in own[1]]
         return statistics.mean(values) if values else float("inf")
 
     bound = {m: mean(best, str(REFERENCE), m) for m in MEASURES}
@@ -223,7 +228,7 @@ def _goal(found: Mapping[str, Mapping[str, Sequence[object]]]) -> list[str]:
     closest = sorted(ratios, key=lambda name: max(ratios[name]))[:5]
     text = ", ".join(f"{name} {ratios[name][0]:.2f} and {ratios[name][1]:.2f}" for name in closest)
     named = found.get("names", {})
-    plans = "; ".join(f"{key} calls: {next(iter(own[1]))}" for key, own in named.items())  # type: ignore[call-overload]
+    plans = "; ".join(f"{key} calls: {next(iter(own[1]))}" for key, own in named.items())
     return [
         f"The teacher's best plan in {REFERENCE} calls has an SWD of {1e3 * bound['swd']:.1f} and an energy distance "
         f"of {1e3 * bound['energy distance']:.2f} thousandths. Within 1.1 times both in one call: "
@@ -233,9 +238,9 @@ def _goal(found: Mapping[str, Mapping[str, Sequence[object]]]) -> list[str]:
     ]
 
 
-def page(results: Mapping[str, Mapping[str, Mapping[str, Sequence[object]]]]) -> str:
+def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
     every = [own for rows in results.values() for by_seed in rows.values() for own in by_seed.values()]
-    seconds = sum(float(str(own[0])) for own in every)
+    seconds = sum(own[0] for own in every)
     runs = sum(len(by_seed) for rows in results.values() for name, by_seed in rows.items() if name in TITLES)
     lines = [
         "# Leaderboard of distillation",
@@ -264,7 +269,7 @@ TITLES = {entry.title for entry in ENTRIES}
 
 def execute(path: Path, problems: Iterable[str], seeds: Iterable[int]) -> None:
     """Run what the file lacks, one seed of everything after another, and write the file and the page after each run."""
-    results: dict[str, dict[str, dict[str, Sequence[object]]]] = (
+    results: dict[str, dict[str, dict[str, Kept]]] = (
         json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     )
 
