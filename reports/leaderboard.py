@@ -204,6 +204,7 @@ def table(title: str, problem: str, found: Mapping[str, Mapping[str, Kept]]) -> 
             cells = [cell(scores, str(n), m) for m in MEASURES for n in CALLS]
         entry = order.get(name)
         mark = " (data)" if entry is not None and entry.data else ""
+        mark += "" if len(scores) == len(SEEDS) else f", {len(scores)} of {len(SEEDS)} seeds"
         lines.append(
             f"| {name}{mark} | {' | '.join(cells)} | {f'{seconds:.0f}' if seconds else ''} | "
             f"{entry.steps if entry is not None else ''} |"
