@@ -32,8 +32,11 @@ def test_the_page_names_who_is_within_a_tenth_of_the_teacher_in_both_measures() 
     }
     text = page({"ring": rows})
     assert "3 training runs" in text
-    assert "Within 1.1 times both in one call: Shortcut model." in text
-    assert "Shortcut model 1.05 and 1.10, IMM 0.50 and 1.20" in text
+    assert "Within 1.1 times both in one call:\nShortcut model." in text
+    assert "Shortcut model 1.05 and 1.10; IMM 0.50 and 1.20" in text
+    rows["Teacher's best plan"] = {"0": score(0.020, -0.0001, 0.0, "50")}
+    text = page({"ring": rows})
+    assert "in one call:\nShortcut model, IMM. The nearest, over the teacher's: IMM 0.50; Shortcut model 1.05" in text
     assert "| Shortcut model (data), 2 of 3 seeds | 21.0 ± 0.0 |" in text
     assert "50 calls: heun, karras" in text
 
