@@ -561,15 +561,20 @@ class _Loop:
         on = body.op("Identity", going)
         value = helper.make_tensor_value_info
         axes: list[int | str | None] = [size, "elements"]
+        count, true = g.const(len(self.tables), "int64"), g.const(True, "bool")
+        result = g.const(self.program.result, "int64")
+        # Weights belong to the body: ONNX Runtime fuses and packs less where they come from outside.
+        outside = {count, true, result}.union(*(node.input for node in g.nodes))
         graph = helper.make_graph(
             body.nodes,
             "stage",
             [value(i, _type("int64"), []), value(going, _type("bool"), []), value(state, _type(dtype), axes)],
             [value(on, _type("bool"), []), value(new, _type(dtype), axes)],
+            [tensor for tensor in g.initializers if tensor.name not in outside],
         )
-        count = g.const(len(self.tables), "int64")
-        last = g.op("Loop", count, g.const(True, "bool"), first, body=graph)
-        return g.op("Reshape", g.op("Gather", last, g.const(self.program.result, "int64"), axis=0), self.shape)
+        g.initializers[:] = [tensor for tensor in g.initializers if tensor.name in outside]
+        last = g.op("Loop", count, true, first, body=graph)
+        return g.op("Reshape", g.op("Gather", last, result, axis=0), self.shape)
 
     def model_of(self, sample: str) -> onnx.ModelProto:
         g = self.main
