@@ -10,8 +10,10 @@ holds the network's weights once.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import StageTable, init_table, stage_tables
 from fewstep.solvers.run.arrays import DType, dtype_name
 from fewstep.solvers.run.checks import check_plan
-from fewstep.solvers.run.denoising import check_denoiser, time_dtype
+from fewstep.solvers.run.denoising import Threshold, check_denoiser, time_dtype
 
 needs("fewstep.bindings.onnx_loop", "onnx", extra="onnx")
 
@@ -38,8 +40,8 @@ from onnx import helper, numpy_helper, version_converter  # noqa: E402
 
 # Draws of noise that are made at once: fewer nodes than one by one, and less memory than all of them.
 _DRAWS = 8
-# BitwiseXor and its like; everything else here is older.
-_OPSET, _NOISE_OPSET = 13, 18
+# Noise needs BitwiseXor, and reductions ReduceMean over given axes; everything else here is older.
+_OPSET, _NEWER = 13, 18
 
 
 class _Graph:
@@ -235,7 +237,8 @@ class _Loop:
         protos = [model.proto() for model in models.values()]
         imports = [{o.domain: o.version for o in proto.opset_import} for proto in protos]
         self.opset = max(
-            _NOISE_OPSET if self.drawn else _OPSET, *(own.get("", own.get("ai.onnx", 1)) for own in imports)
+            _NEWER if self.drawn or denoiser.reduces else _OPSET,
+            *(own.get("", own.get("ai.onnx", 1)) for own in imports),
         )
         self.domains = {domain: v for own in imports for domain, v in own.items() if domain not in ("", "ai.onnx")}
         if any(own.get(domain, v) != v for domain, v in self.domains.items() for own in imports):
@@ -397,9 +400,11 @@ class _Loop:
             x_in = x if table.c_in == 1.0 else g.op("Mul", x, g.const(table.c_in, self.dtype))
             t, kind = self.time(table.t)
             raws = self.call(g, g.cast(x_in, self.model_dtype, self.dtype), g.const([t], kind), table.branches)
+            if table.average in buffers:
+                raws.append(buffers[table.average])
             sources = {j: buffers[b] for j, b in enumerate(table.slots) if b is not None}
             sources |= {layout.RAW + j: raw for j, raw in enumerate(raws)}
-            if table.p is not None:
+            if table.p is not None or table.blend is not None:
                 sources[layout.PREDICTION] = self._prediction(g, table, sources)
             if table.draw is not None:
                 sources[layout.NOISE] = self.draw(g, table.draw)
@@ -409,16 +414,86 @@ class _Loop:
 
     def _prediction(self, g: _Graph, table: StageTable, sources: Mapping[int, str]) -> str:
         """The x0 prediction, clipped."""
-        assert table.p is not None
         places = [0, *range(layout.RAW, layout.RAW + layout.RAWS)]
         own = {i: sources[j] for i, j in enumerate(places) if j in sources}
-        return self.clipped(g, g.combine(own, table.p[0], self.shape))
+        if table.blend is None:
+            assert table.p is not None
+            return self.clipped(g, g.combine(own, table.p[0], self.shape))
+        terms = [g.op("Mul", own[i], c) for i, c in self._blended(g, table.blend[0], own).items()]
+        return self.clipped(g, reduce(lambda a, b: g.op("Add", a, b), terms))
+
+    def _blended(self, g: _Graph, blend: NDArray[np.float64], own: Mapping[int, str]) -> dict[int, str]:
+        """The coefficients of the prediction that depend on whole samples, (B, 1, ...): `kernels.naive.blend`."""
+
+        def number(value: float) -> str:
+            return g.const(value, "float64")
+
+        batch = g.op("Slice", self.shape, g.ints(0), g.ints(1))
+        rows = {
+            i: g.op("Reshape", g.cast(v, "float64", self.dtype), g.joined(batch, g.ints(-1))) for i, v in own.items()
+        }
+        whole = g.op("Shape", rows[min(rows)])
+        a, b = (g.combine(rows, blend[first : first + 4], whole) for first in (layout.MIX_A, layout.MIX_B))
+
+        def total(kind: str, value: str) -> str:
+            return g.op(kind, value, g.ints(1), keepdims=1)
+
+        def deviation(value: str) -> str:
+            apart = g.op("Sub", value, total("ReduceMean", value))
+            return g.op("Sqrt", total("ReduceMean", g.op("Mul", apart, apart)))
+
+        def ratio(over: str, under: str, above: str, otherwise: float) -> str:
+            """over / under where under > above, else the number."""
+            there = g.op("Greater", under, above)
+            return g.op("Where", there, g.op("Div", over, g.op("Where", there, under, number(1.0))), number(otherwise))
+
+        phi, radius = float(blend[layout.PHI]), float(blend[layout.RADIUS])
+        spread = ratio(deviation(b), deviation(a), number(0.0), 1.0)
+        f = g.op("Add", g.op("Mul", spread, number(phi)), number(1.0 - phi))
+        if radius < math.inf:
+            norm = g.op("Sqrt", total("ReduceSum", g.op("Mul", a, a)))
+            f = g.op("Mul", f, ratio(number(radius), norm, number(radius), 1.0))
+        q = ratio(total("ReduceSum", g.op("Mul", a, b)), total("ReduceSum", g.op("Mul", b, b)), number(0.0), 0.0)
+        found = {}
+        axes = self._per_sample(g)
+        for i in own:
+            fixed, scaled, projected = (float(blend[j + i]) for j in (layout.FIXED, layout.SCALED, layout.PROJECTED))
+            inner = g.op("Add", g.op("Mul", q, number(projected)), number(scaled))
+            c = g.op("Add", g.op("Mul", f, inner), number(fixed))
+            found[i] = g.op("Reshape", g.cast(c, self.dtype, "float64"), axes)
+        return found
 
     def clipped(self, g: _Graph, m: str) -> str:
-        bound = self.denoiser.bound
+        bound, threshold = self.denoiser.bound, self.denoiser.threshold
+        if threshold is not None:
+            return self._thresholded(g, m, threshold)
         if bound is None:
             return m
         return g.op("Clip", m, g.const(-bound, self.dtype), g.const(bound, self.dtype))
+
+    def _thresholded(self, g: _Graph, m: str, threshold: Threshold) -> str:
+        """clip(m, -s, s) / s, s the quantile of |m| over a sample, between 1 and the maximum."""
+        batch = g.op("Slice", self.shape, g.ints(0), g.ints(1))
+        rows = g.op("Reshape", g.op("Abs", m), g.joined(batch, g.ints(-1)))
+        last = g.op("Sub", g.op("Slice", g.op("Shape", rows), g.ints(1), g.ints(2)), g.ints(1))
+        position = g.op("Mul", g.cast(last, "float64"), g.const(threshold.quantile, "float64"))
+        low = g.op("Floor", position)
+        share = g.cast(g.op("Sub", position, low), self.dtype, "float64")
+        index = g.cast(low, "int64")
+        ascending = g.name("sorted")
+        count = g.op("Add", last, g.ints(1))
+        g.nodes.append(helper.make_node("TopK", [rows, count], [ascending, g.name("places")], axis=1, largest=0))
+        below = g.op("Gather", ascending, index, axis=1)
+        above = g.op("Gather", ascending, g.op("Min", g.op("Add", index, g.ints(1)), last), axis=1)
+        s = g.op("Add", below, g.op("Mul", g.op("Sub", above, below), share))
+        s = g.op("Clip", s, g.const(1.0, self.dtype), g.const(threshold.maximum, self.dtype))
+        s = g.op("Reshape", s, self._per_sample(g))
+        return g.op("Div", g.op("Min", g.op("Max", m, g.op("Neg", s)), s), s)
+
+    def _per_sample(self, g: _Graph) -> str:
+        """The shape (B, 1, ...) of a number for each sample."""
+        batch, inner = g.op("Slice", self.shape, g.ints(0), g.ints(1)), g.op("Shape", self.shape)
+        return g.op("Concat", batch, g.op("Expand", g.ints(1), g.op("Sub", inner, g.ints(1))), axis=0)
 
     def rolled(self) -> str:
         """The stages as iterations of a `Loop`, which carries all buffers; returns the sample's name.
@@ -429,6 +504,10 @@ class _Loop:
         if len({table.branches for table in self.tables}) > 1:
             raise ValueError(
                 "unroll=False makes the same calls in every step, and the guidance is off in some: use unroll=True"
+            )
+        if any(table.blend is not None for table in self.tables):
+            raise ValueError(
+                "unroll=False has no guidance rescale, APG or CFGZero, which reduce whole samples: unroll=True"
             )
         branches, clip, noisy = self.tables[0].branches, self.tables[0].p is not None, bool(self.draws)
         raws = len(branches)
@@ -466,7 +545,8 @@ class _Loop:
         made = self.call(body, body.cast(x_in, self.model_dtype, dtype), t, branches)
         sources = [state, *(body.op("Reshape", raw, flat) for raw in made)]
         if clip:
-            sources.append(self.clipped(body, body.op("MatMul", at(p), body.joined(*sources))))
+            m = body.op("Reshape", body.op("MatMul", at(p), body.joined(*sources)), self.shape)
+            sources.append(body.op("Reshape", self.clipped(body, m), flat))
         if noisy:
             # A stage that draws nothing has the coefficient 0, whatever is drawn for it.
             if self.noise:
@@ -481,15 +561,20 @@ class _Loop:
         on = body.op("Identity", going)
         value = helper.make_tensor_value_info
         axes: list[int | str | None] = [size, "elements"]
+        count, true = g.const(len(self.tables), "int64"), g.const(True, "bool")
+        result = g.const(self.program.result, "int64")
+        # Weights belong to the body: ONNX Runtime fuses and packs less where they come from outside.
+        outside = {count, true, result}.union(*(node.input for node in g.nodes))
         graph = helper.make_graph(
             body.nodes,
             "stage",
             [value(i, _type("int64"), []), value(going, _type("bool"), []), value(state, _type(dtype), axes)],
             [value(on, _type("bool"), []), value(new, _type(dtype), axes)],
+            [tensor for tensor in g.initializers if tensor.name not in outside],
         )
-        count = g.const(len(self.tables), "int64")
-        last = g.op("Loop", count, g.const(True, "bool"), first, body=graph)
-        return g.op("Reshape", g.op("Gather", last, g.const(self.program.result, "int64"), axis=0), self.shape)
+        g.initializers[:] = [tensor for tensor in g.initializers if tensor.name in outside]
+        last = g.op("Loop", count, true, first, body=graph)
+        return g.op("Reshape", g.op("Gather", last, result, axis=0), self.shape)
 
     def model_of(self, sample: str) -> onnx.ModelProto:
         g = self.main
@@ -541,8 +626,9 @@ def save_loop(
 
     The output is "sample". The metadata holds solver, calls of the network, and alpha and sigma of the start.
 
-    Raises TypeError for another network, ValueError for dynamic thresholding, for guidances that reduce whole samples
-    (rescale, APG, CFGZero) or have a scale for each sample, and for a network that predicts its variance.
+    Raises TypeError for another network, ValueError for a guidance with a scale for each sample, for a network that
+    predicts its variance, and with unroll=False for guidances that reduce whole samples (rescale, APG, CFGZero) or are
+    off in some calls.
     """
     check_denoiser(denoiser)
     check_plan(plan, denoiser)
@@ -554,10 +640,10 @@ def save_loop(
         instance("shape", shape, (tuple, list), "the sizes of one sample, (1, 8, 8) say")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):
             raise ValueError(f"shape must be the sizes of one sample, ints of 1 or more, got {shape!r:.80}")
-    if denoiser.reduces or denoiser.threshold is not None or denoiser.variance is not None:
+    if denoiser.variance is not None:
         raise ValueError(
-            "save_loop does not support guidance rescale, APG, CFGZero or DynamicThreshold, which reduce whole "
-            "samples, nor a network that predicts its variance: use fewstep.Sampler"
+            f"save_loop does not support variance={denoiser.variance!r}: use fewstep.Sampler, or a network that "
+            "returns only its prediction"
         )
     instance("path", path, (str, os.PathLike), "a path")
     target = Path(path)

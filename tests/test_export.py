@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -267,6 +268,27 @@ def test_compiled_loop_runs_where_fewstep_cannot_be_imported(tmp_path):
         want = loop(latent()).flatten().numpy()
     got = np.fromstring(done.stdout.strip().strip("[]"), sep=",")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_batch_that_torch_narrows_is_an_error(tmp_path, monkeypatch):
+    """With a compiler that reports a narrower range, as torch's does where an operator looks at the batch."""
+    from fewstep.bindings.export import torch_export
+
+    def compiled(program, *, package_path, inductor_configs):
+        Path(package_path).write_bytes(b"package")
+        return package_path
+
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2)))
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compiled)
+    for found, error in (((2.0, 7.0), "2 to 7"), ((4.0, 8.0), "4 to 8"), ((2.0, 8.0), None)):
+        monkeypatch.setattr(torch_export, "_checked_inputs", lambda found=found: contextlib.nullcontext([found]))
+        if error is None:
+            assert compile_loop(loop, latent(4), tmp_path / "loop.pt2", batch=(1, 8)).read_bytes() == b"package"
+            continue
+        with pytest.raises(ValueError, match=f"torch compiled the loop for a batch of {error} and not for 1 to 8"):
+            compile_loop(loop, latent(4), tmp_path / "loop.pt2", batch=(1, 8))
+        assert not [*tmp_path.iterdir()]
 
 
 CPP = Path(__file__).resolve().parent.parent / "examples" / "cpp"

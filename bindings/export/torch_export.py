@@ -140,8 +140,8 @@ def compile_loop(
             made = aoti_compile_and_package(
                 program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs={**bounds, **(options or {})}
             )
-        for low, high in ranges if batch is not None else ():
-            if low > max(2, batch[0]) or high < batch[1]:
+        for low, high in ranges:
+            if batch is not None and (low > max(2, batch[0]) or high < batch[1]):
                 raise ValueError(
                     f"torch compiled the loop for a batch of {low:g} to {high:g} and not for {batch[0]} to {batch[1]}: "
                     f"an operator of the network depends on the {x.shape[0]} samples of the example x "
