@@ -283,3 +283,10 @@ def test_the_page(fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytes
     run_page("docs/plans-in-pipelines.md", names, "tune")
     assert names["pipe"].scheduler.plan == fs.load_plan("plan.json", force=True)
     assert fits[1]["nfe"] == 6
+
+
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    from reports.pipeline_report import PAGE, RESULTS, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
