@@ -150,6 +150,26 @@ def test_the_plan_is_saved_and_runs(fits: list[dict[str, Any]], tmp_path: Path) 
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
+def test_an_interrupted_fit_goes_on(
+    fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, arguments, *_ = wrapped_sd("epsilon")
+    fit, lines, path = module.tune, list[str](), tmp_path / "plan.json"
+
+    def interrupted(*args: Any, **given: Any) -> fs.Plan:
+        plan = fit(*args, **given)
+        record = {**plan.options["tuning"], "complete": given["cache"] is None}
+        return replace(plan, options={**plan.options, "tuning": record})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "tune", interrupted)
+        fs.tune_pipeline(pipe, [arguments], 4, quick=True, out=path, progress=lines.append)
+    assert lines[2] == f"interrupted: this is the best plan so far; go on with resume={str(path)!r}"
+    monkeypatch.setattr(module, "check_arguments", lambda base, *rest: None)  # the stand-in's plan is not tuned
+    fs.tune_pipeline(pipe, [arguments], 4, quick=True, resume=path, progress=False)
+    assert fits[-1]["base"] == fs.load_plan(path, force=True)
+
+
 def of_texts() -> tuple[Any, dict[str, Any]]:
     """A pipeline whose stand-in for a text encoder knows the texts "a" and "b", and the arguments of its calls."""
     pipe, arguments, *_ = wrapped_sd("epsilon")
@@ -283,3 +303,10 @@ def test_the_page(fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytes
     run_page("docs/plans-in-pipelines.md", names, "tune")
     assert names["pipe"].scheduler.plan == fs.load_plan("plan.json", force=True)
     assert fits[1]["nfe"] == 6
+
+
+def test_the_tables_are_those_of_the_committed_results() -> None:
+    from reports.pipeline_report import PAGE, RESULTS, page
+
+    text = PAGE.read_text(encoding="utf-8")
+    assert page(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text

@@ -117,6 +117,11 @@ def tune_pipeline(
     plan = _recorded(plan, pipe, made, given)
     if out is not None:
         save_plan(plan, out)
+    if not plan.options["tuning"]["complete"]:
+        say(
+            "interrupted: this is the best plan so far; go on with resume="
+            + ("the plan" if out is None else repr(str(out)))
+        )
     errors = plan.options["tuning"]["errors"]
     tuned, hand = (errors[name]["test"]["rmse"] for name in ("tuned", "hand"))
     say(f"error to the ODE's solution on test latents: {tuned:.4g}, best hand-made plan {hand:.4g}")
