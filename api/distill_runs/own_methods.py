@@ -46,7 +46,7 @@ class Progressive(OwnRecipe):
     Options: teacher_steps (16), a power of two times `calls`, the fewest calls (1).
     """
 
-    OPTIONS = ("teacher_steps", "calls", "lora")
+    OPTIONS: tuple[str, ...] = ("teacher_steps", "calls", "lora")
 
     def start(self) -> None:
         steps, calls = int(self.option("teacher_steps", 16)), int(self.option("calls", 1))
@@ -206,7 +206,7 @@ class LatentConsistency(Consistency):
     the input "w". Without them the teacher keeps its own guidance, and the student has no such input (LCM-LoRA).
     """
 
-    OPTIONS = ("levels", "target_ema", "w_min", "w_max", "w", "lora")
+    OPTIONS: tuple[str, ...] = ("levels", "target_ema", "w_min", "w_max", "w", "lora")
 
     def start(self) -> None:
         self.span = (self.option("w_min"), self.option("w_max"))
