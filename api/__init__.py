@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fewstep.bindings.denoiser import DynamicThreshold as DynamicThreshold
     from fewstep.bindings.diffusers.pipeline import accelerate as accelerate
     from fewstep.bindings.diffusers.pipeline import restore as restore
+    from fewstep.bindings.diffusers.tune_pipeline import tune_pipeline as tune_pipeline
     from fewstep.bindings.guidance import APG as APG
     from fewstep.bindings.guidance import CFG as CFG
     from fewstep.bindings.guidance import AutoGuidance as AutoGuidance
@@ -85,6 +86,7 @@ _MODULES = {
     "bindings.audit": "audit",
     "bindings.denoiser": "Denoiser DynamicThreshold",
     "bindings.diffusers.pipeline": "accelerate restore",
+    "bindings.diffusers.tune_pipeline": "tune_pipeline",
     "bindings.guidance": "APG AutoGuidance Branches CFG CFGZero",
     "distill_runs.student": "load_student Student",
     "distill_runs.trainer": "Trainer",

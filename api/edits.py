@@ -287,7 +287,7 @@ def _onto(covariance: Array) -> Array:
     return flipped @ u.mT
 
 
-def _onto_without_waiting(covariance: torch.Tensor) -> torch.Tensor:
+def _onto_without_waiting(covariance: torch.Tensor) -> Array:
     """The same on a device, for which an SVD makes the host wait and which could then record no graph.
 
     The quaternion of R is the eigenvector of the largest eigenvalue of a symmetric matrix (Horn 1987). Squared again

@@ -79,8 +79,8 @@ class FlowMapDenoiser(Denoiser):
         return other
 
     def bind(self, frame: Frame, batch: int, cond: Cond | Condition) -> Call:
-        call = super().bind(frame, batch, cond)  # type: ignore[arg-type]
-        if isinstance(self.model, WithEnds) or all(self.end in own for own in self.conditions(cond)):  # type: ignore[arg-type]
+        call = super().bind(frame, batch, cond)
+        if isinstance(self.model, WithEnds) or all(self.end in own for own in self.conditions(cond)):
             return call
 
         def refuse(branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:

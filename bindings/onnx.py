@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.files import write_whole
 from fewstep.solvers.run.arrays import NumpyFrame
 from fewstep.solvers.run.conditions import Keys, leaves, mapped
 
@@ -240,20 +240,16 @@ def export_onnx(
             own = dict(zip(given, values, strict=True))
             return self.module(x, t, **mapped(lambda path, _: own[_dotted(path)], dict(cond or {}), path=()))
 
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".onnx", delete=False) as file:
-        made = Path(file.name)
-    try:
+    def write(to: Path) -> None:
         torch.onnx.export(
             Flat().train(module.training),
             (x, t, *given.values()),
-            str(made),
+            str(to),
             input_names=names,
             output_names=["raw"],
             dynamic_axes={name: {0: "batch"} for name in (*names, "raw")},
             opset_version=opset,
             dynamo=False,
         )
-        made.replace(target)
-    finally:
-        made.unlink(missing_ok=True)
+
+    write_whole(Path(path), write)

@@ -188,6 +188,8 @@ class _Network:
             new = onnx.NodeProto()
             new.CopyFrom(node)
             new.name = f"{here}/{node.name}" if node.name else ""
+            new.ClearField("doc_string")  # exporters keep a stack trace in each node
+            del new.metadata_props[:]
             new.input[:] = map(renamed, node.input)
             new.output[:] = map(renamed, node.output)
             for attribute in new.attribute:

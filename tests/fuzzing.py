@@ -508,6 +508,7 @@ WITHOUT = {
     "Mapped InLibrary": "what the functions below return and read",
     "from_diffusers": "takes a scheduler of diffusers: test_maps.py",
     "audit accelerate restore": "take any pipeline object; test_audit.py, test_diffusers_pipelines.py",
+    "tune_pipeline": "takes a pipeline of diffusers; test_tune_pipeline.py",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import make, only_fused, run
+from diffusers_cases import GENERAL, make, only_fused, run
 
 import fewstep.bindings.diffusers as twins
 
@@ -174,9 +174,7 @@ def test_a_run_that_could_be_either_threads_is_refused() -> None:
         for pool in (one, other):
             pool.submit(steps, scheduler, times[:2]).result()
         x = torch.zeros(SHAPE)
-        with pytest.raises(
-            RuntimeError, match="comes next in the runs of 2 threads on one schedule: call"
-        ):
+        with pytest.raises(RuntimeError, match="comes next in the runs of 2 threads on one schedule: call"):
             third.submit(scheduler.step, x, times[2], x).result()
 
 
@@ -221,7 +219,7 @@ def default_device(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_default_device_is_not_the_steps(name: str) -> None:
     config = {"noise_sampler_seed": 0} if name == "DPMSolverSDEScheduler" else {}
     with warnings.catch_warnings():

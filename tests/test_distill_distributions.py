@@ -20,6 +20,7 @@ from fewstep.solvers.distill import (
     moment_matching,
     regularised,
     score_identity,
+    trajectory_matching,
 )
 from fewstep.solvers.distill.network import noised, points_of, predict
 
@@ -213,3 +214,73 @@ def test_the_regularised_loss_is_the_sum_of_its_two_terms() -> None:
     torch.testing.assert_close(got.fake, fake.detach(), rtol=0, atol=0)
     found, want = (torch.autograd.grad(v, gain)[0] for v in (got.loss, first + 0.3 * second))
     torch.testing.assert_close(found, want, rtol=1e-12, atol=0)
+
+
+# --- trajectories ---
+
+
+def flow_steps(mean: float, std: float) -> fs.Denoiser:
+    """The student whose DDIM step over LEVELS lands where the flow of N(mean, std^2) does."""
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        levels = torch.tensor(LEVELS, dtype=torch.float64)
+        end = levels[1:][(t[:, None] - levels[:-1]).abs().argmin(1)][:, None]
+        t = t[:, None]
+        landed = mean + torch.hypot(end, torch.tensor(std)) / torch.hypot(t, torch.tensor(std)) * (x - mean)
+        return (landed - end / t * x) / (1 - end / t)
+
+    return fs.Denoiser(net, EDM, "sample", time_dtype="float64")
+
+
+LEVELS = [80.0, 2.0, 0.3, 0.0]
+
+
+def test_a_trajectory_of_the_flow_matches_at_every_point_and_others_by_the_formula() -> None:
+    path = trajectory_matching.Trajectory(flow_steps(MU, S), fs.Grid.from_sigmas(EDM, LEVELS))
+    stops = path.stops(9)
+    latent, noise = 80.0 * normals(9, 2), normals(9, 2, seed=1)
+    x = path.inputs(latent, stops)
+    scale = [math.hypot(v, S) / math.hypot(80.0, S) for v in LEVELS]  # the flow keeps (x - mu) / hypot(sigma, s)
+    want = torch.stack([MU + scale[k] * (latent[i] - MU) for i, k in enumerate(stops)])
+    torch.testing.assert_close(x, want, rtol=1e-5, atol=1e-6)
+    denoised, arrived = path.step(x, stops)
+    want = torch.stack([MU + scale[k + 1] * (latent[i] - MU) for i, k in enumerate(stops)])
+    torch.testing.assert_close(arrived, want, rtol=1e-5, atol=1e-6)
+    at = path.levels(stops, torch.Generator().manual_seed(0))
+    assert all(max(LEVELS[k + 1], 0.002) < v <= LEVELS[k] for v, k in zip(at.sigma, stops, strict=True))
+    seen = path.noised(arrived, stops, noise, at)
+    b = np.sqrt(np.asarray(at.sigma) ** 2 - np.asarray(LEVELS)[stops + 1] ** 2)
+    torch.testing.assert_close(seen, arrived + torch.tensor(b)[:, None] * noise, rtol=1e-12, atol=1e-12)
+    same = trajectory_matching.generator_loss(denoised, seen, gaussian(MU, S), gaussian(MU, S), at)
+    assert same.item() == 0.0
+    denoised = denoised.detach().requires_grad_(True)
+    loss = trajectory_matching.generator_loss(denoised, seen, gaussian(MU, S), gaussian(-0.2, 0.5), at)
+    s2 = torch.tensor(at.sigma)[:, None] ** 2
+    real = MU + S**2 / (S**2 + s2) * (seen - MU)
+    own = -0.2 + 0.25 / (0.25 + s2) * (seen + 0.2)
+    g = (own - real) / (denoised.detach() - real).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, denoised)[0], g / 9, rtol=1e-9, atol=1e-12)
+
+
+def test_the_critic_of_a_trajectory_learns_the_denoiser_of_its_points() -> None:
+    """The least-squares linear critic at one level is the exact denoiser of data whose noised law the points have."""
+    path = trajectory_matching.Trajectory(flow_steps(MU, S), fs.Grid.from_sigmas(EDM, LEVELS))
+    n, level = 40000, 0.9
+    stops, at = np.full(n, 1), points_of(EDM, [level] * n)
+    arrived = MU + math.hypot(S, LEVELS[2]) * normals(n, 1)
+    noise = normals(n, 1, seed=1)
+    seen = path.noised(arrived, stops, noise, at)
+    gain, shift = (torch.nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (0.5, 0.0))
+    critic = fs.Denoiser(lambda x, t: gain * x + shift, EDM, "sample")
+    optimiser = torch.optim.LBFGS([gain, shift], max_iter=50)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        loss = trajectory_matching.critic_loss(critic, path, seen, stops, noise, at)
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    exact = S**2 / (S**2 + level**2)
+    assert gain.item() == pytest.approx(exact, abs=0.02)
+    assert shift.item() == pytest.approx((1 - exact) * MU, abs=0.02)

@@ -84,3 +84,21 @@ def test_every_example_has_its_line() -> None:
     for folder in EXAMPLES.iterdir():
         if folder.is_dir() and not folder.name.startswith((".", "_")):
             assert f"`{folder.name}/`" in text
+
+
+def test_pages_hold_the_tables_of_their_examples() -> None:
+    """Each page of docs/fields has tables between two marks, which `python examples/fields.py` fills."""
+    fields = loaded("fields.py")
+    table = fields.Table("Loops", ("loop", "us"), [["a", 12.345], ["b", "none"]])
+    assert table.lines() == ["Loops:", "", "| loop | us |", "| --- | ---: |", "| a | 12.3 |", "| b | none |"]
+    pages = sorted((EXAMPLES.parent / "docs" / "fields").glob("*.md"))
+    assert sorted(fields.NAMES) == [page.stem for page in pages]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        shown = text.partition("<!-- figures -->")[2].partition("<!-- /figures -->")[0]
+        assert shown.count("| --- |") >= 2, page
+        again = fields.filled(text, [table])
+        assert again.partition("<!-- figures -->")[0] == text.partition("<!-- figures -->")[0]
+        assert again.partition("<!-- /figures -->")[2] == text.partition("<!-- /figures -->")[2]
+        assert fields.filled(again, [table]) == again
+        assert "| a | 12.3 |" in again

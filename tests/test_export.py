@@ -292,8 +292,8 @@ def test_the_cpp_example_samples_at_any_batch(tmp_path):
 
     def inputs(n):
         g = torch.Generator().manual_seed(n)
-        shapes = (n, 1, 8, 8), (n,), (n,), (len(loop.draws), n, 1, 8, 8)
-        return [torch.randn(*shape, generator=g) for shape in shapes]
+        x, noise = (torch.randn(*shape, generator=g) for shape in ((n, 1, 8, 8), (len(loop.draws), n, 1, 8, 8)))
+        return [x, torch.zeros(n, dtype=torch.int64), torch.arange(n), noise]
 
     x, null, shift, _ = inputs(4)
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
@@ -301,7 +301,7 @@ def test_the_cpp_example_samples_at_any_batch(tmp_path):
     compile_loop(loop, x, package, ({"shift": null}, {"shift": shift}), batch=(1, 8), options=quick)
     for n in (1, 8):
         x, null, shift, noise = own = inputs(n)
-        shapes = ["x".join(map(str, tensor.shape)) for tensor in own]
+        shapes = ["x".join(map(str, v.shape)) + ":int64" * (not v.is_floating_point()) for v in own]
         done = run(build / "torch_loop", package, *shapes, given=b"".join(v.numpy().tobytes() for v in own))
         assert done.returncode == 0, done.stderr.decode()
         with torch.no_grad():
@@ -310,13 +310,15 @@ def test_the_cpp_example_samples_at_any_batch(tmp_path):
             np.frombuffer(done.stdout, np.float32).reshape(want.shape), want, rtol=1e-4, atol=1e-5
         )
     # The package checks every size, and that all inputs are of one batch: nothing is read past an input's end.
-    right = ["3x1x8x8", "3", "3", "1x3x1x8x8"]
-    for place, wrong in enumerate([["9x1x8x8", "2x1x8x8"], ["2"], ["3x1"], ["1x2x1x8x8"]]):
+    right = ["3x1x8x8", "3:int64", "3:int64", "1x3x1x8x8"]
+    for place, wrong in enumerate([["9x1x8x8", "2x1x8x8"], ["2:int64"], ["3", "3:float"], ["1x2x1x8x8"]]):
         for bad in wrong:
             shapes = [*right[:place], bad, *right[place + 1 :]]
             done = run(build / "torch_loop", package, *shapes, given=bytes(1 << 14))
             assert (done.returncode, done.stdout) == (1, b""), shapes
-            assert re.search("unmatched|too large|expected (size|ndim)", done.stderr.decode()), done.stderr.decode()
+            assert re.search("unmatched|too large|expected size|an input is float32", done.stderr.decode()), (
+                done.stderr.decode()
+            )
     done = run(build / "torch_loop", package, "2x1x8x8", given=bytes(4))
     assert (done.returncode, done.stderr.decode()) == (1, "standard input ends before input 0 is full\n")
 

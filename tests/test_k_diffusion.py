@@ -218,8 +218,9 @@ def test_numbers_and_noise_calls(name, options, oracle, oracle_options, flow, ow
     np.testing.assert_allclose(again.numpy(), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "heunpp2"])
-def test_churn_draws_as_randn_like(name):
+def test_churn_draws_as_randn_like(name, every_step):
     oracles = {"euler": first_order.euler, "heun": runge_kutta.heun, "dpm_2": runge_kutta.dpm2,
                "heunpp2": runge_kutta.heunpp2}  # fmt: skip
     options = {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 9.0, "s_noise": 1.01}
@@ -227,9 +228,10 @@ def test_churn_draws_as_randn_like(name):
     torch.manual_seed(7)
     draws = [torch.randn_like(x).numpy() for _ in range(8)]
     torch.manual_seed(7)
-    got = getattr(kd, f"sample_{name}")(Model(), x, sigmas, {"a": 1.3}, None, True, **options)
-    if name == "heunpp2":
-        draws = draws[1:]  # as in ComfyUI, the first step draws too, although its churn is 0
+    more = {} if name == "heunpp2" else {"every_step": every_step}
+    got = getattr(kd, f"sample_{name}")(Model(), x, sigmas, {"a": 1.3}, None, True, **options, **more)
+    if name == "heunpp2" or every_step:
+        draws = draws[1:]  # the first step draws too, although its churn is 0
     want = oracles[name](denoise, grid_of(sigmas, False), x.numpy(), draws, **options)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
 

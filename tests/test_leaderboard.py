@@ -32,9 +32,12 @@ def test_the_page_names_who_is_within_a_tenth_of_the_teacher_in_both_measures() 
     }
     text = page({"ring": rows})
     assert "3 training runs" in text
-    assert "Within 1.1 times both in one call: Shortcut model." in text
-    assert "Shortcut model 1.05 and 1.10, IMM 0.50 and 1.20" in text
-    assert "| Shortcut model (data) | 21.0 ± 0.0 |" in text
+    assert "Within 1.1 times both in one call:\nShortcut model." in text
+    assert "Shortcut model 1.05 and 1.10; IMM 0.50 and 1.20" in text
+    rows["Teacher's best plan"] = {"0": score(0.020, -0.0001, 0.0, "50")}
+    text = page({"ring": rows})
+    assert "in one call:\nShortcut model, IMM. The nearest, over the teacher's: IMM 0.50; Shortcut model 1.05" in text
+    assert "| Shortcut model (data), 2 of 3 seeds | 21.0 ± 0.0 |" in text
     assert "50 calls: heun, karras" in text
 
 
@@ -59,7 +62,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     found = json.loads(path.read_text())["ring"]
     assert {"0", "1"} == set(found["MeanFlow"])
     assert set(found["MeanFlow"]["0"][1]) == {"1", "2", "4"}
-    assert "| MeanFlow (data) |" in path.with_suffix(".md").read_text()
+    assert "| MeanFlow (data), 2 of 3 seeds |" in path.with_suffix(".md").read_text()
 
 
 def test_the_best_plan_has_no_more_calls_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

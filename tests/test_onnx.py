@@ -266,6 +266,16 @@ def test_digits_without_torch(digits):
     np.testing.assert_allclose(np.fromstring(values.strip("[]\n"), sep=","), want.ravel(), atol=1e-4)
 
 
+def test_the_file_of_the_page_draws_the_samplers_images(digits, tmp_path, monkeypatch):
+    """docs/embedding.md"""
+    monkeypatch.chdir(tmp_path)
+    names = run_page("docs/embedding.md", {"path": str(digits)}, "onnx")
+    sampler = fs.Sampler(names["denoiser"], names["plan"], (3, 1, 8, 8))
+    want = sampler(seed=7, cond={"label": names["labels"]})
+    assert np.abs(want).max() > 0.9
+    np.testing.assert_allclose(names["images"], want, atol=1e-5)
+
+
 def test_the_page_gives_the_same_image(digits, tmp_path, monkeypatch):
     """docs/onnx.md"""
     monkeypatch.chdir(tmp_path)

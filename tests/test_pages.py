@@ -53,7 +53,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 # Blocks that do not run wherever these tests run, by page.
-NOT_RUN = {"docs/design.md": 1, "docs/frameworks.md": 5, "docs/recipes/distilling.md": 2}
+NOT_RUN = {"docs/design.md": 1, "docs/frameworks.md": 5, "docs/embedding.md": 1, "docs/recipes/distilling.md": 2}
 
 
 def runs_of_other_tests() -> dict[str, set[str]]:

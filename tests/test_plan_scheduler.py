@@ -167,6 +167,27 @@ def test_the_same_sample_as_diffusers_own(order: int, strength: float) -> None:
     torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-4 * float(expected.abs().max()))
 
 
+def test_whole_runs_and_begun_ones_take_turns() -> None:
+    """A start in the middle leaves nothing behind in the scheduler."""
+    scheduler = _scheduler("DPMSolverMultistepScheduler")
+    pipe = _stable_diffusion("StableDiffusionImg2ImgPipeline", scheduler)
+    plan = fs.plan("unipc", fs.grid(from_diffusers(pipe.unet, scheduler).process, 6, "logsnr"), order=3)
+    fs.accelerate(pipe, plan=plan)
+    given = {**_embeddings(), "image": _image(), "guidance_scale": 3.0, "output_type": "latent"}
+
+    def run(strength: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        found: torch.Tensor = pipe(**given, strength=strength, num_inference_steps=6, generator=generator).images
+        return found
+
+    strengths = (1.0, 0.5, 1.0, 0.7, 0.5)
+    found = [run(strength) for strength in strengths]
+    for i, strength in enumerate(strengths):
+        fs.accelerate(pipe, plan=plan)  # a new scheduler
+        assert torch.equal(run(strength), found[i])
+    assert not torch.equal(found[1], found[3])
+
+
 def test_noise_is_drawn_as_the_plan_says() -> None:
     """An SDE plan draws from the generator in order; given normals replace the draws."""
     pipe, arguments, shape, denoiser, cond = wrapped_sd("epsilon")
@@ -312,7 +333,7 @@ def test_the_whole_pipeline_is_loaded(tmp_path: Path) -> None:
     make, _ = CASES["DDPM"]
     pipe = make()
     plan = fs.plan("dpmpp_2m", fs.grid(from_diffusers(pipe.unet, pipe.scheduler).process, 4, "logsnr"))
-    fs.accelerate(pipe, plan=plan)
+    assert str(fs.accelerate(pipe, plan=plan)).endswith("without the clip_sample of DDPMScheduler")
     pipe.save_pretrained(tmp_path / "pipe")
     again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipe")
     assert again.scheduler.plan == plan
@@ -354,6 +375,8 @@ def test_another_number_of_steps() -> None:
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 4, 4))
     with pytest.raises(ValueError, match=r"sigmas = \[9, 5, 2, 1\] are not the plan's own"):
         scheduler.set_timesteps(sigmas=[9.0, 5.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match="a plan takes the prediction alone, without a learned variance"):
+        scheduler.step(normals(1, 8, 8, 8), scheduler.timesteps[0], normals(1, 4, 8, 8))
     with pytest.raises(IndexError, match="timestep = 123 is none of the plan's"):
         scheduler.add_noise(normals(*shape), normals(*shape), torch.tensor([123.0]))
 

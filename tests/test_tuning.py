@@ -6,6 +6,7 @@ References here are the problems' own ODE solutions (SciPy's DOP853 or a closed 
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -728,6 +729,17 @@ def test_the_report_in_its_short_version(tmp_path, capsys):
     before = (tmp_path / "results.json").read_bytes()
     assert tune_report.main(arguments) == 0
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_the_shipped_curve_never_steps_back():
+    """On latents that no fit saw: never worse than the best hand-made plan of all, nor than fewer calls."""
+    pytest.importorskip("matplotlib")
+    from reports.tune_report import steps_back
+
+    path = Path(__file__).parents[1] / "docs" / "tuning" / "results.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len({(r["problem"], r["nfe"]) for r in rows}) == 20
+    assert steps_back(rows) == []
 
 
 def test_a_step_back_is_named():

@@ -33,7 +33,7 @@ def distill(
         typer.Argument(
             help="progressive, guided, consistency, improved_consistency, continuous_consistency, latent_consistency, "
             "rectified, distribution_matching, adversarial, mean_flow, shortcut, flow_maps, moment_matching, "
-            "score_identity, f_distill, latent_adversarial or regularised."
+            "score_identity, f_distill, latent_adversarial, regularised or trajectory_matching."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],

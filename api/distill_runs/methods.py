@@ -42,6 +42,7 @@ POINTS: dict[str, Method] = {
     "f_distill": Method(ring_scores.FDistill, 2000),
     "latent_adversarial": Method(ring_scores.LatentAdversarial, 4000),
     "regularised": Method(ring_scores.Regularised, 2000),
+    "trajectory_matching": Method(ring_scores.TrajectoryMatching, 2000),
 }
 
 PROBLEMS = {

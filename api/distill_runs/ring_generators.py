@@ -65,7 +65,8 @@ class Rectified(RingRecipe):
             x0, eps = self.data(g)
         else:
             pick = torch.randint(self.PAIRS, (n,), generator=g)
-            x0, eps, self.labels = (None if v is None else v[pick] for v in self.pairs)
+            x0, eps, label = self.pairs
+            x0, eps, self.labels = x0[pick], eps[pick], None if label is None else label[pick]
         times = np.ones(n) if phase == 2 else torch.rand((n,), generator=g, dtype=torch.float64).numpy()
         student = self.denoiser("student")
         loss = self.descend(

@@ -19,7 +19,7 @@ from fewstep.solvers.distill.network import points_of
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Flow, Point
+from fewstep.solvers.schedule.process import Flow
 
 # Where sampling starts: the flow time of EDM's sigma_max. A teacher with EDM's scalings has no prediction at t = 1.
 TOP = PROCESS.sigma_max / (1.0 + PROCESS.sigma_max)
@@ -158,7 +158,9 @@ class MomentMatching(FlowMapRecipe):
         student = self.denoiser("student")
 
         def loss_of(p: slice) -> Tensor:
-            points = (Point(*(np.asarray(v)[p] for v in point)) for point in (at, middle, to))
-            return moment_matching.loss(student, student, x0[p], noise[p], *points, group=self.group, cond=self.cond(p))
+            here, mid, there = (points_of(Flow(), np.asarray(point.sigma)[p]) for point in (at, middle, to))
+            return moment_matching.loss(
+                student, student, x0[p], noise[p], here, mid, there, group=self.group, cond=self.cond(p)
+            )
 
         return loss_of

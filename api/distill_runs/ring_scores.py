@@ -1,4 +1,4 @@
-"""The runs on points that compare scores or noised features: SiD, f-distill, LADD, rCM."""
+"""The runs on points that compare scores or noised features: SiD, f-distill, LADD, rCM, TDM."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.networks import Points
 from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
-from fewstep.distill_runs.ring_generators import DistributionMatching
+from fewstep.distill_runs.ring_generators import LEVELS, DistributionMatching
 from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.solvers.distill import (
     adversarial,
@@ -21,11 +21,14 @@ from fewstep.solvers.distill import (
     latent_adversarial,
     regularised,
     score_identity,
+    trajectory_matching,
 )
 from fewstep.solvers.distill.distribution_matching import noise_levels
 from fewstep.solvers.distill.ema import frozen_copy
 from fewstep.solvers.distill.losses import edm_weight, squared, weighted
 from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
@@ -212,3 +215,62 @@ class Regularised(Denoising):
 
     def samplers(self) -> Samplers:
         return consistency_samplers(self.denoiser("average"))
+
+
+class TrajectoryMatching(Denoising):
+    """TDM: four deterministic steps, each of which is matched to the noised data; one critic, five updates of it."""
+
+    CRITIC_STEPS = 5
+
+    def __init__(self, settings: RunSettings) -> None:
+        super().__init__(settings)
+        self.modules["critic"] = frozen_copy(self.modules["student"]).requires_grad_(True)
+        self.new_optimiser("critic")
+        self.grid = Grid.from_sigmas(PROCESS, [*LEVELS, 0.0])
+        self.path = trajectory_matching.Trajectory(self.denoiser("student"), self.grid)
+
+    def step(self, k: int) -> dict[str, float]:
+        g, n = self.generator(k), self.settings.batch
+        if k < self.warm:
+            return {**self.denoise(k, g), "critic": 0.0}
+        lr, path, critic = (
+            self.lr_at(k, self.warm, self.settings.steps - self.warm),
+            self.path,
+            self.denoiser("critic"),
+        )
+        stops, critic_loss = path.stops(n), 0.0
+        for turn in range(self.CRITIC_STEPS):
+            own = self.generator(k, turn + 2)
+            x = path.inputs(PROCESS.sigma_max * self.data(own)[1], stops, cond=self.cond())
+            at, noise = path.levels(stops, own), torch.randn((n, 2), generator=own)
+            with torch.no_grad():
+                seen = path.noised(path.step(x, stops, self.cond())[1], stops, noise, at)
+            critic_loss = self.descend("critic", 0.4 * lr, self._critic(critic, seen, stops, noise, at))
+        x = path.inputs(PROCESS.sigma_max * self.data(g)[1], stops, cond=self.cond())
+        at, noise = path.levels(stops, g), torch.randn((n, 2), generator=g)
+
+        def loss_of(p: slice) -> Tensor:
+            here = points_of(PROCESS, np.asarray(at.sigma)[p])
+            denoised, arrived = path.step(x[p], stops[p], self.cond(p))
+            seen = path.noised(arrived.detach(), stops[p], noise[p], here)
+            return trajectory_matching.generator_loss(
+                denoised, seen, self.teacher, critic, here, cond=self.cond(p), weight=path.weights(stops[p])
+            )
+
+        loss = self.descend("student", 0.2 * lr, loss_of)
+        self.follow(k - self.warm, 0.99)
+        return {"loss": loss, "critic": critic_loss}
+
+    def _critic(
+        self, critic: Denoiser, seen: Tensor, stops: np.ndarray, noise: Tensor, at: Point
+    ) -> Callable[[slice], Tensor]:
+        def loss_of(p: slice) -> Tensor:
+            here = points_of(PROCESS, np.asarray(at.sigma)[p])
+            return trajectory_matching.critic_loss(
+                critic, self.path, seen[p], stops[p], noise[p], here, cond=self.cond(p)
+            )
+
+        return loss_of
+
+    def samplers(self) -> Samplers:
+        return {self.grid.steps: (self.denoiser("average"), make_plan("ddim", self.grid))}

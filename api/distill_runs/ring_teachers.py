@@ -208,7 +208,7 @@ class Guided(RingRecipe):
         self.averaged()
         self.new_optimiser("student")
         self.teacher = gaussians()
-        self.cond = tuple({"std": torch.tensor([s])} for s in STDS[::-1])
+        self.pair = tuple({"std": torch.tensor([s])} for s in STDS[::-1])
 
     def denoiser(self, name: str) -> Denoiser:
         return Denoiser(self.modules[name], PROCESS, "edm")
@@ -231,7 +231,7 @@ class Guided(RingRecipe):
                 noise[p],
                 points_of(PROCESS, sigma[p]),
                 w[p],
-                cond=self.cond,
+                cond=self.pair,
                 student_cond={},
                 weight=losses.edm_weight(PROCESS.sigma_data),
             )

@@ -10,15 +10,22 @@ Each is a subclass of the scheduler it is named after, with the same configurati
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fewstep.solvers.options import needs
 
 SCHEDULERS = (
     "CMStochasticIterativeScheduler",
+    "CogVideoXDDIMScheduler",
+    "ConsistencyDecoderScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -28,20 +35,46 @@ SCHEDULERS = (
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMapEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
+    "HeliosScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "MiniMaxH3Scheduler",
     "PNDMScheduler",
     "SASolverScheduler",
+    "SCMScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 )
+
+_TOKENS = "its step picks tokens, which is no affine map"
+_CALLERS_LEVELS = "its caller passes the levels of each step, and no pipeline of diffusers uses it"
+
+REFUSED: Mapping[str, str] = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "CogVideoXDPMScheduler": "it draws noise twice in a step, and its caller passes the earlier prediction",
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "HeliosDMDScheduler": "its caller passes the schedule and the noise of each step as tensors",
+    "KarrasVeScheduler": _CALLERS_LEVELS,
+    "PiflowScheduler": "its step integrates many substeps along the grid of predictions that one output holds",
+    "RFD4ProteinaScheduler": "its step multiplies by a mask: each residue has coefficients of its own",
+    "RePaintScheduler": "its step mixes by a mask: each element has coefficients of its own",
+    "ScoreSdeVeScheduler": "its corrector's step size comes from norms over the whole batch",
+    "ScoreSdeVpScheduler": _CALLERS_LEVELS,
+    "VQDiffusionScheduler": _TOKENS,
+}
+"""diffusers' schedulers that have no twin, and why."""
 
 __all__ = [*SCHEDULERS, "PlanScheduler"]
 
@@ -62,9 +95,12 @@ def __getattr__(name: str) -> Any:
         parent: Any = plan_scheduler.PlanScheduler
     else:
         import diffusers
+        from diffusers import schedulers  # diffusers itself does not name all of them
 
         from fewstep.bindings.diffusers.corrections import CORRECTED
 
-        parent = CORRECTED.get(name) or getattr(diffusers, name)
+        parent = CORRECTED.get(name) or getattr(schedulers, name, None)
+        if parent is None:
+            raise AttributeError(f"diffusers {diffusers.__version__} has no {name}, so it has no twin either")
     globals()[name] = twin = fused(parent)
     return twin

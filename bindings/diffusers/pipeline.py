@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers import REFUSED, SCHEDULERS
+from fewstep.bindings.diffusers.fitted import check_fitted
 from fewstep.bindings.diffusers.interface import check_noise
 from fewstep.solvers.run.graphed_call import GraphedCall
 
@@ -21,7 +22,7 @@ DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
 
 
 # Twins that a whole run makes less than 1.2 times faster while torch draws the noise (docs/diffusers.md).
-DRAWN = frozenset({"DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
+DRAWN = frozenset({"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,14 @@ def _run_plan(
     if "scheduler" not in found:
         raise ValueError(f"plan= replaces the component 'scheduler', and {type(pipe).__name__} has {sorted(found)}")
     made = read(plan)
+    fitted = check_fitted(made, components, type(pipe).__name__)
     old = found["scheduler"]
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
     kind = type(old).__name__
     what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
+    what += f"; {fitted}" if fitted else ""
+    clips = [name for name in ("clip_sample", "thresholding") if old.config.get(name)]
+    what += f"; without the {clips[0]} of {kind}" if clips else ""
     return _install(pipe, components, {"scheduler": twin}, [("scheduler", what)], graph)
 
 
@@ -132,7 +137,7 @@ def restore(pipe: object) -> Report:
 
     Raises TypeError if `pipe` is not a pipeline, ValueError if it was not accelerated.
     """
-    import diffusers
+    from diffusers import schedulers
 
     components = _components(pipe)
     done = []
@@ -143,8 +148,8 @@ def restore(pipe: object) -> Report:
             replaced = scheduler_of(scheduler.config["replaces"])
             setattr(pipe, name, replaced)
             done.append((name, f"{type(replaced).__name__} is diffusers' own again"))
-        elif is_twin(scheduler) and hasattr(diffusers, kind := type(scheduler).__name__):
-            setattr(pipe, name, _moved(scheduler, getattr(diffusers, kind), {}))
+        elif is_twin(scheduler) and hasattr(schedulers, kind := type(scheduler).__name__):
+            setattr(pipe, name, _moved(scheduler, getattr(schedulers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
     for name, module in components.items():
         if isinstance(getattr(module, "__dict__", {}).get("forward"), GraphedCall):
@@ -184,14 +189,15 @@ def is_twin(scheduler: object) -> bool:
 
 def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
     """Why a scheduler is given no twin; None if it is given one."""
-    import diffusers
+    from diffusers import schedulers
 
     kind = type(scheduler)
     if is_twin(scheduler):
         return "it is fused"
     if kind.__name__ not in SCHEDULERS:
-        return f"there is no fused {kind.__name__}"
-    if kind is not getattr(diffusers, kind.__name__):
+        reason = REFUSED.get(kind.__name__)
+        return f"there is no fused {kind.__name__}" + (f": {reason}" if reason else "")
+    if kind is not getattr(schedulers, kind.__name__):
         return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"
     drawn = kind.__name__ in DRAWN or bool(scheduler.config.get("stochastic_sampling"))
     if drawn and noise == "torch" and not corrected:

@@ -155,9 +155,9 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     name = config.get("_class_name")
     if name is None:  # only a saved configuration has it
         name = "DDPMScheduler" if "beta_schedule" in config else "FlowMatchEulerDiscreteScheduler"
-    if not hasattr(diffusers, str(name)):
+    if not hasattr(diffusers.schedulers, str(name)):
         raise ValueError(f"config is of the class {name!r}, which is no scheduler of diffusers")
-    made: Scheduler = getattr(diffusers, name).from_config(
+    made: Scheduler = getattr(diffusers.schedulers, name).from_config(
         {key: value for key, value in config.items() if key not in _HIDDEN}
     )
     return made
@@ -166,7 +166,8 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
 def described(scheduler: Scheduler) -> dict[str, Any]:
     """A scheduler's class and configuration, from which `scheduler_of` makes it again."""
     own = {key: value for key, value in dict(scheduler.config).items() if key not in _HIDDEN}
-    return {**own, "_class_name": type(scheduler).__name__}
+    plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in own.items()}
+    return {**plain, "_class_name": type(scheduler).__name__}
 
 
 class PlanScheduler(Base):
@@ -217,6 +218,9 @@ class PlanScheduler(Base):
         if replaces is not None:
             other = scheduler_of(replaces)
             check_process(made, process_of(other)[0], type(other).__name__)
+            trained = other.config.num_train_timesteps
+            if isinstance(process, Flow) and trained != 1000:
+                raise ValueError(f"a flow pipeline must have 1000 training timesteps, this one has {trained}")
         if made.start.sigma < made.start.alpha:
             raise ValueError(
                 f"this plan starts at sigma = {made.start.sigma:.4g} and alpha = {made.start.alpha:.4g}, a pipeline at "
@@ -317,9 +321,10 @@ class PlanScheduler(Base):
 
     def index_for_timestep(self, timestep: Timestep) -> int:
         """The call at a timestep of the plan; the first that begins a step, if several are made there."""
-        found = np.flatnonzero(np.abs(self.times - float(timestep)) <= 1e-3 * np.maximum(1.0, np.abs(self.times)))
-        if not found.size:
+        away = np.abs(self.times - float(timestep))
+        if not away.min() <= 1e-3 * max(1.0, abs(float(timestep))):
             raise IndexError(f"timestep = {float(timestep):g} is none of the plan's, {_shown(self.times)}")
+        found = np.flatnonzero(away <= away.min() + 1e-9)
         return int(next((k for k in found if k in self.begins), found[0]))
 
     def step(
@@ -335,6 +340,11 @@ class PlanScheduler(Base):
 
         variance_noise  standard normals like the sample, in place of those from the generator
         """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}: a plan takes "
+                "the prediction alone, without a learned variance"
+            )
         call = self._begin(timestep) if self._step_index is None else self._step_index
         index = call - self.first
         if index >= len(self.rows):

@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
-from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
+from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.diffusers.update import Bound, Pool, guard
@@ -40,11 +40,13 @@ _NOISE = ("variance_noise", "noise")
 _CALLED = ("is_scale_input_called",)  # only read for a warning
 _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "CMStochasticIterativeScheduler": _CALLED,
+    "CosineDPMSolverMultistepScheduler": _CALLED,
     "EDMDPMSolverMultistepScheduler": _CALLED,
     "EDMEulerScheduler": _CALLED,
     "EulerAncestralDiscreteScheduler": _CALLED,
     "EulerDiscreteScheduler": _CALLED,
     "FlowMatchHeunDiscreteScheduler": ("sample",),
+    "HeliosScheduler": ("this_order", "timestep_list"),
     "HeunDiscreteScheduler": ("sample",),
     "KDPM2AncestralDiscreteScheduler": ("dt",),
     "LCMScheduler": ("sigma_data",),
@@ -53,6 +55,9 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "SASolverScheduler": ("last_noise", "this_corrector_order", "this_predictor_order", "timestep_list"),
     "UniPCMultistepScheduler": ("this_order", "timestep_list"),
 }
+
+# Those whose step is given a time for each sample.
+_TIMED_SAMPLES = ("DDPMWuerstchenScheduler", "SCMScheduler")
 
 # Told from None, which a caller may pass.
 _ABSENT: Any = object()
@@ -408,7 +413,7 @@ class Cursor:
 
     def offset(self, timestep: Timestep) -> int | None:
         """Of a timestep's address in the schedule's tensor, if it is an element of that; otherwise None."""
-        if type(timestep) is Tensor and not timestep.ndim:
+        if type(timestep) is Tensor and timestep.numel() == 1:
             offset = timestep.data_ptr() - self.first
             if 0 <= offset < len(self.times) * self.stride and not offset % self.stride:
                 return offset
@@ -717,7 +722,9 @@ def _find(
 ) -> tuple[Cursor, Transition] | None:
     """The cursor, and the transition that the call makes from its state; None if the call is no such transition."""
     if isinstance(timestep, Tensor) and timestep.ndim:
-        return None
+        if parent.__name__ not in _TIMED_SAMPLES or timestep.ndim > 1 or (len(timestep) > 1 and timestep.stride(0)):
+            return None
+        timestep = timestep[:1]  # of one time for all, expanded
     cursor: Cursor = attributes[CURSOR]
     try:
         state = cursor.state
@@ -725,17 +732,25 @@ def _find(
             state = cursor.locate(parent, attributes)
     except NotAffineError:
         return None
-    key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
+    kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+    given: Mapping[str, Any] = options
+    times = [value for value in options.values() if isinstance(value, Tensor)]
+    if times:  # another timestep of the schedule, as UnCLIP is given
+        if not all(value.is_cpu and not value.ndim for value in times):
+            return None
+        given = {n: (cursor.time(v), v.dtype) if isinstance(v, Tensor) else v for n, v in options.items()}
+    key = (method, cursor.time(timestep), kind, x_dtype, raw_dtype, noise, *given.items())
     try:
         transition = state.calls.get(key)
     except TypeError:  # an unhashable option, such as a list
         return None
     if transition is None:
-        if not all(isinstance(value, _NUMBERS) for value in options.values()):
+        if not all(isinstance(value, (*_NUMBERS, Tensor)) for value in options.values()):
             return None
+        options = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
         with HOST:
-            transition = state.probe(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
+            transition = state.probe(key, Call(method, at, options, x_dtype, raw_dtype, noise))
     return None if isinstance(transition, NotAffineError) else (cursor, transition)
 
 
@@ -774,6 +789,13 @@ def _fused_step(
         if not tokens.fits(tokens_at, x, attributes.get("sigmas")):
             return None
         options = {name: value for name, value in options.items() if name != tokens.OPTION}
+    predicted = options.get(PREDICTED)
+    if isinstance(predicted, Tensor):  # Cosmos' pipelines pass the x0 prediction beside the output
+        if type(predicted) is not Tensor or predicted.shape != shape or predicted.dtype is not raw_dtype:
+            return None
+        if predicted.device != x.device:
+            return None
+        raw, options = predicted, {**options, PREDICTED: True}
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -786,7 +808,7 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    if tokens_at is None and given is None and (offset := cursor.offset(timestep)) is not None:
+    if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
         state.usual[offset] = Usual(transition, x, raw, memory, options)
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
@@ -941,18 +963,25 @@ def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tens
     with HOST:
         sampler = self.noise_sampler
         if sampler is None:  # made in the first step, when the sample is known
-            sampler = self.__dict__["noise_sampler"] = _path(self, sample, own)
+            sampler = self.__dict__["noise_sampler"] = _path(self, sample, generator, own)
         return sampler(*draw.interval)
 
 
-def _path(self: Scheduler, sample: Tensor, own: bool) -> Callable[..., Tensor]:
+def _path(self: Scheduler, sample: Tensor, generator: Generator, own: bool) -> Callable[..., Tensor]:
     """A new Brownian path, the parent's or fewstep's own."""
-    seed = self.noise_sampler_seed
+    parent: Any = type(self).__bases__[1]
+    if hasattr(self, "noise_sampler_seed"):
+        seed = self.noise_sampler_seed
+        levels = self.sigmas[self.sigmas > 0]
+        low, high = levels.min().item(), levels.max().item()
+    else:  # cosine DPM-Solver's
+        seeds = generator if isinstance(generator, list) else [generator]
+        initial = [g.initial_seed() for g in seeds if g is not None]
+        seed = initial if isinstance(generator, list) else initial[0] if initial else None
+        low, high = float(self.config.sigma_min), float(self.config.sigma_max)
     if own:
         return brownian_noise(sample, take_seed(None, HOST) if seed is None else seed)
-    levels = self.sigmas[self.sigmas > 0]
-    low, high = levels.min().item(), levels.max().item()
-    sampler: Any = sys.modules[type(self).__bases__[1].__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
+    sampler: Any = sys.modules[parent.__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
     sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
     return sampler  # type: ignore[no-any-return]
 

@@ -158,8 +158,14 @@ def _any_batch() -> Iterator[None]:
     oneDNN and NNPACK are chosen by whether the batch is below 16, which would fix one side of it. Every call chooses
     again.
     """
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
-        yield
+    # `torch.backends.mkldnn.flags` would also set TF32, which warns.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextlib.contextmanager

@@ -32,10 +32,21 @@ __all__ = [
 
 @sampler()
 def sample_euler(
-    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+    call: SamplerCall,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    every_step: bool = False,
 ) -> Tensor:
-    """Euler with churn (Karras et al. 2022, Algorithm 2). As in ComfyUI, only steps with churn draw noise."""
-    return call("euler", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    """Euler with churn (Karras et al. 2022, Algorithm 2).
+
+    every_step  under churn, True draws noise in steps without it too, as k-diffusion does; False only where it is used,
+                as ComfyUI does
+    """
+    flag("every_step", every_step)
+    return call("euler", every_step=every_step, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()
@@ -48,18 +59,32 @@ def sample_ddim(
 
 @sampler()
 def sample_heun(
-    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+    call: SamplerCall,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    every_step: bool = False,
 ) -> Tensor:
     """Heun with churn (Karras et al. 2022, Algorithm 2). Draws noise as `sample_euler` does."""
-    return call("heun", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    flag("every_step", every_step)
+    return call("heun", every_step=every_step, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()
 def sample_dpm_2(
-    call: SamplerCall, s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0
+    call: SamplerCall,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    *,
+    every_step: bool = False,
 ) -> Tensor:
     """DPM-Solver-2 in sigma with churn (k-diffusion). Draws noise as `sample_euler` does."""
-    return call("dpm2", s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    flag("every_step", every_step)
+    return call("dpm2", every_step=every_step, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
 
 
 @sampler()

@@ -20,6 +20,7 @@ data, parallel wrappers and precision are the caller's. One module per method:
     f_divergence            weights of distribution matching, f-distill        (Xu et al. 2025)
     latent_adversarial      heads on the teacher's own noised features, LADD   (Sauer et al. 2024)
     regularised             sCM and distribution matching together, rCM        (Zheng et al. 2025)
+    trajectory_matching     distribution matching at every step, TDM           (Luo et al. 2025)
 
 Shared: `network` (a denoiser on a batch with a point per sample), `two_times` (students told the end of a step),
 `jumps` (a teacher's steps over the intervals of a grid, as plans), `boundary` (consistency scalings), `curricula`,

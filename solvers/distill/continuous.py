@@ -96,7 +96,8 @@ def loss(
     if isinstance(weight, LearnedWeight):
         cos, sin, _ = _angles(student, at)
         w = weight(spread(np.arctan2(sin, cos), square))
-        return (w.exp() * square - w).mean()
+        loss: Tensor = (w.exp() * square - w).mean()
+        return loss
     return weighted(square, np.asarray(weight, dtype=np.float64))
 
 

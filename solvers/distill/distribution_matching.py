@@ -114,14 +114,15 @@ class BackwardSimulation:
     """Inputs of a multi-step student at each step of its own sampling (Yin et al. 2024, section 4.4).
 
     student  a denoiser
-    grid     its steps, with fresh noise between them (solver "lcm")
+    grid     its steps
+    solver   between them: "lcm" adds fresh noise, "ddim" none
 
     The sampler of each stop and shape is made at its first use, and the latest are kept; they use the student's current
     weights.
     """
 
-    def __init__(self, student: DenoiserLike, grid: Grid) -> None:
-        self.student, self.grid = student, grid
+    def __init__(self, student: DenoiserLike, grid: Grid, solver: str = "lcm") -> None:
+        self.student, self.grid, self.solver = student, grid, solver
         self._samplers: Cache[Sampler] = Cache(2 * grid.steps)  # each stop in two shapes
 
     @torch.no_grad()
@@ -143,7 +144,7 @@ class BackwardSimulation:
             g = self.grid
             head = Grid(g.process, g.t[: stop + 1], g.alpha[: stop + 1], g.sigma[: stop + 1])
             return Sampler(
-                self.student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
+                self.student, plan(self.solver, head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
             )
 
         x: Tensor = self._samplers.get((stop, latent.shape, latent.device, latent.dtype), make)(latent, **run)
@@ -188,9 +189,11 @@ class FewSteps:
     name     of the critic's condition, "step"
     """
 
+    solver = "lcm"
+
     def __init__(self, student: DenoiserLike, grid: Grid, name: str = "step") -> None:
         self.student, self.grid, self.name = student, grid, name
-        self.simulate = BackwardSimulation(student, grid)
+        self.simulate = BackwardSimulation(student, grid, self.solver)
 
     def stops(self, batch: int) -> np.ndarray:
         """The student's step of each sample, (B,), in order: the batch divided evenly among the steps."""

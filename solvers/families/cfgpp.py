@@ -114,7 +114,7 @@ def dpmpp_2s_ancestral_cfg_pp(
         yield Stage(p, {"x": last}, t)
 
 
-@solver("res_multistep_cfg_pp")
+@solver("res_multistep_cfg_pp", spacing={VP: "logsnr"})
 def res_multistep_cfg_pp(
     grid: Grid, eta: float = 0.0, final_order: FinalOrder = None, released: bool = False
 ) -> Iterator[Stage]:

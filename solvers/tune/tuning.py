@@ -569,12 +569,10 @@ def grow(
     nfe: int,
     decouple: bool,
     say: Callable[[str], None] = lambda text: None,
-    evaluations: int | None = None,
 ) -> list[tuple[Rule, Array]]:
     """A start for nfe calls from a fit of fewer, one call inserted at a time and fitted shortly; or none.
 
-    smaller      the rule and numbers to grow from; None: the best of a few fits at four calls
-    evaluations  the most evaluations of the residual in each fit; by default more at fewer calls
+    smaller  the rule and numbers to grow from; None: the best of a few fits at four calls
     """
     if smaller is None:
         if nfe <= _SMALL:
@@ -587,7 +585,7 @@ def grow(
             return []
         fits = [Fit(made, *start) for start in _rules(ranked, base, _SMALL, "all", decouple)]
         for fit in fits:
-            fit.run(evaluations or _most(_FIRST, _SMALL), 2e-2)
+            fit.run(_most(_FIRST, _SMALL), 2e-2)
         if not fits:
             return []
         best = min(fits, key=lambda fit: fit.loss)
@@ -600,7 +598,7 @@ def grow(
         rule, numbers = wider
         if rule.steps < nfe:
             fit = Fit(made, rule, numbers)
-            fit.run(evaluations or _most(_FIRST, rule.steps), 2e-2)
+            fit.run(_most(_FIRST, rule.steps), 2e-2)
             numbers = fit.numbers
             say(f"grown to {rule.steps} calls: validation RMSE {fit.validation()['rmse']:.5f}")
     return [(rule, numbers)]

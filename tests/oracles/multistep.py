@@ -338,6 +338,44 @@ def res_multistep(denoise, grid, x, draws, eta=0.0, s_noise=1.0):
     return y * grid.alpha[-1]
 
 
+def res_2m(denoise, grid, x, draws, final_order=None):
+    """Zhang et al. 2023, Algorithm 1 with c_2 at the point before: b_2 = phi_2 / c_2, b_1 = phi_1 - b_2."""
+    return _res_multistep(denoise, grid, x, 2, final_order)
+
+
+def res_3m(denoise, grid, x, draws, final_order=None, released=False):
+    """The same with two points before: b_2 = gamma b_3, b_3 = phi_2 / (gamma c_2 + c_3), gamma as in res_3s.
+
+    RES4LYF has c_3^3 in gamma (released), where third order needs c_3^2.
+    """
+    return _res_multistep(denoise, grid, x, 3, final_order, 3 if released else 2)
+
+
+def _res_multistep(denoise, grid, x, most, final_order, power=2):
+    lam, old = lambdas(grid), []
+    for i in range(grid.steps):
+        a_s, s_s, a_t, s_t = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
+        x0 = denoise(x, a_s, s_s)
+        if s_t == 0:
+            x = a_t * x0
+            continue
+        h = lam[i + 1] - lam[i]
+        phi_1 = (1 - math.exp(-h)) / h
+        phi_2 = (1 - phi_1) / h
+        c = [(lam[i - j - 1] - lam[i]) / h for j in range(len(old))]
+        p = min(taper(final_order, most, i, grid.steps, grid.sigma[-1] == 0), 1 + len(old))
+        b = []
+        if p == 2:
+            b = [phi_2 / c[0]]
+        elif p == 3:
+            gamma = (3 * c[1] ** power - 2 * c[1]) / (c[0] * (2 - 3 * c[0]))
+            b = [gamma * phi_2 / (gamma * c[0] + c[1]), phi_2 / (gamma * c[0] + c[1])]
+        total = (phi_1 - sum(b)) * x0 + sum(w * m for w, m in zip(b, old, strict=False))
+        x = s_t / s_s * x + a_t * h * total
+        old = [x0, *old][: most - 1]
+    return x
+
+
 def gradient_estimation(denoise, grid, x, draws, gamma=2.0, frame=None, to_zero=False):
     """Permenter & Yuan 2023, Algorithm 2 (to_zero) and ComfyUI's sample_gradient_estimation."""
     del draws

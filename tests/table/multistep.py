@@ -99,6 +99,14 @@ ROWS = [
         weak=[({"eta": 1.0}, 2), ({"eta": 0.5}, 2)],
         variants=[{}, {"eta": 1.0}, {"eta": 0.5}, {"eta": 1.0, "s_noise": 0.9}],
     ),
+    Row("res_2m", paper.res_2m, orders=[({}, 2)], variants=[{}, *ENDS]),
+    Row(
+        "res_3m",
+        paper.res_3m,
+        orders=[({}, 3), ({"released": True}, 2)],
+        variants=[{}, {"released": True}, *ENDS],
+        graded=True,
+    ),
     Row(
         "sa_solver",
         paper.sa_solver,

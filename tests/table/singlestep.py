@@ -108,6 +108,21 @@ ROWS = [
         times=calls(0.5),
     ),
     Row(
+        "res_3s",
+        paper.res_3s,
+        orders=[({}, 3), ({"c2": 0.3, "c3": 0.8}, 3)],
+        variants=[{}, {"c2": 0.3, "c3": 0.8}, {"c2": 0.75}],
+        times=calls(0.5, 1.0),
+    ),
+    Row(
+        "etdrk4",
+        paper.etdrk4,
+        orders=[({}, 4), ({"variant": "cox_matthews"}, 4)],
+        variants=[{}, {"variant": "cox_matthews"}],
+        times=calls(0.5, 0.5, 1.0),
+    ),
+    Row("lawson4", paper.lawson4, orders=[({}, 4)], times=calls(0.5, 0.5, 1.0)),
+    Row(
         "seeds_2",
         paper.seeds_2,
         orders=[({"eta": 0.0}, 2), ({"eta": 0.0, "variant": "phi_2"}, 2)],
