@@ -193,7 +193,7 @@ def load_student(
     try:
         own, samplers = data["denoiser"], data["samplers"]
         process = process_from_json(own["process"], f"{shown(target)}: process")
-        boundary = _boundary(own["boundary"])
+        boundary, end = _boundary(own["boundary"]), own["end"]
         options = {name: own[name] for name in ("time_scale", "sigma_data", "dtype", "time_dtype")}
         given = network if network is not None else data["network"]
         shape, strength = tuple(int(n) for n in data["shape"]), data["strength"]
@@ -211,8 +211,9 @@ def load_student(
                 raise ValueError(f"{shown(target / RECORD)}: weights {weights!r:.80} must be a file of the folder")
             modules[weights] = _filled(made, target / weights).to(device)
         module = modules[weights]
-        if own["end"] is not None:
-            denoiser = FlowMapDenoiser(module, process, own["predicts"], end=own["end"], **options)
+        denoiser: Denoiser
+        if end is not None:
+            denoiser = FlowMapDenoiser(module, process, own["predicts"], end=end, **options)
         elif boundary is None:
             denoiser = Denoiser(module, process, own["predicts"], **options)
         else:
