@@ -24,7 +24,7 @@ from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Process
+from fewstep.solvers.schedule.process import Point, Process
 
 ADAPTER = "student"  # the name of a run's LoRA adapter
 CHECKED = 4  # samples that are looked at before the first step
@@ -247,13 +247,17 @@ class OwnRecipe(Recipe):
             self._try("teacher", self.teacher, x, own)
         self._try("student", self.denoiser("student"), x, self.sampling_cond(own, len(x)))
 
+    def attempt(self, denoiser: Denoiser, x: Tensor, at: Point, cond: Cond) -> Tensor:
+        """One call of the teacher or the student."""
+        return predict(denoiser, x, at, cond)
+
     def _try(self, who: str, denoiser: Denoiser, x: Tensor, cond: Cond) -> None:
         ratio = min(max(1.0, self.process.sigma_min), self.process.sigma_max)
         at = points_of(self.process, [float(self.process.point_at_sigma(ratio).t)] * len(x))
         given = ", ".join(cond) or "none"
         try:
             with torch.no_grad(), self.autocast():
-                out = predict(denoiser, x, at, cond)
+                out = self.attempt(denoiser, x, at, cond)
         except Exception as error:
             why = " ".join(str(error).split())[:300]
             raise ValueError(

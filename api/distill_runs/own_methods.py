@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.distill_runs.data import Batch, Cond, on_device
 from fewstep.distill_runs.own import OwnRecipe, as_consistency, weights_of
 from fewstep.distill_runs.phases import halved_grids, phase_at
@@ -23,11 +24,15 @@ from fewstep.solvers.distill import (
     continuous,
     curricula,
     distribution_matching,
+    flow_maps,
     guided,
     latent_consistency,
     losses,
+    mean_flow,
     progressive,
     rectified,
+    score_identity,
+    two_times,
 )
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.distill.jumps import Jumps
@@ -46,7 +51,7 @@ class Progressive(OwnRecipe):
     Options: teacher_steps (16), a power of two times `calls`, the fewest calls (1).
     """
 
-    OPTIONS = ("teacher_steps", "calls", "lora")
+    OPTIONS: tuple[str, ...] = ("teacher_steps", "calls", "lora")
 
     def start(self) -> None:
         steps, calls = int(self.option("teacher_steps", 16)), int(self.option("calls", 1))
@@ -206,7 +211,7 @@ class LatentConsistency(Consistency):
     the input "w". Without them the teacher keeps its own guidance, and the student has no such input (LCM-LoRA).
     """
 
-    OPTIONS = ("levels", "target_ema", "w_min", "w_max", "w", "lora")
+    OPTIONS: tuple[str, ...] = ("levels", "target_ema", "w_min", "w_max", "w", "lora")
 
     def start(self) -> None:
         self.span = (self.option("w_min"), self.option("w_max"))
@@ -411,7 +416,7 @@ class DistributionMatching(OwnRecipe):
     of the critic per update of the generator; critic_lr (1), relative to the generator's.
     """
 
-    OPTIONS = ("calls", "critic_steps", "critic_lr", "lora")
+    OPTIONS: tuple[str, ...] = ("calls", "critic_steps", "critic_lr", "lora")
 
     def start(self) -> None:
         self.critic_steps = int(self.option("critic_steps", 5))
@@ -443,6 +448,12 @@ class DistributionMatching(OwnRecipe):
     def generate(self, x: Tensor, cond: Cond, part: slice) -> Tensor:
         return self.steps.generate(x, self.stops[part], cond)
 
+    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, weight: Array) -> Tensor:
+        """The generator's loss on its samples."""
+        return distribution_matching.generator_loss(
+            fake, self.taught, self.critic, noise, at, cond=cond, weight=weight
+        ).loss
+
     def critic_step(self, lr: float, g: torch.Generator) -> float:
         """Update the critic on samples of the student."""
         batch, times = self.batch(g), self.times(g)
@@ -471,15 +482,7 @@ class DistributionMatching(OwnRecipe):
             _, latent, cond = batch[p]
             fake = self.generate(self.entry(latent, cond, p, seed), cond, p)
             at = points_of(self.process, times[p])
-            return distribution_matching.generator_loss(
-                fake,
-                self.taught,
-                self.critic,
-                noise[p].to(self.device),
-                at,
-                cond=cond,
-                weight=self.steps.weights(self.stops[p]),
-            ).loss
+            return self.matching(fake, noise[p].to(self.device), at, cond, self.steps.weights(self.stops[p]))
 
         loss = self.descend("student", lr, loss_of)
         self.follow(k)
@@ -487,6 +490,94 @@ class DistributionMatching(OwnRecipe):
 
     def samplers(self) -> Samplers:
         return {self.few.steps: (self.finished(), make_plan("lcm", self.few))}
+
+
+class ScoreIdentity(DistributionMatching):
+    """SiD: distribution matching's loop with the loss of the Fisher divergence. Option alpha (1.2), and DMD2's."""
+
+    OPTIONS: tuple[str, ...] = (*DistributionMatching.OPTIONS, "alpha")
+
+    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, weight: Array) -> Tensor:
+        return score_identity.generator_loss(
+            fake, self.taught, self.critic, noise, at, cond=cond, alpha=self.option("alpha", 1.2), weight=weight
+        )
+
+
+class MeanFlow(OwnRecipe):
+    """MeanFlow: the average velocity between two times, from data or, with a teacher, from its velocity.
+
+    The student is a FlowMapDenoiser(network, Flow(), "flow"), whose network takes the end of a step, `s`. Options:
+    improved=1 for improved MeanFlow; same (0.75), the share of the batch that learns the velocity; differences=1 for a
+    network without forward-mode derivatives.
+    """
+
+    TEACHER = False
+    OPTIONS: tuple[str, ...] = ("improved", "same", "differences", "lora")
+    SAME = 0.75
+
+    def start(self) -> None:
+        student = self.problem.student
+        if not isinstance(student, FlowMapDenoiser) or student.predicts != "flow" or not student.process.gapless:
+            raise ValueError(
+                f"method {self.settings.method!r} takes a student FlowMapDenoiser(network, Flow(), 'flow') of "
+                f"fewstep.bindings.flow_map, got a {type(student).__name__} on {type(student.process).__name__}"
+            )
+        self.new_student()
+        self.derivative = "differences" if self.option("differences") else "forward"
+
+    def attempt(self, denoiser: Denoiser, x: Tensor, at: Point, cond: Cond) -> Tensor:
+        if not isinstance(denoiser, FlowMapDenoiser):
+            return super().attempt(denoiser, x, at, cond)
+        return two_times.jump(denoiser, x, at, points_of(self.process, np.zeros(len(x))), cond)
+
+    def step(self, k: int) -> dict[str, float]:
+        batch = self.batch(g := self.generator(k))
+        t, s = two_times.logit_normal_times(self.settings.batch, g, same=self.option("same", self.SAME))
+        # Every part of the batch gets its share of both kinds.
+        mixed = torch.randperm(len(t), generator=g).numpy()
+        t, s = t[mixed], s[mixed]
+        student = self.denoiser("student")
+        assert isinstance(student, FlowMapDenoiser)
+
+        def loss_of(p: slice) -> Tensor:
+            x0, noise, cond = batch[p]
+            return self.loss_of(student, x0, noise, t[p], s[p], cond, min(1.0, 4.0 * k / self.settings.steps))
+
+        loss = self.descend("student", self.lr_at(k), loss_of)
+        self.follow(k)
+        return {"loss": loss}
+
+    def loss_of(
+        self, student: FlowMapDenoiser, x0: Tensor, noise: Tensor, t: Array, s: Array, cond: Cond, warm: float
+    ) -> Tensor:
+        """The loss of part of a batch; warm: of a tangent that warms up over the first quarter of the steps."""
+        return mean_flow.loss(
+            student, x0, noise, t, s, teacher=self.teacher, cond=cond, teacher_cond=cond,
+            improved=bool(self.option("improved")), derivative=self.derivative,
+        )  # fmt: skip
+
+    def samplers(self) -> Samplers:
+        student = self.finished()
+        return {n: (student, make_plan("euler", self.grid(n))) for n in (1, 2, 4)}
+
+
+class FlowMaps(MeanFlow):
+    """A flow map in continuous time from a teacher; the student is as for MeanFlow.
+
+    Options: lagrangian=1 moves the end of a step in place of its start; same (0.25), differences, lora.
+    """
+
+    TEACHER = True
+    OPTIONS: tuple[str, ...] = ("lagrangian", "same", "differences", "lora")
+    SAME = 0.25
+
+    def loss_of(
+        self, student: FlowMapDenoiser, x0: Tensor, noise: Tensor, t: Array, s: Array, cond: Cond, warm: float
+    ) -> Tensor:
+        return flow_maps.loss(
+            student, self.taught, x0, noise, t, s, kind="lagrangian" if self.option("lagrangian") else "eulerian",
+            cond=cond, teacher_cond=cond, warm=warm, derivative=self.derivative,
+        )  # fmt: skip
 
 
 def picked(cond: Cond, index: Tensor) -> Cond:
@@ -659,4 +750,7 @@ METHODS: Mapping[str, type[OwnRecipe]] = {
     "rectified": Rectified,
     "distribution_matching": DistributionMatching,
     "adversarial": Adversarial,
+    "score_identity": ScoreIdentity,
+    "mean_flow": MeanFlow,
+    "flow_maps": FlowMaps,
 }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.distill_runs.factories import digest, is_factory, made_by
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy
@@ -169,6 +170,7 @@ def _denoiser_as_json(denoiser: Denoiser) -> dict[str, object]:
         "sigma_data": denoiser.sigma_data,
         "dtype": denoiser.dtype,
         "time_dtype": denoiser.time_dtype,
+        "end": denoiser.end if isinstance(denoiser, FlowMapDenoiser) else None,
         "boundary": None if boundary is None else {"kind": type(boundary).__name__, **vars(boundary)},
     }
 
@@ -191,7 +193,7 @@ def load_student(
     try:
         own, samplers = data["denoiser"], data["samplers"]
         process = process_from_json(own["process"], f"{shown(target)}: process")
-        boundary = _boundary(own["boundary"])
+        boundary, end = _boundary(own["boundary"]), own["end"]
         options = {name: own[name] for name in ("time_scale", "sigma_data", "dtype", "time_dtype")}
         given = network if network is not None else data["network"]
         shape, strength = tuple(int(n) for n in data["shape"]), data["strength"]
@@ -209,7 +211,10 @@ def load_student(
                 raise ValueError(f"{shown(target / RECORD)}: weights {weights!r:.80} must be a file of the folder")
             modules[weights] = _filled(made, target / weights).to(device)
         module = modules[weights]
-        if boundary is None:
+        denoiser: Denoiser
+        if end is not None:
+            denoiser = FlowMapDenoiser(module, process, own["predicts"], end=end, **options)
+        elif boundary is None:
             denoiser = Denoiser(module, process, own["predicts"], **options)
         else:
             denoiser = ConsistencyDenoiser(module, process, own["predicts"], boundary=boundary, **options)

@@ -51,7 +51,8 @@ class Trainer:
         images = student.sample(16, calls=2, seed=0)
 
     method      "progressive", "guided", "consistency", "improved_consistency", "continuous_consistency",
-                "latent_consistency", "rectified", "distribution_matching" or "adversarial"
+                "latent_consistency", "rectified", "distribution_matching", "adversarial", "score_identity", "mean_flow"
+                or "flow_maps"
     data        clean samples: an array (N, ...), (array, conditions), a data set, draw(count, generator), or a folder
     teacher     a `Denoiser`, guided or not; a guided one has its null condition, Denoiser(null=...)
     student     the network to train, a module that is called like the teacher's, or a `Denoiser`; None is a copy of
