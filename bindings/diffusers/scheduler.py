@@ -958,6 +958,8 @@ def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tens
     if draw.interval is None:
         if own:
             return _streams(cursor, raw, generator).draw(raw.shape)
+        for _ in range(draw.wasted):  # the generator goes on as it does in the parent
+            randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
     with HOST:
