@@ -170,6 +170,7 @@ def run(
             scheduler.set_timesteps(**setting)
     network = torch.Generator().manual_seed(1)
     noise = torch.Generator().manual_seed(2)
+    torch.manual_seed(3)  # FlowMatch Euler drew from the global generator in diffusers 0.35
     if "generator" in inspect.signature(scheduler.step).parameters:
         options.setdefault("generator", noise)
     x = (torch.randn(shape, generator=network) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)

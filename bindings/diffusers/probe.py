@@ -45,11 +45,13 @@ class Draw:
     """One draw of noise: from a generator, or over `interval` of a Brownian path.
 
     wasted  how many draws the parent makes before it that its result does not depend on
+    alone   whether it comes from torch's global generator, whatever the caller passes
     """
 
     dtype: torch.dtype
     interval: tuple[Tensor, Tensor] | None = None
     wasted: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,9 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
-            usual = torch.get_default_dtype() if name == "randn" else args[0].dtype
-            return self.drawn(Draw(kwargs.get("dtype") or usual))
+            alone = name == "randn_like"  # which takes no generator
+            usual = args[0].dtype if alone else torch.get_default_dtype()
+            return self.drawn(Draw(kwargs.get("dtype") or usual, alone=alone))
         if name == "quantile":
             self.quantile = float(args[1])
             if not 0.0 <= self.quantile <= 1.0:
