@@ -46,8 +46,20 @@ UPCASTS = {
 # Schedulers of single models, with what their pipelines pass: the only number of steps, other arguments of
 # set_timesteps, the shape of a sample, the timesteps that are stepped from, the time that a step is given.
 SHAPE_5D = (1, 2, 2, 3, 3)
+
+
+def _with_earlier_prediction(
+    scheduler: Any, raw: torch.Tensor, k: int, x: torch.Tensor, earlier: Any, options: Any
+) -> Any:
+    """A step as CogVideoX's pipelines make it. earlier: the result of the last."""
+    times = scheduler.timesteps
+    back = times[k - 1] if k > 0 else None
+    return scheduler.step(raw, None if earlier is None else earlier[1], times[k], back, x, **options)
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "CogVideoXDDIMScheduler": {"shape": SHAPE_5D},
+    "CogVideoXDPMScheduler": {"shape": SHAPE_5D, "call": _with_earlier_prediction},
     "ConsistencyDecoderScheduler": {"steps": 2},
     "CosineDPMSolverMultistepScheduler": {},
     "DDIMParallelScheduler": {},
@@ -158,14 +170,16 @@ def run(
             scheduler.set_timesteps(**setting)
     network = torch.Generator().manual_seed(1)
     noise = torch.Generator().manual_seed(2)
+    torch.manual_seed(3)  # FlowMatch Euler drew from the global generator in diffusers 0.35
     if "generator" in inspect.signature(scheduler.step).parameters:
         options.setdefault("generator", noise)
     x = (torch.randn(shape, generator=network) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
     times = scheduler.timesteps[start * getattr(scheduler, "order", 1) : special.get("stop")]
     if begin_index and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)
-    outputs = []
-    for t in times:
+    outputs: list[dict[str, torch.Tensor]] = []
+    result: Any = None
+    for k, t in enumerate(times):
         if hasattr(scheduler, "scale_model_input"):
             x_in = scheduler.scale_model_input(x, t)
             assert x_in.dtype == dtype
@@ -173,7 +187,10 @@ def run(
             x_in = x
         wide = x_in.to(torch.promote_types(dtype, torch.float32))
         raw = (0.1 * wide.clamp(-3.0, 3.0) + torch.randn(shape, generator=network)).to(dtype)
-        result = scheduler.step(raw, special["at"](t, x) if "at" in special else t, x, **options)
+        if "call" in special:
+            result = special["call"](scheduler, raw, start + k, x, result, options)
+        else:
+            result = scheduler.step(raw, special["at"](t, x) if "at" in special else t, x, **options)
         named = {f"{i}": v for i, v in enumerate(result)} if type(result) is tuple else dict(result)
         named = {
             name: v if isinstance(v, torch.Tensor) else torch.tensor(-1 if v is None else v)
@@ -237,7 +254,7 @@ def difference(name: str, expected: Any, found: Any, dtype: torch.dtype) -> tupl
 
 def assert_same_state(name: str, parent: Any, twin: Any) -> None:
     """The twin's attributes are the parent's, so that the parent's step can continue the run."""
-    ours = {n: v for n, v in vars(twin).items() if n != "_cursor"}
+    ours = {n: v for n, v in vars(twin).items() if n not in ("_cursor", "earlier")}  # CogVideoX DPM's argument
     assert places(vars(parent)) == places(ours)
     for attribute, value in vars(parent).items():
         if isinstance(value, (bool, int, float, str)):

@@ -132,6 +132,7 @@ def test_networks_that_move() -> None:
         torch.testing.assert_close(found, expected, rtol=0.0, atol=TOLERANCE)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Inductor's own
 @pytest.mark.parametrize("whole", [False, True], ids=["network", "whole call"])
 def test_compiled(whole: bool) -> None:
     """COMPILER=inductor compiles as torch.compile does by default, and the whole call too, which takes minutes."""

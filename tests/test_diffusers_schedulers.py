@@ -161,7 +161,9 @@ def test_any_configuration(name: str, data: st.DataObject) -> None:
             make(twins, name, **config)
         return
     with without_compiler():
-        compare(name, parent, twin, steps, start=start, begin_index=begin_index, **options)
+        # At alpha = 0 a clip makes numbers of the parent's infinities, which the twin leaves to it.
+        fused = not config.get("rescale_betas_zero_snr", False)
+        compare(name, parent, twin, steps, start=start, begin_index=begin_index, fused=fused, **options)
 
 
 @pytest.mark.parametrize(
@@ -382,6 +384,7 @@ def test_each_token_at_its_own_time(config: dict[str, Any], dtype: torch.dtype) 
         levels = scheduler.timesteps[torch.arange(18).reshape(2, 9) % 6]
         for at in (levels, levels - 7.0, levels * 1.3, levels * 0.0, levels + 5e-4):
             scheduler.set_timesteps(6)
+            torch.manual_seed(0)
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(shape, generator=generator).to(dtype)
             with only_fused(name):

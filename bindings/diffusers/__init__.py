@@ -18,6 +18,7 @@ from fewstep.solvers.options import needs
 SCHEDULERS = (
     "CMStochasticIterativeScheduler",
     "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
     "ConsistencyDecoderScheduler",
     "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
@@ -62,7 +63,6 @@ _CALLERS_LEVELS = "its caller passes the levels of each step, and no pipeline of
 REFUSED: Mapping[str, str] = {
     "AmusedScheduler": _TOKENS,
     "BlockRefinementScheduler": _TOKENS,
-    "CogVideoXDPMScheduler": "it draws noise twice in a step, and its caller passes the earlier prediction",
     "DiscreteDDIMScheduler": _TOKENS,
     "EntropyBoundScheduler": _TOKENS,
     "HeliosDMDScheduler": "its caller passes the schedule and the noise of each step as tensors",
@@ -87,6 +87,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
     needs("fewstep.bindings.diffusers", "torch", "diffusers", extra="diffusers")
+    from fewstep.bindings.diffusers.adapters import with_earlier_prediction
     from fewstep.bindings.diffusers.scheduler import fused
 
     if name == "PlanScheduler":
@@ -102,5 +103,6 @@ def __getattr__(name: str) -> Any:
         parent = CORRECTED.get(name) or getattr(schedulers, name, None)
         if parent is None:
             raise AttributeError(f"diffusers {diffusers.__version__} has no {name}, so it has no twin either")
-    globals()[name] = twin = fused(parent)
+    make = with_earlier_prediction if name == "CogVideoXDPMScheduler" else fused
+    globals()[name] = twin = make(parent)
     return twin

@@ -220,7 +220,7 @@ def _moved(scheduler: Scheduler, cls: type[Scheduler], options: Mapping[str, obj
     ours = ("corrected", "noise")
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k not in ours}, **options)
     if "corrected" not in options and not getattr(scheduler, "corrected", False):
-        hidden = ("_internal_dict", *ours)
+        hidden = ("_internal_dict", "earlier", *ours)
         own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k not in hidden}
         vars(made.config).update({k: v for k, v in vars(scheduler.config).items() if k not in ours})
         if is_twin(made):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -36,12 +36,22 @@ class NotAffineError(ValueError):
     """The call is not an affine map of sample, output, one noise and memory, so the parent must make it."""
 
 
+class DrawsTwiceError(NotAffineError):
+    """The call draws noise twice."""
+
+
 @dataclass(frozen=True)
 class Draw:
-    """One draw of noise: from a generator, or over `interval` of a Brownian path."""
+    """One draw of noise: from a generator, or over `interval` of a Brownian path.
+
+    wasted  how many draws the parent makes before it that its result does not depend on
+    alone   whether it comes from torch's global generator, whatever the caller passes
+    """
 
     dtype: torch.dtype
     interval: tuple[Tensor, Tensor] | None = None
+    wasted: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,18 +102,22 @@ class Call:
 class _Watch(TorchFunctionMode):
     """Replaces the draws and clips of a call on basis vectors. A mode acts in its own thread only."""
 
-    def __init__(self, noise: Tensor, clipped: Tensor) -> None:
+    def __init__(self, noise: Tensor, clipped: Tensor, wasted: int) -> None:
         super().__init__()
-        self.noise, self.prediction = noise, clipped
+        self.noise, self.prediction, self.wasted = noise, clipped, wasted
+        self.skipped = 0
         self.draw: Draw | None = None
         self.clipped: tuple[Tensor, float | None] | None = None
         self.quantile: float | None = None
         self.largest: float | None = None
 
     def drawn(self, draw: Draw) -> Tensor:
+        if self.skipped < self.wasted:  # a result that depends on this draw is then not finite
+            self.skipped += 1
+            return torch.full_like(self.noise, torch.nan, dtype=draw.dtype)
         if self.draw is not None:
-            raise NotAffineError("it draws noise twice in one step")
-        self.draw = draw
+            raise DrawsTwiceError("it draws noise twice in one step")
+        self.draw = replace(draw, wasted=self.wasted)
         return self.noise.to(draw.dtype)
 
     def __torch_function__(
@@ -116,8 +130,9 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
-            usual = torch.get_default_dtype() if name == "randn" else args[0].dtype
-            return self.drawn(Draw(kwargs.get("dtype") or usual))
+            alone = name == "randn_like"  # which takes no generator
+            usual = args[0].dtype if alone else torch.get_default_dtype()
+            return self.drawn(Draw(kwargs.get("dtype") or usual, alone=alone))
         if name == "quantile":
             self.quantile = float(args[1])
             if not 0.0 <= self.quantile <= 1.0:
@@ -184,13 +199,18 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
     """
     width = MEMORY + len(memory)
     basis = torch.eye(width, dtype=torch.float64).reshape(width, 1, 1, 1, width)  # some schedulers unpack four axes
-    run = _Trial(cls, attributes, memory, call, [torch.float64] * width, basis)
+    wide, wasted = [torch.float64] * width, 0
+    try:
+        run = _Trial(cls, attributes, memory, call, wide, basis, wasted)
+    except DrawsTwiceError:
+        wasted = 1
+        run = _Trial(cls, attributes, memory, call, wide, basis, wasted)
     # A second call, in the caller's dtypes, shows the dtypes of the results and what is kept without a copy.
     dtypes = [call.raw_dtype] * width
     dtypes[X] = call.x_dtype
     if call.noise is not None:
         dtypes[NOISE] = call.noise[1]
-    typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
+    typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2), wasted)
     values, wrap = _unwrap(run.result)
     kept = places(run.after)
     rows = {place: _row_of(get(run.after, place), width) for place in kept}
@@ -223,10 +243,11 @@ class _Trial:
         call: Call,
         dtypes: Sequence[torch.dtype],
         vectors: Tensor,
+        wasted: int,
     ) -> None:
         self.inputs = [vector.to(dtype, copy=True) for vector, dtype in zip(vectors, dtypes, strict=True)]
         x, raw, noise, clipped = self.inputs[:MEMORY]
-        self.watch = watch = _Watch(noise, clipped)
+        self.watch = watch = _Watch(noise, clipped, wasted)
         scheduler = object.__new__(cls)
         self.after = scheduler.__dict__
         self.after.update(unshared(attributes))

@@ -955,9 +955,13 @@ def _streams(cursor: Cursor, raw: Tensor, generator: Generator) -> Streams:
 def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tensor, generator: Generator) -> Tensor:
     """The noise of this step: what the parent would draw, or fewstep's own."""
     own = self.noise == "fewstep"
+    if draw.alone and not own:
+        generator = None
     if draw.interval is None:
         if own:
             return _streams(cursor, raw, generator).draw(raw.shape)
+        for _ in range(draw.wasted):  # the generator goes on as it does in the parent
+            randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
     with HOST:
