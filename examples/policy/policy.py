@@ -320,7 +320,7 @@ def quality(updates: int, n: int = 256) -> Table:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--network-ms", type=float, default=3.0, help="latency of the network beside which to measure")
-    parser.add_argument("--updates", type=int, default=2000, help="of the training")
+    parser.add_argument("--updates", type=int, default=1500, help="of the training")
     given = parser.parse_args()
     torch.set_num_threads(1)
     show([*figures(given.network_ms, given.repeats), quality(given.updates)], given.json)
