@@ -86,7 +86,7 @@ def from_k_diffusion(model: SigmaModel, *, flow: bool | None = None, **options: 
 
 
 # prediction_type of diffusers -> predicts of Denoiser
-_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
 
 
 def from_diffusers(
@@ -104,7 +104,7 @@ def from_diffusers(
     x goes to the model's first argument and t to `timestep`; `return_dict` is not needed. Raises ValueError for any
     other scheduler.
     """
-    process, predicts = _process_of(scheduler)
+    process, predicts = process_of(scheduler)
     by_name = "timestep" in inspect.signature(getattr(model, "forward", model)).parameters
 
     def call(x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
@@ -116,16 +116,16 @@ def from_diffusers(
     return Denoiser(Mapped(model, call), process, predicts, time_scale=scale, **options)
 
 
-def _process_of(scheduler: Scheduler) -> tuple[Process, str]:
+def process_of(scheduler: Scheduler) -> tuple[Process, str]:
     """The process and prediction type of a scheduler of diffusers."""
     config = getattr(scheduler, "config", None)
     bars: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     predicted = getattr(config, "prediction_type", None)
     if "FlowMatch" in type(scheduler).__name__ or predicted == "flow_prediction":
         return Flow(float(getattr(config, "shift", 1.0) or 1.0)), "flow"
-    if bars is None or predicted not in _PREDICTIONS:
+    if bars is None or predicted not in PREDICTION_TYPES:
         raise ValueError(
-            f"{type(scheduler).__name__} has no alphas_cumprod with a prediction type of {', '.join(_PREDICTIONS)}: "
-            "pass the process to Denoiser yourself"
+            f"{type(scheduler).__name__} has no alphas_cumprod with a prediction type of {', '.join(PREDICTION_TYPES)}"
+            ": pass the process to Denoiser yourself"
         )
-    return VP(bars.double().numpy()), _PREDICTIONS[predicted]
+    return VP(bars.double().numpy()), PREDICTION_TYPES[predicted]

@@ -12,8 +12,22 @@ from fewstep.cli.sample import sample
 from fewstep.cli.sample_plan import sample_plan
 from fewstep.cli.solvers import solvers
 from fewstep.cli.tune import tune
+from fewstep.cli.tune_pipeline import tune_pipeline
 from fewstep.cli.warmup import warmup
 
-for command in (sample, compare, bench, recommend, solvers, tune, sample_plan, distill, gallery, doctor, warmup):
+for command in (
+    sample,
+    compare,
+    bench,
+    recommend,
+    solvers,
+    tune,
+    tune_pipeline,
+    sample_plan,
+    distill,
+    gallery,
+    doctor,
+    warmup,
+):
     app.command()(command)
 app.command(context_settings=OPTIONS)(audit)

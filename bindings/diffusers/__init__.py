@@ -4,19 +4,28 @@
 
 Each is a subclass of the scheduler it is named after, with the same configuration, setup, saving and results; only
 `step` and `scale_model_input` become one fused pass. `fewstep.accelerate(pipe)` replaces those of a whole pipeline.
+
+`PlanScheduler` runs any plan of fewstep as a scheduler; `fewstep.accelerate(pipe, plan=plan)` puts it into a pipeline.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fewstep.solvers.options import needs
 
 SCHEDULERS = (
     "CMStochasticIterativeScheduler",
+    "CogVideoXDDIMScheduler",
+    "ConsistencyDecoderScheduler",
+    "CosineDPMSolverMultistepScheduler",
     "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
+    "DDPMWuerstchenScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepInverseScheduler",
     "DPMSolverMultistepScheduler",
@@ -26,22 +35,48 @@ SCHEDULERS = (
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "FlowMapEulerDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
+    "HeliosScheduler",
     "HeunDiscreteScheduler",
     "IPNDMScheduler",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
     "LCMScheduler",
     "LMSDiscreteScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "MiniMaxH3Scheduler",
     "PNDMScheduler",
     "SASolverScheduler",
+    "SCMScheduler",
     "TCDScheduler",
+    "UnCLIPScheduler",
     "UniPCMultistepScheduler",
 )
 
-__all__ = list(SCHEDULERS)
+_TOKENS = "its step picks tokens, which is no affine map"
+_CALLERS_LEVELS = "its caller passes the levels of each step, and no pipeline of diffusers uses it"
+
+REFUSED: Mapping[str, str] = {
+    "AmusedScheduler": _TOKENS,
+    "BlockRefinementScheduler": _TOKENS,
+    "CogVideoXDPMScheduler": "it draws noise twice in a step, and its caller passes the earlier prediction",
+    "DiscreteDDIMScheduler": _TOKENS,
+    "EntropyBoundScheduler": _TOKENS,
+    "HeliosDMDScheduler": "its caller passes the schedule and the noise of each step as tensors",
+    "KarrasVeScheduler": _CALLERS_LEVELS,
+    "PiflowScheduler": "its step integrates many substeps along the grid of predictions that one output holds",
+    "RFD4ProteinaScheduler": "its step multiplies by a mask: each residue has coefficients of its own",
+    "RePaintScheduler": "its step mixes by a mask: each element has coefficients of its own",
+    "ScoreSdeVeScheduler": "its corrector's step size comes from norms over the whole batch",
+    "ScoreSdeVpScheduler": _CALLERS_LEVELS,
+    "VQDiffusionScheduler": _TOKENS,
+}
+"""diffusers' schedulers that have no twin, and why."""
+
+__all__ = [*SCHEDULERS, "PlanScheduler"]
 
 
 def __getattr__(name: str) -> Any:
@@ -49,13 +84,23 @@ def __getattr__(name: str) -> Any:
         import diffusers
 
         return diffusers.SchedulerMixin
-    if name not in SCHEDULERS:
+    if name not in __all__:
         raise AttributeError(f"module 'fewstep.bindings.diffusers' has no attribute {name!r}")
     needs("fewstep.bindings.diffusers", "torch", "diffusers", extra="diffusers")
-    import diffusers
-
-    from fewstep.bindings.diffusers.corrections import CORRECTED
     from fewstep.bindings.diffusers.scheduler import fused
 
-    globals()[name] = twin = fused(CORRECTED.get(name) or getattr(diffusers, name))
+    if name == "PlanScheduler":
+        from fewstep.bindings.diffusers import plan_scheduler
+
+        parent: Any = plan_scheduler.PlanScheduler
+    else:
+        import diffusers
+        from diffusers import schedulers  # diffusers itself does not name all of them
+
+        from fewstep.bindings.diffusers.corrections import CORRECTED
+
+        parent = CORRECTED.get(name) or getattr(schedulers, name, None)
+        if parent is None:
+            raise AttributeError(f"diffusers {diffusers.__version__} has no {name}, so it has no twin either")
+    globals()[name] = twin = fused(parent)
     return twin

@@ -25,6 +25,9 @@ from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 # Basis vectors: the sample, the network's output, the noise, the clipped prediction, then the memory.
 X, RAW, NOISE, CLIPPED, MEMORY = range(5)
 
+# The option in which the caller may pass the x0 prediction, in place of the network's output; True stands for it.
+PREDICTED = "pred_original_sample"
+
 # The place of a remembered tensor in a scheduler: an attribute, or an index into an attribute that is a list.
 Place = tuple[str, int | None]
 
@@ -113,9 +116,12 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
-            return self.drawn(Draw(kwargs.get("dtype") or self.noise.dtype))
+            usual = torch.get_default_dtype() if name == "randn" else args[0].dtype
+            return self.drawn(Draw(kwargs.get("dtype") or usual))
         if name == "quantile":
             self.quantile = float(args[1])
+            if not 0.0 <= self.quantile <= 1.0:
+                raise NotAffineError("torch refuses its quantile")
             return torch.ones(args[0].shape[0], dtype=args[0].dtype)
         if name in ("clamp", "clip") and isinstance(args[0], Tensor):
             return self._clamp(func, args, kwargs)
@@ -126,12 +132,17 @@ class _Watch(TorchFunctionMode):
         if value.numel() != self.noise.numel():
             if self.quantile is not None and self.largest is None and "max" in kwargs:
                 self.largest = float(kwargs["max"])
+                if not self.largest > 0.0:
+                    raise NotAffineError("its largest value is not positive")
+                return torch.ones_like(value)  # the kernel divides by the quantile, whatever its ceiling
             return func(*args, **kwargs)
         if self.clipped is not None:
             raise NotAffineError("it clips twice in one step")
         bound = None
         if self.quantile is None:
             bound = float(kwargs["max"] if "max" in kwargs else args[2])
+            if not bound > 0.0:
+                raise NotAffineError("its bound is not positive")
         self.clipped = (value.detach().clone(), bound)
         return self.prediction.reshape(value.shape).to(value.dtype)
 
@@ -226,6 +237,8 @@ class _Trial:
         options = dict(call.options)
         if call.noise is not None:
             options[call.noise[0]] = noise
+        if options.get(PREDICTED) is True:
+            options[PREDICTED] = raw
         arguments = (x, call.time) if call.method == "scale_model_input" else (raw, call.time, x)
         with watch, torch.no_grad():
             self.result = getattr(scheduler, call.method)(*arguments, **options)
@@ -238,14 +251,25 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], obj
     named = not isinstance(result, tuple)
     names = [name for name, value in result.items() if value is not None] if named else []
     values = [result[name] for name in names] if named else list(result)
-    if not all(isinstance(v, Tensor) for v in values):
-        raise NotAffineError("it returns something other than tensors")
-    count, kind = len(values), type(result)
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    if not all(isinstance(values[i], (Tensor, int, type(None))) for i in range(len(values))):
+        raise NotAffineError("it returns something other than tensors and numbers")
+    found, count, kind = [values[i] for i in places], len(places), type(result)
+    if count < len(values):  # the numbers are the state's, not the tensors'
+        numbers = [None if isinstance(value, Tensor) else value for value in values]
+
+        def make(tensors: Sequence[Tensor]) -> object:
+            every: list[Any] = numbers.copy()
+            for i, tensor in zip(places, tensors, strict=False):
+                every[i] = tensor
+            return kind(**dict(zip(names, every, strict=True))) if named else tuple(every)
+
+        return found, make
     if not named:
-        return values, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
+        return found, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
     if count == 1:
-        return values, lambda tensors: kind(tensors[0])
-    return values, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
+        return found, lambda tensors: kind(tensors[0])
+    return found, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
 
 
 def _row_of(value: Tensor, width: int) -> np.ndarray:
@@ -264,5 +288,5 @@ def _clip(watch: _Watch) -> Clip | None:
     row = value.double().reshape(-1).numpy()
     if np.any(row[[NOISE, CLIPPED, *range(MEMORY, len(row))]]):
         raise NotAffineError("it clips something other than this step's prediction")
-    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or 1.0)
+    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or float("inf"))
     return Clip((float(row[X]), float(row[RAW])), bound, quantile)
