@@ -93,8 +93,11 @@ def filled(text: str, tables: Sequence[Table]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=", ".join(NAMES))
-    for name in parser.parse_args().names:
-        command = [sys.executable, str(ROOT / "examples" / name / f"{name}.py"), "--json"]
+    parser.add_argument("--repeats", type=int, default=30, help="windows of each loop")
+    given = parser.parse_args()
+    for name in given.names:
+        program = str(ROOT / "examples" / name / f"{name}.py")
+        command = [sys.executable, program, "--json", "--repeats", str(given.repeats)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         found: list[dict[str, Any]] = json.loads(done.stdout)
         page = ROOT / "docs" / "fields" / f"{name}.md"

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from test_examples import EXAMPLES, loaded
 
+import fewstep as fs
+
 torch = pytest.importorskip("torch")
 for needed in ("onnx", "onnxruntime"):
     pytest.importorskip(needed)
@@ -57,6 +59,7 @@ def test_sway(speech: ModuleType) -> None:
     expected = [1.0 - math.cos(math.pi / 2.0 * k / 32) for k in range(33)]
     np.testing.assert_allclose(speech.sway(), expected, rtol=0, atol=1e-15)
     np.testing.assert_allclose(speech.sway(4, 0.0), [0.0, 0.25, 0.5, 0.75, 1.0], rtol=0, atol=0)
+    np.testing.assert_allclose(1.0 - fs.grid(fs.Flow(), 32, "sway").t, expected, rtol=0, atol=1e-15)
 
 
 def test_on_onnx_runtime(speech: ModuleType, written: Path) -> None:

@@ -81,7 +81,7 @@ class Network(torch.nn.Module):
         return out
 
 
-def trained(flow: bool, updates: int = 2000, seed: int = 0) -> Network:
+def trained(flow: bool, updates: int, batch: int = 256, seed: int = 0) -> Network:
     """The network after training on the expert, by epsilon prediction on the cosine schedule or by flow matching."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -91,14 +91,14 @@ def trained(flow: bool, updates: int = 2000, seed: int = 0) -> Network:
     for update in range(updates):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * 0.5 * (1.0 + math.cos(math.pi * update / updates))
-        observed = observations(256, generator)
-        side = torch.randint(0, 2, (256,), generator=generator) * 2.0 - 1.0
-        data, noise = expert(observed, side), torch.randn(256, HORIZON, ACTIONS, generator=generator)
+        observed = observations(batch, generator)
+        side = torch.randint(0, 2, (batch,), generator=generator) * 2.0 - 1.0
+        data, noise = expert(observed, side), torch.randn(batch, HORIZON, ACTIONS, generator=generator)
         if flow:
-            t = torch.rand(256, generator=generator)
+            t = torch.rand(batch, generator=generator)
             alpha, sigma, target = 1.0 - t, t, noise - data
         else:
-            t = torch.randint(0, TRAINED, (256,), generator=generator)
+            t = torch.randint(0, TRAINED, (batch,), generator=generator)
             alpha, sigma, target = bars[t].sqrt(), (1.0 - bars[t]).sqrt(), noise
         x = alpha[:, None, None] * data + sigma[:, None, None] * noise
         loss = (network(x, t, observed) - target).square().mean()
@@ -298,13 +298,13 @@ def figures(milliseconds: float, repeats: int) -> list[Table]:
     return tables
 
 
-def quality(updates: int, n: int = 256) -> Table:
+def quality(updates: int, n: int = 256, batch: int = 256) -> Table:
     """How far the trained policies are from the expert, with every loop."""
     generator = torch.Generator().manual_seed(1)
     observed, x = observations(n, generator), torch.randn(n, HORIZON, ACTIONS, generator=generator)
     cond = {"observed": observed}
     rows: list[list[str | float]] = []
-    network, flowing = trained(False, updates), trained(True, updates)
+    network, flowing = trained(False, updates, batch), trained(True, updates, batch)
     with torch.no_grad():
         for kind, steps in (("DDPM", 100), ("DDIM", 10)):
             twin = policy_loop(network, scheduler(kind), x, observed, steps, 0)
@@ -320,7 +320,7 @@ def quality(updates: int, n: int = 256) -> Table:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--network-ms", type=float, default=3.0, help="latency of the network beside which to measure")
-    parser.add_argument("--updates", type=int, default=2000, help="of the training")
+    parser.add_argument("--updates", type=int, default=1500, help="of the training")
     given = parser.parse_args()
     torch.set_num_threads(1)
     show([*figures(given.network_ms, given.repeats), quality(given.updates)], given.json)

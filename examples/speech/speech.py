@@ -36,7 +36,7 @@ FLOW = fs.Flow()
 
 
 def sway(steps: int = STEPS, coefficient: float = SWAY) -> np.ndarray:
-    """(steps + 1,) times from noise at 0 to data at 1: t + s (cos(pi t / 2) - 1 + t) (Chen et al. 2024, eq. 7)."""
+    """(steps + 1,) times of the loops by hand, noise at 0: t + s (cos(pi t / 2) - 1 + t) (Chen et al. 2024, eq. 7)."""
     t = np.linspace(0.0, 1.0, steps + 1)
     return t + coefficient * (np.cos(math.pi / 2.0 * t) - 1.0 + t)
 
@@ -127,8 +127,8 @@ def decoder(network: Any, batch: int = 1, **how: Any) -> fs.Sampler:
     """The loop on any network, ONNX Runtime's or torch's: a `Sampler` that is called with x and cond=(null, cond)."""
     # null + scale (cond - null) is F5-TTS's cond + strength (cond - null).
     denoiser = fs.Denoiser(network, FLOW, "flow", guidance=1.0 + STRENGTH)
-    grid = fs.Grid.from_times(FLOW, 1.0 - sway())
-    return fs.Sampler(denoiser, fs.plan("euler", grid), (batch, FRAMES, MEL), **how)
+    plan = fs.plan("euler", fs.grid(FLOW, STEPS, "sway", sway=SWAY))
+    return fs.Sampler(denoiser, plan, (batch, FRAMES, MEL), **how)
 
 
 def by_hand(network: Callable[..., np.ndarray], x: np.ndarray, cond: dict[str, np.ndarray]) -> np.ndarray:
