@@ -160,8 +160,10 @@ def stork(velocity, times, x, stages=50):
 
 
 def test_stork_is_adams_bashforth_with_other_weights_and_does_not_gain():
-    """Its stages never call the network, so that a step is linear in the last three velocities: no stability is won, and
-    the weights of v' and v'' are .490 and .243 instead of 1/2 and 1/3."""
+    """Its stages never call the network: a step is linear in the last three velocities, so that no stability is won.
+
+    The weights of v' and v'' are .490 and .243 instead of 1/2 and 1/3.
+    """
     weights = [float(stork(lambda x, t, k=k: t**k, [-2.0, -1.0, 0.0, 1.0], np.zeros(()))) for k in (1, 2)]
     start = [float(stork(lambda x, t, k=k: t**k, [-2.0, -1.0, 0.0], np.zeros(()))) for k in (1, 2)]
     np.testing.assert_allclose(np.subtract(weights, start), [0.490, 0.243], atol=5e-4)
