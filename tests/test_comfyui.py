@@ -305,6 +305,9 @@ def test_the_samplers_stand_in_comfyuis_list(comfy):
     assert comfy.SAMPLER_NAMES[:3] == ["euler", "dpm_2", "ddim"]
     own = {f"fewstep_{name}" for name in fs.list_solvers() if name != "ddim_inverse"} - {"fewstep_ddim"}
     assert set(added) == {f"fewstep_{name}" for name in nodes.SAMPLERS if name != "ddim"} | own
+    # ComfyUI logs the name of the function.
+    functions = sys.modules["comfy.k_diffusion.sampling"]
+    assert all(isinstance(getattr(functions, f"sample_{name}").__name__, str) for name in added)
     # Those that ComfyUI gives one level more, and cuts the last but one.
     assert {
         "dpm_2", "uni_pc", *(f"fewstep_{name}" for name in ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"))

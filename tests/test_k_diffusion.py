@@ -457,6 +457,30 @@ def test_default_noise_of_the_sdes_is_a_torchsde_tree(seed):
     assert torch.equal(kd.sample_dpmpp_2m_sde(Model(), x, sigmas, **args), want)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"])
+def test_the_gpu_names_keep_the_tree_on_the_samples_device(monkeypatch, name):
+    """On a CPU that is the same tree, here of a sample on a device that only the tree is asked for."""
+    torchsde = pytest.importorskip("torchsde")
+    made = []
+
+    def tree(t0, w0, t1, **options):
+        made.append(w0.device.type)
+        return torchsde_tree(t0, w0.cpu() if w0.is_meta else w0, t1, **options)
+
+    torchsde_tree = torchsde.BrownianTree
+    monkeypatch.setattr(torchsde, "BrownianTree", tree)
+    x, args = latent(SIGMAS), ([*SIGMAS, 0.0], {"a": 1.3, "seed": 3}, None, True)
+    ours = getattr(kd, f"sample_{name}_gpu")(Model(), x, *args)
+    assert torch.equal(ours, getattr(kd, f"sample_{name}")(Model(), x, *args))
+    assert made == ["cpu", "cpu"]
+    made.clear()
+    with pytest.raises(NotImplementedError):  # a meta tensor has no numbers to give the tree
+        kd.torchsde_noise(x.to("meta"), 0.1, 10.0, 3, cpu=False)
+    assert made == ["meta"]
+    kd.torchsde_noise(x.to("meta"), 0.1, 10.0, 3)
+    assert made == ["meta", "cpu"]
+
+
 def test_missing_torchsde_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchsde", None)
     model = Model()
@@ -643,6 +667,37 @@ def test_bad_arguments_are_named_before_any_call(call, error, message):
     with pytest.raises(error, match=message):
         call(model, latent(SIGMAS))
     assert not model.calls
+
+
+def test_kernel_noise_cannot_be_shaped():
+    sample, x = kd.sample_lcm, latent(SIGMAS).float()
+    for options in ({"noise_clip_std": 1.0}, {"s_noise_end": 0.5}):
+        with pytest.raises(
+            TypeError, match="KernelNoise is drawn inside the step, where s_noise_end and noise_clip_std"
+        ):
+            sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True, **options)
+    same = sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True, s_noise_end=1.0)
+    assert torch.equal(same, sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True))
+
+
+def test_sampler_of_names_what_it_cannot_run():
+    model, x = Model(), latent(SIGMAS)
+    with pytest.raises(ValueError, match="'ddim_inverse' runs from data to noise: use sample_euler on rising sigmas"):
+        kd.sampler_of("ddim_inverse")
+    with pytest.raises(ValueError, match="res_2s"):
+        kd.sampler_of("res_2")
+    with pytest.raises(TypeError, match="'euler' has no option 'eta'"):
+        kd.sampler_of("euler", eta=1.0)(model, x, SIGMAS, disable=True)
+    assert not model.calls
+    # A stochastic solver draws from the noise sampler, for each step from its start to its end.
+    noise = Noise()
+    kd.sampler_of("dpmpp_2m_sde")(model, x, SIGMAS, noise_sampler=noise, disable=True)
+    np.testing.assert_allclose(noise.asked, list(pairwise(SIGMAS)))
+    # Churn before the first step, too.
+    noise = Noise()
+    kd.sampler_of("edm", s_churn=2.0)(model, x, SIGMAS, noise_sampler=noise, disable=True)
+    assert noise.asked[0] == pytest.approx((SIGMAS[0], SIGMAS[0] * (1 + 2.0 / 6)))
+    assert len(noise.asked) == 6
 
 
 def test_the_page_gives_the_same_image(monkeypatch):

@@ -258,7 +258,7 @@ def list_samplers() -> dict[str, SamplerFunction]:
     ddim is Euler's method with its own noise for masks, for which the list has no place: take the node.
     """
     found = {name: function for name, function in SAMPLERS.items() if name != "ddim"}
-    found["lms"] = functools.partial(found["lms"], to_zero=False)
+    found["lms"] = functools.wraps(found["lms"])(functools.partial(found["lms"], to_zero=False))  # ComfyUI's last step
     own = [name for name in list_solvers() if name not in SAMPLERS and name != "ddim_inverse"]
     return {PREFIX + name: function for name, function in (found | {n: sampler_of(n) for n in own}).items()}
 

@@ -340,7 +340,7 @@ class _Tracker:
                 self.churned += 1
                 return torch.randn_like(self.call.x)
             # Draw 0 is the churn before the first stage; stage k has draw k + 1.
-            start, end = self.plan.stages[number - 1].drawn_over if number else (at, to)
+            start, end = self.plan.stages[number - 1].drawn_over if number else (at, self.plan.stages[0].at)
             return source(self.call.level(start.sigma), self.call.level(end.sigma))
 
         return draw

@@ -64,7 +64,7 @@ def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> It
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]), EPS)
 
 
-@solver("dpm_solver_3s", spacing={Flow: "beta"})
+@solver("dpm_solver_3s", spacing={Flow: "beta57"})
 def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-3 (Lu et al. 2022a, Algorithm 2; "taylor" of the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -145,7 +145,7 @@ def dpmpp_2s(
     yield from with_churn(grid.points[0], (stage for hat, t in ends for stage in step(grid, hat, t, tableau)))
 
 
-@solver("dpmpp_3s", spacing={Flow: "beta"})
+@solver("dpmpp_3s", spacing={Flow: "beta57"})
 def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(3S) (Lu et al. 2022b, as in the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -231,7 +231,7 @@ def _inner_share(grid: Grid, s: Point, p: Point, t: Point, path: str | None) -> 
 # --- other exponential Runge-Kutta methods ---
 
 
-@solver("res_2s", spacing={Flow: "beta"})
+@solver("res_2s", spacing={Flow: "beta57"})
 def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     """Refined exponential solver of order 2 (Zhang et al. 2023, Table 3).
 
