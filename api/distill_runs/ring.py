@@ -67,7 +67,9 @@ class RingRecipe(Recipe):
 
     def _start_as_teacher(self, net: nn.Module, more: int) -> None:
         """Load the teacher's weights where they fit; `more` inputs before those of the class begin at 0."""
-        weights = dict(self.teacher.model.state_dict())
+        teacher = self.teacher.model
+        assert isinstance(teacher, nn.Module)
+        weights = dict(teacher.state_dict())
         first = weights["hidden.0.weight"]
         at = first.shape[1] - self.classes
         weights["hidden.0.weight"] = torch.cat([first[:, :at], first.new_zeros(len(first), more), first[:, at:]], dim=1)
