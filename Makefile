@@ -100,7 +100,7 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
 
 leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG)
 
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)

@@ -78,6 +78,22 @@ def weak_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("weak_teacher")
+def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
+    """Also DMD2's critic, whose input of the step then does nothing; other sizes start from the seed."""
+    teacher = distill_pinwheel.pinwheel_teacher().model
+    x, t = torch.randn((6, 2), generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 6)
+    label = torch.arange(6) % 5
+    want = teacher(x, t, label=label)
+    assert torch.equal(make_recipe("consistency", "pinwheel").modules["student"](x, t, label=label), want)
+    four = make_recipe("distribution_matching", "pinwheel", options={"calls": 4})
+    for step in (0.0, 3.0):
+        got = four.modules["critic"](x, t, torch.full((6,), step), label=label)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    narrow = make_recipe("consistency", "pinwheel", options={"width": 32}).modules["student"]
+    assert not torch.allclose(narrow(x, t, label=label), want)
+
+
+@pytest.mark.usefixtures("weak_teacher")
 @pytest.mark.parametrize("method", ON_PINWHEEL)
 def test_methods_train_on_the_pinwheel_with_its_classes(method: str) -> None:
     """The class reaches every network: another class gives other samples, and the measures are those of each class."""

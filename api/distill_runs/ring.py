@@ -55,13 +55,27 @@ class RingRecipe(Recipe):
         octaves: int = OCTAVES,
         ends: bool = False,
     ) -> nn.Module:
-        """Add a network with weights from the seed."""
+        """Add a network with weights from the seed, or, on the pinwheel, with its teacher's if the sizes agree."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 101)
             self.modules[name] = Points(
                 elements, self.width, self.depth, strength=strength, octaves=octaves, classes=self.classes, ends=ends
             )
+        if self.classes:
+            self._start_as_teacher(self.modules[name], 2 * strength)
         return self.modules[name]
+
+    def _start_as_teacher(self, net: nn.Module, more: int) -> None:
+        """Load the teacher's weights where they fit; `more` inputs before those of the class begin at 0."""
+        teacher = self.teacher.model
+        assert isinstance(teacher, nn.Module)
+        weights = dict(teacher.state_dict())
+        first = weights["hidden.0.weight"]
+        at = first.shape[1] - self.classes
+        weights["hidden.0.weight"] = torch.cat([first[:, :at], first.new_zeros(len(first), more), first[:, at:]], dim=1)
+        own = net.state_dict()
+        if own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own):
+            net.load_state_dict(weights)
 
     def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         """Add a fresh Adam over the network of that name."""

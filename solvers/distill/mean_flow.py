@@ -51,7 +51,9 @@ def loss(
     teacher      its velocity is v, from any denoiser on these marginals, guided or not; without one v is eps - x0
     improved     take the student's own u(x_t, t, t) as the direction of du/dt in place of eps - x0, whose variance the
                  derivative would amplify (improved MeanFlow); only without a teacher
-    power, floor of the weight; power 0 is the plain square. The improved paper's floor is 0.01
+    power, floor of the weight; power 0 is the plain square, whose minimum is the mean of random targets. Power 1 acts
+                 as the logarithm of |.|^2 + floor, which in few dimensions has another. The improved paper's floor is
+                 0.01
     derivative   as in `network.derivative_along`
 
     |.|^2 is a sum over elements.
