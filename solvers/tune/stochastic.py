@@ -121,7 +121,7 @@ class NoisyRule:
 def _distances(x: Array, y: Array) -> Array:
     """|x_i - y_j|, (n, m)."""
     squares = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1) - 2.0 * x @ y.T
-    return np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
 
 def energy(x: Array, y: Array) -> float:
@@ -295,7 +295,7 @@ def tune_sde(
 
     hand = _best_by_hand(usable(denoiser, candidates(process, nfe, noisy=True)), distance, say)
     train = Ensemble(denoiser, z[:seeds], cond, device=device, batch=batch, noise=noise[:seeds])
-    starts = []
+    starts: list[tuple[float, int, NoisyRule, Array]] = []
     for *_, grid in grids(process, nfe):
         rule = NoisyRule(grid)
         for level in (1.0, 0.2):
