@@ -329,7 +329,10 @@ def tune_sde(
 
 
 def _samples(target: ArrayLike, shape: Sequence[int]) -> Array:
-    found = np.asarray(target, dtype=np.float64)
+    try:
+        found = np.asarray(target, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"target must be an array of samples, got {target!r:.80}") from None
     if found.shape[1:] != tuple(shape) or len(found) < 128 or not np.all(np.isfinite(found)):
         raise ValueError(
             f"target must be at least 128 finite samples of shape {tuple(shape)}, got an array of shape {found.shape}"
