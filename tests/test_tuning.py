@@ -664,6 +664,7 @@ def test_conditions_go_round_the_samples():
         ({"relax": math.nan}, "relax must be a number >= 0"),
         ({"features": 3}, "features must be"),
         ({"relax": 0.1, "features": np.sum}, "features without relax"),
+        ({"features": lambda: 0}, "features does not take samples"),
         ({"objective": "mean"}, "objective must be one of 'rmse', 'both', 'median'"),
     ],
 )

@@ -165,6 +165,7 @@ def test_it_belongs_to_its_denoiser(on_the_ring, tmp_path):
         ({"law": "kl"}, "law must be one of 'energy', 'moments'"),
         ({"target": np.zeros((200, 3))}, "target must be at least 128 finite samples of shape"),
         ({"target": np.full((200, 2), np.nan)}, "target must be"),
+        ({"target": "data"}, "target must be an array of samples"),
         ({"shape": (0,)}, "shape"),
         ({"progress": 3}, "progress"),
     ],

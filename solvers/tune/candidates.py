@@ -132,8 +132,9 @@ def candidates(process: Process, calls: int, noisy: bool = False) -> list[Candid
                 break
         for spacing, spacing_options, plan in fitting:
             form = unroll(plan, noisy)
-            numbers = [form.w, [p.t for p in form.points], form.w[:0] if form.draws is None else form.draws]
-            key = np.round(np.concatenate([np.ravel(part) for part in numbers]), 9).tobytes()
+            times = np.array([p.t for p in form.points])
+            draws = form.w[:0] if form.draws is None else form.draws
+            key = np.round(np.concatenate([form.w.ravel(), times, draws.ravel()]), 9).tobytes()
             if key not in seen:
                 seen.add(key)
                 found.append(Candidate(solver, options, spacing, spacing_options, plan, form))

@@ -159,7 +159,10 @@ class Ensemble:
         self.noise = None if noise is None else noise.reshape(*noise.shape[:2], -1)
         self.calls = 0  # of the denoiser, counted per sample
         spread_conditions(denoiser, self.frame, cond, range(2))  # checks the conditions
-        self.width = self.observed(self.z[:1]).shape[1]  # of a row of `ends`
+        try:
+            self.width = self.observed(self.z[:1]).shape[1]  # of a row of `ends`
+        except (TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise TypeError(f"features does not take samples of shape {(1, *self.sample)}: {error!s:.300}") from error
 
     def observed(self, x: Array) -> Array:
         """The features of samples (n, elements): float64 (n, width). Raises ValueError if they are not a row each."""

@@ -121,7 +121,7 @@ class NoisyRule:
 def _distances(x: Array, y: Array) -> Array:
     """|x_i - y_j|, (n, m)."""
     squares = np.sum(x**2, axis=1)[:, None] + np.sum(y**2, axis=1) - 2.0 * x @ y.T
-    return np.sqrt(np.maximum(squares, 0.0))
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
 
 
 def energy(x: Array, y: Array) -> float:
@@ -295,7 +295,7 @@ def tune_sde(
 
     hand = _best_by_hand(usable(denoiser, candidates(process, nfe, noisy=True)), distance, say)
     train = Ensemble(denoiser, z[:seeds], cond, device=device, batch=batch, noise=noise[:seeds])
-    starts = []
+    starts: list[tuple[float, int, NoisyRule, Array]] = []
     for *_, grid in grids(process, nfe):
         rule = NoisyRule(grid)
         for level in (1.0, 0.2):
@@ -329,7 +329,10 @@ def tune_sde(
 
 
 def _samples(target: ArrayLike, shape: Sequence[int]) -> Array:
-    found = np.asarray(target, dtype=np.float64)
+    try:
+        found = np.asarray(target, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"target must be an array of samples, got {target!r:.80}") from None
     if found.shape[1:] != tuple(shape) or len(found) < 128 or not np.all(np.isfinite(found)):
         raise ValueError(
             f"target must be at least 128 finite samples of shape {tuple(shape)}, got an array of shape {found.shape}"

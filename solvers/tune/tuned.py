@@ -142,10 +142,10 @@ class Rule:
         increments += [np.zeros(min(k, self.depth)) for k in range(step + 1, wider.steps)]
 
         def made() -> Array:
-            return np.concatenate([theta, *increments, shift])
+            return np.asarray(np.concatenate([theta, *increments, shift]))
 
         def row(k: int) -> Array:  # the input of call k, or the result, as a combination of the predictions
-            return unroll_stages(wider.stages(made()), self.first.sigma).w[k]
+            return np.asarray(unroll_stages(wider.stages(made()), self.first.sigma).w[k])
 
         wanted = np.insert(unroll_stages(self.stages(numbers), self.first.sigma).w, step + 2, 0.0, axis=1)
         for k in range(step + 1, wider.steps):
