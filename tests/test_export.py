@@ -297,6 +297,7 @@ PROGRAMS = ("g++", "cmake", "make")
 
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason=f"needs {', '.join(PROGRAMS)}")
+@pytest.mark.skipif(torch.version.cuda is not None and not shutil.which("nvcc"), reason="torch's CUDA build needs nvcc")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
 def test_the_cpp_example_samples_at_any_batch(tmp_path):
     """examples/cpp/torch_loop.cpp: built with this torch, run on a guided stochastic loop whose batch is free."""
