@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
@@ -666,9 +667,9 @@ def trainer(out=None, **more):
                  samples=2, device="cpu", out=out, options={"calls": 2, "critic_steps": 2}) | more
     return fs.Trainer("distribution_matching", **given)
 
-with processes():
-    trainer(sys.argv[1]).fit()
-    if len(sys.argv) > 2:
+if __name__ == "__main__":
+    with processes():
+        trainer("two").fit()
         torch.manual_seed(rank())
         for more in ({"student": mine.Net()}, {"lr": 1e-2 * (1 + rank())}):
             try:
@@ -679,24 +680,26 @@ with processes():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun over gloo: the losses of one process with the joint batch, up to rounding of the sums."""
-    (tmp_path / "mine.py").write_text(MINE)
-    script = tmp_path / "run.py"
-    script.write_text(PROCESSES)
-    one = [sys.executable, str(script), str(tmp_path / "one")]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    two = [sys.executable, *launch, str(script), str(tmp_path / "two"), "differ"]
-    logs, printed = [], ""
-    for words in (one, two):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        printed = done.stdout
-        with (Path(words[-1] if words is one else words[-2]) / "log.csv").open() as file:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    Path("run_processes.py").write_text(PROCESSES)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run_processes.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, *launch]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for process in (0, 1):
+        assert f"{process} the processes do not match: the sum of all weights is" in done.stdout
+        assert f"{process} the processes do not match: settings is" in done.stdout
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("run_processes").trainer("one").fit()
+    for name in ("mine", "run_processes"):
+        monkeypatch.delitem(sys.modules, name)
+    logs = []
+    for folder in ("one", "two"):
+        with Path(folder, "log.csv").open() as file:
             logs.append([[float(row["critic"]), float(row["generator"])] for row in csv.DictReader(file)])
     assert np.shape(logs[0]) == (8, 2)
     np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
-    for process in (0, 1):
-        assert f"{process} the processes do not match: the sum of all weights is" in printed
-        assert f"{process} the processes do not match: settings is" in printed
