@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report pipeline-report docs concept-plots gallery clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report test-diffusers clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -16,6 +16,8 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+# Only for the network in its wheel, which tests/test_terrain.py samples; it asks for onnxruntime-gpu, which replaces onnxruntime.
+	$(BIN)/python -m pip install -q --no-deps -c constraints.txt adaptive-terrain-diffusion
 	@touch $@
 
 demo: setup      ## sample digits from the trained network with several solvers, with error and speed
@@ -39,6 +41,17 @@ $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
 	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
 		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
+
+# Each release in a folder of its own, before the installed one on the path; its dependencies are the installed ones.
+DIFFUSERS ?= 0.35.0 0.39.0 0.42.1
+test-diffusers: setup ## the twins' tests with three releases of diffusers, the oldest in pyproject.toml and the newest among them
+	set -e; for version in $(DIFFUSERS); do \
+		folder=build/diffusers/$$version; \
+		test -d $$folder/diffusers || $(BIN)/python -m pip install -q --no-deps --target $$folder diffusers==$$version; \
+		echo "diffusers $$version"; \
+		PYTHONPATH=$(CURDIR)/$$folder $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_diffusers_schedulers.py \
+			tests/test_diffusers_corrections.py tests/test_diffusers_schedules.py; \
+	done
 
 test-fast: setup ## under 2 minutes: leaves out the slow tests (training, tuning, compilers, fresh processes) and a GPU's
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
@@ -86,6 +99,9 @@ weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
 
+leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG)
+
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)
 
@@ -101,6 +117,9 @@ concept-plots: setup  ## draw the pictures of docs/concepts
 
 gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
 	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
+
+compat: setup    ## try the wheel in fresh environments, into docs/compat.md (ONLY="torch-2.15" for one; needs python3.11 to 3.13)
+	$(BIN)/python -m reports.compat $(ONLY)
 
 clean:           ## remove the environment and caches
 	rm -rf $(VENV) $(LOWEST) build .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fewstep.bindings.guidance import AutoGuidance as AutoGuidance
     from fewstep.bindings.guidance import Branches as Branches
     from fewstep.bindings.guidance import CFGZero as CFGZero
+    from fewstep.distill_runs.student import Student as Student
+    from fewstep.distill_runs.student import load_student as load_student
+    from fewstep.distill_runs.trainer import Trainer as Trainer
     from fewstep.kernels.cpu import warmup as warmup
     from fewstep.recommender import Measured as Measured
     from fewstep.recommender import Recommendation as Recommendation
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.schedule.process import Flow as Flow
     from fewstep.solvers.schedule.process import Point as Point
     from fewstep.solvers.tune.fingerprint import load_plan as load_plan
+    from fewstep.solvers.tune.stochastic import tune_sde as tune_sde
     from fewstep.solvers.tune.tuned_range import PlanRange as PlanRange
     from fewstep.solvers.tune.tuned_range import load_range as load_range
     from fewstep.solvers.tune.tuned_range import tune_range as tune_range
@@ -84,6 +88,8 @@ _MODULES = {
     "bindings.diffusers.pipeline": "accelerate restore",
     "bindings.diffusers.tune_pipeline": "tune_pipeline",
     "bindings.guidance": "APG AutoGuidance Branches CFG CFGZero",
+    "distill_runs.student": "load_student Student",
+    "distill_runs.trainer": "Trainer",
     "kernels.cpu": "warmup",
     "recommender": "Measured recommend Recommendation",
     "solvers.plans.plan": "Plan",
@@ -107,6 +113,7 @@ _MODULES = {
     "solvers.schedule.grid": "Grid grid list_spacings",
     "solvers.schedule.process": "EDM Flow Point VE VP",
     "solvers.tune.fingerprint": "load_plan",
+    "solvers.tune.stochastic": "tune_sde",
     "solvers.tune.tuned_range": "load_range PlanRange tune_range",
     "solvers.tune.tuning": "tune",
 }

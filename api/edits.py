@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,11 @@ from fewstep.solvers.plans.stages import NOISE, SOURCES, Stage
 from fewstep.solvers.run.arrays import Array, TorchFrame, frame_of
 from fewstep.solvers.run.edits import EditInfo
 from fewstep.solvers.schedule.process import Point
+
+if TYPE_CHECKING:
+    import torch
+
+_SQUARINGS = 30  # to the power of 2^30
 
 __all__ = ["Clamp", "DynamicThreshold", "Inpaint", "Prefix", "RigidAugment", "resampled"]
 
@@ -39,7 +45,7 @@ class _Given:
             frame = frame_of(values)
         self.name, self.frame = name, frame
         self.values: Array = values
-        self._kept: dict[tuple[str, str, str], Array] = {}
+        self._kept: dict[tuple[str, str, object, int], Array] = {}
 
     @property
     def host(self) -> np.ndarray:
@@ -61,16 +67,16 @@ class _Given:
         frame, samples = frame_of(x), info.samples
         assert frame is not None
         assert self.frame is not None
-        key = frame.name, frame.device, frame.dtype_of(x)
+        key = frame.name, frame.device, x.dtype, x.ndim  # NumPy takes long to name a dtype
         if key not in self._kept:
             values = self.values
             if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
                 values = values.detach().to(x)
             else:
-                values = frame.array(self.frame.to_numpy(values), key[2])
-            self._kept[key] = values
+                values = frame.array(self.frame.to_numpy(values), frame.dtype_of(x))
+            # Aligned on the right, as NumPy broadcasts.
+            self._kept[key] = values.reshape(*[1] * (x.ndim - values.ndim), *values.shape)
         own = self._kept[key]
-        own = own.reshape(*[1] * (x.ndim - own.ndim), *own.shape)  # aligned on the right, as NumPy broadcasts
         if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
             own = own[samples[0] : samples[0] + 1]
         return own
@@ -174,6 +180,12 @@ class Prefix(Inpaint):
         if not np.isfinite(self.actions.host).all():
             raise ValueError("actions holds NaN or inf")
 
+    def __call__(self, info: EditInfo) -> Array:
+        if info.door == "x":
+            return super().__call__(info)
+        free, held = self._masked(info, info.x0)
+        return free * info.x0 + held
+
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
         sizes, soft = tuple(own.shape[1:]), info.door == "x0"
         if (sizes, soft) not in self._made:
@@ -182,7 +194,7 @@ class Prefix(Inpaint):
         return mask.like(own, info), image.like(own, info)
 
     def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
-        """The mask and the image for x of these sizes, (H, ...)."""
+        """1 - W and the actions for x of these sizes, (H, ...); soft: the actions times W."""
         known = self.actions.host
         known = known[None] if known.ndim == len(sizes) else known
         n = known.shape[1]
@@ -190,7 +202,8 @@ class Prefix(Inpaint):
         w = w if soft else np.where(w == 1.0, 1.0, 0.0)
         image = np.zeros((len(known), *sizes))
         image[:, :n] = known
-        return _Given("delay", (1.0 - w).reshape(1, -1, *[1] * (len(sizes) - 1))), _Given("actions", image)
+        w = w.reshape(1, -1, *[1] * (len(sizes) - 1))
+        return _Given("delay", 1.0 - w), _Given("actions", w * image if soft else image)
 
 
 class RigidAugment:
@@ -199,8 +212,8 @@ class RigidAugment:
     At the door "x", before each call: x and the slots are centred, turned by a uniformly random rotation R and moved by
     t ~ N(0, translation^2) (Abramson et al. 2024, Algorithms 18 and 19). The churn of the next step is in x already:
     its mean over the atoms, which centring takes out, is drawn again, so that x is distributed as if it had been moved
-    before the noise. At the door "x0": the prediction is moved rigidly onto x (Kabsch 1976; SVD), so that the step does
-    not turn the molecule.
+    before the noise. At the door "x0": the prediction is moved rigidly onto x (Kabsch 1976), so that the step does
+    not turn the molecule. Nothing waits for a device.
 
         rigid = fewstep.edits.RigidAugment()
         fewstep.sample(denoiser, shape=(5, atoms, 3), solver="edm", edit=rigid, edit_x0=rigid, ...)
@@ -229,43 +242,70 @@ class RigidAugment:
             raise ValueError(f"mask has shape {self.mask.shape} for x of shape {shape}")
 
     def __call__(self, info: EditInfo) -> Array | None:
-        x = info.x
-        if x.shape[1] not in self._shares:
-            own = (np.ones((1, x.shape[1])) if self.mask is None else self.mask)[:, :, None]
-            own = own / own.sum(1, keepdims=True)
+        atoms = info.x.shape[1]
+        if atoms not in self._shares:
+            own = (np.ones((1, atoms)) if self.mask is None else self.mask)[:, None]
+            own = own / own.sum(2, keepdims=True)
             # The mean of white noise has its variance times the sum of the squared shares.
-            spread = np.sqrt((own**2).sum(1, keepdims=True))
-            self._shares[x.shape[1]] = _Given("mask", own), _Given("mask", spread)
+            spread = np.sqrt((own**2).sum(2, keepdims=True))
+            self._shares[atoms] = _Given("mask", own), _Given("mask", spread)
         return self._moved(info) if info.door == "x" else self._aligned(info)
 
     def _moved(self, info: EditInfo) -> Array:
-        x, alpha = info.x, info.to.alpha
+        x, alpha = _hosted(info.x), info.to.alpha
         shares, spread = self._shares[x.shape[1]]
         values = _numbers(x)
-        centre = _back((values * shares.like(values, info)).sum(1)[:, None], x)
-        drawn = info.normals(1, 10)
-        turn = _rotation(drawn[:, 0, :4])
+        centre = _back(shares.like(values, info) @ values, x)
+        drawn = _hosted(info.normals(1, 10))
+        turn = _rotation(drawn[:, 0, :4]).mT
         moved = drawn[:, :, 4:7] * self.translation
         for name, slot in info.slots.items():
-            share = info.shares[name]
-            slot[...] = _turned(turn, slot - centre * (share / alpha)) + moved * share
+            own, share = _hosted(slot), info.shares[name]
+            own[...] = (own - centre * (share / alpha)) @ turn + moved * share
         again = drawn[:, :, 7:] * (spread.like(drawn, info) * info.churn)
-        return _turned(turn, x - centre) + (moved * alpha + again)
+        return _back((x - centre) @ turn + (moved * alpha + again), info.x)
 
     def _aligned(self, info: EditInfo) -> Array | None:
         """The x0 prediction moved rigidly onto x / alpha; None where x has no signal."""
         if info.at.alpha == 0.0:
             return None
-        m, x = _numbers(info.x0), _numbers(info.x) / info.at.alpha
-        lib, share = _library(m), self._shares[m.shape[1]][0].like(m, info)
-        centre, aim = (m * share).sum(1)[:, None], (x * share).sum(1)[:, None]
-        # R minimises sum_i w_i |R (m_i - centre) - (x_i - aim)|^2; det(R) = 1: no reflection.
-        covariance = ((m - centre) * share).swapaxes(1, 2) @ (x - aim)
-        u, _, vh = lib.linalg.svd(covariance)
-        v, sign = vh.swapaxes(1, 2), lib.linalg.det(u @ vh)
-        flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
-        turn = flipped @ u.swapaxes(1, 2)
-        return _back((m - centre) @ turn.swapaxes(1, 2) + aim, info.x0)
+        m, x = _numbers(_hosted(info.x0)), _numbers(_hosted(info.x)) / info.at.alpha
+        shares = self._shares[m.shape[1]][0].like(m, info)
+        centre, aim = shares @ m, shares @ x
+        turn = _onto((m - centre).mT @ ((x - aim) * shares.mT))
+        return _back((m - centre) @ turn.mT + aim, info.x0)
+
+
+def _onto(covariance: Array) -> Array:
+    """The rotations R (B, 3, 3), no reflections, that minimise sum_i w_i |R m_i - x_i|^2, from sum_i w_i m_i x_i^T."""
+    lib = _library(covariance)
+    if lib is not np and not covariance.is_cpu:
+        return _onto_without_waiting(covariance)
+    u, _, vh = lib.linalg.svd(covariance)
+    v, sign = vh.mT, lib.linalg.det(u @ vh)
+    flipped = lib.stack([v[:, :, 0], v[:, :, 1], v[:, :, 2] * sign[:, None]], -1)
+    return flipped @ u.mT
+
+
+def _onto_without_waiting(covariance: torch.Tensor) -> Array:
+    """The same on a device, for which an SVD makes the host wait and which could then record no graph.
+
+    The quaternion of R is the eigenvector of the largest eigenvalue of a symmetric matrix (Horn 1987). Squared again
+    and again the matrix, moved to eigenvalues >= 0, becomes the projection on it: its largest column.
+    """
+    lib = _library(covariance)
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = (row.unbind(1) for row in covariance.unbind(1))
+    upper = [[xx + yy + zz, yz - zy, zx - xz, xy - yx], [xx - yy - zz, xy + yx, zx + xz], [yy - xx - zz, yz + zy]]
+    upper.append([zz - xx - yy])
+    rows = [lib.stack([upper[min(i, j)][abs(i - j)] for j in range(4)], 1) for i in range(4)]
+    # No eigenvalue is below -sqrt(3) times the norm; the last term is for a covariance of 0.
+    low = math.sqrt(3.0) * covariance.square().sum((1, 2)).sqrt() + 1e-150
+    power = lib.stack(rows, 1) + lib.diag_embed(low[:, None].expand(-1, 4))
+    for _ in range(_SQUARINGS):
+        power = power / power.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+        power = power @ power
+    best = power.diagonal(dim1=1, dim2=2).argmax(1)[:, None, None].expand(-1, 4, 1)
+    return _rotation(power.gather(2, best)[:, :, 0])
 
 
 def _library(array: Array) -> ModuleType:
@@ -273,30 +313,28 @@ def _library(array: Array) -> ModuleType:
     return frame.torch if isinstance(frame, TorchFrame) else np
 
 
-def _rotation(q: Array) -> list[list[Array]]:
-    """Uniformly random rotations from normals (B, 4): unit quaternions (Shoemake 1992). Rows of columns (B, 1)."""
-    w, a, b, c = (q[:, i : i + 1] for i in range(4))
-    s = 2.0 / (w * w + a * a + b * b + c * c)
-    return [
-        [1.0 - s * (b * b + c * c), s * (a * b - c * w), s * (a * c + b * w)],
-        [s * (a * b + c * w), 1.0 - s * (a * a + c * c), s * (b * c - a * w)],
-        [s * (a * c - b * w), s * (b * c + a * w), 1.0 - s * (a * a + b * b)],
-    ]
+def _rotation(q: Array) -> Array:
+    """Rotations (B, 3, 3) of quaternions (B, 4) of any length; of normals they are uniformly random (Shoemake 1992)."""
+    unit = q / ((q * q).sum(1) * 0.5)[:, None] ** 0.5
+    pairs = unit[:, :, None] * unit[:, None, :]  # 2 q_i q_j / |q|^2
+    wa, wb, wc = (pairs[:, 0, i] for i in (1, 2, 3))
+    aa, ab, ac = (pairs[:, 1, i] for i in (1, 2, 3))
+    bb, bc, cc = pairs[:, 2, 2], pairs[:, 2, 3], pairs[:, 3, 3]
+    rows = [1.0 - bb - cc, ab - wc, ac + wb, ab + wc, 1.0 - aa - cc, bc - wa, ac - wb, bc + wa, 1.0 - aa - bb]
+    return _library(q).stack(rows, 1).reshape(-1, 3, 3)
 
 
-def _turned(turn: list[list[Array]], x: Array) -> Array:
-    """R x for x (B, atoms, 3): sums in one order, so that every library has the same bits."""
-    parts = [x[:, :, i] for i in range(3)]
-    rows = [r[0] * parts[0] + r[1] * parts[1] + r[2] * parts[2] for r in turn]
-    lib = _library(x)
-    return np.stack(rows, -1) if lib is np else lib.stack(rows, -1)
+def _hosted(x: Array) -> Array:
+    """x in NumPy, in the same memory, if it is on the CPU, so that both libraries have the same sums.
+
+    torch with gradients, and on a device.
+    """
+    return x if isinstance(x, np.ndarray) or x.requires_grad or not x.is_cpu else x.numpy()
 
 
 def _numbers(x: Array) -> Array:
-    """x in float64: in NumPy if it is on the CPU, so that both libraries have the same sums; torch with gradients."""
-    if isinstance(x, np.ndarray):
-        return x.astype(np.float64)
-    return x.double() if x.requires_grad or not x.is_cpu else x.numpy().astype(np.float64)
+    """x in float64."""
+    return x.astype(np.float64) if isinstance(x, np.ndarray) else x.double()
 
 
 def _back(values: Array, like: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -18,6 +19,8 @@ from fewstep.solvers.schedule.process import VP
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from fewstep.solvers.plans.plan import Plan
 
 Condition: TypeAlias = "Mapping[str, Tensor] | None"
 
@@ -56,6 +59,40 @@ class Model:
     def all_classes(self) -> Condition:
         """The condition of one sample per class."""
         return self.cond(np.arange(self.classes))
+
+
+def is_student(name: str) -> bool:
+    """Whether a model's name is the folder of a student, rather than one of `MODELS`."""
+    return name not in MODELS and (Path(name) / "student.json").is_file()
+
+
+def student_model(name: str, calls: int | None = None, network: str | None = None) -> tuple[Model, Plan]:
+    """The student in a folder as a model, and its plan of that many calls; by default of the most.
+
+    Raises ValueError for a number of calls that the student does not take, or conditions that are no classes.
+    """
+    from fewstep.distill_runs.student import load_student
+
+    student = load_student(name, network)
+    plan, denoiser = student.plan(calls), student.denoiser(calls)
+    if student.classes is None and student.conditions_named:
+        named = ", ".join(student.conditions_named)
+        raise ValueError(
+            f"--model {name}: the student takes the conditions {named}; only one of classes can be given here: use "
+            f"fewstep.load_student({name!r}).sample(..., cond=...)"
+        )
+
+    def cond(labels: np.ndarray) -> Condition:
+        import torch
+
+        own = {student.conditions_named[0]: torch.from_numpy(labels)} if student.classes else None
+        given: Condition = student.conditions(len(labels), own)  # type: ignore[assignment]
+        return given
+
+    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((0, *student.shape)), np.zeros(0, int)
+
+    return Model(name, student.shape, lambda scale: denoiser, cond, data, student.classes or 0), plan
 
 
 def check_model(name: str, guidance: float | None = None, label: int | None = None) -> None:

@@ -233,7 +233,7 @@ def _verdict(
 
 
 def _is_graphed(module: torch.nn.Module) -> bool:
-    from fewstep.bindings.diffusers.pipeline import GraphedCall
+    from fewstep.solvers.run.graphed_call import GraphedCall
 
     return isinstance(module.forward, GraphedCall)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.files import write_whole
 from fewstep.solvers.run.arrays import NumpyFrame
 from fewstep.solvers.run.conditions import Keys, leaves, mapped
 
 if TYPE_CHECKING:
+    import onnx
     import torch
 
 # The ONNX tensor types that the loop supports.
@@ -119,12 +120,13 @@ class OnnxModel:
         self.t = inputs[_named("t", t, [n for n in names if n != self.x.name], 0)]
         self.output = outputs[_named("output", output, list(outputs), 0)]
         self.cond = {name: port for name, port in inputs.items() if name not in (self.x.name, self.t.name)}
+        self.graph = graph
         self.frame = NumpyFrame()
         self._local = threading.local()
 
     def __call__(self, x: np.ndarray, t: np.ndarray, /, **cond: Any) -> np.ndarray:
         """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
-        given = _by_name(cond)
+        given = by_name(cond)
         if given.keys() != self.cond.keys():
             raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(given)}")
         work = self._work(x.shape)
@@ -140,6 +142,14 @@ class OnnxModel:
         for name, port in self.cond.items():
             work.bind(port, given[name])
         return work.run()
+
+    def proto(self) -> onnx.ModelProto:
+        """The graph itself, read anew."""
+        import onnx
+
+        if isinstance(self.graph, bytes):
+            return onnx.load_model_from_string(self.graph)
+        return onnx.load_model(os.fspath(self.graph))
 
     def _work(self, shape: tuple[int, ...]) -> _Work:
         """This thread's buffers for samples of that shape."""
@@ -184,7 +194,7 @@ def _dotted(path: Keys) -> str:
     return ".".join(map(str, path))
 
 
-def _by_name(cond: Mapping[str, Any]) -> dict[str, Any]:
+def by_name(cond: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of a condition by their names in a graph."""
     return {_dotted(path): value for path, value in leaves(cond)}
 
@@ -215,7 +225,7 @@ def export_onnx(
     """
     import torch
 
-    given = _by_name(cond or {})
+    given = by_name(cond or {})
     t = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     names = ["x", "t", *given]
 
@@ -230,20 +240,16 @@ def export_onnx(
             own = dict(zip(given, values, strict=True))
             return self.module(x, t, **mapped(lambda path, _: own[_dotted(path)], dict(cond or {}), path=()))
 
-    target = Path(path)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".onnx", delete=False) as file:
-        made = Path(file.name)
-    try:
+    def write(to: Path) -> None:
         torch.onnx.export(
             Flat().train(module.training),
             (x, t, *given.values()),
-            str(made),
+            str(to),
             input_names=names,
             output_names=["raw"],
             dynamic_axes={name: {0: "batch"} for name in (*names, "raw")},
             opset_version=opset,
             dynamo=False,
         )
-        made.replace(target)
-    finally:
-        made.unlink(missing_ok=True)
+
+    write_whole(Path(path), write)

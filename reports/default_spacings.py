@@ -38,6 +38,7 @@ TABLES = ("ays",)
 WHY = {
     ("VP", "lcm"): "an LCM knows only the times of its distillation, the problems' exact denoisers know all of them",
     ("VP", "tcd"): "as for lcm",
+    ("Flow", "flow_sde"): "Flow-GRPO trains and samples on the linear grid",
 }
 
 Errors = Mapping[str, Sequence[float]]

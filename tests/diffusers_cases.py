@@ -37,7 +37,44 @@ UPCASTS = {
     "FlowMatchEulerDiscreteScheduler",
     "FlowMatchHeunDiscreteScheduler",
     "FlowMatchLCMScheduler",
+    "HeliosScheduler",
+    "LTXEulerAncestralRFScheduler",
+    "SCMScheduler",  # its noise
 }
+
+
+# Schedulers of single models, with what their pipelines pass: the only number of steps, other arguments of
+# set_timesteps, the shape of a sample, the timesteps that are stepped from, the time that a step is given.
+SHAPE_5D = (1, 2, 2, 3, 3)
+
+
+def _with_earlier_prediction(
+    scheduler: Any, raw: torch.Tensor, k: int, x: torch.Tensor, earlier: Any, options: Any
+) -> Any:
+    """A step as CogVideoX's pipelines make it. earlier: the result of the last."""
+    times = scheduler.timesteps
+    back = times[k - 1] if k > 0 else None
+    return scheduler.step(raw, None if earlier is None else earlier[1], times[k], back, x, **options)
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "CogVideoXDDIMScheduler": {"shape": SHAPE_5D},
+    "CogVideoXDPMScheduler": {"shape": SHAPE_5D, "call": _with_earlier_prediction},
+    "ConsistencyDecoderScheduler": {"steps": 2},
+    "CosineDPMSolverMultistepScheduler": {},
+    "DDIMParallelScheduler": {},
+    "DDPMParallelScheduler": {},
+    "DDPMWuerstchenScheduler": {"stop": -1, "at": lambda t, x: t.expand(len(x))},
+    "FlowMapEulerDiscreteScheduler": {},
+    "HeliosScheduler": {"setting": {"stage_index": 1}, "shape": SHAPE_5D},
+    "LTXEulerAncestralRFScheduler": {},
+    "MiniMaxH3Scheduler": {},
+    "SCMScheduler": {"setting": {"intermediate_timesteps": None}, "stop": -1},
+    "UnCLIPScheduler": {},
+}
+# Older releases lack some.
+PRESENT = [name for name in twins.SCHEDULERS if hasattr(diffusers.schedulers, name)]
+GENERAL = [name for name in PRESENT if name not in SPECIAL]
 
 
 def pair(name: str, **config: Any) -> tuple[Any, Any]:
@@ -50,7 +87,7 @@ def pair(name: str, **config: Any) -> tuple[Any, Any]:
 def make(library: Any, name: str, **config: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' own deprecations
-        return getattr(library, name)(**config)
+        return getattr(library if library is twins else diffusers.schedulers, name)(**config)
 
 
 @contextlib.contextmanager
@@ -116,37 +153,49 @@ def run(
     steps: int = 7,
     *,
     dtype: torch.dtype = torch.float32,
-    shape: tuple[int, ...] = SHAPE,
+    shape: tuple[int, ...] | None = None,
     start: int = 0,
     setting: dict[str, Any] | None = None,
     begin_index: bool = False,
     **options: Any,
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """Every output of a run with a fixed sequence of network outputs, and the generator's state at the end."""
+    special = SPECIAL.get(type(scheduler).__name__, {})
+    shape = special.get("shape", SHAPE) if shape is None else shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if setting is None:
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(special.get("steps", steps), **special.get("setting", {}))
         else:
             scheduler.set_timesteps(**setting)
     network = torch.Generator().manual_seed(1)
     noise = torch.Generator().manual_seed(2)
+    torch.manual_seed(3)  # FlowMatch Euler drew from the global generator in diffusers 0.35
     if "generator" in inspect.signature(scheduler.step).parameters:
         options.setdefault("generator", noise)
     x = (torch.randn(shape, generator=network) * float(getattr(scheduler, "init_noise_sigma", 1.0))).to(dtype)
-    times = scheduler.timesteps[start * getattr(scheduler, "order", 1) :]
+    times = scheduler.timesteps[start * getattr(scheduler, "order", 1) : special.get("stop")]
     if begin_index and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start * scheduler.order)
-    outputs = []
-    for t in times:
+    outputs: list[dict[str, torch.Tensor]] = []
+    result: Any = None
+    for k, t in enumerate(times):
         if hasattr(scheduler, "scale_model_input"):
             x_in = scheduler.scale_model_input(x, t)
             assert x_in.dtype == dtype
         else:
             x_in = x
-        raw = (0.1 * x_in.float().clamp(-3.0, 3.0) + torch.randn(shape, generator=network)).to(dtype)
-        result = scheduler.step(raw, t, x, **options)
+        wide = x_in.to(torch.promote_types(dtype, torch.float32))
+        raw = (0.1 * wide.clamp(-3.0, 3.0) + torch.randn(shape, generator=network)).to(dtype)
+        if "call" in special:
+            result = special["call"](scheduler, raw, start + k, x, result, options)
+        else:
+            result = scheduler.step(raw, special["at"](t, x) if "at" in special else t, x, **options)
         named = {f"{i}": v for i, v in enumerate(result)} if type(result) is tuple else dict(result)
+        named = {
+            name: v if isinstance(v, torch.Tensor) else torch.tensor(-1 if v is None else v)
+            for name, v in named.items()
+        }
         outputs.append({"sample": x, "model_input": x_in, **named})
         x = result[0].to(dtype)
     return outputs, noise.get_state()
@@ -205,7 +254,7 @@ def difference(name: str, expected: Any, found: Any, dtype: torch.dtype) -> tupl
 
 def assert_same_state(name: str, parent: Any, twin: Any) -> None:
     """The twin's attributes are the parent's, so that the parent's step can continue the run."""
-    ours = {n: v for n, v in vars(twin).items() if n != "_cursor"}
+    ours = {n: v for n, v in vars(twin).items() if n not in ("_cursor", "earlier")}  # CogVideoX DPM's argument
     assert places(vars(parent)) == places(ours)
     for attribute, value in vars(parent).items():
         if isinstance(value, (bool, int, float, str)):

@@ -285,7 +285,7 @@ def mixed(**arguments: Any) -> Any:
 
 
 def admit(**arguments: Any) -> Any:
-    run = fs.MixedRun(DENOISER, [PLAN], (2, 3), backend="naive")
+    run = fs.MixedRun(DENOISER, [PLAN], (2, 3), backend="naive", previews=True)
     run.admit(**arguments)
     while not run.done(arguments["place"]):
         run.step()
@@ -396,6 +396,8 @@ target("recommend", fs.recommend, {"nfe": 10}, anything, nfe="nfe|budget|evaluat
 target("recommend/denoiser", fs.recommend, {"nfe": 10, "denoiser": TUNED, "shape": (3,), "cache": None}, anything,
        nfe="nfe|budget|evaluations")  # fmt: skip
 target("tune", fs.tune, {"denoiser": TUNED, "nfe": 6, "shape": (3,), "cache": None, "progress": False}, anything)
+target("tune_sde", fs.tune_sde, {"denoiser": TUNED, "nfe": 3, "shape": (3,), "seeds": 64, "cache": None,
+       "progress": False}, anything)  # fmt: skip
 target("tune_range", fs.tune_range, {"denoiser": fs.Denoiser(SLOW, VP, guidance=2.0), "nfe": 6, "scales": (1.0, 2.0),
        "shape": (3,), "cond": ({}, {}), "cache": None, "progress": False}, anything)  # fmt: skip
 target("save_plan", fs.save_plan, {"plan": PLAN, "path": FOLDER / "saved.json"}, anything)
@@ -433,7 +435,7 @@ def torch_targets() -> None:
     x = 3.0 * torch.from_numpy(LATENT)
     for name in k_diffusion.__all__:
         call = getattr(k_diffusion, name)
-        if not name.startswith("sample_") or name.endswith("cfg_pp"):  # these need ComfyUI's models
+        if not name.startswith("sample_") or "cfg" in name:  # these need ComfyUI's models
             continue
         parameters = inspect.signature(call).parameters
         levels = {"sigmas": sigmas} if "sigmas" in parameters else {"sigma_min": 0.1, "sigma_max": 3.0}
@@ -454,23 +456,55 @@ def torch_targets() -> None:
            of=SamplerModule, more=dict.fromkeys(("x", "streams", "noise")))  # fmt: skip
 
 
+def trainer_targets() -> None:
+    import torch
+
+    teacher = fs.Denoiser(torch.nn.Linear(3, 3), EDM, "edm")
+    base = {"method": "consistency", "data": torch.zeros(4, 3), "teacher": teacher, "device": "cpu"}
+    # Losses are not fuzzed: what networks and data do is test_trainer.py's.
+    target("Trainer", fs.Trainer, base, anything, skip=("metrics", "loggers", "held", "network"),
+           teacher="teacher|student", student="student(?:'s)?|teacher|process", seed="seed|lr", batch="batch|parts",
+           steps="steps|warmup")  # fmt: skip
+
+
 def is_torch_sample(result: Any) -> None:
     finite((result[0] if isinstance(result, tuple) else result).detach())
 
 
 if importlib.util.find_spec("torch") is not None:
     torch_targets()
+    trainer_targets()
+
+
+def onnx_targets() -> None:
+    """The loop as an ONNX file, of a network that only copies x."""
+    from onnx import TensorProto, helper
+
+    from fewstep.bindings.onnx import OnnxModel
+    from fewstep.bindings.onnx_loop import save_loop
+
+    sizes = {"x": ["batch", 3], "t": ["batch"], "raw": ["batch", 3]}
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, size) for name, size in sizes.items()]
+    graph = helper.make_graph([helper.make_node("Tanh", ["x"], ["raw"])], "network", ports[:2], ports[2:])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    denoiser = fs.Denoiser(OnnxModel(made.SerializeToString(), threads=1), VP)
+    target("save_loop", save_loop, {"denoiser": denoiser, "plan": PLAN, "path": FOLDER / "loop.onnx"}, anything,
+           denoiser="denoiser|ONNX network|process")  # fmt: skip
+
+
+if importlib.util.find_spec("onnx") is not None and importlib.util.find_spec("onnxruntime") is not None:
+    onnx_targets()
 
 # Public names without a target, and why.
 WITHOUT = {
     "__version__ problems": "no callables",
     "Point AdaptiveResult Likelihood LogProb Rollout Shards StepInfo EditInfo": "records that the package fills",
-    "Measured Recommendation PlanRange Sampled": "records that the package fills",
+    "Measured Recommendation PlanRange Sampled Student": "records that the package fills",
     "Plan Stage Start PlanError": "what solvers build; their checks have test_plan_check.py",
     "solver": "a decorator: it would change the table of solvers",
     "list_solvers list_spacings": "no parameters",
     "warmup": "its one parameter is called between compilations; test_cold.py",
-    "load_range": "reads with the functions of load_plan",
+    "load_range load_student": "read with the functions of load_plan",
     "Mapped InLibrary": "what the functions below return and read",
     "from_diffusers": "takes a scheduler of diffusers: test_maps.py",
     "audit accelerate restore": "take any pipeline object; test_audit.py, test_diffusers_pipelines.py",

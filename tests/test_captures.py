@@ -12,8 +12,8 @@ from captures import FakeCuda
 from torch import nn
 
 from fewstep.bindings.diffusers import pipeline
-from fewstep.bindings.diffusers.pipeline import GRAPHS, GraphedCall
 from fewstep.solvers.run.graph import CaptureError
+from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
 
 
 @pytest.fixture(autouse=True)

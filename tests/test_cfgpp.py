@@ -21,6 +21,26 @@ CASES = [
     ("dpmpp_2m_cfg_pp", {"difference": "guided"}),
     ("dpmpp_2s_ancestral_cfg_pp", {}),
     ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.0}),
+    ("dpmpp_2s_ancestral_cfg_pp", {"released": True}),
+    ("dpmpp_2s_ancestral_cfg_pp", {"released": True, "frame": "flow"}),
+    ("euler_ancestral_cfg_pp", {"eta": 0.7, "released": True}),
+    ("res_multistep_cfg_pp", {"eta": 0.7}),
+    ("res_multistep_cfg_pp", {"released": True}),
+    ("gradient_estimation_cfg_pp", {}),
+    ("cfgpp_ud10_ab", {}),
+    ("cfgpp_ud10_ab", {"frame": "sigma"}),
+]
+
+
+# From a flow's sigma 1, where alpha is 0 and the sigma of x / alpha is infinite.
+FROM_ONE = [
+    ("euler_cfg_pp", {}),
+    ("euler_ancestral_cfg_pp", {"eta": 0.7}),
+    ("euler_ancestral_cfg_pp", {"eta": 0.7, "released": True}),
+    ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5}),
+    ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5, "released": True}),
+    ("gradient_estimation_cfg_pp", {}),
+    ("cfgpp_ud10_ab", {}),
 ]
 
 
@@ -50,10 +70,12 @@ def both(x, alpha, sigma):
 
 
 @pytest.mark.parametrize("backend", ["naive", "numba"])
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize(("solver", "options"), CASES)
+@pytest.mark.parametrize(
+    ("solver", "options", "grid"),
+    [(*case, grid) for case in CASES for grid in GRIDS] + [(*case, "flow from one") for case in FROM_ONE],
+)
 def test_guided_cfg_pp_is_the_papers_loop(solver, options, grid, backend):
-    grid = GRIDS[grid]
+    grid = GRIDS[grid] if grid in GRIDS else fs.grid(fs.Flow(), 7)
     first = grid.points[0]
     x = first.sigma * np.random.default_rng(0).standard_normal((4, 2))
     draws = {}

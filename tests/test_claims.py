@@ -6,6 +6,7 @@ another mode do not decide; distance is the energy distance to the data.
 A claim that does not hold here is asserted as it was found.
 """
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_solvers import moments
 
 import fewstep as fs
 from fewstep.cli.comparison import real_to_real
-from fewstep.problems import energy_distance
+from fewstep.problems import Digits, Gaussian, energy_distance
 
 pytest.importorskip("torch")
 pytest.importorskip("sklearn")
@@ -123,3 +124,57 @@ def test_churn_hurts_an_exact_denoiser_and_helps_an_imperfect_one_up_to_a_point(
     assert churns[best] == 10.0
     assert imperfect[best] < 0.35 * imperfect[0]
     assert imperfect[-1] > 1.1 * imperfect[best]
+
+
+def stork(velocity, times, x, stages=50):
+    """STORK-2 (Tan et al. 2025) as diffusers has it: Runge-Kutta-Gegenbauer on velocities extrapolated in time.
+
+    Returns x at the last time. Its first two steps are Euler's and Adams-Bashforth's; equal steps are assumed.
+    """
+
+    def b(j):
+        return (1.0, 1 / 3)[j] if j < 2 else 4 * (j - 1) * (j + 4) / (3 * j * (j + 1) * (j + 2) * (j + 3))
+
+    old = []
+    for s, t in itertools.pairwise(times):
+        h, v = t - s, velocity(x, s)
+        if len(old) == 0:
+            x = x + h * v
+        elif len(old) == 1:
+            x = x + h * (1.5 * v - 0.5 * old[-1])
+        else:
+            d1 = (3 * v - 4 * old[-1] + old[-2]) / (2 * h)
+            d2 = (v - 2 * old[-1] + old[-2]) / h**2
+            start, whole = x, stages**2 + stages - 2
+            low, high = x, x + h * 6 / ((stages + 4) * (stages - 1)) * v
+            for j in range(2, stages + 1):
+                share = 4 / (3 * whole) if j == 2 else ((j - 1) ** 2 + j - 3) / whole
+                mu, nu = (2 * j + 1) * b(j) / (j * b(j - 1)), -(j + 1) * b(j) / (j * b(j - 2))
+                weight = mu * 6 / ((stages + 4) * (stages - 1))
+                inner = v + share * h * d1 + (share * h) ** 2 / 2 * d2
+                less = weight * (1 - j * (j + 1) * b(j - 1) / 2)
+                low, high = high, mu * high + nu * low + (1 - mu - nu) * start + h * (weight * inner - less * v)
+            x = high
+        old = [*old, v][-2:]
+    return x
+
+
+def test_stork_is_adams_bashforth_with_other_weights_and_does_not_gain():
+    """Its stages never call the network: a step is linear in the last three velocities, so that no stability is won.
+
+    The weights of v' and v'' are .490 and .243 instead of 1/2 and 1/3.
+    """
+    weights = [float(stork(lambda x, t, k=k: t**k, [-2.0, -1.0, 0.0, 1.0], np.zeros(()))) for k in (1, 2)]
+    start = [float(stork(lambda x, t, k=k: t**k, [-2.0, -1.0, 0.0], np.zeros(()))) for k in (1, 2)]
+    np.testing.assert_allclose(np.subtract(weights, start), [0.490, 0.243], atol=5e-4)
+    found = {}
+    for name, problem in (("gaussian", Gaussian(np.linspace(-0.7, 0.7, 16), np.geomspace(0.05, 1, 16))),
+                          ("digits", Digits())):  # fmt: skip
+        grid = fs.grid(fs.Flow(), 16, "linspace")
+        z = np.random.default_rng(0).standard_normal((16, *problem.shape))
+        exact = problem.solve(z, fs.Grid.from_times(fs.Flow(), [1.0, 0.0]), rtol=1e-7)
+        ours = fs.sample(problem.denoiser(fs.Flow()), z, solver="lms", order=3, grid=grid, dtype="float64")
+        theirs = stork(lambda x, t, p=problem: (x - p.denoise(x, 1 - t, t)) / t, grid.t.tolist(), z)
+        found[name] = np.sqrt(np.mean((theirs - exact) ** 2) / np.mean((ours - exact) ** 2))
+    assert 1.0 < found["gaussian"] < 1.3
+    assert 4.0 < found["digits"] < 10.0

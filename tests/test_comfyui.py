@@ -1,8 +1,9 @@
 """The custom nodes, on a stand-in for ComfyUI.
 
-ComfyUI is not installed: `comfy.samplers` below is a fake written from its interface, with the two parts that the nodes
-use (a KSAMPLER that is called as SamplerCustom calls it, and a wrapped model that takes the extra arguments). It tests
-that the nodes follow that interface, not that ComfyUI does.
+ComfyUI is not installed: `comfy.samplers` below is a fake written from its interface, with the parts that the nodes
+use (a KSAMPLER that is called as SamplerCustom calls it, the lists of names with what looks a name up, and a wrapped
+model that takes the extra arguments and masks). It tests that the nodes follow that interface, not that ComfyUI does;
+test_comfyui_recorded.py compares with numbers of its real samplers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pytest
 import torch
 from pages import run_page
 
+import fewstep as fs
 from fewstep.bindings import comfyui, k_diffusion
 from fewstep.bindings.comfyui import nodes
 
@@ -59,6 +61,7 @@ class Guider:
 
     def __call__(self, x, sigma, model_options, seed):
         self.seen.append((float(sigma[0]), seed, dict(model_options)))
+        self.shown = x
         level = sigma.reshape(-1, 1, 1, 1)
         x0 = 0.6 * torch.tanh(x / (0.2 + level))
         for hook in model_options.get("sampler_post_cfg_function", []):  # after guidance
@@ -67,27 +70,36 @@ class Guider:
 
 
 class Masked:
-    """Stand-in for ComfyUI's wrapper for inpainting: keeps the known part of the image."""
+    """Stand-in for ComfyUI's wrapper for inpainting: the network sees the known part noised, and predicts it."""
 
-    def __init__(self, guider, latent):
-        self.inner_model, self.latent = guider, latent
+    def __init__(self, guider, latent, noise=0.0):
+        self.inner_model, self.latent, self.noise = guider, latent, noise
 
     def __call__(self, x, sigma, denoise_mask, model_options, seed):
+        if denoise_mask is None:
+            return self.inner_model(x, sigma, model_options=model_options, seed=seed)
+        level = sigma.reshape(-1, 1, 1, 1)
+        known = self.inner_model.inner_model.model_sampling.noise_scaling(level, self.noise, self.latent)
+        x = x * denoise_mask + known * (1.0 - denoise_mask)
         x0 = self.inner_model(x, sigma, model_options=model_options, seed=seed)
-        return x0 if denoise_mask is None else x0 * denoise_mask + self.latent * (1.0 - denoise_mask)
+        return x0 * denoise_mask + self.latent * (1.0 - denoise_mask)
 
 
 class KSAMPLER:
     """Stand-in for the class that ComfyUI's SAMPLER nodes return."""
 
-    def __init__(self, sampler_function, extra_options=None):
+    def __init__(self, sampler_function, extra_options=None, inpaint_options=None):
         self.sampler_function, self.extra_options = sampler_function, extra_options or {}
+        self.inpaint_options = inpaint_options or {}
 
     def sample(self, guider, sigmas, extra_args, callback, noise, latent, denoise_mask=None):
         sampling = guider.inner_model.model_sampling
         steps = len(sigmas) - 1
+        mask_noise = noise
+        if self.inpaint_options.get("random"):
+            mask_noise = torch.randn(noise.shape, generator=torch.Generator().manual_seed(extra_args["seed"] + 1))
         samples = self.sampler_function(
-            Masked(guider, latent),
+            Masked(guider, latent, mask_noise),
             sampling.noise_scaling(sigmas[0], noise, latent),
             sigmas,
             extra_args={**extra_args, "denoise_mask": denoise_mask},
@@ -100,22 +112,30 @@ class KSAMPLER:
 
 @pytest.fixture(autouse=True)
 def comfy(monkeypatch):
-    package, samplers = ModuleType("comfy"), ModuleType("comfy.samplers")
+    package, samplers, functions = (ModuleType(f"comfy{rest}") for rest in ("", ".samplers", ".k_diffusion.sampling"))
     samplers.KSAMPLER = KSAMPLER
-    monkeypatch.setitem(sys.modules, "comfy", package)
-    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+    samplers.KSAMPLER_NAMES = ["euler", "dpm_2"]
+    samplers.SAMPLER_NAMES = [*samplers.KSAMPLER_NAMES, "ddim"]
+    shortened = {"dpm_2", "uni_pc"}
+    samplers.KSampler = type(
+        "KSampler", (), {"SAMPLERS": samplers.SAMPLER_NAMES, "DISCARD_PENULTIMATE_SIGMA_SAMPLERS": shortened}
+    )
+    samplers.sampler_object = lambda name: KSAMPLER(getattr(functions, f"sample_{name}"))
+    for module in (package, samplers, functions):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return samplers
 
 
 def noise(batch=slice(None)):
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))[batch]
 
 
-def run(sampler, sampling=None, sigmas=SIGMAS, mask=None, batch=slice(None), seed=11):
+def run(sampler, sampling=None, sigmas=SIGMAS, mask=None, batch=slice(None), seed=11, latent=None):
     guider, steps = Guider(sampling or Eps()), []
     z = noise(batch)
     out = sampler.sample(
         guider, sigmas, {"model_options": {"a": 1}, "seed": seed}, lambda *info: steps.append(info), z,
-        torch.zeros_like(z), mask,
+        torch.zeros_like(z) if latent is None else latent, mask,
     )  # fmt: skip
     return out, guider, steps
 
@@ -131,8 +151,11 @@ def test_mappings_are_what_comfyui_reads():
         types = node.INPUT_TYPES()
         assert list(types) == ["required"]
         json.dumps(types, allow_nan=False)  # it goes to the browser; s_tmax is infinite in Python
+        assert node.DESCRIPTION
+        assert node.DESCRIPTION.endswith((".", ")"))
         for kind, options in types["required"].values():
             default = options["default"]
+            assert len(options["tooltip"]) > 10
             if isinstance(kind, list):
                 assert default in kind, name
             elif kind == "BOOLEAN":
@@ -219,6 +242,103 @@ def test_masks_reach_the_model():
     assert out[..., 0].abs().min() > 0
 
 
+IMAGE = torch.linspace(-1.0, 1.0, 48).reshape(SHAPE)
+HALF = torch.tensor([1.0, 0.0]).expand(1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(("name", "sampling"), [("dpmpp_2m", Eps), ("heun", Eps), ("heun", CONST), ("euler", CONST)])
+def test_inpainting_is_the_edit_of_the_same_form(name, sampling):
+    """docs/edits.md: ComfyUI's masks are `Inpaint` at both doors. The wrapper masks for each call only, but a
+    deterministic sampler keeps what it was shown, so the two agree."""
+    sigmas, flow = (SIGMAS, False) if sampling is Eps else (FLOWS, True)
+    (sampler,) = nodes.FewstepSampler().get_sampler(name)
+    out, *_ = run(sampler, sampling(), sigmas, HALF, latent=IMAGE)
+    guider = Guider(sampling())
+    process = fs.Flow() if flow else fs.VE(0.002, 80.0)
+    denoiser = fs.Denoiser(lambda x, t: guider(x, t, {}, 11), process, "sample", time_dtype="float32")
+    grid = (fs.Grid.from_times if flow else fs.Grid.from_sigmas)(process, sigmas.tolist())
+    z = noise()
+
+    class Fixed(fs.edits.Inpaint):
+        """With the latent's own noise, as in ComfyUI, in the place of a draw."""
+
+        def __call__(self, info):
+            mask, known = self._masked(info, info.x if info.door == "x" else info.x0)
+            if info.door == "x":
+                known = known * info.to.alpha + z * info.to.sigma
+            return mask * (info.x if info.door == "x" else info.x0) + (1.0 - mask) * known
+
+    edit = Fixed(HALF, IMAGE, start=True)
+    start = sampling().noise_scaling(sigmas[0], z, IMAGE)
+    want = fs.sample(denoiser, start, solver=name, grid=grid, edit=edit, edit_x0=edit, every="stage")
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[..., 1], IMAGE[..., 1])
+
+
+def test_previews_are_the_masked_predictions_of_each_step():
+    (sampler,) = nodes.FewstepSampler().get_sampler("dpmpp_2m")
+    _, _, steps = run(sampler, mask=HALF, latent=IMAGE)
+    assert [(i, total) for i, _, _, total in steps] == [(i, 5) for i in range(5)]
+    for _, denoised, x, _ in steps:
+        assert torch.equal(denoised[..., 1], IMAGE[..., 1])
+        assert not torch.equal(x, denoised)
+
+
+def test_ddim_noises_masks_by_another_seed():
+    """As ComfyUI's ddim, which is Euler with inpaint_options={"random": True}."""
+    (ddim,) = nodes.FewstepSampler().get_sampler("ddim")
+    (euler,) = nodes.FewstepSampler().get_sampler("euler")
+    assert ddim.inpaint_options == {"random": True}
+    assert euler.inpaint_options == {}
+    assert torch.equal(run(ddim)[0], run(euler)[0])
+    ours, other = (run(sampler, mask=HALF, latent=IMAGE)[1].shown for sampler in (ddim, euler))
+    assert torch.equal(ours[..., 0], other[..., 0])
+    assert not torch.equal(ours[..., 1], other[..., 1])  # the known part of the last call's x
+
+
+def test_the_samplers_stand_in_comfyuis_list(comfy):
+    added = comfyui.add_samplers()
+    assert comfyui.add_samplers() == added  # once more adds none
+    for names in (comfy.KSAMPLER_NAMES, comfy.SAMPLER_NAMES, comfy.KSampler.SAMPLERS):
+        assert len(names) == len(set(names)) >= len(added)
+        assert set(added) < set(names)
+    assert comfy.SAMPLER_NAMES[:3] == ["euler", "dpm_2", "ddim"]
+    own = {f"fewstep_{name}" for name in fs.list_solvers() if name != "ddim_inverse"} - {"fewstep_ddim"}
+    assert set(added) == {f"fewstep_{name}" for name in nodes.SAMPLERS if name != "ddim"} | own
+    # ComfyUI logs the name of the function.
+    functions = sys.modules["comfy.k_diffusion.sampling"]
+    assert all(isinstance(getattr(functions, f"sample_{name}").__name__, str) for name in added)
+    # Those that ComfyUI gives one level more, and cuts the last but one.
+    assert {
+        "dpm_2", "uni_pc", *(f"fewstep_{name}" for name in ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2"))
+    } == comfy.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "dpm_adaptive", "lms", "euler_cfg_pp"])
+def test_a_name_of_the_list_is_its_node(comfy, name):
+    comfyui.add_samplers()
+    (node,) = nodes.FewstepSampler().get_sampler(name)
+    found, _, steps = run(comfy.sampler_object(f"fewstep_{name}"))
+    want, _, same = run(node)
+    assert torch.equal(found, want)
+    assert len(steps) == len(same) > 0
+
+
+@pytest.mark.parametrize("sampling", [Eps, CONST])
+@pytest.mark.parametrize("solver", ["res_2s", "unipc", "rk4"])
+def test_a_solver_of_the_list_is_that_of_sample(comfy, solver, sampling):
+    comfyui.add_samplers()
+    sigmas, flow = (SIGMAS, False) if sampling is Eps else (FLOWS, True)
+    found, *_ = run(comfy.sampler_object(f"fewstep_{solver}"), sampling(), sigmas)
+    guider = Guider(sampling())
+    process = fs.Flow() if flow else fs.VE(0.002, 80.0)
+    grid = (fs.Grid.from_times if flow else fs.Grid.from_sigmas)(process, sigmas.tolist())
+    denoiser = fs.Denoiser(lambda x, t: guider(x, t, {}, 11), process, "sample", time_dtype="float32")
+    start = sampling().noise_scaling(sigmas[0], noise(), torch.zeros(()))
+    want = fs.sample(denoiser, start, solver=solver, grid=grid)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
 def test_outside_comfyui_only_making_a_sampler_fails(monkeypatch):
     monkeypatch.setitem(sys.modules, "comfy.samplers", None)
     with pytest.raises(ImportError, match=r"comfy\.samplers"):
@@ -233,6 +353,7 @@ def test_the_page(monkeypatch):
     before = run_page("docs/comfyui.md", {}, "before")
     after = run_page("docs/comfyui.md", {}, "after")
     install = run_page("docs/comfyui.md", {}, "install")
+    assert "fewstep_res_2s" in run_page("docs/comfyui.md", {}, "list")["names"]
     assert install["NODE_CLASS_MAPPINGS"] is comfyui.NODE_CLASS_MAPPINGS
     assert torch.equal(run(after["sampler"])[0], run(before["sampler"])[0])
 

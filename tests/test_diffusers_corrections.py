@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import SHAPE, compare, make, pair, run, without_compiler
+from diffusers_cases import GENERAL, SHAPE, compare, make, pair, run, without_compiler
 
 from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers.corrections import CORRECTED
@@ -45,7 +45,7 @@ def test_nothing_changes_by_default(name: str) -> None:
         compare(name, *pair(name), 6)
 
 
-@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_wish_is_kept(name: str, tmp_path: Any) -> None:
     """The option is saved in the configuration, and off by default."""
     scheduler = corrected(name)
@@ -56,10 +56,11 @@ def test_the_wish_is_kept(name: str, tmp_path: Any) -> None:
     assert "corrected" not in make(twins, name).config
 
 
-def test_ddim_steps_along_its_schedule() -> None:
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDIMParallelScheduler", "CogVideoXDDIMScheduler"])
+def test_ddim_steps_along_its_schedule(name: str) -> None:
     """x' = sqrt(a') x0 + sqrt(1 - a') eps with a' at the next time of the schedule (Song et al. 2021, eq. 12)."""
     config = {"timestep_spacing": "linspace", "clip_sample": False}
-    right, usual = corrected("DDIMScheduler", **config), make(twins, "DDIMScheduler", **config)
+    right, usual = corrected(name, **config), make(twins, name, **config)
     for scheduler in (right, usual):
         scheduler.set_timesteps(10)
     times = right.timesteps.tolist()
@@ -76,11 +77,12 @@ def test_ddim_steps_along_its_schedule() -> None:
     close(walk(usual, raws[:1])[1], first)
 
 
-def test_ddpm_has_the_large_variance_under_its_logarithm() -> None:
-    usual = make(twins, "DDPMScheduler", variance_type="fixed_large_log")
+@pytest.mark.parametrize("name", ["DDPMScheduler", "DDPMParallelScheduler"])
+def test_ddpm_has_the_large_variance_under_its_logarithm(name: str) -> None:
+    usual = make(twins, name, variance_type="fixed_large_log")
     outputs, _ = run(usual, 4)
     assert outputs[0]["prev_sample"].isnan().all()
-    right, _ = run(corrected("DDPMScheduler", variance_type="fixed_large_log"), 4)
+    right, _ = run(corrected(name, variance_type="fixed_large_log"), 4)
     plain, _ = run(make(diffusers, "DDPMScheduler", variance_type="fixed_large"), 4)
     for a, b in zip(right, plain, strict=True):
         close(a["prev_sample"], b["prev_sample"])
@@ -252,6 +254,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "clip_sample": False, "timestep_spac
         ("DDIMInverseScheduler", {"prediction_type": "sample", "clip_sample": False}, "prediction_type='sample'"),
         ("DDIMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
         ("DDPMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
+        ("CogVideoXDDIMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
         ("LCMScheduler", ZERO_SNR, "prediction_type='epsilon'"),
         ("TCDScheduler", ZERO_SNR, "prediction_type='epsilon'"),
         ("UniPCMultistepScheduler", {"solver_type": "bh1"}, "use 'bh2'"),

@@ -54,8 +54,11 @@ def test_every_corrected_scheduler_is_in_the_table() -> None:
     page = (DOCS / "diffusers.md").read_text(encoding="utf-8")
     assert f"all {len(SCHEDULERS)} of" in page
     words = {
-        "DDIMScheduler": "| DDIM |",
-        "DDPMScheduler": "| DDPM |",
+        "CogVideoXDDIMScheduler": "| DDIM, DDIM parallel, CogVideoX DDIM |",
+        "DDIMParallelScheduler": "| DDIM, DDIM parallel, CogVideoX DDIM |",
+        "DDIMScheduler": "| DDIM, DDIM parallel, CogVideoX DDIM |",
+        "DDPMParallelScheduler": "| DDPM, DDPM parallel |",
+        "DDPMScheduler": "| DDPM, DDPM parallel |",
         "EulerDiscreteScheduler": "| Euler |",
         "LMSDiscreteScheduler": "| LMS |",
         "IPNDMScheduler": "| iPNDM |",

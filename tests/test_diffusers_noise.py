@@ -10,7 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import SHAPE, difference, make, run, same_bits
+from diffusers_cases import PRESENT, SHAPE, difference, make, run, same_bits
 from diffusers_pipelines import CASES, image
 
 import fewstep as fs
@@ -185,7 +185,7 @@ def test_the_brownian_path_is_fewsteps() -> None:
 
 
 def test_the_wish_is_kept_and_checked(tmp_path: Any) -> None:
-    for name in twins.SCHEDULERS:
+    for name in PRESENT:
         assert "noise" not in make(twins, name).config
     twin = make(twins, "DDPMScheduler", noise="fewstep")
     twin.save_pretrained(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import warnings
 from collections.abc import Iterator
@@ -11,9 +13,10 @@ import diffusers
 import pytest
 import torch
 from diffusers_cases import only_fused
-from diffusers_pipelines import CASES, image
+from diffusers_pipelines import CASES, FIELDS, image
 
 import fewstep as fs
+from fewstep.bindings import diffusers as twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 
@@ -43,6 +46,31 @@ def test_the_same_image(name: str) -> None:
     fs.restore(pipe)
     assert type(pipe.scheduler) is getattr(diffusers, scheduler)
     torch.testing.assert_close(image(pipe, arguments()), expected, rtol=0.0, atol=0.0)
+
+
+def latents(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0), return_dict=False)[0]
+    return torch.stack(found) if isinstance(found, list) else found
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of what it has rounded itself
+@pytest.mark.parametrize("name", FIELDS)
+def test_the_same_latents(name: str) -> None:
+    """Audio, video and newer image models."""
+    make, arguments = FIELDS[name]
+    pipe = make()
+    expected = latents(pipe, arguments())
+    scheduler = type(pipe.scheduler).__name__
+    if scheduler.startswith("Cosine"):  # left alone by accelerate, whose noise would be another
+        pipe.scheduler = getattr(twins, scheduler).from_config(pipe.scheduler.config)
+    else:
+        assert str(fs.accelerate(pipe)) == f"scheduler: {scheduler} runs fused"
+    with contextlib.nullcontext() if "learned" in name else only_fused(scheduler):
+        found = latents(pipe, arguments())
+    scale = float(expected.abs().max())
+    assert 0.0 < float(expected.std()) < torch.inf
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=TOLERANCE * max(1.0, scale))
 
 
 def test_one_scheduler_in_two_threads() -> None:
@@ -76,6 +104,53 @@ def test_one_scheduler_in_two_threads() -> None:
         assert len(images) == 3
         for found in images:
             torch.testing.assert_close(found, alone[seed], rtol=0.0, atol=0.0)
+
+
+def test_networks_that_move() -> None:
+    """As offloading moves weights to a device and back around each call, and a pipeline to another dtype and back."""
+    make, arguments = CASES["StableDiffusion UniPC"]
+
+    def moved(module: torch.nn.Module, *args: Any) -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+
+    images = []
+    for accelerated in (False, True):
+        pipe = make()
+        for network in (pipe.unet, pipe.vae):
+            network.register_forward_pre_hook(moved)
+            network.register_forward_hook(moved)
+        if accelerated:
+            fs.accelerate(pipe)
+        with only_fused("UniPCMultistepScheduler") if accelerated else contextlib.nullcontext():
+            for dtype in (torch.float32, torch.float64, torch.float32):
+                pipe.to(dtype)
+                given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in arguments().items()}
+                images.append(image(pipe, given))
+    for expected, found in zip(images[:3], images[3:], strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # Inductor's own
+@pytest.mark.parametrize("whole", [False, True], ids=["network", "whole call"])
+def test_compiled(whole: bool) -> None:
+    """COMPILER=inductor compiles as torch.compile does by default, and the whole call too, which takes minutes."""
+    compiler = os.environ.get("COMPILER")
+    if whole and compiler is None:
+        pytest.skip("takes a minute: COMPILER=eager or COMPILER=inductor runs it")
+    make, arguments = CASES["StableDiffusion UniPC"]
+    pipe, backend = make(), compiler or "eager"
+    expected = image(pipe, arguments())
+    fs.accelerate(pipe)
+    torch._dynamo.reset()
+    if whole:
+        found = torch.compile(image, backend=backend)(pipe, arguments())
+    else:
+        pipe.unet = torch.compile(pipe.unet, backend=backend)
+        found = image(pipe, arguments())
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=TOLERANCE)
 
 
 def test_callbacks_see_and_change_the_latents() -> None:

@@ -9,7 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import SHAPE, assert_same_state, compare, make, pair, run, without_compiler
+from diffusers_cases import GENERAL, SHAPE, assert_same_state, compare, make, pair, run, without_compiler
 
 from fewstep.bindings import diffusers as twins
 
@@ -34,7 +34,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[object]:
     return seen
 
 
-@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_a_known_schedule(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after another one, a run and an interrupted run; and its tensors are the scheduler's own."""
     parent, twin = pair(name)

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import make
+from diffusers_cases import GENERAL, make
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,7 +201,7 @@ def calls(library: Any, name: str, place: str, scheduler: Any = None, **config: 
 
 
 # Of DPM-Solver SDE's Brownian path every draw is made on the CPU, as in diffusers.
-ON_DEVICE = [name for name in twins.SCHEDULERS if name != "DPMSolverSDEScheduler"]
+ON_DEVICE = [name for name in GENERAL if name != "DPMSolverSDEScheduler"]
 
 
 @pytest.mark.parametrize("drawn", ["torch", "fewstep"])

@@ -14,7 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers_cases import make, only_fused, run
+from diffusers_cases import GENERAL, make, only_fused, run
 
 import fewstep.bindings.diffusers as twins
 
@@ -126,6 +126,58 @@ def test_a_run_under_way_is_not_disturbed(name: str) -> None:
     assert len(scheduler.timesteps) >= 9  # between two runs, the object's
 
 
+# Who sets the schedule, scales and steps: threads by number, for each step. -1 is a new thread each time.
+THREADS = [(1, 0, 0), (0, -1, -1), (-1, -1, -1), (1, 2, 1), (2, 1, 1), (1, "alternate", "alternate"), (0, 1, 0)]
+
+
+@pytest.mark.parametrize("times", ["elements", "numbers"])
+@pytest.mark.parametrize(("sets", "scales", "makes"), THREADS)
+@pytest.mark.parametrize("name", [UNIPC, "EulerAncestralDiscreteScheduler", "PNDMScheduler", "HeunDiscreteScheduler"])
+def test_one_run_in_several_threads(name: str, sets: Any, scales: Any, makes: Any, times: str) -> None:
+    """A run is continued by whichever thread makes its next step, also where a thread has broken off one of its own."""
+    ends = []
+    for scheduler in (make(diffusers, name), make(twins, name)):
+        pools = [ThreadPoolExecutor(1) for _ in range(3)]
+
+        def call(who: Any, method: Any, *args: Any, pools: Any = pools, **kwargs: Any) -> Any:
+            if who == -1:
+                with ThreadPoolExecutor(1) as new:
+                    return new.submit(method, *args, **kwargs).result()
+            return pools[who].submit(method, *args, **kwargs).result()
+
+        pools[2].submit(request, scheduler).result()
+        if times == "elements":
+            pools[2].submit(scheduler.set_timesteps, 9).result()
+            pools[2].submit(steps, scheduler, scheduler.timesteps[:2]).result()
+        call(sets, scheduler.set_timesteps, 5)
+        x, noise = torch.linspace(-1.0, 1.0, 324).reshape(SHAPE), torch.Generator().manual_seed(0)
+        drawn = {"generator": noise} if name.startswith("EulerA") else {}
+        schedule = call(sets if sets != -1 else makes, lambda s=scheduler: s.timesteps)
+        for k, t in enumerate(schedule):
+            at = t if times == "elements" else float(t) if name[0] in "EH" else int(t)
+            at = t.clone() if name.startswith("EulerA") and times == "numbers" else at
+            x_in = call(k % 2 if scales == "alternate" else scales, scheduler.scale_model_input, x, at)
+            raw = torch.tanh(2.0 * x_in)
+            x = call(k % 2 if makes == "alternate" else makes, scheduler.step, raw, at, x, **drawn).prev_sample
+        ends.append(x)
+        for pool in pools:
+            pool.shutdown()
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_that_could_be_either_threads_is_refused() -> None:
+    """Two threads have taken up one schedule, and a third comes with the next step of both."""
+    scheduler = make(twins, UNIPC)
+    scheduler.set_timesteps(5)
+    times = scheduler.timesteps
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other, ThreadPoolExecutor(1) as third:
+        for pool in (one, other):
+            pool.submit(steps, scheduler, times[:2]).result()
+        x = torch.zeros(SHAPE)
+        with pytest.raises(RuntimeError, match="comes next in the runs of 2 threads on one schedule: call"):
+            third.submit(scheduler.step, x, times[2], x).result()
+
+
 @pytest.mark.parametrize("name", [UNIPC, "LMSDiscreteScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler"])
 def test_idle_threads_keep_no_latents(name: str) -> None:
     held = {}
@@ -167,7 +219,7 @@ def default_device(name: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("name", twins.SCHEDULERS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_the_default_device_is_not_the_steps(name: str) -> None:
     config = {"noise_sampler_seed": 0} if name == "DPMSolverSDEScheduler" else {}
     with warnings.catch_warnings():

@@ -132,6 +132,85 @@ def test_loss_and_gradient_are_the_formula(process: fs.EDM | fs.VP) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(want, gain)[0], rtol=1e-6, atol=0)
 
 
+class Attention(torch.nn.Module):
+    """Fused attention over the elements of a sample, which has no forward-mode derivative."""
+
+    def forward(self, u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        tokens = torch.stack([u, u * t[:, None], torch.sin(u)], dim=2)[:, None]  # (B, 1 head, elements, 3)
+        return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).sum((1, 3))
+
+
+def test_differences_are_the_forward_mode_derivative_and_serve_fused_attention() -> None:
+    x0, noise, at = batch()
+    x, slope = noised(x0, noise, at), normals(*x0.shape, seed=4)
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 2e-3)):
+        exact_g, g = (
+            continuous.tangent(student(wrong), x.to(dtype), slope.to(dtype), at, derivative=kind)
+            for kind in ("forward", "differences")
+        )
+        torch.testing.assert_close(g, exact_g, rtol=tolerance, atol=tolerance)
+    fused = student(Attention())
+    with pytest.raises(NotImplementedError, match="pass derivative='differences'"):
+        continuous.tangent(fused, x, slope, at)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        want = continuous.tangent(fused, x, slope, at)
+    torch.testing.assert_close(
+        continuous.tangent(fused, x, slope, at, derivative="differences"), want, rtol=1e-7, atol=1e-8
+    )
+    with pytest.raises(ValueError, match="derivative must be one of"):
+        continuous.tangent(fused, x, slope, at, derivative="backward")
+    narrow = fs.Denoiser(wrong, EDM, "edm", dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"derivative='differences' with inputs of torch\.bfloat16"):
+        continuous.tangent(narrow, x.float(), slope.float(), at, derivative="differences")
+
+
+def test_differences_use_one_dropout_mask() -> None:
+    """Otherwise the difference of two masks, divided by the step, would drown the derivative."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.Dropout(0.5), torch.nn.Linear(64, 2)).double()
+    x0, noise, at = batch()
+    x, slope, net = noised(x0, noise, at), normals(*x0.shape, seed=4), student(lambda u, t, n=net: n(u))
+    found = []
+    for kind in ("forward", "differences"):
+        torch.manual_seed(7)
+        found.append(continuous.tangent(net, x, slope, at, derivative=kind))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-8)
+
+
+def test_the_learned_weight_is_its_formula_and_ends_at_the_inverse_loss() -> None:
+    x0, noise, at = batch()
+    teacher, weight = GAUSSIAN.denoiser(EDM), continuous.LearnedWeight(8).double()
+    losses = torch.stack(
+        [
+            continuous.loss(student(wrong), x0[i : i + 1], noise[i : i + 1], points_of(EDM, [s]), teacher=teacher)
+            for i, s in enumerate(SIGMAS)
+        ]
+    )
+    angle = torch.atan(torch.tensor(SIGMAS, dtype=torch.float64) / 0.5)
+    torch.testing.assert_close(
+        continuous.loss(student(wrong), x0, noise, at, teacher=teacher, weight=weight),
+        losses.mean(),
+        rtol=1e-12,
+        atol=0,
+    )
+    with torch.no_grad():
+        weight.coefficients.copy_(0.3 * normals(8, seed=5))
+    w = sum(c * torch.cos(2 * k * angle) for k, c in enumerate(weight.coefficients))
+    got = continuous.loss(student(wrong), x0, noise, at, teacher=teacher, weight=weight)
+    torch.testing.assert_close(got, (w.exp() * losses - w).mean(), rtol=1e-12, atol=0)
+    # As many cosines as levels or more: the minimum is e^-w = loss at each level.
+    optimiser = torch.optim.LBFGS(weight.parameters(), max_iter=300, tolerance_grad=1e-14, tolerance_change=1e-16)
+
+    def closure() -> torch.Tensor:
+        optimiser.zero_grad()
+        value = continuous.loss(student(wrong), x0, noise, at, teacher=teacher, weight=weight)
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    torch.testing.assert_close((-weight(angle)).exp(), losses, rtol=1e-3, atol=0)
+
+
 def test_the_student_is_its_own_boundary_and_others_are_refused() -> None:
     x0, noise, at = batch()
     clean = fs.Point(np.full(5, 1e-9), np.ones(5), np.full(5, 1e-9))

@@ -139,10 +139,37 @@ def test_the_generator_loss_adds_its_two_terms() -> None:
     at = points_of(ZERO_SNR, [100.0, 700.0, 998.0])
     fake, noise = normals(3, 4).requires_grad_(True), normals(3, 4, seed=1)
     got = adversarial.generator_loss(fake, features, heads, denoiser, noise, at)
-    want = -heads(features(fake)).mean() + 2.5 * adversarial.distillation_loss(fake, denoiser, noise, at)
+    # A sum over the two heads and a mean over the batch of three: with the mean over heads lambda would be doubled.
+    adversarial_term = -heads(features(fake)).sum() / 3
+    want = adversarial_term + 2.5 * adversarial.distillation_loss(fake, denoiser, noise, at)
     torch.testing.assert_close(got, want, rtol=1e-14, atol=0)
-    (gradient,) = torch.autograd.grad(-heads(features(fake)).mean(), fake)
+    (gradient,) = torch.autograd.grad(adversarial_term, fake)
     assert float(gradient.abs().min()) > 0.0
+
+
+def test_conditional_heads_project_their_condition() -> None:
+    """<W c + b, h> / sqrt(hidden), mean over positions; the same condition reaches both losses."""
+    torch.manual_seed(0)
+    features, heads = Frozen(), adversarial.Heads([6, 2], 8, conditions=3).double()
+    x, c = normals(5, 4), normals(5, 3, seed=1)
+    got = heads(features(x), c)
+    want = []
+    for k, maps in enumerate(features(x)):
+        columns = maps.reshape(5, maps.shape[1], -1)  # (B, C, positions)
+        logits = []
+        for j in range(columns.shape[2]):
+            first, _, last = heads.heads[k]
+            h = last(torch.nn.functional.silu(first(columns[:, :, j])))
+            logits.append(((c @ heads.project[k].weight.T + heads.project[k].bias) * h).sum(1) / math.sqrt(8))
+        want.append(torch.stack(logits).mean(0))
+    torch.testing.assert_close(got, torch.stack(want, 1), rtol=1e-12, atol=1e-14)
+    hinge, _ = adversarial.discriminator_loss(x, -x, features, heads, real_cond=c, fake_cond=2 * c)
+    scores = heads(features(x), c), heads(features(-x), 2 * c)
+    want_hinge = ((1 - scores[0]).clamp_min(0).sum() + (1 + scores[1]).clamp_min(0).sum()) / 5
+    torch.testing.assert_close(hinge, want_hinge, rtol=1e-14, atol=0)
+    for heads_of, cond in ((heads, None), (heads, c[:, :2]), (adversarial.Heads([6, 2], 8).double(), c)):
+        with pytest.raises(ValueError, match="the heads were made with conditions="):
+            heads_of(features(x), cond)
 
 
 def test_the_discriminator_loss_is_hinge_and_r1_at_the_heads_inputs() -> None:
@@ -151,7 +178,7 @@ def test_the_discriminator_loss_is_hinge_and_r1_at_the_heads_inputs() -> None:
     real, fake = normals(5, 4), normals(5, 4, seed=1).requires_grad_(True)
     hinge, r1 = adversarial.discriminator_loss(real, fake, features, heads, r1=0.3)
     scores = heads(features(real)), heads(features(fake.detach()))
-    want = (1 - scores[0]).clamp_min(0).mean() + (1 + scores[1]).clamp_min(0).mean()
+    want = ((1 - scores[0]).clamp_min(0).sum() + (1 + scores[1]).clamp_min(0).sum()) / 5  # a sum over the heads
     torch.testing.assert_close(hinge, want, rtol=1e-14, atol=0)
     # R1 by finite differences of the scores in the features.
     inputs = features(real)
@@ -236,6 +263,69 @@ def test_the_critic_learns_the_generators_denoiser_and_sends_no_gradient_back() 
     slope = torch.cov(torch.stack([x_t, x]))[0, 1] / x_t.var()
     assert gain.item() == pytest.approx(slope.item(), rel=1e-9)
     assert shift.item() == pytest.approx((x.mean() - slope * x_t.mean()).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("predicts", ["edm", "epsilon", "v"])
+def test_the_critics_weight_is_that_of_the_released_code(predicts: str) -> None:
+    """EDM's 1/sigma^2 + 1/sigma_data^2 on x0 for an "edm" critic, and the squared error of eps for the others."""
+    process = EDM if predicts == "edm" else fs.VP.scaled_linear()
+    at = points_of(process, [0.05, 2.0, 40.0] if predicts == "edm" else [30.0, 500.0, 990.0])
+    fake, noise = normals(3, 4), normals(3, 4, seed=1)
+    critic = fs.Denoiser(lambda x, t: torch.tanh(x), process, predicts, time_dtype="float64")
+    x_t = noised(fake, noise, at)
+    x0 = predict(critic, x_t, at)
+    alpha, sigma = (torch.tensor(v)[:, None] for v in (at.alpha, at.sigma))
+    if predicts == "edm":
+        want = ((1 / sigma**2 + 1 / 0.5**2) * (x0 - fake) ** 2).mean()
+    else:
+        want = ((x_t - alpha * x0) / sigma - noise).square().mean()
+    got = distribution_matching.critic_loss(critic, fake, noise, at)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+def test_a_student_of_several_steps_trains_on_its_own_sampling_with_the_methods_defaults() -> None:
+    """Against a loop written out: each sample at its own step, its condition with it, and the weights by step."""
+    grid = fs.Grid.from_sigmas(EDM, [80.0, 5.0, 0.3, 0.0])
+
+    def net(x: torch.Tensor, t: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(c[:, None] * x + t[:, None])
+
+    few = distribution_matching.FewSteps(fs.Denoiser(net, EDM, "sample", time_dtype="float64"), grid)
+    stops = few.stops(8)
+    assert stops.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    latent, c = 80.0 * normals(8, 2), torch.linspace(0.5, 2.0, 8, dtype=torch.float64)
+    got = few.inputs(latent, stops, seed=3, cond={"c": c})
+    torch.testing.assert_close(got[:3], latent[:3], rtol=0, atol=0)
+    for k in (1, 2):
+        rows = stops == k
+        own = few.simulate(latent[rows], k, seed=3 + k, cond={"c": c[rows]})
+        torch.testing.assert_close(got[rows], own, rtol=0, atol=0)
+    fake = few.generate(got, stops, {"c": c})
+    sigma = torch.tensor(grid.sigma[stops])
+    torch.testing.assert_close(fake, torch.tanh(c[:, None] * got + sigma[:, None]), rtol=1e-12, atol=1e-14)
+    # 1 / c_out^2 of EDM, relative to the first step's: c_out = sigma sd / sqrt(sigma^2 + sd^2).
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    torch.testing.assert_close(torch.tensor(few.weights(stops)), (c_out[0] / c_out) ** 2, rtol=1e-12, atol=0)
+    told = few.critic_cond(stops, {"c": c}, like=c)
+    assert told["c"] is c
+    assert told["step"].dtype == torch.float64
+    assert told["step"].tolist() == stops.tolist()
+    one = distribution_matching.FewSteps(few.student, fs.Grid.from_sigmas(EDM, [80.0, 0.0]))
+    assert one.critic_cond(one.stops(4)) == {}
+    assert one.weights(one.stops(4)).tolist() == [1.0] * 4
+    # Finite where the first step has no signal.
+    zero = distribution_matching.FewSteps(few.student, fs.Grid.from_times(FLOW, [1.0, 0.5, 0.0]))
+    torch.testing.assert_close(torch.tensor(zero.weights(np.array([0, 1]))), torch.tensor([1.0, 5.0 / 4.0]).double())
+
+
+def test_noise_levels_are_log_normal_and_within_the_process() -> None:
+    for process in (EDM, fs.VP.scaled_linear(), FLOW):
+        at = distribution_matching.noise_levels(process, 4000, torch.Generator().manual_seed(0))
+        ratio = np.asarray(at.sigma) / np.asarray(at.alpha)
+        inside = (ratio > process.sigma_min * 1.001) & (ratio < process.sigma_max * 0.999)
+        assert inside.mean() > 0.97
+        assert np.log(np.median(ratio)) == pytest.approx(-1.2, abs=0.1)
+        assert ratio.min() >= process.sigma_min * (1 - 1e-9)
 
 
 def test_gan_losses_are_the_non_saturating_ones() -> None:

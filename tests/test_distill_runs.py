@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+import fewstep as fs
 from fewstep.cli.commands import app
 from fewstep.cli.distill import finish
 from fewstep.distill_runs import digits as distill_digits
-from fewstep.distill_runs.evaluate import evaluate, ring_data
+from fewstep.distill_runs import pinwheel as distill_pinwheel
+from fewstep.distill_runs.evaluate import distances, evaluate, pinwheel_data, ring_data
 from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
@@ -50,15 +52,65 @@ def run(method: str, steps: int, **options: Any) -> tuple[Any, list[dict[str, fl
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [m for m in PROBLEMS["ring"].methods if m != "guided"])
 def test_each_method_brings_its_samples_nearer_to_the_data(method: str) -> None:
-    """One-call samples of a short run against those of the initial network. Losses are no measure: they rise with a
-    curriculum, restart with a phase, or belong to a min-max problem."""
+    """Samples of a short run in the fewest calls against those of the initial network.
+
+    Losses are no measure: they rise with a curriculum, restart with a phase, or belong to a min-max problem.
+    """
     distances = []
-    long = {"adversarial": 320, "distribution_matching": 240}.get(method, 160)  # the longer ones include a warm-up
+    # Longer where there is a warm-up.
+    long = {"adversarial": 320, "distribution_matching": 240, "moment_matching": 320}.get(method, 160)
     for steps in (2, long):
-        denoiser, plan = (recipe := run(method, steps)[0]).samplers()[1]
+        denoiser, plan = next(iter((recipe := run(method, steps)[0]).samplers().values()))
         x = sample(denoiser, plan, recipe.start_sigma, 512)
         distances.append(sliced_wasserstein(x, RING.draw(512, 0)))
     assert distances[1] < 0.9 * distances[0], distances
+
+
+ON_PINWHEEL = ["consistency", "distribution_matching", "moment_matching", "regularised", "rectified"]
+
+
+@pytest.fixture
+def weak_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(distill_pinwheel, "TEACHER_STEPS", 20)
+    distill_pinwheel.pinwheel_teacher.cache_clear()
+    yield
+    distill_pinwheel.pinwheel_teacher.cache_clear()
+
+
+@pytest.mark.usefixtures("weak_teacher")
+def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
+    """Also DMD2's critic, whose input of the step then does nothing; other sizes start from the seed."""
+    teacher = distill_pinwheel.pinwheel_teacher().model
+    x, t = torch.randn((6, 2), generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 6)
+    label = torch.arange(6) % 5
+    want = teacher(x, t, label=label)
+    assert torch.equal(make_recipe("consistency", "pinwheel").modules["student"](x, t, label=label), want)
+    four = make_recipe("distribution_matching", "pinwheel", options={"calls": 4})
+    for step in (0.0, 3.0):
+        got = four.modules["critic"](x, t, torch.full((6,), step), label=label)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    narrow = make_recipe("consistency", "pinwheel", options={"width": 32}).modules["student"]
+    assert not torch.allclose(narrow(x, t, label=label), want)
+
+
+@pytest.mark.usefixtures("weak_teacher")
+@pytest.mark.parametrize("method", ON_PINWHEEL)
+def test_methods_train_on_the_pinwheel_with_its_classes(method: str) -> None:
+    """The class reaches every network: another class gives other samples, and the measures are those of each class."""
+    recipe = make_recipe(method, "pinwheel", 20, 40, options={"width": 16, "depth": 2})
+    train(recipe)
+    for denoiser, plan in recipe.samplers().values():
+        x = [
+            fs.Sampler(denoiser, plan, (1, 2))(recipe.start_sigma * torch.ones((1, 2)), seed=0, cond={"label": c})
+            for c in (torch.tensor([0]), torch.tensor([3]))
+        ]
+        assert not torch.equal(*x)
+    outcome = evaluate(recipe)
+    assert [row["nfe"] for row in outcome.rows] == list(recipe.samplers())
+    data = torch.from_numpy(pinwheel_data(1000, 2))
+    for x, near in ((data, True), (data.roll(1, 0), False)):  # the classes take turns: the other order is all wrong
+        found = distances(x, 5)
+        assert (found["swd"] < 0.1) == (found["energy distance"] < 0.1) == near
 
 
 @pytest.mark.slow
@@ -160,7 +212,7 @@ def test_the_digits_students_learn() -> None:
     assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), losses
     changed = {k for k, v in recipe.modules["student"].state_dict().items() if not torch.equal(v, before[k])}
     assert changed
-    assert all(".adapters.lcm." in k for k in changed)
+    assert all(".adapters.student." in k for k in changed)
 
 
 # --- the loop ---
@@ -181,7 +233,7 @@ def assert_same(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("cut", [7, 20])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(method: str, cut: int, tmp_path: Path) -> None:
     """Interrupted inside phases and at their ends."""
-    options = {"critic_steps": 2} if method == "distribution_matching" else None
+    options = {"critic_steps": 2} if method in ("distribution_matching", "score_identity", "f_distill") else None
     whole, _ = run(method, 30, batch=32, options=options)
 
     class CutError(Exception):
@@ -246,7 +298,7 @@ def test_settings_name_what_is_wrong() -> None:
         make_recipe("consitency", "ring")
     with pytest.raises(ValueError, match="unknown problem"):
         make_recipe("consistency", "rings")
-    with pytest.raises(ValueError, match="has no option 'eta'; it takes: width"):
+    with pytest.raises(ValueError, match="has no option 'eta'; it takes: width, depth"):
         make_recipe("consistency", "ring", options={"eta": 1})
 
 
@@ -328,22 +380,6 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def arguments(out: Path, *more: str) -> list[str]:
     return ["distill", "consistency", "--out", str(out), "--batch", "32", *more]
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """torchrun over gloo: the same losses as one process with the joint batch, up to rounding of the sums."""
-    script = tmp_path / "run.py"
-    script.write_text(COMMAND)
-    logs = []
-    for name, before in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run"])):
-        launch = ["--standalone", "--nproc-per-node", "2"] if name == "two" else []
-        words = [*before, *launch, str(script), *arguments(tmp_path / name, "--steps", "20", "--json")]
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
-        assert done.returncode == 0, done.stderr
-        with (tmp_path / name / LOG).open() as file:
-            logs.append([float(row["loss"]) for row in csv.DictReader(file)])
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
 
 
 @pytest.mark.slow

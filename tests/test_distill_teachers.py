@@ -272,6 +272,29 @@ def test_guided_loss_vanishes_at_the_guided_teacher_and_only_there() -> None:
     assert float(guided.loss(deaf, *arguments, cond=COND, student_cond={})) > 1e-3
 
 
+@pytest.mark.parametrize("process", [fs.VP.linear(), fs.EDM(0.002, 80.0), fs.Flow()], ids=["vp", "edm", "flow"])
+def test_the_stochastic_sampler_goes_two_steps_down_and_one_up(process: object) -> None:
+    """Meng et al. 2023, section 3.3, written out: N calls, the last one deterministic."""
+    grid = fs.grid(process, 4)  # type: ignore[arg-type]
+    net = fs.Denoiser(lambda x, t: torch.tanh(x), process, "sample")  # type: ignore[arg-type]
+    z = {k: torch.randn((3, 2), generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in range(5)}
+    plan = guided.stochastic_plan(grid)
+    assert plan.nfe == 4
+    x = grid.sigma[0] * z[0]
+    got = fs.Sampler(net, plan, (3, 2), device="cpu", dtype="float64")(x, noise=lambda draw, at, to, shape: z[draw])
+    a, s = grid.alpha, grid.sigma
+    for k in range(4):
+        x0 = torch.tanh(x)
+        down = min(k + 2, 4)
+        x = a[down] * x0 + s[down] / s[k] * (x - a[k] * x0)  # DDIM
+        if k < 3:  # forward from `down` to k + 1
+            scale = a[k + 1] / a[down]
+            x = scale * x + np.sqrt(s[k + 1] ** 2 - (scale * s[down]) ** 2) * z[k + 1]
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-12)
+    one = guided.stochastic_plan(fs.grid(process, 1))  # type: ignore[arg-type]
+    assert not one.stochastic
+
+
 def test_a_student_starts_as_its_teacher_and_shares_nothing() -> None:
     teacher = fs.Denoiser(Linear().requires_grad_(False), VP, "v")
     student = student_of(teacher)

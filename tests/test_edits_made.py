@@ -286,6 +286,63 @@ def kabsch(m: np.ndarray, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return (m - cm) @ rotation(q).T + cx
 
 
+def test_an_alignment_without_an_svd() -> None:
+    """The rotations that a device computes are the host's: for random sums, reflected ones (negative determinants),
+    nearly flat ones and at scales from 1e-8 to 1e8. Of a line's points, and of none, any best rotation serves."""
+    from fewstep.edits import _onto, _onto_without_waiting
+
+    sums = torch.from_numpy(RNG.standard_normal((300, 3, 3)))
+    sums[100:200] *= 10.0 ** torch.linspace(-8.0, 8.0, 100)[:, None, None]
+    sums[200:, 2] *= 1e-3
+    assert (torch.linalg.det(sums) < 0.0).sum() > 50
+    found = _onto_without_waiting(sums)
+    # The problem's own condition: the gap of the two largest eigenvalues, 2 (s_2 +- s_3), over the largest.
+    singular = torch.linalg.svdvals(sums)
+    gap = (singular[:, 1] + torch.sign(torch.linalg.det(sums)) * singular[:, 2]) / singular[:, 0]
+    assert ((found - _onto(sums)).abs().amax((1, 2)) * gap).max() < 1e-13
+
+    line = torch.outer(torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.3, 0.1, 1.0])).double()
+    for degenerate in (line[None], 0.0 * line[None]):
+        turn = _onto_without_waiting(degenerate)
+        torch.testing.assert_close(turn @ turn.mT, torch.eye(3, dtype=torch.float64)[None], rtol=0, atol=1e-12)
+        assert torch.linalg.det(turn).item() == pytest.approx(1.0, abs=1e-12)
+        gain = (turn * degenerate.mT).sum()  # sum_i w_i x_i . R m_i, at most the sum of the singular values
+        assert gain.item() == pytest.approx(torch.linalg.svdvals(degenerate).sum().item(), rel=1e-8, abs=1e-12)
+
+
+def test_an_augmentation_never_waits_for_its_device() -> None:
+    """Both doors on tensors without elements, of device "meta": reading a number or moving an array off it raises."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    def draw(n: int, draw: int, domain: int) -> Any:
+        return torch.empty(2, n, device="meta")
+
+    rigid = fs.edits.RigidAugment(np.array([1.0, 1.0, 1.0, 1.0, 0.0]))
+    x, m, h = (torch.empty(2, 5, 3, device="meta") for _ in range(3))
+    at, to = fs.EDM().point(3.0), fs.EDM().point(2.0)
+    infos = [
+        fs.EditInfo(door, 0, 0, 5, True, at, to, to, 0.5, x, m, {"h": h}, {"h": 1.0}, np.arange(2), 2, h, ({},), draw)
+        for door in ("x", "x0")
+    ]
+    for info in infos:
+        rigid(info)  # places the mask on the device
+    with Watch():
+        for info in infos:
+            made = rigid(info)
+            assert made is not None
+            assert made.device.type == "meta"
+            assert made.shape == x.shape
+    assert len(seen) > 50
+    assert not [name for name in seen if "_local_scalar_dense" in name or "linalg" in name or "nonzero" in name]
+
+
 def molecule(x: Any, t: Any) -> Any:
     """EDM's raw output: not rotation-invariant, as those networks are not."""
     y = 0.6 * x + 0.2 * (torch.roll(x, 1, 1) if isinstance(x, torch.Tensor) else np.roll(x, 1, 1))

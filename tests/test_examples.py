@@ -56,8 +56,49 @@ def test_grpo_as_a_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert lines[2].startswith("without noise: reward")
 
 
+def test_a_student_of_ones_own_comes_near_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The example from the teacher's first step to the comparison, with a small part of its steps."""
+    monkeypatch.setenv("PINWHEEL", str(tmp_path / "teacher.safetensors"))
+    mine = loaded("distill/mine.py")
+    mine.main(["--steps", "500"])
+    assert (tmp_path / "teacher.safetensors").is_file()
+    from fewstep.cli.commands import app
+
+    names = [str(EXAMPLES / "distill" / "mine.py:") + name for name in ("make_data", "make_teacher")]
+    words = ["--data", names[0], "--teacher", names[1], "--steps", "250", "--batch", "64", "--lr", "3e-3"]
+    more = ["--ema", "0.95", "--option", "levels=8", "--device", "cpu", "--out", str(tmp_path / "run")]
+    app(["distill", "consistency", *words, *more, "--json"], standalone_mode=False)
+    capsys.readouterr()
+    picture = tmp_path / "pinwheel.png" if importlib.util.find_spec("matplotlib") else None
+    distances = mine.compare(str(tmp_path / "run"), picture, count=500)
+    assert list(distances)[:2] == ["data", "teacher, 1"]
+    # One DDIM step lands near the mean of an arm, four in its middle.
+    assert distances["student, 4"] < 0.8 * distances["teacher, 1"], distances
+    assert picture is None or picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_every_example_has_its_line() -> None:
     text = (EXAMPLES / "README.md").read_text()
     for folder in EXAMPLES.iterdir():
         if folder.is_dir() and not folder.name.startswith((".", "_")):
             assert f"`{folder.name}/`" in text
+
+
+def test_pages_hold_the_tables_of_their_examples() -> None:
+    """Each page of docs/fields has tables between two marks, which `python examples/fields.py` fills."""
+    fields = loaded("fields.py")
+    table = fields.Table("Loops", ("loop", "us"), [["a", 12.345], ["b", "none"]])
+    assert table.lines() == ["Loops:", "", "| loop | us |", "| --- | ---: |", "| a | 12.3 |", "| b | none |"]
+    pages = sorted((EXAMPLES.parent / "docs" / "fields").glob("*.md"))
+    assert sorted(fields.NAMES) == [page.stem for page in pages]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        shown = text.partition("<!-- figures -->")[2].partition("<!-- /figures -->")[0]
+        assert shown.count("| --- |") >= 2, page
+        again = fields.filled(text, [table])
+        assert again.partition("<!-- figures -->")[0] == text.partition("<!-- figures -->")[0]
+        assert again.partition("<!-- /figures -->")[2] == text.partition("<!-- /figures -->")[2]
+        assert fields.filled(again, [table]) == again
+        assert "| a | 12.3 |" in again

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,27 +249,100 @@ def test_a_compiled_loop_checks_its_inputs(batch, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler (g++)")
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_2m_sde"])
-def test_compiled_loop_runs_where_fewstep_cannot_be_imported(solver, tmp_path):
-    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan(solver, fs.grid(VP, 2)))
-    noise = {"noise": torch.randn(1, *latent().shape, generator=torch.Generator().manual_seed(4))} if loop.draws else {}
+def test_compiled_loop_runs_where_fewstep_cannot_be_imported(tmp_path):
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("dpmpp_2m", fs.grid(VP, 2)))
     quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
     path = compile_loop(loop, latent(), tmp_path / "loop.pt2", options=quick)
     assert [p.name for p in tmp_path.iterdir()] == ["loop.pt2"]
-    torch.save((latent(), noise), tmp_path / "x.pt")
+    torch.save(latent(), tmp_path / "x.pt")
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['fewstep', 'numba', 'diffusers']))\n"
         "import torch, torch._inductor\n"
         f"run = torch._inductor.aoti_load_package({str(path)!r})\n"
-        f"x, noise = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
-        "with torch.no_grad(): print(run(x, **noise).flatten().tolist())"
+        f"x = torch.load({str(tmp_path / 'x.pt')!r}, weights_only=True)\n"
+        "with torch.no_grad(): print(run(x).flatten().tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
-        want = loop(latent(), **noise).flatten().numpy()
+        want = loop(latent()).flatten().numpy()
     got = np.fromstring(done.stdout.strip().strip("[]"), sep=",")
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_a_batch_that_torch_narrows_is_an_error(tmp_path, monkeypatch):
+    """With a compiler that reports a narrower range, as torch's does where an operator looks at the batch."""
+    from fewstep.bindings.export import torch_export
+
+    def compiled(program, *, package_path, inductor_configs):
+        Path(package_path).write_bytes(b"package")
+        return package_path
+
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("ddim", fs.grid(VP, 2)))
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", compiled)
+    for found, error in (((2.0, 7.0), "2 to 7"), ((4.0, 8.0), "4 to 8"), ((2.0, 8.0), None)):
+        monkeypatch.setattr(torch_export, "_checked_inputs", lambda found=found: contextlib.nullcontext([found]))
+        if error is None:
+            assert compile_loop(loop, latent(4), tmp_path / "loop.pt2", batch=(1, 8)).read_bytes() == b"package"
+            continue
+        with pytest.raises(ValueError, match=f"torch compiled the loop for a batch of {error} and not for 1 to 8"):
+            compile_loop(loop, latent(4), tmp_path / "loop.pt2", batch=(1, 8))
+        assert not [*tmp_path.iterdir()]
+
+
+CPP = Path(__file__).resolve().parent.parent / "examples" / "cpp"
+PROGRAMS = ("g++", "cmake", "make")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason=f"needs {', '.join(PROGRAMS)}")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, about itself
+def test_the_cpp_example_samples_at_any_batch(tmp_path):
+    """examples/cpp/torch_loop.cpp: built with this torch, run on a guided stochastic loop whose batch is free."""
+
+    def run(*arguments, given=b""):
+        return subprocess.run([*map(str, arguments)], capture_output=True, input=given, check=False)
+
+    build = tmp_path / "build"
+    found = run("cmake", "-S", CPP, "-B", build, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
+    assert found.returncode == 0, found.stderr.decode()
+    made = run("cmake", "--build", build, "--target", "torch_loop")
+    assert made.returncode == 0, made.stdout.decode() + made.stderr.decode()
+    denoiser = fs.Denoiser(Net(), VP, "v", guidance=2.0)
+    loop = SamplerModule(denoiser, fs.plan("dpmpp_2m_sde", fs.grid(VP, 2)))
+
+    def inputs(n):
+        g = torch.Generator().manual_seed(n)
+        x, noise = (torch.randn(*shape, generator=g) for shape in ((n, 1, 8, 8), (len(loop.draws), n, 1, 8, 8)))
+        return [x, torch.zeros(n, dtype=torch.int64), torch.arange(n), noise]
+
+    x, null, shift, _ = inputs(4)
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    package = tmp_path / "loop.pt2"
+    compile_loop(loop, x, package, ({"shift": null}, {"shift": shift}), batch=(1, 8), options=quick)
+    for n in (1, 8):
+        x, null, shift, noise = own = inputs(n)
+        shapes = ["x".join(map(str, v.shape)) + ":int64" * (not v.is_floating_point()) for v in own]
+        done = run(build / "torch_loop", package, *shapes, given=b"".join(v.numpy().tobytes() for v in own))
+        assert done.returncode == 0, done.stderr.decode()
+        with torch.no_grad():
+            want = loop(x, cond=({"shift": null}, {"shift": shift}), noise=noise).numpy()
+        np.testing.assert_allclose(
+            np.frombuffer(done.stdout, np.float32).reshape(want.shape), want, rtol=1e-4, atol=1e-5
+        )
+    # The package checks every size, and that all inputs are of one batch: nothing is read past an input's end.
+    right = ["3x1x8x8", "3:int64", "3:int64", "1x3x1x8x8"]
+    for place, wrong in enumerate([["9x1x8x8", "2x1x8x8"], ["2:int64"], ["3", "3:float"], ["1x2x1x8x8"]]):
+        for bad in wrong:
+            shapes = [*right[:place], bad, *right[place + 1 :]]
+            done = run(build / "torch_loop", package, *shapes, given=bytes(1 << 14))
+            assert (done.returncode, done.stdout) == (1, b""), shapes
+            assert re.search("unmatched|too large|expected size|an input is float32", done.stderr.decode()), (
+                done.stderr.decode()
+            )
+    done = run(build / "torch_loop", package, "2x1x8x8", given=bytes(4))
+    assert (done.returncode, done.stderr.decode()) == (1, "standard input ends before input 0 is full\n")
 
 
 # --- gradients and devices, beyond tests/test_torch_ops.py ---

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import fewstep as fs
 from fewstep.bindings import maps
 
-SLOW = ("tune", "tune_range", "recommend/denoiser")
+SLOW = ("tune", "tune_sde", "tune_range", "recommend/denoiser")
 USED = [target for target in TARGETS if LONG or target.name not in SLOW]
 
 
@@ -33,7 +33,7 @@ def test_every_public_name_has_a_target_or_a_reason() -> None:
     having = {target.name.partition("/")[0] for target in TARGETS}
     reasons = {name for names in WITHOUT for name in names.split()}
     assert not having & reasons
-    bindings = {"ConsistencyDenoiser", "k_diffusion", "SamplerModule"}
+    bindings = {"ConsistencyDenoiser", "k_diffusion", "SamplerModule", "save_loop"}
     assert having | reasons == {*fs.__all__, *maps.__all__, *bindings & having}
 
 

@@ -22,7 +22,10 @@ PROCESSES = {
 }
 SPACINGS = [
     "beta",
+    "beta57",
+    "bong_tangent",
     "consistency",
+    "cosine",
     "ddim_uniform",
     "exponential",
     "karras",
@@ -38,11 +41,13 @@ SPACINGS = [
     "quadratic",
     "sgm_uniform",
     "simple",
+    "sway",
     "trailing",
     "vp",
 ]
 RATIO_TYPE = {"logsnr", "laplace", "vp"}
-SIGMA_TYPE = {"karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", "consistency", *RATIO_TYPE}
+SIGMA_TYPE = {"karras", "exponential", "polyexponential", "kl_optimal", "linear_quadratic", "consistency",
+              "bong_tangent", *RATIO_TYPE}  # fmt: skip
 STOP_SHORT = {"leading", "ddim_uniform"}  # their first point depends on N
 TABLES = {"ays"}  # their ends differ: see test_schedules.py
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import email
 import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -109,6 +112,31 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
     assert not any(name.endswith((".pyc", ".nbi", ".nbc")) for name in names)
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
     assert sorted(line.split()[1].partition(">")[0] for line in required) == ["numba", "numpy"]
+    fields = email.message_from_string(metadata)
+    assert fields["Author"] == "The fewstep developers"
+    assert fields["Description-Content-Type"] == "text/markdown"
+    shown = str(fields.get_payload())
+    assert shown.count("\n## ") == (ROOT / "README.md").read_text(encoding="utf-8").count("\n## ")
+    # The page of a package index has none of the repository's files.
+    assert not re.search(r"\]\((?!https?://|#)", shown)
+
+
+def test_links_lead_to_the_release_where_the_project_has_an_address(tmp_path: Path) -> None:
+    for name in ("setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for folder in (*FOLDERS, "api/weights"):
+        (tmp_path / folder).mkdir()
+    own = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    release = tomllib.loads(own)["project"]["version"]
+    own = own.replace("[project.scripts]", '[project.urls]\nSource = "https://example.org/code"\n\n[project.scripts]')
+    (tmp_path / "pyproject.toml").write_text(own, encoding="utf-8")
+    (tmp_path / "README.md").write_text("[a](docs/a.md) ![b](b.png) [c](#c) [d](https://example.org/d)")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    shown = (tmp_path / "fewstep.egg-info" / "PKG-INFO").read_text(encoding="utf-8")
+    files = f"https://example.org/code/{{}}/v{release}"
+    want = f"[a]({files.format('blob')}/docs/a.md) ![b]({files.format('raw')}/b.png) [c](#c) [d](https://example.org/d)"
+    assert want in shown
 
 
 @pytest.mark.slow

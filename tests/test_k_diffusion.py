@@ -15,6 +15,7 @@ import torch
 from oracles import adams, first_order, multistep, runge_kutta, singlestep
 from oracles import adaptive as adaptive_oracle
 from pages import run_page
+from recorded.comfyui_cases import SAMPLERS
 from scipy import integrate
 
 import fewstep as fs
@@ -44,7 +45,11 @@ class Model:
 
 def denoise(x, alpha, sigma):
     """The same model for an oracle, whose sigma is the field's in both frames."""
-    return Model()(torch.as_tensor(x), torch.full((len(x),), float(sigma), dtype=torch.float64), 1.3).numpy()
+    return denoise_at(x, sigma, 1.3)
+
+
+def denoise_at(x, sigma, a):
+    return Model()(torch.as_tensor(x), torch.full((len(x),), float(sigma), dtype=torch.float64), a).numpy()
 
 
 class Noise:
@@ -103,7 +108,7 @@ def unipc_oracle(denoise, grid, x, draws, variant):
 
 def sa_oracle(denoise, grid, x, draws, **options):
     final = "sa_solver" if grid.sigma[-1] == 0 else None
-    return multistep.sa_solver(denoise, grid, x, draws, final_order=final, **options)
+    return multistep.sa_solver(denoise, grid, x, draws, final_order=final, early=grid.sigma[-1] == 0, **options)
 
 
 # name, options in the field's words, oracle, its options; whether a flow model has a rule of its own
@@ -132,13 +137,14 @@ CASES = [
     ("dpmpp_2m", {}, multistep.dpmpp_2m, {}, False),
     ("dpmpp_2m_sde", {"s_noise": 1.1}, multistep.dpmpp_2m_sde, {"s_noise": 1.1}, True),
     ("dpmpp_2m_sde", {"solver_type": "heun"}, multistep.dpmpp_2m_sde, {"variant": "heun"}, True),
+    ("dpmpp_2m_sde_heun", {}, multistep.dpmpp_2m_sde, {"variant": "heun"}, True),
     ("dpmpp_3m_sde", {"eta": 0.8}, multistep.dpmpp_3m_sde, {"eta": 0.8, "halve_d2": True}, True),
     ("uni_pc", {}, unipc_oracle, {"variant": "bh1"}, False),
     ("uni_pc_bh2", {}, unipc_oracle, {"variant": "bh2"}, False),
     ("res_multistep", {}, multistep.res_multistep, {}, False),
     ("res_multistep_ancestral", {}, multistep.res_multistep, {"eta": 1.0}, False),
-    ("er_sde", {}, multistep.er_sde, {}, True),
-    ("er_sde", {"max_stage": 2, "noise_scaler": lambda r: r**1.5}, multistep.er_sde,
+    ("er_sde", {}, multistep.er_sde, {"points": 200}, True),
+    ("er_sde", {"max_stage": 2, "noise_scaler": lambda r: r**1.5, "released": False}, multistep.er_sde,
      {"order": 2, "noise_scale": "sde_2"}, True),
     ("sa_solver", {}, sa_oracle, {}, True),
     ("sa_solver", {"tau_func": lambda s: 0.4, "use_pece": True, "predictor_order": 2}, sa_oracle,
@@ -212,8 +218,9 @@ def test_numbers_and_noise_calls(name, options, oracle, oracle_options, flow, ow
     np.testing.assert_allclose(again.numpy(), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("every_step", [False, True])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpm_2", "heunpp2"])
-def test_churn_draws_as_randn_like(name):
+def test_churn_draws_as_randn_like(name, every_step):
     oracles = {"euler": first_order.euler, "heun": runge_kutta.heun, "dpm_2": runge_kutta.dpm2,
                "heunpp2": runge_kutta.heunpp2}  # fmt: skip
     options = {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 9.0, "s_noise": 1.01}
@@ -221,7 +228,10 @@ def test_churn_draws_as_randn_like(name):
     torch.manual_seed(7)
     draws = [torch.randn_like(x).numpy() for _ in range(8)]
     torch.manual_seed(7)
-    got = getattr(kd, f"sample_{name}")(Model(), x, sigmas, {"a": 1.3}, None, True, **options)
+    more = {} if name == "heunpp2" else {"every_step": every_step}
+    got = getattr(kd, f"sample_{name}")(Model(), x, sigmas, {"a": 1.3}, None, True, **options, **more)
+    if name == "heunpp2" or every_step:
+        draws = draws[1:]  # the first step draws too, although its churn is 0
     want = oracles[name](denoise, grid_of(sigmas, False), x.numpy(), draws, **options)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
 
@@ -447,6 +457,30 @@ def test_default_noise_of_the_sdes_is_a_torchsde_tree(seed):
     assert torch.equal(kd.sample_dpmpp_2m_sde(Model(), x, sigmas, **args), want)
 
 
+@pytest.mark.parametrize("name", ["dpmpp_sde", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde"])
+def test_the_gpu_names_keep_the_tree_on_the_samples_device(monkeypatch, name):
+    """On a CPU that is the same tree, here of a sample on a device that only the tree is asked for."""
+    torchsde = pytest.importorskip("torchsde")
+    made = []
+
+    def tree(t0, w0, t1, **options):
+        made.append(w0.device.type)
+        return torchsde_tree(t0, w0.cpu() if w0.is_meta else w0, t1, **options)
+
+    torchsde_tree = torchsde.BrownianTree
+    monkeypatch.setattr(torchsde, "BrownianTree", tree)
+    x, args = latent(SIGMAS), ([*SIGMAS, 0.0], {"a": 1.3, "seed": 3}, None, True)
+    ours = getattr(kd, f"sample_{name}_gpu")(Model(), x, *args)
+    assert torch.equal(ours, getattr(kd, f"sample_{name}")(Model(), x, *args))
+    assert made == ["cpu", "cpu"]
+    made.clear()
+    with pytest.raises(NotImplementedError):  # a meta tensor has no numbers to give the tree
+        kd.torchsde_noise(x.to("meta"), 0.1, 10.0, 3, cpu=False)
+    assert made == ["meta"]
+    kd.torchsde_noise(x.to("meta"), 0.1, 10.0, 3)
+    assert made == ["meta", "cpu"]
+
+
 def test_missing_torchsde_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchsde", None)
     model = Model()
@@ -485,12 +519,16 @@ COMMON = ["model", "x", "sigmas", "extra_args", "callback", "disable"]
 CHURN = {"s_churn": 0.0, "s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
 ANCESTRAL = {"eta": 1.0, "s_noise": 1.0, "noise_sampler": None}
 SIGNATURES = {
-    "euler": CHURN, "heun": CHURN, "dpm_2": CHURN, "heunpp2": CHURN,
+    "euler": CHURN, "heun": CHURN, "dpm_2": CHURN, "heunpp2": CHURN, "ddim": CHURN,
     "euler_ancestral": ANCESTRAL, "dpm_2_ancestral": ANCESTRAL, "dpmpp_2s_ancestral": ANCESTRAL,
     "dpmpp_sde": {**ANCESTRAL, "r": 0.5}, "dpmpp_2m": {}, "dpmpp_2m_sde": {**ANCESTRAL, "solver_type": "midpoint"},
+    "dpmpp_2m_sde_heun": {**ANCESTRAL, "solver_type": "heun"}, "dpmpp_sde_gpu": {**ANCESTRAL, "r": 0.5},
+    "dpmpp_2m_sde_gpu": {**ANCESTRAL, "solver_type": "midpoint"}, "dpmpp_3m_sde_gpu": ANCESTRAL,
+    "dpmpp_2m_sde_heun_gpu": {**ANCESTRAL, "solver_type": "heun"},
     "dpmpp_3m_sde": ANCESTRAL, "ddpm": {"noise_sampler": None}, "lms": {"order": 4}, "ipndm": {"max_order": 4},
     "ipndm_v": {"max_order": 4},
-    "lcm": {"noise_sampler": None, "s_noise": 1.0}, "deis": {"max_order": 3, "deis_mode": "tab"},
+    "lcm": {"noise_sampler": None, "s_noise": 1.0, "s_noise_end": None, "noise_clip_std": 0.0},
+    "deis": {"max_order": 3, "deis_mode": "tab"},
     "uni_pc": {"variant": "bh1"}, "uni_pc_bh2": {}, "res_multistep": {"s_noise": 1.0, "noise_sampler": None},
     "res_multistep_ancestral": ANCESTRAL,
     "er_sde": {"s_noise": 1.0, "noise_sampler": None, "noise_scaler": None, "max_stage": 3},
@@ -499,9 +537,11 @@ SIGNATURES = {
     "sa_solver_pece": {"tau_func": None, "s_noise": 1.0, "noise_sampler": None, "predictor_order": 3,
                        "corrector_order": 4, "simple_order_2": False},
     "seeds_2": {**ANCESTRAL, "r": 0.5, "solver_type": "phi_1"}, "seeds_3": {**ANCESTRAL, "r_1": 1 / 3, "r_2": 2 / 3},
+    "exp_heun_2_x0_sde": {**ANCESTRAL, "solver_type": "phi_2"},
     "exp_heun_2_x0": {"solver_type": "phi_2"}, "gradient_estimation": {"ge_gamma": 2.0},
     "euler_cfg_pp": {}, "euler_ancestral_cfg_pp": ANCESTRAL, "dpmpp_2s_ancestral_cfg_pp": ANCESTRAL,
-    "dpmpp_2m_cfg_pp": {},
+    "dpmpp_2m_cfg_pp": {}, "res_multistep_cfg_pp": {"s_noise": 1.0, "noise_sampler": None},
+    "res_multistep_ancestral_cfg_pp": ANCESTRAL, "gradient_estimation_cfg_pp": {"ge_gamma": 2.0}, "cfgpp_ud10_ab": {},
 }  # fmt: skip
 FAST = ["model", "x", "sigma_min", "sigma_max", "n", "extra_args", "callback", "disable", "eta", "s_noise"]
 
@@ -517,8 +557,10 @@ def test_signatures_are_the_fields(name):
 def test_every_sampler_is_in_the_tables():
     found = {name[7:] for name in vars(kd) if name.startswith("sample_") and name != "sample_adaptive"}
     assert found == set(SIGNATURES) | {"dpm_fast", "dpm_adaptive"}
-    guided = {name for name in found if name.endswith("_cfg_pp")}  # in test_k_diffusion_cfg_pp.py
-    assert found - {name for name, *_ in CASES} - guided == {"dpm_fast", "dpm_adaptive"}
+    assert found == set(SAMPLERS)  # test_comfyui_recorded.py compares all with ComfyUI's own numbers
+    guided = {name for name in found if "cfg" in name}  # in test_k_diffusion_cfg_pp.py
+    other_names = {"ddim", "exp_heun_2_x0_sde", *(name for name in found if name.endswith("_gpu"))}
+    assert found - {name for name, *_ in CASES} - guided - other_names == {"dpm_fast", "dpm_adaptive"}
     assert list(inspect.signature(kd.sample_dpm_fast).parameters)[:10] == FAST
 
 
@@ -627,6 +669,37 @@ def test_bad_arguments_are_named_before_any_call(call, error, message):
     assert not model.calls
 
 
+def test_kernel_noise_cannot_be_shaped():
+    sample, x = kd.sample_lcm, latent(SIGMAS).float()
+    for options in ({"noise_clip_std": 1.0}, {"s_noise_end": 0.5}):
+        with pytest.raises(
+            TypeError, match="KernelNoise is drawn inside the step, where s_noise_end and noise_clip_std"
+        ):
+            sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True, **options)
+    same = sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True, s_noise_end=1.0)
+    assert torch.equal(same, sample(Model(), x, SIGMAS, noise_sampler=kd.KernelNoise(0), disable=True))
+
+
+def test_sampler_of_names_what_it_cannot_run():
+    model, x = Model(), latent(SIGMAS)
+    with pytest.raises(ValueError, match="'ddim_inverse' runs from data to noise: use sample_euler on rising sigmas"):
+        kd.sampler_of("ddim_inverse")
+    with pytest.raises(ValueError, match="res_2s"):
+        kd.sampler_of("res_2")
+    with pytest.raises(TypeError, match="'euler' has no option 'eta'"):
+        kd.sampler_of("euler", eta=1.0)(model, x, SIGMAS, disable=True)
+    assert not model.calls
+    # A stochastic solver draws from the noise sampler, for each step from its start to its end.
+    noise = Noise()
+    kd.sampler_of("dpmpp_2m_sde")(model, x, SIGMAS, noise_sampler=noise, disable=True)
+    np.testing.assert_allclose(noise.asked, list(pairwise(SIGMAS)))
+    # Churn before the first step, too.
+    noise = Noise()
+    kd.sampler_of("edm", s_churn=2.0)(model, x, SIGMAS, noise_sampler=noise, disable=True)
+    assert noise.asked[0] == pytest.approx((SIGMAS[0], SIGMAS[0] * (1 + 2.0 / 6)))
+    assert len(noise.asked) == 6
+
+
 def test_the_page_gives_the_same_image(monkeypatch):
     """docs/k-diffusion.md. `k_diffusion` is not installed: the oracle stands in under its name."""
 
@@ -649,6 +722,12 @@ def test_the_page_gives_the_same_image(monkeypatch):
     after = run_page("docs/k-diffusion.md", dict(names), "after")
     torch.testing.assert_close(after["x"], before["x"], rtol=1e-10, atol=1e-10)
     assert len(seen) == len(SIGMAS)
+    found = run_page("docs/k-diffusion.md", dict(names), "any")["x"].numpy()
+    want = singlestep.res_2s(
+        lambda y, alpha, sigma: denoise_at(y, sigma, 0.8), grid_of([*SIGMAS, 0.0], False),
+        (names["noise"] * SIGMAS[0]).numpy(), (), c2=0.7,
+    )  # fmt: skip
+    np.testing.assert_allclose(found, want, rtol=1e-10, atol=1e-10)
     run_page("docs/k-diffusion.md", after, "noise")
     assert not torch.equal(after["a"], after["b"])
 

@@ -57,8 +57,13 @@ CASES = [
     ("euler_cfg_pp", {}, {}, True),
     ("euler_ancestral_cfg_pp", {}, {}, True),
     ("euler_ancestral_cfg_pp", {"eta": 0.6, "s_noise": 0.9}, {"eta": 0.6, "s_noise": 0.9}, True),
-    ("dpmpp_2s_ancestral_cfg_pp", {}, {}, True),
-    ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5}, {"eta": 0.5}, True),
+    ("dpmpp_2s_ancestral_cfg_pp", {}, {"released": True}, False),
+    ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5, "released": False}, {"eta": 0.5}, False),
+    ("res_multistep_cfg_pp", {}, {"released": True}, False),
+    ("res_multistep_cfg_pp", {"released": False}, {}, False),
+    ("res_multistep_ancestral_cfg_pp", {"eta": 0.6}, {"eta": 0.6, "released": True}, False),
+    ("gradient_estimation_cfg_pp", {"ge_gamma": 1.7}, {"gamma": 1.7}, False),
+    ("cfgpp_ud10_ab", {}, {}, True),
     ("dpmpp_2m_cfg_pp", {}, {"difference": "guided"}, False),
     ("dpmpp_2m_cfg_pp", {"difference": "unguided"}, {}, False),
 ]
@@ -82,12 +87,13 @@ def test_numbers_and_noise_calls(name, options, oracle_options, own_flow, zero, 
     args = {"model_options": {"kept": 1}, "seed": 3}
     got = function(model, x, torch.tensor(sigmas, dtype=torch.float64), args, disable=True, **extra, **options)
     grid = fs.Grid.from_times(fs.Flow(), sigmas) if flow and own_flow else fs.Grid.from_sigmas(runs.BARE, sigmas)
-    want = getattr(paper, name)(pair, grid, x.numpy(), list(draws.numpy()), **oracle_options)
+    solver = name.replace("_multistep_ancestral", "_multistep")
+    want = getattr(paper, solver)(pair, grid, x.numpy(), list(draws.numpy()), **oracle_options)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-10, atol=1e-10)
-    if extra:
+    if extra and name != "res_multistep_cfg_pp":  # which takes a noise sampler, and draws nothing
         np.testing.assert_allclose(asked, [(s, t) for s, t in pairwise(sigmas) if t > 0])
     assert args == {"model_options": {"kept": 1}, "seed": 3}  # ComfyUI leaves its own hook in them
-    assert len(model.calls) == len(fs.plan(name, grid).stages)  # one call returns both predictions
+    assert len(model.calls) == len(fs.plan(solver, grid).stages)  # one call returns both predictions
 
 
 def test_hooks_that_were_there_act_before():

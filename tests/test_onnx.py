@@ -266,11 +266,23 @@ def test_digits_without_torch(digits):
     np.testing.assert_allclose(np.fromstring(values.strip("[]\n"), sep=","), want.ravel(), atol=1e-4)
 
 
-def test_the_page_gives_the_same_image(digits):
+def test_the_file_of_the_page_draws_the_samplers_images(digits, tmp_path, monkeypatch):
+    """docs/embedding.md"""
+    monkeypatch.chdir(tmp_path)
+    names = run_page("docs/embedding.md", {"path": str(digits)}, "onnx")
+    sampler = fs.Sampler(names["denoiser"], names["plan"], (3, 1, 8, 8))
+    want = sampler(seed=7, cond={"label": names["labels"]})
+    assert np.abs(want).max() > 0.9
+    np.testing.assert_allclose(names["images"], want, atol=1e-5)
+
+
+def test_the_page_gives_the_same_image(digits, tmp_path, monkeypatch):
     """docs/onnx.md"""
+    monkeypatch.chdir(tmp_path)
     grid = fs.grid(VP, 6, "logsnr")
     noise = np.random.default_rng(0).standard_normal((4, 1, 8, 8)).astype(np.float32)
     names = {"path": str(digits), "grid": grid, "noise": noise, "labels": np.array([0, 1, 2, 3])}
-    run_page("docs/onnx.md", names, "before", "after")
+    run_page("docs/onnx.md", names, "before", "after", "loop")
     np.testing.assert_allclose(names["images"], names["by_hand"], atol=1e-4)
+    np.testing.assert_allclose(names["same"], names["better"], atol=1e-5)
     assert np.abs(names["images"]).max() > 0.9

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import fewstep as fs
 from fewstep.recommender import _confidence
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors
 from fewstep.solvers.tune.ensemble import Ensemble, latents, unroll
-from fewstep.solvers.tune.tuning import reference_grid
+from fewstep.solvers.tune.tuning import reference_ends, reference_grid
 
 RING = fs.problems.Mixture.ring()
 PROCESS = fs.VP.linear()
@@ -62,8 +63,15 @@ def test_the_ranking_is_one_and_says_what_it_is(measured):
 
 
 def test_what_tuning_would_gain_is_a_gain_of_tuning(measured):
-    """A short fit, on few seeds: less than the full one, which the tests of `tune` measure, and more than nothing."""
-    assert measured.tuning_gain > 1.05
+    """Foretold from the fit's own few seeds; here on other seeds, of the plan that ships for this denoiser."""
+    shipped = fs.load_plan(Path(__file__).parents[1] / "docs" / "tuning" / "ring-6.json", RING.denoiser(PROCESS))
+    ensemble = Ensemble(RING.denoiser(PROCESS), latents(256, (2,), 11))
+    target, _ = reference_ends(ensemble, None, (), None)
+    squares = errors(ensemble, [unroll(measured.plan), unroll(shipped)], target, range(256))
+    medians = np.sqrt(np.median(squares, axis=1))
+    realised = medians[0] / medians[1]
+    # Seen: 22 to 25 foretold, 39 realised in the report.
+    assert realised / 2.0 < measured.tuning_gain < realised * 2.0
 
 
 def test_confidence_is_that_of_the_seeds():

@@ -135,6 +135,70 @@ def test_laplace_options():
         grid(EDM(), 10, "laplace", mu=9.0)
 
 
+# --- flow models' own ---
+
+
+@pytest.mark.parametrize("n", STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("coefficient", [-1.0, -0.4, 0.0, 1.5])
+def test_sway_is_f5s(n, shift, coefficient):
+    """F5-TTS: t from 0 (noise) to 1 (data), t + s (cos(pi t / 2) - 1 + t); the shift then acts on 1 - t."""
+    t = np.linspace(0, 1, n + 1)
+    u = 1 - (t + coefficient * (np.cos(np.pi / 2 * t) - 1 + t))
+    want = shift * u / (1 + (shift - 1) * u)
+    np.testing.assert_allclose(grid(Flow(shift), n, "sway", sway=coefficient).t, want, atol=1e-14)
+
+
+@pytest.mark.parametrize("n", STEPS)
+def test_cosine_is_cosyvoices(n):
+    want = np.cos(np.linspace(0, 1, n + 1) * 0.5 * np.pi)  # 1 - t of t = 1 - cos(pi / 2 u)
+    np.testing.assert_allclose(grid(Flow(), n, "cosine").t, want, atol=1e-14)
+
+
+def test_sway_options():
+    for value in (-1.1, 1.8):
+        with pytest.raises(ValueError, match=r"sway must be a number from -1 to 1\.75"):
+            grid(Flow(), 4, "sway", sway=value)
+
+
+@pytest.mark.parametrize("n", STEPS)
+def test_beta57_is_beta_with_its_numbers(n):
+    for process in (Flow(3.0), SD):
+        want = grid(process, n, "beta", alpha=0.5, beta=0.7)
+        np.testing.assert_array_equal(grid(process, n, "beta57").t, want.t)
+    # Its definition: quantiles of Beta(0.5, 0.7) at 1 - k / n.
+    stats = pytest.importorskip("scipy.stats")
+    quantiles = stats.beta.ppf(1 - np.arange(n) / n, 0.5, 0.7)
+    ours = grid(Flow(), n, "beta57").t[:-1]
+    np.testing.assert_allclose(ours, Flow().t_last + quantiles * (1 - Flow().t_last), rtol=1e-10)
+
+
+@pytest.mark.parametrize(("pivots", "slopes"), [((0.6, 0.6), (0.2, 0.2)), ((0.5, 0.7), (0.1, 0.4))])
+@pytest.mark.parametrize("n", [2, 3, 4, 8, 20, 50])
+def test_bong_tangent_is_res4lyfs(n, pivots, slopes):
+    """Two arctangents, from sigma 1 to 1/2 and from there to 0, each stretched to its ends."""
+    total = n + 2
+    switch = int((total * pivots[0] + total * pivots[1]) / 2)
+
+    def arc(count, slope, pivot, high, low):
+        raw = [(2 / math.pi * math.atan(-slope / (total / 40) * (k - pivot)) + 1) / 2 for k in range(count)]
+        return [(v - raw[-1]) / (raw[0] - raw[-1]) * (high - low) + low for v in raw]
+
+    want = arc(switch, slopes[0], int(total * pivots[0]), 1.0, 0.5)[:-1]
+    want += arc(total - switch, slopes[1], int(total * pivots[1]) - switch, 0.5, 0.0)
+    options = dict(zip(("pivot_1", "pivot_2", "slope_1", "slope_2"), (*pivots, *slopes), strict=True))
+    np.testing.assert_allclose(grid(Flow(3.0), n, "bong_tangent", **options).t, want, atol=1e-14)
+
+
+def test_bong_tangent_options():
+    with pytest.raises(ValueError, match="bong_tangent has 0 points for one of its arcs in 5 steps: move pivot_1"):
+        grid(Flow(), 5, "bong_tangent", pivot_1=0.0, pivot_2=0.0)
+    with pytest.raises(ValueError, match="pivot_1 must be a number from 0 to 1"):
+        grid(Flow(), 5, "bong_tangent", pivot_1=-1)
+    with pytest.raises(ValueError, match="slope_2 = 0: it must be positive"):
+        grid(Flow(), 5, "bong_tangent", slope_2=0)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 8, 25, 49])
 @pytest.mark.parametrize("original", [50, 100])

@@ -187,6 +187,114 @@ def test_a_mixed_run_on_some_of_its_places() -> None:
         run.step(places=[0, 1], size=1)
 
 
+# --- edits ---
+
+
+class Marked:
+    """An edit that asks for the start, draws noise, and reads what it is given."""
+
+    start = True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int, bool]] = []
+
+    def __call__(self, info: fs.EditInfo) -> Any:
+        self.seen.append((info.k, info.step, len(info.cond), info.x0 is None))
+        shift = info.cond[0]["c"].reshape(-1, 1, 1, 1) if info.cond and info.cond[0] else 0.0
+        for slot in info.slots.values():
+            slot *= 0.875
+        return info.x + 0.1 * info.normals() + shift + (0.0 if info.x0 is None else 0.25 * info.x0)
+
+
+@pytest.mark.parametrize("every", ["step", "stage"])
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_request_has_edits_of_its_own(backend: str, device: str | None, every: str) -> None:
+    """The same calls of the edit, and the same bits, as in a lone sampler; the other requests have none."""
+    torch = pytest.importorskip("torch")
+    array = np.asarray if device is None else torch.as_tensor
+    denoiser = fs.Denoiser(net, VP)
+    names = ["dpmpp_2m-7", "unipc", "heun", "edm", "sde", "rk4"]
+    cond = {"c": array(np.full(1, 0.25, np.float32))}
+    options: dict[str, Any] = {"backend": backend, "device": device}
+    want = {}
+    for i, name in enumerate(names):
+        mark = Marked() if i % 3 != 2 else None
+        edit = {"edit": [mark, fs.edits.Clamp(-2.0, 2.0)], "every": every} if mark else {}
+        want[name] = mark, alone(PLANS[name], of=denoiser, seed=i, cond=cond, **options, **edit)
+    with fs.Engine(denoiser, (4, *ONE[1:]), list(PLANS.values()), previews=True, **options) as engine:
+        futures = {}
+        for i, name in enumerate(names):
+            mark = Marked() if i % 3 != 2 else None
+            edit = {"edit": [mark, fs.edits.Clamp(-2.0, 2.0)], "every": every} if mark else {}
+            futures[name] = mark, engine.submit(PLANS[name], seed=i, cond=cond, **edit)
+        for name, (mark, future) in futures.items():
+            lone, sample = want[name]
+            same(future, sample)
+            assert (mark is None) == (lone is None)
+            assert mark is None or lone is None or mark.seen == lone.seen
+
+
+def test_an_edit_that_fails_fails_its_request_alone() -> None:
+    def breaks(info: fs.EditInfo) -> None:
+        if info.k == 2:
+            raise OSError("no more")
+
+    def spreads(info: fs.EditInfo) -> Any:
+        return info.x[..., :2]
+
+    class AtStart:
+        start = True
+
+        def __call__(self, info: fs.EditInfo) -> None:
+            raise KeyError("at the start")
+
+    with gated(places=4, previews=True) as (engine, gate):
+        good = engine.submit(EULER, seed=0, edit=lambda info: 0.5 * info.x)
+        bad = engine.submit(EULER, seed=1, edit=breaks)
+        wrong = engine.submit(EULER, seed=2, edit=spreads)
+        early = engine.submit(EULER, seed=3, edit=AtStart())
+        gate.open(100)
+        with pytest.raises(OSError, match="no more") as caught:
+            bad.result(SECONDS)
+        assert "edit breaks at step 3 of 4" in caught.value.__notes__[0]
+        with pytest.raises(ValueError, match=r"edit spreads at step 1 of 4.* returned shape"):
+            wrong.result(SECONDS)
+        with pytest.raises(KeyError, match="at the start"):
+            early.result(SECONDS)
+        same(good, alone(EULER, seed=0, edit=lambda info: 0.5 * info.x))
+        with pytest.raises(TypeError, match="edit must be callable"):
+            engine.submit(EULER, seed=0, edit=3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="every must be one of"):
+            engine.submit(EULER, seed=0, every="call")
+    with gated() as (engine, gate), pytest.raises(ValueError, match="which needs previews=True"):
+        engine.submit(EULER, seed=0, edit=breaks)
+
+
+def test_the_edits_of_a_mixed_run() -> None:
+    run = fs.MixedRun(fs.Denoiser(net, VP), [EULER, PLANS["sde"]], (3, *ONE[1:]), previews=True)
+
+    def halves(info: fs.EditInfo) -> Any:
+        return 0.5 * info.x
+
+    def breaks(info: fs.EditInfo) -> None:
+        raise OSError("no more")
+
+    run.admit(0, EULER, seed=0, edit=halves)
+    run.admit(1, PLANS["sde"], seed=1)
+    run.admit(2, EULER, seed=2, edit=breaks)
+    with pytest.raises(OSError, match="no more") as caught:
+        run.step()
+    assert caught.value.__notes__[-1] == "of the request in place 2"
+    run.drop(2)
+    while not run.done(0):
+        run.step()
+    np.testing.assert_array_equal(run.result(0), alone(EULER, seed=0, edit=halves))
+    np.testing.assert_array_equal(run.result(1), alone(PLANS["sde"], seed=1))
+    with pytest.raises(ValueError, match="graph='step' needs backend='triton' on a CUDA device"):
+        fs.MixedRun(fs.Denoiser(net, VP), [EULER], ONE, graph="step")
+
+
 # --- errors ---
 
 

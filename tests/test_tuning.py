@@ -3,8 +3,10 @@
 References here are the problems' own ODE solutions (SciPy's DOP853 or a closed form), not what `tune` solves itself.
 """
 
+import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,15 @@ from fewstep.solvers.tune.candidates import candidates, fit_steps, rank
 from fewstep.solvers.tune.ensemble import Ensemble, latents, spread_conditions, unroll
 from fewstep.solvers.tune.fingerprint import TOLERANCE, check_plan, difference, fingerprint, keep_conditions
 from fewstep.solvers.tune.tuned import Rule, bases, rule_of
-from fewstep.solvers.tune.tuning import Fit, reference_ends, reference_grid, statistics, study
+from fewstep.solvers.tune.tuning import (
+    OBJECTIVES,
+    Fit,
+    choose,
+    reference_ends,
+    reference_grid,
+    statistics,
+    study,
+)
 
 PROCESSES = {"vp": fs.VP.linear(), "edm": fs.EDM(), "ve": fs.VE(0.02, 50.0), "flow": fs.Flow(2.0)}
 MIXTURE = fs.problems.Mixture([[0.6, 0.0], [-0.5, 0.4], [-0.1, -0.6]], [0.1, 0.2, 0.15])
@@ -165,6 +175,35 @@ def test_numbers_out_of_range_are_refused(bad):
             rule.stages(numbers)
 
 
+@pytest.mark.parametrize("base", bases())
+@pytest.mark.parametrize("name", PROCESSES)
+def test_an_inserted_call_changes_nothing(name, base):
+    """Wherever it is inserted: the same end point, though a call more is made; so more calls are never worse."""
+    denoiser = fs.Denoiser(lambda x, t: 0.4 * np.tanh(2.0 * x), PROCESSES[name], "sample", dtype="float64")
+    for steps in (2, 5):
+        grid = lattice(PROCESSES[name], steps)
+        rule = Rule.of(base, {}, grid, "all", True)
+        numbers = rule.start(grid) + 0.05 * np.random.default_rng(steps).standard_normal(rule.size)
+        x = fs.Sampler(denoiser, rule.plan(numbers), (4, 3), dtype="float64")(seed=1)
+        for step in range(steps):
+            wider, more = rule.insert(numbers, step)
+            plan = wider.plan(more)
+            assert plan.nfe == steps + 1
+            assert plan.grid.t[step] > plan.grid.t[step + 1] > plan.grid.t[step + 2]
+            assert np.allclose(np.delete(plan.grid.t, step + 1), rule.grid(numbers).t, rtol=1e-9)
+            again = fs.Sampler(denoiser, plan, (4, 3), dtype="float64")(seed=1)
+            assert np.abs(again - x).max() < 1e-9 * np.abs(x).max()
+
+
+def test_a_plan_of_fitted_times_takes_no_call():
+    grid = lattice(PROCESSES["vp"], 4)
+    rule = Rule.of("ipndm", {}, grid, "times", False)
+    with pytest.raises(ValueError, match="leaves a call out"):
+        rule.insert(rule.start(grid), 1)
+    with pytest.raises(ValueError, match="no call can be inserted"):
+        fs.tune(MIXTURE.denoiser(PROCESSES["vp"]), 5, shape=(2,), base=rule.plan(rule.start(grid)), progress=False)
+
+
 # --- the hand-made ones ---
 
 
@@ -255,13 +294,17 @@ def test_a_reference_of_ones_own_is_the_target(tuned_vp):
 
 def independent_errors(denoiser, plan, seed=99, n=256):
     """The mean square error of each sample, by the sampler and SciPy, on seeds that the fit did not use."""
+    return np.mean(independent_squares(denoiser, plan, seed, n), axis=1)
+
+
+def independent_squares(denoiser, plan, seed=99, n=256):
     first = plan.grid.points[0]
     x = fs.Sampler(denoiser, plan, (n, 2), dtype="float64")(seed=seed)
     # Each plan from its own first point: the ODE from the process's first.
     grid = reference_grid(denoiser)
     wanted = MIXTURE.solve(latents(n, (2,), seed) * grid.points[0].sigma, grid)
     assert abs(first.sigma / grid.points[0].sigma - 1.0) < 0.9
-    return np.mean((x - wanted) ** 2, axis=1)
+    return (x - wanted) ** 2
 
 
 def test_a_tuned_plan_beats_the_best_hand_made_one(tuned_vp):
@@ -336,10 +379,119 @@ def test_times_alone(tuned_vp):
     assert errors["tuned"]["validation"]["rmse"] < errors["hand"]["validation"]["rmse"]
 
 
+def test_more_calls_are_never_worse(tmp_path):
+    """Each fit starts from the one before: by RMSE and by median, on the seeds of validation and by SciPy on others."""
+    denoiser = MIXTURE.denoiser(PROCESSES["vp"])
+    kwargs = {"shape": (2,), "seeds": 64, "cache": tmp_path, "progress": False}
+    plan, curve = None, []
+    for calls in (3, 4, 5):
+        plan = fs.tune(denoiser, calls, base="ipndm" if plan is None else plan, **kwargs)
+        found = plan.options["tuning"]["errors"]
+        for kind in ("rmse", "median"):
+            assert found["tuned"]["validation"][kind] <= found["hand"]["validation"][kind]
+        squares = independent_errors(denoiser, plan)
+        curve.append((found["tuned"]["validation"], statistics(squares)))
+    for before, after in itertools.pairwise(curve):
+        for kind in ("rmse", "median"):
+            assert after[0][kind] <= before[0][kind]
+            # On other seeds, of which a few near a border decide the RMSE. Seen: 0.5 to 1.01 of it, 0.2 to 0.4 of the
+            # median.
+            assert after[1][kind] < {"rmse": 1.1, "median": 0.9}[kind] * before[1][kind]
+
+
+def marks(rmse, median):
+    return {"rmse": rmse, "median": median, "trimmed": median}
+
+
+def test_the_choice_among_fits():
+    hand = marks(1.0, 0.5)
+    fits = [marks(0.9, 0.6), marks(0.8, 0.3), marks(0.5, 0.4), marks(0.4, 0.55)]
+    assert choose("both", fits, [hand]) == 2  # the least product of those that are not worse in either
+    assert choose("rmse", fits, [hand]) == 3
+    assert choose("median", fits, [hand]) == 1
+    assert choose("both", fits, [hand, marks(0.6, 0.35)]) == -1
+    assert choose("both", [], [hand]) == choose("both", [hand], [hand]) == -1
+
+
+@pytest.mark.parametrize("objective", ["rmse", "median", "both"])
+def test_the_objective_is_what_is_minimised(tuned_vp, objective):
+    """Derivatives of sum_i s_i^p by numbers of the plan, s_i the squares of seed i: those of the weighted squares."""
+    denoiser, plan, cache = tuned_vp
+    made = studied(denoiser, 5, cache)
+    rule, numbers = rule_of(plan)
+    power = OBJECTIVES[objective]
+    fit = Fit(made, rule, numbers + 0.01, power)
+    slope = 2.0 * fit._jacobian(fit.numbers).T @ fit._residual(fit.numbers)
+
+    def loss(moved):
+        squares = made.errors(fit.form(moved), "train")
+        squares = squares + 1e-3 * np.mean(made.errors(fit.form(fit.numbers), "train"))
+        return np.sum(np.log(squares) if power == 0.0 else squares**power / power)
+
+    for i in (0, 5, 11):
+        up, down = fit.numbers.copy(), fit.numbers.copy()
+        up[i] += 1e-4
+        down[i] -= 1e-4
+        exact = (loss(up) - loss(down)) / 2e-4
+        scale = np.max(np.abs(slope))
+        ratio = fit.roots.size * np.mean(unweighted(made, fit, power))
+        assert abs(slope[i] * ratio - exact) < 0.02 * scale * ratio
+
+
+@pytest.mark.parametrize("radius", [0.02, 1.0])
+def test_a_latent_moves_to_its_target_or_to_the_edge_of_its_ball(radius):
+    """A round Gaussian: every plan multiplies the latent by a number, so that one move is the exact minimum."""
+    process = PROCESSES["edm"]
+    denoiser = fs.problems.Gaussian(np.zeros(3), np.full(3, 0.6)).denoiser(process)
+    made = studied(denoiser, 3, None, shape=(3,))
+    grid = lattice(process, 24)
+    rule = Rule.of("ddim", {}, grid, "times", False)
+    fit = Fit(made, rule, rule.start(grid), relax=radius)
+    z = made.ensemble.z[fit.samples]
+    x = fs.Sampler(denoiser, rule.plan(fit.numbers), z.shape, dtype="float64")(z * rule.first.sigma)
+    factor = (x / z).mean()
+    assert np.allclose(x, factor * z)
+    wanted = made.target[fit.samples]
+    away = (wanted - x) / factor  # the move that meets the target
+    far = np.sqrt(np.mean(away**2, axis=1, keepdims=True))
+    assert np.allclose(fit.z, z + away * np.minimum(1.0, radius / far), atol=1e-6)
+    assert (far > radius).any() == (radius == 0.02)
+    assert np.allclose(
+        fit._residual(fit.numbers).reshape(z.shape) * np.sqrt(z.size), factor * fit.z - wanted, atol=1e-6
+    )
+
+
+def test_features_are_what_is_compared(tmp_path):
+    """Plans ranked, fitted and recorded by one coordinate, weighted; against the sampler and SciPy."""
+    denoiser = MIXTURE.denoiser(PROCESSES["vp"])
+
+    def first_coordinate(x):
+        return 3.0 * x[:, 0]
+
+    kwargs = {"shape": (2,), "seeds": 48, "base": "ipndm", "cache": tmp_path, "progress": False}
+    plan = fs.tune(denoiser, 3, features=first_coordinate, **kwargs)
+    record = plan.options["tuning"]
+    assert record["features"] == "first_coordinate"
+    x = fs.Sampler(denoiser, plan, (24, 2), dtype="float64")(seed=0, first_sample=48)
+    grid = reference_grid(denoiser)
+    wanted = MIXTURE.solve(latents(24, (2,), 0, 48) * grid.sigma[0], grid)
+    rmse = 3.0 * np.sqrt(np.mean((x - wanted)[:, 0] ** 2))
+    assert math.isclose(rmse, record["errors"]["tuned"]["validation"]["rmse"], rel_tol=0.02)
+    assert record["errors"]["tuned"]["validation"]["rmse"] < 0.7 * record["errors"]["hand"]["validation"]["rmse"]
+    with pytest.raises(ValueError, match=r"features returned shape \(\) for 1 samples"):
+        fs.tune(denoiser, 3, features=np.sum, **kwargs)
+
+
+def unweighted(made, fit, power):
+    """The weights before they are divided by their mean."""
+    squares = made.errors(fit.form(fit.numbers), "train")
+    return (squares + 1e-3 * np.mean(squares)) ** (power - 1.0)
+
+
 def test_where_no_fit_is_better_the_hand_made_plan_comes_back(tuned_vp, monkeypatch):
     denoiser, _, cache = tuned_vp
     monkeypatch.setattr(Fit, "run", lambda self, evaluations, tolerance: None)
-    monkeypatch.setattr(Fit, "validation", lambda self: 1.0)
+    monkeypatch.setattr(Fit, "validation", lambda self: marks(1.0, 1.0))
     plan = fs.tune(denoiser, 5, shape=(2,), seeds=96, cache=cache, progress=False)
     record = plan.options["tuning"]
     assert not record["fitted"]
@@ -349,17 +501,21 @@ def test_where_no_fit_is_better_the_hand_made_plan_comes_back(tuned_vp, monkeypa
 
 def test_an_interruption_keeps_the_best_so_far_and_resume_goes_on(tuned_vp, monkeypatch):
     denoiser, _, cache = tuned_vp
-    seen = []
+    seen, stop = [], [4, 3]
     jacobian = Fit._jacobian
 
     def interrupted(self, numbers):
-        seen.append(1)
-        if len(seen) == 3:
+        seen.append(self.rule.steps)
+        if seen.count(stop[0]) == stop[1]:
             raise KeyboardInterrupt
         return jacobian(self, numbers)
 
     monkeypatch.setattr(Fit, "_jacobian", interrupted)
     kwargs = {"shape": (2,), "seeds": 96, "cache": cache, "progress": False}
+    early = fs.tune(denoiser, 5, **kwargs).options["tuning"]  # while it grows from four calls: nothing is fitted yet
+    assert not early["complete"]
+    assert not early["fitted"]
+    stop[:] = 5, 3
     plan = fs.tune(denoiser, 5, **kwargs)
     monkeypatch.undo()
     record = plan.options["tuning"]
@@ -370,22 +526,26 @@ def test_an_interruption_keeps_the_best_so_far_and_resume_goes_on(tuned_vp, monk
     assert on["errors"]["tuned"]["validation"]["rmse"] < record["errors"]["tuned"]["validation"]["rmse"]
 
 
-def test_the_difference_quotients_are_the_derivative(tuned_vp):
-    """Against central differences of the residual: shared calls and batches do not change it."""
-    denoiser, plan, _ = tuned_vp
-    made = study(
+def studied(denoiser, calls, cache, shape=(2,)):
+    return study(
         denoiser,
-        5,
-        shape=(2,),
+        calls,
+        shape=shape,
         cond=None,
         splits={"train": 24, "validation": 16},
         seed=0,
         reference=None,
         device=None,
         batch=7,
-        cache=None,
+        cache=cache,
         say=lambda text: None,
     )
+
+
+def test_the_difference_quotients_are_the_derivative(tuned_vp):
+    """Against central differences of the residual: shared calls and batches do not change it."""
+    denoiser, plan, _ = tuned_vp
+    made = studied(denoiser, 5, None)
     fit = Fit(made, *rule_of(plan))
     found = fit._jacobian(fit.numbers)
     for i in range(fit.rule.size):
@@ -498,7 +658,14 @@ def test_conditions_go_round_the_samples():
         ({"shape": b"\1\2"}, "shape must be a sequence of ints"),
         ({"reference": 3}, "reference must be a plan or a callable"),
         ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 4))}, "is not tuned"),
-        ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 3))}, "3 calls, nfe = 4"),
+        ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 3))}, "is not tuned"),
+        ({"base": fs.plan("ddim", fs.grid(PROCESSES["edm"], 5))}, "5 calls, nfe = 4"),
+        ({"relax": -0.1}, "relax must be a number >= 0"),
+        ({"relax": math.nan}, "relax must be a number >= 0"),
+        ({"features": 3}, "features must be"),
+        ({"relax": 0.1, "features": np.sum}, "features without relax"),
+        ({"features": lambda: 0}, "features does not take samples"),
+        ({"objective": "mean"}, "objective must be one of 'rmse', 'both', 'median'"),
     ],
 )
 def test_bad_arguments_are_named_before_any_call(change, text):
@@ -565,6 +732,32 @@ def test_the_report_in_its_short_version(tmp_path, capsys):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+def test_the_shipped_curve_never_steps_back():
+    """On latents that no fit saw: never worse than the best hand-made plan of all, nor than fewer calls."""
+    pytest.importorskip("matplotlib")
+    from reports.tune_report import steps_back
+
+    path = Path(__file__).parents[1] / "docs" / "tuning" / "results.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert len({(r["problem"], r["nfe"]) for r in rows}) == 20
+    assert steps_back(rows) == []
+
+
+def test_a_step_back_is_named():
+    from reports.tune_report import steps_back
+
+    def row(calls, tuned, hand):
+        return {"problem": "ring", "nfe": calls, "entries": {"tuned": marks(*tuned), "oracle": marks(*hand)}}
+
+    good = [row(4, (0.5, 0.2), (1.0, 1.0)), row(5, (0.5, 0.1), (0.7, 0.7))]
+    assert steps_back(good) == []
+    (found,) = steps_back([*good, row(6, (0.6, 0.05), (0.7, 0.6))][1:])
+    assert found == "ring at 6 calls: rmse 0.60000, 5 calls 0.50000"
+    (found,) = steps_back([row(4, (0.5, 0.2), (1.0, 0.1))])
+    assert "median" in found
+    assert "hand-made" in found
+
+
 def test_the_report_names_what_it_misses():
     from reports.tune_report import misses
 
@@ -576,6 +769,6 @@ def test_the_report_names_what_it_misses():
         "validation": {"tuned": 2.0, "hand": 1.0},
     }
     assert len(misses([row])) == 3
-    good = {**row, "ratio": 0.5, "recommend_ratio": 1.1, "validation": {"tuned": 0.5, "hand": 1.0}}
+    good = {**row, "ratio": 0.3, "recommend_ratio": 1.1, "validation": {"tuned": 0.5, "hand": 1.0}}
     assert misses([good]) == []
     assert misses([{**good, "nfe": 5, "ratio": 0.9}]) == []

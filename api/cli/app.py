@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fewstep import __version__
 
@@ -15,6 +16,14 @@ ERR = Console(stderr=True, highlight=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
+
+
+def bars(*, quiet: bool = False) -> Progress:
+    """Progress bars on stderr, with the time left; they vanish at the end. None without a terminal, or if `quiet`."""
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    disable = quiet or not ERR.is_terminal
+    return Progress(TextColumn("{task.description}"), *columns, console=ERR, transient=True, disable=disable)
+
 
 app = typer.Typer(
     help="Sample diffusion and flow models in few steps, and measure the error and the cost.",

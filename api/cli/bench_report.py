@@ -83,6 +83,8 @@ def run(
     """
     from rich.console import Console
 
+    from fewstep.cli.app import bars
+
     repeats = wanted.repeats
     if isinstance(repeats, bool) or not isinstance(repeats, int) or not 2 <= repeats <= 100_000:
         raise ValueError(f"repeats must be an int from 2 (one window has no spread) to 100000, got {repeats!r}")
@@ -91,14 +93,19 @@ def run(
     shapes = wanted.shapes or (PLOTTED if files.plot else None)
     steps = microbench.cases(shapes, wanted.dtypes, wanted.solvers, wanted.backends)
     console, began = console or Console(), load_average()
-    with (Console(stderr=True) if as_json else console).status("measuring") as status:
+    with bars() as bar:
         between, results = [], []
-        for milliseconds, loop in latency.cases(wanted.shapes, wanted.solvers, wanted.networks, wanted.model):
-            status.update(loop.label)
+        task = bar.add_task("making the networks", total=None)
+        loops = latency.cases(wanted.shapes, wanted.solvers, wanted.networks, wanted.model)
+        bar.update(task, total=len(loops) + len(steps))
+        for milliseconds, loop in loops:
+            bar.update(task, description=loop.label)
             between.append(latency.measure(loop, repeats, milliseconds))
+            bar.advance(task)
         for case in steps:
-            status.update(case.label)
+            bar.update(task, description=case.label)
             results.append(microbench.measure(case, repeats))
+            bar.advance(task)
     report = {
         "versions": versions(),
         "machine": machine(),

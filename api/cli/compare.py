@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, check_count, parse_counts, parse_list
+from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, bars, check_count, parse_counts, parse_list
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -51,16 +50,7 @@ def compare(
     for chosen in spacings:
         if chosen not in list_spacings():
             raise ValueError(unknown("spacing", chosen, list_spacings()))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=ERR,
-        transient=True,
-        disable=not ERR.is_terminal,
-    )
-    with bar:
+    with bars() as bar:
         task = bar.add_task("", total=1 + len(names) * len(budgets) * len(spacings))
         result = comparison.compare(
             load_model(model),

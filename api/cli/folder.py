@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.progress import Progress
 
-from fewstep.cli.app import ERR, OUT
+from fewstep.cli.app import OUT, bars
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.run.sharded import Shards, place
 
@@ -37,7 +36,7 @@ def write_folder(
     """
     rank, processes = place()
     begin = time.perf_counter()
-    with Progress(console=ERR, transient=True, disable=rank > 0 or as_json or not ERR.is_terminal) as bar:
+    with bars(quiet=rank > 0 or as_json) as bar:
         task = bar.add_task("files of this process")
         shards = make(progress=lambda done, total: bar.update(task, completed=done, total=total))
     seconds = time.perf_counter() - begin

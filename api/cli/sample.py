@@ -12,20 +12,25 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName, check_count, parse_options
+from fewstep.cli.app import ERR, OUT, AsJson, Guidance, check_count, parse_options
 from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_out, write_samples
 from fewstep.kernels.philox import check_seed
-from fewstep.models import PROCESS, check_model, load_model
+from fewstep.models import PROCESS, check_model, is_student, load_model, student_model
 from fewstep.solvers.options import unknown
 
 BACKENDS = ("auto", "numba", "naive")
 
 
 def sample(
-    model: ModelName = "digits",
-    solver: Annotated[str, typer.Option(help="A name from `fewstep solvers`.")] = "dpmpp_2m",
-    steps: Annotated[int, typer.Option(help="Steps of the grid.")] = 15,
+    model: Annotated[
+        str, typer.Option(help="digits, digits-exact, ring, gaussian, or the folder of a student of `fewstep distill`.")
+    ] = "digits",
+    network: Annotated[
+        str | None, typer.Option(help="FILE.py:FUNCTION of a student's network; default: the one that its run had.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="A name from `fewstep solvers`; default: dpmpp_2m.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the grid; default: 15, or the student's most.")] = None,
     spacing: Annotated[str | None, typer.Option(help="Spacing of the grid; by default the solver's own.")] = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
@@ -62,22 +67,35 @@ def sample(
         check_out(out_path)
     check_count("--n", n)
     check_count("--batch", batch)
-    check_model(model, guidance, label)
     check_seed(seed, "--seed")
     if backend not in BACKENDS:
         raise ValueError(unknown("backend", backend, BACKENDS))
     pick_backend(backend, NumpyFrame())
     options = parse_options(option)
-    spacing = spacing or get_solver(solver).spacing(PROCESS)
-    plan = make_plan(solver, make_grid(PROCESS, steps, spacing), **options)
-    chosen = load_model(model)
+    if is_student(model):
+        flags = {"--solver": solver, "--spacing": spacing, "--guidance": guidance, "--option": option}
+        if given := [flag for flag, value in flags.items() if value]:
+            raise ValueError(f"{', '.join(given)}: a student samples by its own plans; --steps chooses one")
+        chosen, plan = student_model(model, steps, network)
+        solver, spacing = plan.solver, None
+        if label is not None and not 0 <= label < chosen.classes:
+            have = f"has classes 0 to {chosen.classes - 1}" if chosen.classes else "has no classes"
+            raise ValueError(f"--class {label}: model {model!r} {have}")
+    elif network is not None:
+        raise ValueError(f"--network {network}: only the folder of a student takes one, got --model {model}")
+    else:
+        check_model(model, guidance, label)
+        solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps
+        spacing = spacing or get_solver(solver).spacing(PROCESS)
+        plan = make_plan(solver, make_grid(PROCESS, steps, spacing), **options)
+        chosen = load_model(model)
     labels = chosen.labels(n) if label is None else np.full(n, label)
     denoiser = chosen.denoiser(guidance)
     evaluations = sum(len(called) for _, called in branch_calls(compile_plan(plan), denoiser))
     settings = {
         "model": model,
         "solver": solver,
-        "steps": steps,
+        "steps": plan.steps,
         "spacing": spacing,
         "guidance": guidance,
         "seed": seed,
@@ -105,4 +123,5 @@ def sample(
         f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations per sample, "
         f"{seconds:.2f} s, in [bold]{escape(str(out_path))}[/]"
     )
-    OUT.print("compare it with other solvers: [bold]fewstep compare --plot compare.png[/]")
+    if not is_student(model):
+        OUT.print("compare it with other solvers: [bold]fewstep compare --plot compare.png[/]")

@@ -29,8 +29,14 @@ def tune(
     decouple: Annotated[
         bool, typer.Option(help="Let the network's time input differ from the sample's noise level.")
     ] = True,
+    objective: Annotated[
+        str, typer.Option(help="rmse, median or both: what is fitted, and must not be worse than the hand-made plan's.")
+    ] = "both",
+    relax: Annotated[float, typer.Option(help="How far a training latent may move, as a fraction of its RMS.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
-    resume: Annotated[Path | None, typer.Option(help="A tuned plan to continue from.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A tuned plan to continue from, of as many calls or fewer.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for reference solutions.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -47,7 +53,7 @@ def tune(
     if resume is not None and base != "auto":
         raise ValueError(f"--base {base!r} and --resume: the plan to resume has its own base")
     start = base if resume is None else load_plan(resume, force=True)
-    check_arguments(start, nfe, seeds, what)
+    check_arguments(start, nfe, seeds, what, objective=objective)
     chosen = load_model(model)
     denoiser = chosen.denoiser(guidance)
     if isinstance(start, Plan):
@@ -60,6 +66,8 @@ def tune(
         seeds=seeds,
         base=start,
         what=what,
+        objective=objective,
+        relax=relax,
         decouple=decouple and what == "all",
         seed=seed,
         cache="auto" if cache is None else cache,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import NamedTuple
@@ -10,17 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.unet import digits_model
 from fewstep.digits_data import Split, load_split
-from fewstep.distill_runs.phases import halved_grids, phase_at
-from fewstep.distill_runs.training import Recipe, RunSettings, Samplers
+from fewstep.distill_runs import own_methods
+from fewstep.distill_runs.data import Arrays
+from fewstep.distill_runs.own import Problem
+from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.problems import energy_distance
-from fewstep.solvers.distill import latent_consistency, lora, progressive
-from fewstep.solvers.distill.boundary import LatentBoundary
-from fewstep.solvers.distill.ema import frozen_copy, update_ema
-from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -34,80 +32,16 @@ TEACHER_SOLVERS = ("ddim", "dpmpp_2m", "unipc", "ipndm")
 TEACHER_SPACINGS = ("quadratic", "karras", "trailing")
 
 
-class DigitsRecipe(Recipe):
-    """A run on digits: the teacher, real images with their classes, students that start as the teacher."""
-
-    def __init__(self, settings: RunSettings) -> None:
-        super().__init__(settings)
-        self.teacher = Denoiser(digits_model(), PROCESS, "v")
-
-    def new_network(self, name: str, *, trained: bool = False) -> nn.Module:
-        """Add a copy of the teacher's network."""
-        net = digits_model()
-        self.modules[name] = net.train().requires_grad_(True) if trained else net
-        return net
-
-    def new_optimiser(self, name: str, parameters: list[nn.Parameter] | None = None) -> None:
-        """Add a fresh Adam over the network of that name, or over some of its parameters."""
-        chosen = list(self.modules[name].parameters()) if parameters is None else parameters
-        self.optimisers[name] = torch.optim.Adam(chosen, self.settings.lr, betas=(0.9, 0.99))
-
-    def data(self, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(x0, noise, labels) of the batch."""
-        train = judge().train
-        pick = torch.randint(len(train.x), (self.settings.batch,), generator=g)
-        return train.x[pick], torch.randn((self.settings.batch, 1, 8, 8), generator=g), train.label[pick]
-
-
-class DigitsProgressive(DigitsRecipe):
+class DigitsProgressive(own_methods.Progressive):
     """Progressive distillation of 16 DDIM steps into students of 8, 4, 2 and 1 steps, all kept."""
 
-    TEACHER = 16
+    OPTIONS = ()
 
     def __init__(self, settings: RunSettings) -> None:
-        super().__init__(settings)
-        self.grids = halved_grids(make_grid(PROCESS, self.TEACHER, "trailing"))
-        self.new_network("student", trained=True)
-        for grid in self.grids[1:]:
-            self.new_network(f"student{grid.steps}")
-        self.new_optimiser("student")
-        phases = len(self.grids) - 1
-        # Shorter samplers take longer to learn: the phases take 1 : 2 : 3 : 4 of the steps.
-        shares = np.cumsum(np.arange(phases + 1)) / np.arange(phases + 1).sum()
-        self.begins = [round(float(share) * settings.steps) for share in shares]
-        self._targets: tuple[int, Jumps] | None = None
-
-    def denoiser(self, name: str) -> Denoiser:
-        return Denoiser(self.modules[name], PROCESS, "v")
-
-    def targets(self, phase: int) -> Jumps:
-        if self._targets is None or self._targets[0] != phase:
-            teacher = self.denoiser(f"student{self.grids[phase].steps}") if phase else self.teacher
-            self._targets = phase, progressive.targets(teacher, self.grids[phase])
-        return self._targets[1]
-
-    def step(self, k: int) -> dict[str, float]:
-        phase, first, last = phase_at(k, self.begins)
-        if phase and k == first:
-            self.new_optimiser("student")
-        x0, noise, label = self.data(g := self.generator(k))
-        jumps = self.targets(phase)
-        which = torch.randint(len(jumps), (self.settings.batch,), generator=g).numpy()
-        student = self.denoiser("student")
-
-        def loss_of(p: slice) -> Tensor:
-            return progressive.loss(student, jumps, x0[p], noise[p], which[p], cond={"label": label[p]})
-
-        loss = self.descend("student", self.lr_at(k, first, last - first), loss_of)
-        if k == last - 1:
-            self.modules[f"student{len(jumps)}"].load_state_dict(self.modules["student"].state_dict())
-        return {"loss": loss, "steps": float(len(jumps))}
-
-    def samplers(self) -> Samplers:
-        return {g.steps: (self.denoiser(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}
+        super().__init__(settings, problem())
 
 
-class LatentConsistency(DigitsRecipe):
+class LatentConsistency(own_methods.LatentConsistency):
     """Latent consistency distillation without guidance. Option lora=RANK trains only adapters of that rank."""
 
     OPTIONS = ("lora",)
@@ -115,39 +49,22 @@ class LatentConsistency(DigitsRecipe):
     TIMES = ((999.0,), (999.0, 499.0), (999.0, 439.0, 119.0, 19.0))
 
     def __init__(self, settings: RunSettings) -> None:
-        super().__init__(settings)
-        rank = int(self.option("lora"))
-        student = self.new_network("student", trained=True)
-        if rank:
-            lora.add_adapter(student, "lcm", rank=rank)
-        self.modules["target"] = frozen_copy(student)
-        self.modules["average"] = frozen_copy(student)
-        self.new_optimiser("student", lora.adapter_parameters(student, "lcm") if rank else None)
-        self.jumps = Jumps.over(self.teacher, latent_consistency.grid(PROCESS), "ddim")
-
-    def denoiser(self, name: str) -> ConsistencyDenoiser:
-        return ConsistencyDenoiser(self.modules[name], PROCESS, "v", boundary=LatentBoundary())
-
-    def step(self, k: int) -> dict[str, float]:
-        x0, noise, label = self.data(g := self.generator(k))
-        which = torch.randint(len(self.jumps), (self.settings.batch,), generator=g).numpy()
-        student, target = self.denoiser("student"), self.denoiser("target")
-
-        def loss_of(p: slice) -> Tensor:
-            own = {"label": label[p]}
-            return latent_consistency.loss(
-                student, target, self.jumps, x0[p], noise[p], which[p], w=None, cond=own, student_cond=own
-            )
-
-        loss = self.descend("student", self.lr_at(k), loss_of)
-        update_ema(self.modules["target"], self.modules["student"], 0.95)
-        update_ema(self.modules["average"], self.modules["student"], min(0.99, (k + 1) / (k + 10)))
-        return {"loss": loss}
+        super().__init__(replace(settings, ema=0.99), problem())
 
     def samplers(self) -> Samplers:
-        student = self.denoiser("average")
+        student = self.finished()
         grids = [Grid.from_times(PROCESS, [*times, PROCESS.clean.t]) for times in self.TIMES]
         return {grid.steps: (student, make_plan("lcm", grid)) for grid in grids}
+
+
+DIGITS = (DigitsProgressive, LatentConsistency)
+
+
+def problem() -> Problem:
+    """The shipped network as the teacher, and the training images with their classes."""
+    train = judge().train
+    teacher = Denoiser(digits_model(), PROCESS, "v")
+    return Problem(teacher, teacher, Arrays(train.x, {"label": train.label}))
 
 
 # --- judging images ---

@@ -16,7 +16,9 @@ from fewstep.distill_runs import digits, ring
 from fewstep.distill_runs import ring_generators as generators
 from fewstep.distill_runs import ring_teachers as teachers
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.pinwheel import ARMS, draw_pinwheel
 from fewstep.distill_runs.training import Recipe
+from fewstep.problems import energy_distance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -58,12 +60,12 @@ class Outcome(NamedTuple):
 
 def evaluate(recipe: Recipe) -> Outcome:
     """The outcome of a trained recipe."""
-    if isinstance(recipe, digits.DigitsRecipe):
+    if isinstance(recipe, digits.DIGITS):
         return _evaluate_digits(recipe)
     if isinstance(recipe, teachers.Guided):
         return _evaluate_guided(recipe)
     assert isinstance(recipe, ring.RingRecipe)
-    return _evaluate_ring(recipe)
+    return _evaluate_pinwheel(recipe) if recipe.classes else _evaluate_ring(recipe)
 
 
 # --- the ring ---
@@ -79,10 +81,31 @@ def latent(count: int = COUNT, elements: int = 2) -> Tensor:
     return torch.randn((count, elements), generator=torch.Generator().manual_seed(5))
 
 
-def sample_ring(denoiser: Denoiser, plan: Plan, start: float, count: int = COUNT) -> Tensor:
-    """Points from the common latents, scaled by `start`."""
-    x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent(count), seed=7)
+def sample_ring(denoiser: Denoiser, plan: Plan, start: float, count: int = COUNT, classes: int = 0) -> Tensor:
+    """Points from the common latents, scaled by `start`; with classes they take turns."""
+    cond = {"label": torch.arange(count) % classes} if classes else None
+    x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent(count), seed=7, cond=cond)
     return x
+
+
+@cache
+def pinwheel_data(count: int, seed: int = 1) -> np.ndarray:
+    """Draws of the pinwheel, its classes in turn."""
+    label = torch.arange(count) % ARMS
+    return np.asarray(draw_pinwheel(count, torch.Generator().manual_seed(seed), label)[0].numpy())
+
+
+def distances(x: Tensor, classes: int) -> dict[str, float]:
+    """SWD and energy distance to as many draws of the ring or, for classes that take turns, of the pinwheel.
+
+    Of the pinwheel they are means over the classes.
+    """
+    data = pinwheel_data(len(x)) if classes else ring.RING.draw(len(x), 1)
+    parts = [slice(c, None, classes) for c in range(classes)] or [slice(None)]
+    return {
+        "swd": float(np.mean([sliced_wasserstein(x[p], data[p]) for p in parts])),
+        "energy distance": float(np.mean([energy_distance(x[p].numpy(), data[p]) for p in parts])),
+    }
 
 
 @cache
@@ -90,6 +113,18 @@ def ring_baseline(nfe: int, solver: str = "ddim") -> float:
     """SWD of the exact teacher by a plain solver on the students' grid."""
     plan = make_plan(solver, ring.edm_grid(nfe))
     return sliced_wasserstein(sample_ring(ring.RING.denoiser(ring.PROCESS), plan, ring.PROCESS.sigma_max), ring_data())
+
+
+def _evaluate_pinwheel(recipe: ring.RingRecipe) -> Outcome:
+    """The distances, of which none is a threshold."""
+    samples = {
+        str(nfe): sample_ring(denoiser, plan, recipe.start_sigma, classes=recipe.classes)
+        for nfe, (denoiser, plan) in recipe.samplers().items()
+    }
+    rows: list[dict[str, float | str]] = [
+        {"nfe": int(nfe), **distances(x, recipe.classes)} for nfe, x in samples.items()
+    ]
+    return Outcome(rows, [], samples)
 
 
 def _evaluate_ring(recipe: ring.RingRecipe) -> Outcome:
@@ -196,7 +231,7 @@ def _evaluate_guided(recipe: teachers.Guided) -> Outcome:
 # --- digits ---
 
 
-def _evaluate_digits(recipe: digits.DigitsRecipe) -> Outcome:
+def _evaluate_digits(recipe: Recipe) -> Outcome:
     rows: list[dict[str, float | str]] = []
     checks, samples = [], {}
     for nfe, (denoiser, plan) in sorted(recipe.samplers().items()):

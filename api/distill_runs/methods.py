@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fewstep.distill_runs import digits, ring_generators, ring_teachers
+from fewstep.distill_runs import digits, ring_generators, ring_maps, ring_scores, ring_teachers
 from fewstep.distill_runs.training import Recipe, RunSettings
 from fewstep.solvers.plans.registry import unknown
 
@@ -25,21 +25,30 @@ class ProblemMethods(NamedTuple):
     lr: float
 
 
+POINTS: dict[str, Method] = {
+    "progressive": Method(ring_teachers.RingProgressive, 4000),
+    "guided": Method(ring_teachers.Guided, 1000),
+    "consistency": Method(ring_teachers.Consistency, 5000),
+    "improved_consistency": Method(ring_teachers.ImprovedConsistency, 6000),
+    "continuous_consistency": Method(ring_teachers.ContinuousConsistency, 4000),
+    "rectified": Method(ring_generators.Rectified, 4500),
+    "distribution_matching": Method(ring_generators.DistributionMatching, 2000),
+    "adversarial": Method(ring_generators.Adversarial, 6000),
+    "mean_flow": Method(ring_maps.MeanFlow, 4000),
+    "shortcut": Method(ring_maps.Shortcut, 4000),
+    "flow_maps": Method(ring_maps.FlowMaps, 4000),
+    "moment_matching": Method(ring_maps.MomentMatching, 4000),
+    "score_identity": Method(ring_scores.ScoreIdentity, 2000),
+    "f_distill": Method(ring_scores.FDistill, 2000),
+    "latent_adversarial": Method(ring_scores.LatentAdversarial, 4000),
+    "regularised": Method(ring_scores.Regularised, 2000),
+    "trajectory_matching": Method(ring_scores.TrajectoryMatching, 2000),
+}
+
 PROBLEMS = {
-    "ring": ProblemMethods(
-        {
-            "progressive": Method(ring_teachers.RingProgressive, 4000),
-            "guided": Method(ring_teachers.Guided, 1000),
-            "consistency": Method(ring_teachers.Consistency, 5000),
-            "improved_consistency": Method(ring_teachers.ImprovedConsistency, 6000),
-            "continuous_consistency": Method(ring_teachers.ContinuousConsistency, 4000),
-            "rectified": Method(ring_generators.Rectified, 4500),
-            "distribution_matching": Method(ring_generators.DistributionMatching, 2000),
-            "adversarial": Method(ring_generators.Adversarial, 6000),
-        },
-        256,
-        3e-3,
-    ),
+    "ring": ProblemMethods(POINTS, 256, 3e-3),
+    # Guidance has its own two Gaussians, which are no pinwheel.
+    "pinwheel": ProblemMethods({name: method for name, method in POINTS.items() if name != "guided"}, 256, 3e-3),
     "digits": ProblemMethods(
         {
             "progressive": Method(digits.DigitsProgressive, 800),
@@ -85,7 +94,7 @@ def make_recipe(
         own_lr if lr is None else lr,
         seed,
         parts,
-        bf16,
+        "bf16" if bf16 else "",
         given,
     )
     return recipe(settings)

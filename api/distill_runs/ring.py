@@ -1,6 +1,7 @@
-"""The base of the distillation runs on points: a ring of eight Gaussians in the plane.
+"""The base of the distillation runs on points in the plane: a ring of eight Gaussians, or a pinwheel of five classes.
 
-The teacher is exact, so that any error is the student's.
+The ring's teacher is exact, so that any error is the student's. The pinwheel's is a trained network, with the class as
+its condition.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.networks import OCTAVES, WIDTH, Points
+from fewstep.distill_runs.pinwheel import ARMS, draw_pinwheel, pinwheel_teacher
 from fewstep.distill_runs.training import Recipe, RunSettings, Samplers
 from fewstep.problems import Mixture
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
@@ -29,21 +31,51 @@ def edm_grid(steps: int, *, final_zero: bool = True) -> Grid:
 
 
 class RingRecipe(Recipe):
-    """A run on the ring: the exact teacher, fresh data at each step, networks initialised from the seed."""
+    """A run on the ring or the pinwheel: the teacher, fresh data at each step, networks initialised from the seed.
 
+    Options width=W and depth=D set the size of the networks.
+    """
+
+    OPTIONS: tuple[str, ...] = ("width", "depth")
     decay = 0.999  # of the weights' average, which is sampled from
+    group = 1  # consecutive samples of one class
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.teacher = RING.denoiser(PROCESS)
+        self.classes = ARMS if settings.problem == "pinwheel" else 0
+        self.teacher = pinwheel_teacher() if self.classes else RING.denoiser(PROCESS)
+        self.labels: Tensor | None = None  # of the latest batch
 
-    def new_network(self, name: str, elements: int = 2, *, strength: bool = False, octaves: int = OCTAVES) -> nn.Module:
-        """Add a network with weights from the seed."""
+    def new_network(
+        self,
+        name: str,
+        elements: int = 2,
+        *,
+        strength: bool = False,
+        octaves: int = OCTAVES,
+        ends: bool = False,
+    ) -> nn.Module:
+        """Add a network with weights from the seed, or, on the pinwheel, with its teacher's if the sizes agree."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 101)
-            width = int(self.option("width", WIDTH))
-            self.modules[name] = Points(elements, width, strength=strength, octaves=octaves)
+            self.modules[name] = Points(
+                elements, self.width, self.depth, strength=strength, octaves=octaves, classes=self.classes, ends=ends
+            )
+        if self.classes:
+            self._start_as_teacher(self.modules[name], 2 * strength)
         return self.modules[name]
+
+    def _start_as_teacher(self, net: nn.Module, more: int) -> None:
+        """Load the teacher's weights where they fit; `more` inputs before those of the class begin at 0."""
+        teacher = self.teacher.model
+        assert isinstance(teacher, nn.Module)
+        weights = dict(teacher.state_dict())
+        first = weights["hidden.0.weight"]
+        at = first.shape[1] - self.classes
+        weights["hidden.0.weight"] = torch.cat([first[:, :at], first.new_zeros(len(first), more), first[:, at:]], dim=1)
+        own = net.state_dict()
+        if own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own):
+            net.load_state_dict(weights)
 
     def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         """Add a fresh Adam over the network of that name."""
@@ -59,11 +91,27 @@ class RingRecipe(Recipe):
         update_ema(self.modules["average"], self.modules["student"], memory)
 
     def data(self, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(x0, noise) of the batch, float32."""
+        """(x0, noise) of the batch, float32; its classes are `labels` until the next call."""
         n = self.settings.batch
+        if self.classes:
+            label = torch.randint(self.classes, (n // self.group,), generator=g).repeat_interleave(self.group)
+            x, self.labels = draw_pinwheel(n, g, label)
+            return x, torch.randn((n, 2), generator=g)
         mode = torch.randint(len(RING.weights), (n,), generator=g)
         x0 = torch.from_numpy(RING.means)[mode] + RING.stds[0] * torch.randn((n, 2), generator=g, dtype=torch.float64)
         return x0.float(), torch.randn((n, 2), generator=g)
+
+    def cond(self, part: slice = slice(None)) -> dict[str, Tensor]:
+        """The condition of a part of the latest batch."""
+        return {} if self.labels is None else {"label": self.labels[part]}
+
+    @property
+    def width(self) -> int:
+        return int(self.option("width", WIDTH))
+
+    @property
+    def depth(self) -> int:
+        return int(self.option("depth", 3))
 
     def pick(self, g: torch.Generator, weights: Array) -> np.ndarray:
         """Intervals of the batch, drawn in proportion to the weights, (B,)."""

@@ -16,7 +16,7 @@ from fewstep.distill_runs.phases import phase_at
 from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
 from fewstep.distill_runs.ring_teachers import Consistency
 from fewstep.distill_runs.training import RunSettings, Samplers
-from fewstep.solvers.distill import adversarial, distribution_matching, losses, rectified
+from fewstep.solvers.distill import adversarial, distribution_matching, rectified
 from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
@@ -46,11 +46,13 @@ class Rectified(RingRecipe):
         return Denoiser(self.modules[name], Flow(), "flow")
 
     @cached_property
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """(x0, eps) of the first flow, the same in every process and after every resumption."""
-        eps = torch.randn((self.PAIRS, 2), generator=self.generator(0, 1))
+    def pairs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x0, eps, classes) of the first flow, the same in every process and after every resumption."""
+        eps = torch.randn((self.PAIRS, 2), generator=(g := self.generator(0, 1)))
+        label = torch.randint(self.classes, (self.PAIRS,), generator=g) if self.classes else None
         grid = make_grid(Flow(), self.PAIR_STEPS, "linspace")
-        return rectified.couple(self.denoiser("flow"), eps, grid, "heun"), eps
+        cond = None if label is None else {"label": label}
+        return rectified.couple(self.denoiser("flow"), eps, grid, "heun", cond), eps, label
 
     def step(self, k: int) -> dict[str, float]:
         phase, first, last = phase_at(k, self.begins)
@@ -63,13 +65,14 @@ class Rectified(RingRecipe):
             x0, eps = self.data(g)
         else:
             pick = torch.randint(self.PAIRS, (n,), generator=g)
-            x0, eps = (v[pick] for v in self.pairs)
+            x0, eps, label = self.pairs
+            x0, eps, self.labels = x0[pick], eps[pick], None if label is None else label[pick]
         times = np.ones(n) if phase == 2 else torch.rand((n,), generator=g, dtype=torch.float64).numpy()
         student = self.denoiser("student")
         loss = self.descend(
             "student",
             self.lr_at(k, first, last - first),
-            lambda p: rectified.matching_loss(student, x0[p], eps[p], times[p]),
+            lambda p: rectified.matching_loss(student, x0[p], eps[p], times[p], cond=self.cond(p)),
         )
         self.follow(k - first)
         return {"loss": loss, "phase": float(phase + 1)}
@@ -85,9 +88,8 @@ class Rectified(RingRecipe):
 class DistributionMatching(RingRecipe):
     """DMD2 (Yin et al. 2024): a generator, and a critic with five updates per generator update.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the critic takes the
-    step that made a sample as an input, unlike in the paper: with one critic for the mixture of all steps, the steps
-    divided the modes among themselves and each lost some.
+    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the student trains as
+    `distribution_matching.FewSteps` says: the critic takes the step that made a sample as an input.
 
     Options:
 
@@ -97,7 +99,7 @@ class DistributionMatching(RingRecipe):
                   (section 4.3)
     """
 
-    OPTIONS = ("critic_steps", "calls", "gan")
+    OPTIONS = (*RingRecipe.OPTIONS, "critic_steps", "calls", "gan")
     # Weights of the adversarial loss in the critic's and in the generator's.
     CRITIC_GAN, GENERATOR_GAN = 0.1, 0.1
 
@@ -110,14 +112,14 @@ class DistributionMatching(RingRecipe):
         self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(calls)], 0.0])
         self.new_network("critic", strength=self.grid.steps > 1)
         self.new_network("student")
-        self.simulate = distribution_matching.BackwardSimulation(self.denoiser("student"), self.grid)
+        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid, "w")
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
         if self.gan:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed * 101 + 1)
-                self.modules["heads"] = adversarial.Heads([128])
+                self.modules["heads"] = adversarial.Heads([self.width])
             self.optimisers["critic"].add_param_group({"params": list(self.modules["heads"].parameters())})
         self.warm = settings.steps // 5
 
@@ -125,36 +127,33 @@ class DistributionMatching(RingRecipe):
         return Denoiser(self.modules[name], PROCESS, "edm")
 
     def stops(self) -> np.ndarray:
-        """The student's step of each sample, (B,): the batch is divided evenly among the steps."""
-        n = self.settings.batch
-        return np.arange(n) * self.grid.steps // n
+        return self.few.stops(self.settings.batch)
 
     def entry(self, g: torch.Generator, noise: Tensor) -> Tensor:
         """The student's input x of the batch, each sample at its own step of the student's sampling."""
-        latent = PROCESS.sigma_max * noise
-        if self.grid.steps == 1:
-            return latent
-        seed, stops = int(torch.randint(2**31, (1,), generator=g)), torch.from_numpy(self.stops())
-        return torch.cat([self.simulate(latent[stops == k], k, seed=seed + k) for k in range(self.grid.steps)])
+        seed = int(torch.randint(2**31, (1,), generator=g)) if self.grid.steps > 1 else 0
+        return self.few.inputs(PROCESS.sigma_max * noise, self.stops(), seed=seed, cond=self.cond())
 
     def of_step(self, part: slice) -> dict[str, Tensor]:
-        """The critic's condition: the step that made a sample, if there are several."""
-        if self.grid.steps == 1:
-            return {}
-        return {"w": torch.from_numpy(self.stops()[part]).float()}
+        """The critic's condition: the class, and the step that made a sample if there are several."""
+        return self.few.critic_cond(self.stops()[part], self.cond(part))
 
     def begin(self) -> None:
-        """Start the student as the critic at step 0, where the critic's two inputs for the step are 0 and 1."""
+        """Start the student as the critic at step 0, where the critic's two inputs for the step are 0 and 1.
+
+        The inputs of the step come before those of the class.
+        """
         weights = dict(self.modules["critic"].state_dict())
         if self.grid.steps > 1:
             first = weights["hidden.0.weight"]
-            weights["hidden.0.weight"] = first[:, :-2]
-            weights["hidden.0.bias"] = weights["hidden.0.bias"] + first[:, -1]
+            at = first.shape[1] - self.classes - 2
+            weights["hidden.0.weight"] = torch.cat([first[:, :at], first[:, at + 2 :]], dim=1)
+            weights["hidden.0.bias"] = weights["hidden.0.bias"] + first[:, at + 1]
         for name in ("student", "average"):
             self.modules[name].load_state_dict(weights)
 
     def generate(self, x: Tensor, part: slice = slice(None)) -> Tensor:
-        return predict(self.denoiser("student"), x[part], points_of(PROCESS, self.grid.t[self.stops()[part]]))
+        return self.few.generate(x[part], self.stops()[part], self.cond(part))
 
     def logits(self, x0: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
         """The output of the head on the critic for x0, noised: large for data."""
@@ -167,28 +166,33 @@ class DistributionMatching(RingRecipe):
         return logits
 
     def levels(self, g: torch.Generator) -> Array:
-        """Noise levels of the batch, drawn as for training a denoiser (Karras et al. 2022, Table 1)."""
-        ln = torch.randn((self.settings.batch,), generator=g, dtype=torch.float64) * 1.2 - 1.2
-        return np.asarray(ln.exp().clamp(PROCESS.sigma_min, PROCESS.sigma_max).numpy())
+        """Noise levels of the batch."""
+        return np.asarray(distribution_matching.noise_levels(PROCESS, self.settings.batch, g).sigma)
 
-    def weights(self, part: slice) -> Array:
-        """1 / c_out^2 at the student's levels, scaled to 1 at the noisiest.
+    def matching(self, fake: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
+        """The generator's loss on its samples, seen with this noise at these points."""
+        return distribution_matching.generator_loss(
+            fake,
+            self.teacher,
+            self.denoiser("critic"),
+            noise,
+            at,
+            cond=self.cond(part),
+            critic_cond=self.of_step(part),
+            weight=self.weights(fake, noise, at, part),
+        ).loss
 
-        The network moves samples by c_out times its output. c_out is small near the data, so that without the weight
-        the last step would be learnt last.
-        """
-        weight = losses.edm_weight(PROCESS.sigma_data)
-        at, first = (points_of(PROCESS, self.grid.t[stops]) for stops in (self.stops()[part], [0]))
-        return weight(at) / weight(first)
+    def weights(self, fake: Tensor, noise: Tensor, at: Point, part: slice) -> Array:
+        return self.few.weights(self.stops()[part])
 
     def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
         """Update the critic on samples, and its head if real data are given."""
         noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
-        critic, weight = self.denoiser("critic"), losses.edm_weight(PROCESS.sigma_data)
+        critic = self.denoiser("critic")
 
         def loss_of(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
-            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p), weight=weight)
+            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p))
             if real is None:
                 return loss
             logits = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
@@ -218,15 +222,7 @@ class DistributionMatching(RingRecipe):
 
         def loss_of(p: slice) -> Tensor:
             fake, at = self.generate(x, p), points_of(PROCESS, sigma[p])
-            loss = distribution_matching.generator_loss(
-                fake,
-                self.teacher,
-                self.denoiser("critic"),
-                noise[p],
-                at,
-                critic_cond=self.of_step(p),
-                weight=self.weights(p),
-            ).loss
+            loss = self.matching(fake, noise[p], at, p)
             if not self.gan:
                 return loss
             return loss + self.GENERATOR_GAN * distribution_matching.gan_generator_loss(
@@ -248,11 +244,12 @@ class Adversarial(RingRecipe):
 
     The features are the hidden layers of the consistency student at a low noise level, frozen. The heads learn at the
     run's full rate and the student slowly, so that the heads can separate its samples from data. With the paper's
-    lambda of 2.5 the distillation term dominates and draws the samples to the centres of the modes.
+    lambda of 2.5 the distillation term dominates and draws the samples to the centres of the modes. The adversarial
+    loss is a sum over three heads.
     """
 
     SHARP = 0.05  # noise level of the frozen network
-    DISTIL = 0.25  # lambda
+    DISTIL = 0.75  # lambda
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
@@ -260,7 +257,7 @@ class Adversarial(RingRecipe):
         self.first = Consistency(replace(settings, method="consistency", steps=self.begin))
         self.modules = {**self.first.modules}
         self.averaged("frozen")
-        self.modules["heads"] = adversarial.Heads([128, 128, 128], 64)
+        self.modules["heads"] = adversarial.Heads([self.width] * self.depth, 64)
         self.reset()
 
     def reset(self) -> None:
@@ -279,11 +276,11 @@ class Adversarial(RingRecipe):
     def denoiser(self, name: str) -> ConsistencyDenoiser:
         return ConsistencyDenoiser(self.modules[name], PROCESS)
 
-    def features(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor, part: slice) -> list[Tensor]:
         frozen = self.modules["frozen"]
         assert isinstance(frozen, Points)
         t = torch.full((len(x),), float(np.log(self.SHARP) / 4.0))
-        return frozen.features(x / float(np.hypot(self.SHARP, PROCESS.sigma_data)), t)
+        return frozen.features(x / float(np.hypot(self.SHARP, PROCESS.sigma_data)), t, **self.cond(part))
 
     def step(self, k: int) -> dict[str, float]:
         if k < self.begin:
@@ -301,23 +298,25 @@ class Adversarial(RingRecipe):
 
         def fake(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
-            return predict(student, noised(x0[p], noise[p], at), at)
+            return predict(student, noised(x0[p], noise[p], at), at, self.cond(p))
 
         def judge(p: slice) -> Tensor:
             with torch.no_grad():
                 made = fake(p)
-            return sum(adversarial.discriminator_loss(x0[p], made, self.features, heads), torch.zeros(()))
+            terms = adversarial.discriminator_loss(x0[p], made, lambda x: self.features(x, p), heads)
+            return sum(terms, torch.zeros(()))
 
         def generate(p: slice) -> Tensor:
             at = points_of(PROCESS, ratio[p])
             # The paper's c(t) = alpha would be 1 in this process; at the paper's levels it falls as 1/(1 + sigma^2).
             return adversarial.generator_loss(
                 fake(p),
-                self.features,
+                lambda x: self.features(x, p),
                 heads,
                 self.teacher,
                 again[p],
                 at,
+                cond=self.cond(p),
                 distil=self.DISTIL,
                 weight=lambda at: 1.0 / (1.0 + np.asarray(at.sigma) ** 2),
             )

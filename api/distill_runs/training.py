@@ -1,34 +1,37 @@
-"""The training loop of the distillation runs: checkpoints, resumption, a log, several processes.
+"""The training loop of all distillation runs: devices, precision, checkpoints, resumption, logs, several processes.
 
-Every random number of step k comes from a generator seeded by (seed, k), for the batch of all processes. So a killed
-run continues bit for bit from its last checkpoint, and several processes see the numbers of one.
+Every random number of step k comes from a CPU generator seeded by (seed, k), for the batch of all processes. So a
+killed run continues bit for bit from its last checkpoint on a CPU, several processes see the numbers of one, and every
+device sees the same batches.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import math
 import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TypeAlias
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_runs.loggers import CsvLogger, Logger
 from fewstep.solvers.files import keep_previous, write_whole
+from fewstep.solvers.options import number, one_of, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import parse_json
 
@@ -36,8 +39,18 @@ Samplers: TypeAlias = dict[int, tuple[Denoiser, Plan]]
 
 CHECKPOINT, LOG, STUDENT = "checkpoint.safetensors", "log.csv", "student.safetensors"
 
-# Gradients of a larger norm are scaled down to it. No step of a healthy run comes near.
+# Gradients of a larger norm are scaled down to it. No step of a healthy run of the package's own comes near.
 MAX_NORM = 100.0
+
+AMP = {"": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "linear": lambda done: 1.0 - done,
+    "constant": lambda done: 1.0,
+}
+ON_NAN = ("stop", "rewind")
+MAX_REWINDS = 5  # a run that diverges more often needs another learning rate
+MAX_OVERFLOWS = 50  # updates in a row that fp16 may skip
 
 
 class Stopped(SystemExit):
@@ -52,12 +65,19 @@ class Stopped(SystemExit):
 class RunSettings:
     """All that a run depends on, besides library versions and the number of threads.
 
-    steps    optimiser steps in total
-    batch    batch size over all processes
-    lr       peak learning rate
-    parts    parts of a process's share of the batch over which gradients are accumulated
-    bf16     autocast the losses to bfloat16
-    options  of the method
+    steps     optimiser steps in total
+    batch     batch size over all processes
+    lr        peak learning rate
+    parts     parts of a process's share of the batch over which gradients are accumulated
+    amp       autocast the losses: "" not at all, "bf16", or "fp16" with a loss scale that follows overflows
+    options   of the method
+    device    "cpu", "cuda" ...; a checkpoint continues on any
+    clip      gradients of a larger joint norm are scaled down to it
+    schedule  of the learning rate after the warm-up: "cosine" or "linear" to 0, or "constant"
+    warmup    steps of linear warm-up; None is a fiftieth of the steps (of each phase, where a method has phases)
+    ema       decay of the weights' average, where the method does not set its own
+    on_nan    at a loss or gradient that is not finite: "stop", or "rewind" to the last checkpoint, with half the
+              learning rate and other batches
     """
 
     method: str
@@ -67,16 +87,39 @@ class RunSettings:
     lr: float = 1e-3
     seed: int = 0
     parts: int = 1
-    bf16: bool = False
+    amp: str = ""
     options: Mapping[str, float] | None = None
+    device: str = "cpu"
+    clip: float = MAX_NORM
+    schedule: str = "cosine"
+    warmup: int | None = None
+    ema: float = 0.999
+    on_nan: str = "stop"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "parts"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} = {value!r}: it must be a whole number >= 1")
-        if not 0.0 < self.lr < math.inf:
-            raise ValueError(f"lr = {self.lr!r}: it must be positive and finite")
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r:.80}: it must be a whole number >= 1")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed = {self.seed!r:.80}: it must be a whole number from 0 to below 2^32")
+        for name in ("lr", "clip"):
+            if not 0.0 < number(getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)!r:.80}: it must be positive and finite")
+        if not 0.0 <= number(self.ema) < 1.0:
+            raise ValueError(f"ema = {self.ema!r:.80}: the decay must be from 0 to below 1")
+        if self.warmup is not None and not (type(self.warmup) is int and 0 <= self.warmup < self.steps):
+            raise ValueError(
+                f"warmup = {self.warmup!r:.80}: it must be a whole number from 0 to below steps = {self.steps}"
+            )
+        for name, allowed in (("amp", tuple(AMP)), ("schedule", tuple(SCHEDULES)), ("on_nan", ON_NAN)):
+            one_of(name, getattr(self, name), allowed)
+        try:
+            kind = torch.device(self.device).type
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device = {self.device!r:.80}: write cpu, cuda or cuda:0, for example") from None
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device = {self.device!r}: torch finds no CUDA device here; use device='cpu'")
         if self.batch % (self.parts * world()):
             raise ValueError(f"batch = {self.batch} does not divide into {self.parts} parts of {world()} processes")
 
@@ -91,11 +134,14 @@ def rank() -> int:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, if any."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1
+def processes(device: str = "cpu") -> Iterator[None]:
+    """Join the processes that torchrun started, if any: over nccl with one GPU each, over gloo on CPUs."""
+    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group("gloo")
+        on_gpu = device.startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield
     finally:
@@ -104,15 +150,16 @@ def processes() -> Iterator[None]:
 
 
 def generator(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The generator of one step: independent of earlier draws, the same in every process."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 17 + stream)
+    """The generator of one step, on the CPU: independent of earlier draws, the same in every process."""
+    return torch.Generator(device="cpu").manual_seed((seed * 1_000_003 + step) * 17 + stream)
 
 
 class Recipe(ABC):
     """A method on a problem: its networks, its optimisers and one training step.
 
-    `modules` and `optimisers`, by name, are its whole state: a checkpoint holds them and `seconds`, the training time
-    over all resumptions. OPTIONS are the names that `settings.options` may hold.
+    `modules` and `optimisers`, by name, are its state: a checkpoint holds them, the loss scale of fp16, `seconds`,
+    the training time over all resumptions, and `rewinds`, how often the run went back after it diverged. OPTIONS are
+    the names that `settings.options` may hold.
     """
 
     OPTIONS: tuple[str, ...] = ()
@@ -120,8 +167,12 @@ class Recipe(ABC):
     def __init__(self, settings: RunSettings) -> None:
         self.settings = settings
         self.seconds = 0.0
+        self.rewinds = 0
         self.modules: dict[str, nn.Module] = {}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        self.device = torch.device(settings.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
+        self._overflows = 0
 
     @abstractmethod
     def step(self, k: int) -> dict[str, float]:
@@ -135,14 +186,28 @@ class Recipe(ABC):
         return (self.settings.options or {}).get(name, default)
 
     def generator(self, k: int, stream: int = 0) -> torch.Generator:
-        return generator(self.settings.seed, k, stream)
+        """The generator of step k; other numbers after a rewind, which would otherwise meet the same batches again."""
+        return generator(self.settings.seed + 7919 * self.rewinds, k, stream)
 
     def lr_at(self, k: int, first: int = 0, steps: int | None = None) -> float:
-        """A short warm-up, then half a cosine to 0, over `steps` steps from `first`."""
-        count = steps or self.settings.steps
+        """A short warm-up, then the schedule, over `steps` steps from `first`; halved at each rewind."""
+        s = self.settings
+        count = steps or s.steps
         done = k - first
-        warm = min(1.0, (done + 1) / (1 + count // 50))
-        return self.settings.lr * warm * 0.5 * (1.0 + math.cos(math.pi * done / count))
+        warm = min(1.0, (done + 1) / (1 + (count // 50 if s.warmup is None else s.warmup)))
+        return s.lr * 0.5**self.rewinds * warm * SCHEDULES[s.schedule](done / count)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every loss."""
+        return torch.autocast(self.device.type, dtype=AMP[self.settings.amp], enabled=bool(self.settings.amp))
+
+    def forget(self) -> None:
+        """Drop what was computed from weights that a rewind has replaced; most methods keep nothing."""
+        return
+
+    def phases(self) -> list[tuple[int, int]]:
+        """(a step, how many of its cost there are): steps that stand for the whole run in an estimate of its time."""
+        return [(0, self.settings.steps)]
 
     def descend(self, name: str, lr: float, loss_of: Callable[[slice], Tensor]) -> float:
         """Take one optimiser step on the mean loss of the batch.
@@ -157,32 +222,43 @@ class Recipe(ABC):
             group["lr"] = lr
         optimiser.zero_grad(set_to_none=True)
         size = s.batch // (world() * s.parts)
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.device)
         for part in range(s.parts):
             begin = (rank() * s.parts + part) * size
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=s.bf16):
+            with self.autocast():
                 loss = loss_of(slice(begin, begin + size))
+            scaled = self.scaler.scale(loss / s.parts)
             # Only this optimiser's parameters: a generator's loss also reaches the critic.
-            for p, g in zip(
-                parameters, torch.autograd.grad(loss / s.parts, parameters, allow_unused=True), strict=True
-            ):
+            for p, g in zip(parameters, torch.autograd.grad(scaled, parameters, allow_unused=True), strict=True):
                 if g is not None:
                     p.grad = g if p.grad is None else p.grad + g
             total += loss.detach() / s.parts
         gradients = [p.grad for p in parameters if p.grad is not None]
         average([*gradients, total])
-        clip_gradients(gradients)
-        optimiser.step()
+        self.scaler.unscale_(optimiser)
+        if not self.scaler.is_enabled():
+            clip_gradients(gradients, s.clip)
+            optimiser.step()
+            return float(total)
+        # An overflow of fp16 is no divergence: the scale falls and the update is left out.
+        with contextlib.suppress(FloatingPointError):
+            clip_gradients(gradients, s.clip)
+        before = self.scaler.get_scale()
+        self.scaler.step(optimiser)
+        self.scaler.update()
+        self._overflows = self._overflows + 1 if self.scaler.get_scale() < before else 0
+        if self._overflows > MAX_OVERFLOWS:
+            raise FloatingPointError(f"fp16 overflowed in {self._overflows} updates in a row; try bf16")
         return float(total)
 
 
-def clip_gradients(gradients: list[Tensor]) -> None:
-    """Scale gradients down to `MAX_NORM`, in place. Raises FloatingPointError if one is not finite."""
+def clip_gradients(gradients: list[Tensor], largest: float = MAX_NORM) -> None:
+    """Scale gradients down to a joint norm, in place. Raises FloatingPointError if one is not finite."""
     norm = torch.nn.utils.get_total_norm(gradients)
     if not torch.isfinite(norm):
         raise FloatingPointError("a gradient is not finite")
-    if norm > MAX_NORM:
-        torch._foreach_mul_(gradients, MAX_NORM / norm)
+    if norm > largest:
+        torch._foreach_mul_(gradients, largest / norm)
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -200,12 +276,42 @@ def anywhere(number: int) -> int:
     """The largest number of any process: if one stopped alone, the others would wait for its gradients."""
     if world() == 1:
         return number
-    numbers = torch.tensor([number])
+    numbers = torch.tensor([number], device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return int(numbers)
 
 
+def check_processes(facts: Mapping[str, object]) -> None:
+    """Raises ValueError, in every process, unless all of them start from the same facts."""
+    if world() == 1:
+        return
+    found: list[dict[str, object]] = [{} for _ in range(world())]
+    dist.all_gather_object(found, dict(facts))
+    for name in facts:
+        other = next((i for i, one in enumerate(found) if one.get(name) != found[0].get(name)), None)
+        if other is not None:
+            raise ValueError(
+                f"the processes do not match: {name} is {found[0].get(name)!r:.120} in process 0 and "
+                f"{found[other].get(name)!r:.120} in process {other}; start all of them with the same arguments and "
+                "files, and seed what initialises the network"
+            )
+
+
+def weights_sum(recipe: Recipe) -> str:
+    """A sum over all weights that differs where any of them does, in practice."""
+    total = 0.0
+    for _, module in sorted(recipe.modules.items()):
+        for i, p in enumerate(module.parameters()):
+            total += float(p.detach().double().sum()) * math.sin(i + 1.0) + float(p.detach().double().square().sum())
+    return repr(total)
+
+
 # --- files ---
+
+
+def write_array(path: Path, x: NDArray[np.float32]) -> None:
+    """Write a .npy file whole."""
+    write_whole(path, lambda to: np.save(to, x, allow_pickle=False))
 
 
 def save(recipe: Recipe, step: int, path: Path) -> None:
@@ -222,8 +328,16 @@ def save(recipe: Recipe, step: int, path: Path) -> None:
     bad = next((key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
     if bad is not None:
         raise ValueError(f"{bad} is not finite after {step} steps: the checkpoint before them is kept")
-    metadata = {"settings": json.dumps(asdict(recipe.settings)), "step": str(step), "seconds": repr(recipe.seconds)}
-    data = safetensors.torch.save({key: t.detach().clone().contiguous() for key, t in tensors.items()}, metadata)
+    metadata = {
+        "settings": json.dumps(asdict(recipe.settings)),
+        "step": str(step),
+        "seconds": repr(recipe.seconds),
+        "rewinds": str(recipe.rewinds),
+        "scaler": json.dumps(recipe.scaler.state_dict()),
+    }
+    # A clone, since safetensors refuses tensors that share memory.
+    kept = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    data = safetensors.torch.save(kept, metadata)
     keep_previous(path)
     write_whole(path, lambda to: to.write_bytes(data))
 
@@ -240,22 +354,30 @@ def load(recipe: Recipe, path: Path) -> int:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         theirs, step, seconds = (parse_json(metadata[name]) for name in ("settings", "step", "seconds"))
+        rewinds, scaler = (parse_json(metadata[name]) for name in ("rewinds", "scaler"))
         if not (isinstance(theirs, dict) and type(step) is int and type(seconds) in (int, float) and seconds >= 0.0):
             raise ValueError("its settings, step or seconds are of the wrong type")
+        if not (type(rewinds) is int and 0 <= rewinds <= MAX_REWINDS and isinstance(scaler, dict)):
+            raise ValueError("its rewinds or its loss scale are of the wrong type")
         if not 0 <= step <= recipe.settings.steps:
             raise ValueError(f"it is of step {step} of {recipe.settings.steps}")
     except (SafetensorError, KeyError, ValueError, RecursionError, OSError) as error:
         raise ValueError(f"{path} is not a checkpoint of a distillation run ({error})") from error
     ours = json.loads(json.dumps(asdict(recipe.settings)))
-    changed = [f"{key} was {theirs.get(key)!r:.80}, is {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
+    changed = [
+        f"{key} was {theirs.get(key)!r:.80}, is {ours[key]!r}"
+        for key in ours
+        if theirs.get(key) != ours[key] and key != "device"
+    ]
     if changed:
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
     try:
         _restore(recipe, tensors)
+        recipe.scaler.load_state_dict(scaler)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold the state of this run ({reason})") from error
-    recipe.seconds = float(seconds)
+    recipe.seconds, recipe.rewinds = float(seconds), rewinds
     return step
 
 
@@ -271,28 +393,6 @@ def _restore(recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
                 index, _, what = key.removeprefix(prefix).partition(".")
                 state.setdefault(int(index), {})[what] = value
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-class Log:
-    """A CSV file with one row every few steps. A resumed run drops the rows after its checkpoint."""
-
-    def __init__(self, path: Path, after: int) -> None:
-        self.path = path
-        self.rows: list[dict[str, str]] = []
-        if after and path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        self.rows.append({"step": str(step), **{key: repr(value) for key, value in values.items()}})
-
-    def write(self) -> None:
-        names = list(dict.fromkeys(key for row in self.rows for key in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_whole(self.path, lambda to: to.write_text(text.getvalue(), encoding="utf-8"))
 
 
 @contextlib.contextmanager
@@ -318,6 +418,20 @@ def stop_signal() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def step_numbers(recipe: Recipe) -> Iterator[Callable[[int], None]]:
+    """Yields begin(k), which seeds torch's own generators for step k, so that dropout resumes to the bit.
+
+    Each process has its own numbers, since it has its own part of the batch. The caller's generators are restored.
+    """
+    with torch.random.fork_rng(devices=[recipe.device] if recipe.device.type == "cuda" else []):
+        yield lambda k: void(torch.manual_seed(recipe.generator(k, 11).initial_seed() * 31 + rank()))
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
 def train(
     recipe: Recipe,
     out: Path | None = None,
@@ -325,19 +439,31 @@ def train(
     resume: bool = False,
     every: int = 200,
     log_every: int = 20,
+    loggers: Sequence[Logger] = (),
+    look_every: int = 0,
+    look: Callable[[int], None] | None = None,
     watch: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> int:
     """Run a recipe to its last step.
 
-    out    folder for checkpoint and log, or None for neither; only the first process writes
-    every  steps between checkpoints; one more is written at the end and after SIGINT or SIGTERM
-    watch  called after each step with the number of steps done and what the step returned
+    out         folder for checkpoint and log, or None for neither; only the first process writes
+    every       steps between checkpoints; one more is written at the end and after SIGINT or SIGTERM
+    loggers     get the losses every `log_every` steps, beside the log in `out`
+    look        called in the first process every `look_every` steps, to draw samples and measure them
+    watch       called after each step with the number of steps done and what the step returned
 
-    Returns the number of steps done. Raises Stopped, a SystemExit, after SIGINT or SIGTERM; ValueError if a loss, a
-    gradient or the state is not finite, with the last good state in the checkpoint.
+    Returns the number of steps done. Raises Stopped, a SystemExit, after SIGINT or SIGTERM; ValueError if the processes
+    do not match, or if a loss, a gradient or the state is not finite (`settings.on_nan`), with the last good state in
+    the checkpoint.
     """
     first = load(recipe, out / CHECKPOINT) if resume and out is not None else 0
-    log = Log(out / LOG, first) if out is not None and rank() == 0 else None
+    facts = {"settings": repr(recipe.settings), "steps done": first, "the sum of all weights": weights_sum(recipe)}
+    check_processes({**facts, "torch": torch.__version__})
+    main = rank() == 0
+    writers = list(loggers) if main else []
+    log = CsvLogger(out / LOG, first) if out is not None and main else None
+    if log is not None:
+        writers.append(log)
     begin = time.perf_counter() - recipe.seconds
 
     def keep(step: int) -> None:
@@ -346,22 +472,42 @@ def train(
             save(recipe, step, out / CHECKPOINT)
             log.write()
 
+    def diverged(step: int, why: str) -> int:
+        """Go back to the last checkpoint, or raise."""
+        text = f"step {step} of {recipe.settings.method} diverged ({why})"
+        if recipe.settings.on_nan == "stop":
+            raise ValueError(f"{text}: lower --lr, or set on_nan='rewind'")
+        if out is None or not (out / CHECKPOINT).is_file():
+            raise ValueError(f"{text} before the first checkpoint, so there is none to go back to: lower --lr")
+        if recipe.rewinds >= MAX_REWINDS:
+            raise ValueError(f"{text}, after {MAX_REWINDS} rewinds: lower --lr")
+        rewinds = recipe.rewinds + 1
+        back = load(recipe, out / CHECKPOINT)
+        recipe.rewinds = rewinds
+        recipe.forget()
+        warn(f"{text}: back to step {back}, with {0.5**rewinds:g} of the learning rate and other batches")
+        return back
+
     done = first
     number = 0
-    with stop_signal() as stopped:
+    with stop_signal() as stopped, step_numbers(recipe) as seed:
         while done < recipe.settings.steps and not (number := anywhere(stopped())):
+            seed(done)
             try:
                 values = recipe.step(done)
+                if not all(math.isfinite(v) for v in values.values()):
+                    raise FloatingPointError(str(values))
             except FloatingPointError as error:
-                where = f"step {done + 1} of {recipe.settings.method}"
-                raise ValueError(f"{where} diverged ({error}): lower --lr") from error
+                done = diverged(done + 1, str(error))
+                continue
             done += 1
-            if not all(math.isfinite(v) for v in values.values()):
-                raise ValueError(f"step {done} of {recipe.settings.method} diverged ({values}): lower --lr")
-            if log is not None and (done % log_every == 0 or done == recipe.settings.steps):
-                log.add(done, values)
+            if done % log_every == 0 or done == recipe.settings.steps:
+                for writer in writers:
+                    writer.log(done, values)
             if done % every == 0:
                 keep(done)
+            if look is not None and look_every and main and (done % look_every == 0 or done == recipe.settings.steps):
+                look(done)
             if watch is not None:
                 watch(done, values)
         if done > first:
@@ -369,3 +515,28 @@ def train(
     if number:
         raise Stopped(number, done)
     return done
+
+
+def estimate(make: Callable[[], Recipe]) -> float:
+    """Seconds that a run will take, from two steps of each of its phases in a recipe that is thrown away.
+
+    make  the recipe anew, with networks of its own
+
+    The first of the two is not counted: it compiles and allocates.
+    """
+    recipe = make()
+    total = 0.0
+    with step_numbers(recipe) as seed:
+        for k, count in recipe.phases():
+            if not count:
+                continue
+            taken = []
+            for _ in range(2):
+                seed(k)
+                begin = time.perf_counter()
+                recipe.step(k)
+                if recipe.device.type == "cuda":
+                    torch.cuda.synchronize(recipe.device)
+                taken.append(time.perf_counter() - begin)
+            total += count * taken[1] + taken[0] - taken[1]
+    return total

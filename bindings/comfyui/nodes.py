@@ -8,13 +8,15 @@ ComfyUI's interface, as used here: a node is a class with INPUT_TYPES, RETURN_TY
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fewstep.bindings import k_diffusion
-from fewstep.bindings.k_diffusion import KernelNoise
+from fewstep.bindings.k_diffusion import KernelNoise, sampler_of
+from fewstep.solvers.plans.registry import list_solvers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +42,8 @@ _SIGNED = {"min": -100.0, "max": 100.0, "step": 0.01, "round": False}
 WIDGETS: Mapping[str, Widget] = {
     "eta": ("FLOAT", _SMALL),
     "s_noise": ("FLOAT", _SMALL),
+    "s_noise_end": ("FLOAT", _SMALL),
+    "noise_clip_std": ("FLOAT", _SMALL),
     "s_churn": ("FLOAT", _SMALL),
     "s_tmin": ("FLOAT", _ANY),
     "s_tmax": ("FLOAT", _ANY),
@@ -62,6 +66,7 @@ WIDGETS: Mapping[str, Widget] = {
     "solver_type": (["midpoint", "heun"], {}),
     "deis_mode": (["tab", "rhoab"], {}),
     "variant": (["bh1", "bh2", "vary_coeff"], {}),
+    "every_step": ("BOOLEAN", {}),
     "use_pece": ("BOOLEAN", {}),
     "simple_order_2": ("BOOLEAN", {}),
     "to_zero": ("BOOLEAN", {}),
@@ -69,15 +74,55 @@ WIDGETS: Mapping[str, Widget] = {
     "released": ("BOOLEAN", {}),
     "difference": (["guided", "unguided"], {}),
 }
+# What the pointer shows over each.
+TOOLTIPS: Mapping[str, str] = {
+    "sampler_name": "The sampler, with its default options; each has a node of its own with its options.",
+    "noise": "comfyui: a seed gives ComfyUI's image. kernel: an image depends on its own seed alone, not on its batch.",
+    "eta": "How much of a step's noise is fresh: 0 is the ODE, 1 the usual stochastic sampler.",
+    "s_noise": "Factor of the fresh noise.",
+    "s_noise_end": "Factor of the noise in the last step; in between it goes there linearly.",
+    "noise_clip_std": "Clamps each draw to this many standard deviations; 0 does not.",
+    "s_churn": "Noise added before each step (EDM); 0 is the deterministic sampler.",
+    "s_tmin": "Churn only from this sigma up.",
+    "s_tmax": "Churn only up to this sigma.",
+    "r": "Place of the inner call in the step, on the axis of log-SNR.",
+    "r_1": "Place of the first inner call in the step, on the axis of log-SNR.",
+    "r_2": "Place of the second inner call in the step, on the axis of log-SNR.",
+    "ge_gamma": "Weight of the newest slope; 1 is Euler.",
+    "rtol": "Relative tolerance of a step.",
+    "atol": "Absolute tolerance of a step.",
+    "h_init": "First step, in log sigma.",
+    "pcoeff": "Proportional coefficient of the step-size controller.",
+    "icoeff": "Integral coefficient of the step-size controller.",
+    "dcoeff": "Derivative coefficient of the step-size controller.",
+    "accept_safety": "A step is accepted if the next may be at least this much of it.",
+    "order": "Order of the method.",
+    "max_order": "Largest order; the first steps have less.",
+    "max_stage": "Largest order; the first steps have less.",
+    "predictor_order": "Predictions that the predictor uses.",
+    "corrector_order": "Predictions that the corrector uses; 0 is no corrector.",
+    "solver_type": "How the change of the prediction is weighed.",
+    "deis_mode": "The time in which the noise prediction is a polynomial: that of a VP SDE, or sigma.",
+    "variant": "B(h) of the paper.",
+    "every_step": "On: steps without churn draw noise too, as in k-diffusion. Off: as in ComfyUI.",
+    "use_pece": "A second call per step, on the corrected sample.",
+    "simple_order_2": "The released code's weights for two predictions.",
+    "to_zero": "On: the last step is of full order, as in k-diffusion. Off: Euler's, as in ComfyUI.",
+    "halve_d2": "On: the second difference as released. Off: the one that gives order three.",
+    "released": "On: as the released code does. Off: corrected, see fewstep's page on k-diffusion.",
+    "difference": "guided: ComfyUI's second-order term. unguided: the authors'.",
+}
 # For one sampler: narrower limits than its option's widget, or ComfyUI's default.
 LIMITS: Mapping[tuple[str, str], Limits] = {
     ("dpm_adaptive", "order"): {"min": 2, "max": 3},
     ("lms", "to_zero"): {"default": False},
+    ("lcm", "s_noise_end"): {"default": 1.0},
 }
 # For one sampler: other choices.
 CHOICES: Mapping[tuple[str, str], list[str]] = {
     ("seeds_2", "solver_type"): ["phi_1", "phi_2"],
     ("exp_heun_2_x0", "solver_type"): ["phi_1", "phi_2"],
+    ("exp_heun_2_x0_sde", "solver_type"): ["phi_1", "phi_2"],
 }
 
 
@@ -100,6 +145,7 @@ def _on_sigmas(function: SamplerFunction) -> SamplerFunction:
             options["n"] = len(sigmas) - 1
         return function(model, x, float(sigmas[-1] or sigmas[-2]), float(sigmas[0]), **options)
 
+    on_sigmas.__doc__ = function.__doc__
     on_sigmas.__dict__["__signature__"] = inspect.signature(function)
     return on_sigmas
 
@@ -111,10 +157,12 @@ def inputs(name: str, function: SamplerFunction) -> dict[str, Widget]:
         if option in WIDGETS:
             kind, limits = WIDGETS[option]
             kind = CHOICES.get((name, option), kind)
-            value = min(parameter.default, limits["max"]) if kind == "FLOAT" else parameter.default
-            found[option] = (kind, {"default": value, **limits, **LIMITS.get((name, option), {})})
+            value = {"default": parameter.default, **limits, **LIMITS.get((name, option), {})}
+            if kind == "FLOAT":
+                value["default"] = min(value["default"], limits["max"])
+            found[option] = (kind, {**value, "tooltip": TOOLTIPS[option]})
     if _stochastic(name, function):
-        found["noise"] = (list(NOISES), {"default": NOISES[0]})
+        found["noise"] = (list(NOISES), {"default": NOISES[0], "tooltip": TOOLTIPS["noise"]})
     return found
 
 
@@ -132,11 +180,17 @@ def make_sampler(function: SamplerFunction, options: Mapping[str, Any], noise: s
         return function(model, x, sigmas, extra_args=extra_args, **rest)
 
     run.__name__ = getattr(function, "__name__", "sample")
-    return importlib.import_module("comfy.samplers").KSAMPLER(run, dict(options))
+    # ComfyUI's ddim is Euler's method with masks noised afresh, by a seed of their own.
+    masks = {"random": True} if function is SAMPLERS.get("ddim") else {}
+    return importlib.import_module("comfy.samplers").KSAMPLER(run, dict(options), masks)
 
 
 def _title(name: str) -> str:
     return "Fewstep" + "".join(part.capitalize() for part in name.split("_"))
+
+
+def _summary(function: SamplerFunction) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def _node(name: str, function: SamplerFunction) -> type:
@@ -146,7 +200,8 @@ def _node(name: str, function: SamplerFunction) -> type:
         return (make_sampler(function, options, noise),)
 
     body = {
-        "__doc__": (inspect.getdoc(function) or "").partition("\n")[0],
+        "__doc__": _summary(function),
+        "DESCRIPTION": _summary(function),
         "INPUT_TYPES": classmethod(lambda cls: {"required": inputs(name, function)}),
         "RETURN_TYPES": ("SAMPLER",),
         "FUNCTION": "get_sampler",
@@ -162,13 +217,15 @@ SAMPLERS = samplers()
 class FewstepSampler:
     """Any sampler, with its default options."""
 
+    DESCRIPTION = "Any of fewstep's samplers, with its default options."
     RETURN_TYPES = ("SAMPLER",)
     FUNCTION = "get_sampler"
     CATEGORY = CATEGORY
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, dict[str, Widget]]:  # noqa: N802  # ComfyUI's name
-        return {"required": {"sampler_name": (list(SAMPLERS), {"default": "dpmpp_2m"})}}
+        tooltip = TOOLTIPS["sampler_name"]
+        return {"required": {"sampler_name": (list(SAMPLERS), {"default": "dpmpp_2m", "tooltip": tooltip})}}
 
     def get_sampler(self, sampler_name: str) -> tuple[object]:
         function = SAMPLERS[sampler_name]
@@ -185,3 +242,39 @@ NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {
     "FewstepSampler": "fewstep sampler",
     **{_title(name): f"fewstep {name}" for name in SAMPLERS},
 }
+
+
+# --- ComfyUI's own list of samplers ---
+
+PREFIX = "fewstep_"
+
+# In ComfyUI these take one level more from the scheduler, and leave out the last but one.
+_SHORTENED = ("dpm_2", "dpm_2_ancestral", "uni_pc", "uni_pc_bh2")
+
+
+def list_samplers() -> dict[str, SamplerFunction]:
+    """name -> sampler for ComfyUI's list: all but ddim, and those solvers of fewstep that have no name there.
+
+    ddim is Euler's method with its own noise for masks, for which the list has no place: take the node.
+    """
+    found = {name: function for name, function in SAMPLERS.items() if name != "ddim"}
+    found["lms"] = functools.wraps(found["lms"])(functools.partial(found["lms"], to_zero=False))  # ComfyUI's last step
+    own = [name for name in list_solvers() if name not in SAMPLERS and name != "ddim_inverse"]
+    return {PREFIX + name: function for name, function in (found | {n: sampler_of(n) for n in own}).items()}
+
+
+def add_samplers() -> list[str]:
+    """Put the samplers into the lists of ComfyUI's KSampler and KSamplerSelect, as fewstep_<name>; returns the names.
+
+    Call it once, in the `__init__.py` of the custom node. Raises ImportError outside ComfyUI.
+    """
+    samplers = importlib.import_module("comfy.samplers")
+    functions = importlib.import_module("comfy.k_diffusion.sampling")
+    added = list_samplers()
+    for name, function in added.items():
+        setattr(functions, f"sample_{name}", function)  # where ComfyUI looks a name up
+    # KSampler.SAMPLERS is the longer list itself, or a copy in a custom node's hands.
+    for names in (samplers.KSAMPLER_NAMES, samplers.SAMPLER_NAMES, samplers.KSampler.SAMPLERS):
+        names += [name for name in added if name not in names]
+    samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS |= {PREFIX + name for name in _SHORTENED}
+    return list(added)

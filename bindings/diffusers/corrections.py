@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any, TypeVar
 
-import diffusers
 import torch
+from diffusers import schedulers
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -35,7 +35,9 @@ def corrects(*names: str) -> Callable[[_Correction], _Correction]:
 
     def register(correction: _Correction) -> _Correction:
         for name in names:
-            parent = getattr(diffusers, name)
+            parent = getattr(schedulers, name, None)
+            if parent is None:  # an older or newer diffusers
+                continue
             overrides = {
                 method: _with_signature(getattr(parent, method), function)
                 for method, function in vars(correction).items()
@@ -98,7 +100,7 @@ def _one_schedule(config: Any) -> None:
         raise ValueError(f"use_flow_sigmas=True with {both[0]}=True gives NaN: use one of them")
 
 
-@corrects("DDIMScheduler")
+@corrects("CogVideoXDDIMScheduler", "DDIMParallelScheduler", "DDIMScheduler")
 class DDIM(Scheduler):
     """The parent steps to t - T // N whatever its schedule says; corrected, it steps to the schedule's next time."""
 
@@ -120,7 +122,7 @@ class DDIM(Scheduler):
             return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
-@corrects("DDPMScheduler")
+@corrects("DDPMParallelScheduler", "DDPMScheduler")
 class DDPM(Scheduler):
     """variance_type="fixed_large_log": the parent takes the square root of log(beta), a NaN; corrected, of beta."""
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         num_inference_steps: int | Fraction
         step_index: int | None
         derivatives: list[Tensor]
+        earlier: Tensor | None
         ets: list[Tensor]
         lower_order_nums: int
         noise_sampler: Callable[..., Tensor] | None

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from fewstep.bindings.diffusers import SCHEDULERS
+from fewstep.bindings.diffusers import REFUSED, SCHEDULERS
 from fewstep.bindings.diffusers.fitted import check_fitted
 from fewstep.bindings.diffusers.interface import check_noise
-from fewstep.solvers.cache import Cache
-from fewstep.solvers.run.graph import Recorder, Weights, settings
+from fewstep.solvers.run.graphed_call import GraphedCall
 
 if TYPE_CHECKING:
     import torch
-    from torch.utils._pytree import TreeSpec
 
     from fewstep.bindings.diffusers.interface import Scheduler
     from fewstep.bindings.diffusers.plan_scheduler import PlanLike
@@ -25,10 +22,7 @@ DENOISERS = ("unet", "transformer", "prior", "decoder", "transformer_2")
 
 
 # Twins that a whole run makes less than 1.2 times faster while torch draws the noise (docs/diffusers.md).
-DRAWN = frozenset({"DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
-
-# Graphs that one network keeps: an argument that is a new number in every request would record without end.
-GRAPHS = 8
+DRAWN = frozenset({"CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler", "FlowMatchLCMScheduler"})
 
 
 @dataclass(frozen=True)
@@ -143,7 +137,7 @@ def restore(pipe: object) -> Report:
 
     Raises TypeError if `pipe` is not a pipeline, ValueError if it was not accelerated.
     """
-    import diffusers
+    from diffusers import schedulers
 
     components = _components(pipe)
     done = []
@@ -154,8 +148,8 @@ def restore(pipe: object) -> Report:
             replaced = scheduler_of(scheduler.config["replaces"])
             setattr(pipe, name, replaced)
             done.append((name, f"{type(replaced).__name__} is diffusers' own again"))
-        elif is_twin(scheduler) and hasattr(diffusers, kind := type(scheduler).__name__):
-            setattr(pipe, name, _moved(scheduler, getattr(diffusers, kind), {}))
+        elif is_twin(scheduler) and hasattr(schedulers, kind := type(scheduler).__name__):
+            setattr(pipe, name, _moved(scheduler, getattr(schedulers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
     for name, module in components.items():
         if isinstance(getattr(module, "__dict__", {}).get("forward"), GraphedCall):
@@ -195,14 +189,15 @@ def is_twin(scheduler: object) -> bool:
 
 def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
     """Why a scheduler is given no twin; None if it is given one."""
-    import diffusers
+    from diffusers import schedulers
 
     kind = type(scheduler)
     if is_twin(scheduler):
         return "it is fused"
     if kind.__name__ not in SCHEDULERS:
-        return f"there is no fused {kind.__name__}"
-    if kind is not getattr(diffusers, kind.__name__):
+        reason = REFUSED.get(kind.__name__)
+        return f"there is no fused {kind.__name__}" + (f": {reason}" if reason else "")
+    if kind is not getattr(schedulers, kind.__name__):
         return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"
     drawn = kind.__name__ in DRAWN or bool(scheduler.config.get("stochastic_sampling"))
     if drawn and noise == "torch" and not corrected:
@@ -225,7 +220,7 @@ def _moved(scheduler: Scheduler, cls: type[Scheduler], options: Mapping[str, obj
     ours = ("corrected", "noise")
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k not in ours}, **options)
     if "corrected" not in options and not getattr(scheduler, "corrected", False):
-        hidden = ("_internal_dict", *ours)
+        hidden = ("_internal_dict", "earlier", *ours)
         own = {k: v for k, v in parent_attributes(scheduler.__dict__).items() if k not in hidden}
         vars(made.config).update({k: v for k, v in vars(scheduler.config).items() if k not in ours})
         if is_twin(made):
@@ -258,95 +253,3 @@ def _graphs(components: dict[str, Any]) -> dict[str, tuple[torch.nn.Module, Grap
     if not found:
         raise ValueError(f"graph=True found no denoiser to capture among {sorted(components)}")
     return found
-
-
-class GraphedCall:
-    """A function on CUDA tensors, replayed from CUDA graphs, one per set of shapes; the `GRAPHS` used last are kept.
-
-    Tensor arguments may change from call to call; any other change of the arguments, and another state of autocast,
-    captures a new graph, and parameters that have moved capture all anew. The result is a copy, because the next replay
-    overwrites the graph's memory. Calls that record gradients run the function itself. Threads take turns.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.graphs: Cache[_Captured] = Cache(GRAPHS, drop=lambda captured: captured.graph.reset())
-        self._recorder: Recorder | None = None
-        self._weights: Weights | None = None
-        self._lock = threading.RLock()  # the function may call another
-        self._done: torch.cuda.Event | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
-        import torch
-        from torch.utils import _pytree as pytree
-
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if torch.is_grad_enabled() or not tensors:
-            return self.function(*args, **kwargs)
-        key = (spec, settings(tensors[0].device.type), *[_leaf_key(leaf) for leaf in leaves])
-        with self._lock:
-            if self._recorder is None:
-                self._recorder = Recorder(torch.cuda, tensors[0].device)
-                self._done = self._recorder.cuda.Event()
-            here = torch.cuda.current_stream(self._recorder.device)
-            if self._done is not None:
-                here.wait_event(self._done)  # of the last call, which may have been on another stream
-            if self._weights is not None and self._weights.moved():
-                self.forget()
-            graph, inputs, outputs, form, _ = self.graphs.get(key, lambda: self._capture(leaves, spec))
-            for held, given in zip(inputs, tensors, strict=True):
-                held.copy_(given)
-            graph.replay()
-            found = [o.clone() if isinstance(o, torch.Tensor) else o for o in outputs]
-            if self._done is not None:
-                self._done.record(here)
-        return pytree.tree_unflatten(found, form)
-
-    def forget(self) -> None:
-        """Free all graphs."""
-        self.graphs.clear()
-        self._weights = None
-        if self._recorder is not None:
-            self._recorder.forget()
-
-    def _capture(self, leaves: list[Any], spec: TreeSpec) -> _Captured:
-        import torch
-        from torch.utils import _pytree as pytree
-
-        recorder = self._recorder
-        assert recorder is not None
-        held = [leaf.to(recorder.device, copy=True) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(held, spec)
-        results: list[object] = []
-
-        def body() -> None:
-            results[:] = [self.function(*args, **kwargs)]
-
-        recorder.warm(body)
-        self._weights = self._weights or Weights([self.function])
-        graph = recorder.record(body)
-        outputs, form = pytree.tree_flatten(results[0])
-        inputs = [leaf for leaf in held if isinstance(leaf, torch.Tensor)]
-        others = [leaf for leaf in held if not isinstance(leaf, torch.Tensor)]
-        return _Captured(graph, inputs, outputs, form, others)
-
-
-class _Captured(NamedTuple):
-    """A CUDA graph, its input tensors, its flattened outputs and their tree, and the other arguments, whose ids it has
-    in its key."""
-
-    graph: torch.cuda.CUDAGraph
-    inputs: list[torch.Tensor]
-    outputs: list[Any]
-    form: TreeSpec
-    others: list[Any]
-
-
-def _leaf_key(leaf: object) -> Hashable:
-    """What identifies an argument in a graph's key."""
-    import torch
-
-    if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.dtype
-    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)

@@ -155,9 +155,9 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     name = config.get("_class_name")
     if name is None:  # only a saved configuration has it
         name = "DDPMScheduler" if "beta_schedule" in config else "FlowMatchEulerDiscreteScheduler"
-    if not hasattr(diffusers, str(name)):
+    if not hasattr(diffusers.schedulers, str(name)):
         raise ValueError(f"config is of the class {name!r}, which is no scheduler of diffusers")
-    made: Scheduler = getattr(diffusers, name).from_config(
+    made: Scheduler = getattr(diffusers.schedulers, name).from_config(
         {key: value for key, value in config.items() if key not in _HIDDEN}
     )
     return made

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from fewstep.bindings.diffusers.interface import Scheduler, Timestep
 # Basis vectors: the sample, the network's output, the noise, the clipped prediction, then the memory.
 X, RAW, NOISE, CLIPPED, MEMORY = range(5)
 
+# The option in which the caller may pass the x0 prediction, in place of the network's output; True stands for it.
+PREDICTED = "pred_original_sample"
+
 # The place of a remembered tensor in a scheduler: an attribute, or an index into an attribute that is a list.
 Place = tuple[str, int | None]
 
@@ -33,12 +36,22 @@ class NotAffineError(ValueError):
     """The call is not an affine map of sample, output, one noise and memory, so the parent must make it."""
 
 
+class DrawsTwiceError(NotAffineError):
+    """The call draws noise twice."""
+
+
 @dataclass(frozen=True)
 class Draw:
-    """One draw of noise: from a generator, or over `interval` of a Brownian path."""
+    """One draw of noise: from a generator, or over `interval` of a Brownian path.
+
+    wasted  how many draws the parent makes before it that its result does not depend on
+    alone   whether it comes from torch's global generator, whatever the caller passes
+    """
 
     dtype: torch.dtype
     interval: tuple[Tensor, Tensor] | None = None
+    wasted: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +102,22 @@ class Call:
 class _Watch(TorchFunctionMode):
     """Replaces the draws and clips of a call on basis vectors. A mode acts in its own thread only."""
 
-    def __init__(self, noise: Tensor, clipped: Tensor) -> None:
+    def __init__(self, noise: Tensor, clipped: Tensor, wasted: int) -> None:
         super().__init__()
-        self.noise, self.prediction = noise, clipped
+        self.noise, self.prediction, self.wasted = noise, clipped, wasted
+        self.skipped = 0
         self.draw: Draw | None = None
         self.clipped: tuple[Tensor, float | None] | None = None
         self.quantile: float | None = None
         self.largest: float | None = None
 
     def drawn(self, draw: Draw) -> Tensor:
+        if self.skipped < self.wasted:  # a result that depends on this draw is then not finite
+            self.skipped += 1
+            return torch.full_like(self.noise, torch.nan, dtype=draw.dtype)
         if self.draw is not None:
-            raise NotAffineError("it draws noise twice in one step")
-        self.draw = draw
+            raise DrawsTwiceError("it draws noise twice in one step")
+        self.draw = replace(draw, wasted=self.wasted)
         return self.noise.to(draw.dtype)
 
     def __torch_function__(
@@ -113,9 +130,13 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("randn", "randn_like"):
-            return self.drawn(Draw(kwargs.get("dtype") or self.noise.dtype))
+            alone = name == "randn_like"  # which takes no generator
+            usual = args[0].dtype if alone else torch.get_default_dtype()
+            return self.drawn(Draw(kwargs.get("dtype") or usual, alone=alone))
         if name == "quantile":
             self.quantile = float(args[1])
+            if not 0.0 <= self.quantile <= 1.0:
+                raise NotAffineError("torch refuses its quantile")
             return torch.ones(args[0].shape[0], dtype=args[0].dtype)
         if name in ("clamp", "clip") and isinstance(args[0], Tensor):
             return self._clamp(func, args, kwargs)
@@ -126,12 +147,17 @@ class _Watch(TorchFunctionMode):
         if value.numel() != self.noise.numel():
             if self.quantile is not None and self.largest is None and "max" in kwargs:
                 self.largest = float(kwargs["max"])
+                if not self.largest > 0.0:
+                    raise NotAffineError("its largest value is not positive")
+                return torch.ones_like(value)  # the kernel divides by the quantile, whatever its ceiling
             return func(*args, **kwargs)
         if self.clipped is not None:
             raise NotAffineError("it clips twice in one step")
         bound = None
         if self.quantile is None:
             bound = float(kwargs["max"] if "max" in kwargs else args[2])
+            if not bound > 0.0:
+                raise NotAffineError("its bound is not positive")
         self.clipped = (value.detach().clone(), bound)
         return self.prediction.reshape(value.shape).to(value.dtype)
 
@@ -173,13 +199,18 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
     """
     width = MEMORY + len(memory)
     basis = torch.eye(width, dtype=torch.float64).reshape(width, 1, 1, 1, width)  # some schedulers unpack four axes
-    run = _Trial(cls, attributes, memory, call, [torch.float64] * width, basis)
+    wide, wasted = [torch.float64] * width, 0
+    try:
+        run = _Trial(cls, attributes, memory, call, wide, basis, wasted)
+    except DrawsTwiceError:
+        wasted = 1
+        run = _Trial(cls, attributes, memory, call, wide, basis, wasted)
     # A second call, in the caller's dtypes, shows the dtypes of the results and what is kept without a copy.
     dtypes = [call.raw_dtype] * width
     dtypes[X] = call.x_dtype
     if call.noise is not None:
         dtypes[NOISE] = call.noise[1]
-    typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2))
+    typed = _Trial(cls, attributes, memory, call, dtypes, torch.ones(width, 1, 1, 1, 2), wasted)
     values, wrap = _unwrap(run.result)
     kept = places(run.after)
     rows = {place: _row_of(get(run.after, place), width) for place in kept}
@@ -212,10 +243,11 @@ class _Trial:
         call: Call,
         dtypes: Sequence[torch.dtype],
         vectors: Tensor,
+        wasted: int,
     ) -> None:
         self.inputs = [vector.to(dtype, copy=True) for vector, dtype in zip(vectors, dtypes, strict=True)]
         x, raw, noise, clipped = self.inputs[:MEMORY]
-        self.watch = watch = _Watch(noise, clipped)
+        self.watch = watch = _Watch(noise, clipped, wasted)
         scheduler = object.__new__(cls)
         self.after = scheduler.__dict__
         self.after.update(unshared(attributes))
@@ -226,6 +258,8 @@ class _Trial:
         options = dict(call.options)
         if call.noise is not None:
             options[call.noise[0]] = noise
+        if options.get(PREDICTED) is True:
+            options[PREDICTED] = raw
         arguments = (x, call.time) if call.method == "scale_model_input" else (raw, call.time, x)
         with watch, torch.no_grad():
             self.result = getattr(scheduler, call.method)(*arguments, **options)
@@ -238,14 +272,25 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], obj
     named = not isinstance(result, tuple)
     names = [name for name, value in result.items() if value is not None] if named else []
     values = [result[name] for name in names] if named else list(result)
-    if not all(isinstance(v, Tensor) for v in values):
-        raise NotAffineError("it returns something other than tensors")
-    count, kind = len(values), type(result)
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    if not all(isinstance(values[i], (Tensor, int, type(None))) for i in range(len(values))):
+        raise NotAffineError("it returns something other than tensors and numbers")
+    found, count, kind = [values[i] for i in places], len(places), type(result)
+    if count < len(values):  # the numbers are the state's, not the tensors'
+        numbers = [None if isinstance(value, Tensor) else value for value in values]
+
+        def make(tensors: Sequence[Tensor]) -> object:
+            every: list[Any] = numbers.copy()
+            for i, tensor in zip(places, tensors, strict=False):
+                every[i] = tensor
+            return kind(**dict(zip(names, every, strict=True))) if named else tuple(every)
+
+        return found, make
     if not named:
-        return values, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
+        return found, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
     if count == 1:
-        return values, lambda tensors: kind(tensors[0])
-    return values, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
+        return found, lambda tensors: kind(tensors[0])
+    return found, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
 
 
 def _row_of(value: Tensor, width: int) -> np.ndarray:
@@ -264,5 +309,5 @@ def _clip(watch: _Watch) -> Clip | None:
     row = value.double().reshape(-1).numpy()
     if np.any(row[[NOISE, CLIPPED, *range(MEMORY, len(row))]]):
         raise NotAffineError("it clips something other than this step's prediction")
-    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or 1.0)
+    quantile = None if watch.quantile is None else (watch.quantile, watch.largest or float("inf"))
     return Clip((float(row[X]), float(row[RAW])), bound, quantile)

@@ -14,7 +14,8 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
-from fewstep.bindings.diffusers.probe import NOISE, Call, Draw, NotAffineError, places, put, unshared
+from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.diffusers.update import Bound, Pool, guard
@@ -39,11 +40,13 @@ _NOISE = ("variance_noise", "noise")
 _CALLED = ("is_scale_input_called",)  # only read for a warning
 _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "CMStochasticIterativeScheduler": _CALLED,
+    "CosineDPMSolverMultistepScheduler": _CALLED,
     "EDMDPMSolverMultistepScheduler": _CALLED,
     "EDMEulerScheduler": _CALLED,
     "EulerAncestralDiscreteScheduler": _CALLED,
     "EulerDiscreteScheduler": _CALLED,
     "FlowMatchHeunDiscreteScheduler": ("sample",),
+    "HeliosScheduler": ("this_order", "timestep_list"),
     "HeunDiscreteScheduler": ("sample",),
     "KDPM2AncestralDiscreteScheduler": ("dt",),
     "LCMScheduler": ("sigma_data",),
@@ -52,6 +55,9 @@ _LEFTOVERS: Mapping[str, Sequence[str]] = {
     "SASolverScheduler": ("last_noise", "this_corrector_order", "this_predictor_order", "timestep_list"),
     "UniPCMultistepScheduler": ("this_order", "timestep_list"),
 }
+
+# Those whose step is given a time for each sample.
+_TIMED_SAMPLES = ("DDPMWuerstchenScheduler", "SCMScheduler")
 
 # Told from None, which a caller may pass.
 _ABSENT: Any = object()
@@ -62,12 +68,16 @@ CURSOR = "_cursor"
 # The schedules that a scheduler keeps: by its arguments, and each under so many different settings.
 SCHEDULES, VARIANTS = 32, 4
 
+# Runs that ended threads have left, of which the latest are kept: each holds its latents.
+LEFT = 4
+
 _add = torch.add
 
 # Schedules and probes are made on the CPU, as without `torch.set_default_device`.
 HOST = torch.device("cpu")
 
-# torch leaves it untyped.
+# For the parents' code: torch.compile compiles the functions that code outside its graphs calls, and there loses what
+# they write to an object whose attributes belong to a thread. torch leaves it untyped.
 _disable: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.compiler.disable
 
 
@@ -77,7 +87,7 @@ class PerThread(threading.local):
     Attributes written from outside (by the caller, a pipeline, `set_timesteps`) are settings: they act at once on this
     thread and on every thread that is between two runs, and on the others at their next `set_timesteps`. What `step`
     writes belongs to the run of its thread, which begins with `set_timesteps` or a first step and ends with the last
-    timestep.
+    timestep. A run that another thread continues becomes that thread's: see `Shared.follow`.
     """
 
     __slots__ = ("_shared",)  # unlike attributes, slots are shared by the threads
@@ -96,7 +106,17 @@ class PerThread(threading.local):
 
 
 class _Thread:
-    """Lives as long as its thread does."""
+    """Lives as long as its thread does. A run under way is then left to the thread that continues it."""
+
+    __slots__ = ("__weakref__", "attributes", "shared")
+
+    def __init__(self, shared: Shared, attributes: dict[str, Any]) -> None:
+        self.shared, self.attributes = weakref.ref(shared), attributes
+
+    def __del__(self) -> None:
+        shared = self.shared()
+        if shared is not None and self.attributes[CURSOR].live:
+            shared.left.append(self.attributes)
 
 
 class Shared:
@@ -104,6 +124,7 @@ class Shared:
 
     version   counts the changes of the settings
     finished  the attributes of the thread that ended a run last: the only one between two runs that keeps its memory
+    left      the attributes of the latest threads that ended in the middle of a run
     schedules those that were set before, by the arguments: under different settings there may be several
     """
 
@@ -113,6 +134,7 @@ class Shared:
         self.threads: weakref.WeakKeyDictionary[_Thread, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.version = 0
         self.finished: dict[str, Any] | None = None
+        self.left: deque[dict[str, Any]] = deque(maxlen=LEFT)
         self.schedules: Cache[list[Schedule]] = Cache(SCHEDULES)
         self.key: Hashable = None  # of the latest
         self.latest: list[Schedule] = []
@@ -187,6 +209,49 @@ class Shared:
             cursor.live = True
             return cursor
 
+    def follow(self, attributes: dict[str, Any], timestep: Timestep) -> None:
+        """Give this thread the run that its next call continues, if that is another thread's.
+
+        A run is known by its tensor of timesteps, of which a call is given an element, and by the step that comes next.
+        Where this thread is in no run, the next step's number tells it, too.
+
+        Raises RuntimeError if the runs of several threads come next with the same step.
+        """
+        if len(self.threads) < 2 and not self.left:
+            return
+        live, own = attributes[CURSOR].live, _place(attributes, timestep)
+        number = not isinstance(timestep, Tensor)
+        if live and (own is not None or number) and _comes_next(attributes, timestep, own):
+            return
+        with self.lock:
+            everywhere = (*self.threads.values(), *self.left)
+            others = [a for a in everywhere if a is not attributes and a[CURSOR].live and "timesteps" in a]
+            places = [_place(other, timestep) for other in others]
+            same = attributes.get("timesteps")
+            under_way = [
+                other
+                for other, place in zip(others, places, strict=True)
+                if _has_stepped(other)
+                # A run of another schedule is continued by its own timesteps' elements, or by a thread in no run.
+                and (place is not None or (own is None and (not live or other["timesteps"] is same)))
+                and _comes_next(other, timestep, place)
+            ]
+            if len(under_way) > 1:
+                raise RuntimeError(
+                    f"step {float(timestep)} comes next in the runs of {len(under_way)} threads on one schedule: "
+                    "call set_timesteps in each thread, or give each a scheduler of its own"
+                )
+            if under_way:
+                (other,) = under_way
+                _replace(attributes, other)
+                self.left = deque((a for a in self.left if a is not other), LEFT)
+                self._sync(other)
+            elif own is None and any(place is not None for place in places):  # that thread may yet begin its run
+                other = next(a for a, place in zip(others, places, strict=True) if place is not None)
+                cursor = Cursor(self.new)
+                cursor.fresh, cursor.live, cursor.version = other[CURSOR].fresh, True, other[CURSOR].version
+                _replace(attributes, {**unshared(other), CURSOR: cursor})
+
     def end(self, attributes: dict[str, Any]) -> None:
         """This thread's run is over."""
         with self.lock:
@@ -200,7 +265,7 @@ class Shared:
 
     def _register(self, attributes: dict[str, Any]) -> None:
         if not hasattr(self.here, "thread"):
-            self.here.thread = _Thread()
+            self.here.thread = _Thread(self, attributes)
         self.threads[self.here.thread] = attributes
 
     def _spread(self) -> None:
@@ -210,12 +275,44 @@ class Shared:
                 self._sync(attributes)
 
     def _sync(self, attributes: dict[str, Any]) -> None:
-        # Never empty on the way: its thread may be reading it.
         cursor = Cursor(self.new)
         cursor.fresh, cursor.version = self.fresh, self.version
-        attributes.update(unshared(self.settings), **{CURSOR: cursor})
-        for name in attributes.keys() - self.settings.keys() - {CURSOR}:
-            del attributes[name]
+        _replace(attributes, {**unshared(self.settings), CURSOR: cursor})
+
+
+def _replace(attributes: dict[str, Any], others: Mapping[str, Any]) -> None:
+    attributes.update(others)  # never empty on the way: its thread may be reading it
+    for name in attributes.keys() - others.keys():
+        del attributes[name]
+
+
+def _place(attributes: Mapping[str, Any], timestep: Timestep) -> int | None:
+    """Which element of the timesteps this is, by its address; None if it is none of them."""
+    times = attributes.get("timesteps")
+    if not isinstance(times, Tensor) or not isinstance(timestep, Tensor) or timestep.ndim or not times.is_contiguous():
+        return None
+    place, rest = divmod(timestep.data_ptr() - times.data_ptr(), times.element_size())
+    return place if not rest and 0 <= place < len(times) else None
+
+
+def _has_stepped(attributes: Mapping[str, Any]) -> bool:
+    """Whether a run has made a step. A scheduler without an index knows only that something was called."""
+    if "_step_index" in attributes:
+        return (attributes["_step_index"] or 0) > (attributes.get("_begin_index") or 0)
+    return not attributes[CURSOR].fresh
+
+
+def _comes_next(attributes: Mapping[str, Any], timestep: Timestep, place: int | None) -> bool:
+    """Whether a run makes this step next. place: of the timestep in its schedule, if it is an element of that."""
+    index = attributes.get("_step_index")
+    if index is None:
+        index = attributes.get("_begin_index") or 0
+    times = attributes.get("timesteps")
+    if not isinstance(times, Tensor):
+        return False
+    if "_step_index" not in attributes and _has_stepped(attributes):  # any but the first
+        return place > 0 if place is not None else float(timestep) in times[1:].tolist()
+    return place == index if place is not None else float(timestep) in times[index : index + 1].tolist()
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,7 +413,7 @@ class Cursor:
 
     def offset(self, timestep: Timestep) -> int | None:
         """Of a timestep's address in the schedule's tensor, if it is an element of that; otherwise None."""
-        if type(timestep) is Tensor and not timestep.ndim:
+        if type(timestep) is Tensor and timestep.numel() == 1:
             offset = timestep.data_ptr() - self.first
             if 0 <= offset < len(self.times) * self.stride and not offset % self.stride:
                 return offset
@@ -351,6 +448,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
     tracing = noting(parent)
     passed = next((n for n in names if n in _NOISE), None)
 
+    @_disable
     @functools.wraps(parent.__init__)
     def initialise(self: Any, *args: Any, corrected: bool = False, noise: str = "torch", **kwargs: Any) -> None:
         PerThread.__init__(self, *args, corrected=corrected, noise=noise, **kwargs)
@@ -405,6 +503,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 done = usual.step(self, cursor, attributes, model_output, sample, generator)
                 if done is not None:
                     return done
+        self._shared.follow(attributes, timestep)
         if generator is not _ABSENT:
             kwargs["generator"] = generator
         options = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -414,8 +513,8 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         done = _fused_step(self, parent, model_output, timestep, sample, options, drawn, noise)
         if done is None:
             attributes, shared = self.__dict__, self._shared  # another's if the run has just begun
-            with _inside(shared.begin(attributes)):
-                done = parent.step(self, model_output, timestep, sample, *args, **kwargs)
+            cursor = shared.begin(attributes)
+            done = _by_parent(cursor, parent.step, self, model_output, timestep, sample, *args, **kwargs)
             if is_over(attributes, timestep):
                 shared.end(attributes)
         return done
@@ -487,13 +586,14 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                 ):
                     return _scale(attributes, cursor, usual, sample)
             found = None
-            if not cursor.live:
+            self._shared.follow(attributes, timestep)
+            if not attributes[CURSOR].live:
                 self._shared.begin(attributes)
             if isinstance(sample, Tensor) and sample.dtype in _FLOATS:
                 found = _find(attributes, parent, "scale_model_input", timestep, {}, sample.dtype, sample.dtype)
             if found is None or found[1].scale_dtype != sample.dtype:
-                with _inside(attributes[CURSOR]):
-                    return parent.scale_model_input(self, sample, *args, **kwargs)
+                own: Tensor = _by_parent(attributes[CURSOR], parent.scale_model_input, self, sample, *args, **kwargs)
+                return own
             cursor, transition = found
             offset, state = cursor.offset(timestep), cursor.state
             if offset is not None and state is not None:
@@ -525,6 +625,9 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
 
 def _set(self: PerThread, name: str, value: object) -> None:
     """Set an attribute. The write may have changed the state, which is looked up again at the next call."""
+    if is_dynamo_compiling():  # it compiles this function alone where its caller runs as usual, and loses the write
+        _disable(_set)(self, name, value)
+        return
     attributes = self.__dict__
     cursor: Cursor | None = attributes.get(CURSOR)
     if cursor is not None and not cursor.inside and attributes.get(name, cursor) is value:
@@ -542,6 +645,7 @@ def _set(self: PerThread, name: str, value: object) -> None:
             self._shared.change(attributes, name, value)
 
 
+@_disable
 def _schedule(
     attributes: dict[str, Any],
     parent: type[Scheduler],
@@ -575,13 +679,13 @@ def _schedule(
     return None
 
 
-@contextlib.contextmanager
-def _inside(cursor: Cursor) -> Iterator[None]:
-    """The parent's own code, whose writes are no settings and which makes its tensors on the CPU."""
+@_disable
+def _by_parent(cursor: Cursor, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The result of the parent's own code, whose writes are no settings and which makes its tensors on the CPU."""
     before, cursor.inside = cursor.inside, True
     try:
         with HOST:
-            yield
+            return method(*args, **kwargs)
     finally:
         cursor.inside = before
 
@@ -618,7 +722,9 @@ def _find(
 ) -> tuple[Cursor, Transition] | None:
     """The cursor, and the transition that the call makes from its state; None if the call is no such transition."""
     if isinstance(timestep, Tensor) and timestep.ndim:
-        return None
+        if parent.__name__ not in _TIMED_SAMPLES or timestep.ndim > 1 or (len(timestep) > 1 and timestep.stride(0)):
+            return None
+        timestep = timestep[:1]  # of one time for all, expanded
     cursor: Cursor = attributes[CURSOR]
     try:
         state = cursor.state
@@ -626,17 +732,25 @@ def _find(
             state = cursor.locate(parent, attributes)
     except NotAffineError:
         return None
-    key = (method, cursor.time(timestep), type(timestep), x_dtype, raw_dtype, noise, *options.items())
+    kind = timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+    given: Mapping[str, Any] = options
+    times = [value for value in options.values() if isinstance(value, Tensor)]
+    if times:  # another timestep of the schedule, as UnCLIP is given
+        if not all(value.is_cpu and not value.ndim for value in times):
+            return None
+        given = {n: (cursor.time(v), v.dtype) if isinstance(v, Tensor) else v for n, v in options.items()}
+    key = (method, cursor.time(timestep), kind, x_dtype, raw_dtype, noise, *given.items())
     try:
         transition = state.calls.get(key)
     except TypeError:  # an unhashable option, such as a list
         return None
     if transition is None:
-        if not all(isinstance(value, _NUMBERS) for value in options.values()):
+        if not all(isinstance(value, (*_NUMBERS, Tensor)) for value in options.values()):
             return None
+        options = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
         at = timestep.detach().cpu().clone() if isinstance(timestep, Tensor) else timestep
         with HOST:
-            transition = state.probe(key, Call(method, at, dict(options), x_dtype, raw_dtype, noise))
+            transition = state.probe(key, Call(method, at, options, x_dtype, raw_dtype, noise))
     return None if isinstance(transition, NotAffineError) else (cursor, transition)
 
 
@@ -675,6 +789,13 @@ def _fused_step(
         if not tokens.fits(tokens_at, x, attributes.get("sigmas")):
             return None
         options = {name: value for name, value in options.items() if name != tokens.OPTION}
+    predicted = options.get(PREDICTED)
+    if isinstance(predicted, Tensor):  # Cosmos' pipelines pass the x0 prediction beside the output
+        if type(predicted) is not Tensor or predicted.shape != shape or predicted.dtype is not raw_dtype:
+            return None
+        if predicted.device != x.device:
+            return None
+        raw, options = predicted, {**options, PREDICTED: True}
     found = _find(attributes, parent, "step", timestep, options, x_dtype, raw_dtype, given)
     if found is None:
         return None
@@ -687,7 +808,7 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    if tokens_at is None and given is None and (offset := cursor.offset(timestep)) is not None:
+    if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
         state.usual[offset] = Usual(transition, x, raw, memory, options)
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
@@ -834,26 +955,37 @@ def _streams(cursor: Cursor, raw: Tensor, generator: Generator) -> Streams:
 def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tensor, generator: Generator) -> Tensor:
     """The noise of this step: what the parent would draw, or fewstep's own."""
     own = self.noise == "fewstep"
+    if draw.alone and not own:
+        generator = None
     if draw.interval is None:
         if own:
             return _streams(cursor, raw, generator).draw(raw.shape)
+        for _ in range(draw.wasted):  # the generator goes on as it does in the parent
+            randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         z: Tensor = randn_tensor(raw.shape, generator=generator, device=raw.device, dtype=draw.dtype)
         return z
     with HOST:
         sampler = self.noise_sampler
         if sampler is None:  # made in the first step, when the sample is known
-            sampler = self.__dict__["noise_sampler"] = _path(self, sample, own)
+            sampler = self.__dict__["noise_sampler"] = _path(self, sample, generator, own)
         return sampler(*draw.interval)
 
 
-def _path(self: Scheduler, sample: Tensor, own: bool) -> Callable[..., Tensor]:
+def _path(self: Scheduler, sample: Tensor, generator: Generator, own: bool) -> Callable[..., Tensor]:
     """A new Brownian path, the parent's or fewstep's own."""
-    seed = self.noise_sampler_seed
+    parent: Any = type(self).__bases__[1]
+    if hasattr(self, "noise_sampler_seed"):
+        seed = self.noise_sampler_seed
+        levels = self.sigmas[self.sigmas > 0]
+        low, high = levels.min().item(), levels.max().item()
+    else:  # cosine DPM-Solver's
+        seeds = generator if isinstance(generator, list) else [generator]
+        initial = [g.initial_seed() for g in seeds if g is not None]
+        seed = initial if isinstance(generator, list) else initial[0] if initial else None
+        low, high = float(self.config.sigma_min), float(self.config.sigma_max)
     if own:
         return brownian_noise(sample, take_seed(None, HOST) if seed is None else seed)
-    levels = self.sigmas[self.sigmas > 0]
-    low, high = levels.min().item(), levels.max().item()
-    sampler: Any = sys.modules[type(self).__bases__[1].__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
+    sampler: Any = sys.modules[parent.__module__].BrownianTreeNoiseSampler(sample, low, high, seed)
     sampler.tree.trees = [functools.partial(_increment, tree, low, high) for tree in sampler.tree.trees]
     return sampler  # type: ignore[no-any-return]
 

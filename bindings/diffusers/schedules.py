@@ -19,6 +19,8 @@ from torch import Tensor
 from fewstep.bindings.diffusers.interface import Scheduler
 from fewstep.bindings.diffusers.transition import PLAIN, State
 
+UNKNOWN = float("nan")
+
 
 class Trace:
     """One call of a parent's `set_timesteps` on a copy of these attributes, an object of the class `noting(parent)`.
@@ -159,12 +161,20 @@ def _alike(a: Any, b: Any) -> bool:
     return a is b or (type(a) is kind and (kind in (list, FrozenDict) or (kind in PLAIN and bool(a == b))))
 
 
+def _entries(value: Mapping[str, Any]) -> Any:
+    """A dictionary's entries, and the versions of those that are tensors."""
+    if any(isinstance(v, Tensor) and v.is_inference() for v in value.values()):
+        return UNKNOWN
+    return [(name, v, v._version if isinstance(v, Tensor) else 0) for name, v in value.items()]
+
+
 # What edits in place change of an attribute, by its type; nothing else can be edited.
 _SHOWN: Mapping[type, Callable[[Any], Any]] = {
     Tensor: operator.attrgetter("_version"),
     FrozenDict: vars,  # its users read and set the attributes
     list: lambda value: value,
     np.ndarray: np.ndarray.tobytes,
+    dict: _entries,
 }
 
 
@@ -184,9 +194,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [UNKNOWN if isinstance(v, Tensor) else _copied(v) for v in value]
     return {name: _copied(v) for name, v in value.items()} if isinstance(value, dict) else value
-
-
-UNKNOWN = float("nan")
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -156,6 +156,8 @@ def is_over(attributes: Mapping[str, Any], time: Timestep) -> bool:
     if "_step_index" in attributes:
         index = attributes["_step_index"]
         return index is not None and index >= len(times)
+    if isinstance(time, Tensor) and time.numel() != 1:
+        return False
     if float(time) != float(times[-1]):
         return False
     # PNDM's 4 steps end at 0 twice: its last Runge-Kutta call, then a multistep one.

@@ -20,7 +20,7 @@ from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import init_table, stage_tables
 from fewstep.solvers.run.arrays import DType, TorchFrame, dtype_name
 from fewstep.solvers.run.checks import check_plan
-from fewstep.solvers.run.denoising import Condition, check_denoiser, check_output, copies, time_dtype
+from fewstep.solvers.run.denoising import Condition, check_denoiser, check_output, copies, for_plan, time_dtype
 from fewstep.solvers.run.functional import stage
 
 
@@ -60,7 +60,7 @@ class SamplerModule(nn.Module):
             )
         program = compile_plan(plan)
         self.tables = stage_tables(program, denoiser, dtype)
-        self.program, self.denoiser, self.checkpoint = program, denoiser, checkpoint
+        self.program, self.denoiser, self.checkpoint = program, for_plan(denoiser, plan), checkpoint
         self.noisy_start = program.init.noisy
         self.draws = [0] * self.noisy_start + [table.draw for table in self.tables if table.draw is not None]
         self.model = denoiser.model if isinstance(denoiser.model, nn.Module) else None

@@ -135,29 +135,59 @@ def compile_loop(
 
     # Inductor takes 2 for the smallest free size, and its kernels are right for 1.
     bounds = {"aot_inductor.check_lowerbound": batch is None or batch[0] > 1}
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder, _checked_inputs():
-        made = aoti_compile_and_package(
-            program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs={**bounds, **(options or {})}
-        )
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with _checked_inputs() as ranges, _any_batch() if batch is not None else contextlib.nullcontext():
+            made = aoti_compile_and_package(
+                program, package_path=str(Path(folder) / "loop.pt2"), inductor_configs={**bounds, **(options or {})}
+            )
+        for low, high in ranges:
+            if batch is not None and (low > max(2, batch[0]) or high < batch[1]):
+                raise ValueError(
+                    f"torch compiled the loop for a batch of {low:g} to {high:g} and not for {batch[0]} to {batch[1]}: "
+                    f"an operator of the network depends on the {x.shape[0]} samples of the example x "
+                    "(TORCH_LOGS=dynamic names it): compile one package for each of the two ranges"
+                )
         Path(made).replace(target)
     return target
 
 
 @contextlib.contextmanager
-def _checked_inputs() -> Iterator[None]:
-    """Compile AOTInductor's input checks in for good.
+def _any_batch() -> Iterator[None]:
+    """Keep torch from choosing a library for each convolution while it compiles.
+
+    oneDNN and NNPACK are chosen by whether the batch is below 16, which would fix one side of it. Every call chooses
+    again.
+    """
+    # `torch.backends.mkldnn.flags` would also set TF32, which warns.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+@contextlib.contextmanager
+def _checked_inputs() -> Iterator[list[tuple[float, float]]]:
+    """Compile AOTInductor's input checks in for good. Yields a list, which then gets the bounds of each free size.
 
     It writes them into every package, but behind a variable of the environment (AOTI_RUNTIME_CHECK_INPUTS), without
     which a package reads past the end of a smaller input. There is no option for this: the condition is replaced in
     the source that is about to be compiled.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.virtualized import V
 
     asked = 'getenv("AOTI_RUNTIME_CHECK_INPUTS")'
     own: Callable[[CppWrapperCpu], None] = CppWrapperCpu.generate_input_output_runtime_checks
 
+    ranges: list[tuple[float, float]] = []
+
     def always(self: CppWrapperCpu) -> None:
         own(self)
+        sizes = V.graph.sizevars.shape_env.var_to_range.values()
+        ranges.extend((float(size.lower), float(size.upper)) for size in sizes)
         lines = self.prefix._lines
         found = [i for i, line in enumerate(lines) if isinstance(line, str) and asked in line]
         if not found:
@@ -166,4 +196,4 @@ def _checked_inputs() -> Iterator[None]:
             lines[i] = str(lines[i]).replace(asked, '"1"')
 
     with _WRITING, unittest.mock.patch.object(CppWrapperCpu, "generate_input_output_runtime_checks", always):
-        yield
+        yield ranges

@@ -31,21 +31,25 @@ functions' docstrings name their own differences.
 
 from __future__ import annotations
 
-from fewstep.bindings.k_diffusion import cfg_pp, dpm_solver, multistep, noise, plans, sde, singlestep
+from fewstep.bindings.k_diffusion import cfg_pp, dpm_solver, helpers, multistep, noise, plans, sde, singlestep
 from fewstep.bindings.k_diffusion.cfg_pp import *  # noqa: F403
 from fewstep.bindings.k_diffusion.dpm_solver import *  # noqa: F403
+from fewstep.bindings.k_diffusion.helpers import *  # noqa: F403
 from fewstep.bindings.k_diffusion.multistep import *  # noqa: F403
 from fewstep.bindings.k_diffusion.noise import *  # noqa: F403
 from fewstep.bindings.k_diffusion.plans import *  # noqa: F403
+from fewstep.bindings.k_diffusion.run import sampler_of
 from fewstep.bindings.k_diffusion.sde import *  # noqa: F403
 from fewstep.bindings.k_diffusion.singlestep import *  # noqa: F403
 
 __all__ = [
     *cfg_pp.__all__,
     *dpm_solver.__all__,
+    *helpers.__all__,
     *multistep.__all__,
     *noise.__all__,
     *plans.__all__,
     *sde.__all__,
     *singlestep.__all__,
+    "sampler_of",
 ]

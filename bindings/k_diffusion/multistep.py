@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from fewstep.bindings.k_diffusion.noise import FLOW, Noise
 from fewstep.bindings.k_diffusion.run import SamplerCall, sampler
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import flag, one_of
 from fewstep.solvers.schedule.process import VE, Point
 
 if TYPE_CHECKING:
@@ -88,21 +88,30 @@ def sample_dpmpp_2m(call: SamplerCall) -> Tensor:
     return call("dpmpp_2m")
 
 
-def _uni_pc(call: SamplerCall, variant: str) -> Tensor:
+def _uni_pc(call: SamplerCall, variant: str, released: bool) -> Tensor:
+    flag("released", released)
+    one_of("variant", variant, ("bh1", "bh2", "vary_coeff"))
+    if released and len(call.levels) == 2:
+        # The released loop of a single step ends after its first call: x only changes its scale.
+        start, end = np.hypot(1.0, call.levels)
+        return call.called_once(float(end / start))
     order = max(1, min(3, len(call.levels) - 2))
     return call("unipc", order=order, variant=variant, final_order="unipc")
 
 
 @sampler(last=0.001)
-def sample_uni_pc(call: SamplerCall, variant: str = "bh1") -> Tensor:
-    """UniPC (Zhao et al. 2023) as in ComfyUI: order up to three; a last sigma of 0 becomes 0.001."""
-    return _uni_pc(call, variant)
+def sample_uni_pc(call: SamplerCall, variant: str = "bh1", *, released: bool = True) -> Tensor:
+    """UniPC (Zhao et al. 2023) as in ComfyUI: order up to three; a last sigma of 0 becomes 0.001.
+
+    released  True leaves x at its noise in a single step, as ComfyUI does (its order is then 0); False makes the step
+    """
+    return _uni_pc(call, variant, released)
 
 
 @sampler(last=0.001)
-def sample_uni_pc_bh2(call: SamplerCall) -> Tensor:
+def sample_uni_pc_bh2(call: SamplerCall, *, released: bool = True) -> Tensor:
     """`sample_uni_pc` with B(h) = e^h - 1."""
-    return _uni_pc(call, "bh2")
+    return _uni_pc(call, "bh2", released)
 
 
 @sampler()

@@ -51,11 +51,18 @@ def brownian_noise(x: Tensor, seed: int | Sequence[int], flow: bool = False) -> 
 
 
 def torchsde_noise(
-    x: Tensor, sigma_min: Tensor | float, sigma_max: Tensor | float, seed: int | Sequence[int] | None = None
+    x: Tensor,
+    sigma_min: Tensor | float,
+    sigma_max: Tensor | float,
+    seed: int | Sequence[int] | None = None,
+    *,
+    cpu: bool = True,
 ) -> NoiseSampler:
-    """k-diffusion's BrownianTreeNoiseSampler: a torchsde tree over sigma, kept on the CPU.
+    """k-diffusion's BrownianTreeNoiseSampler: a torchsde tree over sigma.
 
     seed  one int, one int per sample, or None: drawn from torch's generator
+    cpu   whether the tree is kept on the CPU, as ComfyUI's is except in the samplers named _gpu; on x's device the same
+          seed draws other noise
     """
     try:
         torchsde = importlib.import_module("torchsde")
@@ -76,7 +83,7 @@ def torchsde_noise(
             seed = int(torch.randint(0, 2**63 - 1, []))
         shared = isinstance(seed, int)
         seeds: Sequence[int] = [seed] if isinstance(seed, int) else seed
-        start = torch.zeros(x.shape if shared else x.shape[1:], dtype=x.dtype)
+        start = torch.zeros(x.shape if shared else x.shape[1:], dtype=x.dtype, device="cpu" if cpu else x.device)
         trees = [torchsde.BrownianTree(low, start, high, entropy=int(s), tol=tolerance) for s in seeds]
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         own = begun(made, int(firsts[step]))
         state = "float64" if x.dtype == torch.float64 else "float32"
         run = _sampler(own, tuple(x.shape), x.dtype, x.device, state)
-        tracker = _PlanTracker(call, own, None)
+        tracker = _PlanTracker(call, own, None, every_step=False)
         source = call.gaussian(noise_sampler)
         drawn = source._asdict() if isinstance(source, KernelNoise) else {"noise": tracker.noise(source)}
         start = x.detach() if _flow(own) else x.detach() * own.start.alpha

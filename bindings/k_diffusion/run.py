@@ -26,6 +26,7 @@ from fewstep.bindings.k_diffusion.noise import (
 from fewstep.solvers.options import flag, function, number
 from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.stages import UNGUIDED
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
 from fewstep.solvers.run.one_call import SAMPLERS, kept, laid_out
@@ -132,12 +133,23 @@ class SamplerCall:
             function("noise_sampler", given)
         return gaussian_noise(self.x, self.seed) if given is None else given
 
-    def brownian(self, given: Noise) -> NoiseSampler | KernelNoise:
+    def brownian(self, given: Noise, cpu: bool = True) -> NoiseSampler | KernelNoise:
         noisy = self.given[self.given > 0.0]
         if given is not None or noisy.size < 2:
             return self.gaussian(given)
         # As in the field: from the smallest level to the largest, in the dtype of the sigmas.
-        return torchsde_noise(self.x, self.level(noisy.min()), self.level(noisy.max()), self.seed)
+        return torchsde_noise(self.x, self.level(noisy.min()), self.level(noisy.max()), self.seed, cpu=cpu)
+
+    def called_once(self, factor: float) -> Tensor:
+        """x times a factor, after one call at the first sigma whose prediction only the callback receives."""
+        import torch
+
+        with torch.no_grad():
+            x, sigma = self.x.detach(), self.level(self.levels[0])
+            denoised = self.model(x, x.new_full((len(x),), self.levels[0]), **(self.extra_args or {}))
+            if self.callback is not None:
+                self.callback({"x": x.clone(), "i": 0, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            return x * factor
 
     def level(self, value: float) -> Tensor:
         """A sigma as a tensor, in the dtype and on the device of the sigmas."""
@@ -153,13 +165,15 @@ class SamplerCall:
         *,
         starts: Collection[int] | None = None,
         process: Process | None = None,
+        every_step: bool = False,
         **options: Any,
     ) -> Tensor:
         """The sample.
 
-        starts   the stages that begin a step, where the plan does not say so
-        process  overrides the one that `flow` implies
-        options  of the solver
+        starts      the stages that begin a step, where the plan does not say so
+        process     overrides the one that `flow` implies
+        every_step  whether steps without churn draw too, and discard the noise
+        options     of the solver
         """
         import torch
 
@@ -178,7 +192,7 @@ class SamplerCall:
 
         key = layout and (layout, shape, self.x.dtype, self.x.device, torch.is_inference_mode_enabled())
         sampler = kept(key, make)
-        tracker = _Tracker(self, sampler.plan, starts)
+        tracker = _Tracker(self, sampler.plan, starts, every_step)
         if isinstance(noise_sampler, KernelNoise):
             drawn = noise_sampler._asdict()
         else:
@@ -258,8 +272,9 @@ def _shows_progress(disable: bool | None) -> bool:
 class _Tracker:
     """Calls the caller's model, callback and noise sampler with the levels of the current stage: stage k is call k."""
 
-    def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None) -> None:
+    def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None, every_step: bool) -> None:
         self.call, self.plan = call, plan
+        self.every_step, self.churned = every_step, 0
         first = [True, *(stage.done for stage in plan.stages[:-1])]
         self.step = {k: i for i, k in enumerate(np.flatnonzero(first).tolist() if starts is None else sorted(starts))}
         # A solver with its own steps starts them at its own levels; others start at the sigmas, then churn.
@@ -318,9 +333,14 @@ class _Tracker:
             import torch
 
             if source is None:
+                # Draw k is the churn before stage k, which starts a step.
+                while self.every_step and self.churned < self.step[number]:
+                    torch.randn_like(self.call.x)
+                    self.churned += 1
+                self.churned += 1
                 return torch.randn_like(self.call.x)
             # Draw 0 is the churn before the first stage; stage k has draw k + 1.
-            start, end = self.plan.stages[number - 1].drawn_over
+            start, end = self.plan.stages[number - 1].drawn_over if number else (at, self.plan.stages[0].at)
             return source(self.call.level(start.sigma), self.call.level(end.sigma))
 
         return draw
@@ -360,3 +380,27 @@ def sampler(
         return sample
 
     return make
+
+
+def sampler_of(solver: str, **options: Any) -> Callable[..., Tensor]:
+    """Any solver of fewstep as a sampler of k-diffusion's convention.
+
+        sample = sampler_of("res_2s", c2=0.7)
+        x = sample(model, x, sigmas, extra_args={"cond": cond})
+
+    solver   a name of `fewstep.list_solvers`, except ddim_inverse, which runs the sigmas backwards
+    options  of the solver
+
+    The function takes `s_noise` and `noise_sampler` as its own options, and `flow`, by default as the model declares.
+    Raises ValueError for an unknown solver; the function, for an option that the solver does not have.
+    """
+    if solver == "ddim_inverse":
+        raise ValueError("solver 'ddim_inverse' runs from data to noise: use sample_euler on rising sigmas")
+    spec = get_solver(solver)
+
+    @sampler(flow=None)
+    def sample(call: SamplerCall, s_noise: float = 1.0, noise_sampler: Noise = None) -> Tensor:
+        return call(solver, call.gaussian(noise_sampler), s_noise=s_noise, **options)
+
+    sample.__name__, sample.__doc__ = f"sample_{solver}", spec.build.__doc__
+    return sample

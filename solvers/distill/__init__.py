@@ -11,9 +11,20 @@ data, parallel wrappers and precision are the caller's. One module per method:
     adversarial             hinge loss on frozen features plus distillation    (Sauer et al. 2023)
     rectified               flow matching, reflow and one-step distillation    (Liu et al. 2022, 2023)
     distribution_matching   the difference of two scores as the gradient       (Yin et al. 2024)
+    mean_flow               the average velocity, by one derivative            (Geng et al. 2025)
+    shortcut                one step for two of half the length                (Frans et al. 2024)
+    flow_maps               flow maps in continuous time, AYF                  (Sabour et al. 2025)
 
-Shared: `network` (a denoiser on a batch with a point per sample), `jumps` (a teacher's steps over the intervals of a
-grid, as plans), `boundary` (consistency scalings), `curricula`, `losses`, `ema`, `lora`, `protocols` (types).
+    moment_matching         groups of samples by a kernel, IMM                 (Zhou et al. 2025)
+    score_identity          the Fisher divergence of two scores, SiD           (Zhou et al. 2024)
+    f_divergence            weights of distribution matching, f-distill        (Xu et al. 2025)
+    latent_adversarial      heads on the teacher's own noised features, LADD   (Sauer et al. 2024)
+    regularised             sCM and distribution matching together, rCM        (Zheng et al. 2025)
+    trajectory_matching     distribution matching at every step, TDM           (Luo et al. 2025)
+
+Shared: `network` (a denoiser on a batch with a point per sample), `two_times` (students told the end of a step),
+`jumps` (a teacher's steps over the intervals of a grid, as plans), `boundary` (consistency scalings), `curricula`,
+`losses`, `ema`, `lora`.
 
 A student or teacher is a `fewstep.Denoiser` around the caller's module, plain or wrapped for parallel training.
 """

@@ -2,26 +2,32 @@
 
 The generator follows the difference of two scores: that of its own distribution, from a critic, and that of the data,
 from the teacher. The critic is a denoiser trained on generated samples, several updates per generator update.
+
+A student of several calls trains on its own sampling (`FewSteps`), with changes to the paper's recipe without which its
+samples get worse with more updates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from fewstep.kernels import torch_train
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.distill.losses import Metric, Weight, squared, truncated_snr, weighted
+from fewstep.solvers.distill.losses import Metric, Weight, edm_weight, noise_error, squared, weighted
 from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.plans.registry import plan
+from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, Process
 
 NORM_FLOOR = 1e-5
 """Least value of the normaliser: no division by 0 for a sample that the teacher reproduces."""
@@ -57,7 +63,8 @@ def generator_loss(
     weight       a number or (B,), applied to the loss and not to the returned gradient
 
     The loss is |x - (x - g)|^2 / 2 with the bracket held constant, summed over elements, mean over the batch. The
-    predictions are in float32 or wider, because their difference overflows or vanishes in float16. One kernel computes
+    released code takes the mean over the D elements too: multiply by D the GAN's weight of its configs. The predictions
+    are in float32 or wider, because their difference overflows or vanishes in float16. One kernel computes
     loss and gradient: `fewstep.kernels.torch_train.score_difference`.
     """
     with torch.no_grad():
@@ -78,13 +85,17 @@ def critic_loss(
     *,
     cond: Condition = None,
     metric: Metric = squared,
-    weight: Weight = truncated_snr,
+    weight: Weight | None = None,
 ) -> Tensor:
     """The critic's loss, denoising of generated samples: weight(t) |x0_critic(x_t) - x|^2, mean over the batch.
 
     fake       (B, ...) the generator's output x, used as a constant
     noise, at  x_t = alpha_t x + sigma_t noise
+    weight     by default that of the released code: EDM's 1/sigma^2 + 1/sigma_data^2 for an "edm" critic, else
+               alpha^2/sigma^2, which makes it the error of eps
     """
+    if weight is None:
+        weight = edm_weight(critic.sigma_data) if critic.predicts == "edm" else noise_error
     fake = fake.detach()
     return weighted(metric(predict(critic, noised(fake, noise, at), at, cond), fake), weight(at))
 
@@ -103,14 +114,15 @@ class BackwardSimulation:
     """Inputs of a multi-step student at each step of its own sampling (Yin et al. 2024, section 4.4).
 
     student  a denoiser
-    grid     its steps, with fresh noise between them (solver "lcm")
+    grid     its steps
+    solver   between them: "lcm" adds fresh noise, "ddim" none
 
     The sampler of each stop and shape is made at its first use, and the latest are kept; they use the student's current
     weights.
     """
 
-    def __init__(self, student: DenoiserLike, grid: Grid) -> None:
-        self.student, self.grid = student, grid
+    def __init__(self, student: DenoiserLike, grid: Grid, solver: str = "lcm") -> None:
+        self.student, self.grid, self.solver = student, grid, solver
         self._samplers: Cache[Sampler] = Cache(2 * grid.steps)  # each stop in two shapes
 
     @torch.no_grad()
@@ -132,8 +144,106 @@ class BackwardSimulation:
             g = self.grid
             head = Grid(g.process, g.t[: stop + 1], g.alpha[: stop + 1], g.sigma[: stop + 1])
             return Sampler(
-                self.student, plan("lcm", head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
+                self.student, plan(self.solver, head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
             )
 
         x: Tensor = self._samplers.get((stop, latent.shape, latent.device, latent.dtype), make)(latent, **run)
         return x
+
+
+def noise_levels(
+    process: Process, batch: int, generator: torch.Generator, mean: float = -1.2, std: float = 1.2
+) -> Point:
+    """Points with ln(sigma / alpha) ~ N(mean, std^2), as for training a denoiser (Karras et al. 2022, Table 1).
+
+    Within the process's sigma_min and sigma_max. Returns a point of arrays (batch,).
+    """
+    ln = mean + std * torch.randn((batch,), generator=generator, dtype=torch.float64, device=generator.device)
+    return process.point_at_sigma(ln.exp().clamp(process.sigma_min, process.sigma_max).cpu().numpy())
+
+
+class FewSteps:
+    """A student of several calls on its own sampling, as this method trains it (Yin et al. 2024, section 4.4).
+
+        few = FewSteps(student, grid)
+        stops = few.stops(len(latent))
+        x = few.inputs(latent, stops, seed=k)
+        fake = few.generate(x, stops)
+        loss = generator_loss(fake, teacher, critic, noise, at,
+                              critic_cond=few.critic_cond(stops), weight=few.weights(stops)).loss
+        critic_loss(critic, fake, noise, at, cond=few.critic_cond(stops))
+
+    The paper's recipe gets worse with more updates: one critic for the samples of all steps matches their mixture to
+    the data, so that the steps divide the modes among themselves. So here
+
+    - the critic takes the step that made a sample as the condition "step", a number 0 .. steps - 1 (`critic_cond`);
+    - each step's loss has the weight 1/sigma_data^2 + alpha^2/sigma^2 at its level, relative to the first step's
+      (`weights`): it is 1 / c_out^2 of EDM, the scale on which that step can still move a sample, without which the
+      last step is learnt last;
+    - the batch is divided evenly among the steps (`stops`);
+    - noise levels are drawn as for training a denoiser (`noise_levels`) and not uniformly: near the data the scores
+      differ most.
+
+    student  a denoiser
+    grid     its steps, with fresh noise between them (solver "lcm")
+    name     of the critic's condition, "step"
+    """
+
+    solver = "lcm"
+
+    def __init__(self, student: DenoiserLike, grid: Grid, name: str = "step") -> None:
+        self.student, self.grid, self.name = student, grid, name
+        self.simulate = BackwardSimulation(student, grid, self.solver)
+
+    def stops(self, batch: int) -> np.ndarray:
+        """The student's step of each sample, (B,), in order: the batch divided evenly among the steps."""
+        return np.arange(batch) * self.grid.steps // batch
+
+    def at(self, stops: np.ndarray) -> Point:
+        """The points of these steps, as a point of arrays (B,)."""
+        return Point(self.grid.t[stops], self.grid.alpha[stops], self.grid.sigma[stops])
+
+    @torch.no_grad()
+    def inputs(
+        self, latent: Tensor, stops: np.ndarray, *, seed: int = 0, cond: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """The student's inputs (B, ...), each sample at its own step of the student's sampling.
+
+        latent  (B, ...) at the grid's first point
+        stops   (B,) steps
+        seed    of the noise between the steps
+        cond    the student's condition
+        """
+        x = latent.clone()
+        for k in range(1, self.grid.steps):
+            if (index := np.flatnonzero(stops == k)).size:
+                rows = torch.from_numpy(index).to(latent.device)
+                own = None if cond is None else mapped(lambda v, rows=rows: _rows(v, rows), dict(cond))
+                x[rows] = self.simulate(latent[rows], k, seed=seed + k, cond=own)
+        return x
+
+    def generate(self, x: Tensor, stops: np.ndarray, cond: Condition = None) -> Tensor:
+        """The student's outputs (B, ...) from its inputs, with gradients."""
+        return predict(self.student, x, self.at(stops), cond)
+
+    def weights(self, stops: np.ndarray) -> Array:
+        """1/sigma_data^2 + alpha^2/sigma^2 at the student's levels, relative to the noisiest, (B,)."""
+        weight = 1.0 / self.student.sigma_data**2 + noise_error(self.at(np.arange(self.grid.steps)))
+        return np.asarray(weight[stops] / weight[0])
+
+    def critic_cond(
+        self, stops: np.ndarray, cond: Mapping[str, Any] | None = None, like: Tensor | None = None
+    ) -> dict[str, Any]:
+        """The critic's condition: `cond` and, for a student of several steps, "step", the step of each sample (B,).
+
+        like  a tensor of the wanted dtype and device; float32 on the CPU by default
+        """
+        if self.grid.steps == 1:
+            return dict(cond or {})
+        like = torch.empty(0) if like is None else like
+        return {**(cond or {}), self.name: torch.as_tensor(stops, dtype=like.dtype, device=like.device)}
+
+
+def _rows(value: Any, rows: Tensor) -> Any:
+    """The rows of an array of a condition; one row serves all."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) > 1 else value

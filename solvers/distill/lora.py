@@ -9,19 +9,15 @@ merge(unet); unmerge(unet)                         into the weights, and back to
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fewstep.solvers.files import write_whole
-from fewstep.solvers.plans.plan_file import finite, parse_json
+from fewstep.solvers.distill.lora_files import Part, read_parts, write_parts
 from fewstep.solvers.plans.registry import unknown
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -84,6 +80,14 @@ class Adapted(nn.Module):
             if self.scales[name]:
                 out = out + self.scales[name] * adapter(x)
         return out
+
+    def merged(self) -> Tensor:
+        """The layer's weight with its scaled adapters added, float32."""
+        total = self.base.weight.float()
+        for name, adapter in self.adapters.items():
+            assert isinstance(adapter, Adapter)
+            total = total + self.scales[name] * adapter.delta()
+        return total
 
 
 def add_adapter(
@@ -176,13 +180,9 @@ def merge(module: nn.Module) -> None:
     for layer in _adapted(module).values():
         if layer.kept is not None:
             continue
-        weight = layer.base.weight
-        total = weight.float()
-        for name, adapter in layer.adapters.items():
-            assert isinstance(adapter, Adapter)
-            total = total + layer.scales[name] * adapter.delta()
-        layer.kept = weight.detach().clone()
-        weight.copy_(total)
+        total = layer.merged()
+        layer.kept = layer.base.weight.detach().clone()
+        layer.base.weight.copy_(total)
 
 
 @torch.no_grad()
@@ -194,65 +194,77 @@ def unmerge(module: nn.Module) -> None:
             layer.kept = None
 
 
-def save_adapter(module: nn.Module, name: str, path: str | Path) -> None:
-    """Write one adapter as safetensors: "<layer>.down" and "<layer>.up", with ranks and alphas in the metadata."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, list[float]] = {}
+@torch.no_grad()
+def merged_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of the network without adapters whose outputs are those of `module`: each layer's weights merged.
+
+    The keys are those from before `add_adapter`. A module without adapters gives its own state.
+    """
+    layers = {path: m for path, m in module.named_modules() if isinstance(m, Adapted)}
+    state: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        path = next((p for p in layers if key.startswith(f"{p}.")), None)
+        if path is None:
+            state[key] = value
+        elif (own := key.removeprefix(f"{path}.")).startswith("base."):
+            layer = layers[path]
+            name = own.removeprefix("base.")
+            whole = name != "weight" or layer.kept is not None
+            state[f"{path}.{name}"] = value if whole else layer.merged().to(value.dtype)
+    return state
+
+
+def save_adapter(
+    module: nn.Module, name: str, path: str | Path, *, layout: str = "fewstep", component: str = "unet"
+) -> None:
+    """Write one adapter as safetensors.
+
+    layout     "fewstep" writes "<layer>.down" and "<layer>.up", with ranks and alphas in the metadata; "peft" a folder
+               for PEFT, "diffusers" a file for `pipe.load_lora_weights`, "kohya" one as LCM-LoRA is published
+    component  of a diffusers or kohya file: "unet", "transformer", "text_encoder" ...
+
+    Raises ValueError for a grouped convolution in another layout than "fewstep".
+    """
+    parts: dict[str, Part] = {}
     for where, layer in _adapted(module, name).items():
         adapter = layer.adapters[name]
         assert isinstance(adapter, Adapter)
-        tensors[f"{where}.down"], tensors[f"{where}.up"] = adapter.down.weight, adapter.up.weight
-        numbers[where] = [adapter.rank, adapter.alpha]
-    data = safetensors.torch.save(
-        {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, {"layers": json.dumps(numbers)}
-    )
-    write_whole(Path(path), lambda to: to.write_bytes(data))
+        if layout != "fewstep" and getattr(layer.base, "groups", 1) != 1:
+            raise ValueError(f"{where} is a grouped convolution, for which layout {layout!r} has no form")
+        parts[where] = Part(adapter.down.weight, adapter.up.weight, adapter.rank, adapter.alpha)
+    write_parts(parts, path, layout, component)
 
 
-def _layer_numbers(data: object) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each layer. Raises ValueError for anything else."""
-    found: dict[str, tuple[int, float]] = {}
-    for where, pair in (data if isinstance(data, dict) else {"": data}).items():
-        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and pair[0] >= 1):
-            raise ValueError(f"layers[{where!r:.80}] must be a rank >= 1 and an alpha, got {pair!r:.80}")
-        found[where] = pair[0], finite(pair[1], f"layers[{where!r:.80}]: alpha")
-    return found
+def load_adapter(module: nn.Module, name: str, path: str | Path, *, component: str | None = None) -> list[str]:
+    """Add the adapter in a file of any layout of `save_adapter`, or in PEFT's folder, to `module` under a name.
 
-
-def load_adapter(module: nn.Module, name: str, path: str | Path) -> list[str]:
-    """Add the adapter in a file to `module` under a name.
+    component  which network of a file with several: "unet", "transformer", "text_encoder", "te1" ...
 
     Returns the names of the adapted layers. Raises FileNotFoundError, or ValueError for a file that is not an adapter
     or does not fit the module; the module is then unchanged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no adapter at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            numbers = _layer_numbers(parse_json((file.metadata() or {})["layers"]))
-            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} was not written by save_adapter ({error})") from error
     here = {where: child for where, _, child in _layers(module)}
     made: dict[str, Adapter] = {}
-    for where, (rank, alpha) in numbers.items():
+    for where, part in read_parts(path, here, component).items():
         if where not in here:
             raise ValueError(f"{path} adapts the layer {where!r}, which {type(module).__name__} does not have")
         child = here[where]
-        for part, sizes in (("down", 0), ("up", 1)):  # before anything of that rank is allocated
-            found = tensors.get(f"{where}.{part}")
-            if found is None or found.ndim < 2 or found.shape[sizes] < rank:
-                shape = None if found is None else tuple(found.shape)
-                raise ValueError(f"{path}: {where}.{part} has shape {shape}, too small for rank {rank}")
-        adapter = Adapter(child.base if isinstance(child, Adapted) else child, rank, alpha)
-        for part, layer in (("down", adapter.down), ("up", adapter.up)):
-            found = tensors.get(f"{where}.{part}")
-            if found is None or found.shape != layer.weight.shape:
-                shape = None if found is None else tuple(found.shape)
-                needed = tuple(layer.weight.shape)
-                raise ValueError(f"{path}: {where}.{part} has shape {shape}, the layer needs {needed}")
+        for key, found, axis in (("down", part.down, 0), ("up", part.up, 1)):  # before that rank is allocated
+            if found.ndim < 2 or found.shape[axis] < part.rank:
+                raise ValueError(
+                    f"{path}: {where}.{key} has shape {tuple(found.shape)}, too small for rank {part.rank}"
+                )
+        adapter = Adapter(child.base if isinstance(child, Adapted) else child, part.rank, part.alpha)
+        for key, found, layer in (("down", part.down, adapter.down), ("up", part.up, adapter.up)):
+            needed = layer.weight.shape
+            # A pointwise convolution and a linear layer have the same weights, and files of either for the other.
+            same = found.shape == needed or (found.numel() == needed.numel() and found.shape[:2] == needed[:2])
+            if not same:
+                raise ValueError(
+                    f"{path}: {where}.{key} has shape {tuple(found.shape)}, the layer needs {tuple(needed)}"
+                )
             with torch.no_grad():
-                layer.weight.copy_(found)
+                layer.weight.copy_(found.reshape(needed))
         made[where] = adapter
     add_adapter(module, name, rank=1, wanted=lambda where, _: where in made)
     for where, adapter in made.items():

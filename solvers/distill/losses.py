@@ -68,6 +68,11 @@ def truncated_snr(at: Point) -> Array:
     return np.asarray(np.maximum((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2, 1.0))
 
 
+def noise_error(at: Point) -> Array:
+    """alpha^2 / sigma^2 on the error of x0, which makes it the error of eps: 0 at alpha = 0."""
+    return np.asarray((np.asarray(at.alpha) / np.asarray(at.sigma)) ** 2)
+
+
 def edm_weight(sigma_data: float) -> Weight:
     """(s^2 + sd^2) / (s sd)^2 on the error of x0, s = sigma / alpha (Karras et al. 2022, Table 1)."""
 
@@ -79,5 +84,13 @@ def edm_weight(sigma_data: float) -> Weight:
 
 
 def hinge_discriminator(real: Tensor, fake: Tensor) -> Tensor:
-    """mean max(0, 1 - real) + mean max(0, 1 + fake) (Sauer et al. 2023, eq. 3)."""
-    return torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean()
+    """max(0, 1 - real) + max(0, 1 + fake), summed over the heads, mean over the batch (Sauer et al. 2023, eq. 3).
+
+    real, fake  logits (B,) or (B, heads)
+    """
+    return per_sample(torch.relu(1.0 - real)).mean() + per_sample(torch.relu(1.0 + fake)).mean()
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """(B, ...) summed over all but the batch, (B,)."""
+    return values.reshape(len(values), -1).sum(dim=1)

@@ -32,7 +32,7 @@ Moments = Callable[[int, float], float]  # (n, c) -> M_n(c z)
 
 
 class ExponentialTableau(NamedTuple):
-    """The nodes c_1 .. c_p = 1 and the weights a(M), linear in the moments M(n, c) = M_n(c z); row i has i entries."""
+    """The nodes c_1 .. c_p = 1 and the weights a(M) from the moments M(n, c) = M_n(c z); row i has i entries."""
 
     c: tuple[float, ...]
     a: Callable[[Moments], tuple[tuple[float, ...], ...]]
@@ -72,6 +72,56 @@ def third_order(r1: float, r2: float, variant: str) -> ExponentialTableau:
         return (m(0, r1),), (m(0, r2) - a2, a2), (m(0, 1.0) - b1 - b2, b1, b2)
 
     return ExponentialTableau((r1, r2, 1.0), a)
+
+
+def res_third(c2: float, c3: float) -> ExponentialTableau:
+    """Inner calls at c2 and c3, weighed by phi_2 alone (Hochbruck & Ostermann 2005, eq. 5.8; Zhang et al. 2023, RES).
+
+    With gamma = (3 c3^2 - 2 c3) / (c2 (2 - 3 c2)), the third-order condition 2 (gamma c2 + c3) = 3 (gamma c2^2 + c3^2).
+    Zhang et al. print c3^3, which is the same for c3 = 1 only.
+    """
+    gamma = (3.0 * c3**2 - 2.0 * c3) / (c2 * (2.0 - 3.0 * c2))
+
+    def a(m: Moments) -> tuple[tuple[float, ...], ...]:
+        a2 = gamma * m(1, c2) + c3 / c2 * m(1, c3)
+        b2 = m(1, 1.0) / (gamma * c2 + c3)
+        return (m(0, c2),), (m(0, c3) - a2, a2), (m(0, 1.0) - (gamma + 1.0) * b2, gamma * b2, b2)
+
+    return ExponentialTableau((c2, c3, 1.0), a)
+
+
+def etdrk4(variant: str) -> ExponentialTableau:
+    """Four calls, two of them at the middle and one at the end (Cox & Matthews 2002, eq. 26 to 29; Krogstad 2005)."""
+
+    def a(m: Moments) -> tuple[tuple[float, ...], ...]:
+        half, whole = m(0, 0.5), m(0, 1.0)
+        slope, bend = m(1, 1.0), m(2, 1.0)
+        last = whole - 3.0 * slope + 2.0 * bend, 2.0 * (slope - bend), 2.0 * (slope - bend), 2.0 * bend - slope
+        if variant == "krogstad":
+            inner = 2.0 * m(1, 0.5)
+            return (half,), (half - inner, inner), (whole - 2.0 * slope, 0.0, 2.0 * slope), last
+        # h phi_1 (e^(-h/2) - 1) / 2 at -h/2 is M_0(1) - 2 M_0(1/2).
+        return (half,), (0.0, half), (whole - 2.0 * half, 0.0, 2.0 * half), last
+
+    return ExponentialTableau((0.5, 0.5, 1.0, 1.0), a)
+
+
+def _lawson4(m: Moments) -> tuple[tuple[float, ...], ...]:
+    half, whole = m(0, 0.5), m(0, 1.0)
+    z = whole / (1.0 - m(1, 1.0))
+    decay = z * (1.0 - half)  # z exp(-z / 2)
+    last = decay / 3.0, decay / 3.0, z / 6.0
+    return (
+        (half,),
+        (half - z / 2.0, z / 2.0),
+        (whole - decay, 0.0, decay),
+        (whole - sum(last), *last),
+    )
+
+
+# The classical Runge-Kutta method on exp(lambda) y, less what a constant prediction m_1 does to it, which is exact
+# (Krogstad 2005, section 3: Lawson's method of 1967 generalised, so that it keeps what does not change).
+LAWSON4 = ExponentialTableau((0.5, 0.5, 1.0, 1.0), _lawson4)
 
 
 def increasing(**nodes: object) -> None:

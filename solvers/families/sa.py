@@ -36,6 +36,7 @@ def sa_solver(
     pc_mode: str = "PEC",
     simple_order_2: bool = False,
     final_order: FinalOrder = None,
+    early: bool = False,
 ) -> Iterator[Stage]:
     """SA-Solver (Xue et al. 2023, Algorithm 1) on the x0 prediction.
 
@@ -47,6 +48,8 @@ def sa_solver(
     pc_mode          "PEC", or "PECE" with a second call at the corrected sample
     simple_order_2   the released code's weights for two predictions: h/2 in place of the exact moment (appendix D)
     final_order      None, the last step's order, or a rule of the field; the released code's is "sa_solver"
+    early            True lowers the corrector's order at the end whatever final_order is, and one call earlier than
+                     "sa_solver" does: ComfyUI's rule for a grid that ends at sigma 0
 
     Slot "c" is the part of the corrected sample that is known before the call: exp(-tau^2 h) sigma'/sigma x and the
     predictor's noise, which the corrector uses again.
@@ -55,6 +58,7 @@ def sa_solver(
     one_of("corrector_order", corrector_order, (0, 1, 2, 3, 4))
     one_of("pc_mode", pc_mode, ("PEC", "PECE"))
     flag("simple_order_2", simple_order_2)
+    flag("early", early)
     check_final_order(final_order, predictor_order)
     strength = tau_function(tau)
     rule = "flat" if simple_order_2 else "heun"
@@ -74,6 +78,8 @@ def sa_solver(
             linear = exponential_row(s, t, grid.lams[k + 1] - grid.lams[k], eta)
             rows["c"] = substitute({**linear, "m": 0.0}, "x", corrected)
             older = usable_order(grid, k, corrector_order - 1, final_order)
+            if early:
+                older = min(older, grid.steps - 2 - k)
             corrected = corrector_row(grid, k, older, eta, rule)
         else:
             corrected = {"x": 1.0}

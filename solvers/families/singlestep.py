@@ -12,23 +12,26 @@ from dataclasses import replace
 
 import numpy as np
 
-from fewstep.solvers.families.coordinates import pick_frame
+from fewstep.solvers.families.coordinates import COORDINATES, pick_frame
 from fewstep.solvers.families.exponential_rk import (
     EPS,
     FIRST_ORDER,
+    LAWSON4,
     X0,
     Target,
     ancestral_step,
     increasing,
     node,
+    res_third,
     second_order,
     stages,
     step,
     step_size,
     third_order,
 )
+from fewstep.solvers.families.exponential_rk import etdrk4 as tableau_etdrk4
 from fewstep.solvers.families.renoise import ancestral_split, churned_points, with_churn
-from fewstep.solvers.options import at_least, one_of
+from fewstep.solvers.options import at_least, between, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage, Start
 from fewstep.solvers.schedule.grid import Grid
@@ -61,7 +64,7 @@ def dpm_solver_2s(grid: Grid, r1: float = 0.5, variant: str = "dpmsolver") -> It
         yield from step(grid, s, t, second_order(r1, VARIANTS[variant]), EPS)
 
 
-@solver("dpm_solver_3s", spacing={Flow: "beta"})
+@solver("dpm_solver_3s", spacing={Flow: "beta57"})
 def dpm_solver_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver-3 (Lu et al. 2022a, Algorithm 2; "taylor" of the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -142,7 +145,7 @@ def dpmpp_2s(
     yield from with_churn(grid.points[0], (stage for hat, t in ends for stage in step(grid, hat, t, tableau)))
 
 
-@solver("dpmpp_3s", spacing={Flow: "beta"})
+@solver("dpmpp_3s", spacing={Flow: "beta57"})
 def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "dpmsolver") -> Iterator[Stage]:
     """DPM-Solver++(3S) (Lu et al. 2022b, as in the released code). Order 3 needs r2 = 2/3."""
     increasing(r1=r1, r2=r2)
@@ -152,17 +155,29 @@ def dpmpp_3s(grid: Grid, r1: float = 1 / 3, r2: float = 2 / 3, variant: str = "d
 
 
 @solver("dpmpp_2s_ancestral")
-def dpmpp_2s_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> Iterator[Stage]:
+def dpmpp_2s_ancestral(
+    grid: Grid, eta: float = 1.0, frame: str | None = None, after_one: float | None = None
+) -> Iterator[Stage]:
     """Ancestral DPM-Solver++(2S) (k-diffusion, 2022): 2S down to a lower noise level, then noise up again.
 
-    frame  how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default flow time for
-           flow models, sigma for others
+    frame      how far down: "sigma" is k-diffusion's rule, "flow" ComfyUI's for rectified flow; by default flow time
+               for flow models, sigma for others
+    after_one  the flow time of a second call in a step from alpha 0, where the log-SNR has no middle; the step then
+               ends on that call's prediction (ComfyUI, 0.9999). None makes it in one call, which is exact there
     """
     at_least("eta", eta, 0.0)
+    if after_one is not None:
+        between("after_one", after_one, 0.0, 1.0)
     frame = pick_frame(grid, frame)
     for s, t in grid.pairs:
-        split = ancestral_split(s, t, eta, frame)
-        yield from ancestral_step(grid, s, t, second_order(0.5, "midpoint"), split)
+        keep, fresh = split = ancestral_split(s, t, eta, frame)
+        if after_one is None or s.alpha > 0.0 or t.sigma == 0.0:
+            yield from ancestral_step(grid, s, t, second_order(0.5, "midpoint"), split)
+            continue
+        p = grid.process.point_at_sigma(COORDINATES["flow"].ratio(after_one))
+        down = keep * t.sigma / s.sigma
+        inner = Target(p, p.sigma / s.sigma, (p.alpha,))
+        yield from stages(s, [inner, Target(t, down, (0.0, t.alpha), (fresh * t.sigma, 0.0))], X0, (s, t))
 
 
 @solver("dpmpp_sde")
@@ -216,7 +231,7 @@ def _inner_share(grid: Grid, s: Point, p: Point, t: Point, path: str | None) -> 
 # --- other exponential Runge-Kutta methods ---
 
 
-@solver("res_2s", spacing={Flow: "beta"})
+@solver("res_2s", spacing={Flow: "beta57"})
 def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     """Refined exponential solver of order 2 (Zhang et al. 2023, Table 3).
 
@@ -228,6 +243,41 @@ def res_2s(grid: Grid, c2: float = 0.5) -> Iterator[Stage]:
     increasing(c2=c2)
     for s, t in grid.pairs:
         yield from step(grid, s, t, second_order(c2, "heun"))
+
+
+@solver("res_3s", spacing={Flow: "beta57"})
+def res_3s(grid: Grid, c2: float = 0.5, c3: float = 1.0) -> Iterator[Stage]:
+    """Refined exponential solver of order 3 (Zhang et al. 2023; Hochbruck & Ostermann 2005, eq. 5.8).
+
+    c2, c3  the places of the inner calls in the step's log-SNR, 0 < c2 < c3 <= 1, c2 other than 2/3
+    """
+    increasing(c2=c2, c3=c3)
+    if abs(c2 - 2.0 / 3.0) < 1e-6:
+        raise ValueError(f"c2 must not be 2/3, for which the weights are infinite, got {c2!r}")
+    for s, t in grid.pairs:
+        yield from step(grid, s, t, res_third(c2, c3))
+
+
+@solver("etdrk4", spacing={Flow: "beta57"})
+def etdrk4(grid: Grid, variant: str = "krogstad") -> Iterator[Stage]:
+    """Exponential time differencing of order 4 (Cox & Matthews 2002; Krogstad 2005), on the x0 prediction in log-SNR.
+
+    variant  "krogstad", whose inner calls are of higher order, or "cox_matthews"
+    """
+    one_of("variant", variant, ("krogstad", "cox_matthews"))
+    for s, t in grid.pairs:
+        yield from step(grid, s, t, tableau_etdrk4(variant))
+
+
+@solver("lawson4", spacing={Flow: "beta57"})
+def lawson4(grid: Grid) -> Iterator[Stage]:
+    """Generalised Lawson of order 4 (Lawson 1967; Krogstad 2005), on the x0 prediction in log-SNR.
+
+    The classical Runge-Kutta method with the linear part as an integrating factor. A constant prediction is exact, as
+    it is not in Lawson's own method, whose plans of a few long steps would leave their marginals.
+    """
+    for s, t in grid.pairs:
+        yield from step(grid, s, t, LAWSON4)
 
 
 @solver("seeds_2")

@@ -13,7 +13,7 @@ import numpy as np
 
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.denoising import DenoiserLike, copies, time_dtype
-from fewstep.solvers.run.engine import Job, Run
+from fewstep.solvers.run.engine import Editable, Job, Run
 
 
 class Columns(Protocol):
@@ -27,6 +27,7 @@ class Columns(Protocol):
     drop         give up the request of a place
     result       a copy of a finished sample, (...)
     x0           a copy of the x0 prediction of stage k, (...), for jobs that keep it
+    run          the sample of a place, as a batch of 1, for its edits
     """
 
     def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None: ...
@@ -35,6 +36,7 @@ class Columns(Protocol):
     def drop(self, place: int) -> None: ...
     def result(self, place: int, job: Job) -> Array: ...
     def x0(self, place: int, job: Job, k: int) -> Array: ...
+    def run(self, place: int, job: Job) -> Editable: ...
 
 
 class LoneRuns:
@@ -103,14 +105,15 @@ class LoneRuns:
             self._waiting.append(run)
 
     def result(self, place: int, job: Job) -> Array:
-        run = self._runs[place]
-        assert run is not None
-        return self._copy(run.x(len(job.tables) - 1))
+        return self._copy(self.run(place, job).x(len(job.tables) - 1))
 
     def x0(self, place: int, job: Job, k: int) -> Array:
+        return self._copy(self.run(place, job).x0(k))
+
+    def run(self, place: int, job: Job) -> Run:
         run = self._runs[place]
         assert run is not None
-        return self._copy(run.x0(k))
+        return run
 
     def _copy(self, values: Array) -> Array:
         """The one sample of a run's array (1, ...), in memory of its own."""

@@ -12,7 +12,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import stage_tables
 from fewstep.solvers.run.arrays import Frame
-from fewstep.solvers.run.denoising import DenoiserLike, time_dtype
+from fewstep.solvers.run.denoising import DenoiserLike, for_plan, time_dtype
 from fewstep.solvers.run.engine import FusedRun, Job, NaiveRun, Run
 from fewstep.solvers.run.gpu import TritonJob, TritonRun
 from fewstep.solvers.run.graph import Graphs, capture_api
@@ -30,6 +30,7 @@ class Compiler:
     capacity: int = 0
 
     def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False, halves: bool = False) -> Job:
+        denoiser = for_plan(denoiser, plan)
         program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton", halves=halves)
         tables = stage_tables(program, denoiser, self.dtype, self.shape[0])
         model_dtype = denoiser.model_dtype(self.dtype)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import naive
+from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.tables import X0Prediction
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame, frame_of
 from fewstep.solvers.schedule.process import Point, Process
@@ -94,6 +95,12 @@ def check_denoiser(denoiser: object) -> None:
             f"denoiser must be a fewstep.Denoiser, got {type(denoiser).__name__}: "
             "wrap the model, Denoiser(model, process, predicts=...)"
         )
+
+
+def for_plan(denoiser: DenoiserLike, plan: Plan) -> DenoiserLike:
+    """The denoiser as this plan calls it: one that is told the end of each step (`bindings.flow_map`) gets it."""
+    own = getattr(denoiser, "for_plan", None)
+    return denoiser if own is None else own(plan)
 
 
 def check_unnumbered(denoiser: DenoiserLike) -> None:

@@ -19,7 +19,7 @@ from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame
 from fewstep.solvers.run.denoising import Call, Cond
-from fewstep.solvers.run.engine import Run
+from fewstep.solvers.run.engine import Editable
 from fewstep.solvers.schedule.process import Point
 
 Draw = Callable[[int, int, int], Array]  # (n, draw, domain) -> (B, n)
@@ -175,7 +175,9 @@ class Edits:
         for place, edit in enumerate(edits, first):
             if at_start and not getattr(edit, "start", False):
                 continue
-            own, now = replace(info, _place=place), getattr(info, info.door)
+            # A copy costs as much as a small edit, and only another edit can tell it from the info itself.
+            own, now = info if len(edits) == 1 else replace(info), getattr(info, info.door)
+            own._place = place
             finite = self.check and _finite(now)
             try:
                 found = edit(own)
@@ -215,7 +217,7 @@ def _wrong(found: object, like: Array, frame: Frame) -> str | None:
 
 
 def _finite(x: Array) -> bool:
-    return bool((abs(x) < math.inf).all())
+    return bool(np.isfinite(x).all()) if isinstance(x, np.ndarray) else not bool((x - x).any())
 
 
 def churn_of(plan: UncheckedPlan, end: Point, to: Point) -> float:
@@ -228,15 +230,16 @@ def churn_of(plan: UncheckedPlan, end: Point, to: Point) -> float:
 class EditedRun:
     """The edits of one call, on the run that they edit.
 
-    streams, cond  of the call, see `EditInfo`
+    cond   of the call, see `EditInfo`
+    batch  the samples of the run: the job's by default
     """
 
-    def __init__(self, edits: Edits, run: Run, cond: Sequence[Cond]) -> None:
+    def __init__(self, edits: Edits, run: Editable, cond: Sequence[Cond], batch: int | None = None) -> None:
         self.edits, self.run, self.cond = edits, run, cond
         job = run.job
         self.program: Program = job.program
         self.frame = job.frame
-        self.samples = np.arange(job.batch)
+        self.samples = np.arange(job.batch if batch is None else batch)
         self.halves = self.program.halves
         self.steps = [0, *accumulate(int(table.done) for table in job.tables)]  # completed before each op
 

@@ -82,7 +82,29 @@ class Job:
         return predictions(self.denoiser, raws, self.shape, self.frame)
 
 
-class Run(Protocol):
+class Editable(Protocol):
+    """The samples of a run between two stages, to be seen and changed.
+
+    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage;
+                 k = -1 is the sample before the first call
+    slot, put    the memory of a buffer, (B, ...), and writing to it
+    edited       makes the model input of stage k + 1 again: the sample after stage k was written to
+    normals      (B, n) normals of the run's streams at an address of their own, in the state's dtype
+    addresses    the streams (B, 3) of those normals, on the device that they are drawn on
+    """
+
+    @property
+    def job(self) -> Job: ...
+    def x(self, k: int) -> Array: ...
+    def x0(self, k: int) -> Array: ...
+    def slot(self, buffer: int) -> Array: ...
+    def put(self, buffer: int, values: Array) -> None: ...
+    def edited(self, k: int) -> None: ...
+    def normals(self, n: int, draw: int, domain: int) -> Array: ...
+    def addresses(self) -> Array: ...
+
+
+class Run(Editable, Protocol):
     """The memory of one run of a job's plan on one backend, reused by later runs.
 
     begin        set the latent x at the plan's first point (None draws it), and apply the init row; returns the
@@ -91,27 +113,12 @@ class Run(Protocol):
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
-    x, x0        the sample and the x0 prediction after stage k, (B, ...): the run's memory, valid until the next stage;
-                 k = -1 is the sample before the first call
-    slot, put    the memory of a buffer, (B, ...), and writing to it
-    edited       makes the model input of stage k + 1 again: the sample after stage k was written to
-    normals      (B, n) normals of the run's streams at an address of their own, in the state's dtype
-    addresses    the streams (B, 3) of those normals, on the device that they are drawn on
     release      drop references that later runs do not need
     """
 
-    @property
-    def job(self) -> Job: ...
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array: ...
     def model_input(self, k: int) -> tuple[Array, Array]: ...
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
-    def x(self, k: int) -> Array: ...
-    def x0(self, k: int) -> Array: ...
-    def slot(self, buffer: int) -> Array: ...
-    def put(self, buffer: int, values: Array) -> None: ...
-    def edited(self, k: int) -> None: ...
-    def normals(self, n: int, draw: int, domain: int) -> Array: ...
-    def addresses(self) -> Array: ...
     def release(self) -> None: ...
 
 
@@ -164,9 +171,9 @@ class FusedRun:
         ends = np.cumsum([len(t) for t in job.times]).tolist()
         self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
         # Of torch's storages; NumPy's arrays cannot be moved.
-        self.places = None
+        self.places, self.time_place = None, 0
         if job.frame.name == "torch":
-            self.places = [(x.data_ptr(), t.data_ptr()) for x, t in zip(self.views, self.t, strict=True)]
+            self.places, self.time_place = [x.data_ptr() for x in self.views], self.t[0].data_ptr()
 
     def _launch(self, k: int) -> Launch:
         job, table = self.job, self.job.tables[k]
@@ -208,6 +215,9 @@ class FusedRun:
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> np.ndarray:
         """Take the latent (or draw it), and write the first model input. x: NumPy, or of the model's library."""
         self.times[...] = self.true_times
+        # A time that a model moves in a run takes the values of later calls along: once a run is enough.
+        if self.places is not None and self.t[0].data_ptr() != self.time_place:
+            self._view_inputs()
         # All at once: between two calls of a network that fills the caches, making an object costs several times more.
         fresh = self._fresh
         self._ready = {k: (fresh(x_in), fresh(t)) for k, (x_in, t) in enumerate(zip(self.views, self.t, strict=True))}
@@ -230,7 +240,7 @@ class FusedRun:
 
     def model_input(self, k: int) -> tuple[Array, Array]:
         x_in, t = self._ready.pop(k) if k in self._ready else self._inputs(k)
-        if self.places is not None and (x_in.data_ptr(), t.data_ptr()) != self.places[k]:
+        if self.places is not None and x_in.data_ptr() != self.places[k]:
             self._view_inputs()  # a model moved them, by `share_memory_` or through a queue to another process
             self._ready.clear()
             return self._inputs(k)

@@ -19,7 +19,7 @@ from fewstep.solvers.plans.program import Op
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.denoising import order_statistic
-from fewstep.solvers.run.engine import Job
+from fewstep.solvers.run.engine import Editable, Job
 
 if TYPE_CHECKING:
     from fewstep.kernels.triton_step import Structure
@@ -241,7 +241,52 @@ class DeviceMemory:
         return (raw.float() if raw.dtype == self.torch.float64 else raw).contiguous()
 
 
-class TritonRun(DeviceMemory):
+class Samples:
+    """The samples of a run as callbacks and edits see them: torch operators alone, which a graph records.
+
+    job        their plan, compiled
+    state      (buffers, B, elements)
+    _inputs    (copies, B, ...) of the next call
+    addresses  (B, 3) of their noise
+    """
+
+    job: TritonJob
+    state: Array
+
+    def _inputs(self, copies: int) -> Array:
+        raise NotImplementedError
+
+    def addresses(self) -> Array:
+        raise NotImplementedError
+
+    def x(self, k: int) -> Array:
+        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
+        return self.slot(self.job.program.buffer_of_x(k))
+
+    def x0(self, k: int) -> Array:
+        return self.slot(self.job.program.x0[k])
+
+    def slot(self, buffer: int) -> Array:
+        held = self.state[buffer]
+        return held.reshape(len(held), *self.job.shape[1:])
+
+    def put(self, buffer: int, values: Array) -> None:
+        self.slot(buffer).copy_(values)
+
+    def edited(self, k: int) -> None:
+        if k + 1 < len(self.job.tables):
+            self._inputs(self.job.copies(k + 1)).copy_(self.x(k) * self.job.tables[k + 1].c_in)
+
+    def normals(self, n: int, draw: int, domain: int) -> Array:
+        from fewstep.kernels import triton_noise
+
+        held = self.state[0]
+        drawn = held.new_empty((len(held), n))
+        triton_noise.fill(drawn, self.addresses(), draw, domain)
+        return drawn
+
+
+class TritonRun(DeviceMemory, Samples):
     """Device memory for one run at a time: the engine of backend "triton"."""
 
     def __init__(self, job: TritonJob) -> None:
@@ -390,31 +435,8 @@ class TritonRun(DeviceMemory):
         if self.free is not None:
             self.free.record(self.torch.cuda.current_stream(self.frame.device))
 
-    def x(self, k: int) -> Array:
-        """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
-        return self.slot(self.job.program.buffer_of_x(k))
-
-    def x0(self, k: int) -> Array:
-        return self.slot(self.job.program.x0[k])
-
-    # --- edits: torch operators alone, which a graph records ---
-
-    def slot(self, buffer: int) -> Array:
-        return self.state[buffer].reshape(self.job.shape)
-
-    def put(self, buffer: int, values: Array) -> None:
-        self.slot(buffer).copy_(values)
-
-    def edited(self, k: int) -> None:
-        if k + 1 < len(self.job.tables):
-            copies = self.job.copies(k + 1)
-            scaled = (self.x(k) * self.job.tables[k + 1].c_in).to(self.x_in.dtype)
-            self.x_in[: copies * self.job.batch].view(copies, *self.job.shape).copy_(scaled)
-
-    def normals(self, n: int, draw: int, domain: int) -> Array:
-        drawn = self.torch.empty((self.job.batch, n), dtype=self.torch.float32, device=self.frame.device)
-        self._noise.fill(drawn, self.streams.device, draw, domain)
-        return drawn
+    def _inputs(self, copies: int) -> Array:
+        return self.x_in[: copies * self.batch].view(copies, *self.job.shape)
 
     def addresses(self) -> Array:
         return self.streams.device
@@ -533,6 +555,25 @@ class TritonColumns(DeviceMemory):
 
     def x0(self, place: int, job: Job, k: int) -> Array:
         return self.state[job.program.x0[k], place].reshape(self.shape).clone()
+
+    def run(self, place: int, job: Job) -> Editable:
+        assert isinstance(job, TritonJob)
+        return _Place(self, place, job)
+
+
+class _Place(Samples):
+    """One place of a mixed batch: a sample that moves with the others."""
+
+    def __init__(self, columns: TritonColumns, place: int, job: TritonJob) -> None:
+        here = slice(place, place + 1)
+        self.job, self.state, self._streams = job, columns.state[:, here], columns.streams.device[here]
+        self._x_in = columns.x_in.view(columns.copies, columns.batch, *columns.shape)[:, here]
+
+    def _inputs(self, copies: int) -> Array:
+        return self._x_in
+
+    def addresses(self) -> Array:
+        return self._streams
 
 
 def calls(job: Job) -> int:

@@ -11,25 +11,36 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import flag, instance, warn
+from fewstep.solvers.options import flag, instance, one_of, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, running
 from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
 from fewstep.solvers.run.compiled import Compiler
 from fewstep.solvers.run.convert import Converter
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
+from fewstep.solvers.run.denoising import Cond, Condition, DenoiserLike, GuidanceLike, check_denoiser
+from fewstep.solvers.run.edits import Edit, EditedRun, Edits
 from fewstep.solvers.run.engine import Job
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
+from fewstep.solvers.run.graph import CaptureError, capture_api
+from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
 from fewstep.solvers.run.sanity import Limits
 
 
 class Admission(NamedTuple):
-    """A request ready to start: its plan compiled, its latent (None to draw it) and its noise stream (1, 3)."""
+    """A request ready to start.
+
+    job      its plan, compiled
+    x        its latent, None to draw it
+    streams  (1, 3) of its noise
+    edits    its edits, which see the conditions `conds`
+    """
 
     job: Job
     x: Array | None
     streams: np.ndarray
+    edits: Edits | None = None
+    conds: Sequence[Cond] = ()
 
 
 class MixedRun:
@@ -46,7 +57,9 @@ class MixedRun:
     backend   as for `Sampler`. "triton" advances all samples in one launch; guidance at some of the steps or that
               reduces whole samples (rescale, APG, CFGZero), dynamic thresholding and learned variances need another
     device    as for `Sampler`
-    previews  keep each stage's x0 prediction for `x0`
+    previews  keep each stage's x0 prediction, for `x0` and for edits
+    graph     "auto" captures the network in a CUDA graph for each batch size that it is called with, where there is a
+              CUDA device and the network can be captured; "step" raises where it cannot; "off" never does
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
     each sample independently.
@@ -63,9 +76,11 @@ class MixedRun:
         backend: str = "auto",
         device: Device | None = None,
         previews: bool = False,
+        graph: str = "auto",
     ) -> None:
         check_denoiser(denoiser)
         flag("previews", previews)
+        one_of("graph", graph, ("auto", "step", "off"))
         self.shape = check_shape(shape)
         self.denoiser, self.frame = denoiser, model_frame(denoiser, device)
         self.backend = pick_backend(backend, self.frame, triton=denoiser.model_dtype("float32") != "float64")
@@ -96,6 +111,19 @@ class MixedRun:
                 denoiser, self.frame, self.shape, "float32", self._compiler.run, max(self.shape[0], 2 * len(plans))
             )
         self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
+        self._edited: list[EditedRun | None] = [None] * self.shape[0]
+        captures = self.backend == "triton" and capture_api(self.frame) is not None
+        if graph == "step" and not captures:
+            raise ValueError("graph='step' needs backend='triton' on a CUDA device: use graph='auto', or 'off'")
+        self._graphed: GraphedCall | None = None
+        if captures and graph != "off":
+            self._graphed = GraphedCall(self._network, denoiser.networks, limit=max(GRAPHS, self.shape[0]))
+        self._may_fall_back = graph == "auto"
+
+    @property
+    def graphed(self) -> bool:
+        """Whether calls of the network are replayed from CUDA graphs."""
+        return self._graphed is not None
 
     def _job(self, plan: Plan, guidance: GuidanceLike | EllipsisType) -> Job:
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
@@ -119,16 +147,20 @@ class MixedRun:
         sample: int = 0,
         x: Array | None = None,
         guidance: GuidanceLike | EllipsisType = ...,
+        edit: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
     ) -> None:
         """Start a request in a free place.
 
         seed, sample  its noise stream, as in `Sampler(seed=seed, first_sample=sample)`
         x             (...) a latent at the plan's first point; without it one is drawn from the stream
         guidance      a scale or a guidance for this request, with the branches and networks of the denoiser's
+        edit, every   as for `Sampler`, of this request alone: x is (1, ...) and `cond` empty. Needs previews=True
 
         Raises ValueError for a plan that is not among `plans`, or a place that is taken.
         """
-        self.start(place, self.admission(plan, seed=seed, sample=sample, x=x, guidance=guidance))
+        admission = self.admission(plan, seed=seed, sample=sample, x=x, guidance=guidance, edit=edit, every=every)
+        self.start(place, admission)
 
     def admission(
         self,
@@ -138,11 +170,20 @@ class MixedRun:
         sample: int = 0,
         x: Array | None = None,
         guidance: GuidanceLike | EllipsisType = ...,
+        edit: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
+        conds: Sequence[Cond] = (),
     ) -> Admission:
-        """A request for `start`, checked and compiled, in any thread: see `admit` for arguments and errors."""
+        """A request for `start`, checked and compiled, in any thread: see `admit` for arguments and errors.
+
+        conds  the conditions that its edits see, one mapping per branch of guidance
+        """
         instance("plan", plan, Plan, "a Plan")
         if not any(plan is own for own in self.plans):
             raise ValueError(f"plan {plan.solver!r} is not among the plans that this MixedRun was made with")
+        edits = Edits.of(edit, None, every, (1, *self.shape[1:]), check=self.frame.device == "cpu")
+        if edits is not None and not self.previews:
+            raise ValueError("edit sees each stage's x0 prediction, which needs previews=True")
         job = self._job(plan, guidance)
         if x is not None:
             outer = frame_of(x)
@@ -150,20 +191,29 @@ class MixedRun:
             check_latent(latent, outer, (1, *self.shape[1:]), self.frame, "float32")
             assert outer is not None
             x = self._convert.latent(latent, outer)
-        return Admission(job, x, philox.streams(seed, 1, sample))
+        return Admission(job, x, philox.streams(seed, 1, sample), edits, conds)
 
     def start(self, place: int, admission: Admission) -> None:
         """Start a request of `admission` in a free place."""
         instance("place", place, (int, np.integer), "an int")
         if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):
             raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
-        self.columns.begin(place, *admission)
-        self._at[place] = admission.job, 0
+        job, x, streams, edits, conds = admission
+        self.columns.begin(place, job, x, streams)
+        self._at[place], self._edited[place] = (job, 0), None
+        if edits is not None:
+            self._edited[place] = edited = EditedRun(edits, self.columns.run(place, job), conds, batch=1)
+            try:
+                with running(self.frame, keep_graph=self.backend == "naive"):
+                    edited.start()
+            except BaseException:
+                self.drop(place)
+                raise
 
     def drop(self, place: int) -> None:
         """Give up the request of a place, which is free from then on."""
         self.columns.drop(place)
-        self._at[place] = None
+        self._at[place] = self._edited[place] = None
 
     def step(
         self, cond: Condition = None, *, places: Sequence[int] | None = None, size: int | None = None
@@ -174,7 +224,25 @@ class MixedRun:
         places  call the network on these places alone, and leave the requests in all others where they are; `cond` is
                 (size, ...) in the order of `places`
         size    the batch that the network gets, padded beyond `places`; by default their number
+
+        An edit that raises leaves its request in its place, and all others one stage further: `drop` it, or go on.
         """
+        moved = self.move(cond, places=places, size=size)
+        errors: list[Exception] = []
+        for place in moved:
+            try:
+                self.edit(place)
+            except Exception as error:
+                error.add_note(f"of the request in place {place}")
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return [place for place in moved if self.done(place)]
+
+    def move(
+        self, cond: Condition = None, *, places: Sequence[int] | None = None, size: int | None = None
+    ) -> list[int]:
+        """`step` without the edits, which `edit` makes. Returns the places that moved."""
         everywhere = range(self.shape[0])
         if places is None:
             places = everywhere
@@ -184,19 +252,43 @@ class MixedRun:
         if size < max(1, len(places)):
             raise ValueError(f"size = {size} does not hold {len(places)} places: give at least their number, and 1")
         with running(self.frame, keep_graph=self.backend == "naive"):
-            call = self.denoiser.bind(self.frame, size, cond)
             branches, x_in, t = self.columns.model_input(places, size)
             began = perf_counter()
-            raws = call(branches, x_in, t)
+            raws = self._call(size, branches, x_in, t, cond)
             self.network_seconds += perf_counter() - began
             self.columns.advance(places, branches, raws)
-        finished = []
+        moved = []
         for place in places:
             at = self._at[place]
             if at is not None and not self.done(place):
                 self._at[place] = at[0], at[1] + 1
-                finished += [place] if self.done(place) else []
-        return finished
+                moved.append(place)
+        return moved
+
+    def edit(self, place: int) -> None:
+        """The edits of a place's request, after `move`. Errors are those of the edits."""
+        edited, at = self._edited[place], self._at[place]
+        if edited is not None and at is not None:
+            with running(self.frame, keep_graph=self.backend == "naive"):
+                edited.after(at[1] - 1)
+
+    def _network(
+        self, size: int, branches: tuple[int, ...], x_in: Array, t: Array, cond: Condition
+    ) -> tuple[Array, ...]:
+        return self.denoiser.bind(self.frame, size, cond)(branches, x_in, t)
+
+    def _call(self, size: int, branches: tuple[int, ...], x_in: Array, t: Array, cond: Condition) -> tuple[Array, ...]:
+        """The network on `size` samples, from a graph if it has one."""
+        if self._graphed is not None:
+            try:
+                replayed: tuple[Array, ...] = self._graphed(size, branches, x_in, t, cond)
+                return replayed
+            except CaptureError as error:
+                if not self._may_fall_back:
+                    raise
+                self._graphed = None
+                warn(f"graph='auto' falls back to 'off': {error}")
+        return self._network(size, branches, x_in, t, cond)
 
     def done(self, place: int) -> bool:
         """Whether a place's request is finished. False for a place without a request."""

@@ -20,6 +20,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
 from fewstep.solvers.run.conditions import check_arrays, joined, structure
 from fewstep.solvers.run.denoising import Cond, Condition, DenoiserLike, GuidanceLike
+from fewstep.solvers.run.edits import Edit
 from fewstep.solvers.run.mixed import MixedRun
 from fewstep.solvers.run.serving_metrics import Metrics
 from fewstep.solvers.run.waiting import Preview, Request, Waiting
@@ -43,10 +44,11 @@ class Engine:
     plans     the plans that requests may follow, all on the denoiser's process
     queue     how many requests may wait for a place
     buckets   batch sizes that the network is called with, padded up to the next one; B is always one of them. By
-              default exactly the active requests are called, [B] pads every call to the same shape
-    previews  let requests ask for x0 predictions on the way; each stage then also writes that
+              default exactly the active requests are called, or powers of two where each size has a CUDA graph. [B]
+              pads every call to the same shape
+    previews  let requests have previews and edits; each stage then also writes its x0 prediction
     metrics   keep `metrics`; by default if `prometheus-client` is installed
-    backend, device  as for `MixedRun`, with the same limits
+    backend, device, graph  as for `MixedRun`, with the same limits
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed, condition and backend, if the
     network maps each sample independently. Requests whose conditions differ in structure (keys, shapes, dtypes, values
@@ -70,11 +72,12 @@ class Engine:
         metrics: bool | None = None,
         backend: str = "auto",
         device: Device | None = None,
+        graph: str = "auto",
     ) -> None:
         instance("queue", queue, (int, np.integer), "an int")
         at_least("queue", queue, 1)
-        run = MixedRun(denoiser, plans, shape, backend=backend, device=device, previews=previews)
-        self._loop = loop = _Loop(run, Waiting(int(queue)), _sizes(buckets, run.shape[0]), metrics)
+        run = MixedRun(denoiser, plans, shape, backend=backend, device=device, previews=previews, graph=graph)
+        self._loop = loop = _Loop(run, Waiting(int(queue)), _sizes(buckets, run), metrics)
         # Also when the engine is dropped, and at exit: the thread holds the loop, never the engine.
         self._end = weakref.finalize(self, loop.close, False, 10.0)
         loop.thread.start()
@@ -93,6 +96,8 @@ class Engine:
         priority: float = 0.0,
         deadline: float | None = None,
         preview: Preview | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
         block: bool = True,
         timeout: float | None = None,
     ) -> Future[Array]:
@@ -106,6 +111,8 @@ class Engine:
         deadline      seconds within which it must have a place; else it fails with a TimeoutError
         preview       preview(finished calls, calls, x0 prediction), called on the engine's thread after each call: it
                       must be quick, and an error in it fails this request alone. Needs Engine(previews=True)
+        edit, every   as for `Sampler` on a batch of 1. It runs on the engine's thread, before the preview, and all
+                      requests wait for it; an error in it fails this request alone. Needs Engine(previews=True)
         block         wait for room in a full queue, up to `timeout` seconds, or raise queue.Full at once
 
         `future.cancel()` takes effect between two stages, and returns False only for a request that has ended.
@@ -115,7 +122,7 @@ class Engine:
         flag("block", block)
         if timeout is not None:
             at_least("timeout", timeout, 0.0)
-        request = self._request(plan, seed, sample, cond, guidance, x, priority, deadline, preview)
+        request = self._request(plan, seed, sample, cond, guidance, x, priority, deadline, preview, edit, every)
         self._loop.put(request, outside=block and timeout != 0)
         self._loop.enter(request, timeout)
         return request.future
@@ -132,6 +139,8 @@ class Engine:
         priority: float = 0.0,
         deadline: float | None = None,
         preview: Preview | None = None,
+        edit: Edit | Sequence[Edit] | None = None,
+        every: str = "step",
         block: bool = True,
     ) -> Array:
         """`submit` for coroutines: returns the sample, and never blocks the event loop.
@@ -140,7 +149,7 @@ class Engine:
         the request.
         """
         flag("block", block)
-        request = self._request(plan, seed, sample, cond, guidance, x, priority, deadline, preview)
+        request = self._request(plan, seed, sample, cond, guidance, x, priority, deadline, preview, edit, every)
         self._loop.put(request, outside=block)
         return await asyncio.wrap_future(request.future)
 
@@ -155,6 +164,8 @@ class Engine:
         priority: float,
         deadline: float | None,
         preview: Preview | None,
+        edit: Edit | Sequence[Edit] | None,
+        every: str,
     ) -> Request:
         """A request with its arguments checked, in the caller's thread."""
         run = self._loop.run
@@ -165,12 +176,14 @@ class Engine:
         function("preview", preview, optional=True, classes=False)
         if preview is not None and not run.previews:
             raise ValueError("preview needs an engine that keeps x0 predictions: Engine(..., previews=True)")
-        admission = run.admission(plan, seed=seed, sample=sample, x=x, guidance=guidance)
+        conds = run.denoiser.conditions(cond)
+        check_arrays(conds, run.frame, 1)
+        admission = run.admission(
+            plan, seed=seed, sample=sample, x=x, guidance=guidance, edit=edit, every=every, conds=conds
+        )
         if admission.x is not None:  # the caller's own memory perhaps
             own = admission.x
             admission = admission._replace(x=own.copy() if isinstance(own, np.ndarray) else own.clone())
-        conds = run.denoiser.conditions(cond)
-        check_arrays(conds, run.frame, 1)
         return Request(
             admission,
             conds,
@@ -224,10 +237,13 @@ class Engine:
         self.close()
 
 
-def _sizes(buckets: Sequence[int] | None, places: int) -> list[int]:
-    """The batch sizes of calls, for 1 .. `places` requests."""
+def _sizes(buckets: Sequence[int] | None, run: MixedRun) -> list[int]:
+    """The batch sizes of calls, for 0 .. B requests."""
+    places = run.shape[0]
     if buckets is None:
-        return [*range(places + 1)]
+        if not run.graphed:
+            return [*range(places + 1)]
+        buckets = [1 << power for power in range(places.bit_length())]
     instance("buckets", buckets, Sequence, "a sequence of ints")
     for size in buckets:
         if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not 1 <= size <= places:
@@ -404,7 +420,7 @@ class _Loop:
         """One call of the network, for requests whose conditions have one structure."""
         requests, size = [self.active[place] for place in places], self.sizes[len(places)]
         try:
-            finished = self.run.step(self._conditions(requests, size), places=places, size=size)
+            self.run.move(self._conditions(requests, size), places=places, size=size)
         except BaseException as error:  # a SystemExit, too, belongs to those who wait
             for place, request in zip(places, requests, strict=True):
                 self._vacate(place)
@@ -412,13 +428,16 @@ class _Loop:
             return
         for place, request in zip(places, requests, strict=True):
             try:
-                self._after_stage(place, request)
-                sample = self.run.result(place) if place in finished else None
+                self.run.edit(place)
+                if request.preview is not None:
+                    request.preview(*self.run.calls(place), self.run.x0(place))
+                finished = self.run.done(place)
+                sample = self.run.result(place) if finished else None
             except BaseException as error:
                 self._vacate(place)
                 self._settle(request, None, error)
                 continue
-            if place in finished:
+            if finished:
                 self._vacate(place)
                 self._settle(request, sample)
 
@@ -427,8 +446,3 @@ class _Loop:
         rows = [*requests, *[requests[0]] * (size - len(requests))]
         branches = zip(*(request.conds for request in rows), strict=True)
         return [joined(conds, self.run.frame, 1) for conds in branches]
-
-    def _after_stage(self, place: int, request: Request) -> None:
-        """What a request does between two stages. Its own `edit` of x belongs here, before the next model input."""
-        if request.preview is not None:
-            request.preview(*self.run.calls(place), self.run.x0(place))

@@ -319,6 +319,10 @@ def grid(
     - ``trailing``: N equal steps from t_first to t_clean.
     - ``quadratic``: N points linear in sqrt(t) (DDIM, arXiv 2010.02502, appendix D.2).
     - ``beta``: quantiles 1 - k/N of Beta(``alpha`` = 0.6, ``beta`` = 0.6) (arXiv 2407.12173).
+    - ``beta57``: ``beta`` with 0.5 and 0.7 (RES4LYF).
+    - ``sway``: t_first to t_clean by the share u + ``sway`` (cos(pi u / 2) - 1 + u), u = k/N; below 0 steps gather at
+      the noisy end; ``sway`` = -1, the least (F5-TTS, arXiv 2410.06885, equation 7).
+    - ``cosine``: ``sway`` at -1, the share 1 - cos(pi u / 2) (CosyVoice, arXiv 2407.05407).
     - ``sgm_uniform``: N + 1 points from t_first to t_last, without the last (ComfyUI).
     - ``normal``: N points from t_first to t_last, on Flow too (ComfyUI).
     - ``simple``: every (T/N)-th of the T discrete times, from the top (ComfyUI). T = 1000 if continuous.
@@ -335,6 +339,8 @@ def grid(
     - ``kl_optimal``: linear in arctan sigma (Align Your Steps, arXiv 2404.14507, for Gaussian data).
     - ``linear_quadratic``: ``linear_steps`` (= N / 2) equal small steps that take ``threshold_noise`` = 0.025
       of sigma, then a parabola (Mochi; Movie Gen, arXiv 2410.13720).
+    - ``bong_tangent``: an arctangent for each half of the way to sigma 0, with ``pivot_1``, ``pivot_2`` = 0.6 of the
+      steps and ``slope_1``, ``slope_2`` = 0.2 (RES4LYF, for flow models).
     - ``logsnr``: linear in log(alpha / sigma), on Flow too (DPM-Solver, arXiv 2206.00927, section 3.4).
     - ``laplace``: quantiles of a Laplace distribution of log sigma, ``mu`` = 0, ``beta`` = 0.5, clipped to the
       ends (arXiv 2407.03297; ComfyUI). On sigma / alpha, also on Flow, as is ``vp``.

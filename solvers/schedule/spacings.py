@@ -225,6 +225,53 @@ def _beta(a: Layout, *, alpha: float = 0.6, beta: float = 0.6, round_times: bool
     return np.rint(u) if round_times else u
 
 
+@spacing("beta57", _TIME)
+def _beta57(a: Layout, *, round_times: bool = False) -> FloatArray:
+    return _beta(a, alpha=0.5, beta=0.7, round_times=round_times)
+
+
+@spacing("sway", _TIME)
+def _sway(a: Layout, *, sway: float = -1.0) -> FloatArray:
+    between("sway", sway, -1.0, 2.0 / (math.pi - 2.0))  # beyond these the times turn back
+    share = np.arange(a.steps) / a.steps
+    share += sway * (np.cos(math.pi / 2.0 * share) - 1.0 + share)
+    return a.close(a.first + share * (a.clean - a.first))
+
+
+@spacing("cosine", _TIME)
+def _cosine(a: Layout) -> FloatArray:
+    return _sway(a)
+
+
+@spacing("bong_tangent", _LEVEL)
+def _bong_tangent(
+    a: Layout, *, pivot_1: float = 0.6, pivot_2: float = 0.6, slope_1: float = 0.2, slope_2: float = 0.2
+) -> FloatArray:
+    if a.steps == 1:
+        return a.close(np.array([a.first]))
+    count = a.steps + 2
+    for name, pivot in (("pivot_1", pivot_1), ("pivot_2", pivot_2)):
+        between(name, pivot, 0.0, 1.0)
+    _positive(slope_1=slope_1, slope_2=slope_2)
+    # The first arc goes half of the way in `split` points; the second shares its first point and ends at clean data.
+    split = int((count * pivot_1 + count * pivot_2) / 2.0)
+
+    def arc(points: int, slope: float, pivot: int) -> FloatArray:
+        if points < 2:
+            raise ValueError(
+                f"bong_tangent has {points} points for one of its arcs in {a.steps} steps: move pivot_1 and pivot_2 to "
+                "the middle, or take more steps"
+            )
+        fall = -np.arctan(slope * 40.0 / count * (np.arange(points) - pivot))
+        share: FloatArray = (fall - fall[-1]) / (fall[0] - fall[-1])
+        return share
+
+    first = 0.5 + 0.5 * arc(split, slope_1, int(count * pivot_1))[:-1]
+    second = 0.5 * arc(count - split, slope_2, int(count * pivot_2) - split)
+    share = np.concatenate([first, second])[: a.steps]
+    return a.close(a.clean + share * (a.first - a.clean))
+
+
 @spacing("sgm_uniform", _TIME)
 def _sgm_uniform(a: Layout) -> FloatArray:
     return a.close(np.linspace(a.first, a.last, a.steps + 1)[:-1])

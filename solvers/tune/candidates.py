@@ -113,10 +113,10 @@ def fit_steps(solver: str, process: Process, spacing: str, calls: int, options: 
     raise ValueError(f"solver {solver!r} needs more than {calls} calls for one step")
 
 
-def candidates(process: Process, calls: int) -> list[Candidate]:
+def candidates(process: Process, calls: int, noisy: bool = False) -> list[Candidate]:
     """Every deterministic (solver, options, spacing) with at most `calls` calls, without duplicate plans.
 
-    A solver with several calls per step takes as many steps as fit.
+    A solver with several calls per step takes as many steps as fit. noisy: those that draw noise instead.
     """
     found: list[Candidate] = []
     seen: set[bytes] = set()
@@ -126,25 +126,29 @@ def candidates(process: Process, calls: int) -> list[Candidate]:
         for steps in range(calls, 0, -1):
             if steps not in laid_out:
                 laid_out[steps] = grids(process, steps)
-            made = [(*g, _try(solver, g[2], options)) for g in laid_out[steps]]
+            made = [(*g, _try(solver, g[2], options, noisy)) for g in laid_out[steps]]
             fitting = [(s, o, p) for s, o, _, p in made if p is not None and p.nfe <= calls]
             if fitting or all(p is None for *_, p in made):
                 break
         for spacing, spacing_options, plan in fitting:
-            form = unroll(plan)
-            key = np.round(np.concatenate([form.w.ravel(), [p.t for p in form.points]]), 9).tobytes()
+            form = unroll(plan, noisy)
+            times = np.array([p.t for p in form.points])
+            draws = form.w[:0] if form.draws is None else form.draws
+            key = np.round(np.concatenate([form.w.ravel(), times, draws.ravel()]), 9).tobytes()
             if key not in seen:
                 seen.add(key)
                 found.append(Candidate(solver, options, spacing, spacing_options, plan, form))
     return found
 
 
-def _try(solver: str, grid: Grid, options: Mapping[str, Any]) -> Plan | None:
-    """The plan, or None if the options do not fit together or the plan is not deterministic from noise to data."""
+def _try(solver: str, grid: Grid, options: Mapping[str, Any], noisy: bool) -> Plan | None:
+    """The plan, or None if the options do not fit together or the plan is not one from noise to data as wanted."""
     try:
         plan = make_plan(solver, grid, **options)
-        unroll(plan)
+        form = unroll(plan, noisy)
     except ValueError:
+        return None
+    if noisy and (form.draws is None or not form.draws.any()):
         return None
     return plan if plan.start == grid.points[0] and plan.stages[-1].to.sigma == 0.0 else None
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point, Process
+from fewstep.solvers.tune.ensemble import unroll_stages
 
 SOLVER = "tuned"
 WHAT = ("all", "times")
@@ -113,6 +115,54 @@ class Rule:
         wider = replace(self, decouple=True)
         return wider, np.concatenate([numbers, np.zeros(wider.size - self.size)])
 
+    # --- one call more ---
+
+    def insert(self, numbers: Array, step: int) -> tuple[Rule, Array]:
+        """The same plan with one call more, inside a step, that changes nothing yet: a start for a fit.
+
+        The call is at the geometric mean of the step's times. The increments of the later steps are set so that its
+        prediction has no weight: then every plan of fewer calls is also a plan of more. That is exact as long as the
+        history holds the older features, otherwise the nearest.
+
+        step  0 .. steps - 1
+
+        Raises ValueError if such numbers are out of range, or the increments are not free.
+        """
+        if self.what != "all":
+            raise ValueError("what='times': without increments no plan leaves a call out")
+        grid, parts = self.grid(numbers), self._split(numbers)
+        u = [_FLOW.time(p) for p in grid.points[:-1]]
+        # The last step goes to 0: there half as far, in logarithms, as the step before.
+        after = u[step + 1] if step + 1 < len(u) else u[-1] * (u[-1] / u[-2] if len(u) > 1 else 0.1)
+        u.insert(step + 1, math.sqrt(u[step] * after))
+        wider = replace(self, steps=self.steps + 1)
+        theta = np.log(np.log(np.array(u[:-1]) / np.array(u[1:])))
+        shift = np.insert(parts["shift"], step, 0.0) if self.decouple else parts["shift"]
+        increments = list(self._increments(parts["c"]).values())[: step + 1]
+        increments += [np.zeros(min(k, self.depth)) for k in range(step + 1, wider.steps)]
+
+        def made() -> Array:
+            return np.asarray(np.concatenate([theta, *increments, shift]))
+
+        def row(k: int) -> Array:  # the input of call k, or the result, as a combination of the predictions
+            return np.asarray(unroll_stages(wider.stages(made()), self.first.sigma).w[k])
+
+        wanted = np.insert(unroll_stages(self.stages(numbers), self.first.sigma).w, step + 2, 0.0, axis=1)
+        for k in range(step + 1, wider.steps):
+            base, columns = row(k + 1), []
+            for j in range(len(increments[k])):
+                increments[k][j] = 1.0
+                columns.append(row(k + 1) - base)
+                increments[k][j] = 0.0
+            increments[k] = np.linalg.lstsq(np.stack(columns, axis=1), wanted[k] - base, rcond=None)[0]
+        wider.stages(made())
+        return wider, made()
+
+    def _increments(self, c: Array) -> dict[int, Array]:
+        """The increments of each step."""
+        ends = np.cumsum([0, *(min(k, self.depth) for k in range(self.steps))])
+        return {k: c[a:b] for k, (a, b) in enumerate(pairwise(ends))}
+
     def _split(self, numbers: Array) -> dict[str, Array]:
         if numbers.shape != (self.size,):
             raise ValueError(f"a tuned plan of {self.steps} steps has {self.size} numbers, got {numbers.size}")
@@ -142,11 +192,10 @@ class Rule:
         return self._shifted(made, parts["shift"]) if self.decouple else made
 
     def _with_increments(self, grid: Grid, stages: list[Stage], c: Array) -> list[Stage]:
-        memory, out, used = self.memory, [], 0
+        memory, out, increments = self.memory, [], self._increments(c)
         for k, (stage, (s, t)) in enumerate(zip(stages, grid.pairs, strict=True)):
-            count, known = min(k, self.depth), self.known(grid, k)
-            own = c[used : used + count][:known]
-            used += count
+            known = self.known(grid, k)
+            own = increments[k][:known]
             weight = first_order(s, t)["m"] * (memory.weight(grid, k) if own.size else 0.0)
             x = dict(stage.rows["x"])
             for j, value in enumerate((own * weight).tolist(), 1):

@@ -5,9 +5,11 @@ the end points of an accurate ODE solution, by Levenberg-Marquardt on a few doze
 Shaul et al. 2024; S4S, Frankel et al. 2025). Gradients of the network are not needed: a column of the Jacobian is one
 more plan in the batch (`ensemble`).
 
-    minimise over the plan's numbers   sum_i |x_N(z_i) - x*(z_i)|^2      x*: the end point of the ODE from latent z_i
+    minimise over the plan's numbers   sum_i |x_N(z_i) - x*(z_i)|^(2p)     x*: the end point of the ODE from latent z_i
 
-The objective is the error against the ODE solution, not the visual quality of samples.
+p = 1 is the RMSE, which a few latents between two modes decide; p -> 0 is near the median, which forgets them; 1/2, the
+default, serves both (`OBJECTIVES`). Fits at few calls are starts for more (`grow`): a call is inserted that changes
+nothing, then fitted. The objective is the error against the ODE solution, not the visual quality of samples.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +27,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import function, named, one_of
+from fewstep.solvers.options import function, named, number, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -37,26 +39,26 @@ from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors, rank, usable
-from fewstep.solvers.tune.ensemble import Ensemble, Indices, Unrolled, latents, unroll, unroll_stages
+from fewstep.solvers.tune.ensemble import Ensemble, Features, Indices, Unrolled, latents, unroll, unroll_stages
 from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
 from fewstep.solvers.tune.tuned import WHAT, Rule, bases, rule_of
 
 REFERENCE_CALLS = 128
 # Steps of the difference quotients: above the rounding of the network's dtype, small against numbers of order 1.
 _DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 3e-2, "bfloat16": 3e-2}
-_STARTS = 3
-_FIRST, _POLISH = 7, 12  # evaluations from each start, and from the best result
-_DROPPED = 6  # one in six training seeds is dropped: the ones that the start sends to another mode
+_STARTS = 3  # hand-made rules to start from
+_SMALL = 4  # calls of the fit that more calls grow from
+_FIRST, _POLISH = 8, 12  # evaluations at ten calls from each start, and from the best result; more at fewer calls
+_ROUNDS = 2  # of the last fit, each with its own weights
+OBJECTIVES = {"rmse": 1.0, "both": 0.5, "median": 0.0}  # p, see the module
+_FLOOR = 1e-3  # of the mean square error: below it the weight of a seed no longer grows
+_MOVES = 3  # of the latents before each fit, under the relaxed objective
+_PROBE = 0.02  # RMS of the change of a latent that tells how its end point moves
 _RIDGE = 1e-3  # as a fraction of the start's loss
 _FLAT = 0.1  # numbers are scaled by the norm of their Jacobian column, at least this fraction of the largest
 _ELEMENTS = 2048  # of each sample in the fit; validation uses all
 
 Reference = Plan | Callable[[ModelArray], ModelArray]
-
-
-def _kept(seeds: int) -> int:
-    """The number of training seeds that a fit uses."""
-    return seeds - seeds // _DROPPED
 
 
 # --- errors ---
@@ -171,8 +173,11 @@ class Study:
         found: Array = errors(self.ensemble, [plan], self.target, self.splits[split])[0]
         return found
 
+    def statistics(self, plan: Unrolled, split: str = "validation") -> dict[str, float]:
+        return statistics(self.errors(plan, split))
+
     def rmse(self, plan: Unrolled, split: str = "validation") -> float:
-        return statistics(self.errors(plan, split))["rmse"]
+        return self.statistics(plan, split)["rmse"]
 
 
 def study(
@@ -188,34 +193,75 @@ def study(
     batch: int,
     cache: str | Path | None,
     say: Callable[[str], None],
+    features: Features | None = None,
 ) -> Study:
     """Draw latents, solve the ODE from them, and rank every hand-made plan of at most nfe calls."""
-    if denoiser.time_dtype is not None and denoiser.time_dtype not in FLOATS:
-        raise ValueError(
-            f"time_dtype={denoiser.time_dtype!r}: the reference solution and tuned plans call the network at "
-            "fractional times; use a Denoiser with a float time_dtype"
-        )
+    check_times(denoiser)
     total = sum(splits.values())
-    ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch)
+    ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch, features=features)
     found = usable(denoiser, candidates(denoiser.process, nfe))
-    conds = _as_bytes(ensemble, cond)
-    identity = {
-        "fingerprint": fingerprint(denoiser, shape, cond, device),
-        "cond": keep_conditions(denoiser, ensemble.frame, cond),
-        "guidance": guidance_as_json(denoiser.guidance),
-        "shape": list(shape),
-        "seed": seed,
-        "seeds": dict(splits),
-    }
+    identity = identity_of(denoiser, ensemble, shape, cond, device, seed, splits)
     say(f"{total} reference solutions")
-    folder = cache_folder() if cache == "auto" else None if cache is None else Path(cache)
-    key = (identity["fingerprint"], identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
-    target, error = reference_ends(ensemble, reference, key, folder)
+    target, error = reference_of(ensemble, cond, identity, cache, reference)
+    target = ensemble.observed(target)
     ends = np.cumsum([0, *splits.values()])
     parts = {name: range(int(a), int(b)) for name, a, b in zip(splits, ends[:-1], ends[1:], strict=True)}
     say(f"ranking {len(found)} hand-made plans")
     ranked = rank(ensemble, found, target, parts["train"])
     return Study(ensemble, target, parts, ranked, len(found), error, identity)
+
+
+def check_times(denoiser: DenoiserLike) -> None:
+    if denoiser.time_dtype is not None and denoiser.time_dtype not in FLOATS:
+        raise ValueError(
+            f"time_dtype={denoiser.time_dtype!r}: the reference solution and tuned plans call the network at "
+            "fractional times; use a Denoiser with a float time_dtype"
+        )
+
+
+def identity_of(
+    denoiser: DenoiserLike,
+    ensemble: Ensemble,
+    shape: Sequence[int],
+    cond: Condition,
+    device: Device | None,
+    seed: int,
+    splits: Mapping[str, int],
+) -> dict[str, Any]:
+    """What a plan's record says of its denoiser and latents, for `fingerprint.check_plan`."""
+    features = ensemble.features
+    return {
+        "fingerprint": fingerprint(denoiser, shape, cond, device),
+        "cond": keep_conditions(denoiser, ensemble.frame, cond),
+        "guidance": guidance_as_json(denoiser.guidance),
+        "features": None if features is None else getattr(features, "__name__", type(features).__name__),
+        "shape": list(shape),
+        "seed": seed,
+        "seeds": dict(splits),
+    }
+
+
+def reference_of(
+    ensemble: Ensemble,
+    cond: Condition,
+    identity: Mapping[str, Any],
+    cache: str | Path | None,
+    reference: Reference | None = None,
+) -> tuple[Array, float | None]:
+    """`reference_ends`, stored under the denoiser's fingerprint, guidance, process, device and conditions."""
+    folder = cache_folder() if cache == "auto" else None if cache is None else Path(cache)
+    denoiser, conds = ensemble.denoiser, _as_bytes(ensemble, cond)
+    key = (identity["fingerprint"], identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
+    return reference_ends(ensemble, reference, key, folder)
+
+
+def difference_step(denoiser: DenoiserLike) -> float:
+    return _DIFFERENCE[denoiser.model_dtype("float64")]
+
+
+def speaker(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
+    """What progress is told: the caller's function, the standard error or nobody."""
+    return progress if callable(progress) else _to_stderr if progress else _silent
 
 
 def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
@@ -237,33 +283,66 @@ class Fit:
     study: Study
     rule: Rule
     numbers: Array
+    power: float = 1.0  # p, see the module: by weights of the seeds from their errors at the start
+    relax: float = 0.0  # how far a latent may move: RMS of its change, whose own is 1
     loss: float = np.inf
     samples: Indices = field(init=False)
-    _validated: tuple[float, float] = (np.nan, np.nan)
+    _validated: tuple[float, Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
-        train = np.array(self.study.splits["train"])
-        start = self.study.errors(self.form(self.numbers), "train")
-        # A latent that ends in another mode would dominate the sum of squares.
-        kept = np.sort(np.argsort(start, kind="stable")[: _kept(len(train))])
-        self.samples = train[kept]
+        self.samples = np.array(self.study.splits["train"])
+        self.z = self.study.ensemble.z[self.samples]
         size = self.study.target.shape[1]
         rng = np.random.default_rng(0)
         self.elements = np.sort(rng.permutation(size)[:_ELEMENTS])
         self.target = self.study.target[self.samples][:, self.elements]
+        self.roots = np.ones((len(self.samples), 1))
+        for _ in range(_MOVES if self.relax else 0):
+            self._move()
+        squares = np.mean(self._differences([self.form(self.numbers)])[0] ** 2, axis=1)
+        weights = (squares + _FLOOR * np.mean(squares) + np.finfo(float).tiny) ** (self.power - 1.0)
+        self.roots = np.sqrt(weights / np.mean(weights))[:, None]
         self.loss = float(np.sum(self._residual(self.numbers) ** 2))
 
     def form(self, numbers: Array) -> Unrolled:
         return unroll_stages(self.rule.stages(numbers), self.rule.first.sigma)
 
-    def _residual(self, numbers: Array) -> Array:
-        found = self.study.ensemble.ends([self.form(numbers)], self.samples, self.elements)[0]
-        return np.asarray((found - self.target).ravel() / np.sqrt(self.target.size))
+    def _differences(self, forms: Sequence[Unrolled]) -> Array:
+        """From the end points of each plan to the target, times the root of each seed's weight."""
+        return np.asarray(
+            (self.study.ensemble.ends(forms, self.samples, self.elements, self.z) - self.target) * self.roots
+        )
 
-    def validation(self) -> float:
-        """The RMSE of the best numbers so far on the validation seeds."""
-        if self._validated[0] != self.loss:
-            self._validated = self.loss, self.study.rmse(self.form(self.numbers))
+    def _move(self) -> None:
+        """Move each latent within its ball so that the plan comes nearer to the seed's target, if it can.
+
+        The direction is the residual itself: the map from latent to end point is nearly a contraction by a symmetric
+        matrix, so that this is nearly its gradient, without one of the network. Two runs of the plan find the length.
+        """
+        ensemble, form, own = self.study.ensemble, self.form(self.numbers), self.study.ensemble.z[self.samples]
+        target = self.study.target[self.samples]
+
+        def size(x: Array) -> Array:
+            return np.asarray(np.sqrt(np.mean(x**2, axis=1, keepdims=True)))
+
+        before = target - ensemble.ends([form], self.samples, z=self.z)[0]
+        probe = _PROBE * before / np.maximum(size(before), np.finfo(float).tiny)
+        change = target - ensemble.ends([form], self.samples, z=self.z + probe)[0] - before
+        length = -np.sum(change * before, axis=1, keepdims=True) / np.maximum(
+            np.sum(change**2, axis=1, keepdims=True), np.finfo(float).tiny
+        )
+        moved = self.z + length * probe - own
+        moved = own + moved * np.minimum(1.0, self.relax / np.maximum(size(moved), np.finfo(float).tiny))
+        after = target - ensemble.ends([form], self.samples, z=moved)[0]
+        self.z = np.where(size(after) < size(before), moved, self.z)
+
+    def _residual(self, numbers: Array) -> Array:
+        return np.asarray(self._differences([self.form(numbers)]).ravel() / np.sqrt(self.target.size))
+
+    def validation(self) -> Mapping[str, float]:
+        """The `statistics` of the best numbers so far on the validation seeds."""
+        if self._validated is None or self._validated[0] != self.loss:
+            self._validated = self.loss, self.study.statistics(self.form(self.numbers))
         return self._validated[1]
 
     def run(self, evaluations: int, tolerance: float) -> None:
@@ -307,7 +386,7 @@ class Fit:
 
     def _jacobian(self, numbers: Array) -> Array:
         """Forward differences, with all plans in one ensemble to fill the network's batches."""
-        h = _DIFFERENCE[self.study.ensemble.denoiser.model_dtype("float64")]
+        h = difference_step(self.study.ensemble.denoiser)
         steps, forms = [], [self.form(numbers)]
         for i in range(len(numbers)):
             for step in (h, -h):
@@ -320,7 +399,7 @@ class Fit:
                 steps.append(step)
                 forms.append(form)
                 break
-        ends = self.study.ensemble.ends(forms, self.samples, self.elements)
+        ends = self._differences(forms)
         columns = (ends[1:] - ends[0]).reshape(len(steps), -1) / (np.array(steps)[:, None] * np.sqrt(self.target.size))
         return np.ascontiguousarray(columns.T)
 
@@ -344,6 +423,9 @@ def tune(
     base: str | Plan = "auto",
     decouple: bool | str = "auto",
     what: str = "all",
+    objective: str = "both",
+    features: Features | None = None,
+    relax: float = 0.0,
     reference: Reference | None = None,
     seed: int = 0,
     device: Device | None = None,
@@ -363,10 +445,16 @@ def tune(
                classes count
     seeds      number of latents to fit to, >= 12; half as many more select among the fits, as many again test the
                result. 32 suffice in 64 dimensions, 256 in two
-    base       the rule to start from, one of `tuned.bases()`; "auto": the three best on this denoiser; or a tuned plan
-               to refine
+    base       the rule to start from, one of `tuned.bases()`; "auto": the best on this denoiser; or a tuned plan to
+               refine, or of fewer calls: calls are inserted, and the result is never worse on the validation seeds
     decouple   whether the level of the network's time input may differ from the sample's; "auto": if what="all"
     what       "all", or "times": fitted times with the base rule's coefficients
+    objective  "rmse", "median" or "both": what is fitted, and what must not be worse than the known plans
+    features   a map of samples (b, ...) to features (b, ...), arrays of the model's library: errors are then of the
+               features, for a perceptual loss
+    relax      the relaxed objective (LD3, Tong et al. 2024; S4S): in the last fit each training latent may move to come
+               nearer to its target, by at most this RMS of its elements, whose own is 1; seeds that no plan follows
+               then count less. Validation and test are of the latents themselves
     reference  a plan, or a callable from latents (n, ...) at the process's first point to ODE end points (n, ...);
                by default UniPC-3 in 128 calls
     seed       of the latents: sample i is what `Sampler` draws for (seed, i)
@@ -377,22 +465,29 @@ def tune(
 
     Returns a `Plan`; options["tuning"] holds the denoiser's fingerprint (checked by `load_plan`), the seeds, and the
     errors of this plan and of the best hand-made plan on train, validation and test. If no fit is better on the
-    validation seeds, the hand-made plan is returned. Ctrl-C during the fit returns the best plan so far.
+    validation seeds, the hand-made plan is returned, or `base` of fewer calls. Ctrl-C during the fit returns the best
+    plan so far.
 
     Raises ValueError or TypeError that names the argument, before the model is called; ImportError without SciPy.
     """
     begin = time.perf_counter()
     check_denoiser(denoiser)
-    resumed = check_arguments(base, nfe, seeds, what, batch)
+    resumed = check_arguments(base, nfe, seeds, what, batch, objective)
     shape = check_sample_shape(shape)
     if not isinstance(progress, bool):
         function("progress", progress)
     if not (isinstance(decouple, bool) or (isinstance(decouple, str) and decouple == "auto")):
         raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r:.80}")
+    if features is not None:
+        function("features", features)
+    if not 0.0 <= number(relax) <= 1.0:
+        raise ValueError(f"relax must be a number >= 0 and <= 1, the RMS by which a latent may move, got {relax!r:.80}")
+    if relax and features is not None:
+        raise ValueError("relax moves latents by the samples' own errors: give features without relax")
     if not (reference is None or isinstance(reference, Plan) or callable(reference)):
         raise TypeError(f"reference must be a plan or a callable, got {type(reference).__name__}")
     scipy_optimize()
-    say = progress if callable(progress) else _to_stderr if progress else _silent
+    say = speaker(progress)
     made = study(
         denoiser,
         nfe,
@@ -405,24 +500,35 @@ def tune(
         batch=batch,
         cache=cache,
         say=say,
+        features=features,
     )
     wide = what == "all" if decouple == "auto" else bool(decouple)
-    starts = [resumed] if resumed is not None else starts_of(made, str(base), nfe, what, wide)
-    plan = fit_plan(made, starts, say)
+    fewer = base if isinstance(base, Plan) and base.nfe < nfe else None
+    name = "auto" if isinstance(base, Plan) else base
+    starts = all_starts(made, resumed, name, nfe, what, wide, say)
+    # A plan that goes on stays near itself: plans of neighbouring guidance scales must interpolate.
+    evaluations = (_FIRST, _POLISH) if resumed is not None and fewer is None else None
+    plan = fit_plan(made, starts, say, evaluations, objective=objective, relax=relax, fewer=fewer)
     record = {**plan.options["tuning"], "seconds": round(time.perf_counter() - begin, 1)}
     return replace(plan, options={**plan.options, "tuning": record})
 
 
-def check_arguments(base: str | Plan, nfe: int, seeds: int, what: str, batch: int = 1) -> tuple[Rule, Array] | None:
+def check_arguments(
+    base: str | Plan, nfe: int, seeds: int, what: str, batch: int = 1, objective: str = "both"
+) -> tuple[Rule, Array] | None:
     """Raises ValueError for what needs no denoiser to be wrong. Returns the rule of a plan to resume."""
     for name, value, low, high in (("nfe", nfe, 2, 1000), ("seeds", seeds, 12, 10**6), ("batch", batch, 1, 10**6)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
             raise ValueError(f"{name} must be an integer >= {low} and <= {high}, got {value!r}")
     one_of("what", what, WHAT)
+    one_of("objective", objective, tuple(OBJECTIVES))
     if isinstance(base, Plan):
-        if base.nfe != nfe:
-            raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: they must agree")
-        return rule_of(base)
+        if base.nfe > nfe:
+            raise ValueError(f"base is a plan of {base.nfe} calls, nfe = {nfe}: it may have as many or fewer")
+        rule, numbers = rule_of(base)
+        if base.nfe < nfe and rule.what != "all":
+            raise ValueError(f"base has only its times fitted (what={rule.what!r}): no call can be inserted into it")
+        return rule, numbers
     named("base", base, ("auto", *bases()))
     return None
 
@@ -434,10 +540,14 @@ def best_hand_made(made: Study) -> Ranked:
 
 def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> list[tuple[Rule, Array]]:
     """The best plan of each tunable rule on this denoiser, for the three best rules or only for `base`."""
+    return _rules(made.ranked, base, nfe, what, decouple)
+
+
+def _rules(ranked: Sequence[Ranked], base: str, nfe: int, what: str, decouple: bool) -> list[tuple[Rule, Array]]:
     found: list[tuple[Rule, Array]] = []
-    # By the seeds that a fit keeps: a rule that sends a few seeds to another mode may still be the best start.
-    for ranked in sorted(made.ranked, key=lambda r: float(np.sum(np.sort(r.errors)[: _kept(len(r.errors))]))):
-        c = ranked.candidate
+    # By the mean error of a seed: a rule that sends a few seeds to another mode may still be the best start.
+    for each in sorted(ranked, key=lambda r: float(np.mean(np.sqrt(r.errors)))):
+        c = each.candidate
         if c.plan.nfe != nfe or c.solver not in bases() or base not in ("auto", c.solver):
             continue
         if any(rule.base == c.solver for rule, _ in found):
@@ -452,53 +562,173 @@ def starts_of(made: Study, base: str, nfe: int, what: str, decouple: bool) -> li
     return found[:_STARTS]
 
 
+def grow(
+    made: Study,
+    smaller: tuple[Rule, Array] | None,
+    base: str,
+    nfe: int,
+    decouple: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[tuple[Rule, Array]]:
+    """A start for nfe calls from a fit of fewer, one call inserted at a time and fitted shortly; or none.
+
+    smaller  the rule and numbers to grow from; None: the best of a few fits at four calls
+    """
+    if smaller is None:
+        if nfe <= _SMALL:
+            return []
+        denoiser, ensemble = made.ensemble.denoiser, made.ensemble
+        few = [c for c in candidates(denoiser.process, _SMALL) if c.solver in bases()]
+        try:
+            ranked = rank(ensemble, usable(denoiser, few), made.target, made.splits["train"])
+        except ValueError:  # no rule of so few calls runs on this denoiser
+            return []
+        fits = [Fit(made, *start) for start in _rules(ranked, base, _SMALL, "all", decouple)]
+        for fit in fits:
+            fit.run(_most(_FIRST, _SMALL), 2e-2)
+        if not fits:
+            return []
+        best = min(fits, key=lambda fit: fit.loss)
+        smaller = best.rule, best.numbers
+    rule, numbers = smaller
+    while rule.steps < nfe:
+        wider = _inserted(made, rule, numbers)
+        if wider is None:
+            return []
+        rule, numbers = wider
+        if rule.steps < nfe:
+            fit = Fit(made, rule, numbers)
+            fit.run(_most(_FIRST, rule.steps), 2e-2)
+            numbers = fit.numbers
+            say(f"grown to {rule.steps} calls: validation RMSE {fit.validation()['rmse']:.5f}")
+    return [(rule, numbers)]
+
+
+def _inserted(made: Study, rule: Rule, numbers: Array) -> tuple[Rule, Array] | None:
+    """One call more where that loses nothing, as near the middle as can be; None if no place is in range."""
+    found = []
+    for step in sorted(range(rule.steps), key=lambda step: abs(2 * step - rule.steps + 1)):
+        try:
+            found.append(rule.insert(numbers, step))
+        except ValueError:
+            continue
+    if not found:
+        return None
+    forms = [unroll_stages(wider.stages(own), wider.first.sigma) for wider, own in found]
+    losses = np.mean(errors(made.ensemble, forms, made.target, made.splits["train"]), axis=1)
+    # Only where the history is too short for all older predictions do the places differ.
+    return found[int(np.argmax(losses <= 1.01 * losses.min()))]
+
+
+def _most(at_ten: int, calls: int) -> int:
+    """Evaluations of a fit at that number of calls: an evaluation with its Jacobian costs as calls^3."""
+    return max(at_ten, 10 * at_ten // calls)
+
+
+def all_starts(
+    made: Study,
+    resumed: tuple[Rule, Array] | None,
+    base: str,
+    nfe: int,
+    what: str,
+    decouple: bool,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[Rule, Array]]:
+    """The starts of a fit: a plan of as many calls alone; else one grown from fewer calls, then hand-made ones.
+
+    resumed  the rule and numbers of a tuned plan, of nfe calls or fewer
+    """
+    if resumed is not None and resumed[0].steps == nfe:
+        yield resumed
+        return
+    grown = grow(made, resumed, base, nfe, decouple, say) if what == "all" else []
+    yield from grown
+    yield from starts_of(made, base, nfe, what, decouple)[: 1 if grown else None]
+
+
+def choose(objective: str, found: Sequence[Mapping[str, float]], known: Sequence[Mapping[str, float]]) -> int:
+    """The index of the best fit by its statistics on the validation seeds; -1 if none is better than the known plans.
+
+    For "both" a fit must be as good as each known plan by RMSE and by median; the best has the least product of them.
+    """
+
+    def score(s: Mapping[str, float]) -> float:
+        return s["rmse"] * s["median"] if objective == "both" else s[objective]
+
+    names = ("rmse", "median") if objective == "both" else (objective,)
+    good = [i for i, s in enumerate(found) if all(s[name] <= k[name] for k in known for name in names)]
+    best = min(good, key=lambda i: score(found[i]), default=-1)
+    return best if best >= 0 and score(found[best]) < min(map(score, known)) else -1
+
+
 def fit_plan(
     made: Study,
-    starts: Sequence[tuple[Rule, Array]],
+    starts: Iterable[tuple[Rule, Array]],
     say: Callable[[str], None] = lambda text: None,
-    evaluations: tuple[int, int] = (_FIRST, _POLISH),
+    evaluations: tuple[int, int] | None = None,
+    *,
+    objective: str = "both",
+    relax: float = 0.0,
+    fewer: Plan | None = None,
 ) -> Plan:
-    """The best fit from these starts on the validation seeds, or the best hand-made plan if no fit is better.
+    """The best fit from these starts on the validation seeds; if none is better, the best plan that is known.
 
-    evaluations  the most evaluations of the residual from each start, and from the best of their results
+    evaluations  the most evaluations of the residual from each start, and from the best of their results; by default
+                 more at fewer calls
+    objective    one of `OBJECTIVES`
+    relax        how far the latents of the last fit may move, see `tune`
+    fewer        a plan of fewer calls that the fit must not be worse than; the best hand-made plan is another
     """
+    first, polish = (None, None) if evaluations is None else evaluations
     hand = best_hand_made(made)
-    hand_error = made.rmse(hand.candidate.unrolled)
-    say(f"best hand-made: {hand.candidate.label}, validation RMSE {hand_error:.5f}")
+    known: list[tuple[Plan, Unrolled]] = [(hand.candidate.plan, hand.candidate.unrolled)]
+    known += [] if fewer is None else [(fewer, unroll(fewer))]
+    marks = [made.statistics(form) for _, form in known]
+    say(f"best hand-made: {hand.candidate.label}, validation RMSE {marks[0]['rmse']:.5f}")
     fits: list[Fit] = []
     complete = True
+
+    def fitted(text: str) -> None:
+        found = fits[-1].validation()
+        say(f"{text}: validation RMSE {found['rmse']:.5f}, median {found['median']:.5f}")
+
     try:
         for rule, numbers in starts:
+            # All seeds count alike at first: those between two modes are what a good start must get right.
             fits.append(Fit(made, rule, numbers))
-            fits[-1].run(evaluations[0], 2e-2)
-            say(f"from {rule.base}: validation RMSE {fits[-1].validation():.5f}")
-        if fits and evaluations[1]:
-            leader = min(fits, key=Fit.validation)
-            # A new Fit selects the seeds again: the better plan may send other seeds to another mode.
-            fits.append(Fit(made, leader.rule, leader.numbers))
-            fits[-1].run(evaluations[1], 2e-3)
-            say(f"polished: validation RMSE {fits[-1].validation():.5f}")
+            fits[-1].run(first or _most(_FIRST, rule.steps), 2e-2)
+            fitted(f"from {rule.base}")
+        if fits and polish != 0:
+            leader = min(fits, key=lambda fit: fit.validation()["rmse"] * fit.validation()["median"])
+            for _ in range(_ROUNDS):
+                fits.append(Fit(made, leader.rule, leader.numbers, OBJECTIVES[objective], relax))
+                leader = fits[-1]
+                leader.run((polish or _most(_POLISH, leader.rule.steps)) // _ROUNDS, 2e-3)
+                fitted("polished")
     except KeyboardInterrupt:
         complete = False
         say("interrupted: keeping the best so far")
-    fitted = [fit for fit in fits if fit.validation() < hand_error]
-    best = min(fitted, key=Fit.validation) if fitted else None
-    form = best.form(best.numbers) if best else hand.candidate.unrolled
+    chosen = choose(objective, [fit.validation() for fit in fits], marks)
+    best = fits[chosen] if chosen >= 0 else None
+    # Of the known plans the one that `choose` would take against the other.
+    plan, form = known[1 + choose(objective, marks[1:], marks[:1])] if best is None else (None, best.form(best.numbers))
     record = {
         **made.identity,
         "hand": hand.candidate.named,
         "errors": {
-            name: {split: statistics(made.errors(f, split)) for split in made.splits}
+            name: {split: made.statistics(f, split) for split in made.splits}
             for name, f in (("tuned", form), ("hand", hand.candidate.unrolled))
         },
         "reference_error": made.reference_error,
-        "fitted": best is not None,
+        "objective": objective,
+        "relax": relax,
+        "fitted": best is not None or plan is fewer,
         "complete": complete,
         "calls": made.ensemble.calls,
     }
-    if best:
+    if plan is None:
+        assert best is not None
         return best.rule.plan(best.numbers, record)
-    plan = hand.candidate.plan
     return replace(plan, options={**plan.options, "tuning": record})
 
 

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from captures import FakeCuda
 
 import fewstep as fs
 from fewstep.kernels import triton_step
+from fewstep.solvers.run import mixed
+from fewstep.solvers.run.graph import CaptureError
 from fewstep.solvers.run.mixed import MixedRun
 
 VP = fs.VP.linear()
@@ -144,3 +147,117 @@ def test_what_cannot_be_mixed_is_said_at_once() -> None:
             run.admit(place, plans[0], seed=0)
     with pytest.raises(ValueError, match="place 0 holds no finished request"):
         run.result(0)
+
+
+class Marked:
+    """An edit that asks for the start, draws noise, and reads and writes what it is given."""
+
+    start = True
+
+    def __call__(self, info: fs.EditInfo) -> torch.Tensor:
+        for slot in info.slots.values():
+            slot *= 0.875
+        return info.x + 0.1 * info.normals() + (0.0 if info.x0 is None else 0.25 * info.x0)
+
+
+@pytest.mark.parametrize("every", ["step", "stage"])
+@pytest.mark.parametrize("guidance", [None, 2.5])
+def test_edits_of_some_of_the_requests(guidance: float | None, every: str) -> None:
+    denoiser = fs.Denoiser(net, VP, "v", guidance=guidance, dtype="float16")
+    cond = None if guidance is None else ({"c": torch.zeros(3)}, {"c": torch.ones(3)})
+    one = None if cond is None else tuple({"c": each["c"][:1]} for each in cond)
+    plans = {"multi": fs.plan("dpmpp_2m", fs.grid(VP, 4)), "unipc": PLANS["unipc"], "edm": PLANS["edm"]}
+    run = MixedRun(denoiser, list(plans.values()), SHAPE, backend="triton", device="cpu", previews=True)
+    run.admit(1, plans["multi"], seed=3, edit=Marked(), every=every)
+    run.step(cond)
+    run.admit(0, plans["edm"], seed=4)
+    run.admit(2, plans["unipc"], seed=5, edit=[Marked(), fs.edits.Clamp(-1.0, 1.0)], every=every)
+    while not all(run.done(place) for place in range(3)):
+        run.step(cond)
+    edit: dict[str, Any] = {"every": every, "edit": Marked()}
+    assert torch.equal(run.result(1), alone(denoiser, plans["multi"], seed=3, cond=one, **edit))
+    assert torch.equal(run.result(0), alone(denoiser, plans["edm"], seed=4, cond=one))
+    edit["edit"] = [Marked(), fs.edits.Clamp(-1.0, 1.0)]
+    assert torch.equal(run.result(2), alone(denoiser, plans["unipc"], seed=5, cond=one, **edit))
+
+
+class Net(torch.nn.Module):
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+        self.calls += 1
+        return self.scale * net(x, t, c)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    fake.install(monkeypatch, torch.cuda)
+    monkeypatch.setattr(mixed, "capture_api", lambda frame: fake)
+    return fake
+
+
+def test_the_network_is_replayed_from_a_graph_for_each_size(cuda: FakeCuda) -> None:
+    """One graph for each batch size, whatever the plans, steps, conditions; a new one for parameters that moved."""
+    network = Net().eval().requires_grad_(False)
+    denoiser = fs.Denoiser(network, VP)
+    run = MixedRun(denoiser, list(PLANS.values()), SHAPE, backend="triton", device="cpu", graph="step")
+    shift = torch.tensor([0.5, -0.25, 0.125])
+    for round in range(2):
+        for place, name in enumerate(PLANS):
+            run.admit(place, PLANS[name], seed=10 * round + place)
+        while not all(run.done(place) for place in range(3)):
+            places = [place for place in range(3) if not run.done(place)]
+            run.step({"c": shift[places] + round}, places=places)
+        assert network.calls == (9, 0)[round]  # two to warm up and one to record, at batches of 3, 2 and 1
+        for place, name in enumerate(PLANS):
+            one = {"c": shift[place : place + 1] + round}
+            assert torch.equal(run.result(place), alone(denoiser, PLANS[name], seed=10 * round + place, cond=one))
+        network.calls = 0
+    assert cuda.log.count("record") == 3
+    network.scale.data = network.scale.data * 2.0
+    run.admit(0, PLANS["ddpm"], seed=5)
+    while not run.done(0):
+        run.step({"c": shift[:1]}, places=[0])
+    assert torch.equal(run.result(0), alone(denoiser, PLANS["ddpm"], seed=5, cond={"c": shift[:1]}))
+
+
+def test_a_network_that_cannot_be_captured(cuda: FakeCuda) -> None:
+    def waits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return net(x, t) * (1.0 if float(x.sum()) < 1e9 else 0.0)
+
+    denoiser = fs.Denoiser(waits, VP)
+    run = MixedRun(denoiser, list(PLANS.values()), SHAPE, backend="triton", device="cpu")
+    run.admit(0, PLANS["ddpm"], seed=5)
+    assert run.graphed
+    with pytest.warns(RuntimeWarning, match="graph='auto' falls back to 'off': the model cannot be captured"):
+        run.step()
+    run.step()
+    assert not run.graphed
+    assert torch.equal(run.result(0), alone(denoiser, PLANS["ddpm"], seed=5))
+    strict = MixedRun(denoiser, list(PLANS.values()), SHAPE, backend="triton", device="cpu", graph="step")
+    strict.admit(0, PLANS["ddpm"], seed=5)
+    with pytest.raises(CaptureError, match="the model cannot be captured"):
+        strict.step()
+
+
+def test_an_engine_calls_powers_of_two_from_graphs(cuda: FakeCuda) -> None:
+    sizes: list[int] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return net(x, t)
+
+    denoiser = fs.Denoiser(network, VP)
+    plans = list(PLANS.values())
+    with fs.Engine(denoiser, (5, *SHAPE[1:]), plans, backend="triton", device="cpu") as engine:
+        futures = [engine.submit(plans[i % 3], seed=i) for i in range(9)]
+        found = [future.result(60.0) for future in futures]
+    for i, sample in enumerate(found):
+        assert torch.equal(sample, alone(fs.Denoiser(net, VP), plans[i % 3], seed=i))
+    assert set(sizes) <= {1, 2, 4, 5}
+    assert len(sizes) == 3 * cuda.log.count("record")

@@ -669,6 +669,30 @@ def mixed_apg(c: Case) -> None:
     _mixed(c, [fs.APG(scale, eta=0.2, norm_threshold=3.0) for scale in (2.5, 1.5)], rules)
 
 
+@feature("`Engine`, an edit of one request", graphs=False)
+def engine(c: Case) -> None:
+    """Two requests, of which the first is edited."""
+    plans = [c.plan(), fs.plan("ddpm", c.grid(-1))]
+    own = _Own(c, plans[0])
+    given = [c.latent(plan) if plan.start != plan.grid.points[0] else None for plan in plans]
+    with fs.Engine(c.denoiser(guidance=2.5), SHAPE, plans, previews=True, **c.where) as serving:
+        futures = []
+        for place, plan in enumerate(plans):
+            x, one = given[place], slice(place, place + 1)
+            futures.append(
+                serving.submit(
+                    plan, seed=SEED + place, x=None if x is None else c.array(x[place]), guidance=2.5 - place,
+                    cond=c.cond(NULL[one], TEXT[one]), edit=None if place else own.x,
+                )
+            )  # fmt: skip
+        samples = [future.result(300.0) for future in futures]
+    for place, plan in enumerate(plans):
+        c.streams = [(SEED + place, 0), (SEED + place, 0)]
+        scale, edit = 2.5 - place, None if place else own.loop_x()
+        want = c.loop(plan, x=given[place], conds=(NULL, TEXT), guide=lambda call, s=scale: cfg(call, s), edit=edit)
+        c.equal(samples[place], want[place])
+
+
 @feature("`sample_sharded`", graphs=False)
 def sharded(c: Case) -> None:
     plan = c.plan()
@@ -692,6 +716,25 @@ def _steps_noise(c: Case, plan: fs.Plan) -> Iterator[tuple[float, np.ndarray]]:
         if stage.done:
             std = abs(stage.rows["x"].get("z", 0.0)) * plan.noise_scale * stage.noise
             yield std, normals(SHAPE, c.streams, k + 1, philox.STEP)
+
+
+@feature("`sample_levels`, a pyramid", graphs=False)
+def levels(c: Case) -> None:
+    """Each token has the sample of a loop over that token alone."""
+
+    def tokens(x: Array, t: Array, c: Array) -> Array:
+        return network(x.reshape(4, 3, 4), t.reshape(4), c.reshape(4)).reshape(x.shape)
+
+    plan = c.plan()
+    shift = np.array([[0.5, -0.25], [1.0, -0.5]])  # of each token
+    c.shape = (4, 3, 4)
+    x = c.latent(plan) if plan.start != plan.grid.points[0] else None
+    found = fs.sample_levels(
+        c.denoiser(tokens), plan, SHAPE, "pyramid", seed=SEED, x=None if x is None else c.array(x.reshape(SHAPE)),
+        cond=c.cond(shift), dtype=c.cell.state, **c.where,
+    )  # fmt: skip
+    c.streams = [(SEED, 65536 * i + j) for i in range(2) for j in range(2)]
+    c.equal(found, c.loop(plan, x=x, conds=[shift.reshape(4)]).reshape(SHAPE))
 
 
 @feature("`rollout` and `log_prob`", graphs=False)

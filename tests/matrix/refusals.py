@@ -43,6 +43,7 @@ MODULE_APG = "`SamplerModule` under APG"
 MODULES = ("an exported loop, `SamplerModule`", "`SamplerModule` under CFG, with clip", MODULE_APG)
 ADAPTIVE, ADAPTIVE_CFG = "`sample_adaptive`", "`sample_adaptive` under CFG"
 MIXED, MIXED_APG = "`MixedRun`, CFG of each request", "`MixedRun` under APG"
+ENGINE, LEVELS = "`Engine`, an edit of one request", "`sample_levels`, a pyramid"
 
 AT_X0 = ("`edit_x0=`", "both, under CFG", "`edits.Inpaint` at x0", "`edits.Prefix`", "`edits.DynamicThreshold` at x0")
 PLANS = tuple(name for name in FEATURES if name not in (ADAPTIVE, ADAPTIVE_CFG))
@@ -61,7 +62,7 @@ RULES: list[Absent | Refusal] = [
         "a torch module, which chooses its kernels by device",
         {"feature": MODULES, "place": ["naive NumPy", "naive torch", "numba NumPy", "triton"]},
     ),
-    Absent("its state is float32", {"feature": [MIXED, MIXED_APG], "dtype": ["float64"]}),
+    Absent("its state is float32", {"feature": [MIXED, MIXED_APG, ENGINE], "dtype": ["float64"]}),
     Refusal(
         "an embedded pair, which `sample_adaptive` takes",
         "is an embedded pair of adaptive steps",
@@ -88,6 +89,11 @@ RULES: list[Absent | Refusal] = [
         "the mean reads the unguided prediction",
         "reads the unguided prediction",
         {"feature": [POLICY], "solver": ["euler_ancestral_cfg_pp"]},
+    ),
+    Refusal(
+        "it encodes data, tokens are drawn",
+        "does not run from noise to data, as tokens do",
+        {"feature": [LEVELS], "solver": ["ddim_inverse"]},
     ),
     Refusal("NumPy has no bfloat16", "NumPy has no bfloat16", {"place": NUMPY, "dtype": ["float32 / bfloat16"]}),
     Refusal(

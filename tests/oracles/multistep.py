@@ -338,6 +338,44 @@ def res_multistep(denoise, grid, x, draws, eta=0.0, s_noise=1.0):
     return y * grid.alpha[-1]
 
 
+def res_2m(denoise, grid, x, draws, final_order=None):
+    """Zhang et al. 2023, Algorithm 1 with c_2 at the point before: b_2 = phi_2 / c_2, b_1 = phi_1 - b_2."""
+    return _res_multistep(denoise, grid, x, 2, final_order)
+
+
+def res_3m(denoise, grid, x, draws, final_order=None, released=False):
+    """The same with two points before: b_2 = gamma b_3, b_3 = phi_2 / (gamma c_2 + c_3), gamma as in res_3s.
+
+    RES4LYF has c_3^3 in gamma (released), where third order needs c_3^2.
+    """
+    return _res_multistep(denoise, grid, x, 3, final_order, 3 if released else 2)
+
+
+def _res_multistep(denoise, grid, x, most, final_order, power=2):
+    lam, old = lambdas(grid), []
+    for i in range(grid.steps):
+        a_s, s_s, a_t, s_t = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
+        x0 = denoise(x, a_s, s_s)
+        if s_t == 0:
+            x = a_t * x0
+            continue
+        h = lam[i + 1] - lam[i]
+        phi_1 = (1 - math.exp(-h)) / h
+        phi_2 = (1 - phi_1) / h
+        c = [(lam[i - j - 1] - lam[i]) / h for j in range(len(old))]
+        p = min(taper(final_order, most, i, grid.steps, grid.sigma[-1] == 0), 1 + len(old))
+        b = []
+        if p == 2:
+            b = [phi_2 / c[0]]
+        elif p == 3:
+            gamma = (3 * c[1] ** power - 2 * c[1]) / (c[0] * (2 - 3 * c[0]))
+            b = [gamma * phi_2 / (gamma * c[0] + c[1]), phi_2 / (gamma * c[0] + c[1])]
+        total = (phi_1 - sum(b)) * x0 + sum(w * m for w, m in zip(b, old, strict=False))
+        x = s_t / s_s * x + a_t * h * total
+        old = [x0, *old][: most - 1]
+    return x
+
+
 def gradient_estimation(denoise, grid, x, draws, gamma=2.0, frame=None, to_zero=False):
     """Permenter & Yuan 2023, Algorithm 2 (to_zero) and ComfyUI's sample_gradient_estimation."""
     del draws
@@ -356,10 +394,12 @@ def gradient_estimation(denoise, grid, x, draws, gamma=2.0, frame=None, to_zero=
     return y * scale[-1]
 
 
-def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, s_noise=1.0):
+def er_sde(
+    denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=False, final_order=None, points=None, s_noise=1.0
+):
     """Cui et al. 2023, the released code's vp_1_order, vp_2_order_taylor and vp_3_order_taylor.
 
-    The integrals are exact here, where the code has 100-point and ComfyUI 200-point left Riemann sums.
+    The integrals are exact here, where the code has 100-point and ComfyUI 200-point left Riemann sums (points).
     """
     from scipy.integrate import quad
 
@@ -391,6 +431,9 @@ def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=Fa
         if p > 1 and old_x0 is not None:
             tight = {"epsabs": 0, "epsrel": 1e-13, "limit": 200}
             s_int = quad(lambda v: math.exp(v) / fn(math.exp(v)), math.log(t), math.log(s), **tight)[0]
+            at = [t + j * (s - t) / points for j in range(points or 0)]
+            if points:
+                s_int = sum(1 / fn(v) for v in at) * (s - t) / points
             slope = d_x0
             if p > 2 and old_d_x0 is not None:
                 dd_x0 = 2 * (d_x0 - old_d_x0) / (s - lambdas_[i - 2])
@@ -400,6 +443,8 @@ def er_sde(denoise, grid, x, draws, order=3, noise_scale="sde_5", interpolate=Fa
                     math.log(s),
                     **tight,
                 )[0]
+                if points:
+                    s_d_int = sum((v - s) / fn(v) for v in at) * (s - t) / points
                 x_new = x_new + alphas[i + 1] * ((t - s) ** 2 / 2 + s_d_int * fn(t)) * dd_x0
                 if interpolate:
                     slope = d_x0 + dd_x0 * (s - lambdas_[i - 1]) / 2
@@ -422,9 +467,12 @@ def sa_solver(
     pc_mode="PEC",
     simple_order_2=False,
     final_order=None,
+    early=False,
     s_noise=1.0,
 ):
     """Xue et al. 2023, Algorithm 1, in the loop of its code (sample_few_steps): eq. 15 and 18 by quadrature.
+
+    ComfyUI limits the order of the corrector at point k to n - k (early).
 
     Where the grid ends at sigma 0 the last step is the released code's denoise_to_zero.
     """
@@ -467,6 +515,8 @@ def sa_solver(
         c = min(taper(final_order, corrector_order - 1, k - 1, n, sigmas[-1] == 0) + 1, k + 1)
         if corrector_order == 1:
             c = 1
+        if early:
+            c = min(c, n - k)
         noise = next(draws) * s_noise if strength(k) > 0 else 0.0
         predicted = update(x, k, p, preds, noise, corrector=False)
         if k == n:

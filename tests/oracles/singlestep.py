@@ -187,10 +187,10 @@ def dpmpp_3s(denoise, grid, x, draws, r1=1 / 3, r2=2 / 3, variant="dpmsolver"):
     return _singlestep(denoise, grid, x, update)
 
 
-def dpmpp_2s_ancestral(denoise, grid, x, draws, eta=1.0, frame=None, s_noise=1.0):
-    """k-diffusion's sample_dpmpp_2s_ancestral in sigma; ComfyUI's _RF form in flow time."""
+def dpmpp_2s_ancestral(denoise, grid, x, draws, eta=1.0, frame=None, after_one=None, s_noise=1.0):
+    """k-diffusion's sample_dpmpp_2s_ancestral in sigma; ComfyUI's _RF form in flow time, where after_one is 0.9999."""
     if frame == "flow" or (frame is None and isinstance(grid.process, Flow)):
-        return _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise)
+        return _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, after_one, s_noise)
     draws = iter(draws)
     y, sigmas, d = in_sigma(denoise, grid, x)
     for s, t in itertools.pairwise(sigmas):
@@ -214,7 +214,7 @@ def _ancestral(s, t, eta):
     return math.sqrt(max(0.0, t**2 * (1 - eta**2) + (eta * t**2 / s) ** 2)), up
 
 
-def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise):
+def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, after_one, s_noise):
     """On x scaled to alpha + sigma = 1, where every process is a rectified flow."""
     draws = iter(draws)
     scales = [a + s for a, s in zip(grid.alpha.tolist(), grid.sigma.tolist(), strict=True)]
@@ -231,9 +231,13 @@ def _dpmpp_2s_ancestral_rf(denoise, grid, x, draws, eta, s_noise):
         if t == 0:
             x = x0
             continue
-        lam_s, lam_down = math.log((1 - s) / s), math.log((1 - down) / down)
-        mid = 1 / (math.exp((lam_s + lam_down) / 2) + 1)
-        x0 = d(mid / s * x + (1 - mid / s) * x0, mid)
+        if s == 1:
+            mid = after_one
+        else:
+            lam_s, lam_down = math.log((1 - s) / s), math.log((1 - down) / down)
+            mid = 1 / (math.exp((lam_s + lam_down) / 2) + 1)
+        if mid is not None:
+            x0 = d(mid / s * x + (1 - mid / s) * x0, mid)
         x = down / s * x + (1 - down / s) * x0
         if eta > 0:
             noise = math.sqrt(t**2 - down**2 * (1 - t) ** 2 / (1 - down) ** 2)
@@ -377,4 +381,97 @@ def _sde(denoise, grid, x, update, eta, draws, s_noise):
         else:
             m = denoise(x, s.alpha, s.sigma)
             x = t.alpha * m + t.sigma * x / s.sigma
+    return x
+
+
+def _phi(j, z):
+    """phi_j(-z) by its integral: int_0^1 exp(-z (1 - u)) u^(j - 1) / (j - 1)! du."""
+    from scipy.integrate import quad
+
+    if j == 0:
+        return math.exp(-z)
+    return quad(lambda u: math.exp(-z * (1 - u)) * u ** (j - 1) / math.factorial(j - 1), 0, 1, epsabs=0, epsrel=1e-13)[
+        0
+    ]
+
+
+def _exponential_rk(denoise, grid, x, table):
+    """y' + y = m in half the log-SNR, y = x / alpha: y_i = exp(-c_i h) y + h sum_j a_ij m_j; one call at its ends.
+
+    table  h -> ([c_2, ...], [row 2, ..., last row])
+    """
+    for i in range(grid.steps):
+        a_s, s_s, a_t, s_t = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
+        m = [denoise(x, a_s, s_s)]
+        if s_t == 0 or a_s == 0:
+            x = s_t / s_s * x + (a_t - a_s * s_t / s_s) * m[0]
+            continue
+        start, y = math.log(a_s / s_s), x / a_s
+        h = math.log(a_t / s_t) - start
+        c, rows = table(h)
+        for c_i, row in zip([*c, 1.0], rows, strict=True):
+            y_i = math.exp(-c_i * h) * y + h * sum(w * v for w, v in zip(row, m, strict=True))
+            if len(m) <= len(c):
+                p = grid.points[i + 1] if c_i == 1 else grid.process.point_at_sigma(math.exp(-start - c_i * h))
+                m.append(denoise(p.alpha * y_i, p.alpha, p.sigma))
+        x = a_t * y_i
+    return x
+
+
+def res_3s(denoise, grid, x, draws, c2=0.5, c3=1.0):
+    """Hochbruck & Ostermann 2005, tableau 5.8, with gamma from their condition (5.9)."""
+    del draws
+    gamma = (3 * c3**2 - 2 * c3) / (2 * c2 - 3 * c2**2)
+
+    def table(h):
+        a32 = gamma * c2 * _phi(2, c2 * h) + c3**2 / c2 * _phi(2, c3 * h)
+        b3 = _phi(2, h) / (gamma * c2 + c3)
+        return [c2, c3], [
+            [c2 * _phi(1, c2 * h)],
+            [c3 * _phi(1, c3 * h) - a32, a32],
+            [_phi(1, h) - gamma * b3 - b3, gamma * b3, b3],
+        ]
+
+    return _exponential_rk(denoise, grid, x, table)
+
+
+def etdrk4(denoise, grid, x, draws, variant="krogstad"):
+    """Cox & Matthews 2002, eq. 26 to 29, and Krogstad 2005, eq. 51, as tableaux of Hochbruck & Ostermann 2005."""
+    del draws
+
+    def table(h):
+        p1, p2, p3 = (_phi(j, h) for j in (1, 2, 3))
+        half, half_2 = _phi(1, h / 2), _phi(2, h / 2)
+        last = [p1 - 3 * p2 + 4 * p3, 2 * p2 - 4 * p3, 2 * p2 - 4 * p3, 4 * p3 - p2]
+        if variant == "krogstad":
+            return [0.5, 0.5, 1.0], [[half / 2], [half / 2 - half_2, half_2], [p1 - 2 * p2, 0, 2 * p2], last]
+        return [0.5, 0.5, 1.0], [[half / 2], [0, half / 2], [half / 2 * (math.exp(-h / 2) - 1), 0, half], last]
+
+    return _exponential_rk(denoise, grid, x, table)
+
+
+def lawson4(denoise, grid, x, draws):
+    """The classical Runge-Kutta method for v with y = exp(-u) v + (1 - exp(-u)) m_1, v' = exp(u) (m - m_1)."""
+    del draws
+    for i in range(grid.steps):
+        a_s, s_s, a_t, s_t = grid.alpha[i], grid.sigma[i], grid.alpha[i + 1], grid.sigma[i + 1]
+        first = denoise(x, a_s, s_s)
+        if s_t == 0 or a_s == 0:
+            x = s_t / s_s * x + (a_t - a_s * s_t / s_s) * first
+            continue
+        start = math.log(a_s / s_s)
+        h = math.log(a_t / s_t) - start
+
+        def back(v, u, first=first):
+            return math.exp(-u) * v + (1 - math.exp(-u)) * first
+
+        def slope(v, u, p, back=back, first=first):
+            return math.exp(u) * (denoise(p.alpha * back(v, u), p.alpha, p.sigma) - first)
+
+        v, middle, end = x / a_s, grid.process.point_at_sigma(math.exp(-start - h / 2)), grid.points[i + 1]
+        k1 = 0 * v
+        k2 = slope(v + h / 2 * k1, h / 2, middle)
+        k3 = slope(v + h / 2 * k2, h / 2, middle)
+        k4 = slope(v + h * k3, h, end)
+        x = a_t * back(v + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), h)
     return x

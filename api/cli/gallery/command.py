@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fewstep.cli.app import ERR, OUT, AsJson, parse_list
+from fewstep.cli.app import OUT, AsJson, bars, parse_list
 from fewstep.cli.output import check_out
 from fewstep.solvers.options import needs, unknown
 
@@ -62,10 +61,9 @@ def gallery(
     from fewstep.cli.gallery.page import write_page
     from fewstep.cli.gallery.picture import write_picture
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     made: list[Figure] = []
     seconds: dict[str, float] = {}
-    with Progress(*columns, console=ERR, transient=True, disable=as_json or not ERR.is_terminal) as bar:
+    with bars(quiet=as_json) as bar:
         task = bar.add_task("", total=len(chosen))
         trained: Students | None = None
         if train:

@@ -1,0 +1,122 @@
+"""A network that is told where its step ends, as a denoiser: flow maps, MeanFlow, shortcut and trajectory models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from fewstep.bindings.denoiser import Cond, Denoiser
+from fewstep.bindings.guidance import Guidance
+from fewstep.solvers.plans.ends import step_ends
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.run.arrays import Array, Frame, frame_of
+from fewstep.solvers.run.denoising import Call, Condition
+from fewstep.solvers.schedule.process import Point, Process
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+
+
+class FlowMapDenoiser(Denoiser):
+    """A network of two times, model(x_in, t, s=s, **cond): t where a step starts, s (B,) where it ends.
+
+        student = FlowMapDenoiser(net, Flow(), "flow")
+        fewstep.sample(student, shape=..., solver="euler", steps=2)
+
+    Its x0 prediction is the one with which a single first-order step lands at s on the flow, so that every one-call
+    step samples it: "euler" and "ddim" jump from point to point of the grid, "tcd" with gamma goes lower and back up
+    with noise, "lcm" always goes to clean data. With `Flow` and predicts="flow" the output is the average velocity from
+    s to t, x_s = x_t - (t - s) u. The plan says where each step ends, and the sampler tells the network (`for_plan`).
+
+    end  the name of s, the network's keyword
+
+    s is in the units of the network's time input t. Under predicts="edm", where clean data would be -inf, s is at least
+    the process's sigma_min. Other arguments as for `Denoiser`.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Array],
+        process: Process,
+        predicts: str = "flow",
+        guidance: float | Guidance | None = None,
+        *,
+        end: str = "s",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, process, predicts, guidance, **options)
+        if not (isinstance(end, str) and end.isidentifier()):
+            raise ValueError(f"end = {end!r:.80}: it must be the name of one of the model's keyword arguments")
+        self.end = end
+
+    def end_time(self, to: Point) -> float:
+        """The network's second time input for a step that ends at `to`."""
+        low = self.process.sigma_min
+        if self.predicts == "edm" and to.sigma < low * to.alpha:
+            to = self.process.point_at_sigma(low)
+        return self.time(to)
+
+    def for_plan(self, plan: Plan) -> Self:
+        """The denoiser that is told the end of each step of this plan; samplers call it.
+
+        Raises ValueError for a solver whose steps are no jumps by one prediction, and for a plan that calls the network
+        at one time for steps to different ends.
+        """
+        ends: dict[float, float] = {}
+        for stage, to in zip(plan.stages, step_ends(plan), strict=True):
+            # Single precision: times are told apart by what reaches the network.
+            t, s = float(np.float32(self.time(stage.at))), self.end_time(to)
+            if abs(ends.setdefault(t, s) - s) > 1e-6 * max(1.0, abs(s)):
+                raise ValueError(
+                    f"solver {plan.solver!r} calls the network at t = {t:g} for steps that end at {ends[t]:g} and "
+                    f"{s:g}: a flow map needs one end for each time"
+                )
+        other = copy.copy(self)
+        other.model = WithEnds(self.model, self.end, ends)
+        return other
+
+    def bind(self, frame: Frame, batch: int, cond: Cond | Condition) -> Call:
+        call = super().bind(frame, batch, cond)
+        if isinstance(self.model, WithEnds) or all(self.end in own for own in self.conditions(cond)):
+            return call
+
+        def refuse(branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
+            raise ValueError(
+                f"a FlowMapDenoiser is called without the end of its step, cond[{self.end!r}]: sample it with "
+                "fewstep.sample or a Sampler, which take it from the plan, or give it"
+            )
+
+        return refuse
+
+
+class WithEnds:
+    """A network of two times as one of t alone, which looks the end of its step up: model(x, t, s=ends[t])."""
+
+    def __init__(self, network: Callable[..., Array], name: str, ends: dict[float, float]) -> None:
+        self.network, self.name = network, name
+        self.table = np.array(sorted(ends.items())).T  # (2, steps): t, s
+        self._tables: dict[object, tuple[Array, Array]] = {}  # by device and dtype, kept for CUDA graphs
+
+    def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
+        where = frame_of(t)
+        if where is None:
+            raise TypeError(f"t is {type(t).__name__}, and a FlowMapDenoiser takes arrays of NumPy or torch")
+        key = (where.name, str(where.device), str(t.dtype))
+        tables = self._tables.get(key)
+        if tables is None:
+            tables = where.array(self.table[0], where.dtype_of(t)), where.array(self.table[1], where.dtype_of(t))
+            if type(tables[0]).__name__ != "FakeTensor":  # of an export, in which alone it is of use
+                self._tables[key] = tables
+        times, ends = tables
+        return self.network(x, t, **{**cond, self.name: ends[abs(t[:, None] - times).argmin(1)]})
+
+    @property
+    def frame(self) -> Frame | None:
+        return frame_of(self.network)
+
+    def parameters(self) -> Iterator[Parameter]:
+        own = getattr(self.network, "parameters", None)
+        return iter(own() if callable(own) else ())

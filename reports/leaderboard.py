@@ -1,0 +1,353 @@
+"""Train every distillation method on two problems in the plane and write a page of them: `make leaderboard`.
+
+Every method has about the same training time: its number of steps is set from the cost of one of them. The page is
+docs/distill/leaderboard.md. Finished runs are kept in leaderboard.json beside it and not repeated; `--again` begins
+anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.bindings.denoiser import Denoiser
+from fewstep.distill_runs.evaluate import distances, pinwheel_data
+from fewstep.distill_runs.methods import make_recipe
+from fewstep.distill_runs.pinwheel import ARMS, pinwheel_teacher
+from fewstep.distill_runs.ring import PROCESS, RING, RingRecipe
+from fewstep.distill_runs.training import train
+from fewstep.solvers.files import write_whole
+from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.schedule.grid import grid as make_grid
+from fewstep.solvers.tune.tuning import tune
+
+CALLS = (1, 2, 4)
+SEEDS = (0, 1, 2)
+# Enough that the noise of the measures is below the teacher's own distance; the pinwheel's classes have a fifth each.
+SAMPLES = {"ring": 4000, "pinwheel": 10000}
+SEARCHED = 1000  # samples by which the teacher's plans are compared
+PROBLEMS = {"pinwheel": ARMS, "ring": 0}  # with their numbers of classes
+SIZE = {"width": 128.0, "depth": 2.0}
+BATCH = 128
+REFERENCE = 50  # calls of the teacher to which students are compared
+SOLVERS = ("ddim", "dpmpp_2m", "unipc", "heun")
+SPACINGS = ("karras", "exponential", "logsnr")
+MEASURES = ("swd", "energy distance")
+OUT = Path("docs/distill")
+
+
+Measures = Mapping[str, Mapping[str, float]]  # by number of calls and name
+Kept = tuple[float, Measures]  # of one seed: seconds and measures; a list once it was read from the file
+
+
+class Entry(NamedTuple):
+    """A method with its options and the number of optimiser steps of its student."""
+
+    title: str
+    method: str
+    steps: int
+    options: tuple[tuple[str, float], ...] = ()
+    data: bool = False  # learns from data alone
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.method, *(f"{k}{v:g}" for k, v in self.options)])
+
+
+ENTRIES = (
+    Entry("Progressive distillation", "progressive", 800),
+    Entry("Consistency distillation", "consistency", 1200),
+    Entry("Improved consistency training", "improved_consistency", 1500, data=True),
+    Entry("sCM, from the teacher", "continuous_consistency", 700),
+    Entry("Rectified flow, reflow, distillation", "rectified", 1800, data=True),
+    Entry("MeanFlow", "mean_flow", 1000, data=True),
+    Entry("Improved MeanFlow", "mean_flow", 1000, (("improved", 1.0),), data=True),
+    Entry("MeanFlow, from the teacher", "mean_flow", 1000, (("teacher", 1.0),)),
+    Entry("Shortcut model", "shortcut", 1200, data=True),
+    Entry("Flow map (AYF)", "flow_maps", 1100),
+    Entry("IMM", "moment_matching", 1200, data=True),
+    Entry("DMD2, one step", "distribution_matching", 250),
+    Entry("DMD2, four steps", "distribution_matching", 250, (("calls", 4.0),)),
+    Entry("SiD", "score_identity", 250),
+    Entry("f-distill", "f_distill", 200),
+    Entry("ADD", "adversarial", 800),
+    Entry("LADD", "latent_adversarial", 700),
+    Entry("rCM", "regularised", 500),
+    Entry("TDM, four steps", "trajectory_matching", 300),
+)
+
+
+# Longer runs on the pinwheel with networks as large as the teacher's, which start as it: which reach the teacher?
+LONG = tuple(
+    Entry(title, method, steps, options)
+    for title, method, steps, options in (
+        ("Consistency distillation", "consistency", 4000, ()),
+        ("DMD2, one step", "distribution_matching", 1200, ()),
+        ("DMD2, four steps", "distribution_matching", 1200, (("calls", 4.0),)),
+        ("Progressive distillation", "progressive", 3000, ()),
+        ("SiD", "score_identity", 1200, ()),
+        ("ADD", "adversarial", 5000, ()),
+    )
+)
+LONG_RATE = 1e-3
+
+
+class Score(NamedTuple):
+    """Measures of one seed: by number of calls and name. seconds: of the processor, of training."""
+
+    seconds: float
+    measures: dict[str, dict[str, float]]
+
+
+def teacher_of(problem: str) -> Denoiser:
+    return pinwheel_teacher() if PROBLEMS[problem] else RING.denoiser(PROCESS)
+
+
+def draw(denoiser: Denoiser, plan: Plan, problem: str, start: float, seed: int, count: int = 0) -> Tensor:
+    """Samples from latents of the seed, the classes in turn: `count`, or as many as the problem's measures need."""
+    classes, count = PROBLEMS[problem], count or SAMPLES[problem]
+    latent = torch.randn((count, 2), generator=torch.Generator().manual_seed(1000 + seed))
+    cond = {"label": torch.arange(count) % classes} if classes else None
+    x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent, seed=seed, cond=cond)
+    return x
+
+
+def student_score(entry: Entry, problem: str, seed: int) -> Score:
+    small = entry not in LONG
+    options = {**(SIZE if small else {}), **dict(entry.options)}
+    recipe = make_recipe(
+        entry.method,
+        problem,
+        entry.steps,
+        BATCH if small else None,
+        None if small else LONG_RATE,
+        seed,
+        options=options,
+    )
+    assert isinstance(recipe, RingRecipe)
+    begin = time.process_time()
+    train(recipe)
+    seconds = time.process_time() - begin
+    return Score(
+        seconds,
+        {
+            str(nfe): distances(draw(denoiser, plan, problem, recipe.start_sigma, seed), PROBLEMS[problem])
+            for nfe, (denoiser, plan) in recipe.samplers().items()
+            if nfe in CALLS
+        },
+    )
+
+
+@cache
+def best_plan(problem: str, nfe: int) -> tuple[str, Plan]:
+    """The hand-made plan whose samples of seed 0 are nearest to the data by energy distance, with its name."""
+    found = []
+    for solver, spacing in product(SOLVERS, SPACINGS):
+        steps = (nfe + 1) // 2 if solver == "heun" else nfe  # Heun's last step is one call
+        plan = make_plan(solver, make_grid(PROCESS, steps, spacing))
+        if plan.nfe <= nfe:
+            x = draw(teacher_of(problem), plan, problem, plan.start.sigma, 0, SEARCHED)
+            found.append((distances(x, PROBLEMS[problem])["energy distance"], f"{solver}, {spacing}", plan))
+    return min(found, key=lambda item: item[0])[1:]
+
+
+def teacher_scores(problem: str) -> dict[str, dict[str, Score]]:
+    """The teacher's best plan, its tuned plan and another draw of the data, by row and seed."""
+    rows: dict[str, dict[str, Score]] = {}
+    teacher, classes = teacher_of(problem), PROBLEMS[problem]
+    cond = {"label": torch.arange(classes)} if classes else None
+    begin = time.process_time()
+    tuned = {
+        nfe: tune(teacher, nfe, shape=(2,), cond=cond, seeds=256, cache=None, progress=False)
+        for nfe in CALLS
+        if nfe > 1
+    }
+    seconds = time.process_time() - begin
+    best = {nfe: best_plan(problem, nfe) for nfe in (*CALLS, REFERENCE)}
+    plans = {
+        "Teacher's best plan": (0.0, {nfe: plan for nfe, (_, plan) in best.items()}),
+        "Teacher's tuned plan": (seconds, tuned),
+    }
+    for seed in SEEDS:
+        for title, (cost, by_nfe) in plans.items():
+            measures = {
+                str(n): distances(draw(teacher, plan, problem, plan.start.sigma, seed), classes)
+                for n, plan in by_nfe.items()
+            }
+            rows.setdefault(title, {})[str(seed)] = Score(cost, measures)
+        other = pinwheel_data(SAMPLES[problem], 2 + seed) if classes else RING.draw(SAMPLES[problem], 2 + seed)
+        measures = {"0": distances(torch.from_numpy(np.asarray(other)), classes)}
+        rows.setdefault("Other draws of the data", {})[str(seed)] = Score(0.0, measures)
+    names = {str(nfe): name for nfe, (name, _) in best.items()}
+    rows["names"] = {key: Score(0.0, {name: {}}) for key, name in names.items()}
+    return rows
+
+
+# --- the page ---
+
+
+def cell(scores: Sequence[Mapping[str, Mapping[str, float]]], nfe: str, measure: str) -> str:
+    """Mean and standard deviation over the seeds, in thousandths."""
+    values = [1e3 * own[nfe][measure] for own in scores if nfe in own]
+    if not values:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    digits = 1 if measure == "swd" else 2
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def table(title: str, found: Mapping[str, Mapping[str, Kept]], entries: Sequence[Entry]) -> list[str]:
+    heads = [f"{'SWD' if m == 'swd' else 'energy'}, {n}" for m in MEASURES for n in CALLS]
+    lines = [
+        f"## {title}",
+        "",
+        f"| method | {' | '.join(heads)} | training, s | steps |",
+        f"|---|{'---:|' * (len(heads) + 2)}",
+    ]
+    order = {entry.title: entry for entry in entries}
+    for name, by_seed in found.items():
+        if name == "names":
+            continue
+        scores = [own[1] for own in by_seed.values()]
+        seconds = statistics.mean(own[0] for own in by_seed.values())
+        if name == "Other draws of the data":
+            cells = [cell(scores, "0", m) for m in MEASURES for _ in CALLS]
+        else:
+            cells = [cell(scores, str(n), m) for m in MEASURES for n in CALLS]
+        entry = order.get(name)
+        mark = " (data)" if entry is not None and entry.data else ""
+        mark += "" if len(scores) == len(SEEDS) else f", {len(scores)} of {len(SEEDS)} seeds"
+        lines.append(
+            f"| {name}{mark} | {' | '.join(cells)} | {f'{seconds:.0f}' if seconds else ''} | "
+            f"{entry.steps if entry is not None else ''} |"
+        )
+    return [*lines, "", *_goal(found, entries), ""]
+
+
+def _goal(found: Mapping[str, Mapping[str, Kept]], entries: Sequence[Entry]) -> list[str]:
+    """Which methods' one call is within 1.1 of the teacher's many calls in both measures, on the mean over seeds."""
+    best = found.get("Teacher's best plan")
+    if best is None:
+        return []
+
+    def mean(by_seed: Mapping[str, Kept], nfe: str, measure: str) -> float:
+        values = [own[1][nfe][measure] for own in by_seed.values() if nfe in own[1]]
+        return statistics.mean(values) if values else float("inf")
+
+    bound = {m: mean(best, str(REFERENCE), m) for m in MEASURES}
+    # An exact teacher's energy distance is 0 but for the draws: then SWD alone can be compared.
+    measures = [m for m in MEASURES if m == "swd" or bound[m] > 0.0]
+    students = {e.title: found[e.title] for e in entries if e.title in found and mean(found[e.title], "1", "swd") < 1e9}
+    ratios = {name: [mean(own, "1", m) / bound[m] for m in measures] for name, own in students.items()}
+    near = [name for name, values in ratios.items() if max(values) <= 1.1]
+    closest = sorted(ratios, key=lambda name: max(ratios[name]))[:5]
+    text = "; ".join(f"{name} {' and '.join(f'{v:.2f}' for v in ratios[name])}" for name in closest)
+    named = found.get("names", {})
+    plans = "; ".join(f"{key} calls: {next(iter(own[1]))}" for key, own in named.items())
+    what = "both" if len(measures) > 1 else "the SWD (its energy distance is 0 but for the draws)"
+    return [
+        f"The teacher's best plan in {REFERENCE} calls has an SWD of {1e3 * bound['swd']:.1f} and an energy distance",
+        f"of {1e3 * bound['energy distance']:.2f} thousandths. Within 1.1 times {what} in one call:",
+        f"{', '.join(near) or 'no student'}. The nearest, over the teacher's: {text}.",
+        "",
+        f"Best plans: {plans}.",
+    ]
+
+
+def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
+    every = [own for rows in results.values() for by_seed in rows.values() for own in by_seed.values()]
+    seconds = sum(own[0] for own in every)
+    runs = sum(len(by_seed) for rows in results.values() for name, by_seed in rows.items() if name in TITLES)
+    lines = [
+        "# Leaderboard of distillation",
+        "",
+        f"Written by `make leaderboard`: {runs} training runs, {seconds / 60:.0f} minutes of one core in all.",
+        "",
+        "Every method trains a perceptron of 2 layers of 128 from scratch, with batches of 128 and about the same",
+        "time. The budget is small on purpose: the table compares methods at this cost, not at their best ([the longer",
+        "runs](results.md)). A method marked (data) sees no teacher. The ring is unconditional with an exact teacher;",
+        "the pinwheel has five classes and a trained teacher, and its measures are means over the classes.",
+        "",
+        "SWD is the sliced Wasserstein-2 distance, energy the energy distance, both in thousandths, of 4000 (ring)",
+        "or 10000 samples to as many draws of the data, at 1, 2 and 4 calls; mean and standard deviation over the",
+        f"training seeds and latents {', '.join(map(str, SEEDS))}. Training is processor time in seconds, while other",
+        "work ran. The digits are left out: one run of a U-Net costs more than this whole table.",
+        "",
+    ]
+    for problem, title in (("pinwheel", "Conditional pinwheel"), ("ring", "Ring of eight Gaussians")):
+        if problem in results:
+            lines += table(title, results[problem], ENTRIES)
+    if results.get("long"):
+        teacher = {name: own for name, own in results["pinwheel"].items() if name not in TITLES}
+        lines += table("Conditional pinwheel, longer training", {**teacher, **results["long"]}, LONG)
+        lines += [
+            "Networks of 3 layers of 128 that start as the teacher, batches of 256: `make leaderboard LONG=--long`.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+TITLES = {entry.title for entry in ENTRIES}
+
+
+def execute(path: Path, problems: Iterable[str], seeds: Iterable[int], *, long: bool = False) -> None:
+    """Run what the file lacks, one seed of everything after another, and write the file and the page after each run.
+
+    long  the longer runs on the pinwheel, with the first seed, in place of the others
+    """
+    results: dict[str, dict[str, dict[str, Kept]]] = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    )
+
+    def keep() -> None:
+        text = json.dumps(results, indent=1) + "\n"
+        write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+        write_whole(path.with_suffix(".md"), lambda to: to.write_text(page(results), encoding="utf-8"))
+
+    for problem in problems:
+        rows = results.setdefault(problem, {})
+        if "names" not in rows:
+            rows.update({title: dict(by_seed) for title, by_seed in teacher_scores(problem).items()})
+            keep()
+    runs = [(SEEDS[0], "pinwheel", entry) for entry in LONG] if long else [*product(seeds, problems, ENTRIES)]
+    for seed, problem, entry in runs:
+        own = results.setdefault("long" if long else problem, {}).setdefault(entry.title, {})
+        if str(seed) in own:
+            continue
+        own[str(seed)] = student_score(entry, problem, seed)
+        print(problem, entry.name, seed, *own[str(seed)], flush=True)
+        keep()
+    keep()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of leaderboard.json and leaderboard.md")
+    parser.add_argument("--again", action="store_true", help="begin anew")
+    parser.add_argument("--only", default=",".join(PROBLEMS), help="problems, separated by commas")
+    parser.add_argument("--long", action="store_true", help="the longer runs on the pinwheel instead")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the number of seeds")
+    given = parser.parse_args()
+    path = given.out / "leaderboard.json"
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.again:
+        path.unlink(missing_ok=True)
+    execute(path, given.only.split(","), SEEDS[: given.seeds], long=given.long)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

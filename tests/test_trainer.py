@@ -1,0 +1,702 @@
+"""`fewstep.Trainer`: every method on a network, data and conditions that the package has never seen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep as fs
+from fewstep.bindings.flow_map import FlowMapDenoiser
+from fewstep.cli.commands import app
+from fewstep.distill_runs.data import as_source
+from fewstep.distill_runs.loggers import TensorBoardLogger, WandbLogger
+from fewstep.distill_runs.metrics import sliced_wasserstein
+from fewstep.distill_runs.own_methods import METHODS
+from fewstep.distill_runs.training import CHECKPOINT, generator
+
+# torch's own set-up, at the first forward-mode derivative.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
+SMALL = {
+    "progressive": {"teacher_steps": 4},
+    "latent_consistency": {"w_min": 1, "w_max": 3},
+    "rectified": {"pairs": 16, "pair_steps": 2},
+    "distribution_matching": {"calls": 4, "critic_steps": 2},
+    "score_identity": {"critic_steps": 1},
+}
+
+
+class Video(nn.Module):
+    """Latents (B, C, T, H, W), a nested condition, dropout and perhaps a guidance strength."""
+
+    def __init__(self, channels: int = 2, width: int = 8) -> None:
+        super().__init__()
+        self.enter = nn.Conv3d(channels, width, 3, padding=1)
+        self.middle = nn.Conv3d(width, width, 3, padding=1)
+        self.leave = nn.Conv3d(width, channels, 3, padding=1)
+        self.time, self.text, self.drop = nn.Linear(1, width), nn.Linear(3, width), nn.Dropout(0.1)
+
+    def forward(
+        self, x: Tensor, t: Tensor, added: Mapping[str, Tensor], w: Tensor | None = None, s: Tensor | None = None
+    ) -> Tensor:
+        t = t if s is None else t + 0.5 * s
+        told = self.time(t[:, None].to(x.dtype) / 100.0) + self.text(added["text"].to(x.dtype))
+        if w is not None:
+            told = told + 0.1 * w[:, None].to(told.dtype)
+        h = nn.functional.silu(self.enter(x) + told[:, :, None, None, None])
+        out: Tensor = self.leave(h + self.drop(nn.functional.silu(self.middle(h))))
+        return out
+
+
+class Image(nn.Module):
+    """Images (B, 1, H, W) without a condition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        self.time = nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        told = self.time(t[:, None].to(x.dtype))[:, :, None, None]
+        out: Tensor = self.leave(nn.functional.silu(self.enter(x) + told))
+        return out
+
+
+def made(kind: type[nn.Module], seed: int = 0, **arguments: Any) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(**arguments)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def video(method: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of a Trainer on a process that suits the method."""
+    process, predicts = {
+        "rectified": (fs.Flow(), "flow"),
+        "latent_consistency": (fs.VP.linear(), "v"),
+        "progressive": (fs.Flow(), "flow"),
+        "mean_flow": (fs.Flow(), "flow"),
+        "flow_maps": (fs.Flow(), "flow"),
+    }.get(method, (fs.EDM(), "edm"))
+    text = {"text": numbers(12, 3, seed=1).to(dtype)}
+    guided = method in ("guided", "latent_consistency")
+    teacher = fs.Denoiser(
+        made(Video).to(dtype),
+        process,
+        predicts,
+        guidance=2.0 if guided else None,
+        null={"added": {"text": torch.zeros(1, 3, dtype=dtype)}},
+    )
+    two_times = method in ("mean_flow", "flow_maps")
+    return {
+        "student": FlowMapDenoiser(teacher.model, process, predicts) if two_times else None,
+        "teacher": teacher,
+        "data": (0.5 * numbers(12, 2, 2, 4, 4), {"added": text}),
+        "options": SMALL.get(method),
+        "steps": 6,
+        "batch": 4,
+        "lr": 1e-3,
+        "samples": 2,
+        "device": "cpu",
+    }
+
+
+def weights(student: fs.Student) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in student.denoiser(min(student.calls)).model.state_dict().items()}
+
+
+class CutError(Exception):
+    pass
+
+
+def cut_at(step: int) -> Any:
+    def watch(done: int, values: object) -> None:
+        if done == step:
+            raise CutError
+
+    return watch
+
+
+# --- the methods ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_to_the_bit_and_is_loaded_again(method: str, tmp_path: Path) -> None:
+    """A bfloat16 network on 3-D latents with a nested condition and dropout, whose masks must resume, too."""
+    dtype = torch.bfloat16
+    given = video(method, dtype)
+    whole = fs.Trainer(method, **given).fit()
+    before = given["teacher"].model.state_dict()
+    assert any(not torch.equal(v, before[k]) for k, v in weights(whole).items())
+    with pytest.raises(CutError):
+        fs.Trainer(method, **given, out=tmp_path, every=3).fit(watch=cut_at(4))
+    trainer = fs.Trainer(method, **given, out=tmp_path, every=3)
+    again = trainer.fit(resume=True)
+    for name, value in weights(whole).items():
+        assert value.dtype == dtype
+        assert torch.equal(value, weights(again)[name]), name
+    loaded = fs.load_student(tmp_path, made(Video, seed=9).to(dtype))
+    assert loaded.calls == whole.calls
+    cond = {"added": {"text": numbers(3, 3, seed=5).to(dtype)}}
+    for calls in whole.calls:
+        x = whole.sample(3, calls, seed=1, cond=cond)
+        assert x.shape == (3, 2, 2, 4, 4)
+        assert torch.equal(loaded.sample(3, calls, seed=1, cond=cond), x)
+
+
+GAUSS = 0.3, torch.tensor([0.8, -0.5])
+
+
+def gaussian(process: Any) -> fs.Denoiser:
+    """The exact denoiser of N(mean, std^2), by its x0 prediction. Only for processes with alpha and sigma of t."""
+    std, mean = GAUSS
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        at = process.point(t.double().cpu().numpy())
+        alpha, sigma = (torch.as_tensor(v)[:, None].to(x) for v in (at.alpha, at.sigma))
+        gain = alpha * std**2 / (alpha**2 * std**2 + sigma**2)
+        return mean.to(x) + gain * (x - alpha * mean.to(x))
+
+    return fs.Denoiser(net, process, "sample")
+
+
+class Plane(nn.Module):
+    def __init__(self, inputs: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(inputs, 48), nn.SiLU(), nn.Linear(48, 48), nn.SiLU(), nn.Linear(48, 2))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor | None = None) -> Tensor:
+        times = [v[:, None].to(x.dtype) for v in (t, s) if v is not None]
+        out: Tensor = self.layers(torch.cat([x, *times], dim=1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "predicts", "options"),
+    [
+        ("progressive", "flow", {"teacher_steps": 4}),
+        ("consistency", "edm", {"levels": 6, "target_ema": 0.5}),
+        ("latent_consistency", "flow", {"levels": 8, "target_ema": 0.5}),
+        ("improved_consistency", "edm", {"levels": 10}),
+        ("continuous_consistency", "edm", {}),
+        ("rectified", "flow", {"pairs": 512, "pair_steps": 8}),
+        ("distribution_matching", "edm", {"critic_steps": 1}),
+        ("score_identity", "edm", {"critic_steps": 3, "alpha": 1.0, "critic_lr": 4}),
+        ("mean_flow", "flow", {}),
+        ("flow_maps", "flow", {}),
+        ("adversarial", "edm", {"levels": 6, "target_ema": 0.5, "warm": 0.8, "distil": 0.5}),
+    ],
+)
+def test_one_call_of_a_student_from_scratch_comes_near_the_data(
+    method: str, predicts: str, options: dict[str, float]
+) -> None:
+    """One-call samples against a draw of the data, with the untrained network's own as the yardstick."""
+    process = fs.Flow() if predicts == "flow" else fs.EDM(sigma_max=5.0)
+    two_times = method in ("mean_flow", "flow_maps")
+    student = (FlowMapDenoiser if two_times else fs.Denoiser)(made(Plane, inputs=3 + two_times), process, predicts)
+    teacher = gaussian(process)
+    data = GAUSS[0] * numbers(2048, 2) + GAUSS[1]
+    held = (GAUSS[0] * numbers(256, 2, seed=1) + GAUSS[1]).numpy()
+    distances = []
+    for steps in (1, 120):
+        trained = fs.Trainer(
+            method, teacher=teacher, student=student, data=data, steps=steps, batch=64, options=options,
+            lr=1e-3 if method == "score_identity" else 1e-2, ema=0.95, device="cpu", samples=2,
+            features=lambda x: [x, x * x],
+        ).fit()  # fmt: skip
+        distances.append(sliced_wasserstein(trained.sample(256, 1).numpy(), held))
+    assert distances[1] < 0.6 * distances[0], distances
+
+
+def test_adapters_alone_are_trained_and_the_student_has_them_merged(tmp_path: Path) -> None:
+    given = video("consistency", torch.float32) | {"options": {"lora": 2}}
+    trainer = fs.Trainer("consistency", **given, out=tmp_path)
+    student = trainer.fit()
+    teacher = given["teacher"].model.state_dict()
+    assert weights(student).keys() == teacher.keys()
+    changed = {k for k, v in weights(student).items() if not torch.equal(v, teacher[k])}
+    assert changed
+    assert all(k.endswith("weight") for k in changed)
+    loaded = fs.load_student(tmp_path, made(Video))
+    for name, value in weights(loaded).items():
+        torch.testing.assert_close(value, weights(student)[name], rtol=0, atol=0)
+
+
+def test_channels_last_images_keep_their_layout_and_fp16_its_scale(tmp_path: Path) -> None:
+    network = made(Image).to(memory_format=torch.channels_last)
+    data = (0.5 * numbers(16, 1, 4, 4)).to(memory_format=torch.channels_last)
+    given: dict[str, Any] = {
+        "teacher": fs.Denoiser(network, fs.EDM(), "edm"), "data": data, "steps": 6, "batch": 4, "amp": "fp16",
+        "samples": 2, "device": "cpu", "out": tmp_path, "every": 2,
+    }  # fmt: skip
+    trainer = fs.Trainer("consistency", **given)
+    with pytest.raises(CutError):
+        trainer.fit(watch=cut_at(5))
+    scales = []
+    resumed = trainer.recipe()
+    from fewstep.distill_runs.training import load
+
+    assert load(resumed, tmp_path / CHECKPOINT) == 4
+    scales.append(resumed.scaler.get_scale())
+    student = trainer.fit(resume=True)
+    model = student.denoiser().model
+    assert model.enter.weight.is_contiguous(memory_format=torch.channels_last)
+    assert scales[0] > 0.0
+    # The starting scale of 2^16 overflows on some of these steps, each of which halves it.
+    assert math.log2(scales[0]) == int(math.log2(scales[0])) <= 16
+
+
+# --- the loop ---
+
+
+def simple(**more: Any) -> dict[str, Any]:
+    teacher = fs.Denoiser(made(Image), fs.EDM(), "edm")
+    base = {"teacher": teacher, "data": 0.5 * numbers(16, 1, 4, 4), "steps": 6, "batch": 4, "device": "cpu"}
+    return {**base, "samples": 2, **more}
+
+
+def test_every_form_of_data_gives_the_same_batches(tmp_path: Path) -> None:
+    """An array, a data set of its samples, files of it, and a function that picks from it."""
+    x0, label = numbers(9, 1, 4, 4), torch.arange(9)
+    np.save(tmp_path / "x.npy", x0.numpy())
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.savez(folder / "data.npz", images=x0.numpy(), label=label.numpy())
+    items = [(x, {"label": n}) for x, n in zip(x0, label, strict=True)]
+
+    def draw(count: int, g: torch.Generator) -> Any:
+        pick = torch.randint(9, (count,), generator=g)
+        return x0[pick], {"label": label[pick]}
+
+    found = []
+    for data in (x0, (x0, {"label": label}), items, draw, tmp_path / "x.npy", folder):
+        load = as_source(data).chosen(6, generator(0, 3))
+        parts = [load(slice(0, 2)), load(slice(2, 6))]
+        found.append(torch.cat([part[0] for part in parts]))
+        if parts[0][1]:
+            assert torch.equal(x0[torch.cat([part[1]["label"] for part in parts])], found[-1])
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_pictures_are_scaled_and_their_folders_are_labels(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    for n, name in enumerate(("b", "a", "a")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        image.fromarray(np.full((3, 5), (0, 255, 51)[n], np.uint8)).save(tmp_path / name / f"{n}.png")
+    source = as_source(tmp_path)
+    assert source.size == 3
+    assert source.x0.shape == (3, 1, 3, 5)
+    torch.testing.assert_close(source.x0[:, 0, 0, 0], torch.tensor([1.0, -0.6, -1.0]))
+    assert source.cond["label"].tolist() == [0, 0, 1]
+
+
+def test_schedules_and_warm_up_follow_their_formulas() -> None:
+    for schedule, end in (("cosine", 0.5 * (1 + math.cos(math.pi * 0.75))), ("linear", 0.25), ("constant", 1.0)):
+        recipe = fs.Trainer("consistency", **simple(steps=8, lr=2.0, schedule=schedule, warmup=3)).recipe()
+        assert recipe.lr_at(6) == pytest.approx(2.0 * end)
+        assert recipe.lr_at(0) < recipe.lr_at(1)
+    assert fs.Trainer("consistency", **simple(lr=2.0, warmup=3, schedule="constant")).recipe().lr_at(1) == 1.0
+
+
+def test_a_run_that_diverges_stops_or_goes_back(tmp_path: Path) -> None:
+    """The data are poisoned for the batches of one seed: after a rewind they are others."""
+    x0 = 0.5 * numbers(16, 1, 4, 4)
+    poisoned = generator(0, 4).initial_seed()
+
+    def draw(count: int, g: torch.Generator) -> Tensor:
+        bad = math.nan if g.initial_seed() == poisoned else 1.0
+        return bad * x0[torch.randint(16, (count,), generator=g)]
+
+    given = simple(data=draw, out=tmp_path, every=2)
+    with pytest.raises(ValueError, match=r"step 5 of consistency diverged .*: lower --lr, or set on_nan='rewind'"):
+        fs.Trainer("consistency", **given).fit()
+    (tmp_path / CHECKPOINT).unlink()
+    trainer = fs.Trainer("consistency", **given, on_nan="rewind")
+    seen: list[int] = []
+    with pytest.warns(RuntimeWarning, match=r"step 5 .* back to step 4, with 0\.5 of the learning rate"):
+        student = trainer.fit(watch=lambda done, values: seen.append(done))
+    assert seen == [1, 2, 3, 4, 5, 6]
+    assert all(torch.isfinite(v).all() for v in weights(student).values())
+    # A run that is resumed after the rewind keeps to it.
+    recipe = trainer.recipe()
+    from fewstep.distill_runs.training import load
+
+    assert load(recipe, tmp_path / CHECKPOINT) == 6
+    assert recipe.rewinds == 1
+    assert recipe.lr_at(3) == 0.5 * trainer.recipe().lr_at(3)
+
+
+def test_looks_write_samples_and_a_table_and_call_the_loggers(tmp_path: Path) -> None:
+    class Notes:
+        def __init__(self) -> None:
+            self.numbers: list[tuple[int, dict[str, float]]] = []
+            self.seen: list[tuple[int, str, np.ndarray]] = []
+
+        def log(self, step: int, values: Mapping[str, float]) -> None:
+            self.numbers.append((step, dict(values)))
+
+        def samples(self, step: int, name: str, x: np.ndarray) -> None:
+            self.seen.append((step, name, x))
+
+    notes = Notes()
+    trainer = fs.Trainer(
+        "consistency",
+        **simple(out=tmp_path, look_every=3, log_every=2, samples=5, loggers=[notes], metrics={"mean": np.mean}),
+    )
+    student = trainer.fit()
+    assert [(step, name) for step, name, _ in notes.seen] == [
+        (step, f"samples_{n}") for step in (3, 6) for n in (1, 2, 4)
+    ]
+    x = student.sample(5, 2, seed=0).numpy()
+    np.testing.assert_array_equal(notes.seen[-2][2], x)
+    np.testing.assert_array_equal(np.load(tmp_path / "samples_2.npy"), x)
+    losses = [step for step, values in notes.numbers if "loss" in values]
+    assert losses == [2, 4, 6]
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["3", "6"]
+    assert float(rows[-1]["mean_2"]) == pytest.approx(float(x.mean()), rel=1e-6)
+    assert float(rows[-1]["sliced_wasserstein_2"]) > 0.0
+
+
+def test_loggers_of_other_packages_get_scalars_and_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            calls.append(("folder", folder))
+
+        def add_scalar(self, *given: Any) -> None:
+            calls.append(given)
+
+        def add_images(self, name: str, x: np.ndarray, step: int, dataformats: str) -> None:
+            calls.append((name, x.shape, float(x.max()), step, dataformats))
+
+        def flush(self) -> None:
+            pass
+
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    logger = TensorBoardLogger("logs")
+    logger.log(4, {"loss": 0.5})
+    logger.samples(4, "samples_1", np.full((70, 1, 2, 2), 0.5, np.float32))
+    logger.samples(4, "points", np.zeros((3, 2), np.float32))
+    assert calls == [("folder", "logs"), ("loss", 0.5, 4), ("samples_1", (64, 1, 2, 2), 0.75, 4, "NCHW")]
+
+    class Run:
+        def log(self, values: dict[str, Any], step: int) -> None:
+            calls.append((values, step))
+
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **settings: calls.append(settings) or Run()  # type: ignore[attr-defined]
+    wandb.Image = lambda x: x.shape  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    calls.clear()
+    other = WandbLogger(project="p")
+    other.log(2, {"loss": 1.0})
+    other.samples(2, "samples_1", np.zeros((2, 3, 4, 5), np.float32))
+    assert calls == [{"project": "p"}, ({"loss": 1.0}, 2), ({"samples_1": [(4, 5, 3)] * 2}, 2)]
+
+
+def test_an_estimate_leaves_the_run_as_it_was() -> None:
+    trainer = fs.Trainer("adversarial", **simple())
+    assert 0.0 < trainer.estimate() < 60.0
+    a, b = trainer.fit(), fs.Trainer("adversarial", **simple()).fit()
+    assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+
+# --- refusals ---
+
+WIDE = torch.zeros(4, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"data": torch.full((4, 1, 4, 4), math.nan)}, "data has 4 samples that are not finite, the first .* number 0"),
+        ({"data": WIDE.to(torch.uint8)}, "dtype uint8; samples must be floats: scale pixels to -1 .. 1"),
+        ({"data": 255.0 * (WIDE + 1.0)}, "values up to 255; scale the samples"),
+        ({"data": torch.zeros(4)}, r"data has shape \(4,\)"),
+        ({"data": (WIDE, {"label": torch.zeros(3)})}, r"cond\['label'\] is \(3,\); it must be an array of the 4"),
+        ({"data": (WIDE, {"label": torch.zeros(4)})}, "the teacher fails on samples .* conditions label: TypeError"),
+        ({"data": torch.zeros(4, 3, 4, 4)}, r"the teacher fails on samples of shape \(3, 4, 4\)"),
+        ({"data": []}, "data has no samples"),
+        ({"data": lambda count, g: torch.zeros(1, 1, 4, 4)}, "returned 1 samples for count = 4"),
+        ({"student": made(Plane)}, "the student fails on samples"),
+        ({"student": fs.Denoiser(made(Image), fs.VP.linear())}, "the teacher has process EDM.* the student VP"),
+        ({"teacher": None, "student": fs.Denoiser(made(Image), fs.EDM(), "edm")}, "'consistency' needs a teacher"),
+        ({"teacher": None}, "student must be a fewstep.Denoiser if there is no teacher"),
+        ({"options": {"eta": 1}}, "has no option 'eta'; it takes: levels"),
+        ({"options": {"levels": "many"}}, "option levels = 'many': it must be a number"),
+        ({"amp": "fp8"}, "amp must be one of '', 'bf16', 'fp16', got 'fp8'"),
+        ({"schedule": "step"}, "schedule must be one of 'cosine'"),
+        ({"warmup": 6}, "warmup = 6: it must be a whole number from 0 to below steps = 6"),
+        ({"ema": 1.0}, r"ema = 1\.0"),
+        ({"clip": 0.0}, r"clip = 0\.0"),
+        ({"every": 0}, "every = 0"),
+        ({"batch": 5, "parts": 2}, "batch = 5 does not divide into 2 parts"),
+        ({"device": "nowhere"}, "device = 'nowhere'"),
+    ],
+    ids=lambda value: str(sorted(value)) if isinstance(value, dict) else None,
+)
+def test_what_does_not_fit_is_refused_before_the_first_step(change: dict[str, Any], text: str) -> None:
+    def watch(done: int, values: object) -> None:
+        raise AssertionError("a step was made")
+
+    with pytest.raises(ValueError, match=text):
+        fs.Trainer("consistency", **simple(**change)).fit(watch=watch)
+
+
+def test_a_method_is_named_and_its_student_fits() -> None:
+    with pytest.raises(ValueError, match="did you mean 'consistency'"):
+        fs.Trainer("consistancy", **simple())
+    with pytest.raises(ValueError, match=r"'rectified' takes a student Denoiser\(network, Flow\(\), 'flow'\)"):
+        fs.Trainer("rectified", **simple()).fit()
+    teacher = fs.Denoiser(made(Image), fs.VP.linear(), "v")
+    with pytest.raises(ValueError, match=r"takes a student Denoiser\(network, EDM"):
+        fs.Trainer("improved_consistency", **simple(teacher=teacher)).fit()
+    with pytest.raises(ValueError, match="the teacher has no guidance to distil"):
+        fs.Trainer("guided", **simple()).fit()
+    with pytest.raises(TypeError, match=r"teacher is Image; it must be a fewstep\.Denoiser"):
+        fs.Trainer("consistency", **simple(teacher=made(Image)))
+
+
+# --- students ---
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's TorchScript exporter
+def test_a_student_is_exported_to_onnx_and_samples_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    from fewstep.bindings.onnx import OnnxModel
+
+    student = fs.Trainer("consistency", **simple()).fit()
+    student.export_onnx(tmp_path / "student.onnx")
+    denoiser = student.with_network(OnnxModel(tmp_path / "student.onnx"), 2)
+    x = fs.Sampler(denoiser, student.plan(2), (3, 1, 4, 4))(seed=4)
+    np.testing.assert_allclose(x, student.sample(3, 2, seed=4).numpy(), atol=2e-5)
+
+
+def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"holds no student\.json"):
+        fs.load_student(tmp_path)
+    student = fs.Trainer("consistency", **simple(out=tmp_path / "run")).fit()
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="does not say what makes the network"):
+        fs.load_student(run)
+    with pytest.raises(ValueError, match="does not fit Plane"):
+        fs.load_student(run, made(Plane))
+    with pytest.raises(ValueError, match="calls = 3: this student takes 1 or 2 or 4"):
+        student.sample(2, 3)
+    record = json.loads((run / "student.json").read_text())
+    for change, text in (({"samplers": []}, "not a student's record"), ({"version": 2}, "has version 2")):
+        (run / "student.json").write_text(json.dumps(record | change))
+        with pytest.raises(ValueError, match=text):
+            fs.load_student(run, made(Image))
+    record["samplers"]["1"]["weights"] = "../other.safetensors"
+    (run / "student.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="must be a file of the folder"):
+        fs.load_student(run, made(Image))
+
+
+class Unet(nn.Module):
+    """A U-Net of diffusers as model(x, t, **cond) -> raw, as in docs/recipes/distilling.md."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        out: Tensor = self.unet(x, t, return_dict=False, **cond)[0]
+        return out
+
+
+def test_a_unet_of_diffusers_becomes_an_lcm_lora_and_a_pipelines_unet(tmp_path: Path) -> None:
+    """Its adapters go through diffusers' layout into a fresh U-Net, which diffusers' own LCM scheduler then samples."""
+    diffusers = pytest.importorskip("diffusers")
+    from fewstep.solvers.distill import lora
+
+    def fresh() -> Unet:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            made = diffusers.UNet2DConditionModel(
+                sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16,),
+                down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), norm_num_groups=8,
+                cross_attention_dim=8, attention_head_dim=8,
+            )  # fmt: skip
+        return Unet(made)
+
+    process = fs.VP.scaled_linear()
+    text = {"encoder_hidden_states": numbers(4, 3, 8)}
+    null = {"encoder_hidden_states": torch.zeros(1, 3, 8)}
+    teacher = fs.Denoiser(fresh(), process, "epsilon", guidance=3.0, null=null)
+    student = fs.Trainer(
+        "latent_consistency", teacher=teacher, data=(numbers(4, 4, 8, 8), text), out=tmp_path, steps=4, batch=2,
+        lr=1e-2, options={"lora": 2}, samples=2, device="cpu",
+    ).fit()  # fmt: skip
+    net = fresh()
+    lora.load_adapter(net, "lcm", tmp_path / "adapter")
+    lora.save_adapter(net.unet, "lcm", tmp_path / "lora.safetensors", layout="diffusers")
+    other = fresh()
+    lora.load_adapter(other.unet, "lcm", tmp_path / "lora.safetensors")
+    assert any(not torch.equal(v, teacher.model.state_dict()[k]) for k, v in lora.merged_state(other).items())
+    for name, value in lora.merged_state(other).items():
+        torch.testing.assert_close(value, weights(student)[name], rtol=0, atol=1e-6)
+
+    scheduler = diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler.set_timesteps(1)
+    x, cond = numbers(2, 4, 8, 8, seed=3), {"encoder_hidden_states": numbers(2, 3, 8, seed=4)}
+    with torch.no_grad():
+        raw = other.unet(x, scheduler.timesteps[0], **cond).sample
+    want = scheduler.step(raw, scheduler.timesteps[0], x).denoised
+    torch.testing.assert_close(student.sampler(2, 1)(x, cond=cond), want, rtol=1e-3, atol=1e-4)
+
+
+# --- the command, and processes ---
+
+MINE = """
+import torch
+from torch import nn
+import fewstep as fs
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.arm, self.layers = nn.Embedding(4, 16), nn.Linear(19, 2)
+    def forward(self, x, t, arm):
+        return self.layers(torch.cat([x, t[:, None].to(x.dtype), self.arm(arm)], dim=1))
+
+def make_student():
+    torch.manual_seed(0)
+    return Net()
+
+def make_teacher():
+    return fs.Denoiser(make_student(), fs.EDM(), "edm")
+
+def make_data():
+    g = torch.Generator().manual_seed(0)
+    return 0.5 * torch.randn(64, 2, generator=g), {"arm": torch.arange(64) % 4}
+
+def broken():
+    raise RuntimeError("no weights")
+"""
+OWN = ["--data", "mine.py:make_data", "--teacher", "mine.py:make_teacher"]
+
+
+def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    words = ["distill", "consistency", *OWN, "--out", "run", "--steps", "6", "--batch", "8", "--device", "cpu"]
+    app([*words, "--network", "mine.py:make_student"], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert "6 steps of consistency on cpu: about" in printed.err
+    assert "fewstep sample --model run --steps 4" in printed.out
+    assert {p.name for p in Path("run").glob("samples_*.png")} == {f"samples_{n}.png" for n in (1, 2, 4)}
+    draw = ["sample", "--model", "run", "--steps", "2", "--n", "5", "--seed", "3", "--out", "x.npz"]
+    app(draw, standalone_mode=False)
+    found = np.load("x.npz")
+    student = fs.load_student("run")
+    expected = student.sample(5, 2, seed=3, cond={"arm": torch.arange(5) % 4})
+    np.testing.assert_array_equal(found["x"], expected.numpy())
+    assert found["labels"].tolist() == [0, 1, 2, 3, 0]
+    for more, text in (
+        (["--solver", "ddim"], "--solver: a student samples by its own plans"),
+        (["--class", "4"], "has classes 0 to 3"),
+        (["--steps", "3"], "takes 1 or 2 or 4"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            app(["sample", "--model", "run", *more, "--out", "x.npz"], standalone_mode=False)
+    Path("mine.py").write_text(MINE + "\n# another version\n")
+    with pytest.raises(ValueError, match=r"mine\.py, which made the network, has changed since the run"):
+        fs.load_student("run")
+    app([*draw, "--network", "mine.py:make_student"], standalone_mode=False)
+    np.testing.assert_array_equal(np.load("x.npz")["x"], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--data", "none", "--teacher", "mine.py:make_teacher"], "data none: there is no such file or folder"),
+        (["--data", "mine.py:make_data", "--teacher", "mine.py:make_teachr"], "has no function 'make_teachr'; it has"),
+        (["--data", "mine.py:make_data", "--teacher", "mine.py"], "--teacher 'mine.py': write it as FILE.py:FUNCTION"),
+        (["--data", "mine.py:make_data", "--teacher", "mine.py:broken"], "broken.. of mine.py raised RuntimeError"),
+        (["--data", "mine.py:make_data"], "student must be a fewstep.Denoiser if there is no teacher"),
+        (["--teacher", "mine.py:make_teacher"], "--teacher, --device without --data"),
+        ([*OWN, "--bf16", "--fp16"], "--bf16 and --fp16 are both given"),
+        ([*OWN, "--option", "eta=1"], "has no option 'eta'"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_the_command_refuses_what_does_not_fit(
+    words: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    with pytest.raises((ValueError, FileNotFoundError), match=text):
+        app(["distill", "consistency", *words, "--out", "run", "--device", "cpu"], standalone_mode=False)
+    assert not Path("run/checkpoint.safetensors").exists()
+
+
+PROCESSES = """
+import sys, torch
+import fewstep as fs
+from fewstep.distill_runs.training import processes, rank
+import mine
+
+def trainer(out=None, **more):
+    given = dict(teacher=mine.make_teacher(), data=mine.make_data(), steps=8, batch=16, lr=1e-2, log_every=1,
+                 samples=2, device="cpu", out=out, options={"calls": 2, "critic_steps": 2}) | more
+    return fs.Trainer("distribution_matching", **given)
+
+with processes():
+    trainer(sys.argv[1]).fit()
+    if len(sys.argv) > 2:
+        torch.manual_seed(rank())
+        for more in ({"student": mine.Net()}, {"lr": 1e-2 * (1 + rank())}):
+            try:
+                trainer(**more).fit()
+            except ValueError as error:
+                print(rank(), str(error)[:90])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path) -> None:
+    """torchrun over gloo: the losses of one process with the joint batch, up to rounding of the sums."""
+    (tmp_path / "mine.py").write_text(MINE)
+    script = tmp_path / "run.py"
+    script.write_text(PROCESSES)
+    one = [sys.executable, str(script), str(tmp_path / "one")]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [sys.executable, *launch, str(script), str(tmp_path / "two"), "differ"]
+    logs, printed = [], ""
+    for words in (one, two):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+        with (Path(words[-1] if words is one else words[-2]) / "log.csv").open() as file:
+            logs.append([[float(row["critic"]), float(row["generator"])] for row in csv.DictReader(file)])
+    assert np.shape(logs[0]) == (8, 2)
+    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+    for process in (0, 1):
+        assert f"{process} the processes do not match: the sum of all weights is" in printed
+        assert f"{process} the processes do not match: settings is" in printed
