@@ -16,6 +16,7 @@ from diffusers_cases import only_fused
 from diffusers_pipelines import CASES, _embeddings, _image, _scheduler, _stable_diffusion
 from pages import run_page
 from plan_pipelines import flux, flux_arguments, wan, wan_arguments
+from test_diffusers_gpu import test_a_step_on_cuda_is_one_operator as on_cuda
 
 import fewstep as fs
 from fewstep.bindings.diffusers import PlanScheduler
@@ -207,6 +208,12 @@ def test_noise_is_drawn_as_the_plan_says() -> None:
     a = one.step(raw, one.timesteps[0], x, generator=torch.Generator().manual_seed(3)).prev_sample
     b = other.step(raw, other.timesteps[0], x, variance_noise=z, return_dict=False)[0]
     torch.testing.assert_close(a, b, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpmpp_2m_sde"])
+def test_a_step_on_cuda_is_one_operator(solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = fs.plan(solver, fs.grid(fs.VP.scaled_linear(), 5, "logsnr"))
+    on_cuda("PlanScheduler", {"plan": plan}, torch.bfloat16, monkeypatch)
 
 
 # --- begun in the middle ---
