@@ -79,7 +79,7 @@ if TYPE_CHECKING:
     from fewstep.solvers.tune.tuned_range import tune_range as tune_range
     from fewstep.solvers.tune.tuning import tune as tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The same names by their module, for the import on first use.
 _MODULES = {
