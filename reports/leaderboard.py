@@ -200,13 +200,13 @@ def teacher_scores(problem: str) -> dict[str, dict[str, Score]]:
 
 
 def cell(scores: Sequence[Mapping[str, Mapping[str, float]]], nfe: str, measure: str) -> str:
-    """Mean and standard deviation over the seeds, in thousandths."""
+    """Mean over the seeds, and their standard deviation if there are several, in thousandths."""
     values = [1e3 * own[nfe][measure] for own in scores if nfe in own]
     if not values:
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
     digits = 1 if measure == "swd" else 2
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def table(title: str, found: Mapping[str, Mapping[str, Kept]], entries: Sequence[Entry]) -> list[str]:

@@ -20,6 +20,7 @@ def test_a_cell_is_the_mean_and_standard_deviation_in_thousandths() -> None:
     scores = [score(v, v)[1] for v in (0.010, 0.012, 0.014)]
     assert cell(scores, "1", "swd") == "12.0 ± 2.0"
     assert cell(scores, "1", "energy distance") == "12.00 ± 2.00"
+    assert cell(scores[:1], "1", "swd") == "10.0"
     assert cell(scores, "2", "swd") == ""
 
 
