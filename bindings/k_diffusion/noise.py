@@ -44,6 +44,8 @@ def brownian_noise(x: Tensor, seed: int | Sequence[int], flow: bool = False) -> 
     tree, process = BrownianTree(seed), FLOW if flow else BARE
 
     def sampler(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        if float(sigma) == float(sigma_next):  # no step: ComfyUI's SEEDS at r = 1 asks, and discards it
+            return x.new_zeros(x.shape)
         z = tree(0, process.point(float(sigma)), process.point(float(sigma_next)), tuple(x.shape))
         return x.new_tensor(z)
 
