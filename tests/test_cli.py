@@ -578,6 +578,7 @@ def test_solvers_lists_every_solver(cli):
     code, printed, _ = cli("solvers", "--json")
     assert code == 0
     assert [s["name"] for s in json.loads(printed)] == list(fs.list_solvers())
+    assert "every solver also takes s_noise" in cli("solvers")[1]
 
 
 # --- the entry point ---
