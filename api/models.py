@@ -62,8 +62,8 @@ class Model:
 
 
 def is_student(name: str) -> bool:
-    """Whether a model's name is the folder of a student, rather than one of `MODELS`."""
-    return name not in MODELS and (Path(name) / "student.json").is_file()
+    """Whether a model's name is a folder, as a student's is, rather than one of `MODELS`."""
+    return name not in MODELS and Path(name).is_dir()
 
 
 def student_model(name: str, calls: int | None = None, network: str | None = None) -> tuple[Model, Plan]:

@@ -101,8 +101,8 @@ _FEW = (
     Choice(
         4,
         "dpmpp_2m",
-        "So few calls need a distilled model (consistency, LCM, ADD or DMD2). On an undistilled one samples will be "
-        "rough with any solver.",
+        "So few calls need a distilled model: fewstep distill consistency, latent_consistency (LCM), adversarial (ADD) "
+        "or distribution_matching (DMD2). On an undistilled one samples will be rough with any solver.",
     ),
     Choice(
         9,

@@ -81,6 +81,7 @@ def named(what: str, value: object, known: Sequence[str]) -> None:
 
 def unknown(what: str, name: object, known: Sequence[str]) -> str:
     """The error message for an unknown name: the closest known names, or all of them if none is close."""
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    lower = str(name).lower()  # "DDIM" and "Heun", as papers write them
+    close = [lower] if lower in known else difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
     return f"unknown {what} {name!r:.80}: {hint}"

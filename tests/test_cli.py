@@ -145,6 +145,14 @@ def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_folder_without_a_students_record_is_refused(cli, tmp_path):
+    (tmp_path / "run").mkdir()
+    code, _, errors = cli("sample", "--model", tmp_path / "run", "--out", tmp_path / "x.npz")
+    assert code == 1
+    assert "run holds no student.json: give the folder of a finished run of fewstep.Trainer" in errors
+    assert errors.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "text"), [("x.gif", ".png or .npz"), ("no/x.png", "no folder"), ("dir.png", "is a folder")]
 )
@@ -570,6 +578,7 @@ def test_solvers_lists_every_solver(cli):
     code, printed, _ = cli("solvers", "--json")
     assert code == 0
     assert [s["name"] for s in json.loads(printed)] == list(fs.list_solvers())
+    assert "every solver also takes s_noise" in cli("solvers")[1]
 
 
 # --- the entry point ---

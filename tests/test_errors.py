@@ -71,6 +71,7 @@ def name_of(value):
     ("wrong", "error", "text"),
     [
         ({"solver": "dpmpp2m"}, ValueError, "unknown solver 'dpmpp2m': did you mean 'dpmpp_2m'"),
+        ({"solver": "DDIM"}, ValueError, r"unknown solver 'DDIM': did you mean 'ddim'\?"),
         ({"solver": "qqqq"}, ValueError, "unknown solver 'qqqq': choose from .*ddim, .*ddpm"),
         ({"spacing": "karas"}, ValueError, "unknown spacing 'karas': did you mean 'karras'"),
         ({"steps": 0}, ValueError, r"steps = 0: a grid takes an int >= 1"),

@@ -24,7 +24,10 @@ BACKENDS = ("auto", "numba", "naive")
 
 def sample(
     model: Annotated[
-        str, typer.Option(help="digits, digits-exact, ring, gaussian, or the folder of a student of `fewstep distill`.")
+        str,
+        typer.Option(
+            help="digits, digits-exact, ring, gaussian, or the folder of a student of `fewstep distill --data`."
+        ),
     ] = "digits",
     network: Annotated[
         str | None, typer.Option(help="FILE.py:FUNCTION of a student's network; default: the one that its run had.")

@@ -26,3 +26,4 @@ def solvers(as_json: AsJson = False) -> None:
         options = ", ".join(f"{k}={v!r}" for k, v in s.options.items())
         table.add_row(s.name, escape(options), escape(s.summary))
     OUT.print(table)
+    OUT.print("every solver also takes s_noise=1.0, which scales its noise (EDM's S_noise)")

@@ -187,7 +187,10 @@ def load_student(
     """
     target = Path(folder)
     if not (target / RECORD).is_file():
-        raise FileNotFoundError(f"{shown(target)} holds no {RECORD}: give the --out folder of a finished run")
+        raise FileNotFoundError(
+            f"{shown(target)} holds no {RECORD}: give the folder of a finished run of fewstep.Trainer or of fewstep "
+            "distill --data; a run on a problem of the package keeps none"
+        )
     data = read_json(target / RECORD)
     check_format(data, shown(target / RECORD), FORMAT, VERSION)
     try:
