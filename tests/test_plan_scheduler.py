@@ -421,6 +421,16 @@ def test_plans_that_no_scheduler_can_run() -> None:
         fs.accelerate(stable_diffusion(), plan=fs.plan("ddim", grid), corrected=True)
 
 
+def test_a_second_plan_names_the_scheduler_that_restore_puts_back() -> None:
+    pipe = stable_diffusion()
+    before = type(pipe.scheduler)
+    for steps in (4, 6):
+        plan = fs.plan("ddim", fs.grid(fs.VP.scaled_linear(), steps, "logsnr"))
+        assert f"ddim in {steps} calls, in place of {before.__name__}:" in str(fs.accelerate(pipe, plan=plan))
+    fs.restore(pipe)
+    assert type(pipe.scheduler) is before
+
+
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     pipe, arguments, _, _, _ = wrapped_sd("epsilon")

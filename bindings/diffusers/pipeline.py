@@ -124,10 +124,11 @@ def _run_plan(
     fitted = check_fitted(made, components, type(pipe).__name__)
     old = found["scheduler"]
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
-    kind = type(old).__name__
+    replaced = old.config.get("replaces")  # of an earlier plan
+    kind = type(old).__name__ if replaced is None else replaced["_class_name"]
     what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
     what += f"; {fitted}" if fitted else ""
-    clips = [name for name in ("clip_sample", "thresholding") if old.config.get(name)]
+    clips = [name for name in ("clip_sample", "thresholding") if (replaced or old.config).get(name)]
     what += f"; without the {clips[0]} of {kind}" if clips else ""
     return _install(pipe, components, {"scheduler": twin}, [("scheduler", what)], graph)
 
