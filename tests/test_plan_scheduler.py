@@ -421,6 +421,21 @@ def test_plans_that_no_scheduler_can_run() -> None:
         fs.accelerate(stable_diffusion(), plan=fs.plan("ddim", grid), corrected=True)
 
 
+@pytest.mark.filterwarnings("ignore:The config attributes")
+def test_a_scheduler_swapped_in_keeps_the_settings() -> None:
+    """Not diffusers' defaults: the betas of Stable Diffusion end at .012, the default at .02."""
+    pipe = stable_diffusion()
+    own = dict(pipe.scheduler.config)
+    assert own["beta_end"] != diffusers.EulerDiscreteScheduler().config.beta_end
+    want = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    process = from_diffusers(pipe.unet, pipe.scheduler).process
+    fs.accelerate(pipe, plan=fs.plan("dpmpp_2m", fs.grid(process, 4)))
+    for config in (pipe.scheduler.config, PlanScheduler.from_config(pipe.scheduler.config).config):
+        swapped = diffusers.EulerDiscreteScheduler.from_config(config)
+        assert torch.equal(swapped.alphas_cumprod, want.alphas_cumprod)
+        assert swapped.config.prediction_type == want.config.prediction_type
+
+
 def test_a_second_plan_names_the_scheduler_that_restore_puts_back() -> None:
     pipe = stable_diffusion()
     before = type(pipe.scheduler)

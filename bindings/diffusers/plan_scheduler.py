@@ -228,12 +228,10 @@ class PlanScheduler(Base):
             )
         laid = lay_out(made, prediction_type)
         count = process.timesteps if isinstance(process, VP) else 1000
-        self.register_to_config(
-            plan=fields,
-            prediction_type=prediction_type,
-            num_train_timesteps=count,
-            replaces=None if replaces is None else dict(replaces),
-        )
+        own = {"plan": fields, "prediction_type": prediction_type, "num_train_timesteps": count}
+        # So that a scheduler made of this configuration by a caller who swaps it has the betas that were trained with.
+        shared = {name: value for name, value in (replaces or {}).items() if name[0] != "_"}
+        self.register_to_config(**{**shared, **own, "replaces": None if replaces is None else dict(replaces)})
         if isinstance(process, VP):
             self.alphas_cumprod = torch.tensor(process.alphas_cumprod, dtype=torch.float32)
         self.init_noise_sigma = 1.0
