@@ -118,6 +118,9 @@ class Inpaint:
     def check(self, shape: tuple[int, ...], door: str) -> None:
         self.mask.check(shape)
         self.image.check(shape)
+        low, high = self.mask.host.min(), self.mask.host.max()
+        if low < -1e-3 or high > 1.001:  # a resized mask may round
+            raise ValueError(f"mask must be 0 (known) to 1 (sampled), got {low:g} to {high:g}: Inpaint(mask, image)")
 
     def __call__(self, info: EditInfo) -> Array:
         own = info.x if info.door == "x" else info.x0

@@ -221,10 +221,15 @@ def export_onnx(
     cond  examples of the conditions by the names of the module's arguments; a nested one ({"added": {"pooled": p}})
           becomes inputs of its leaves ("added.pooled")
 
-    Uses torch's TorchScript exporter, which needs no further package. The file is written atomically.
+    Uses torch's TorchScript exporter, which needs no further package. The file is written atomically. Raises TypeError
+    unless it is a module that returns a tensor, ValueError for one in bfloat16.
     """
     import torch
 
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}: call it in a module's forward")
+    if any(weights.dtype == torch.bfloat16 for weights in module.parameters()):
+        raise ValueError("OnnxModel takes no bfloat16 network: export copy.deepcopy(module).float(), or .half()")
     given = by_name(cond or {})
     t = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     names = ["x", "t", *given]
@@ -238,7 +243,13 @@ def export_onnx(
 
         def forward(self, x: torch.Tensor, t: torch.Tensor, *values: torch.Tensor) -> Any:
             own = dict(zip(given, values, strict=True))
-            return self.module(x, t, **mapped(lambda path, _: own[_dotted(path)], dict(cond or {}), path=()))
+            raw = self.module(x, t, **mapped(lambda path, _: own[_dotted(path)], dict(cond or {}), path=()))
+            if not isinstance(raw, torch.Tensor):
+                raise TypeError(
+                    f"the module returned {type(raw).__name__}: export a module whose forward returns the raw "
+                    "prediction alone, such as self.network(x, t, **cond).sample"
+                )
+            return raw
 
     def write(to: Path) -> None:
         torch.onnx.export(

@@ -205,6 +205,9 @@ def test_wrong_shapes_are_named() -> None:
         for door in ("edit", "edit_x0"):
             with pytest.raises(ValueError, match=rf"{name} has shape"):
                 sample(**{door: fs.edits.Inpaint(mask, image)}, denoiser=fs.Denoiser(never, VP))
+    for mask, text in ((255.0 * MASK, "got 0 to 255"), (MASK - 1.0, "got -1 to 0")):
+        with pytest.raises(ValueError, match=rf"mask must be 0 \(known\) to 1 \(sampled\), {text}"):
+            sample(edit=fs.edits.Inpaint(mask, IMAGE), denoiser=fs.Denoiser(never, VP))
     with pytest.raises(ValueError, match="image holds NaN or inf"):
         sample(fs.edits.Inpaint(MASK, math.nan * IMAGE), denoiser=fs.Denoiser(never, VP))
 

@@ -163,6 +163,11 @@ def name_of(value):
         ({"denoiser": GUIDED, "cond": [{}, {}, {}]}, ValueError, "guidance over 2 branches .*got 3"),
         ({"denoiser": GUIDED, "cond": [None, {}]}, TypeError, "cond must be a mapping .*NoneType, dict"),
         (
+            {"denoiser": fs.Denoiser(never, VP, guidance=2.0, null={"c": np.zeros(1)})},
+            ValueError,
+            r"a branch of guidance has no condition and another has, \[\['c'\], \[\]\]: pass cond= ",
+        ),
+        (
             {"denoiser": GUIDED, "cond": [{"c": 1}, {"d": 1}]},
             ValueError,
             r"different conditions, \[\['c'\], \['d'\]\]",

@@ -121,6 +121,9 @@ def test_outputs_that_are_no_prediction_are_refused():
         SamplerModule(fs.Denoiser(wide, VP, "epsilon"), plan)(latent())
     with pytest.raises(ValueError, match="the model returned tuple, not an array of torch"):
         SamplerModule(fs.Denoiser(lambda x, t: (x,), VP, "epsilon"), plan)(latent())
+    half = fs.Denoiser(lambda x, t: {"sample": x}, VP, "epsilon", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"\*\*cond\)\['sample'\], and pass device='cpu' and dtype='bfloat16'"):
+        SamplerModule(half, plan)(latent())
 
 
 def test_noise_that_does_not_fit_is_named():

@@ -409,8 +409,11 @@ def test_an_epsilon_network_at_alpha_0_is_refused_before_it_is_called():
     assert model.calls == 0
 
 
-def test_a_network_without_a_graph_is_named():
-    denoiser = fs.Denoiser(lambda x, t: x.detach() * 0.5, VP, "sample")
+@pytest.mark.parametrize("predicts", ["sample", "epsilon", "v"])
+@pytest.mark.parametrize("model", [lambda x, t: x.detach() * 0.5, torch.no_grad()(lambda x, t: x * 0.5)])
+def test_a_network_without_a_graph_is_named(model, predicts):
+    """Of epsilon and v, x0 depends on x in any case: without the network's part the density would be wrong."""
+    denoiser = fs.Denoiser(model, VP, predicts)
     with pytest.raises(ValueError, match="does not depend on x in autograd's graph"):
         fs.log_likelihood(denoiser, torch.zeros(2, 3))
 

@@ -224,6 +224,27 @@ def test_a_nested_condition_is_inputs_of_its_leaves(tmp_path):
         model(latent(), np.zeros(4), added={"pooled": latent()})
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's, that it has another exporter
+def test_what_cannot_be_exported_is_named(tmp_path):
+    torch = pytest.importorskip("torch")
+    from fewstep.bindings.onnx import export_onnx
+
+    class Wrapped(torch.nn.Module):
+        """Returns its prediction in a dict, as diffusers' models do in an object."""
+
+        def forward(self, x, t):
+            return {"sample": x}
+
+    path, x = tmp_path / "net.onnx", torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"must be a torch.nn.Module, got function: call it in a module's forward"):
+        export_onnx(lambda x, t: x, path, x)
+    with pytest.raises(TypeError, match=r"the module returned dict: .* returns the raw prediction alone"):
+        export_onnx(Wrapped(), path, x)
+    with pytest.raises(ValueError, match=r"no bfloat16 network: export copy.deepcopy\(module\).float\(\)"):
+        export_onnx(torch.nn.Linear(3, 3).bfloat16(), path, x)
+    assert not path.exists()
+
+
 def test_export_leaves_one_whole_file(digits):
     assert [p.name for p in digits.parent.iterdir()] == ["digits.onnx"]
     onnx.checker.check_model(str(digits))

@@ -64,6 +64,11 @@ def mapped(function: Callable[..., object], *trees: Any, path: Keys | None = Non
 def _same_structure(path: Keys, found: Sequence[object]) -> None:
     if any(own != found[0] for own in found):
         what = f" at {name_of(path)}" if path else ""
+        if not path and any(not own for own in found):
+            raise ValueError(
+                f"a branch of guidance has no condition and another has, {[*found]}: pass cond= "
+                f"(Denoiser(null=...) is the first branch's alone), or {UNBATCHED}"
+            )
         raise ValueError(f"the branches of guidance take different conditions{what}, {[*found]}: {UNBATCHED}")
 
 

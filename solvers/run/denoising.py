@@ -154,7 +154,11 @@ def _part(raw: object, frame: Frame) -> str:
     elif isinstance(raw, (tuple, list)):
         part = "[0]"
     wrapper = f"lambda x, t, **cond: model(x, t, **cond){part}" if part else "a function that returns it"
-    return f"the raw prediction alone is needed, wrap the model as {wrapper}"
+    # A function does not tell its network's device and dtype, as the module did.
+    given = f" and pass device={frame.device!r}" if frame.name == "torch" else ""
+    if given and any(frame.dtype_of(named[name]) in ("float16", "bfloat16") for name in arrays):
+        given = f", and pass device={frame.device!r} and dtype={frame.dtype_of(named[arrays[0]])!r}"
+    return f"the raw prediction alone is needed, wrap the model as {wrapper}{given}"
 
 
 def predictions(

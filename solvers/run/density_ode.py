@@ -67,7 +67,8 @@ class DensityOde:
         progress = [min(max(0.0, (p.lam - low) / (high - low)), BEFORE_END) for p in points]
         outputs = self.batch.call(samples, u, points, progress)
         m = self.batch.map([{"m": {"m": 1.0}}] * len(points), {SEEN: u}, outputs)["m"]
-        if not m.requires_grad:
+        # Of the raw outputs: m itself always depends on x, except for a network that predicts x0.
+        if not all(raw.requires_grad for raw in outputs.raws):
             raise ValueError(
                 "log_likelihood differentiates the network, and its output does not depend on x in autograd's graph: "
                 "remove no_grad, detach or numpy() from the model"
