@@ -249,7 +249,7 @@ def recommend(
     if family == "vp" and 4 < calls <= 30:
         own = (
             " On this grid iPNDM and DEIS had the smallest errors there; the order depends on the model: rank all "
-            "solvers on yours with denoiser=."
+            "solvers on yours with fs.recommend(nfe, denoiser=...)."
         )
     return Recommendation(solver, spacing, steps, budget + more + choice.why + own, dict(options))
 

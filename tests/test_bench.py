@@ -137,6 +137,12 @@ def test_every_figure_has_its_spread(monkeypatch):
         console.print(bench_report.floor_table([record], 5))
     for words in ("10.0", "9.0-12.0", "4.0", "4.0-4.0", "3.0", "2.0-5.0", "120", "100-150", "10.0-15.0"):
         assert words in text.get()
+    assert "One thread." in text.get()
+    assert "*" not in text.get()
+    monkeypatch.setattr(bench_report, "threads", lambda: 8)
+    with console.capture() as text:
+        console.print(bench_report.floor_table([record | {"threads": 8}], 5))
+    assert "*: 8 threads." in " ".join(text.get().split())
 
 
 @pytest.mark.parametrize(("side", "floor"), [("copy", "a copy of the same bytes"), ("launch", "an empty launch")])

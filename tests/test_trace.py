@@ -245,6 +245,16 @@ def test_a_whole_program(script: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "5 calls of the denoiser" in printed.out
 
 
+def test_a_trace_asked_for_behind_the_script(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script receives the option, and a note says that no trace is written."""
+    out = tmp_path / "out.json"
+    assert command(script, "--trace", out) == 0
+    assert "--trace stands after the script" in capsys.readouterr().err
+    assert not out.exists()
+    assert command("--trace", out, script, "--trace", 3) == 0
+    assert "--trace stands" not in capsys.readouterr().err
+
+
 def test_a_program_that_fails(script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(script, "fail") == 1
     assert "KeyError: 'lost'" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from fewstep.cli.app import OUT, AsJson, parse_list
+from fewstep.cli.app import ERR, OUT, AsJson, parse_list
 from fewstep.cli.output import check_out
 from fewstep.solvers.files import shown
 
@@ -44,6 +44,8 @@ def audit(
         started = time.perf_counter()
         _run(script, arguments or [], quiet=as_json)
         seconds = time.perf_counter() - started
+    if trace is None and "--trace" in (arguments or []):
+        ERR.print("note: --trace stands after the script, which received it: no trace is written", style="yellow")
     spans = timeline(recorder.spans)
     if trace is not None:
         write_trace(trace, spans)

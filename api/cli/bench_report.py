@@ -189,7 +189,7 @@ def latency_table(records: Sequence[Mapping[str, Any]], repeats: int) -> Table:
     made = _table(
         f"a step between the calls of a real network, us: medians of {repeats} and quartiles",
         f"The whole loop of {steps} steps, less the network alone, per step. In brackets: diffusers' time over it. "
-        "One thread.",
+        "twin: fewstep's drop-in for diffusers' scheduler. One thread.",
         ("solver, shape",),
         ("network", "Sampler", "fs.sample", "twin", "diffusers"),
     )
@@ -210,8 +210,8 @@ def floor_table(records: Sequence[Mapping[str, Any]], repeats: int) -> Table:
     """A step without a network, beside the machine's floor."""
     made = _table(
         f"a step without the network, us: medians of {repeats} and quartiles",
-        "B: bytes moved by a step. floor: the larger of a copy of the same bytes and an empty kernel launch. "
-        f"One thread; *: {threads()} threads.",
+        "B: bytes moved by a step. floor: the larger of a copy of the same bytes and an empty kernel launch. One thread"
+        + (f"; *: {threads()} threads." if any(r["threads"] > 1 for r in records) else "."),
         ("solver", "shape"),
         ("step", "floor", "x floor", "diffusers", "ratio"),
     )
