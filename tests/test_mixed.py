@@ -101,7 +101,7 @@ def test_bad_requests_are_refused() -> None:
     with pytest.raises(TypeError, match=r"must be a fewstep\.Denoiser, got function"):
         fs.MixedRun(net, plans, SHAPE)  # type: ignore[arg-type]
     run = fs.MixedRun(denoiser, plans, SHAPE)
-    with pytest.raises(ValueError, match="'heun' is not among the plans"):
+    with pytest.raises(ValueError, match="'heun' is not among the plans given at the start: pass one of"):
         run.admit(0, fs.plan("heun", fs.grid(VP, 2)), seed=0)
     with pytest.raises(ValueError, match="has a different number of branches from"):
         run.admit(0, plans[0], seed=0, guidance=2.0)

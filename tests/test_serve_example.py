@@ -199,6 +199,8 @@ def test_a_client_that_goes_away_gives_its_place_up(service: Service, path: str)
         ({}, "label"),
         ({"label": 1, "steps": 1000}, "steps"),
         ({"label": 1, "guidance": 1e9}, "guidance"),
+        ({"label": 1, "guidance": float("nan")}, "guidance"),
+        ({"label": 1, "guidance": float("inf")}, "guidance"),
         ({"label": 1, "seed": -1}, "seed"),
         ({"label": 1, "zoom": 4096}, "zoom"),
         ({"label": 1, "extra": 1}, "extra"),

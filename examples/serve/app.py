@@ -29,7 +29,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, ConfigDict, Field
@@ -154,6 +155,11 @@ def create_app(make: Callable[[], Digits] = Digits) -> FastAPI:
 
     app = FastAPI(title="fewstep digits", lifespan=lifespan)
     app.add_middleware(LimitBody, largest=LARGEST_BODY)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        # without the input: Python's parser takes NaN and Infinity, which no JSON answer can repeat
+        return JSONResponse({"detail": [{key: e[key] for key in ("type", "loc", "msg")} for e in error.errors()]}, 422)
 
     @app.post("/images", response_class=Response)
     async def image(ask: Ask, request: Request) -> Response:

@@ -180,7 +180,10 @@ class MixedRun:
         """
         instance("plan", plan, Plan, "a Plan")
         if not any(plan is own for own in self.plans):
-            raise ValueError(f"plan {plan.solver!r} is not among the plans that this MixedRun was made with")
+            raise ValueError(
+                f"plan {plan.solver!r} is not among the plans given at the start: "
+                "pass one of those objects, not an equal one"
+            )
         edits = Edits.of(edit, None, every, (1, *self.shape[1:]), check=self.frame.device == "cpu")
         if edits is not None and not self.previews:
             raise ValueError("edit sees each stage's x0 prediction, which needs previews=True")
