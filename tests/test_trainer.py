@@ -443,7 +443,7 @@ WIDE = torch.zeros(4, 1, 4, 4)
         ({"student": made(Plane)}, "the student fails on samples"),
         ({"student": fs.Denoiser(made(Image), fs.VP.linear())}, "the teacher has process EDM.* the student VP"),
         ({"teacher": None, "student": fs.Denoiser(made(Image), fs.EDM(), "edm")}, "'consistency' needs a teacher"),
-        ({"teacher": None}, "student must be a fewstep.Denoiser if there is no teacher"),
+        ({"teacher": None}, "without a teacher .teacher=, --teacher., which has the process"),
         ({"options": {"eta": 1}}, "has no option 'eta'; it takes: levels"),
         ({"options": {"levels": "many"}}, "option levels = 'many': it must be a number"),
         ({"amp": "fp8"}, "amp must be one of '', 'bf16', 'fp16', got 'fp8'"),
@@ -596,6 +596,9 @@ def make_data():
 
 def broken():
     raise RuntimeError("no weights")
+
+def forgetful():
+    make_student()
 """
 OWN = ["--data", "mine.py:make_data", "--teacher", "mine.py:make_teacher"]
 
@@ -639,7 +642,8 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
         (["--data", "mine.py:make_data", "--teacher", "mine.py:make_teachr"], "has no function 'make_teachr'; it has"),
         (["--data", "mine.py:make_data", "--teacher", "mine.py"], "--teacher 'mine.py': write it as FILE.py:FUNCTION"),
         (["--data", "mine.py:make_data", "--teacher", "mine.py:broken"], "broken.. of mine.py raised RuntimeError"),
-        (["--data", "mine.py:make_data"], "student must be a fewstep.Denoiser if there is no teacher"),
+        ([*OWN, "--network", "mine.py:forgetful"], "--network: forgetful.. of mine.py returned None"),
+        (["--data", "mine.py:make_data"], "without a teacher .teacher=, --teacher., which has the process"),
         (["--teacher", "mine.py:make_teacher"], "--teacher, --device without --data"),
         ([*OWN, "--bf16", "--fp16"], "--bf16 and --fp16 are both given"),
         ([*OWN, "--option", "eta=1"], "has no option 'eta'"),

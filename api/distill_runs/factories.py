@@ -20,7 +20,8 @@ def is_factory(text: str) -> bool:
 def made_by(text: str, flag: str) -> Any:
     """What the named function returns.
 
-    Raises ValueError that starts with `flag` for a name of another form, a missing file or function, or one that fails.
+    Raises ValueError that starts with `flag` for a name of another form, a missing file or function, or one that fails
+    or returns None.
     """
     path, _, name = text.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
@@ -31,9 +32,12 @@ def made_by(text: str, flag: str) -> Any:
         have = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise ValueError(f"{flag}: {shown(path)} has no function {name!r}; it has: {have}")
     try:
-        return function()
+        result = function()
     except Exception as error:
         raise ValueError(f"{flag}: {name}() of {shown(path)} raised {type(error).__name__}: {error}") from error
+    if result is None:
+        raise ValueError(f"{flag}: {name}() of {shown(path)} returned None: is its return missing?")
+    return result
 
 
 def digest(text: str) -> str:

@@ -63,7 +63,9 @@ def make_problem(
         )
     if student is None or (isinstance(student, nn.Module) and not isinstance(student, Denoiser)):
         if teacher is None:
-            raise ValueError("student must be a fewstep.Denoiser if there is no teacher to take its process from")
+            raise ValueError(
+                "without a teacher (teacher=, --teacher), which has the process, student must be a fewstep.Denoiser"
+            )
         student = with_model(teacher.with_guidance(None), teacher.model if student is None else student)
     if not isinstance(student, Denoiser):
         raise TypeError(f"student is {type(student).__name__}; it must be a torch module or a fewstep.Denoiser")
