@@ -467,3 +467,24 @@ def test_flow_matching_with_a_time_for_each_token() -> None:
         moved = scheduler.step(-net(x, at), scheduler.timesteps[0], x, per_token_timesteps=1000.0 * at).prev_sample
         x = torch.where(torch.from_numpy(after > row)[:, None], moved, x)
     torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_samples_that_are_not_finite() -> None:
+    """One of them is a warning, all of them an error."""
+    plan = fs.plan("euler", fs.grid(VP, 3))
+    for spoilt in (1, 2):
+
+        def network(x: Any, t: Any, spoilt: int = spoilt) -> Any:
+            out = 0.1 * x
+            out[:spoilt] = np.nan
+            return out
+
+        call = {"seed": 0, "backend": "numba"}
+        if spoilt == 2:
+            with pytest.raises(ValueError, match="2 of 2 samples hold NaN or inf"):
+                fs.sample_levels(fs.Denoiser(network, VP), plan, (2, 3, 4), **call)
+        else:
+            with pytest.warns(RuntimeWarning, match="1 of 2 samples hold NaN or inf"):
+                x = fs.sample_levels(fs.Denoiser(network, VP), plan, (2, 3, 4), **call)
+            assert np.isnan(x).all(axis=(1, 2)).tolist() == [True, False]

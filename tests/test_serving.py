@@ -271,6 +271,21 @@ def test_an_edit_that_fails_fails_its_request_alone() -> None:
         engine.submit(EULER, seed=0, edit=breaks)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_sample_that_is_not_finite_fails_its_request_alone() -> None:
+    def network(x: Any, t: Any, c: Any) -> Any:
+        return net(x, t) + np.where(c.reshape(-1, 1, 1, 1) > 0.0, np.nan, 0.0)
+
+    denoiser = fs.Denoiser(network, VP)
+    good, bad = ({"c": np.full(1, value, np.float32)} for value in (0.0, 1.0))
+    with fs.Engine(denoiser, (2, *ONE[1:]), [EULER]) as engine:
+        futures = [engine.submit(EULER, seed=2**40 + 5, sample=3, cond=bad), engine.submit(EULER, seed=1, cond=good)]
+        with pytest.raises(ValueError, match="holds NaN or inf: Sampler on the same plan") as caught:
+            futures[0].result(SECONDS)
+        assert caught.value.__notes__ == [f"of the request with seed {2**40 + 5}, sample 3"]
+        same(futures[1], alone(EULER, of=denoiser, seed=1, cond=good))
+
+
 def test_the_edits_of_a_mixed_run() -> None:
     run = fs.MixedRun(fs.Denoiser(net, VP), [EULER, PLANS["sde"]], (3, *ONE[1:]), previews=True)
 
@@ -621,7 +636,7 @@ def test_metrics_count_what_happened() -> None:
         assert isinstance(late.exception(SECONDS), TimeoutError)
         wait([*first, gone], SECONDS)
         engine.close()  # the last tick is counted
-        outcomes = {"finished": 3, "expired": 1, "refused": 1, "cancelled": 1, "failed": None}
+        outcomes = {"finished": 3, "expired": 1, "refused": 1, "cancelled": 1, "failed": 0}
         for outcome, n in outcomes.items():
             assert value("fewstep_requests_total", {"outcome": outcome}) == n, outcome
         assert value("fewstep_calls_total") == 12

@@ -301,7 +301,10 @@ def sample_levels(
         window.advance(network, row)
     found = window.result(None, outer or other)
     if limits is not None and not limits.usual(found, ()):
-        warn("the samples hold NaN or inf, or are far too large")
+        bad = sum(not bool((abs(row) < math.inf).all()) for row in found)
+        if bad == len(found):
+            raise ValueError(f"{bad} of {bad} samples hold NaN or inf: Sampler on one token names the call")
+        warn(f"{bad} of {len(found)} samples hold NaN or inf" if bad else "the samples are far too large")
     return found
 
 

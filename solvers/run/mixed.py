@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from time import perf_counter
 from types import EllipsisType
@@ -132,7 +133,8 @@ class MixedRun:
             if denoiser.networks != self.denoiser.networks:
                 raise ValueError(
                     f"guidance = {guidance!r:.200} has a different number of branches from "
-                    f"{self.denoiser.guidance!r:.200}, or other networks in them: requests share each call"
+                    f"{self.denoiser.guidance!r:.200}, or other networks in them: requests share each call, so make "
+                    "the denoiser with a guidance of this kind"
                 )
             return self._compiler.job(denoiser, plan, keep_x0=self.previews)
 
@@ -186,7 +188,9 @@ class MixedRun:
             )
         edits = Edits.of(edit, None, every, (1, *self.shape[1:]), check=self.frame.device == "cpu")
         if edits is not None and not self.previews:
-            raise ValueError("edit sees each stage's x0 prediction, which needs previews=True")
+            raise ValueError(
+                "edit sees each stage's x0 prediction, which needs previews=True of the Engine or MixedRun"
+            )
         job = self._job(plan, guidance)
         if x is not None:
             outer = frame_of(x)
@@ -299,9 +303,9 @@ class MixedRun:
         return at is not None and at[1] == len(at[0].tables)
 
     def result(self, place: int) -> Array:
-        """A copy of a finished sample, (...). Raises ValueError if it is not finished.
+        """A copy of a finished sample, (...).
 
-        On a CPU, warns of a sample that is not finite or far too large.
+        Raises ValueError if it is not finished and, on a CPU, if it holds NaN or inf; warns of one far too large.
         """
         at = self._at[place]
         if at is None or not self.done(place):
@@ -309,10 +313,10 @@ class MixedRun:
         sample = self.columns.result(place, at[0])
         plan = at[0].program.plan
         if self.frame.device == "cpu" and not Limits.of(plan, (1, *self.shape[1:])).usual(sample, ()):
-            warn(
-                f"the sample of place {place} holds NaN or inf or is far too large: "
-                f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
-            )
+            where = f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
+            if not bool((abs(sample) < math.inf).all()):
+                raise ValueError(f"the sample of place {place} holds NaN or inf: {where}")
+            warn(f"the sample of place {place} is far too large: {where}")
         return sample
 
     def calls(self, place: int) -> tuple[int, int]:

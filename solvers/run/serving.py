@@ -434,6 +434,8 @@ class _Loop:
                 finished = self.run.done(place)
                 sample = self.run.result(place) if finished else None
             except BaseException as error:
+                lo, hi, sample_number = map(int, request.admission.streams[0])
+                error.add_note(f"of the request with seed {lo | hi << 32}, sample {sample_number}")
                 self._vacate(place)
                 self._settle(request, None, error)
                 continue

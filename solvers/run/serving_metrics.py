@@ -10,6 +10,8 @@ from fewstep.solvers.options import needs
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+OUTCOMES = ("finished", "failed", "cancelled", "expired", "refused")
+
 # Seconds: from a step of a small network to a sample of a large one that waited.
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
@@ -30,6 +32,8 @@ class Metrics:
         self._settled = Counter(
             "fewstep_requests", "Requests by how they ended", ["outcome"], registry=registry
         )  # fmt: skip
+        for outcome in OUTCOMES:  # at 0 from the start: a dashboard of a fresh server has them, too
+            self._settled.labels(outcome)
         self._ticks = Counter("fewstep_ticks", "Ticks, each of them one stage of every request", registry=registry)
         self._calls = Counter("fewstep_calls", "Calls of the network for one request each", registry=registry)
         Gauge("fewstep_places", "Places of the batch", registry=registry).set(places)
