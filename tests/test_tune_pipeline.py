@@ -256,6 +256,7 @@ def test_bad_arguments_are_refused_before_the_network_runs() -> None:
     refused(ValueError, r"\.json", pipe, [arguments], 4, out="plan.txt")
     refused(TypeError, "pipe must be a diffusers pipeline", object(), [arguments], 4)
     refused(ValueError, "quick must be True or False", pipe, [arguments], 4, quick=1)
+    refused(ValueError, "unknown argument 'heigth': did you mean 'height'", pipe, [arguments], 4, heigth=16)
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers.fitted import FIELD, weights_of
 from fewstep.solvers.files import check_target
-from fewstep.solvers.options import flag
+from fewstep.solvers.options import flag, unknown
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -76,6 +77,7 @@ def tune_pipeline(
 
     flag("quick", quick)
     given = _arguments(prompts, guidance, options)
+    _check_names(pipe, given)
     count = seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS
     base: Plan | str = "auto"
     if resume is not None:
@@ -165,6 +167,19 @@ def _arguments(prompts: object, guidance: float | None, options: Mapping[str, An
             raise TypeError(f"prompts[{i}] must be a text or a mapping of arguments, got {type(one).__name__}")
         found.append({**options, **({"prompt": one} if isinstance(one, str) else one)})
     return found
+
+
+def _check_names(pipe: object, given: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ValueError for an argument that the pipeline does not name.
+
+    Many of diffusers' own take **kwargs as well, for names that they no longer have, and drop all others in silence.
+    """
+    if not callable(pipe) or not type(pipe).__module__.startswith("diffusers."):
+        return
+    known = [name for name in inspect.signature(pipe).parameters if name != "kwargs"]
+    for name in dict.fromkeys(name for one in given for name in one):
+        if name not in known:
+            raise ValueError(f"{type(pipe).__name__}: {unknown('argument', name, known)}")
 
 
 def _recorded(plan: Plan, pipe: object, made: Collected, given: Sequence[Mapping[str, Any]]) -> Plan:
