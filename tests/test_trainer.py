@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -692,7 +693,12 @@ def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeyp
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run_processes.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launch]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    for _ in range(3):
+        shutil.rmtree("two", ignore_errors=True)
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
+        # Seen once in some twenty runs: C++'s "terminate called without an active exception" in a process of torch's.
+        if "Signal 6 (SIGABRT)" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     for process in (0, 1):
         assert f"{process} the processes do not match: the sum of all weights is" in done.stdout
