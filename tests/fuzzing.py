@@ -543,7 +543,7 @@ def attempt(target: Target, odd: Mapping[str, Any]) -> str:
             warnings.filterwarnings("error", ".*encountered in")  # NumPy's
             result = target.call(**{**target.base, **odd})
     except (ValueError, TypeError, ImportError) as error:
-        if "hold NaN or inf" in str(error) and any(_wide(value) for value in odd.values()):
+        if re.search("holds? NaN or inf", str(error)) and any(_wide(value) for value in odd.values()):
             return "right"  # beyond float32, and said so
         names = "|".join(target.aliases.get(name, re.escape(name)) for name in odd)
         if not re.search(rf"(?<![^\W_])({names})(?![^\W_])", str(error)):
