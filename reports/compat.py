@@ -104,7 +104,7 @@ def page(record: dict[str, dict[str, object]]) -> str:
         "The wheel in fresh environments, away from the source tree (`make compat`). *samples* are three solvers",
         "against recorded numbers in float64, and the kernels against the naive backend bit by bit; *digits* is the",
         "shipped network; *diffusers* are whole runs of three twins beside their parents. `pyproject.toml` asks for no",
-        "version below those here.",
+        "version of NumPy, Numba or diffusers below those here, and for torch 2.11, which [gpu.md](gpu.md) was tried with.",
         "",
         "| environment | Python | NumPy | Numba | torch | diffusers | checked | on |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
