@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -60,11 +61,68 @@ def test_the_sampler_of_alphafold_3(molecules: ModuleType, steps: int) -> None:
         return 256.0 / norm**2 * x + 16.0 * sigma / norm * out
 
     x = 2560.0 * drawn((batch, atoms, 3), 0, philox.LATENT)
-    by_hand = molecules.by_hand(denoise, x, mask.numpy(), steps, turns, lambda k: own(k)[:, None, 4:7], noises)
+    by_hand = molecules.by_hand(
+        denoise,
+        x,
+        mask.numpy(),
+        steps,
+        lambda k, undo: undo @ turns(k).swapaxes(1, 2),
+        lambda k: own(k)[:, None, 4:7],
+        noises,
+    )
     assert np.ptp(by_hand) > 10.0
     for i in range(batch):
         moved = kabsch(found[i], by_hand[i], mask[i].numpy())
         np.testing.assert_allclose(moved, by_hand[i], rtol=0, atol=1e-7)
+
+
+def test_the_calls_of_boltz(molecules: ModuleType) -> None:
+    """The loop by hand and the plan make the calls that boltz made, and end where it ended.
+
+    Its draws in their order: the latent, then before each step a quaternion, a shift and the noise.
+    """
+    path = Path(molecules.__file__).with_name("boltz_calls.json")
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    steps, draws = recorded["steps"], [np.array(draw) for draw in recorded["draws"]]
+    latent, before = draws[0], [draws[i : i + 3] for i in range(1, len(draws), 3)]
+    assert [draw.shape for draw in before[0]] == [(2, 4), (2, 1, 3), (2, 16, 3)]
+    assert len(before) == steps
+    inputs, times = [], []
+
+    def denoise(x: np.ndarray, sigma: float) -> np.ndarray:
+        norm = np.sqrt(sigma**2 + 256.0)
+        inputs.append(x / norm)
+        times.append(np.log(sigma / 16.0) / 4.0)  # of boltz: divided by sigma_data
+        y = 0.6 * x / norm + 0.2 * np.roll(x / norm, 1, 1)
+        return 256.0 / norm**2 * x + 16.0 * sigma / norm * (y / (1.0 + y * y) + 0.1 * times[-1])
+
+    def turns(k: int, undo: np.ndarray) -> np.ndarray:
+        return np.stack([rotation(q) for q in before[k][0]])
+
+    found = molecules.by_hand(
+        denoise,
+        recorded["levels"][0] * latent,
+        np.ones((2, 16)),
+        steps,
+        turns,
+        lambda k: before[k][1],
+        lambda k: before[k][2],
+    )
+    np.testing.assert_allclose(times, np.array(recorded["times"])[:, 0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(inputs, recorded["inputs"], rtol=1e-5, atol=1e-5)  # its float32
+    result = np.array(recorded["result"])
+    np.testing.assert_allclose(found, result, rtol=0, atol=1e-5 * result.std())
+
+    plan = molecules.plan(steps)
+    np.testing.assert_allclose(plan.grid.sigma, recorded["levels"], rtol=3e-6, atol=0)  # its float32
+    sampled_at = []
+
+    def noted(x: Any, t: Any, mask: Any) -> Any:
+        sampled_at.append(float(t[0]) - np.log(16.0) / 4.0)
+        return network(x, t, mask)
+
+    molecules.sampler(noted, 2, steps)(seed=0, cond={"mask": molecules.masks(2)})
+    np.testing.assert_allclose(sampled_at, np.array(recorded["times"])[:, 0], rtol=0, atol=1e-6)
 
 
 def test_the_waits_of_the_published_loop(molecules: ModuleType) -> None:

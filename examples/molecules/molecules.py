@@ -139,6 +139,7 @@ def sampler(network: Any, batch: int, steps: int, **how: Any) -> fs.Sampler:
 
 
 Draws = Callable[[int], np.ndarray]
+Turns = Callable[[int, np.ndarray], np.ndarray]
 
 
 def by_hand(
@@ -146,15 +147,16 @@ def by_hand(
     x: np.ndarray,
     mask: np.ndarray,
     steps: int,
-    turns: Draws,
+    turns: Turns,
     shifts: Draws,
     noises: Draws,
 ) -> np.ndarray:
     """The oracle, in the published order: centre, turn, move, add noise, call, align x to the prediction, step.
 
     x                 (B, ATOMS, 3) at the largest noise level
-    turns(k)          (B, 3, 3) a rotation before step k. The one applied undoes the alignment of step k - 1 first, so
-                      that it is as random and the path is that of aligning the prediction to the sample
+    turns(k, undo)    (B, 3, 3) the rotation before step k, applied as x @ turns(k, undo). `undo` takes the alignment of
+                      step k - 1 back: with undo @ R in place of R, which is as random, the path is that of aligning the
+                      prediction to the sample
     shifts, noises    (B, 1, 3) and (B, ATOMS, 3)
     """
     ramp = np.arange(steps) / (steps - 1)
@@ -170,7 +172,7 @@ def by_hand(
     for k in range(steps):
         now, after = levels[k], levels[k + 1]
         t_hat = now * (1.0 + (GAMMA if after > GAMMA_MIN else 0.0))
-        x = (x - mean(x)) @ undo @ turns(k).swapaxes(1, 2) + shifts(k)
+        x = (x - mean(x)) @ turns(k, undo) + shifts(k)
         x = x + NOISE * math.sqrt(t_hat**2 - now**2) * noises(k)
         clean = denoise(x, t_hat)
         undo = np.stack([_rotation(*pair) for pair in zip(weights * (x - mean(x)), clean - mean(clean), strict=True)])
