@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report test-diffusers clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -107,6 +107,9 @@ tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tu
 
 pipeline-report: setup ## how far a plan fitted in a pipeline carries, into docs/plans-in-pipelines.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.pipeline_report
+
+resolution-report: setup ## how far a plan fitted at one resolution carries to others, into docs/plans-in-pipelines.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.resolution_report
 
 docs: setup      ## the documentation as a site, in build/site; a broken link or a page without a place in the menu is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q
