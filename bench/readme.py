@@ -2,8 +2,9 @@
 
 A table goes between two marks, <!-- name --> and <!-- /name -->. Most come from `make bench SAVE=1`: README.md has
 a summary ("costs"), docs/bench.md what a step adds to a real network ("latency"), steps without one ("cpu") and other
-ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins"). The "gpu" table of
-docs/bench.md is that of `make gpu`, or "not measured" if no results match the current kernels.
+ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins") and those of single models
+("single-models"). The "gpu" table of docs/bench.md is that of `make gpu`, or "not measured" if no results match the
+current kernels.
 
 `python bench/readme.py FILE` prints the budgets of a GPU's results instead, those that were missed last.
 """
@@ -30,6 +31,7 @@ CPU = {
     "unipc": "UniPC",
 }
 SHAPES = ("1x4x8x8", "1x4x64x64", "1x4x128x128")
+OWN_TABLES = ("drop-in", "latency", "single-model")  # their rows are in no list of figures
 
 
 def kernels_sha256():
@@ -137,11 +139,11 @@ def cpu_table(results=RESULTS):
     missed = [
         f"{row['case']} ({row['ratio']:.1f}, budget {row['budget'][0]} {row['budget'][1]:g})"
         for row in told["rows"]
-        if row["met"] is False and not row["case"].startswith(("drop-in", "latency"))  # these have tables of their own
+        if row["met"] is False and not row["case"].startswith(OWN_TABLES)
     ]
     lines += ["", "Other figures of the same run:", ""]
     for row in told["rows"]:
-        if row["budget"] and row["case"].partition(" ")[0] not in (*CPU, "drop-in", "latency"):
+        if row["budget"] and row["case"].partition(" ")[0] not in (*CPU, *OWN_TABLES):
             ours, unit, (sense, bound) = row["ours"], row["unit"], row["budget"]
             beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
             lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {sense} {bound:g})")
@@ -181,6 +183,31 @@ def dropin_table(results=RESULTS):
         "|---|" + "---:|" * len(shapes),
         *(f"| {name} | " + " | ".join(cells.get(s, "") for s in shapes) + " |" for name, cells in found.items()),
     ]
+
+
+def single_model_table(results=RESULTS):
+    """The drop-ins of single models: a run with the parent's noise, and one with fewstep's."""
+    told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
+    rows = {row["case"]: row for row in told["rows"] if row["case"].startswith("single-model ")}
+    lines = [
+        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), fp32, one thread, "
+        f"{told['date']}:",
+        "",
+        "| | torch's noise | fewstep's noise |",
+        "|---|---:|---:|",
+    ]
+    for case, row in rows.items():
+        if case.endswith(", fewstep's noise"):
+            continue
+        drawn = rows.get(f"{case}, fewstep's noise")
+        alone = "" if row["budget"] else ", left alone"
+        cells = (
+            f"{case.removeprefix('single-model ')}, {row['unit'].split()[-1]} steps",
+            f"{row['ours']:.0f} / {row['peer']:.0f} ({row['ratio']:.1f}x{alone})",
+            "draws none" if drawn is None else f"{drawn['ours']:.0f} ({drawn['ratio']:.1f}x)",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def gpu_table(results=RESULTS):
@@ -237,6 +264,7 @@ TABLES = (
     (BENCH, "rivals", rivals_table),
     (BENCH, "gpu", gpu_table),
     (DIFFUSERS, "drop-ins", dropin_table),
+    (DIFFUSERS, "single-models", single_model_table),
 )
 
 

@@ -57,7 +57,53 @@ CASES = {
     "TCD": ("TCDScheduler", {}, {}, (1.2, 1.2)),
 }
 SHAPES = [(1, 4, 64, 64), (1, 16, 128, 128)]
-SLOW = ("DPMSolverSDEScheduler",)  # a run of the parent takes a second and more
+
+VIDEO = (1, 4, 4, 32, 32)
+
+
+def with_earlier_prediction(scheduler, raw, k, x, earlier, drawn):
+    """A step as CogVideoX's pipelines make it. earlier: what the last step returned."""
+    times = scheduler.timesteps
+    back = times[k - 1] if k else None
+    return scheduler.step(raw, earlier and earlier[1], times[k], back, x, return_dict=False, **drawn)
+
+
+def to_the_next(scheduler, raw, k, x, earlier, drawn):
+    """A step as unCLIP's pipelines make it: told where it ends."""
+    times = scheduler.timesteps
+    after = times[k + 1] if k + 1 < len(times) else None
+    return scheduler.step(raw, times[k], x, prev_timestep=after, return_dict=False, **drawn)
+
+
+def at_each_sample(scheduler, raw, k, x, earlier, drawn):
+    """A step as Wuerstchen's pipelines make it: a time for each sample."""
+    return scheduler.step(raw, scheduler.timesteps[k].expand(len(x)), x, return_dict=False, **drawn)
+
+
+# Schedulers of single models: the scheduler, and what its pipelines do differently: its configuration, the number of
+# steps, the shape, more arguments of set_timesteps, timesteps at the end from which none steps, another call of `step`.
+SINGLE = {
+    "CogVideoX DDIM": ("CogVideoXDDIMScheduler", {"shape": VIDEO}),
+    "CogVideoX DPM": ("CogVideoXDPMScheduler", {"shape": VIDEO, "call": with_earlier_prediction}),
+    "consistency decoder": ("ConsistencyDecoderScheduler", {"steps": 2}),
+    "cosine DPM-Solver": ("CosineDPMSolverMultistepScheduler", {}),
+    "DDIM parallel": ("DDIMParallelScheduler", {}),
+    "DDPM parallel": ("DDPMParallelScheduler", {}),
+    "DDPM Wuerstchen": ("DDPMWuerstchenScheduler", {"beyond": 1, "call": at_each_sample}),
+    "FlowMap Euler": ("FlowMapEulerDiscreteScheduler", {}),
+    "Helios (UniPC)": ("HeliosScheduler", {"shape": VIDEO, "setting": {"stage_index": 1}}),
+    "LTX Euler ancestral": ("LTXEulerAncestralRFScheduler", {}),
+    "MiniMax H3": ("MiniMaxH3Scheduler", {}),
+    "SCM": ("SCMScheduler", {"beyond": 1, "setting": {"intermediate_timesteps": None}}),
+    "unCLIP, with `prev_timestep`": (
+        "UnCLIPScheduler",
+        {"config": {"beta_schedule": "squaredcos_cap_v2"}, "call": to_the_next},
+    ),
+}
+# These draw nothing, and take no `noise`.
+NOISELESS = {"CogVideoX DDIM", "DDIM parallel", "FlowMap Euler", "Helios (UniPC)", "MiniMax H3"}
+# A run of the parent takes a third of a second and more.
+SLOW = ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
 ROUNDING = {"SASolverScheduler": 2e-4, "KDPM2AncestralDiscreteScheduler": 1e-4, "DPMSolverSDEScheduler": 1e-4}
 
 
@@ -67,34 +113,36 @@ def make(library, kind, config, options):
     betas = {name: value for name, value in SCHEDULE.items() if name in known}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # diffusers' own deprecations
-        return getattr(library, kind)(**betas, **config, **options)
+        return getattr(library, kind)(**{**betas, **config, **options})
 
 
-@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of what it has rounded itself
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_run_of_a_drop_in(name, shape, benchmark, report, one_thread):
-    torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+def timed(name, kind, config, options, shape, steps, times=None, beyond=0, call=None):
+    """Microseconds of a run of the twin and of its parent, after both have ended at the same sample."""
+    import diffusers
+    import torch
+
     from fewstep.bindings import diffusers as twins
 
-    kind, config, options, budgets = CASES[name]
-    steps = FEW if "LCM" in name or name == "TCD" else STEPS
     raw, x = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
     parent = getattr(diffusers, kind)
     drawn = {"generator": torch.Generator()} if "generator" in inspect.signature(parent.step).parameters else {}
     scales = hasattr(parent, "scale_model_input")
-    times = {"mu": 0.8} if config.get("use_dynamic_shifting") else {}
 
     def runner(scheduler):
         def run():
-            sample = x
+            sample, result = x, None
             with torch.no_grad():
-                scheduler.set_timesteps(steps, **times)
-                for t in scheduler.timesteps:
+                scheduler.set_timesteps(steps, **(times or {}))
+                for k, t in enumerate(scheduler.timesteps):
+                    if k == len(scheduler.timesteps) - beyond:
+                        break
                     if scales:
                         scheduler.scale_model_input(sample, t)
-                    sample = scheduler.step(raw, t, sample, return_dict=False, **drawn)[0]
+                    if call is None:
+                        result = scheduler.step(raw, t, sample, return_dict=False, **drawn)
+                    else:
+                        result = call(scheduler, raw, k, sample, result, drawn)
+                    sample = result[0]
             return sample
 
         return run
@@ -110,7 +158,41 @@ def test_run_of_a_drop_in(name, shape, benchmark, report, one_thread):
         for library in (twins, diffusers)
     ]
     repeats = 2 if kind in SLOW else REPEATS
-    a, b = (1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(1)))
+    ours, theirs = (1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(1)))
+    return ours, theirs, sides[0].run
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of what it has rounded itself
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_run_of_a_drop_in(name, shape, benchmark, report, one_thread):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    kind, config, options, budgets = CASES[name]
+    steps = FEW if "LCM" in name or name == "TCD" else STEPS
+    times = {"mu": 0.8} if config.get("use_dynamic_shifting") else {}
+    a, b, run = timed(name, kind, config, options, shape, steps, times)
     budget = (">=", budgets[SHAPES.index(shape)])
     report(f"drop-in {name} {'x'.join(map(str, shape))}", a, b, b / a, budget, f"us/run of {steps}")
-    benchmark.pedantic(sides[0].run, rounds=2)
+    benchmark.pedantic(run, rounds=2)
+
+
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")
+@pytest.mark.parametrize("name", SINGLE)
+def test_run_of_a_drop_in_for_a_single_model(name, benchmark, report, one_thread):
+    """The cosine solver's twin gains only by fewstep's noise: `accelerate` leaves it alone without."""
+    pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    kind, how = SINGLE[name]
+    if not hasattr(diffusers, kind):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
+    shape, steps = how.get("shape", SHAPES[0]), how.get("steps", STEPS)
+    rest = (shape, steps, how.get("setting"), how.get("beyond", 0), how.get("call"))
+    config = how.get("config", {})
+    a, b, run = timed(name, kind, config, {}, *rest)
+    budget = None if name == "cosine DPM-Solver" else (">=", 1.2)
+    report(f"single-model {name}", a, b, b / a, budget, f"us/run of {steps}")
+    if name not in NOISELESS:
+        a, b, _ = timed(name, kind, config, FEWSTEP, *rest)
+        report(f"single-model {name}, fewstep's noise", a, b, b / a, (">=", 1.2), f"us/run of {steps}")
+    benchmark.pedantic(run, rounds=2)
