@@ -40,7 +40,8 @@ class Problem:
     teacher   a denoiser, guided or not; None for a method that learns from data alone
     student   a denoiser around the network to train, without guidance; a run trains a copy of it
     data      of clean samples
-    features  for `adversarial`: a frozen network, x0 -> feature maps; None takes layers of the teacher's network
+    features  for `adversarial` and `latent_adversarial`: a frozen network, x0 or noised x -> feature maps; None takes
+              layers of the teacher's network
     """
 
     teacher: Denoiser | None
@@ -274,3 +275,19 @@ class OwnRecipe(Recipe):
 
 def _described(cond: Cond) -> object:
     return mapped(lambda v: (str(v.dtype), *v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__, cond)
+
+
+def picked(cond: Cond, index: Tensor) -> Cond:
+    """The conditions of some samples."""
+    chosen: Cond = mapped(lambda v: v[index] if isinstance(v, Tensor) else v, cond)
+    return chosen
+
+
+def few_levels(recipe: OwnRecipe, calls: int) -> Grid:
+    """The grid of a student of a few calls: trailing times, or for EDM from sigma_max down to 0.6 sigma_data."""
+    student = recipe.problem.student
+    if student.predicts != "edm":
+        return recipe.grid(calls)
+    first = student.process.sigma_max
+    levels = np.geomspace(first, min(0.6 * student.sigma_data, 0.1 * first), calls) if calls > 1 else np.array([first])
+    return Grid.from_sigmas(student.process, [*levels.tolist(), 0.0])

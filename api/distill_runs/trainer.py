@@ -51,8 +51,9 @@ class Trainer:
         images = student.sample(16, calls=2, seed=0)
 
     method      "progressive", "guided", "consistency", "improved_consistency", "continuous_consistency",
-                "latent_consistency", "rectified", "distribution_matching", "adversarial", "score_identity", "mean_flow"
-                or "flow_maps"
+                "latent_consistency", "rectified", "distribution_matching", "adversarial", "score_identity",
+                "mean_flow", "flow_maps", "shortcut", "moment_matching", "f_distill", "latent_adversarial",
+                "trajectory_matching" or "regularised"
     data        clean samples: an array (N, ...), (array, conditions), a data set, draw(count, generator), or a folder
     teacher     a `Denoiser`, guided or not; a guided one has its null condition, Denoiser(null=...)
     student     the network to train, a module that is called like the teacher's, or a `Denoiser`; None is a copy of
@@ -71,7 +72,8 @@ class Trainer:
     metrics     more measures by name, samples (B, ...) as a NumPy array -> a number
     held        data to compare with; by default the training samples whose conditions the samples are drawn with
     loggers     objects with `log(step, values)` and `samples(step, name, x)`
-    features    for "adversarial": a frozen network, x0 -> feature maps; by default layers of the teacher's network
+    features    for "adversarial" and "latent_adversarial": a frozen network, x0 or noised x -> feature maps; by default
+                layers of the teacher's network
     options     of the method, by name
     network     "FILE.py:FUNCTION" that makes the network, for `load_student`
 
