@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fewstep as fs
@@ -754,6 +755,11 @@ def trainer(out=None, **more):
 if __name__ == "__main__":
     with processes():
         trainer("two").fit()
+        half = trainer("sharded", shard=True, every=3)
+        try:
+            half.fit(watch=lambda done, values: 1 / (done - 4))
+        except ZeroDivisionError:
+            trainer("sharded", shard=True, every=3).fit(resume=True)
         torch.manual_seed(rank())
         for more in ({"student": mine.Net()}, {"lr": 1e-2 * (1 + rank())}):
             try:
@@ -766,7 +772,10 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun over gloo: the losses of one process with the joint batch, up to rounding of the sums."""
+    """torchrun over gloo: the losses of one process with the joint batch, up to rounding of the sums.
+
+    So with whole networks and with divided ones, whose run is cut and resumed; their checkpoint is complete.
+    """
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(MINE)
     Path("run_processes.py").write_text(PROCESSES)
@@ -774,7 +783,8 @@ def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeyp
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, *launch]
     for _ in range(3):
-        shutil.rmtree("two", ignore_errors=True)
+        for folder in ("two", "sharded"):
+            shutil.rmtree(folder, ignore_errors=True)
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300, check=False)
         # Seen once in some twenty runs: C++'s "terminate called without an active exception" in a process of torch's.
         if "Signal 6 (SIGABRT)" not in done.stderr:
@@ -785,12 +795,21 @@ def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeyp
         assert "the processes do not match: the sum of all weights is" in said
         assert "the processes do not match: settings is" in said
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.import_module("run_processes").trainer("one").fit()
+    run = importlib.import_module("run_processes")
+    run.trainer("one").fit()
+    Path("last").mkdir()
+    shutil.copy("sharded/checkpoint.previous.safetensors", f"last/{CHECKPOINT}")  # of step 6
+    run.trainer("last").fit(resume=True)
     for name in ("mine", "run_processes"):
         monkeypatch.delitem(sys.modules, name)
     logs = []
-    for folder in ("one", "two"):
+    for folder in ("one", "two", "sharded"):
         with Path(folder, "log.csv").open() as file:
             logs.append([[float(row["critic"]), float(row["generator"])] for row in csv.DictReader(file)])
     assert np.shape(logs[0]) == (8, 2)
-    np.testing.assert_allclose(logs[1], logs[0], rtol=1e-3)
+    for log in logs[1:]:
+        np.testing.assert_allclose(log, logs[0], rtol=1e-3)
+    files = [load_file(f"{folder}/student.safetensors") for folder in ("one", "sharded", "last")]
+    for key, value in files[0].items():
+        torch.testing.assert_close(files[1][key], value, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(files[2][key], files[1][key], rtol=1e-4, atol=1e-6)

@@ -66,6 +66,7 @@ class Trainer:
     clip        largest joint norm of the gradients
     schedule    of the learning rate after `warmup` steps: "cosine", "linear" or "constant"
     ema         decay of the weights' average, from which samples are drawn
+    shard       divide weights, gradients and optimiser states among torchrun's processes (torch's FSDP2)
     on_nan      "stop", or "rewind" to the last checkpoint with half the learning rate
     every       steps between checkpoints
     look_every  steps between looks: `samples` samples are drawn and measured against `held`; 0 is the end alone
@@ -100,6 +101,7 @@ class Trainer:
         warmup: int | None = None,
         ema: float = 0.999,
         on_nan: str = "stop",
+        shard: bool = False,
         every: int = 200,
         log_every: int = 20,
         look_every: int = 0,
@@ -136,6 +138,7 @@ class Trainer:
             "method": method, "problem": "own", "steps": steps, "batch": batch, "lr": lr, "seed": seed,
             "parts": parts, "amp": self._amp(amp), "options": dict(options or {}), "device": self._device(device),
             "clip": clip, "schedule": schedule, "warmup": warmup, "ema": ema, "on_nan": on_nan,
+            "shard": shard,
         }  # fmt: skip
         RunSettings(**self._settings)
         self.every, self.log_every, self.look_every, self.count = every, log_every, look_every, samples
@@ -199,7 +202,10 @@ class Trainer:
             )
 
             def look(step: int) -> None:
-                self.look(recipe, step, table)
+                if main:
+                    self.look(recipe, step, table)
+                else:  # its part of the divided weights
+                    recipe.samplers()
 
             training.train(
                 recipe, self.out, resume=resume, every=self.every, log_every=self.log_every, loggers=self.loggers,
