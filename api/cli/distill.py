@@ -61,6 +61,9 @@ def distill(
     clip: Annotated[float, typer.Option(help="With --data: largest joint norm of the gradients.")] = 1.0,
     ema: Annotated[float, typer.Option(help="With --data: decay of the weights' average.")] = 0.999,
     on_nan: Annotated[str, typer.Option(help="With --data: stop, or rewind to the last checkpoint.")] = "stop",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="With --data, under torchrun: divide the weights among the processes.")
+    ] = False,
     look_every: Annotated[int, typer.Option(help="With --data: steps between measured samples; 0: none.")] = 0,
     samples: Annotated[int, typer.Option(help="With --data: samples that are drawn and measured.")] = 64,
     tensorboard: Annotated[Path | None, typer.Option(help="With --data: folder of a TensorBoard log.")] = None,
@@ -93,11 +96,12 @@ def distill(
             "lr": 1e-4 if lr is None else lr, "seed": seed, "parts": parts, "every": every, "options": options,
             "amp": "bf16" if bf16 else "fp16" if fp16 else None, "device": device, "schedule": schedule,
             "warmup": warmup, "clip": clip, "ema": ema, "on_nan": on_nan, "look_every": look_every, "samples": samples,
+            "shard": shard,
         }  # fmt: skip
         distill_own(method, out, data, teacher, network, given, resume, as_json, tensorboard, wandb)
         return
     only_own = {"--teacher": teacher, "--network": network, "--device": device, "--tensorboard": tensorboard,
-                "--wandb": wandb, "--fp16": fp16 or None}  # fmt: skip
+                "--wandb": wandb, "--fp16": fp16 or None, "--shard": shard or None}  # fmt: skip
     if alone := [flag for flag, value in only_own.items() if value is not None]:
         raise ValueError(f"{', '.join(alone)} without --data: give your data, a folder or FILE.py:FUNCTION")
     from fewstep.distill_runs.methods import make_recipe

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.unet import digits_model
 from fewstep.digits_data import Split, load_split
-from fewstep.distill_runs import own_methods
+from fewstep.distill_runs import own_teachers
 from fewstep.distill_runs.data import Arrays
 from fewstep.distill_runs.own import Problem
 from fewstep.distill_runs.training import RunSettings, Samplers
@@ -32,7 +32,7 @@ TEACHER_SOLVERS = ("ddim", "dpmpp_2m", "unipc", "ipndm")
 TEACHER_SPACINGS = ("quadratic", "karras", "trailing")
 
 
-class DigitsProgressive(own_methods.Progressive):
+class DigitsProgressive(own_teachers.Progressive):
     """Progressive distillation of 16 DDIM steps into students of 8, 4, 2 and 1 steps, all kept."""
 
     OPTIONS = ()
@@ -41,7 +41,7 @@ class DigitsProgressive(own_methods.Progressive):
         super().__init__(settings, problem())
 
 
-class LatentConsistency(own_methods.LatentConsistency):
+class LatentConsistency(own_teachers.LatentConsistency):
     """Latent consistency distillation without guidance. Option lora=RANK trains only adapters of that rank."""
 
     OPTIONS = ("lora",)

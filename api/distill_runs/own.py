@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.data import Batch, Cond, Source, check_samples, on_device
-from fewstep.distill_runs.training import Recipe, RunSettings
+from fewstep.distill_runs.sharding import shard, whole
+from fewstep.distill_runs.training import Recipe, RunSettings, check_processes, weights_sum
 from fewstep.solvers.distill import lora
 from fewstep.solvers.distill.boundary import ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
@@ -40,7 +41,8 @@ class Problem:
     teacher   a denoiser, guided or not; None for a method that learns from data alone
     student   a denoiser around the network to train, without guidance; a run trains a copy of it
     data      of clean samples
-    features  for `adversarial`: a frozen network, x0 -> feature maps; None takes layers of the teacher's network
+    features  for `adversarial` and `latent_adversarial`: a frozen network, x0 or noised x -> feature maps; None takes
+              layers of the teacher's network
     """
 
     teacher: Denoiser | None
@@ -127,13 +129,22 @@ class OwnRecipe(Recipe):
         if problem.teacher is None and self.TEACHER:
             raise ValueError(f"method {settings.method!r} needs a teacher")
         self.teacher = None if problem.teacher is None else moved(problem.teacher, self.device)
+        if settings.shard and self.option("lora"):
+            raise ValueError("shard = True with the option lora: adapters alone are trained, which one process holds")
         self.start()
         for module in self.modules.values():
             module.to(self.device)
+        if self.sharded:
+            self.divide()
 
     def start(self) -> None:
         """Make the modules and optimisers."""
         raise NotImplementedError
+
+    def divide(self) -> None:
+        """Divide the networks among the processes, which must have the same; small heads stay whole."""
+        check_processes({"the sum of all weights": weights_sum(self)})
+        shard({n: m for n, m in self.modules.items() if n != "heads"}, self.optimisers.values())
 
     @property
     def taught(self) -> Denoiser:
@@ -169,7 +180,7 @@ class OwnRecipe(Recipe):
     def finished(self, name: str = "average") -> Denoiser:
         """The student as it is written: weights of that name in the network as it was given, adapters merged."""
         own = frozen_copy(cast(nn.Module, self.problem.student.model)).to(self.device)
-        own.load_state_dict(lora.merged_state(self.modules[name]))
+        own.load_state_dict({key: whole(v) for key, v in lora.merged_state(self.modules[name]).items()})
         return with_model(self.denoiser(name), own)
 
     # --- batches ---
@@ -258,7 +269,7 @@ class OwnRecipe(Recipe):
         at = points_of(self.process, [float(self.process.point_at_sigma(ratio).t)] * len(x))
         given = ", ".join(cond) or "none"
         try:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad(), self.autocast(), self.calling():
                 out = self.attempt(denoiser, x, at, cond)
         except Exception as error:
             why = " ".join(str(error).split())[:300]
@@ -274,3 +285,19 @@ class OwnRecipe(Recipe):
 
 def _described(cond: Cond) -> object:
     return mapped(lambda v: (str(v.dtype), *v.shape[1:]) if isinstance(v, Tensor) else type(v).__name__, cond)
+
+
+def picked(cond: Cond, index: Tensor) -> Cond:
+    """The conditions of some samples."""
+    chosen: Cond = mapped(lambda v: v[index] if isinstance(v, Tensor) else v, cond)
+    return chosen
+
+
+def few_levels(recipe: OwnRecipe, calls: int) -> Grid:
+    """The grid of a student of a few calls: trailing times, or for EDM from sigma_max down to 0.6 sigma_data."""
+    student = recipe.problem.student
+    if student.predicts != "edm":
+        return recipe.grid(calls)
+    first = student.process.sigma_max
+    levels = np.geomspace(first, min(0.6 * student.sigma_data, 0.1 * first), calls) if calls > 1 else np.array([first])
+    return Grid.from_sigmas(student.process, [*levels.tolist(), 0.0])

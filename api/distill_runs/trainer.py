@@ -51,8 +51,9 @@ class Trainer:
         images = student.sample(16, calls=2, seed=0)
 
     method      "progressive", "guided", "consistency", "improved_consistency", "continuous_consistency",
-                "latent_consistency", "rectified", "distribution_matching", "adversarial", "score_identity", "mean_flow"
-                or "flow_maps"
+                "latent_consistency", "rectified", "distribution_matching", "adversarial", "score_identity",
+                "mean_flow", "flow_maps", "shortcut", "moment_matching", "f_distill", "latent_adversarial",
+                "trajectory_matching" or "regularised"
     data        clean samples: an array (N, ...), (array, conditions), a data set, draw(count, generator), or a folder
     teacher     a `Denoiser`, guided or not; a guided one has its null condition, Denoiser(null=...)
     student     the network to train, a module that is called like the teacher's, or a `Denoiser`; None is a copy of
@@ -65,13 +66,15 @@ class Trainer:
     clip        largest joint norm of the gradients
     schedule    of the learning rate after `warmup` steps: "cosine", "linear" or "constant"
     ema         decay of the weights' average, from which samples are drawn
+    shard       divide weights, gradients and optimiser states among torchrun's processes (torch's FSDP2)
     on_nan      "stop", or "rewind" to the last checkpoint with half the learning rate
     every       steps between checkpoints
     look_every  steps between looks: `samples` samples are drawn and measured against `held`; 0 is the end alone
     metrics     more measures by name, samples (B, ...) as a NumPy array -> a number
     held        data to compare with; by default the training samples whose conditions the samples are drawn with
     loggers     objects with `log(step, values)` and `samples(step, name, x)`
-    features    for "adversarial": a frozen network, x0 -> feature maps; by default layers of the teacher's network
+    features    for "adversarial" and "latent_adversarial": a frozen network, x0 or noised x -> feature maps; by default
+                layers of the teacher's network
     options     of the method, by name
     network     "FILE.py:FUNCTION" that makes the network, for `load_student`
 
@@ -98,6 +101,7 @@ class Trainer:
         warmup: int | None = None,
         ema: float = 0.999,
         on_nan: str = "stop",
+        shard: bool = False,
         every: int = 200,
         log_every: int = 20,
         look_every: int = 0,
@@ -134,6 +138,7 @@ class Trainer:
             "method": method, "problem": "own", "steps": steps, "batch": batch, "lr": lr, "seed": seed,
             "parts": parts, "amp": self._amp(amp), "options": dict(options or {}), "device": self._device(device),
             "clip": clip, "schedule": schedule, "warmup": warmup, "ema": ema, "on_nan": on_nan,
+            "shard": shard,
         }  # fmt: skip
         RunSettings(**self._settings)
         self.every, self.log_every, self.look_every, self.count = every, log_every, look_every, samples
@@ -197,7 +202,10 @@ class Trainer:
             )
 
             def look(step: int) -> None:
-                self.look(recipe, step, table)
+                if main:
+                    self.look(recipe, step, table)
+                else:  # its part of the divided weights
+                    recipe.samplers()
 
             training.train(
                 recipe, self.out, resume=resume, every=self.every, log_every=self.log_every, loggers=self.loggers,

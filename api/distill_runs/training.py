@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.loggers import CsvLogger, Logger
+from fewstep.distill_runs.sharding import as_part, gathered, is_shared, whole
 from fewstep.solvers.files import keep_previous, write_whole
 from fewstep.solvers.options import number, one_of, warn
 from fewstep.solvers.plans.plan import Plan
@@ -78,6 +79,8 @@ class RunSettings:
     ema       decay of the weights' average, where the method does not set its own
     on_nan    at a loss or gradient that is not finite: "stop", or "rewind" to the last checkpoint, with half the
               learning rate and other batches
+    shard     divide weights, gradients and optimiser states among the processes, if there are several; a checkpoint
+              continues with and without
     """
 
     method: str
@@ -95,6 +98,7 @@ class RunSettings:
     warmup: int | None = None
     ema: float = 0.999
     on_nan: str = "stop"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "parts"):
@@ -120,6 +124,10 @@ class RunSettings:
             raise ValueError(f"device = {self.device!r:.80}: write cpu, cuda or cuda:0, for example") from None
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device = {self.device!r}: torch finds no CUDA device here; use device='cpu'")
+        if type(self.shard) is not bool:
+            raise ValueError(f"shard = {self.shard!r:.80}: it must be True or False")
+        if self.shard and self.amp == "fp16":
+            raise ValueError("shard = True with amp = 'fp16': the loss scale is not shared; take bf16, or no shards")
         if self.batch % (self.parts * world()):
             raise ValueError(f"batch = {self.batch} does not divide into {self.parts} parts of {world()} processes")
 
@@ -171,6 +179,7 @@ class Recipe(ABC):
         self.modules: dict[str, nn.Module] = {}
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         self.device = torch.device(settings.device)
+        self.sharded = settings.shard and world() > 1
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.amp == "fp16")
         self._overflows = 0
 
@@ -209,6 +218,15 @@ class Recipe(ABC):
         """(a step, how many of its cost there are): steps that stand for the whole run in an estimate of its time."""
         return [(0, self.settings.steps)]
 
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which the networks are called: whole, where they are divided among processes.
+
+        The average is left out, which no loss calls.
+        """
+        if not self.sharded:
+            return contextlib.nullcontext()
+        return gathered(m for name, m in self.modules.items() if name != "average")
+
     def descend(self, name: str, lr: float, loss_of: Callable[[slice], Tensor]) -> float:
         """Take one optimiser step on the mean loss of the batch.
 
@@ -220,21 +238,27 @@ class Recipe(ABC):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         for group in optimiser.param_groups:
             group["lr"] = lr
-        optimiser.zero_grad(set_to_none=True)
+        # Where the weights are divided, torch adds every network's gradients in one backward pass.
+        for one in self.optimisers.values() if self.sharded else [optimiser]:
+            one.zero_grad(set_to_none=True)
         size = s.batch // (world() * s.parts)
         total = torch.zeros((), device=self.device)
         for part in range(s.parts):
             begin = (rank() * s.parts + part) * size
-            with self.autocast():
-                loss = loss_of(slice(begin, begin + size))
-            scaled = self.scaler.scale(loss / s.parts)
-            # Only this optimiser's parameters: a generator's loss also reaches the critic.
-            for p, g in zip(parameters, torch.autograd.grad(scaled, parameters, allow_unused=True), strict=True):
-                if g is not None:
-                    p.grad = g if p.grad is None else p.grad + g
+            with self.calling():
+                with self.autocast():
+                    loss = loss_of(slice(begin, begin + size))
+                scaled = self.scaler.scale(loss / s.parts)
+                if self.sharded:
+                    torch.autograd.backward(scaled)
+                else:  # only this optimiser's parameters: a generator's loss also reaches the critic
+                    found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+                    for p, g in zip(parameters, found, strict=True):
+                        if g is not None:
+                            p.grad = g if p.grad is None else p.grad + g
             total += loss.detach() / s.parts
         gradients = [p.grad for p in parameters if p.grad is not None]
-        average([*gradients, total])
+        average([*(g for g in gradients if not is_shared(g)), total])  # torch has averaged the others
         self.scaler.unscale_(optimiser)
         if not self.scaler.is_enabled():
             clip_gradients(gradients, s.clip)
@@ -254,11 +278,16 @@ class Recipe(ABC):
 
 def clip_gradients(gradients: list[Tensor], largest: float = MAX_NORM) -> None:
     """Scale gradients down to a joint norm, in place. Raises FloatingPointError if one is not finite."""
-    norm = torch.nn.utils.get_total_norm(gradients)
+    # Divided and other tensors do not mix in one operation.
+    kinds = [[g for g in gradients if is_shared(g) == divided] for divided in (False, True)]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     if not torch.isfinite(norm):
         raise FloatingPointError("a gradient is not finite")
     if norm > largest:
-        torch._foreach_mul_(gradients, largest / norm)
+        for kind in kinds:
+            if kind:
+                torch._foreach_mul_(kind, float(largest / norm))
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -302,7 +331,8 @@ def weights_sum(recipe: Recipe) -> str:
     total = 0.0
     for _, module in sorted(recipe.modules.items()):
         for i, p in enumerate(module.parameters()):
-            total += float(p.detach().double().sum()) * math.sin(i + 1.0) + float(p.detach().double().square().sum())
+            own = whole(p.detach()).double()
+            total += float(own.sum()) * math.sin(i + 1.0) + float(own.square().sum())
     return repr(total)
 
 
@@ -317,7 +347,8 @@ def write_array(path: Path, x: NDArray[np.float32]) -> None:
 def save(recipe: Recipe, step: int, path: Path) -> None:
     """Write all state after `step` steps as safetensors; the file before it is kept beside it, as `.previous`.
 
-    Raises ValueError for state that is not finite, which is not written.
+    Only the first process writes; where the weights are divided, every process must call this. Raises ValueError for
+    state that is not finite, which is not written.
     """
     tensors: dict[str, Tensor] = {}
     for name, module in recipe.modules.items():
@@ -325,7 +356,15 @@ def save(recipe: Recipe, step: int, path: Path) -> None:
     for name, optimiser in recipe.optimisers.items():
         for i, state in optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{name}.{i}.{key}": value for key, value in state.items()}
-    bad = next((key for key, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    # A clone, since safetensors refuses tensors that share memory.
+    kept: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        one = whole(t.detach())
+        if rank() == 0:
+            kept[key] = one.cpu().clone(memory_format=torch.contiguous_format)
+    if rank():
+        return
+    bad = next((key for key, t in kept.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
     if bad is not None:
         raise ValueError(f"{bad} is not finite after {step} steps: the checkpoint before them is kept")
     metadata = {
@@ -335,8 +374,6 @@ def save(recipe: Recipe, step: int, path: Path) -> None:
         "rewinds": str(recipe.rewinds),
         "scaler": json.dumps(recipe.scaler.state_dict()),
     }
-    # A clone, since safetensors refuses tensors that share memory.
-    kept = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     data = safetensors.torch.save(kept, metadata)
     keep_previous(path)
     write_whole(path, lambda to: to.write_bytes(data))
@@ -367,7 +404,7 @@ def load(recipe: Recipe, path: Path) -> int:
     changed = [
         f"{key} was {theirs.get(key)!r:.80}, is {ours[key]!r}"
         for key in ours
-        if theirs.get(key) != ours[key] and key != "device"
+        if theirs.get(key) != ours[key] and key not in ("device", "shard")
     ]
     if changed:
         raise ValueError(f"{path} belongs to another run: {'; '.join(changed)}")
@@ -384,14 +421,17 @@ def load(recipe: Recipe, path: Path) -> int:
 def _restore(recipe: Recipe, tensors: Mapping[str, Tensor]) -> None:
     for name, module in recipe.modules.items():
         prefix = f"module.{name}."
-        module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        own = module.state_dict()
+        found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        module.load_state_dict({k: as_part(v, own[k]) if k in own else v for k, v in found.items()})
     for name, optimiser in recipe.optimisers.items():
         prefix = f"optimiser.{name}."
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
         for key, value in tensors.items():
             if key.startswith(prefix):
                 index, _, what = key.removeprefix(prefix).partition(".")
-                state.setdefault(int(index), {})[what] = value
+                state.setdefault(int(index), {})[what] = as_part(value, parameters[int(index)])
         optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
 
 
@@ -449,7 +489,8 @@ def train(
     out         folder for checkpoint and log, or None for neither; only the first process writes
     every       steps between checkpoints; one more is written at the end and after SIGINT or SIGTERM
     loggers     get the losses every `log_every` steps, beside the log in `out`
-    look        called in the first process every `look_every` steps, to draw samples and measure them
+    look        called in the first process every `look_every` steps, to draw samples and measure them; in every process
+                where the weights are divided
     watch       called after each step with the number of steps done and what the step returned
 
     Returns the number of steps done. Raises Stopped, a SystemExit, after SIGINT or SIGTERM; ValueError if the processes
@@ -468,8 +509,9 @@ def train(
 
     def keep(step: int) -> None:
         recipe.seconds = time.perf_counter() - begin
-        if log is not None and out is not None:
+        if out is not None and (main or recipe.sharded):
             save(recipe, step, out / CHECKPOINT)
+        if log is not None:
             log.write()
 
     def diverged(step: int, why: str) -> int:
@@ -506,7 +548,8 @@ def train(
                     writer.log(done, values)
             if done % every == 0:
                 keep(done)
-            if look is not None and look_every and main and (done % look_every == 0 or done == recipe.settings.steps):
+            due = look_every and (done % look_every == 0 or done == recipe.settings.steps)
+            if look is not None and due and (main or recipe.sharded):
                 look(done)
             if watch is not None:
                 watch(done, values)
