@@ -45,7 +45,7 @@ class _Given:
             frame = frame_of(values)
         self.name, self.frame = name, frame
         self.values: Array = values
-        self._kept: dict[tuple[str, str, object, int], Array] = {}
+        self._kept: dict[tuple[object, ...], Array] = {}
 
     @property
     def host(self) -> np.ndarray:
@@ -63,23 +63,30 @@ class _Given:
             raise ValueError(f"{self.name} holds NaN or inf")
 
     def like(self, x: Array, info: EditInfo) -> Array:
-        """For the info's samples, with as many axes as x."""
-        frame, samples = frame_of(x), info.samples
-        assert frame is not None
-        assert self.frame is not None
-        key = frame.name, frame.device, x.dtype, x.ndim  # NumPy takes long to name a dtype
-        if key not in self._kept:
-            values = self.values
-            if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
-                values = values.detach().to(x)
-            else:
-                values = frame.array(self.frame.to_numpy(values), frame.dtype_of(x))
-            # Aligned on the right, as NumPy broadcasts.
-            self._kept[key] = values.reshape(*[1] * (x.ndim - values.ndim), *values.shape)
-        own = self._kept[key]
-        if 1 == len(samples) < len(own) == info.batch:  # adaptive sampling edits each sample alone
+        """For the info's samples, with as many axes as x. Raises ValueError for numbers beyond x's dtype, on a CPU."""
+        key = type(x), x.dtype, x.ndim, getattr(x, "device", None)  # NumPy's arrays have one from 2.0 on
+        own = self._kept.get(key)
+        if own is None:
+            own = self._kept[key] = self._converted(x)
+        samples = info.samples
+        if 1 == len(samples) < info.batch == len(own):  # adaptive sampling edits each sample alone
             own = own[samples[0] : samples[0] + 1]
         return own
+
+    def _converted(self, x: Array) -> Array:
+        frame, values = frame_of(x), self.values
+        assert frame is not None
+        assert self.frame is not None
+        if isinstance(frame, TorchFrame) and isinstance(self.frame, TorchFrame):
+            values = values.detach().to(x)
+        else:
+            with np.errstate(over="ignore"):  # it is refused below
+                values = frame.array(self.frame.to_numpy(values), frame.dtype_of(x))
+        # A GPU may be recording, when nothing may wait for it.
+        if frame.device == "cpu" and not np.isfinite(frame.to_numpy(values)).all():
+            raise ValueError(f"{self.name} holds numbers beyond {frame.dtype_of(x)}, the dtype of the run")
+        # Aligned on the right, as NumPy broadcasts.
+        return values.reshape(*[1] * (x.ndim - values.ndim), *values.shape)
 
 
 def _as_numpy(name: str, values: object) -> np.ndarray:
@@ -108,6 +115,8 @@ class Inpaint:
     fixed  one draw of z for all steps, and not a new one for each
     start  also before the first call
     """
+
+    finite = True
 
     def __init__(self, mask: Array, image: Array, *, fixed: bool = False, start: bool = False) -> None:
         flag("fixed", fixed)
@@ -151,6 +160,8 @@ class Prefix(Inpaint):
     fixed, start  as for `Inpaint`
     """
 
+    finite = True
+
     def __init__(
         self, actions: Array, delay: int, *, decay: str | None = "exp", fixed: bool = False, start: bool = False
     ) -> None:
@@ -186,14 +197,21 @@ class Prefix(Inpaint):
     def __call__(self, info: EditInfo) -> Array:
         if info.door == "x":
             return super().__call__(info)
-        free, held = self._masked(info, info.x0)
-        return free * info.x0 + held
+        own = info.x0
+        free, held = self._masked(info, own)
+        if getattr(own, "requires_grad", False):
+            return free * own + held
+        # In the run's memory: beside a network each array more that is touched counts.
+        own *= free
+        own += held
+        return own
 
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
         sizes, soft = tuple(own.shape[1:]), info.door == "x0"
-        if (sizes, soft) not in self._made:
-            self._made[sizes, soft] = self._laid_out(sizes, soft)
-        mask, image = self._made[sizes, soft]
+        made = self._made.get((sizes, soft))
+        if made is None:
+            made = self._made[sizes, soft] = self._laid_out(sizes, soft)
+        mask, image = made
         return mask.like(own, info), image.like(own, info)
 
     def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:

@@ -24,10 +24,16 @@ from fewstep.kernels.launch import ELEMENTS, KINDS, SAMPLES, SERIAL_ELEMENTS, ki
 
 
 class Kernel:
-    """One function of a Numba module. `run` calls it, or its twin of `interpreted` until it is compiled."""
+    """One function of a Numba module. `run` calls it, or its twin of `interpreted` until it is compiled.
 
-    def __init__(self, module: str, name: str, twin: Callable[..., None], *signatures: str, key: str = "") -> None:
-        self._module, self.name, self._key, self._signatures = module, name, key, signatures
+    direct  `run` is then the compiled code itself, without Numba's choice among signatures, which costs a third of a
+            small call. It does not check that arrays are contiguous
+    """
+
+    def __init__(
+        self, module: str, name: str, twin: Callable[..., None], *signatures: str, key: str = "", direct: bool = False
+    ) -> None:
+        self._module, self.name, self._key, self._signatures, self._direct = module, name, key, signatures, direct
         self.run, self.twin = twin, twin.__name__
         self.compiled = self._asked = False
 
@@ -64,9 +70,8 @@ class Kernel:
             if reason is not None:
                 raise ValueError(reason)
             function = self._function()
-            for signature in self._signatures:
-                function.compile(signature)
-            self.run, self.compiled, self._asked = function, True, True
+            codes = [function.compile(signature) for signature in self._signatures]
+            self.run, self.compiled, self._asked = codes[0] if self._direct else function, True, True
 
     def forget(self) -> None:
         """In a forked child: the thread that was to compile it is not here."""
@@ -108,7 +113,10 @@ _BATCH = "float32[:,::1], uint32[:,::1]"
 _OUTPUTS = "int64[::1], int64[::1], int64[::1], int64"
 _STAGE = "void(int64[::1], int64, int64)"
 
-STAGE = {dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype) for dtype in ("float32", "float64")}
+STAGE = {
+    dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype, direct=True)
+    for dtype in ("float32", "float64")
+}
 _NORMALS = Kernel("numba_noise", "normal_batch", interpreted.normal_batch, f"void({_BATCH}, int64, int64)")
 _BRIDGES = Kernel(
     "numba_noise",

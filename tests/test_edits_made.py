@@ -257,6 +257,36 @@ def test_wrong_prefixes() -> None:
         sample(fs.edits.Prefix(np.zeros((3, 4)), 4), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP))
     with pytest.raises(ValueError, match=r"actions has shape \(1, 9, 4\) for x of shape \(1, 8, 4\)"):
         sample(fs.edits.Prefix(np.zeros((9, 4)), 4), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP))
+    large = fs.edits.Prefix(np.full((3, 4), 1e39), 2)
+    with pytest.raises(ValueError, match=r"actions holds numbers beyond float32, the dtype of the run") as refused:
+        sample(edit_x0=large, shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP), dtype="float32")
+    assert "edit_x0 Prefix at step 1" in refused.value.__notes__[0]
+
+
+def test_a_subclass_of_a_prefix_is_checked() -> None:
+    """What a caller adds to a ready-made edit may not keep numbers finite."""
+
+    class Spoiling(fs.edits.Prefix):
+        def __call__(self, info: Any) -> Any:
+            return super().__call__(info) * math.nan
+
+    with pytest.raises(ValueError, match=r"edit_x0 Spoiling at step 1 .* gave NaN or inf"):
+        sample(edit_x0=Spoiling(np.zeros((3, 4)), 2), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP), check=True)
+
+
+def test_gradients_pass_a_prefix() -> None:
+    """x' = x - u (x - x0') / t, x0' = (1 - W) (x - t c x) + W actions of a network c x: the slope of c by hand."""
+    c = torch.ones((), dtype=torch.float64, requires_grad=True)
+    actions, latent = RNG.standard_normal((3, 4)), torch.from_numpy(RNG.standard_normal((1, 8, 4)))
+    edit = fs.edits.Prefix(actions, 2)
+    grid = fs.grid(fs.Flow(), 1, "linspace")
+    found = fs.sample(
+        fs.Denoiser(lambda x, t: c * x, fs.Flow(), "flow"), latent, grid=grid, solver="euler", edit_x0=edit,
+        backend="naive", dtype="float64",
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(found.sum(), c)
+    free = 1.0 - edit.weights(3, 8)[None, :, None]
+    assert float(slope) == pytest.approx(-(free * latent.numpy()).sum(), rel=1e-12)
 
 
 # --- molecules ---
