@@ -37,6 +37,12 @@ def leaves(value: object, path: Keys = ()) -> Iterator[tuple[Keys, Leaf]]:
         yield path, value
 
 
+def replaced(tree: Any, values: Iterator[Leaf]) -> Any:
+    """A tree like this one with the next values as its leaves, in the order of `leaves`."""
+    found = dict(zip((path for path, _ in leaves(tree)), values, strict=False))
+    return mapped(lambda path, _: found[path], tree, path=())
+
+
 def mapped(function: Callable[..., object], *trees: Any, path: Keys | None = None) -> Any:
     """A tree like the first with function(leaf of each tree) as its leaves, or function(path, ...) if `path` is given.
 
@@ -103,11 +109,6 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
     Raises ValueError that names the path of what does not fit.
     """
     check_arrays(branches, frame, batch, hint=UNBATCHED)
-    return joined(branches, frame, batch)
-
-
-def joined(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> Mapping[str, Any]:
-    """`stacked`, of conditions whose arrays are checked."""
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):
