@@ -18,6 +18,7 @@ through a network of one operation, and measures the memory.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import queue
 import resource
@@ -280,6 +281,17 @@ def many(n: int) -> None:
     print(f"peak memory {memory[2] / 1024:.1f} MiB after a fifth of them, {memory[-1] / 1024:.1f} MiB after all")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a call of the network frees, as docs/serving.md advises every server on CPUs to.
+
+    Without it, each call on another thread than the main one takes its memory from the system again, page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # -3 is M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)
+        mallopt(-1, 256 << 20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=300)
@@ -288,6 +300,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=float, help="requests per second at load 1; by default measured")
     parser.add_argument("--loads", type=float, nargs="*", default=LOADS)
     args = parser.parse_args()
+    keep_freed_memory()
     fs.warmup()
     capacity = args.capacity
     if args.only in (None, "gain") or (args.only == "load" and capacity is None):

@@ -148,14 +148,17 @@ class FusedColumns(LoneRuns):
             first[...] = x.reshape(-1)
         else:
             self._entry[place].copy_(x[0])
-        self._launch(self._words[place, 0], None)
+        self._run(self._words[place : place + 1, 0], None)
         self._here[place], self._at[place] = form, 0
 
-    def _launch(self, memory: np.ndarray, keep: object) -> None:
+    def _run(self, launches: np.ndarray, keep: object) -> None:
+        run, units = self._kernel.run, self._units
         if self._elements <= words.SERIAL_ELEMENTS:  # at small sizes a Python call matters
-            self._kernel.run(memory, 0, self._units)
+            for memory in launches:
+                run(memory, 0, units)
         else:
-            words.launch(self._kernel.run, memory, self._units, self._elements, (self, keep))
+            for memory in launches:
+                words.launch(run, memory, units, self._elements, (self, keep))
 
     def drop(self, place: int) -> None:
         if self._here[place] is not None:
@@ -208,8 +211,7 @@ class FusedColumns(LoneRuns):
         source = launches[:, _RAWS]  # by branch; _NO_BRANCH is the last one here, of address 0
         launches[:, _RAW_KINDS] = kinds[source]
         launches[:, _RAWS] = addresses[source] + sizes[source] * rows[:, None]
-        for memory in launches:
-            self._launch(memory, held)
+        self._run(launches, held)
         self._at[places] += 1
         # What is finished has the input of a place without a request.
         self._inputs[places[self._called[places, self._at[places]] == 0]] = 0

@@ -114,7 +114,7 @@ class MixedRun:
             self.columns = FusedColumns(*own, jobs) if self.backend == "numba" else LoneRuns(*own)
         self._limits = {id(plan): Limits.of(plan, (1, *self.shape[1:])) for plan in self.plans}
         self._started: list[Job | None] = [None] * self.shape[0]  # of each place's request
-        self._left = [0] * self.shape[0]  # calls of the network that it needs yet
+        self.left = [0] * self.shape[0]  # calls of the network that each of them needs yet
         self._edited: list[EditedRun | None] = [None] * self.shape[0]
         captures = self.backend == "triton" and capture_api(self.frame) is not None
         if graph == "step" and not captures:
@@ -206,11 +206,11 @@ class MixedRun:
     def start(self, place: int, admission: Admission) -> None:
         """Start a request of `admission` in a free place."""
         instance("place", place, (int, np.integer), "an int")
-        if not (0 <= place < self.shape[0]) or self._left[place]:
+        if not (0 <= place < self.shape[0]) or self.left[place]:
             raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
         job, x, streams, edits, conds = admission
         self.columns.begin(place, job, x, streams, alone=edits is not None)
-        self._started[place], self._left[place], self._edited[place] = job, len(job.tables), None
+        self._started[place], self.left[place], self._edited[place] = job, len(job.tables), None
         if edits is not None:
             self._edited[place] = edited = EditedRun(edits, self.columns.run(place, job), conds, batch=1)
             try:
@@ -224,7 +224,7 @@ class MixedRun:
         """Give up the request of a place, which is free from then on."""
         self.columns.drop(place)
         self._started[place] = self._edited[place] = None
-        self._left[place] = 0
+        self.left[place] = 0
 
     def step(
         self, cond: Condition = None, *, places: Sequence[int] | None = None, size: int | None = None
@@ -268,7 +268,7 @@ class MixedRun:
             raws = self._call(size, branches, x_in, t, cond)
             self.network_seconds += perf_counter() - began
             self.columns.advance(places, branches, raws)
-        left = self._left
+        left = self.left
         moved = [place for place in places if left[place]]
         for place in moved:
             left[place] -= 1
@@ -301,7 +301,7 @@ class MixedRun:
 
     def done(self, place: int) -> bool:
         """Whether a place's request is finished. False for a place without a request."""
-        return self._started[place] is not None and not self._left[place]
+        return self._started[place] is not None and not self.left[place]
 
     def result(self, place: int) -> Array:
         """A copy of a finished sample, (...).
@@ -309,7 +309,7 @@ class MixedRun:
         Raises ValueError if it is not finished and, on a CPU, if it holds NaN or inf; warns of one far too large.
         """
         job = self._started[place]
-        if job is None or self._left[place]:
+        if job is None or self.left[place]:
             raise ValueError(f"place {place} holds no finished request")
         sample = self.columns.result(place, job)
         plan = job.program.plan
@@ -323,7 +323,7 @@ class MixedRun:
     def calls(self, place: int) -> tuple[int, int]:
         """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""
         job = self._started[place]
-        return (0, 0) if job is None else (len(job.tables) - self._left[place], len(job.tables))
+        return (0, 0) if job is None else (len(job.tables) - self.left[place], len(job.tables))
 
     def x0(self, place: int) -> Array:
         """A copy of the x0 prediction of a place's last call, (...). Raises ValueError if there is none."""

@@ -435,23 +435,23 @@ class _Loop:
                 self._vacate(place)
                 self._settle(request, None, error)
             return
+        left = self.run.left
         for place, request in zip(places, requests, strict=True):
-            finished = self.run.done(place)
-            if not finished and not request.watched:
+            if left[place] and not request.watched:
                 continue
             try:
                 if request.watched:
                     self.run.edit(place)
                 if request.preview is not None:
                     request.preview(*self.run.calls(place), self.run.x0(place))
-                sample = self.run.result(place) if finished else None
+                sample = None if left[place] else self.run.result(place)
             except BaseException as error:
                 lo, hi, sample_number = map(int, request.admission.streams[0])
                 error.add_note(f"of the request with seed {lo | hi << 32}, sample {sample_number}")
                 self._vacate(place)
                 self._settle(request, None, error)
                 continue
-            if finished:
+            if not left[place]:
                 self._vacate(place)
                 self._settle(request, sample)
 

@@ -31,6 +31,7 @@ class Request:
     kind      equal for requests that can share a call of the network
     priority  a head start in seconds
     deadline  seconds after its arrival by which it must have a place
+    watched   whether the caller's code runs after each of its stages
     entered   set when a request that found no room is in the queue, or has ended before
     """
 
@@ -45,11 +46,10 @@ class Request:
     arrived: float = field(default_factory=monotonic)
     ticket: int = field(default_factory=lambda: next(_TICKETS))
     entered: threading.Event | None = None
+    watched: bool = field(init=False)
 
-    @property
-    def watched(self) -> bool:
-        """Whether the caller's code runs after each of its stages."""
-        return self.preview is not None or self.admission.edits is not None
+    def __post_init__(self) -> None:
+        self.watched = self.preview is not None or self.admission.edits is not None
 
     @property
     def order(self) -> tuple[float, int]:
