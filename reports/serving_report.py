@@ -9,14 +9,17 @@ the same requests on the same network in one process:
     static  the next (up to 8) waiting requests run together until the longest is done; a call holds those that are not
     alone   one request at a time, on samplers made beforehand
 
-`gain` compares requests that all wait from the start, in processor time, which other programs disturb less. `load`
-sends them as a Poisson process, at multiples of what the engine did in `gain`, and takes wall-clock time. `many` sends
-10^4 requests through a network of one operation, and measures the memory.
+`gain` compares them while requests wait, in processor time, which other programs disturb less: a server under load
+never drains, so that the clock stops with more requests behind those that are waited for. `load` sends requests as a
+Poisson process, at multiples of what the engine did in `gain`, and takes wall-clock time. `many` sends 10^4 requests
+through a network of one operation, and measures the memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import queue
 import resource
 import threading
@@ -35,8 +38,26 @@ from fewstep.solvers.run.arrays import Array
 
 STEPS = range(4, 21)
 LOADS = (0.5, 0.8, 1.0, 1.2, 2.0)
+BEHIND = 64  # requests behind the last one that is waited for: more than start while 16 places finish theirs
 MODEL = load_model("digits")
-DENOISER = MODEL.denoiser(None)
+
+
+class Counted(torch.nn.Module):
+    """The digits network, and how many samples it has been called with."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network, self.samples = network, 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        self.samples += len(x)
+        out: torch.Tensor = self.network(x, t, label)
+        return out
+
+
+_OWN = MODEL.denoiser(None)
+NETWORK = Counted(_OWN.model)
+DENOISER = fs.Denoiser(NETWORK, _OWN.process, _OWN.predicts)
 PLANS = [fs.plan("dpmpp_2m", fs.grid(DENOISER.process, steps)) for steps in STEPS]
 
 
@@ -124,27 +145,33 @@ def submits_to(engine: fs.Engine) -> Submit:
 # --- all at once ---
 
 
-def saturated(submit: Submit, wanted: Sequence[Ask]) -> float:
-    """Network calls for one request each, per second of this process's processor time."""
-    began = time.process_time()
-    wait([submit(ask) for ask in wanted])
-    return sum(ask.plan.nfe for ask in wanted) / (time.process_time() - began)
+def saturated(submit: Submit, wanted: Sequence[Ask], behind: int = 0) -> float:
+    """Network calls for one request each, per second of this process's processor time.
+
+    behind  how many of `wanted`, the last ones, only keep the places full while the others are waited for
+    """
+    began, before = time.process_time(), NETWORK.samples
+    futures = [submit(ask) for ask in wanted]
+    wait(futures[: len(futures) - behind])
+    found = (NETWORK.samples - before) / (time.process_time() - began)
+    wait(futures)
+    return found
 
 
 def network(batch: int, calls: int) -> float:
     """Seconds of processor time per call."""
     x, t, label = torch.randn(batch, *MODEL.shape), torch.full((batch,), 500.0), torch.arange(batch) % 10
     with torch.no_grad():
-        DENOISER.model(x, t, label)
+        NETWORK(x, t, label)
         began = time.process_time()
         for _ in range(calls):
-            DENOISER.model(x, t, label)
+            NETWORK(x, t, label)
     return (time.process_time() - began) / calls
 
 
 def gain(n: int, rounds: int) -> float:
     """Print the gains of batches, and return the requests per second of an engine of 8 places."""
-    wanted = asks(n)
+    wanted = asks(n + BEHIND)
     calls = float(np.mean([ask.plan.nfe for ask in wanted]))
     one = alone()
     names = ("network 8", "network 16", "engine 8", "engine 16", "static 8")
@@ -154,9 +181,11 @@ def gain(n: int, rounds: int) -> float:
     with fs.Engine(DENOISER, (8, *MODEL.shape), PLANS) as eight, fs.Engine(DENOISER, (16, *MODEL.shape), PLANS) as more:
         sides = {"engine 8": submits_to(eight), "engine 16": submits_to(more), "static 8": servers[1].submit}
         for k in range(rounds + 1):
+            gc.collect()
+            gc.freeze()  # a full collection walks all of torch, 0.1 s at a moment of its own
             times = {b: network(b, 40) for b in (1, 8, 16)}
             base = saturated(one.submit, wanted[: n // 4])
-            speeds = {name: saturated(submit, wanted) for name, submit in sides.items()}
+            speeds = {name: saturated(submit, wanted, BEHIND) for name, submit in sides.items()}
             if k == 0:  # warm-up
                 continue
             for b in (8, 16):
@@ -252,6 +281,17 @@ def many(n: int) -> None:
     print(f"peak memory {memory[2] / 1024:.1f} MiB after a fifth of them, {memory[-1] / 1024:.1f} MiB after all")
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep what a call of the network frees, as docs/serving.md advises every server on CPUs to.
+
+    Without it, each call on another thread than the main one takes its memory from the system again, page by page.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # -3 is M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD
+        mallopt(-3, 32 << 20)
+        mallopt(-1, 256 << 20)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=300)
@@ -260,6 +300,7 @@ def main() -> None:
     parser.add_argument("--capacity", type=float, help="requests per second at load 1; by default measured")
     parser.add_argument("--loads", type=float, nargs="*", default=LOADS)
     args = parser.parse_args()
+    keep_freed_memory()
     fs.warmup()
     capacity = args.capacity
     if args.only in (None, "gain") or (args.only == "load" and capacity is None):

@@ -113,3 +113,69 @@ def test_bad_requests_are_refused() -> None:
             run.admit(place, plans[0], seed=0)
     with pytest.raises(ValueError, match="place 0 holds no finished request"):
         run.result(0)
+
+
+def test_requests_that_share_a_block_and_requests_that_run_alone() -> None:
+    """In one call: plain guidance, a reduction of its own, an edit, an empty place and a finished one."""
+    denoiser = fs.Denoiser(net, VP, "v", guidance=fs.CFG(2.0, start=0.2, stop=0.9), null={"c": np.zeros(1, np.float32)})
+    plans = [PLANS["unipc"], PLANS["ddpm"]]
+    seen: list[tuple[Any, Any]] = []
+
+    def watched(x: Any, t: Any, c: Any) -> Any:
+        seen.append((x.copy(), t.copy()))
+        out = net(x, t, c)
+        x[...], t[...] = np.nan, np.nan  # its own copies
+        return out.astype(np.float64 if len(seen) % 2 else np.float32)
+
+    def edit(info: fs.EditInfo) -> Any:
+        return 0.5 * info.x
+
+    own = fs.Denoiser(watched, VP, "v", guidance=denoiser.guidance, null=denoiser.null)
+    run = fs.MixedRun(own, plans, (5, *SHAPE[1:]), previews=True)
+    requests: list[tuple[int, fs.Plan, Any, Any]] = [
+        (0, plans[0], ..., None),
+        (1, plans[0], fs.CFG(3.0, rescale=0.5), None),
+        (2, plans[1], ..., None),
+        (4, plans[0], 1.5, edit),
+    ]
+    c = np.linspace(-0.5, 0.5, 5, dtype=np.float32)
+    for place, plan, guidance, edited in requests:
+        run.admit(place, plan, seed=place, guidance=guidance, edit=edited)
+    while not all(run.done(place) for place, *_ in requests):
+        run.step({"c": c})
+    for place, plan, guidance, edited in requests:
+        like = denoiser if guidance is ... else denoiser.with_guidance(guidance)
+        exact = fs.Sampler(fs.Denoiser(lambda x, t, c: net(x, t, c).astype(np.float64), VP, "v", guidance=like.guidance,
+                                       null=denoiser.null), plan, (1, *SHAPE[1:]))  # fmt: skip
+        want = exact(seed=place, cond={"c": c[place : place + 1]}, edit=edited)[0]
+        np.testing.assert_allclose(run.result(place), want, rtol=2e-5, atol=2e-6)
+    for x, t in seen:  # one or two copies of the batch; the third place but one is empty
+        for copy in np.split(x, len(x) // 5):
+            assert not copy[3].any()
+        assert not t[3::5].any()
+    for x, t in seen[2:]:  # the plan of 2 calls is over
+        assert not x[2::5].any()
+        assert not t[2::5].any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_places_of_any_dtype_and_size(dtype: str) -> None:
+    """Samples of more elements than one thread takes, in and out of order, padded."""
+    shape, plan = (3, 1, 300, 450), PLANS["unipc"]
+    denoiser = fs.Denoiser(lambda x, t: 0.5 * x + t.reshape(-1, 1, 1, 1).to(x) / 4096.0, VP, dtype=dtype)
+    run = fs.MixedRun(denoiser, [plan], shape, device="cpu")
+    for place in range(3):
+        run.admit(place, plan, seed=place)
+    run.step(places=[2, 0], size=4)
+    while not all(run.done(place) for place in range(3)):
+        run.step()
+    for place in range(3):
+        want = fs.Sampler(denoiser, plan, (1, *shape[1:]), device="cpu")(seed=place)[0]
+        assert torch.equal(run.result(place), want)
+
+
+def test_a_network_that_loses_a_sample_is_refused() -> None:
+    run = fs.MixedRun(fs.Denoiser(lambda x, t: x[1:], VP), [PLANS["ddpm"]], SHAPE)
+    run.admit(2, PLANS["ddpm"], seed=0)
+    with pytest.raises(ValueError, match=r"the model returned shape \(2, 1, 3, 5\) for x of shape \(3, 1, 3, 5\)"):
+        run.step()

@@ -1,6 +1,6 @@
-"""A batch in which each sample follows its own plan, on the CPU engines: every sample is a run of batch size 1.
+"""A batch in which each sample follows its own plan, on any CPU engine: every sample is a run of batch size 1.
 
-`gpu.TritonColumns` does the same on a GPU, where one launch advances all samples.
+`fused_columns` does the same on one block of memory, and `gpu.TritonColumns` on a GPU, where one launch advances all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fewstep.solvers.run.engine import Editable, Job, Run
 class Columns(Protocol):
     """The places of a batch, each with its own plan.
 
-    begin        start a request in a place, from its latent (None to draw it) and its noise stream (1, 3)
+    begin        start a request in a place, from its latent (None to draw it) and its noise stream (1, 3); `alone` for
+                 one whose `run` is asked for
     model_input  (branches, x_in, t) of the next network call: the branches of guidance that `places` need, and their
                  inputs, in the order of `places`, then rows up to `size` that belong to none; one copy per batched
                  branch. Nothing moves until `advance`
@@ -30,7 +31,7 @@ class Columns(Protocol):
     run          the sample of a place, as a batch of 1, for its edits
     """
 
-    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None: ...
+    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray, *, alone: bool = False) -> None: ...
     def model_input(self, places: Sequence[int], size: int) -> tuple[tuple[int, ...], Array, Array]: ...
     def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None: ...
     def drop(self, place: int) -> None: ...
@@ -64,7 +65,7 @@ class LoneRuns:
         self._empty = frame.array(np.zeros((1, *self.sample)), model_dtype)
         self._no_time = frame.array(np.zeros(1), time_dtype(denoiser, model_dtype))
 
-    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
+    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray, *, alone: bool = False) -> None:
         self.drop(place)
         found = next((i for i, waiting in enumerate(self._waiting) if waiting.job is job), None)
         if found is None:

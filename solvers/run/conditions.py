@@ -37,6 +37,15 @@ def leaves(value: object, path: Keys = ()) -> Iterator[tuple[Keys, Leaf]]:
         yield path, value
 
 
+def replaced(tree: Any, values: Iterator[Leaf]) -> Any:
+    """A tree like this one with the next values as its leaves, in the order of `leaves`."""
+    if isinstance(tree, Mapping):
+        return _like(tree, {key: replaced(tree[key], values) for key in sorted(tree, key=str)})
+    if isinstance(tree, (list, tuple)):
+        return _like(tree, [replaced(item, values) for item in tree])
+    return next(values)
+
+
 def mapped(function: Callable[..., object], *trees: Any, path: Keys | None = None) -> Any:
     """A tree like the first with function(leaf of each tree) as its leaves, or function(path, ...) if `path` is given.
 
@@ -50,15 +59,22 @@ def mapped(function: Callable[..., object], *trees: Any, path: Keys | None = Non
 
     if isinstance(first, Mapping):
         _same_structure(here, [sorted(t, key=str) if isinstance(t, Mapping) else type(t).__name__ for t in trees])
-        made = copy.copy(first) if isinstance(first, MutableMapping) else {}
-        for key in first:
-            made[key] = inner(key)
-        return made
+        return _like(first, {key: inner(key) for key in first})
     if isinstance(first, (list, tuple)):
         _same_structure(here, [(type(t).__name__, len(t) if isinstance(t, (list, tuple)) else 0) for t in trees])
-        items = [inner(i) for i in range(len(first))]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+        return _like(first, [inner(i) for i in range(len(first))])
     return function(*trees) if path is None else function(path, *trees)
+
+
+def _like(tree: Any, items: Any) -> Any:
+    """A container of the type of `tree` with these items, of the same keys."""
+    if isinstance(tree, MutableMapping):
+        made = copy.copy(tree)
+        made.update(items)
+        return made
+    if isinstance(tree, Mapping):
+        return items
+    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 
 def _same_structure(path: Keys, found: Sequence[object]) -> None:
@@ -103,11 +119,6 @@ def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> 
     Raises ValueError that names the path of what does not fit.
     """
     check_arrays(branches, frame, batch, hint=UNBATCHED)
-    return joined(branches, frame, batch)
-
-
-def joined(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> Mapping[str, Any]:
-    """`stacked`, of conditions whose arrays are checked."""
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):

@@ -495,7 +495,7 @@ class TritonColumns(DeviceMemory):
                 "at every step, or use backend='naive'"
             )
 
-    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray) -> None:
+    def begin(self, place: int, job: Job, x: Array | None, streams: np.ndarray, *, alone: bool = False) -> None:
         self._check(job)
         tables, from_numpy = device_tables(job), self.torch.from_numpy
         own = tables.numbers, tables.indices, tables.times

@@ -22,6 +22,7 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Cond, Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.edits import Edit, EditedRun, Edits
 from fewstep.solvers.run.engine import Job
+from fewstep.solvers.run.fused_columns import FusedColumns
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.graph import CaptureError, capture_api
 from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
@@ -108,10 +109,12 @@ class MixedRun:
         if self.backend == "triton":
             self.columns = TritonColumns([job for job in jobs if isinstance(job, TritonJob)], self.shape)
         else:
-            self.columns = LoneRuns(
-                denoiser, self.frame, self.shape, "float32", self._compiler.run, max(self.shape[0], 2 * len(plans))
-            )
-        self._at: list[tuple[Job, int] | None] = [None] * self.shape[0]  # each place's job and number of calls
+            idle = max(self.shape[0], 2 * len(plans))
+            own = denoiser, self.frame, self.shape, "float32", self._compiler.run, idle
+            self.columns = FusedColumns(*own, jobs) if self.backend == "numba" else LoneRuns(*own)
+        self._limits = {id(plan): Limits.of(plan, (1, *self.shape[1:])) for plan in self.plans}
+        self._started: list[Job | None] = [None] * self.shape[0]  # of each place's request
+        self.left = [0] * self.shape[0]  # calls of the network that each of them needs yet
         self._edited: list[EditedRun | None] = [None] * self.shape[0]
         captures = self.backend == "triton" and capture_api(self.frame) is not None
         if graph == "step" and not captures:
@@ -203,11 +206,11 @@ class MixedRun:
     def start(self, place: int, admission: Admission) -> None:
         """Start a request of `admission` in a free place."""
         instance("place", place, (int, np.integer), "an int")
-        if not (0 <= place < self.shape[0]) or not (self._at[place] is None or self.done(place)):
+        if not (0 <= place < self.shape[0]) or self.left[place]:
             raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
         job, x, streams, edits, conds = admission
-        self.columns.begin(place, job, x, streams)
-        self._at[place], self._edited[place] = (job, 0), None
+        self.columns.begin(place, job, x, streams, alone=edits is not None)
+        self._started[place], self.left[place], self._edited[place] = job, len(job.tables), None
         if edits is not None:
             self._edited[place] = edited = EditedRun(edits, self.columns.run(place, job), conds, batch=1)
             try:
@@ -220,7 +223,8 @@ class MixedRun:
     def drop(self, place: int) -> None:
         """Give up the request of a place, which is free from then on."""
         self.columns.drop(place)
-        self._at[place] = self._edited[place] = None
+        self._started[place] = self._edited[place] = None
+        self.left[place] = 0
 
     def step(
         self, cond: Condition = None, *, places: Sequence[int] | None = None, size: int | None = None
@@ -264,20 +268,18 @@ class MixedRun:
             raws = self._call(size, branches, x_in, t, cond)
             self.network_seconds += perf_counter() - began
             self.columns.advance(places, branches, raws)
-        moved = []
-        for place in places:
-            at = self._at[place]
-            if at is not None and not self.done(place):
-                self._at[place] = at[0], at[1] + 1
-                moved.append(place)
+        left = self.left
+        moved = [place for place in places if left[place]]
+        for place in moved:
+            left[place] -= 1
         return moved
 
     def edit(self, place: int) -> None:
         """The edits of a place's request, after `move`. Errors are those of the edits."""
-        edited, at = self._edited[place], self._at[place]
-        if edited is not None and at is not None:
+        edited = self._edited[place]
+        if edited is not None:
             with running(self.frame, keep_graph=self.backend == "naive"):
-                edited.after(at[1] - 1)
+                edited.after(self.calls(place)[0] - 1)
 
     def _network(
         self, size: int, branches: tuple[int, ...], x_in: Array, t: Array, cond: Condition
@@ -299,20 +301,19 @@ class MixedRun:
 
     def done(self, place: int) -> bool:
         """Whether a place's request is finished. False for a place without a request."""
-        at = self._at[place]
-        return at is not None and at[1] == len(at[0].tables)
+        return self._started[place] is not None and not self.left[place]
 
     def result(self, place: int) -> Array:
         """A copy of a finished sample, (...).
 
         Raises ValueError if it is not finished and, on a CPU, if it holds NaN or inf; warns of one far too large.
         """
-        at = self._at[place]
-        if at is None or not self.done(place):
+        job = self._started[place]
+        if job is None or self.left[place]:
             raise ValueError(f"place {place} holds no finished request")
-        sample = self.columns.result(place, at[0])
-        plan = at[0].program.plan
-        if self.frame.device == "cpu" and not Limits.of(plan, (1, *self.shape[1:])).usual(sample, ()):
+        sample = self.columns.result(place, job)
+        plan = job.program.plan
+        if self.frame.device == "cpu" and not self._limits[id(plan)].usual(sample, ()):
             where = f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
             if not bool((abs(sample) < math.inf).all()):
                 raise ValueError(f"the sample of place {place} holds NaN or inf: {where}")
@@ -321,12 +322,12 @@ class MixedRun:
 
     def calls(self, place: int) -> tuple[int, int]:
         """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""
-        at = self._at[place]
-        return (0, 0) if at is None else (at[1], len(at[0].tables))
+        job = self._started[place]
+        return (0, 0) if job is None else (len(job.tables) - self.left[place], len(job.tables))
 
     def x0(self, place: int) -> Array:
         """A copy of the x0 prediction of a place's last call, (...). Raises ValueError if there is none."""
-        at = self._at[place]
-        if at is None or not at[1] or not self.previews:
+        job, (calls, _) = self._started[place], self.calls(place)
+        if job is None or not calls or not self.previews:
             raise ValueError(f"place {place} has no x0 prediction: use MixedRun(previews=True), and step first")
-        return self.columns.x0(place, at[0], at[1] - 1)
+        return self.columns.x0(place, job, calls - 1)

@@ -7,7 +7,8 @@ import math
 import queue
 import threading
 import weakref
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from time import monotonic, perf_counter
 from types import EllipsisType
@@ -18,7 +19,7 @@ import numpy as np
 from fewstep.solvers.options import at_least, flag, function, instance, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
-from fewstep.solvers.run.conditions import check_arrays, joined, structure
+from fewstep.solvers.run.conditions import check_arrays, leaves, replaced, structure
 from fewstep.solvers.run.denoising import Cond, Condition, DenoiserLike, GuidanceLike
 from fewstep.solvers.run.edits import Edit
 from fewstep.solvers.run.mixed import MixedRun
@@ -187,6 +188,7 @@ class Engine:
         return Request(
             admission,
             conds,
+            [leaf for _, leaf in leaves(conds)],
             structure(conds, run.frame),
             float(priority),
             math.inf if deadline is None else float(deadline),
@@ -262,6 +264,8 @@ class _Loop:
     def __init__(self, run: MixedRun, waiting: Waiting, sizes: Sequence[int], metrics: bool | None) -> None:
         self.run, self.waiting, self.sizes = run, waiting, sizes
         self.active: dict[int, Request] = {}  # by place
+        self.groups: dict[Hashable, dict[int, Request]] = {}  # the same by kind, of which each has a call of its own
+        self.given_up: deque[Request] = deque()  # cancelled, and perhaps still in a place
         self.free = [*range(run.shape[0])]
         self.closing = self.draining = False
         self.changed = threading.Condition()
@@ -323,8 +327,10 @@ class _Loop:
     def _cancelled(self, request: Request) -> None:
         with self.changed:
             found = self.waiting.remove(request)
-        if found:  # else it has a place, and the thread sees it before the next call
+        if found:
             self._settle(request)
+        else:
+            self.given_up.append(request)
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
         with self.changed:
@@ -373,10 +379,11 @@ class _Loop:
 
     def _admit(self) -> bool:
         """Wait for work, and let requests take the free places. Returns False at the end."""
-        for place, request in [*self.active.items()]:
-            if request.future.cancelled():
+        while self.given_up:
+            gone = self.given_up.popleft()
+            for place in [place for place, request in self.active.items() if request is gone]:
                 self._vacate(place)
-                self._settle(request)
+                self._settle(gone)
         with self.changed:
             self.changed.wait_for(lambda: self.closing or self.active or len(self.waiting))
             if self.closing and not (self.draining and (self.active or len(self.waiting))):
@@ -385,6 +392,8 @@ class _Loop:
             late = self.waiting.expired(now)
             taken = {self.free.pop(): request for request in self.waiting.pop(len(self.free))}
             self.active.update(taken)  # at once: what has no place in either would be lost to an error
+            for place, request in taken.items():
+                self.groups.setdefault(request.kind, {})[place] = request
         for request in late:
             waited = f"{now - request.arrived:.3g} s for a place, past its deadline of {request.deadline:g} s"
             self._settle(request, None, TimeoutError(f"the request waited {waited}"), "expired")
@@ -401,24 +410,24 @@ class _Loop:
 
     def _vacate(self, place: int) -> None:
         self.run.drop(place)
-        self.active.pop(place, None)
+        request = self.active.pop(place)
+        group = self.groups[request.kind]
+        del group[place]
+        if not group:
+            del self.groups[request.kind]
         self.free.append(place)
 
     def _tick(self) -> None:
         """One stage of every active request."""
-        began, network = perf_counter(), self.run.network_seconds
-        together: dict[object, list[int]] = {}
-        for place, request in self.active.items():
-            together.setdefault(request.kind, []).append(place)
-        for places in together.values():
-            self._call(places)
-        if self.metrics is not None and together:
-            calls = sum(map(len, together.values()))
+        began, network, calls = perf_counter(), self.run.network_seconds, len(self.active)
+        for group in [*self.groups.values()]:
+            self._call([*group], [*group.values()])
+        if self.metrics is not None and calls:
             self.metrics.ticked(calls, perf_counter() - began, self.run.network_seconds - network)
 
-    def _call(self, places: list[int]) -> None:
+    def _call(self, places: Sequence[int], requests: Sequence[Request]) -> None:
         """One call of the network, for requests whose conditions have one structure."""
-        requests, size = [self.active[place] for place in places], self.sizes[len(places)]
+        size = self.sizes[len(places)]
         try:
             self.run.move(self._conditions(requests, size), places=places, size=size)
         except BaseException as error:  # a SystemExit, too, belongs to those who wait
@@ -426,25 +435,30 @@ class _Loop:
                 self._vacate(place)
                 self._settle(request, None, error)
             return
+        left = self.run.left
         for place, request in zip(places, requests, strict=True):
+            if left[place] and not request.watched:
+                continue
             try:
-                self.run.edit(place)
+                if request.watched:
+                    self.run.edit(place)
                 if request.preview is not None:
                     request.preview(*self.run.calls(place), self.run.x0(place))
-                finished = self.run.done(place)
-                sample = self.run.result(place) if finished else None
+                sample = None if left[place] else self.run.result(place)
             except BaseException as error:
                 lo, hi, sample_number = map(int, request.admission.streams[0])
                 error.add_note(f"of the request with seed {lo | hi << 32}, sample {sample_number}")
                 self._vacate(place)
                 self._settle(request, None, error)
                 continue
-            if finished:
+            if not left[place]:
                 self._vacate(place)
                 self._settle(request, sample)
 
     def _conditions(self, requests: Sequence[Request], size: int) -> list[Cond]:
         """The branches' conditions of a batch; rows beyond the requests have those of the first."""
-        rows = [*requests, *[requests[0]] * (size - len(requests))]
-        branches = zip(*(request.conds for request in rows), strict=True)
-        return [joined(conds, self.run.frame, 1) for conds in branches]
+        frame, first = self.run.frame, requests[0]
+        rows = [request.leaves for request in (*requests, *[first] * (size - len(requests)))]
+        columns = zip(*rows, strict=True)
+        values = (frame.concatenate(column) if frame.is_array(column[0]) else column[0] for column in columns)
+        return [replaced(conds, values) for conds in first.conds]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fewstep.solvers.options import needs
 
 if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
+    from prometheus_client import CollectorRegistry, Metric
 
 OUTCOMES = ("finished", "failed", "cancelled", "expired", "refused")
 
@@ -16,8 +18,24 @@ OUTCOMES = ("finished", "failed", "cancelled", "expired", "refused")
 _SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 
 
+class _Histogram:
+    """Plain numbers: an observation of prometheus_client's own costs several times as much, and a tick has four.
+
+    counts  of the observations up to each bound and above the one before; the last are above all bounds
+    """
+
+    def __init__(self, name: str, what: str, bounds: Sequence[float]) -> None:
+        self.name, self.what, self.bounds = f"fewstep_{name}", what, bounds
+        self.counts, self.sum = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
 class Metrics:
-    """The engine's counters, gauges and histograms. On a GPU, times are those of the host.
+    """The engine's counters, gauges and histograms, made into Prometheus's when they are asked for. On a GPU, times are
+    those of the host.
 
     Raises ImportError, with the command that adds it, without `prometheus-client`.
     """
@@ -26,40 +44,37 @@ class Metrics:
 
     def __init__(self, places: int, active: Callable[[], int], waiting: Callable[[], int]) -> None:
         needs("Engine.metrics", "prometheus_client", extra="serve")
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        from prometheus_client import CollectorRegistry
 
-        self.registry = registry = CollectorRegistry()
-        self._settled = Counter(
-            "fewstep_requests", "Requests by how they ended", ["outcome"], registry=registry
-        )  # fmt: skip
-        for outcome in OUTCOMES:  # at 0 from the start: a dashboard of a fresh server has them, too
-            self._settled.labels(outcome)
-        self._ticks = Counter("fewstep_ticks", "Ticks, each of them one stage of every request", registry=registry)
-        self._calls = Counter("fewstep_calls", "Calls of the network for one request each", registry=registry)
-        Gauge("fewstep_places", "Places of the batch", registry=registry).set(places)
-        Gauge("fewstep_active", "Requests in a place", registry=registry).set_function(active)
-        Gauge("fewstep_waiting", "Requests in the queue", registry=registry).set_function(waiting)
+        def seconds(name: str, what: str) -> _Histogram:
+            return _Histogram(f"{name}_seconds", what, _SECONDS)
 
-        def seconds(name: str, what: str) -> Histogram:
-            return Histogram(f"fewstep_{name}_seconds", what, buckets=_SECONDS, registry=registry)
-
-        self._occupancy = Histogram(
-            "fewstep_occupancy", "Share of the places that were active in a tick",
-            buckets=[(i + 1) / 8 for i in range(8)], registry=registry,
-        )  # fmt: skip
+        self._gauges = [
+            ("fewstep_places", "Places of the batch", lambda: places),
+            ("fewstep_active", "Requests in a place", active),
+            ("fewstep_waiting", "Requests in the queue", waiting),
+        ]
+        # All at 0 from the start: a dashboard of a fresh server has them, too.
+        self._settled, self._lock = dict.fromkeys(OUTCOMES, 0), threading.Lock()  # settled by any thread
+        self._ticks = self._calls = 0
+        self._occupancy = _Histogram(
+            "occupancy", "Share of the places that were active in a tick", [(i + 1) / 8 for i in range(8)]
+        )
         self._queue = seconds("queue", "From arrival to a place")
         self._latency = seconds("request", "From arrival to the sample")
         self._tick = seconds("tick", "A tick, all told")
         self._network = seconds("network", "The network's part of a tick")
         self._step = seconds("step", "The rest of a tick: solver, conditions, results")
         self._places = places
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
 
     def placed(self, waited: float) -> None:
         self._queue.observe(waited)
 
     def ticked(self, active: int, seconds: float, network: float) -> None:
-        self._ticks.inc()
-        self._calls.inc(active)
+        self._ticks += 1
+        self._calls += active
         self._occupancy.observe(active / self._places)
         self._tick.observe(seconds)
         self._network.observe(network)
@@ -67,6 +82,27 @@ class Metrics:
 
     def settled(self, outcome: str, seconds: float) -> None:
         """outcome: finished, failed, cancelled, expired or refused (by a full queue)."""
-        self._settled.labels(outcome).inc()
-        if outcome == "finished":
-            self._latency.observe(seconds)
+        with self._lock:
+            self._settled[outcome] += 1
+            if outcome == "finished":
+                self._latency.observe(seconds)
+
+    def collect(self) -> Iterator[Metric]:
+        """For the registry."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+        from prometheus_client.utils import floatToGoString
+
+        requests = CounterMetricFamily("fewstep_requests", "Requests by how they ended", labels=["outcome"])
+        for outcome, count in self._settled.items():
+            requests.add_metric([outcome], count)
+        yield requests
+        yield CounterMetricFamily("fewstep_ticks", "Ticks, each of them one stage of every request", self._ticks)
+        yield CounterMetricFamily("fewstep_calls", "Calls of the network for one request each", self._calls)
+        for name, what, now in self._gauges:
+            yield GaugeMetricFamily(name, what, now())
+        for each in (self._occupancy, self._queue, self._latency, self._tick, self._network, self._step):
+            bounds, total, buckets = [*each.bounds, float("inf")], 0, []
+            for bound, count in zip(bounds, each.counts, strict=True):
+                total += count
+                buckets.append((floatToGoString(bound), total))
+            yield HistogramMetricFamily(each.name, each.what, buckets, each.sum)

@@ -13,6 +13,7 @@ from math import inf
 from time import monotonic
 
 from fewstep.solvers.run.arrays import Array
+from fewstep.solvers.run.conditions import Leaf
 from fewstep.solvers.run.denoising import Cond
 from fewstep.solvers.run.mixed import Admission
 
@@ -26,14 +27,17 @@ class Request:
     """One sample to draw.
 
     conds     the branches' conditions of a batch of 1
+    leaves    theirs, in the order of `conditions.leaves`
     kind      equal for requests that can share a call of the network
     priority  a head start in seconds
     deadline  seconds after its arrival by which it must have a place
+    watched   whether the caller's code runs after each of its stages
     entered   set when a request that found no room is in the queue, or has ended before
     """
 
     admission: Admission
     conds: Sequence[Cond]
+    leaves: Sequence[Leaf]
     kind: Hashable
     priority: float = 0.0
     deadline: float = inf
@@ -42,6 +46,10 @@ class Request:
     arrived: float = field(default_factory=monotonic)
     ticket: int = field(default_factory=lambda: next(_TICKETS))
     entered: threading.Event | None = None
+    watched: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.watched = self.preview is not None or self.admission.edits is not None
 
     @property
     def order(self) -> tuple[float, int]:
