@@ -24,17 +24,17 @@ from fewstep.kernels.launch import ELEMENTS, KINDS, SAMPLES, SERIAL_ELEMENTS, ki
 
 
 class Kernel:
-    """One function of a Numba module. `run` calls it, or its twin of `interpreted` until it is compiled.
-
-    direct  `run` is then the compiled code itself, without Numba's choice among signatures, which costs a third of a
-            small call. It does not check that arrays are contiguous
-    """
+    """One function of a Numba module. `run` calls it, or its twin of `interpreted` until it is compiled."""
 
     def __init__(
-        self, module: str, name: str, twin: Callable[..., None], *signatures: str, key: str = "", direct: bool = False
+        self, module: str, name: str, twin: Callable[..., Any], *signatures: str, key: str = "", direct: bool = False
     ) -> None:
-        self._module, self.name, self._key, self._signatures, self._direct = module, name, key, signatures, direct
-        self.run, self.twin = twin, twin.__name__
+        """direct: `run` is the compiled code itself, of one signature, and trusts its caller for the arguments' types.
+
+        Between two calls of a network that fills the caches, Numba's choice by type takes longer than the code.
+        """
+        self._module, self.name, self._key, self._signatures = module, name, key, signatures
+        self.run, self.twin, self._direct = twin, twin.__name__, direct
         self.compiled = self._asked = False
 
     def __repr__(self) -> str:
@@ -70,8 +70,8 @@ class Kernel:
             if reason is not None:
                 raise ValueError(reason)
             function = self._function()
-            codes = [function.compile(signature) for signature in self._signatures]
-            self.run, self.compiled, self._asked = codes[0] if self._direct else function, True, True
+            entries = [function.compile(signature) for signature in self._signatures]
+            self.run, self.compiled, self._asked = entries[0] if self._direct else function, True, True
 
     def forget(self) -> None:
         """In a forked child: the thread that was to compile it is not here."""
@@ -117,6 +117,19 @@ STAGE = {
     dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype, direct=True)
     for dtype in ("float32", "float64")
 }
+# Of a run's ends and its network's outputs, by the state's dtype: see `numba_transfer`.
+TRANSFER = {
+    dtype: Kernel(
+        "numba_transfer",
+        "TRANSFER",
+        twin,
+        "float64(int64, int64, int64, int64, int64, int64)",
+        key=dtype,
+        direct=True,
+    )
+    for dtype, twin in (("float32", interpreted.transfer_float32), ("float64", interpreted.transfer_float64))
+}
+WORD = Kernel("numba_transfer", "set_word", interpreted.set_word, "void(int64[::1], int64, int64)", direct=True)
 _NORMALS = Kernel("numba_noise", "normal_batch", interpreted.normal_batch, f"void({_BATCH}, int64, int64)")
 _BRIDGES = Kernel(
     "numba_noise",
@@ -167,7 +180,8 @@ ROWS = Kernel(
     ),
 )
 ATTEMPTS = (PROPOSE, CONTROL, ROWS)
-KERNELS = (*STAGE.values(), _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, _SQUARE_SUMS, *ATTEMPTS)
+_ENDS = (*TRANSFER.values(), WORD)
+KERNELS = (*STAGE.values(), *_ENDS, _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, _SQUARE_SUMS, *ATTEMPTS)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:
@@ -197,6 +211,13 @@ def stage(dtype: str, size: int = 0) -> Kernel:
     """The fused stage for states of a dtype, asked to be compiled. size: elements of a stage, see `Kernel.request`."""
     STAGE[dtype].request(size)
     return STAGE[dtype]
+
+
+def transfer(dtype: str) -> Kernel:
+    """The kernel that copies what a run of that dtype takes and gives; it and `WORD` are asked to be compiled."""
+    TRANSFER[dtype].request()
+    WORD.request()
+    return TRANSFER[dtype]
 
 
 def request_attempts() -> None:

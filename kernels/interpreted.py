@@ -1,7 +1,8 @@
 """The CPU kernels as NumPy expressions on the same arguments: what runs until Numba has compiled them.
 
-Each function takes what its compiled twin takes and gives the same bits; the stage is `naive.step` on the launch's
-memory. Bytes per element: those of `naive`. Overflow is no warning here, because it is none in compiled code.
+Each function takes what its compiled twin takes and gives the same bits, but for the sum of `transfer`, which has no
+order; the stage is `naive.step` on the launch's memory. Bytes per element: those of `naive`. Overflow is no warning
+here, because it is none in compiled code.
 """
 
 from __future__ import annotations
@@ -60,6 +61,30 @@ def stage(memory: np.ndarray, first: int, last: int) -> None:
             lo = unit % chunks * chunk
             _part(m, b, b + 1, lo, min(lo + chunk, n))
             unit += 1
+
+
+def _transfer(dtype: type[np.generic], target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
+    if words:
+        _at(other, np.int64, words)[...] = _at(origin, np.int64, words)
+    if not n:
+        return 0.0
+    x = _at(source, dtype, n)
+    if target:
+        _at(target, dtype, n)[...] = x
+    with np.errstate(all="ignore"):
+        return float(x.dot(x))
+
+
+def transfer_float32(target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
+    return _transfer(np.float32, target, source, n, other, origin, words)
+
+
+def transfer_float64(target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
+    return _transfer(np.float64, target, source, n, other, origin, words)
+
+
+def set_word(memory: np.ndarray, j: int, value: int) -> None:
+    memory[j] = value
 
 
 def _part(m: list[int], b0: int, b1: int, lo: int, hi: int) -> None:

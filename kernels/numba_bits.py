@@ -102,15 +102,19 @@ def _uncompiled(*arguments: object) -> NoReturn:
     raise ValueError(f"the CPU kernels cannot run: {why_unavailable()}, or use backend='naive'")
 
 
-def jit(*, forceinline: bool = False, error_model: Literal["python", "numpy"] = "python") -> Callable[[Kernel], Kernel]:
+def jit(
+    *, forceinline: bool = False, error_model: Literal["python", "numpy"] = "python", reorder: bool = False
+) -> Callable[[Kernel], Kernel]:
     """`numba.njit` without the GIL and, where a folder can be written, with a cache on disk.
 
-    Without fastmath, LLVM neither reorders float operations nor contracts them into fused multiply-adds. Numba's cache
-    watches only a function's own file: after an edit here, clear the caches of its callers.
+    Without fastmath, LLVM neither reorders float operations nor contracts them into fused multiply-adds. `reorder`
+    lets it reorder sums, for one whose last bits nobody sees. Numba's cache watches only a function's own file: after
+    an edit here, clear the caches of its callers.
     """
 
     def decorate(function: Kernel) -> Kernel:
-        compiled: Any = njit(nogil=True, forceinline=forceinline, error_model=error_model)(function)
+        fastmath = {"reassoc"} if reorder else False
+        compiled: Any = njit(nogil=True, forceinline=forceinline, error_model=error_model, fastmath=fastmath)(function)
         if not isinstance(compiled, Dispatcher):  # NUMBA_DISABLE_JIT
             return _uncompiled
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields
 from types import NoneType
 from typing import Any, Generic, TypeVar
@@ -105,6 +105,14 @@ class Cache(Generic[V]):
         with self.lock:
             for key in [*self._kept]:
                 self.pop(key)
+
+
+def exactly(values: Iterable[Any]) -> list[Hashable]:
+    """Keys of these values, by `exact`: strings, truth values and None stand for themselves."""
+    return [
+        value if value is None or value is True or value is False or type(value) is str else exact(value)
+        for value in values
+    ]
 
 
 def exact(value: Any) -> Hashable:

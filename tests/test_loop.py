@@ -301,10 +301,7 @@ def test_progress_shows_a_bar(capfd: pytest.CaptureFixture[str], monkeypatch: py
         def __init__(self, *, total: int, **options: Any) -> None:
             assert total == 9  # calls, not steps
 
-        def __enter__(self) -> Bar:
-            return self
-
-        def __exit__(self, *error: object) -> None:
+        def close(self) -> None:
             updates.append(0)
 
         def update(self, n: int) -> None:

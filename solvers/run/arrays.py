@@ -99,8 +99,8 @@ class Frame(Protocol):
 
     def is_array(self, value: object) -> bool: ...
 
-    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
-        """Whether it is an ordinary array of that shape and dtype on this device, which records no gradients."""
+    def plain_test(self, shape: tuple[int, ...], dtype: str) -> Callable[[Array], bool]:
+        """What tells an ordinary array of that shape and dtype on this device, which records no gradients."""
 
     def device_of(self, array: Array) -> str: ...
 
@@ -155,8 +155,9 @@ class NumpyFrame:
     def is_array(self, value: object) -> bool:
         return isinstance(value, np.ndarray)
 
-    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
-        return type(value) is np.ndarray and value.shape == shape and value.dtype.name == dtype
+    def plain_test(self, shape: tuple[int, ...], dtype: str) -> Callable[[Array], bool]:
+        wanted = np.dtype(dtype)
+        return lambda value: type(value) is np.ndarray and value.shape == shape and value.dtype is wanted
 
     def device_of(self, array: Array) -> str:
         return "cpu"
@@ -242,17 +243,22 @@ class TorchFrame:
     def is_array(self, value: object) -> bool:
         return isinstance(value, self.torch.Tensor)
 
-    def is_plain(self, value: Array, shape: tuple[int, ...], dtype: str) -> bool:
-        torch = self.torch
-        return (
-            type(value) is torch.Tensor
-            and value.shape == shape
-            and self._names.get(value.dtype) == dtype
-            and value.layout is torch.strided
-            and not value.requires_grad
-            and not self.in_forward_mode
-            and self.device_of(value) == self.device
-        )
+    def plain_test(self, shape: tuple[int, ...], dtype: str) -> Callable[[Array], bool]:
+        kind, strided, wanted = self.torch.Tensor, self.torch.strided, getattr(self.torch, dtype)
+        forward, device, on_cpu = self._forward, self.device, self.device == "cpu"
+
+        def test(value: Array) -> bool:
+            return (
+                type(value) is kind
+                and value.shape == shape
+                and value.dtype is wanted
+                and value.layout is strided
+                and not value.requires_grad
+                and getattr(forward, "_current_level", 0) < 0  # tensors have no tangents
+                and (value.is_cpu if on_cpu else str(value.device) == device)
+            )
+
+        return test
 
     @property
     def in_forward_mode(self) -> bool:

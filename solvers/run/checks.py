@@ -156,7 +156,7 @@ def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
     own = denoiser.frame
     if own is None:
         return (frame_reached(denoiser.model) or NumpyFrame()) if device is None else TorchFrame(device)
-    if device is not None and TorchFrame(device).device != own.device:
+    if device is not None and str(device) != own.device and TorchFrame(device).device != own.device:
         raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
     return own
 

@@ -110,19 +110,10 @@ class Prepared:
     def fill(self, kind: int = PLAIN) -> None:
         """Make sure that a workspace is idle."""
         if not self.idle[kind]:
-            self.idle[kind].append(Workspace.of(self.compiler.run(self.job(kind))))
+            self.idle[kind].append(self.new(kind))
 
-    def take(self, kind: int) -> Workspace:
-        """A workspace that no other call uses until `give`. No context manager: a small call would notice."""
-        try:
-            return self.idle[kind].popleft()
-        except IndexError:
-            return Workspace.of(self.compiler.run(self.job(kind)))
-
-    def give(self, kind: int, taken: Workspace) -> None:
-        """Also after an interruption: every run rewrites its memory from the start."""
-        taken.run.release()
-        self.idle[kind].append(taken)
+    def new(self, kind: int) -> Workspace:
+        return Workspace.of(self.compiler.run(self.job(kind)))
 
     def take_over(self, old: Prepared) -> None:
         """Take the idle GPU runs of `old`, with their memory and graphs, where this job's structure fits them."""

@@ -27,7 +27,7 @@ class Converter:
         if self.backend == "numba":
             if not isinstance(outer, TorchFrame):
                 return x
-            return x.detach() if isinstance(self.model, TorchFrame) else self.model.array(outer.to_numpy(x), self.dtype)
+            return x if isinstance(self.model, TorchFrame) else self.model.array(outer.to_numpy(x), self.dtype)
         if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
             return x.to(getattr(outer.torch, self.dtype))
         return self.model.array(outer.to_numpy(x), self.dtype)

@@ -132,7 +132,13 @@ def any_library(call: F) -> F:
         if not 1 <= len(given) <= 2:
             return call(*given, **options)  # Python's own complaint
         first, x = given if len(given) == 2 else (*given, options.pop("x", None))
-        library = library_of(x) or _model_library(first)
+        # The common case without a call: beside a network, each would take microseconds.
+        torch = sys.modules.get("torch")
+        ours = x is None or type(x) is np.ndarray or (torch is not None and type(x) is torch.Tensor)
+        library = None if ours else library_of(x)
+        if library is None:
+            model = getattr(getattr(first, "denoiser", first), "model", None)
+            library = model.library if isinstance(model, InLibrary) else None
         if library is None:
             return call(first, x, **options)
         outside = library if x is None or not _is_inner(x) else None
@@ -189,11 +195,6 @@ def _output(library: Library, out: Array) -> Array:
     if int(out.__dlpack_device__()[0]) in (CPU, PINNED) and not np.from_dlpack(out).flags.writeable:
         raise ValueError(f"out is an immutable {type(out).__name__}: use the returned array instead")
     return library.take(out)
-
-
-def _model_library(first: object) -> Library | None:
-    model = getattr(getattr(first, "denoiser", first), "model", None)
-    return model.library if isinstance(model, InLibrary) else None
 
 
 def _denoiser_in(denoiser: DenoiserLike, library: Library, x: Array | None) -> DenoiserLike:

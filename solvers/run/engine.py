@@ -19,10 +19,15 @@ from fewstep.kernels import launch as words
 from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
-from fewstep.solvers.run.arrays import Array, Frame, aligned
+from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
 from fewstep.solvers.run.denoising import DenoiserLike, check_output, copies, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
+
+# Elements of network outputs that are looked at: what is not finite there shows in the result, too.
+LOOK = 1024
+
+_numpy_address = NumpyFrame().address
 
 _STORED = {"bfloat16": np.uint16, "float16": np.int16}  # as `Frame.bits` gives them
 
@@ -109,12 +114,15 @@ class Run(Editable, Protocol):
 
     begin        set the latent x at the plan's first point (None draws it), and apply the init row; returns the
                  latent as the run holds it
+    latent_square  the mean square of a latent that was set, None where `begin` has not measured it
     model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
     release      drop references that later runs do not need
     """
+
+    latent_square: float | None
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array: ...
     def model_input(self, k: int) -> tuple[Array, Array]: ...
@@ -142,25 +150,43 @@ class FusedRun:
         self.inputs = [aligned((copies * batch, *job.shape[1:]), stored) for _ in range(2)]
         self.input_rows = [list(rows.reshape(copies, batch, elements)) for rows in self.inputs]
         # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
-        self.true_times = np.concatenate([job.frame.bits(t) for t in job.times])
-        self.times = self.true_times.copy()
+        true_times = np.concatenate([job.frame.bits(t) for t in job.times])
+        words_of_times = -(-true_times.nbytes // 8)
+        self.block, self.true_block = aligned((2, words_of_times), np.dtype(np.int64))
+        self.times, whole = (block.view(true_times.dtype) for block in (self.block, self.true_block))
+        whole[: len(true_times)] = true_times
+        self._times = self.block.ctypes.data, self.true_block.ctypes.data, words_of_times
         self._view_inputs()
         # Looked up once: a small step would notice.
         self._fresh, self._address = job.frame.fresh, job.frame.address
-        self._ready: dict[int, tuple[Array, Array]] = {}  # inputs of calls to come
+        # The model's inputs of calls to come: None where a call has had them.
+        self._used: tuple[list[Array], list[Array]] = [None] * len(job.tables), [None] * len(job.tables)
+        self._ready = self._used
         self.samples = [buffer.reshape(job.shape) for buffer in self.buffers]
-        self.entry = job.frame.shared(self.samples[0])
+        self._like = job.frame.shared(self.samples[0])
+        self._dtypes = state, self._like.dtype  # of a latent, in NumPy and in the model's library
+        last = job.program.buffer_of_x(len(job.tables) - 1)
+        self._entry, self._place = self.buffers[0].ctypes.data, self.buffers[last].ctypes.data
+        self.latent_square: float | None = None
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
         self.raw_dtypes: list[object] = [...] * words.NOISE  # of the network outputs checked last, by their words
         # Stages that need nothing of the network's outputs but their addresses.
-        self.plain = [table.p is None and table.variance is None for table in job.tables]
+        self.plain = [table.p is None and table.variance is None and not self.variance for table in job.tables]
         self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
         self._inputs_again: dict[int, Launch] = {}  # of the model inputs after edits
-        self.stage = cpu.stage(job.dtype, self.size)  # runs without compiled code until that is ready
+        # These run without compiled code until that is ready.
+        self.stage, self.transfer = cpu.stage(job.dtype, self.size), cpu.transfer(job.dtype)
+        # A tensor of one element can be the negative of what it holds.
+        self._kind = type(self._like) if job.frame.name == "torch" and self.size > 1 else None
+        direct = [self._kind if plain and self.serial else None for plain in self.plain]
+        self._direct = [
+            (kind, launch.memory, launch.units, job.shape, cpu.WORD, self.stage)
+            for kind, launch in zip(direct, self.launches, strict=True)
+        ]
 
     def _view_inputs(self) -> None:
         """The model's inputs, on memory that NumPy owns: torch frees a storage of its own when a model moves it."""
@@ -214,24 +240,30 @@ class FusedRun:
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> np.ndarray:
         """Take the latent (or draw it), and write the first model input. x: NumPy, or of the model's library."""
-        self.times[...] = self.true_times
         # A time that a model moves in a run takes the values of later calls along: once a run is enough.
         if self.places is not None and self.t[0].data_ptr() != self.time_place:
             self._view_inputs()
         # All at once: between two calls of a network that fills the caches, making an object costs several times more.
         fresh = self._fresh
-        self._ready = {k: (fresh(x_in), fresh(t)) for k, (x_in, t) in enumerate(zip(self.views, self.t, strict=True))}
-        first = self.job.start
+        self._ready = list(map(fresh, self.views)), list(map(fresh, self.t))
         buffer = self.buffers[0]
         if streams is not None:
             self.streams[...] = streams
         if x is None:
             cpu.normals(self.latent, self.streams, 0, philox.LATENT)
-            np.multiply(self.latent, buffer.dtype.type(first.sigma), out=buffer)
-        elif isinstance(x, np.ndarray):
-            self.samples[0][...] = x
+            np.multiply(self.latent, buffer.dtype.type(self.job.start.sigma), out=buffer)
+            self.transfer.run(0, 0, 0, *self._times)
         else:
-            self.entry.copy_(x)  # between two torch networks, a torch operator is cheaper than NumPy's
+            kept = x  # holds the memory of `source`
+            if type(x) is self._kind and x.dtype is self._dtypes[1] and x.is_contiguous():
+                source = x.data_ptr()
+            else:
+                ours = isinstance(x, np.ndarray)
+                if x.dtype is not self._dtypes[not ours]:
+                    x = x.astype(self._dtypes[0]) if ours else x.to(self._dtypes[1])
+                source, kept = _numpy_address(x) if ours else self._address(x)
+            self.latent_square = self.transfer.run(self._entry, source, self.size, *self._times) / self.size
+            del kept
         if z is None and self.serial:
             self.stage.run(self.init.memory, 0, self.init.units)
         else:
@@ -239,29 +271,46 @@ class FusedRun:
         return buffer
 
     def model_input(self, k: int) -> tuple[Array, Array]:
-        x_in, t = self._ready.pop(k) if k in self._ready else self._inputs(k)
+        inputs, times = self._ready
+        x_in, t = inputs[k], times[k]
+        inputs[k] = times[k] = None
+        if x_in is None:  # not the first call of this stage in a run
+            x_in, t = self._fresh(self.views[k]), self._fresh(self.t[k])
         if self.places is not None and x_in.data_ptr() != self.places[k]:
             self._view_inputs()  # a model moved them, by `share_memory_` or through a queue to another process
-            self._ready.clear()
-            return self._inputs(k)
+            self.release()
+            return self.model_input(k)
         return x_in, t
-
-    def _inputs(self, k: int) -> tuple[Array, Array]:
-        return self._fresh(self.views[k]), self._fresh(self.t[k])
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
+        if z is None and len(raws) == 1:
+            # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1:
+            # the common case of one whole output needs one tuple and no function but torch's and the kernel's.
+            (raw,) = raws
+            kind, memory, units, shape, word, stage = self._direct[k]
+            if (
+                type(raw) is kind
+                and raw.dtype is self.raw_dtypes[RAW]
+                and raw.shape == shape
+                and raw.is_cpu
+                and raw.is_contiguous()
+            ):
+                word.run(memory, RAW, raw.data_ptr())
+                stage.run(memory, 0, units)
+                return
         launch, variance = self.launches[k], None
         memory = launch.memory
         if self.variance:
             raws, variance = self.job.predictions(raws)
         held = raws  # keeps the outputs, or their copies, alive until the launch has finished
-        j = RAW
+        j, set_word = RAW, cpu.WORD.run
         for raw in raws:
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != self.shape:
                 check_output(raw, self.shape, self.job.frame)
                 self._expect(j, raw)
-            memory[j], kept = self._address(raw)
+            address, kept = self._address(raw)
+            set_word(memory, j, address)
             if kept is not raw:
                 held = (*held, kept)
             j += 1
@@ -310,7 +359,28 @@ class FusedRun:
 
     def release(self) -> None:
         """Drop what an interrupted run has not used. A run keeps no array of the network."""
-        self._ready.clear()
+        self._ready = self._used
+
+    def copied(self) -> tuple[Array, float]:
+        """A new array of the model's library with the sample after the last stage, and its mean square."""
+        if self.places is None:
+            new = np.empty(self.shape, self._dtypes[0])
+            address, _ = self._address(new)
+        else:
+            new = self._like.new_empty(self.shape)
+            address = new.data_ptr()
+        return new, self.transfer.run(address, self._place, self.size, 0, 0, 0) / self.size
+
+    def small(self, outputs: Sequence[Array], most: float) -> bool:
+        """Whether the mean squares of the first numbers of network outputs are at most that; False if it is unknown."""
+        n = min(self.size, LOOK)
+        return all(
+            type(raw) is self._kind
+            and raw.dtype is self._dtypes[1]
+            and raw.is_contiguous()
+            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0) <= most * n
+            for raw in outputs
+        )
 
     def x(self, k: int) -> np.ndarray:
         """The sample after stage k, (B, ...): this run's memory, valid until the next stage."""
@@ -356,6 +426,8 @@ class FusedRun:
 
 class NaiveRun:
     """The oracle as a backend: new arrays in every stage, of the model's library and device."""
+
+    latent_square: float | None = None
 
     def __init__(self, job: Job) -> None:
         self.job = job

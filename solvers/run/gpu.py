@@ -289,6 +289,8 @@ class Samples:
 class TritonRun(DeviceMemory, Samples):
     """Device memory for one run at a time: the engine of backend "triton"."""
 
+    latent_square: float | None = None
+
     def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))
         super().__init__(job, job.shape, buffers=job.buffers, copies=copies, columns=1)

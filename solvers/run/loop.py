@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -39,60 +38,62 @@ class StepInfo:
     x0: Array
 
 
-class Request(NamedTuple):
-    """The checked arguments of one call of a sampler.
+def run_plan(
+    space: Workspace,
+    convert: Converter,
+    x: Array | None,
+    outer: Frame | None,
+    streams: np.ndarray | None,
+    noise: NoiseSource | None,
+    cond: Condition,
+    callback: Callable[[StepInfo], None] | None,
+    progress: bool,
+    mode: str,
+    limits: Limits | None,
+    edits: Edits | None,
+) -> Sequence[Array]:
+    """Run every stage of the workspace's plan; the sample is then `space.run.x` after the last one.
 
     x        as for `Run.begin`, None to draw it
     outer    the frame of the caller's latent, None without one
     streams  (B, 3) of the noise, None if nothing is drawn
-    limits   what is usual for the latent, None to take it unchecked
     mode     "off", or the mode of the graphs to replay
+    limits   what is usual for the latent, None to take it unchecked
     edits    of x and of the x0 predictions, None without any
+
+    Returns the network's last outputs (none under a graph).
     """
-
-    x: Array | None
-    outer: Frame | None
-    streams: np.ndarray | None
-    noise: NoiseSource | None
-    cond: Condition
-    callback: Callable[[StepInfo], None] | None
-    progress: bool
-    mode: str
-    limits: Limits | None = None
-    edits: Edits | None = None
-
-
-def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Array, Sequence[Array]]:
-    """Run every stage of the workspace's plan.
-
-    Returns the sample (B, ...) in the run's memory, and the network's last outputs (none under a graph).
-    """
-    run, job = space.run, space.run.job
-    last = len(job.tables) - 1
-    graphs = space.graphs if request.mode != "off" else None
-    limits = None if request.x is None else request.limits
-    if graphs is not None and request.mode != "step":
+    run = space.run
+    job = run.job
+    graphs = space.graphs if mode != "off" else None
+    if x is None:
+        limits = None
+    if graphs is not None and mode != "step":
         if limits is not None:
-            limits.check_latent(request.x)
-        graphs.run.load(request.x, request.streams)
-        graphs.loop(request.x is None, request.edits)
-        return run.x(last), ()
+            limits.check_latent(x)
+        graphs.run.load(x, streams)
+        graphs.loop(x is None, edits)
+        return ()
     # Graphs hold their conditions already.
-    call = job.denoiser.bind(job.frame, job.batch, request.cond) if graphs is None else None
-    noise = request.noise
-    init = noise if job.program.init.noisy else None
-    latent = run.begin(request.x, request.streams, init and outside_noise(init, 0, job.start, job.start, job.shape))
+    call = job.denoiser.bind(job.frame, job.shape[0], cond) if graphs is None else None
+    z = None
+    if noise is not None and job.program.init.noisy:
+        z = outside_noise(noise, 0, job.start, job.start, job.shape)
+    latent = run.begin(x, streams, z)
     if limits is not None:
-        limits.check_latent(latent)
-    after = None if request.callback is None else _after_each(run, request.callback, request.outer, convert)
-    if request.edits is not None:
-        edited = EditedRun(request.edits, run, job.denoiser.conditions(request.cond))
+        square = run.latent_square
+        if square is None or not limits.low <= square <= limits.high:
+            limits.check_latent(latent)
+    after = None if callback is None else _after_each(run, callback, outer, convert)
+    if edits is not None:
+        edited = EditedRun(edits, run, job.denoiser.conditions(cond))
         call = call and edited.call(call)
         edited.start()
         after = edited.before(after)
     halves = job.program.halves
     raws: Sequence[Array] = ()
-    with _bar(len(job.tables) // halves) if request.progress else _NO_BAR as bar:
+    bar = _bar(len(job.tables) // halves) if progress else None
+    try:
         for k, table in enumerate(job.tables):
             if call is not None:
                 z = None
@@ -106,7 +107,10 @@ def run_plan(space: Workspace, request: Request, convert: Converter) -> tuple[Ar
                 after(k)
             if bar is not None and (k + 1) % halves == 0:
                 bar.update(1)
-    return run.x(last), raws
+    finally:
+        if bar is not None:
+            bar.close()
+    return raws
 
 
 def _after_each(
@@ -128,16 +132,13 @@ def _after_each(
 
 class _Bar(Protocol):
     def update(self, n: int) -> object: ...
+    def close(self) -> object: ...
 
 
-_NO_BAR: contextlib.AbstractContextManager[_Bar | None] = contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _bar(total: int) -> Iterator[_Bar | None]:
+def _bar(total: int) -> _Bar:
     try:
         from tqdm.auto import tqdm
     except ImportError:
         raise ImportError("progress=True needs tqdm: pip install 'fewstep[cli]'") from None
-    with tqdm(total=total, unit="call", leave=False) as bar:
-        yield bar
+    bar: _Bar = tqdm(total=total, unit="call", leave=False)
+    return bar

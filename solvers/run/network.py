@@ -38,6 +38,8 @@ def warn_if_training(model: object) -> None:
         return
     import torch
 
+    if isinstance(model, torch.nn.Module) and not model.training:
+        return
     for part in torch_parts(model):
         if isinstance(part, torch.nn.Module) and part.training:
             random = next((type(m).__name__ for m in part.modules() if m.training and _is_random(m)), None)

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fewstep.solvers.cache import MIB, Cache, exact
+from fewstep.solvers.cache import MIB, Cache, exactly
 from fewstep.solvers.options import named, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
@@ -45,7 +45,7 @@ def laid_out(
         return make_plan(solver, grid(), dtype=dtype, **options)
 
     try:
-        own = (exact(part) for part in (*where, *sorted(options.items())))
+        own = exactly(where) + (exactly(sorted(options.items())) if options else [])
         key = solver, get_solver(solver).build, dtype, *own
     except TypeError:
         return None, make
@@ -75,11 +75,11 @@ def _key(denoiser: DenoiserLike, state: str, frame: Frame, layout: Hashable, *ot
     """
     try:
         settings = vars(denoiser)
-        own = [exact(value) for name, value in settings.items() if name not in ("model", "null")]
+        own = exactly([value for name, value in settings.items() if name not in ("model", "null")])
         reference = weakref.ref(denoiser)  # once its denoiser is gone, it equals no other
         hash(reference)
         made_for = frame.name, frame.device, denoiser.model_dtype(state), inference(frame)
-        return layout, id(denoiser), reference, type(denoiser), *settings, *own, *made_for, state, exact(others)
+        return layout, id(denoiser), reference, type(denoiser), *settings, *own, *made_for, state, *exactly(others)
     except TypeError:
         return None
 
@@ -198,12 +198,13 @@ def sample(
         if not made:
             warn_if_training(denoiser.model)
             sampler._tried = None  # as in a new sampler's first call, the network's outputs are looked at
-    held = sampler.nbytes
+    idle = sampler._now.idle
+    held = [*map(len, idle)]
     try:
         return sampler(
             x, seed=seed, noise=noise, cond=cond, first_sample=first_sample, edit=edit, edit_x0=edit_x0, every=every,
             callback=callback, progress=progress, log_prob=log_prob, reduce=reduce, unnormalised=unnormalised,
         )  # fmt: skip
     finally:
-        if sampler.nbytes != held:  # calls at once leave it more memory
+        if [*map(len, idle)] != held:  # calls at once leave it more memory
             SAMPLERS.weigh(key)

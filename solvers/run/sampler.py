@@ -27,9 +27,9 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike,
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.draws import Draws
 from fewstep.solvers.run.edits import Edit, Edits
-from fewstep.solvers.run.engine import NoiseSource
+from fewstep.solvers.run.engine import FusedRun, NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
-from fewstep.solvers.run.loop import Request, StepInfo, run_plan
+from fewstep.solvers.run.loop import StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import report
 
@@ -104,6 +104,8 @@ class Sampler:
         self._options |= {"capacity": capacity, "check": check}
         self._mode = GraphMode(graph)
         self._compiler = Compiler(self.backend, self.frame, self.shape, self.dtype, capacity)
+        self._torch: Any = self.frame.torch if isinstance(self.frame, TorchFrame) else None
+        self._is_plain = self.frame.plain_test(self.shape, self.dtype)
         self._convert = Converter(self.frame, self.backend, self.dtype)
         self._seed: int | Sequence[int] | None = None
         self._cond: Condition = None
@@ -255,7 +257,8 @@ class Sampler:
         seed = self._seed if seed is None else seed
         cond = self._cond if cond is None else cond
         outer, dtype = self.frame, None
-        if x is not None and not self.frame.is_plain(x, self.shape, self.dtype):
+        own = x is None or self._is_plain(x)
+        if not own:
             outer, dtype = self._checked(x)
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
@@ -287,28 +290,59 @@ class Sampler:
         elif seed is not None:
             philox.check_streams(seed, self.shape[0], first_sample)
         kept = HALVES if edits is not None and edits.x0 else WATCHED if callback is not None or edits is not None else 0
-        space = now.take(kept)
+        limits = now.limits if self.check else None
+        result = square = None
         try:
-            with running(self.frame, keep_graph=self.backend == "naive"):
-                mode = "off"
-                if space.graphs is not None:
-                    watched, outside = callback is not None or progress, noise is not None
-                    mode = self._mode.choose(
-                        space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
-                    )
-                latent = None if x is None else self._convert.latent(x, outer)
-                limits = now.limits if self.check else None
-                request = Request(latent, outer, streams, noise, cond, callback, progress, mode, limits, edits)
-                values, outputs = run_plan(space, request, self._convert)
-                if limits is not None and not limits.usual(values, () if self._tried is now else outputs):
+            space = now.idle[kept].popleft()
+        except IndexError:  # concurrent calls have them
+            space = now.new(kept)
+        run, grad, context = space.run, False, None
+        if self.backend != "numba":
+            context = running(self.frame, keep_graph=self.backend == "naive")
+            context.__enter__()
+        elif self._torch is not None:
+            grad = self._torch.is_grad_enabled()
+            if grad:  # `torch.no_grad` takes five times longer
+                self._torch._C._set_grad_enabled(False)
+        try:
+            mode = "off"
+            if space.graphs is not None:
+                watched, outside = callback is not None or progress, noise is not None
+                mode = self._mode.choose(
+                    space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
+                )
+            fused = isinstance(run, FusedRun)
+            latent = x if x is None or (own and fused) else self._convert.latent(x, outer)
+            outputs = run_plan(
+                space, self._convert, latent, outer, streams, noise, cond, callback, progress, mode, limits, edits
+            )
+            if own and out is None and fused:
+                result, square = run.copied()
+            # By compiled code where it can.
+            fine = limits is None or (
+                square is not None
+                and square <= limits.square
+                and (self._tried is now or run.small(outputs, limits.square))
+            )
+            if not fine:
+                values = run.x(len(run.job.tables) - 1)
+                fine = limits.usual(values, () if self._tried is now else outputs)
+                if not fine:
                     values = values * 1  # the run is made again, in the same memory
-                    report(limits, values, space.run, latent, streams, cond, noise is not None, edits is not None)
-                else:
-                    self._tried = now
-                result = self._convert.result(values, outer, dtype, out)
-                return result if draws is None else draws.sampled(result, streams)
+                    report(limits, values, run, latent, streams, cond, noise is not None, edits is not None)
+                    result = self._convert.result(values, outer, dtype, out)
+            if fine:
+                self._tried = now
+            if result is None:
+                result = self._convert.result(run.x(len(run.job.tables) - 1), outer, dtype, out)
+            return result if draws is None else draws.sampled(result, streams)
         finally:
-            now.give(kept, space)
+            if grad:
+                self._torch._C._set_grad_enabled(True)
+            if context is not None:
+                context.__exit__(None, None, None)
+            run.release()
+            now.idle[kept].append(space)  # also after an interruption: every run rewrites its memory from the start
 
     def _checked(self, x: Array) -> tuple[Frame, str]:
         """The frame and the dtype of a latent. Raises ValueError or TypeError for one that the run cannot take."""

@@ -17,7 +17,7 @@ from fewstep.solvers.options import warn
 from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import Array, no_grad
 from fewstep.solvers.run.denoising import Condition
-from fewstep.solvers.run.engine import Run
+from fewstep.solvers.run.engine import LOOK, Run
 
 # Data are taken to have a standard deviation of at most this (or this many times EDM's sigma_data).
 _DATA = 5.0
@@ -26,8 +26,6 @@ _BELOW, _ABOVE = 1.6, 1.15
 _DEVIATIONS = 5.0  # of a sample variance from its mean, as chance
 # Samples and network outputs are about 1; this is far too much for either.
 _LARGE = 5e3
-# Elements of the last outputs that are looked at: what is not finite there shows in the result, too.
-_LOOK = 1024
 
 
 @dataclass(frozen=True)
@@ -35,13 +33,14 @@ class Limits:
     """What is usual for the runs of a plan.
 
     low, high  between them lies the mean square of a latent at the plan's start
-    result     above it is no RMS of a result, or of a network's output
+    result     above it is no RMS of a result, or of a network's output; square: its square
     """
 
     plan: UncheckedPlan
     low: float
     high: float
     result: float
+    square: float
 
     @classmethod
     def of(cls, plan: UncheckedPlan, shape: Sequence[int]) -> Limits:
@@ -54,7 +53,7 @@ class Limits:
         largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
         # By products: a power of a huge level would raise OverflowError, where a product is inf.
         least, most = at.sigma * low / _BELOW, high * _ABOVE
-        return cls(plan, least * least, (at.sigma * at.sigma + data * data) * most * most, largest)
+        return cls(plan, least * least, (at.sigma * at.sigma + data * data) * most * most, largest, largest * largest)
 
     def check_latent(self, x: Array) -> None:
         """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
@@ -80,9 +79,8 @@ class Limits:
 
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
         """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
-        square = self.result * self.result
-        fine = _mean_square(x) <= square
-        return fine and (not outputs or all(_mean_square(_flat(raw)[:_LOOK]) <= square for raw in outputs))
+        most = self.square
+        return _mean_square(x) <= most and all(_mean_square(_flat(raw)[:LOOK]) <= most for raw in outputs)
 
 
 def report(

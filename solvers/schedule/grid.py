@@ -252,7 +252,13 @@ class Grid:
         )
 
     def __hash__(self) -> int:
-        return hash((self.process, self.t.tobytes(), self.alpha.tobytes(), self.sigma.tobytes()))
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Of a few numbers, which caches ask for again and again; equality compares all. No string: copies in other
+        # processes have the same.
+        return hash((self.t.size, self.t.item(0), self.sigma.item(self.t.size // 2), self.sigma.item(-1)))
 
 
 def _fixed(array: FloatArray) -> FloatArray:

@@ -392,6 +392,10 @@ class VP(_Unwarped):
         return self is other or (isinstance(other, VP) and np.array_equal(self.alphas_cumprod, other.alphas_cumprod))
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         # Of a few numbers, which grids and caches ask for again and again; equality compares all.
         acp = self.alphas_cumprod
         return hash((acp.size, acp.item(0), acp.item(acp.size // 2), acp.item(-1)))
