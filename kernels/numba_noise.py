@@ -1,8 +1,9 @@
 """Addressed Gaussian noise on the CPU: the vectorised twin of `philox.normals`, equal to it bit for bit.
 
 Bytes per element: 4 written, none read (8 written for Brownian bridges, in float64). Two passes over `CHUNK` elements
-that stay in L1 are separate loops because they use different vector lanes: Philox multiplies in 64-bit lanes, the
-normals are 32-bit. Serial, without Python's global lock: callers split work by rows or at multiples of 4 elements.
+that stay in L1 are separate loops because they use different vector lanes: Philox multiplies in 64-bit lanes and stores
+its words as bit patterns, which the transform turns into normals in 32-bit lanes. Serial, without Python's global lock:
+callers split work by rows or at multiples of 4 elements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
 SMALL = 32  # up to this many elements, samples share a loop
 WHOLE = 32  # elements that are always computed together: eight blocks of four, a vector of 64-bit words
 PADDING = WHOLE  # elements of room behind a buffer, whose last vector may reach beyond it
+_VECTORS = 8  # of WHOLE elements, transformed at a time
+_PART = _VECTORS * WHOLE // 2  # pairs of these
+SCRATCH = 4 * _PART  # elements of scratch that a transform needs, small beside L1
 
 _MASK = np.uint64(ref.MASK)
 _HALF_WORD = np.uint64(32)
@@ -28,8 +32,17 @@ _S0, _S1, _S2 = (np.float32(c) for c in ref.SIN_POLY)
 _C0, _C1, _C2 = (np.float32(c) for c in ref.COS_POLY)
 _LN2_HIGH, _LN2_LOW = np.float32(ref.LN2_HIGH), np.float32(ref.LN2_LOW)
 _SQRT_HALF_BITS = np.uint32(ref.SQRT_HALF_BITS)
-_U_SCALE, _U_HALF, _TURN = np.float32(ref.U_SCALE), np.float32(ref.U_HALF), np.float32(ref.TURN)
+_U_SCALE, _U_HALF = np.float32(ref.U_SCALE), np.float32(ref.U_HALF)
+_ANGLE = np.float32(ref.TURN / 4.0)  # radians per quarter of a unit
 _ONE, _HALF, _MINUS_TWO = np.float32(1.0), np.float32(0.5), np.float32(-2.0)
+
+
+@jit()
+def aligned(n, dtype):
+    """(n,) uninitialised, from the start of a cache line on: a vector that crosses two lines takes twice as long."""
+    memory = np.empty(n + 16, dtype)
+    start = (-memory.ctypes.data % 64) // memory.itemsize
+    return memory[start : start + n]
 
 
 @jit(forceinline=True)
@@ -60,23 +73,33 @@ def philox_block(block, draw, sample, domain, k0, k1):
 
 
 @jit(forceinline=True)
-def normal_pair(word_a, word_b):
-    """Box-Muller on two uint32 words, operation for operation as `philox.words_to_normals`. Returns two float32."""
-    u = np.float32(word_a) * _U_SCALE + _U_HALF
+def _log_begin(word):
+    """u in (0, 1), f = m - 1 of its mantissa m, and the first coefficients of the logarithm's polynomial in f."""
+    u = np.float32(word) * _U_SCALE + _U_HALF
     shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
-    exponent = np.float32(np.int32(shifted >> np.int32(23)))
     f = f32_from_bits(np.uint32(np.uint32(shifted & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
-    z = f * f
-    p = (((((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5) * f + _L6) * f + _L7) * f + _L8
-    y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
-    radius = math.sqrt(_MINUS_TWO * ((f + y) + exponent * _LN2_HIGH))
+    return u, f, ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
 
-    nearest = np.uint32(word_b + np.uint32(1 << 29))
-    rest = np.int32(np.uint32(nearest & np.uint32(0x3FFFFFFF)) - np.uint32(1 << 29))
-    a = np.float32(rest) * _TURN
+
+@jit(forceinline=True)
+def _log_end(u, f, p):
+    """-2 log u from `_log_begin`."""
+    exponent = np.float32(np.int32(np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS)) >> np.int32(23)))
+    z = f * f
+    p = ((p * f + _L6) * f + _L7) * f + _L8
+    y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
+    return _MINUS_TWO * ((f + y) + exponent * _LN2_HIGH)
+
+
+@jit(forceinline=True)
+def _turned(radius, word):
+    """radius (cos, sin) of word / 2^32 turns."""
+    # The lowest 30 bits as a signed number, times 4, which is exact.
+    a = np.float32(np.int32(np.uint32(word << np.uint32(2)))) * _ANGLE
     z = a * a
     s = (((_S0 * z + _S1) * z + _S2) * z) * a + a
     c = (((_C0 * z + _C1) * z + _C2) * z) * z + (_ONE - _HALF * z)
+    nearest = np.uint32(word + np.uint32(1 << 29))
     odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
     cos = s if odd else c
     sin = c if odd else s
@@ -87,6 +110,31 @@ def normal_pair(word_a, word_b):
     cos = f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
     sin = f32_from_bits(np.uint32(bits_from_f32(sin) ^ sign_sin))
     return radius * cos, radius * sin
+
+
+@jit()
+def words_to_normals(out, vectors, scratch):
+    """Box-Muller in place, operation for operation as `philox.words_to_normals`: pairs of words become normals.
+
+    out      (at least WHOLE vectors,) float32, contiguous, words as bit patterns
+    scratch  (at least SCRATCH,) float32, contiguous
+
+    Three short loops in place of one: an element waits for its own last result most of the time, and the processor
+    looks ahead by some 200 instructions, which are more elements of a short loop. What they pass on lies in one array
+    at known distances, so that no loop has to find out first whether its arrays overlap.
+    """
+    for lo in range(0, vectors, _VECTORS):
+        n = WHOLE // 2 * min(_VECTORS, vectors - lo)  # pairs: whole vectors, so that no loop has a remainder
+        part = out[WHOLE * lo : WHOLE * lo + 2 * n]
+        for i in range(n):
+            scratch[i], scratch[_PART + i], scratch[2 * _PART + i] = _log_begin(bits_from_f32(part[2 * i]))
+            scratch[3 * _PART + i] = part[2 * i + 1]
+        for i in range(n):
+            scratch[i] = _log_end(scratch[i], scratch[_PART + i], scratch[2 * _PART + i])
+        for i in range(n):
+            a, b = _turned(math.sqrt(scratch[i]), bits_from_f32(scratch[3 * _PART + i]))
+            part[2 * i] = a
+            part[2 * i + 1] = b
 
 
 @jit(forceinline=True)
@@ -104,20 +152,16 @@ def _put(out, at, words):
 
 
 @jit()
-def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
-    """Write standard normals of elements lo .. lo + 4 blocks - 1 at one address to `out`, without allocation.
+def fill_words(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
+    """Write the words of elements lo .. lo + 4 blocks - 1 at one address to `out`, as bit patterns.
 
-    out     (at least 4 blocks, rounded up to a multiple of `WHOLE`,) float32, contiguous, overwritten up to there
-    blocks  at most CHUNK / 4
-    lo      a multiple of 4, lo + 4 blocks <= 2^34
-
-    The others are integers in 0 .. 2^32 - 1, not checked: see `philox` for the address and the equations.
+    The arguments of `fill_blocks`. Returns how many vectors of `WHOLE` elements were written.
     """
     first = np.uint64(lo) >> np.uint64(2)
     key_lo, key_hi = np.uint64(seed_lo), np.uint64(seed_hi)
     w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
-    # Pass 1 stores the words in `out` as bit patterns, pass 2 turns each pair into normals in place.
-    whole, fours = (blocks + 7) // 8 * 8, (blocks + 3) // 32  # in whole vectors of eight blocks; groups of four vectors
+    vectors = (blocks + 7) // 8  # whole ones, of eight blocks
+    fours = vectors // 4
     for g in range(fours):
         # The rounds of four vectors in turn: one waits 8 cycles for its products, and the processor does not look far
         # enough ahead to find the next vector by itself.
@@ -141,21 +185,54 @@ def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
             _put(part, 4 * i + 64, c)
             _put(part, 4 * i + 96, d)
     rest, start = out[128 * fours :], first + np.uint64(32 * fours)
-    for i in range(whole - 32 * fours):
+    for i in range(8 * (vectors - 4 * fours)):
         _put(rest, 4 * i, philox_block(start + np.uint64(i), w_draw, w_sample, w_domain, key_lo, key_hi))
-    for i in range(2 * whole):
-        a, b = normal_pair(bits_from_f32(out[2 * i]), bits_from_f32(out[2 * i + 1]))
-        out[2 * i] = a
-        out[2 * i + 1] = b
+    return vectors
 
 
 @jit()
-def fill_samples(out, words, n, streams, samples, draw, domain):
+def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain, scratch):
+    """Write standard normals of elements lo .. lo + 4 blocks - 1 at one address to `out`, without allocation.
+
+    out      (at least 4 blocks, rounded up to a multiple of `WHOLE`,) float32, contiguous, overwritten up to there
+    blocks   at most CHUNK / 4
+    lo       a multiple of 4, lo + 4 blocks <= 2^34
+    scratch  (at least SCRATCH,) float32, contiguous
+
+    The others are integers in 0 .. 2^32 - 1, not checked: see `philox` for the address and the equations.
+    """
+    vectors = fill_words(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain)
+    words_to_normals(out, vectors, scratch)
+
+
+@jit()
+def fill_rows(out, n, lo, streams, draw, domain, scratch):
+    """Write standard normals of elements lo .. lo + n - 1 of each sample, one sample behind the other.
+
+    out      (at least n len(streams) + PADDING,) float32, contiguous, overwritten up to there
+    streams  (samples, 3) uint32, rows (seed low, seed high, sample)
+
+    The others are those of `fill_blocks`.
+    """
+    vectors = 0
+    for s in range(len(streams)):
+        row = out[s * n :]  # the last vector of a row reaches into the next one, which is written later
+        own = fill_words(row, (n + 3) // 4, lo, streams[s, 0], streams[s, 1], streams[s, 2], draw, domain)
+        if n % 2 == 0:  # pairs do not straddle rows: all are transformed at once
+            vectors = (n * (s + 1) + WHOLE - 1) // WHOLE
+        else:
+            words_to_normals(row, own, scratch)
+    words_to_normals(out, vectors, scratch)
+
+
+@jit()
+def fill_samples(out, words, n, streams, samples, draw, domain, scratch):
     """Write standard normals of elements 0 .. n - 1 of each sample: `fill_blocks` over samples of few elements.
 
     out      (at least samples n,) float32, contiguous, overwritten
     words    (at least 4 ceil(n / 4) samples, samples rounded up to a multiple of 8,) float32, scratch
     streams  (samples, 3) uint32, rows (seed low, seed high, sample)
+    scratch  (at least SCRATCH,) float32, contiguous
     """
     w_draw, w_domain = np.uint64(draw), np.uint64(domain)
     wide, blocks = (samples + 7) // 8 * 8, (n + 3) // 4  # whole vectors of samples
@@ -167,10 +244,7 @@ def fill_samples(out, words, n, streams, samples, draw, domain):
         part = words[4 * wide * i : 4 * wide * (i + 1)]
         for s in range(wide):
             _put(part, 4 * s, philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s]))
-    for i in range(2 * blocks * wide):
-        a, b = normal_pair(bits_from_f32(words[2 * i]), bits_from_f32(words[2 * i + 1]))
-        words[2 * i] = a
-        words[2 * i + 1] = b
+    words_to_normals(words, blocks * wide // 8, scratch)
     for i in range(blocks):
         part, kept = words[4 * wide * i : 4 * wide * (i + 1)], min(4, n - 4 * i)
         for s in range(samples):
@@ -185,31 +259,25 @@ def normal_batch(out, streams, draw, domain):
     out      (B, n) float32, C-contiguous, overwritten
     streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
-    n = out.shape[1]
+    n, scratch = out.shape[1], aligned(SCRATCH, np.float32)
     if n <= SMALL:
         flat, group = out.reshape(-1), CHUNK // n
-        words = np.empty(4 * CHUNK, np.float32)
+        words = aligned(4 * CHUNK, np.float32)
         for i in range(0, len(out), group):
             m = min(group, len(out) - i)
-            fill_samples(flat[i * n : (i + m) * n], words, n, streams[i : i + m], m, np.uint32(draw), np.uint32(domain))
+            part = flat[i * n : (i + m) * n]
+            fill_samples(part, words, n, streams[i : i + m], m, np.uint32(draw), np.uint32(domain), scratch)
         return
-    flat = out.reshape(-1)
-    last = np.empty(min(CHUNK, n) + PADDING, np.float32)  # of the last row, behind which there is no room
-    for i in range(len(out)):
+    flat, group = out.reshape(-1), max(1, CHUNK // n)
+    last = aligned(CHUNK + PADDING, np.float32)  # of the last rows, behind which there is no room
+    for i in range(0, len(out), group):
+        m = min(group, len(out) - i)
         for lo in range(0, n, CHUNK):
-            size, at = min(CHUNK, n - lo), i * n + lo
-            direct = size % WHOLE == 0 or i + 1 < len(out)  # else it reaches into the next row, which is written later
+            width = min(CHUNK, n - lo)
+            size, at = m * width, i * n + lo
+            direct = width % WHOLE == 0 or i + m < len(out)  # else it reaches into rows that are written later
             part = flat[at : at + size + PADDING] if direct else last
-            fill_blocks(
-                part,
-                (size + 3) // 4,
-                lo,
-                streams[i, 0],
-                streams[i, 1],
-                streams[i, 2],
-                np.uint32(draw),
-                np.uint32(domain),
-            )
+            fill_rows(part, width, lo, streams[i : i + m], np.uint32(draw), np.uint32(domain), scratch)
             for j in range(0 if direct else size):  # a loop: the copy of a slice takes longer to compile
                 flat[at + j] = last[j]
 
@@ -229,7 +297,7 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
     right          (L,) bool
     """
     n = out.shape[1]
-    z = np.empty(min(CHUNK, n) + PADDING, dtype=np.float32)
+    z, scratch = aligned(min(CHUNK, n) + PADDING, np.float32), aligned(SCRATCH, np.float32)
     a = np.empty(len(z), dtype=np.float64)
     b = np.empty(len(z), dtype=np.float64)
     last = len(draws) - 1
@@ -239,15 +307,15 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
             part = out[i, lo : min(lo + CHUNK, n)]
             m = len(part)
             blocks = (m + 3) // 4
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], np.uint32(domain))
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], np.uint32(domain), scratch)
             for j in range(m):
                 a[j] = stds[0] * z[j]
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], np.uint32(domain))
+            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], np.uint32(domain), scratch)
             for j in range(m):
                 b[j] = a[j] + stds[1] * z[j]
             for k in range(2, last + 1):
                 weight, std = weights[k], stds[k]
                 target = part if k == last else (a if right[k] else b)
-                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], np.uint32(domain))
+                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], np.uint32(domain), scratch)
                 for j in range(m):
                     target[j] = a[j] + weight * (b[j] - a[j]) + std * z[j]

@@ -15,7 +15,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.interpreted import LANES
 from fewstep.kernels.numba_bits import jit
-from fewstep.kernels.numba_noise import CHUNK, PADDING, fill_blocks
+from fewstep.kernels.numba_noise import CHUNK, PADDING, SCRATCH, aligned, fill_blocks
 from fewstep.kernels.numba_step import combine, load, prediction_terms
 
 _SLOTS, _RAWS = layout.SLOTS, layout.RAWS
@@ -168,7 +168,8 @@ def square_sums(streams, draws, n, domain, out):
     draws    (K,) int64
     out      (B, K) float64, overwritten
     """
-    z, sums = np.empty(min(CHUNK, n) + PADDING, np.float32), np.empty(LANES)
+    z, scratch = aligned(min(CHUNK, n) + PADDING, np.float32), aligned(SCRATCH, np.float32)
+    sums = np.empty(LANES)
     used = LANES  # the lanes beyond are 0 in a small sample
     while used // 2 >= n and used > 1:
         used //= 2
@@ -186,6 +187,7 @@ def square_sums(streams, draws, n, domain, out):
                     streams[b, 2],
                     np.uint32(draws[k]),
                     np.uint32(domain),
+                    scratch,
                 )
                 for at in range(0, m, LANES):
                     _add_squares(z[at : at + LANES], min(LANES, m - at), sums)

@@ -20,7 +20,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.launch import _pool  # noqa: F401  the threads of a stage, beside its code
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
-from fewstep.kernels.numba_noise import PADDING, SMALL, fill_blocks, fill_samples
+from fewstep.kernels.numba_noise import PADDING, SCRATCH, SMALL, aligned, fill_rows, fill_samples
 from fewstep.kernels.philox import STEP
 from fewstep.kernels.threads import threads as _workers  # noqa: F401
 
@@ -275,9 +275,12 @@ def _stage(dtype, size):
             converts |= memory[words.RAW + j] != 0 and memory[words.RAW_KIND + j] != own_kind
         converts |= memory[0] != 0 and memory[words.X_KIND] != own_kind
         room = chunk + PADDING if converts or predicts or (draws and size == 8) else 0
-        scratch = np.empty((_RAWS + 3) * room, dtype)
-        normals = np.empty(chunk + PADDING if draws else 0, np.float32)
-        bits = np.empty(4 * chunk if draws and group > 1 and n <= SMALL else 0, np.float32)
+        scratch = aligned((_RAWS + 3) * room, dtype)
+        # The noise of a chunk, scratch, and the words of samples that share vectors.
+        together = group > 1 and n <= SMALL
+        spare = chunk + PADDING
+        words_at = spare + SCRATCH
+        normals = aligned((words_at + (4 * chunk if together else 0)) if draws else 0, np.float32)
         kept = scratch.ctypes.data
         integers = np.zeros((_OUTPUTS + 4, _COLUMNS), np.int64)
         source, counts = integers[: _OUTPUTS + 1], integers[_OUTPUTS + 1]
@@ -316,14 +319,12 @@ def _stage(dtype, size):
             at[_PREDICTION] = kept + (_RAWS + 1) * room * size
             at[_PREDICTION + 1] = memory[words.NOISE] + offset * size
             if draws:
-                together = group > 1 and n <= SMALL
+                drawn, own = np.uint32(memory[words.DRAW]), streams[b : b + max(m // n, 1)]
                 if together:
-                    drawn = np.uint32(memory[words.DRAW])
-                    fill_samples(normals, bits, n, streams[b : b + m // n], m // n, drawn, np.uint32(STEP))
-                for k in range(0 if together else max(m // n, 1)):
-                    s = b + k
-                    fill_blocks(normals[k * n :], (min(n, m) + 3) // 4, lo, streams[s, 0], streams[s, 1], streams[s, 2],
-                                np.uint32(memory[words.DRAW]), np.uint32(STEP))  # fmt: skip
+                    bits = normals[words_at:]
+                    fill_samples(normals, bits, n, own, len(own), drawn, np.uint32(STEP), normals[spare:words_at])
+                else:
+                    fill_rows(normals, min(n, m), lo, own, drawn, np.uint32(STEP), normals[spare:words_at])
                 at[_PREDICTION + 1] = normals.ctypes.data
                 if size == 8:
                     at[_PREDICTION + 1] = kept + (_RAWS + 2) * room * size
