@@ -774,6 +774,35 @@ def test_what_a_step_returns_is_the_callers() -> None:
     assert all(torch.equal(outputs["prev_sample"], k) for outputs, k in zip(clean, kept, strict=True))
 
 
+@pytest.mark.parametrize("name", GENERAL)
+def test_an_output_has_all_that_its_constructor_gives_it(name: str) -> None:
+    """It is made without that: type, attributes, keys and their order, positions, copies, and values that are None."""
+    parent, twin = pair(name)
+    x = torch.linspace(-1.0, 1.0, 96).reshape(SHAPE)
+    made = []
+    for scheduler in (parent, twin):
+        scheduler.set_timesteps(4)
+        for t in scheduler.timesteps[:2]:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(x, t)
+            result = scheduler.step(0.5 * x, t, x)
+        made.append(result)
+    theirs, ours = made
+    assert type(ours) is type(theirs)
+    assert list(ours) == list(theirs)
+    assert {key: type(value) for key, value in vars(ours).items()} == {
+        key: type(value) for key, value in vars(theirs).items()
+    }
+    for again in (ours, copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(again) is type(ours)
+        for i, name in enumerate(ours):
+            assert torch.equal(again[name], ours[name])
+            assert again[name] is getattr(again, name)
+            assert again[i] is again[name]
+    ours.prev_sample = x  # an output keeps its attributes and its entries equal
+    assert ours["prev_sample"] is x
+
+
 @pytest.mark.parametrize("name", ["PNDMScheduler", "UniPCMultistepScheduler"])
 def test_a_known_step_with_one_tensor_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output may be the sample itself, or one that is remembered."""

@@ -11,6 +11,7 @@ records the row of what was clipped.
 from __future__ import annotations
 
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -288,9 +289,39 @@ def _unwrap(result: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], obj
         return found, make
     if not named:
         return found, (lambda tensors: (tensors[0],)) if count == 1 else operator.itemgetter(*range(count))
-    if count == 1:
-        return found, lambda tensors: kind(tensors[0])
-    return found, lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
+    return found, _output(kind, names, found)
+
+
+def _output(kind: type[Any], names: Sequence[str], values: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], object]:
+    """What makes one of diffusers' outputs from the first of other tensors: its parts are set without its constructor.
+
+    That loops over the fields of the class, which takes longer than a small step. Where it does anything else, it is
+    called.
+    """
+    example = kind(**dict(zip(names, values, strict=True)))
+    absent = {name: value for name, value in vars(example).items() if name not in names}
+    new, put, numbered = kind.__new__, OrderedDict.__setitem__, tuple(enumerate(names))
+
+    def make(tensors: Sequence[Tensor]) -> object:
+        made = new(kind)
+        attributes = made.__dict__
+        for i, name in numbered:
+            attributes[name] = tensor = tensors[i]
+            put(made, name, tensor)
+        if absent:
+            attributes.update(absent)
+        return made
+
+    if isinstance(example, OrderedDict):
+        made: Any = make(values)
+        if all(_same(*both) for both in ((vars(made), vars(example)), (made, example))):
+            return make
+    return lambda tensors: kind(**dict(zip(names, tensors, strict=False)))
+
+
+def _same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    """Whether two mappings hold the same objects under the same names."""
+    return set(a.keys()) == set(b.keys()) and all(a[name] is value for name, value in b.items())
 
 
 def _row_of(value: Tensor, width: int) -> np.ndarray:

@@ -27,12 +27,13 @@ from fewstep.solvers.run.checks import pick_backend
 from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
+_RAW = words.RAW
 _empty_like = torch.empty_like
 # Parts of torch's compiler, which a later torch may not have: without them a step takes longer.
 _holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
 _guards: Any = getattr(guards, "TensorGuards", None)
 # As compiled code allocates: in half the time of `empty_like`.
-_empty: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
+empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
     guards, "_empty_strided_cpu", lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype)
 )
 
@@ -295,7 +296,7 @@ class Pool:
             ):
                 unused: Tensor = tensor.data
                 return unused
-        tensor = _empty(shape, strides, dtype)
+        tensor = empty_strided(shape, strides, dtype)
         storage = tensor.untyped_storage()
         del self.kept[: 1 - self.ROOM]
         references = getrefcount(storage) + 1  # with that of the list
@@ -310,8 +311,8 @@ class Bound:
     """
 
     __slots__ = (
-        "dtype", "idle", "memory", "noisy", "outputs", "recycles", "shape", "size", "stage", "strides", "units",
-        "update", "words",
+        "dtype", "idle", "memory", "noisy", "outputs", "recycles", "serial", "shape", "size", "stage", "strides",
+        "units", "update", "words",
     )  # fmt: skip
 
     def __init__(self, update: Update, x: Tensor) -> None:
@@ -319,6 +320,7 @@ class Bound:
         self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
         self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
         self.recycles = Pool.LEAST <= self.size * self.dtype.itemsize <= Pool.MOST
+        self.serial = self.size <= words.SERIAL_ELEMENTS
         self.words = launch.words.copy()
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
         self.idle: list[np.ndarray] = []
@@ -330,7 +332,7 @@ class Bound:
         """The rows as new tensors. z: the noise, or what the kernel draws it from."""
         idle = self.idle
         vector = idle.pop() if idle else self.words.copy()
-        vector[0], vector[words.RAW] = x.data_ptr(), raw.data_ptr()
+        vector[0], vector[_RAW] = x.data_ptr(), raw.data_ptr()
         for slot, j in self.memory:
             vector[slot] = memory[j].data_ptr()
         if type(z) is Streams:
@@ -341,12 +343,12 @@ class Bound:
             if z.dtype is not self.dtype or not z.is_contiguous():
                 return self.update.run(x, raw, z, memory)
             vector[words.NOISE], vector[words.STREAMS] = z.data_ptr(), 0
-        rows, empty = [], pool.empty if self.recycles else _empty
+        rows, empty = [], pool.empty if self.recycles else empty_strided
         for output in self.outputs:
             row = empty(self.shape, self.strides, self.dtype)
             vector[output] = row.data_ptr()
             rows.append(row)
-        if self.size <= words.SERIAL_ELEMENTS:
+        if self.serial:
             self.stage.run(vector, 0, self.units)
         else:
             words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
