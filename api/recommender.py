@@ -68,8 +68,9 @@ class Measured(Recommendation):
     spacing_options  of its grid
     ranking          the best plans, best first; each solver's best is among them
     confidence       fraction of resampled seeds in which no plan of the ranking is more than 5% better than this one
-    tuning_gain      this plan's median error on the validation latents over that of `fewstep.tune` on these seeds; None
-                     without SciPy. The median, because a few latents decide the RMSE, too few to foretell it
+    tuning_gain      this plan's median error over that of a plan by `fewstep.tune` with as many seeds, on latents that
+                     were not fitted to; None without SciPy. The median, because a few latents decide the RMSE, too few
+                     to foretell it
     seeds            latents that were ranked on
     seconds          wall clock
     calls            denoiser calls, counted per sample
@@ -181,7 +182,7 @@ def recommend(
     denoiser: Denoiser | None = None,
     shape: Sequence[int] | None = None,
     cond: Cond | Sequence[Cond] | None = None,
-    seeds: int = 32,
+    seeds: int = 64,
     device: str | torch.device | None = None,
     cache: str | Path | None = "auto",
     process: str | Process | None = None,
@@ -265,6 +266,7 @@ def _measure(
 ) -> Measured:
     from fewstep.solvers.run.checks import check_sample_shape
     from fewstep.solvers.run.denoising import check_denoiser
+    from fewstep.solvers.tune.ensemble import unroll
     from fewstep.solvers.tune.tuning import all_starts, fit_plan, statistics, study
 
     begin = time.perf_counter()
@@ -286,7 +288,7 @@ def _measure(
         calls,
         shape=shape,
         cond=cond,
-        splits={"train": seeds, "validation": seeds},
+        splits={"train": seeds, "validation": max(16, seeds // 2), "test": max(16, seeds // 2)},
         seed=0,
         reference=None,
         device=device,
@@ -299,8 +301,13 @@ def _measure(
     try:
         # Above four calls the first start is the one grown from four: with the others the fit would take twice as long.
         starts = all_starts(made, None, "auto", calls, "all", True)
-        errors = fit_plan(made, list(islice(starts, 1 if calls > 4 else None))).options["tuning"]["errors"]["tuned"]
-        gain = made.statistics(best.unrolled)["median"] / errors["validation"]["median"]
+        fitted = unroll(fit_plan(made, list(islice(starts, 1 if calls > 4 else None))))
+        # The fit is that of `tune` on as many latents. All others judge it: half of them are too few for a median.
+        before, after = (
+            np.median(np.concatenate([made.errors(form, split) for split in ("validation", "test")]))
+            for form in (best.unrolled, fitted)
+        )
+        gain = float(np.sqrt(before / after))
     except ImportError:  # SciPy
         pass
     confidence = _confidence(made.ranked)
