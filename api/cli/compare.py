@@ -14,9 +14,8 @@ from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import unknown
 from fewstep.solvers.plans.registry import get_solver, list_solvers
-from fewstep.solvers.schedule.grid import list_spacings
+from fewstep.solvers.schedule.grid import check_spacing
 
 
 def compare(
@@ -48,8 +47,7 @@ def compare(
         get_solver(name)
     budgets, spacings = parse_counts(nfe, "--nfe"), parse_list(spacing, "--spacing")
     for chosen in spacings:
-        if chosen not in list_spacings():
-            raise ValueError(unknown("spacing", chosen, list_spacings()))
+        check_spacing(chosen)
     with bars() as bar:
         task = bar.add_task("", total=1 + len(names) * len(budgets) * len(spacings))
         result = comparison.compare(

@@ -18,6 +18,7 @@ from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
+from fewstep.solvers.field_names import pair_name
 from fewstep.solvers.options import between, flag, function, named, number, one_of
 from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
@@ -462,7 +463,8 @@ def sample_adaptive(
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
-    named("adaptive solver", solver, tuple(PAIRS))
+    meant = pair_name(solver)
+    named("adaptive solver", solver, tuple(PAIRS), meant and repr(meant))
     one_of("frame", frame, (None, *COORDINATES))
     pair = PAIRS[solver].in_frame(COORDINATES[frame or "flow"])
     if frame is not None and not pair.kept:
