@@ -33,7 +33,7 @@ _DIVISIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """steps + 1 points of a process with strictly decreasing noise (or increasing, see `flip`).
 
@@ -66,6 +66,10 @@ class Grid:
             _decreasing("sigma / alpha", self.ratio)
         elif np.any(np.diff(self.ratio) <= 0.0):
             raise ValueError("sigma / alpha rises from first to last: it must then strictly increase")
+
+    def __repr__(self) -> str:
+        ends = f"sigma / alpha {self.ratio[0]:.4g} .. {self.ratio[-1]:.4g}"
+        return f"Grid({self.steps} steps, {ends}, {self.process!r})"
 
     @classmethod
     def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:
