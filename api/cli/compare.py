@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, bars, check_count, parse_counts, parse_list
+from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, bars, check_count, command_line, parse_counts, parse_list
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -81,8 +81,6 @@ def compare(
     for what, entry in best.items():
         if entry is best.get("lowest error") and what != "lowest error":
             continue  # the same one again
-        OUT.print(
-            f"{what}: [bold]fewstep sample --model {model} --solver {entry.solver} --steps {entry.steps} "
-            f"--spacing {entry.spacing} --out samples.png[/]",
-            soft_wrap=True,
-        )
+        chosen = {"solver": entry.solver, "steps": entry.steps, "spacing": entry.spacing}
+        words = command_line("fewstep sample", model=model, **chosen, guidance=guidance, out="samples.png")
+        OUT.print(f"{what}: [bold]{words}[/]", soft_wrap=True)
