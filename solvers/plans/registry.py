@@ -150,7 +150,8 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
         ) from error
     except ValueError as error:
         if grid.rising:
-            raise ValueError(f"{solver} {RISING} ({error})") from error
+            why = "" if "math domain error" in str(error) else f" ({error})"  # a root of a falling variance
+            raise ValueError(f"{solver} {RISING}{why}") from error
         raise ValueError(f"{error}{_given(options, error)}") from None
     except (TypeError, ArithmeticError) as error:
         raise ValueError(f"{solver} does not take these options: {error}{_given(options, error)}") from error
