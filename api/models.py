@@ -12,9 +12,12 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.guidance import CFG
 from fewstep.digits_data import load_digits
+from fewstep.distill_runs.factories import is_factory, made_by
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
-from fewstep.solvers.options import needs
-from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.files import shown
+from fewstep.solvers.options import needs, unknown
+from fewstep.solvers.run.arrays import NumpyFrame
+from fewstep.solvers.run.conditions import spread
 from fewstep.solvers.schedule.process import VP
 
 if TYPE_CHECKING:
@@ -26,6 +29,10 @@ Condition: TypeAlias = "Mapping[str, Tensor] | None"
 
 PROCESS = VP.linear()  # of every model here
 CLASSES = {"digits": 10}  # the others have none
+ELSE = (
+    "There is no folder of that name either: fewstep sample takes that of a student, which holds student.json and "
+    "weights; sample, sample-plan and tune also take FILE.py:FUNCTION"
+)
 DRAWN = 4096  # samples that stand for the data of an exact problem
 POINTS = 1000  # of them in a picture
 
@@ -61,6 +68,48 @@ class Model:
         return self.cond(np.arange(self.classes))
 
 
+class OwnModel(Model):
+    """What FILE.py:FUNCTION returns: a denoiser, or a denoiser and the conditions of its samples in turn."""
+
+    def all_classes(self) -> Condition:
+        """The conditions as they are: `fewstep.tune` gives them to its samples in turn."""
+        return self.cond(np.zeros(0, int))
+
+
+def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
+    """The model of FILE.py:FUNCTION, of samples of that shape.
+
+    Raises ValueError or TypeError that names --model.
+    """
+    made = made_by(name, "--model")
+    given: Condition = None
+    if isinstance(made, tuple) and len(made) == 2:
+        made, given = made
+    if not isinstance(made, Denoiser):
+        raise TypeError(
+            f"--model {shown(name)}: it must return a fewstep.Denoiser, or one and the conditions of its samples, got "
+            f"{type(made).__name__}"
+        )
+    own: Denoiser = made
+    if callable(getattr(own.model, "eval", None)):
+        own.model.eval()  # type: ignore[attr-defined]
+
+    def denoiser(scale: float | None) -> Denoiser:
+        return own if scale is None else own.with_guidance(scale)
+
+    def cond(labels: np.ndarray) -> Condition:
+        if given is None or not len(labels):
+            return given
+        branches = [given] if isinstance(given, Mapping) else list(given)
+        rows = tuple(spread(branches, own.frame or NumpyFrame(), range(len(labels))))
+        return rows[0] if isinstance(given, Mapping) else rows
+
+    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros((0, *shape)), np.zeros(0, int)
+
+    return OwnModel(name, shape, denoiser, cond, data)
+
+
 def is_student(name: str) -> bool:
     """Whether a model's name is a folder, as a student's is, rather than one of `MODELS`."""
     return name not in MODELS and Path(name).is_dir()
@@ -74,6 +123,10 @@ def student_model(name: str, calls: int | None = None, network: str | None = Non
     from fewstep.distill_runs.student import load_student
 
     student = load_student(name, network)
+    if calls is not None and calls not in student.calls:
+        raise ValueError(
+            f"--steps {calls}: the student in {shown(name)} samples in {' or '.join(map(str, student.calls))} calls"
+        )
     plan, denoiser = student.plan(calls), student.denoiser(calls)
     if student.classes is None and student.conditions_named:
         named = ", ".join(student.conditions_named)
@@ -95,24 +148,35 @@ def student_model(name: str, calls: int | None = None, network: str | None = Non
     return Model(name, student.shape, lambda scale: denoiser, cond, data, student.classes or 0), plan
 
 
-def check_model(name: str, guidance: float | None = None, label: int | None = None) -> None:
-    """Raises ValueError for an unknown model (with the closest names) or what it cannot do, without loading it."""
-    if name not in MODELS:
-        raise ValueError(unknown("model", name, tuple(MODELS)))
+def check_model(
+    name: str, guidance: float | None = None, label: int | None = None, shape: tuple[int, ...] | None = None
+) -> None:
+    """Raises ValueError for an unknown model (with the closest names) or what it cannot do, without loading it.
+
+    shape  of one sample, which only a model of one's own takes
+    """
+    own = is_factory(name)
+    if own and shape is None:
+        raise ValueError(f"--model {shown(name)} needs --shape, of one sample without the batch: 3x32x32, or 2")
+    if not own and shape is not None:
+        raise ValueError(f"--shape: --model {shown(name)} has its own; only FILE.py:FUNCTION takes one")
+    if not own and name not in MODELS:
+        text = unknown("model", name, tuple(MODELS))
+        raise ValueError(f"{text.removesuffix('?')}{'?' if text.endswith('?') else '.'} {ELSE}")
     classes = CLASSES.get(name, 0)
     if guidance is not None:
         CFG(guidance)
-        if not classes and guidance != 1.0:
+        if not (own or classes) and guidance != 1.0:
             raise ValueError(f"model {name!r} has no classes to guide to: leave --guidance out, or use --model digits")
     if label is not None and not 0 <= label < classes:
         have = f"has classes 0 to {classes - 1}" if classes else "has no classes"
         raise ValueError(f"--class {label}: model {name!r} {have}")
 
 
-def load_model(name: str) -> Model:
+def load_model(name: str, shape: tuple[int, ...] | None = None) -> Model:
     """Raises ValueError with the closest names for an unknown one."""
-    check_model(name)
-    return MODELS[name]()
+    check_model(name, shape=shape)
+    return MODELS[name]() if shape is None else own_model(name, shape)
 
 
 def _digits_network() -> Model:

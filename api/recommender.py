@@ -21,6 +21,7 @@ from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Process
@@ -60,7 +61,7 @@ class RankedPlan:
     median: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured(Recommendation):
     """A measured recommendation. It ranks the error of the ODE's solution, not the quality of images.
 
@@ -84,6 +85,8 @@ class Measured(Recommendation):
     seeds: int = 0
     seconds: float = 0.0
     calls: int = 0
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

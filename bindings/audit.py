@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewstep.bindings.trace import SMALL, Recorder, Span, recording, timeline, write_trace
+from fewstep.bindings.trace import SMALL, UNMEASURED, Recorder, Span, recording, timeline, write_trace
 from fewstep.solvers.files import check_target
 from fewstep.solvers.options import needs
 
@@ -58,7 +58,8 @@ class Audit:
     once_s             before the first and after the last step (prompt encoding, decoding)
     top                the most frequent operators outside the denoiser, as (name, number per step)
     device             of the denoiser
-    verdict            whether fewstep, or a CUDA graph, would help; what is left where they are in use
+    verdict            whether fewstep, or a CUDA graph, would help; what is left where they are in use; that one call
+                       of the denoiser tells nothing of a loop
     """
 
     steps: int
@@ -169,7 +170,9 @@ def audit(
         denoiser_launches=counts.inside / steps,
         once_s=once,
         device=str(device),
-        verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type, used, floor),
+        verdict=_verdict(pipe_or_fn, inside, share, counts.inside / steps, device.type, used, floor)
+        if steps > 1
+        else f"{UNMEASURED}: run it with two steps or more.",
         top=tuple((n, c / between) for n, c in sorted(counts.outside.items(), key=lambda kv: -kv[1])[:5]),
         floor_s=floor,
     )

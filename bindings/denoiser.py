@@ -193,6 +193,11 @@ class Denoiser:
         self.variance = variance
         self._check_guidance()
 
+    def __repr__(self) -> str:
+        model = getattr(self.model, "__name__", type(self.model).__name__)  # a module's own repr has a line per layer
+        guidance = "" if self.guidance is None else f", guidance={self.guidance!r:.80}"
+        return f"{type(self).__name__}({model}, {self.process!r}, predicts={self.predicts!r}{guidance})"
+
     def with_guidance(self, guidance: float | Guidance | None) -> Self:
         """The same denoiser, of the same class, under another guidance."""
         other = copy.copy(self)

@@ -94,7 +94,7 @@ def from_diffusers(
 ) -> Denoiser:
     """A denoiser from a UNet or transformer of diffusers, with the process and prediction type of a scheduler.
 
-        unet = from_diffusers(pipe.unet, pipe.scheduler, guidance=7.5)
+        unet = from_diffusers(pipe.unet, pipe.scheduler, guidance=7.5)  # or pipe.transformer
         latents = fewstep.sample(unet, shape=..., cond=({"encoder_hidden_states": null}, {"encoder_hidden_states": c}))
 
     scheduler   one with alphas_cumprod, or a flow-matching one with its shift

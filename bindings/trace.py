@@ -202,6 +202,9 @@ def write_trace(path: Path, spans: Sequence[Span]) -> None:
     write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
+UNMEASURED = "No loop calls its denoiser twice, so that nothing between two calls can be measured"
+
+
 @dataclass(frozen=True)
 class Program:
     """Where the time of a whole program went: medians over the calls of the denoiser, in seconds.
@@ -234,17 +237,19 @@ class Program:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        title = f"{self.calls} calls of the denoiser in {self.seconds:.2f} s"
+        title = f"{self.calls} call{'s' * (self.calls != 1)} of the denoiser in {self.seconds:.2f} s"
         table = Table(title=title, title_justify="left", caption=self.verdict, caption_justify="left")
         table.add_column("per call")
         for name in ("ms", "share"):
             table.add_column(name, justify="right")
         whole = self.denoiser_s + self.step_s + self.host_s
         for name, value in (("denoiser", self.denoiser_s), ("step", self.step_s), ("host", self.host_s)):
-            table.add_row(name, f"{1e3 * value:.3f}", f"{value / whole:.1%}")
+            known = not self.verdict.startswith(UNMEASURED)
+            shown = f"{1e3 * value:.3f}" if known or name == "denoiser" else "-"
+            table.add_row(name, shown, f"{value / whole:.1%}" if known else "-")
         table.add_row("outside the loops", f"{1e3 * self.rest_s:.0f} in all", "")
         for name, count in self.samplers.items():
-            table.add_row(f"  {name}", f"{count} steps", "")
+            table.add_row(f"  {name}", f"{count} step{'s' * (count != 1)}", "")
         return table
 
 
@@ -268,6 +273,10 @@ def summary(spans: Sequence[Span], seconds: float) -> Program:
     for before, span in pairwise(span for span in spans if span.kind != "host"):
         if span.kind == "step" and before.kind == "denoiser":
             samplers[span.name] = samplers.get(span.name, 0) + 1
+    if not parts["step"]:
+        said = f"{UNMEASURED}: give the program two steps or more."
+        rest = seconds - len(calls) * denoiser
+        return Program(seconds, len(calls), denoiser, 0.0, 0.0, 0.0, rest, samplers, said)
     said = f"{share:.1%} of a step is outside the denoiser, {step / (denoiser + step + host):.1%} in the sampler's step"
     if share < SMALL:
         said += ". Not worth optimising; fewer steps or a faster denoiser would help."

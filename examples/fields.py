@@ -73,6 +73,20 @@ def options(summary: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def read_options(parser: argparse.ArgumentParser, **quick: int) -> argparse.Namespace:
+    """The command line's options, with a further one, --quick.
+
+    quick  numbers under --quick, of the options that are not given
+    """
+    less = ", ".join(f"{name} {value}" for name, value in quick.items())
+    parser.add_argument("--quick", action="store_true", help=f"a short run, whose figures say little: {less}")
+    given = parser.parse_args()
+    for name, value in quick.items():
+        if given.quick and getattr(given, name) == parser.get_default(name):
+            setattr(given, name, value)
+    return given
+
+
 def show(tables: Sequence[Table], as_json: bool) -> None:
     if as_json:
         print(json.dumps([table._asdict() for table in tables], indent=1))

@@ -73,15 +73,19 @@ def function(name: str, value: object, *, optional: bool = False, classes: bool 
         raise TypeError(f"{name} must be callable, got {value!r:.80}")
 
 
-def named(what: str, value: object, known: Sequence[str]) -> None:
-    """Raises ValueError, with the closest names, unless the value is one of the known ones."""
+def named(what: str, value: object, known: Sequence[str], hint: str | None = None) -> None:
+    """Raises ValueError, with what to write instead, unless the value is one of the known ones."""
     if not isinstance(value, str) or value not in known:
-        raise ValueError(unknown(what, value, known))
+        raise ValueError(unknown(what, value, known, hint))
 
 
-def unknown(what: str, name: object, known: Sequence[str]) -> str:
-    """The error message for an unknown name: the closest known names, or all of them if none is close."""
+def unknown(what: str, name: object, known: Sequence[str], hint: str | None = None) -> str:
+    """The error message for an unknown name: the closest known names, or all of them if none is close.
+
+    hint  what to write instead, where another library's name is known (`field_names`)
+    """
     lower = str(name).lower()  # "DDIM" and "Heun", as papers write them
     close = [lower] if lower in known else difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"choose from {', '.join(known)}"
-    return f"unknown {what} {name!r:.80}: {hint}"
+    if hint is None or lower in known:
+        hint = " or ".join(map(repr, close))
+    return f"unknown {what} {name!r:.80}: " + (f"did you mean {hint}?" if hint else f"choose from {', '.join(known)}")

@@ -70,6 +70,13 @@ def test_times_are_those_of_the_loop() -> None:
     assert 0.01 <= found.once_s <= 0.03  # the pause after the last call
 
 
+def test_one_step_tells_nothing_of_a_loop() -> None:
+    module = Sleeper(0.001)
+    found = fs.audit(loop, module, 1, 0.0, denoiser=module)
+    assert (found.steps, found.outside_s) == (1, 0.0)
+    assert "nothing between two calls can be measured: run it with two steps or more" in found.verdict
+
+
 def test_is_honest_where_nothing_can_be_gained() -> None:
     module = Sleeper(0.05)
     found = fs.audit(loop, module, 3, 0.0, denoiser=module)

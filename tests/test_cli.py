@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -73,6 +74,83 @@ def test_sample_writes_what_fs_sample_returns(cli, tmp_path):
     assert told["nfe"] == told["evaluations"] == 6
     assert told["out"] == str(out)
     assert told["seconds"] > 0
+
+
+OWN = """
+import numpy as np
+import fewstep as fs
+
+
+def net(x, t, centre):  # the flow of N(centre, 0.5^2) per class
+    t, centre = t[:, None], centre[:, None]
+    gain = 0.25 * (1 - t) / (0.25 * (1 - t) ** 2 + t**2)
+    return (x - centre - gain * (x - (1 - t) * centre)) / t
+
+
+def make():
+    return fs.Denoiser(net, fs.Flow(), "flow"), {"centre": np.array([-2.0, 2.0], np.float32)}
+
+
+def number():
+    return 3
+"""
+
+
+def test_a_model_of_ones_own_is_sampled_and_tuned(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    own = ("--model", "own.py:make", "--shape", "1")
+    code, printed, _ = cli("sample", *own, "--steps", 4, "--n", 5, "--out", "x.npz", "--json")
+    assert (code, json.loads(printed)["model"]) == (0, "own.py:make")
+    denoiser, cond = runpy.run_path("own.py")["make"]()
+    wanted = fs.sample(denoiser, shape=(5, 1), steps=4, seed=0, cond={"centre": cond["centre"][[0, 1, 0, 1, 0]]})
+    with np.load("x.npz") as file:
+        np.testing.assert_array_equal(file["x"], wanted)
+    assert np.all(np.sign(wanted[:, 0]) == [-1, 1, -1, 1, -1])
+    pytest.importorskip("scipy")
+    fit = ("--nfe", 2, "--what", "times", "--seeds", 12, "--base", "ddim", "--cache", "cache", "--out", "plan.json")
+    code, printed, _ = cli("tune", *own, *fit)
+    assert code == 0
+    command = printed.rstrip().splitlines()[-1]
+    assert command == "fewstep sample-plan plan.json --model own.py:make --shape 1"
+    code, _, _ = cli(*command.split()[1:], "--n", 5, "--out", "y.npz")
+    assert code == 0
+    plan = fs.load_plan("plan.json", denoiser, cond=cond)
+    with np.load("y.npz") as file:
+        wanted = fs.Sampler(denoiser, plan, (5, 1))(seed=0, cond={"centre": cond["centre"][[0, 1, 0, 1, 0]]})
+        np.testing.assert_array_equal(file["x"], wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--model", "own.py:make"), "--model own.py:make needs --shape, of one sample without the batch"),
+        (("--model", "own.py:make", "--shape", "3,4"), "--shape '3,4': write the sizes of one sample as 3x32x32, or 2"),
+        (("--model", "own.py:number", "--shape", "2"), "must return a fewstep.Denoiser, or one and the conditions"),
+        (("--model", "own.py:none", "--shape", "2"), "own.py has no function 'none'; it has: "),
+        (("--model", "ring", "--shape", "2"), "--shape: --model ring has its own"),
+        (("--model", "own.py:make", "--shape", "4x4"), "samples of shape (4, 4) are neither images"),
+        (("--model", "missing"), "There is no folder of that name either: fewstep sample takes that of a student"),
+    ],
+)
+def test_what_is_no_model(cli, tmp_path, monkeypatch, words, text):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    code, printed, errors = cli("sample", *words)
+    assert (code, printed) == (1, "")
+    assert errors.startswith("error: ")
+    assert text in errors
+    assert not Path("samples.png").exists()
+
+
+def test_a_sheet_of_colours_keeps_its_channels():
+    from fewstep.cli.output import contact_sheet
+
+    red = np.stack([np.ones((2, 2)), -np.ones((2, 2)), -np.ones((2, 2))])[None]
+    sheet = contact_sheet(red, enlarge=3)
+    assert sheet.shape == (12, 93, 3)
+    assert sheet[3:9, 3:9].min(axis=(0, 1)).tolist() == [1.0, -1.0, -1.0]
+    assert contact_sheet(np.zeros((1, 1, 128, 128))).shape == (130, 1291)
 
 
 def test_sample_of_the_network_counts_both_evaluations_of_guidance(cli, tmp_path):

@@ -339,12 +339,6 @@ def test_a_solver_of_the_list_is_that_of_sample(comfy, solver, sampling):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-def test_outside_comfyui_only_making_a_sampler_fails(monkeypatch):
-    monkeypatch.setitem(sys.modules, "comfy.samplers", None)
-    with pytest.raises(ImportError, match=r"comfy\.samplers"):
-        nodes.FewstepSampler().get_sampler("euler")
-
-
 def test_the_page(monkeypatch):
     """docs/comfyui.md; its `before` block uses the fake's sampler."""
     built_in = KSAMPLER(lambda *args, **options: k_diffusion.sample_dpmpp_2m(*args, **options))
@@ -366,3 +360,12 @@ def test_the_widgets_of_adaptive_sampling_stay_in_its_ranges():
         low, high = _RANGES[name]
         _, widget = WIDGETS[name]
         assert low <= widget["min"] < widget["max"] <= high, name
+
+
+def test_outside_comfyui_only_making_a_sampler_fails(comfy, monkeypatch):
+    for name in ("comfy", "comfy.samplers", "comfy.k_diffusion.sampling"):
+        monkeypatch.delitem(sys.modules, name)
+    node = comfyui.NODE_CLASS_MAPPINGS["FewstepEulerAncestral"]
+    for call in (lambda: node().get_sampler(noise="comfyui", eta=1.0, s_noise=1.0), comfyui.add_samplers):
+        with pytest.raises(ImportError, match=r"run inside ComfyUI, .* there is no module comfy here: in other"):
+            call()

@@ -70,7 +70,7 @@ def name_of(value):
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
-        ({"solver": "dpmpp2m"}, ValueError, "unknown solver 'dpmpp2m': did you mean 'dpmpp_2m'"),
+        ({"solver": "dpmpp2m"}, ValueError, "unknown solver 'dpmpp2m': did you mean solver 'dpmpp_2m'"),
         ({"solver": "DDIM"}, ValueError, r"unknown solver 'DDIM': did you mean 'ddim'\?"),
         ({"solver": "qqqq"}, ValueError, "unknown solver 'qqqq': choose from .*ddim, .*ddpm"),
         ({"spacing": "karas"}, ValueError, "unknown spacing 'karas': did you mean 'karras'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import sys
@@ -77,6 +78,25 @@ def test_a_student_of_ones_own_comes_near_the_data(
     # One DDIM step lands near the mean of an arm, four in its middle.
     assert distances["student, 4"] < 0.8 * distances["teacher, 1"], distances
     assert picture is None or picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["policy", "speech", "molecules", "weather", "sbi"])
+def test_a_quick_run_shortens_what_is_not_given(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    program = loaded(f"{name}/{name}.py")
+    whole = program.read_options
+
+    def read(parser: argparse.ArgumentParser, **quick: int) -> None:
+        given = vars(whole(parser, **quick))
+        assert given["updates"] == 7
+        assert all(given[option] == value for option, value in quick.items() if option != "updates")
+        assert all(value < parser.get_default(option) for option, value in quick.items())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "read_options", read)
+    monkeypatch.setattr(sys, "argv", [name, "--quick", "--updates", "7"])
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
 
 
 def test_every_example_has_its_line() -> None:

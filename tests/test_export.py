@@ -132,6 +132,8 @@ def test_noise_that_does_not_fit_is_named():
         ValueError, match=r"noise must have shape \(2, 3, 1, 8, 8\), .* per draw of ddpm; got \(3, 1, 8, 8\)"
     ):
         loop(x, noise=x)
+    with pytest.raises(TypeError, match=r"streams must be .*, got dict: the model's conditions go to cond="):
+        loop(x, {"label": torch.zeros(3)})
     with pytest.raises(ValueError, match="pass streams or noise, not both"):
         loop(x, torch.zeros(3, 3, dtype=torch.int64), noise=torch.zeros(2, 3, 1, 8, 8))
 

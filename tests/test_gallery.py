@@ -28,6 +28,7 @@ from fewstep.cli.gallery import (
 )
 from fewstep.cli.gallery.figure import Axis, Control, Figure, Layer
 from fewstep.cli.gallery.page import html, write_page
+from fewstep.cli.gallery.picture import shown as is_shown
 from fewstep.cli.gallery.students import Students
 from fewstep.recommender import recommend
 from fewstep.solvers.families.tableaux import TABLEAUX
@@ -169,7 +170,23 @@ def test_training_anew_writes_students_that_load(tmp_path: Path, monkeypatch: py
         for n, (denoiser, _) in a.samplers().items():
             for key, value in denoiser.model.state_dict().items():
                 assert value.equal(b.samplers()[n][0].model.state_dict()[key])
-    assert "12 steps of 256" in again.made == trained.made
+    assert again.made == trained.made
+    assert "12 steps of 256" in again.made["consistency"]
+
+
+def test_every_mark_of_a_picture_has_its_legend(compared: Figure, shipped: Students) -> None:
+    """In each printed panel, each colour is named by a label of a mark of that kind, or of a line of that colour."""
+    figures = [
+        compared, ode.figure(), progressive.figure(shipped, n=64), consistency.figure(shipped, n=64), churn.figure(n=64)
+    ]  # fmt: skip
+    for figure in figures:
+        for cell in figure.picture:
+            layers = [layer for layer in figure.panels[cell.panel].layers if is_shown(layer, cell.state, cell.groups)]
+            told = {(layer.kind, layer.colour) for layer in layers if layer.label}
+            for layer in layers:
+                # Paths have their samples' colour, and a line's dots have the line's.
+                kinds = {"line": ("line", "stars"), "dots": ("dots", "line", "stars")}.get(layer.kind, (layer.kind,))
+                assert any((kind, layer.colour) in told for kind in kinds), (figure.name, cell.title, layer.kind)
 
 
 # --- what the engine adds ---

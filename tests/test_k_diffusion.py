@@ -646,7 +646,14 @@ def test_progress_bar_only_where_asked(capsys):
             ValueError,
             "x must have a floating dtype, got torch.int64",
         ),
-        (lambda m, x: kd.sample_euler(m, x, [2.0, 1.0, 1.0]), ValueError, r"ratios\[2\] = 1.0 is not below"),
+        (lambda m, x: kd.sample_euler(m, x, [2.0, 1.0, 1.0]), ValueError, r"sigmas\[2\] = 1 follows sigmas\[1\] = 1"),
+        (lambda m, x: kd.sample_euler(m, x, [1.0, 10.0, 5.0]), ValueError, r"sigmas\[2\] = 5 follows sigmas\[1\] = 10"),
+        (
+            lambda m, x: kd.sample_dpmpp_sde(m, x, [0.1, 1.0, 10.0], noise_sampler=kd.KernelNoise(0)),
+            ValueError,
+            r"sigmas rise from 0.1 to 10: to sample, pass them from noise to data, sigmas.flip\(0\); to encode data: "
+            "dpmpp_sde cannot follow a grid whose noise rises",
+        ),
         (lambda m, x: kd.sample_euler(m, x, [[2.0, 1.0]]), ValueError, r"sigmas must be one-dimensional.*\(1, 2\)"),
         (lambda m, x: kd.sample_euler_ancestral(m, x, [2.0, 1.0], flow=True), ValueError, r"t\[0\] = 2.0 is outside"),
         (lambda m, x: kd.sample_dpm_fast(m, x, 0.0, 14.0, 5), ValueError, "0 < sigma_min < sigma_max"),

@@ -503,6 +503,8 @@ def test_epsilon_on_a_flow_suggests_flow() -> None:
         ("sigma_max", 10.0, r"grid=fs.grid\(denoiser.process, steps, 'karras', sigma_max=10.0\)"),
         ("denoise", 0.5, "pass strength=0.5"),
         ("conditioning", {}, "pass cond="),
+        ("mask", None, r"edit=fs.edits.Inpaint\(mask, image\)"),
+        ("negative", {}, r"cond=\(null, cond\)"),
     ],
 )
 def test_other_names_of_arguments_lead_to_ours(name: str, value: Any, line: str) -> None:

@@ -65,6 +65,23 @@ def test_the_summary_is_of_medians() -> None:
         summary([], 1.0)
 
 
+def test_one_call_per_loop_tells_nothing_of_a_step() -> None:
+    found = summary(timeline(spans(("denoiser", 0, 2), ("step", 2, 3))), 10.0)
+    assert (found.calls, found.denoiser_s, found.step_s, found.share, found.rest_s) == (1, 2.0, 0.0, 0.0, 8.0)
+    assert "nothing between two calls can be measured: give the program two steps or more" in found.verdict
+    from rich.console import Console
+
+    console = Console(width=100)
+    with console.capture() as text:
+        console.print(found)
+    rows = [line.strip("│").split("│") for line in text.get().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows[:3]] == [
+        ["denoiser", "2000.000", "-"],
+        ["step", "-", "-"],
+        ["host", "-", "-"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "step", "words"),
     [

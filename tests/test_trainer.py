@@ -705,7 +705,7 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
     for more, text in (
         (["--solver", "ddim"], "--solver: a student samples by its own plans"),
         (["--class", "4"], "has classes 0 to 3"),
-        (["--steps", "3"], "takes 1 or 2 or 4"),
+        (["--steps", "3"], "--steps 3: the student in run samples in 1 or 2 or 4 calls"),
     ):
         with pytest.raises(ValueError, match=text):
             app(["sample", "--model", "run", *more, "--out", "x.npz"], standalone_mode=False)

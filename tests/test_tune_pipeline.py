@@ -247,7 +247,7 @@ def test_bad_arguments_are_refused_before_the_network_runs() -> None:
             fs.tune_pipeline(*args, **options)
 
     refused(TypeError, "prompts must be a sequence of texts", pipe, "a cat", 4)
-    refused(TypeError, "prompts must be a sequence of texts", pipe, [], 4)
+    refused(ValueError, r"prompts is empty, got \[\]: give texts", pipe, [], 4)
     refused(TypeError, r"prompts\[0\] must be a text or a mapping", pipe, [3], 4)
     refused(ValueError, "nfe must be an integer >= 2", pipe, [arguments], 1)
     refused(ValueError, "seeds must be an integer >= 12", pipe, [arguments], 4, seeds=3)

@@ -692,6 +692,14 @@ def test_what_is_no_denoiser():
         fs.tune(lambda x, t: x, 4, shape=(2,))
 
 
+def test_a_shape_that_the_network_does_not_take_is_named():
+    torch = pytest.importorskip("torch")
+    network = torch.nn.Conv2d(3, 3, 3, padding=1)
+    denoiser = fs.Denoiser(lambda x, t: network(x), PROCESSES["edm"], "sample")
+    with pytest.raises(ValueError, match=r"the network fails on samples of shape = \(8, 8\) .*: RuntimeError: "):
+        fs.tune(denoiser, 4, shape=(8, 8), progress=False, cache=None)
+
+
 def test_a_rule_must_end_clean():
     grid = fs.grid(PROCESSES["edm"], 4, final_zero=False)
     with pytest.raises(ValueError, match="ends at sigma 0"):

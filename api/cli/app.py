@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,16 @@ ERR = Console(stderr=True, highlight=False)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
+AnyModel = Annotated[
+    str,
+    typer.Option(
+        help="digits, digits-exact, ring, gaussian, or FILE.py:FUNCTION, which returns a fewstep.Denoiser, or a pair "
+        "of one and the conditions that samples take in turn."
+    ),
+]
+OwnShape = Annotated[
+    str | None, typer.Option("--shape", help="Of one sample of FILE.py:FUNCTION, without the batch: 3x32x32, or 2.")
+]
 
 
 def bars(*, quiet: bool = False) -> Progress:
@@ -87,6 +98,24 @@ def parse_list(text: str, flag: str) -> list[str]:
     if not names:
         raise ValueError(f"{flag} is empty: give a comma-separated list")
     return names
+
+
+def parse_sample_shape(text: str | None) -> tuple[int, ...] | None:
+    """(3, 32, 32) from "3x32x32". Raises ValueError for anything else."""
+    if text is None:
+        return None
+    sizes = text.lower().split("x")
+    if not all(size.isascii() and size.isdigit() and len(size) < 10 and int(size) >= 1 for size in sizes):
+        raise ValueError(f"--shape {text[:40]!r}: write the sizes of one sample as 3x32x32, or 2")
+    return tuple(map(int, sizes))
+
+
+def command_line(*words: str, **options: object) -> str:
+    """A command to copy: the options that are not None, with the names of flags."""
+    flags = (
+        f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in options.items() if value is not None
+    )
+    return " ".join([*words, *flags])
 
 
 def parse_counts(text: str, flag: str) -> list[int]:

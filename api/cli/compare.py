@@ -9,14 +9,13 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, bars, check_count, parse_counts, parse_list
+from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, bars, check_count, command_line, parse_counts, parse_list
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import unknown
 from fewstep.solvers.plans.registry import get_solver, list_solvers
-from fewstep.solvers.schedule.grid import list_spacings
+from fewstep.solvers.schedule.grid import check_spacing
 
 
 def compare(
@@ -48,8 +47,7 @@ def compare(
         get_solver(name)
     budgets, spacings = parse_counts(nfe, "--nfe"), parse_list(spacing, "--spacing")
     for chosen in spacings:
-        if chosen not in list_spacings():
-            raise ValueError(unknown("spacing", chosen, list_spacings()))
+        check_spacing(chosen)
     with bars() as bar:
         task = bar.add_task("", total=1 + len(names) * len(budgets) * len(spacings))
         result = comparison.compare(
@@ -83,8 +81,6 @@ def compare(
     for what, entry in best.items():
         if entry is best.get("lowest error") and what != "lowest error":
             continue  # the same one again
-        OUT.print(
-            f"{what}: [bold]fewstep sample --model {model} --solver {entry.solver} --steps {entry.steps} "
-            f"--spacing {entry.spacing} --out samples.png[/]",
-            soft_wrap=True,
-        )
+        chosen = {"solver": entry.solver, "steps": entry.steps, "spacing": entry.spacing}
+        words = command_line("fewstep sample", model=model, **chosen, guidance=guidance, out="samples.png")
+        OUT.print(f"{what}: [bold]{words}[/]", soft_wrap=True)

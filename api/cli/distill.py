@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, check_count, parse_options
+from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_options
 from fewstep.cli.output import check_out, write_samples
 from fewstep.models import load_model
 from fewstep.solvers.files import write_whole
@@ -189,7 +189,7 @@ def distill_own(
         table.add_row(str(calls), *(f"{value:.4g}" for value in row.values()))
     OUT.print(table)
     OUT.print(f"student, log and samples in [bold]{escape(str(out))}[/]; draw more:")
-    OUT.print(f"[bold]fewstep sample --model {escape(str(out))} --steps {max(student.calls)}[/]")
+    OUT.print(f"[bold]{escape(command_line('fewstep sample', model=out, steps=max(student.calls)))}[/]", soft_wrap=True)
 
 
 def torch_has_cuda() -> bool:
@@ -222,7 +222,7 @@ def write_pictures(out: Path, method: str, calls: Sequence[int]) -> None:
     """Pictures of the samples that a run has drawn, where they are grey images or points in a plane."""
     for n in calls:
         x = np.load(out / f"samples_{n}.npy", allow_pickle=False)
-        if (x.ndim == 4 and x.shape[1] == 1) or (x.ndim == 2 and x.shape[1] <= 2):
+        if (x.ndim == 4 and x.shape[1] in (1, 3)) or (x.ndim == 2 and x.shape[1] <= 2):
             with contextlib.suppress(ImportError):
                 write_samples(out / f"samples_{n}.png", x, None, {"model": out.name, "solver": method, "nfe": n})
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import typer
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from fewstep.cli import findings
 from fewstep.cli.app import OUT, AsJson
@@ -16,9 +15,8 @@ def doctor(as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(findings.as_json(found))
         raise typer.Exit(findings.status(found))
-    table = Table(show_header=False, box=None)
-    marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "bad": "[bold red]bad[/]"}
-    for f in found:
-        table.add_row(marks[f.status], f.what, escape(f.detail) + (f"\n[bold]{escape(f.fix)}[/]" if f.fix else ""))
-    OUT.print(table)
+    text = Text(findings.as_text(found))
+    for status, style in (("ok", "green"), ("missing", "yellow"), ("bad", "bold red")):
+        text.highlight_regex(rf"(?m)^{status}\b", style)
+    OUT.print(text, soft_wrap=True)  # a table would cut paths and commands to its width
     raise typer.Exit(findings.status(found))

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +24,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.microbench import PROCESS, Array, Case, GateError, as_float64, close, parse_shape
 from fewstep.cli.timing import Side, has, no_grad, quartiles, torch_threads
+from fewstep.distill_runs.factories import made_by
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.run.one_call import sample
@@ -112,26 +111,9 @@ def load(spec: str, shapes: Sequence[tuple[int, ...]]) -> Denoiser:
 
     Raises ValueError or TypeError that starts with --model, also for what fails in the file or in the network's call.
     """
-    path, colon, name = spec.rpartition(":")
-    what = f"--model {shown(spec)}"
-    if not colon or not path.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"{what}: write it as file.py:function")
-    if not Path(path).is_file():
-        raise ValueError(f"{what}: there is no file {shown(path)}")
-    try:
-        found = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        make = getattr(module, name, None)
-        made = make() if callable(make) else None
-    except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__}: {error}") from error
-    if not callable(make):
-        raise ValueError(f"{what}: {shown(path)} defines no function {name}")
+    what, made = f"--model {shown(spec)}", made_by(spec, "--model")
     if not isinstance(made, Denoiser) and (not callable(made) or isinstance(made, type)):
-        raise TypeError(f"{what}: {name}() must return a network or a Denoiser, got {type(made).__name__}")
+        raise TypeError(f"{what}: it must return a network or a Denoiser, got {type(made).__name__}")
     denoiser = made if isinstance(made, Denoiser) else Denoiser(made, PROCESS, "epsilon")
     if denoiser.branches > 1:
         raise ValueError(f"{what}: the bench has no conditions for guidance: return the denoiser without it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -27,6 +27,19 @@ def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--o
         raise ImportError(NO_MATPLOTLIB)
 
 
+def check_drawable(path: Path, shape: Sequence[int]) -> None:
+    """Raises ValueError for a picture of what is neither an image nor a point in a plane.
+
+    shape  of one sample
+    """
+    images, points = len(shape) == 3 and shape[0] in (1, 3), len(shape) == 1 and shape[0] <= 2
+    if path.suffix == ".png" and not (images or points):
+        raise ValueError(
+            f"--out {path}: samples of shape {tuple(shape)} are neither images, (1, H, W) or (3, H, W), nor points in "
+            "a plane: write them to an .npz archive"
+        )
+
+
 def write_samples(
     path: Path,
     x: np.ndarray,
@@ -34,7 +47,7 @@ def write_samples(
     settings: Mapping[str, object],
     data: np.ndarray | None = None,
 ) -> None:
-    """Write a sheet of images (B, 1, H, W), a scatter plot of points (B, 2), or, to .npz, samples and settings.
+    """Write a sheet of images (B, 1 or 3, H, W), a scatter plot of points (B, 2), or, to .npz, samples and settings.
 
     data  points to draw beneath
     """
@@ -47,7 +60,9 @@ def write_samples(
         return
     pyplot = plotting()
     if x.ndim == 4:
-        write_whole(path, lambda to: pyplot.imsave(to, contact_sheet(x), cmap="gray_r", vmin=-1.0, vmax=1.0))
+        sheet = contact_sheet(x)
+        shades = sheet if sheet.ndim == 2 else (sheet + 1.0) / 2.0  # colours take no map
+        write_whole(path, lambda to: pyplot.imsave(to, shades, cmap="gray_r", vmin=-1.0, vmax=1.0))
         return
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     scatter(axes, x, data)
@@ -70,15 +85,20 @@ def scatter(axes: Axes, x: np.ndarray, data: np.ndarray | None = None) -> None:
 
 
 def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = 8) -> np.ndarray:
-    """Images (B, 1, H, W) in rows of `columns`, a line between them, each pixel `enlarge` pixels wide."""
-    count, _, height, width = x.shape
+    """Images (B, C, H, W) in rows of `columns`, a line between them, small ones `enlarge` times as wide.
+
+    Returns (height, width) for one channel, else (height, width, C), in -1 .. 1.
+    """
+    count, channels, height, width = x.shape
+    enlarge = max(1, min(enlarge, 64 // max(height, width)))
     rows = -(-count // columns)
     gap = 1
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap), -1.0)
-    for i, image in enumerate(x[:, 0]):
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), -1.0)
+    for i, image in enumerate(x.transpose(0, 2, 3, 1)):
         top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
         sheet[top : top + height, left : left + width] = np.clip(image, -1.0, 1.0)
-    return np.kron(sheet, np.ones((enlarge, enlarge)))
+    large = sheet.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    return large[..., 0] if channels == 1 else large
 
 
 def plotting() -> ModuleType:

@@ -12,11 +12,21 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, check_count, parse_options
+from fewstep.cli.app import (
+    ERR,
+    OUT,
+    AsJson,
+    Guidance,
+    OwnShape,
+    check_count,
+    command_line,
+    parse_options,
+    parse_sample_shape,
+)
 from fewstep.cli.folder import check_one_process, write_folder
-from fewstep.cli.output import check_out, write_samples
+from fewstep.cli.output import check_drawable, check_out, write_samples
 from fewstep.kernels.philox import check_seed
-from fewstep.models import PROCESS, check_model, is_student, load_model, student_model
+from fewstep.models import MODELS, PROCESS, check_model, is_student, load_model, student_model
 from fewstep.solvers.options import unknown
 
 BACKENDS = ("auto", "numba", "naive")
@@ -26,9 +36,11 @@ def sample(
     model: Annotated[
         str,
         typer.Option(
-            help="digits, digits-exact, ring, gaussian, or the folder of a student of `fewstep distill --data`."
+            help="digits, digits-exact, ring, gaussian, the folder of a student of `fewstep distill --data`, or "
+            "FILE.py:FUNCTION, which returns a fewstep.Denoiser, or a pair of one and the conditions of samples."
         ),
     ] = "digits",
+    own_shape: OwnShape = None,
     network: Annotated[
         str | None, typer.Option(help="FILE.py:FUNCTION of a student's network; default: the one that its run had.")
     ] = None,
@@ -87,11 +99,15 @@ def sample(
     elif network is not None:
         raise ValueError(f"--network {network}: only the folder of a student takes one, got --model {model}")
     else:
-        check_model(model, guidance, label)
+        shape = parse_sample_shape(own_shape)
+        check_model(model, guidance, label, shape)
         solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps
-        spacing = spacing or get_solver(solver).spacing(PROCESS)
-        plan = make_plan(solver, make_grid(PROCESS, steps, spacing), **options)
-        chosen = load_model(model)
+        own = None if shape is None else load_model(model, shape)
+        process = PROCESS if own is None else own.denoiser(None).process
+        spacing = spacing or get_solver(solver).spacing(process)
+        plan = make_plan(solver, make_grid(process, steps, spacing), **options)
+        chosen = load_model(model) if own is None else own
+    check_drawable(out_path, chosen.shape)
     labels = chosen.labels(n) if label is None else np.full(n, label)
     denoiser = chosen.denoiser(guidance)
     evaluations = sum(len(called) for _, called in branch_calls(compile_plan(plan), denoiser))
@@ -126,5 +142,6 @@ def sample(
         f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations per sample, "
         f"{seconds:.2f} s, in [bold]{escape(str(out_path))}[/]"
     )
-    if not is_student(model):
-        OUT.print("compare it with other solvers: [bold]fewstep compare --plot compare.png[/]")
+    if model in MODELS:
+        other = command_line("fewstep compare", model=model, guidance=guidance, plot="compare.png")
+        OUT.print(f"compare it with other solvers: [bold]{other}[/]", soft_wrap=True)

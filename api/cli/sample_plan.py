@@ -10,15 +10,16 @@ import numpy as np
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, Guidance, ModelName, check_count
-from fewstep.cli.output import check_out, write_samples
+from fewstep.cli.app import OUT, AnyModel, AsJson, Guidance, OwnShape, check_count, parse_sample_shape
+from fewstep.cli.output import check_drawable, check_out, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
 
 
 def sample_plan(
     plan_path: Annotated[Path, typer.Argument(metavar="PLAN", help="A .json file of `fewstep tune` or save_plan.")],
-    model: ModelName = "digits",
+    model: AnyModel = "digits",
+    own_shape: OwnShape = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
     n: Annotated[int, typer.Option(help="Number of samples.")] = 64,
@@ -32,11 +33,13 @@ def sample_plan(
 
     check_out(out)
     check_count("--n", n)
-    check_model(model, guidance)
+    shape = parse_sample_shape(own_shape)
+    check_model(model, guidance, shape=shape)
     check_seed(seed, "--seed")
     plan = load_plan(plan_path, force=True)
-    chosen = load_model(model)
+    chosen = load_model(model, shape)
     denoiser = chosen.denoiser(guidance)
+    check_drawable(out, chosen.shape)
     if not force:
         check_plan(plan, denoiser, where=str(plan_path))
     labels = chosen.labels(n)

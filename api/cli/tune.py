@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, ModelName
+from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, parse_sample_shape
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -18,7 +19,8 @@ from fewstep.models import check_model, load_model
 
 def tune(
     out: Annotated[Path, typer.Option("--out", help="The .json file to write the plan to.")],
-    model: ModelName = "digits",
+    model: AnyModel = "digits",
+    own_shape: OwnShape = None,
     nfe: Annotated[int, typer.Option(help="Denoiser calls; under guidance each makes two evaluations.")] = 6,
     guidance: Guidance = None,
     seeds: Annotated[
@@ -48,13 +50,14 @@ def tune(
     from fewstep.solvers.tune.tuning import tune as fit
 
     check_out(out, (".json",))
-    check_model(model, guidance)
+    shape = parse_sample_shape(own_shape)
+    check_model(model, guidance, shape=shape)
     check_seed(seed, "--seed")
     if resume is not None and base != "auto":
         raise ValueError(f"--base {base!r} and --resume: the plan to resume has its own base")
     start = base if resume is None else load_plan(resume, force=True)
     check_arguments(start, nfe, seeds, what, objective=objective)
-    chosen = load_model(model)
+    chosen = load_model(model, shape)
     denoiser = chosen.denoiser(guidance)
     if isinstance(start, Plan):
         check_plan(start, denoiser, where=str(resume))
@@ -85,12 +88,12 @@ def tune(
             tuned, by_hand = (record["errors"][name][split][kind] for name in ("tuned", "hand"))
             table.add_row(f"{split}, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
     OUT.print(table)
-    name = escape(str(out))
+    given = {"model": model, "shape": own_shape, "guidance": guidance}
     if not record["complete"]:
-        OUT.print(f"interrupted; continue with [bold]fewstep tune --resume {name} --out {name}[/]")
+        again = command_line("fewstep tune", resume=out, out=out, nfe=nfe, **given)
+        OUT.print(f"interrupted; continue with [bold]{escape(again)}[/]", soft_wrap=True)
     if not record["fitted"]:
         OUT.print("no fit was better on the validation latents: this is the hand-made plan")
-    OUT.print(
-        f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{name}[/]; "
-        f"sample with it: [bold]fewstep sample-plan {name} --model {model}[/]"
-    )
+    use = command_line("fewstep sample-plan", shlex.quote(str(out)), **given)
+    OUT.print(f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{escape(str(out))}[/]; sample with it:")
+    OUT.print(f"[bold]{escape(use)}[/]", soft_wrap=True)

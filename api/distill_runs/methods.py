@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from fewstep.distill_runs import digits, ring_generators, ring_maps, ring_scores, ring_teachers
 from fewstep.distill_runs.training import Recipe, RunSettings
-from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.field_names import method_name
+from fewstep.solvers.options import unknown
 
 
 class Method(NamedTuple):
@@ -76,7 +77,10 @@ def make_recipe(
         raise ValueError(unknown("problem", problem, tuple(PROBLEMS)))
     methods, own_batch, own_lr = PROBLEMS[problem]
     if method not in methods:
-        raise ValueError(unknown(f"distillation method on {problem}", method, tuple(methods)))
+        meant = method_name(method)
+        where = [name for name, own in PROBLEMS.items() if meant in own.methods]
+        hint = None if meant is None else f"{meant!r}" + f", on {' or '.join(where)}" * (meant not in methods)
+        raise ValueError(unknown(f"distillation method on {problem}", method, tuple(methods), hint))
     recipe, own_steps = methods[method]
     given: dict[str, float] = {}
     for name, value in (options or {}).items():

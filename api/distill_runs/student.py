@@ -68,6 +68,9 @@ class Student:
         self.conditions_named, self.classes = tuple(given), classes
         self.samplers = dict(sorted(samplers.items()))
 
+    def __repr__(self) -> str:
+        return f"Student({self.method!r}, shape={self.shape}, calls={self.calls}, {self.denoiser()!r})"
+
     @property
     def calls(self) -> tuple[int, ...]:
         """The numbers of calls in which it samples."""

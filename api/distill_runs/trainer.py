@@ -26,6 +26,7 @@ from fewstep.distill_runs.training import CHECKPOINT, RunSettings
 from fewstep.kernels import cpu
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import lora
+from fewstep.solvers.field_names import method_name
 from fewstep.solvers.options import function, named
 from fewstep.solvers.run.sampler import Sampler
 
@@ -113,7 +114,8 @@ class Trainer:
         options: Mapping[str, float] | None = None,
         network: str | None = None,
     ) -> None:
-        named("method", method, tuple(METHODS))
+        meant = method_name(method)
+        named("method", method, tuple(METHODS), meant and repr(meant))
         recipe = METHODS[method]
         for name, value, least in (
             ("every", every, 1), ("log_every", log_every, 1), ("samples", samples, 1), ("look_every", look_every, 0),

@@ -182,7 +182,20 @@ def make_sampler(function: SamplerFunction, options: Mapping[str, Any], noise: s
     run.__name__ = getattr(function, "__name__", "sample")
     # ComfyUI's ddim is Euler's method with masks noised afresh, by a seed of their own.
     masks = {"random": True} if function is SAMPLERS.get("ddim") else {}
-    return importlib.import_module("comfy.samplers").KSAMPLER(run, dict(options), masks)
+    return comfy("samplers").KSAMPLER(run, dict(options), masks)
+
+
+def comfy(module: str) -> Any:
+    """A module of ComfyUI. Raises ImportError outside of it."""
+    try:
+        return importlib.import_module(f"comfy.{module}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "comfy":
+            raise
+        raise ImportError(
+            "fewstep's nodes run inside ComfyUI, from a folder of its custom_nodes (docs/comfyui.md), and there is no "
+            "module comfy here: in other programs use fewstep.bindings.k_diffusion"
+        ) from None
 
 
 def _title(name: str) -> str:
@@ -268,8 +281,7 @@ def add_samplers() -> list[str]:
 
     Call it once, in the `__init__.py` of the custom node. Raises ImportError outside ComfyUI.
     """
-    samplers = importlib.import_module("comfy.samplers")
-    functions = importlib.import_module("comfy.k_diffusion.sampling")
+    samplers, functions = comfy("samplers"), comfy("k_diffusion.sampling")
     added = list_samplers()
     for name, function in added.items():
         setattr(functions, f"sample_{name}", function)  # where ComfyUI looks a name up

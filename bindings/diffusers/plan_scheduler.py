@@ -25,12 +25,15 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers.interface import Timestep
 from fewstep.bindings.maps import PREDICTION_TYPES, process_of
 from fewstep.kernels import layout
+from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, read_plan
 from fewstep.solvers.plans.program import compile_plan
+from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.plans.tables import stage_tables
 from fewstep.solvers.plans.tail import begun, starts
+from fewstep.solvers.schedule.grid import list_spacings
 from fewstep.solvers.schedule.process import VP, Flow, Process
 
 if TYPE_CHECKING:
@@ -130,6 +133,13 @@ def read(plan: PlanLike) -> Plan:
     if isinstance(plan, Mapping):
         return plan_from_json(dict(plan), f"{NAME}'s plan")
     if isinstance(plan, (str, os.PathLike)):
+        meant = solver_hint(plan, list_solvers(), list_spacings())
+        if meant is not None and not Path(plan).exists():
+            raise ValueError(
+                f"plan = {str(plan)!r} is no file but a name, of {meant}: make the plan by "
+                "fewstep.plan(solver, fewstep.grid(process, steps, spacing)), with the pipeline's own process, "
+                "fewstep.bindings.maps.from_diffusers(network, pipe.scheduler).process"
+            )
         return read_plan(Path(plan))
     raise TypeError(f"plan must be a Plan or the path of a plan file, got {type(plan).__name__}")
 

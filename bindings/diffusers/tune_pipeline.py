@@ -152,6 +152,8 @@ def cost(process: Process, nfe: int, seeds: int, base: Plan | str, reference: Pl
 
 def _arguments(prompts: object, guidance: float | None, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The pipeline's arguments for each prompt."""
+    if isinstance(prompts, (list, tuple)) and not prompts:
+        raise ValueError(f"prompts is empty, got {prompts!r}: give texts, or mappings of the pipeline's arguments")
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Sequence) or not prompts:
         raise TypeError(f"prompts must be a sequence of texts or of mappings of arguments, got {prompts!r:.80}")
     if guidance is not None:

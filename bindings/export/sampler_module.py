@@ -97,7 +97,10 @@ class SamplerModule(nn.Module):
         if streams is not None and not (
             isinstance(streams, Tensor) and streams.dtype == torch.int64 and tuple(streams.shape) == (batch, 3)
         ):
-            raise TypeError(f"streams must be an int64 tensor (B, 3), philox.streams(seed, B), got {_shown(streams)}")
+            raise TypeError(
+                f"streams must be an int64 tensor (B, 3), philox.streams(seed, B), got {_shown(streams)}: the model's "
+                "conditions go to cond="
+            )
         if noise is not None:
             if not isinstance(noise, Tensor):
                 raise TypeError(f"noise must be a tensor, got {_shown(noise)}")

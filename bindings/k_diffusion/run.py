@@ -111,6 +111,13 @@ class SamplerCall:
             raise ValueError(f"sigmas must be finite, got {levels!r:.80}")
         if levels.ndim != 1:
             raise ValueError(f"sigmas must be one-dimensional, (steps + 1,), got shape {levels.shape}")
+        if levels.size > 1:
+            turns = np.flatnonzero(np.diff(levels) * np.sign(levels[-1] - levels[0]) <= 0.0)
+            for i in turns[:1]:
+                raise ValueError(
+                    f"sigmas[{i + 1}] = {levels[i + 1]:g} follows sigmas[{i}] = {levels[i]:g}: they must fall "
+                    "strictly, from noise to data, or rise strictly, to encode data"
+                )
         return levels
 
     @cached_property
@@ -188,7 +195,16 @@ class SamplerCall:
         layout, plan = laid_out(solver, lambda: grid_of(process, levels), (process, levels.tobytes()), state, options)
 
         def make() -> Sampler:
-            return _sampler(plan(), shape, self.x.dtype, self.x.device, state)
+            try:
+                made = plan()
+            except ValueError as error:
+                if levels[0] > levels[-1]:
+                    raise
+                raise ValueError(
+                    f"sigmas rise from {levels[0]:g} to {levels[-1]:g}: to sample, pass them from noise to data, "
+                    f"sigmas.flip(0); to encode data: {error}"
+                ) from error
+            return _sampler(made, shape, self.x.dtype, self.x.device, state)
 
         key = layout and (layout, shape, self.x.dtype, self.x.device, torch.is_inference_mode_enabled())
         sampler = kept(key, make)

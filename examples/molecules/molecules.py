@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fewstep as fs
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fields import Table, options, outside, shares, show
+from fields import Table, options, outside, read_options, shares, show
 
 ATOMS, SHORT = 16, 12  # of the longer and the shorter chain
 DATA, GAMMA, GAMMA_MIN, NOISE, SCALE = 16.0, 0.8, 1.0, 1.003, 1.5
@@ -295,7 +295,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--updates", type=int, default=1000, help="of the training")
     parser.add_argument("--steps", type=int, default=200, help="of the sampler; AlphaFold 3 has 200")
-    given = parser.parse_args()
+    given = read_options(parser, updates=30, steps=20, repeats=3)
     torch.set_num_threads(1)
     show(figures(given.updates, given.steps, given.repeats), given.json)
 

@@ -25,7 +25,7 @@ import fewstep as fs
 from fewstep.bindings import diffusers as twins
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fields import Table, options, outside, shares, show
+from fields import Table, options, outside, read_options, shares, show
 
 HORIZON, ACTIONS, OBSERVED = 16, 7, 2  # actions in a chunk, numbers in each, observations before it
 CHUNK = (1, HORIZON, ACTIONS)
@@ -321,7 +321,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--network-ms", type=float, default=3.0, help="latency of the network beside which to measure")
     parser.add_argument("--updates", type=int, default=1500, help="of the training")
-    given = parser.parse_args()
+    given = read_options(parser, updates=50, repeats=3)
     torch.set_num_threads(1)
     show([*figures(given.network_ms, given.repeats), quality(given.updates)], given.json)
 

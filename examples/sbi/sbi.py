@@ -23,7 +23,7 @@ import torch
 import fewstep as fs
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fields import Table, options, outside, show
+from fields import Table, options, outside, read_options, show
 
 SPREADS = (1.0, 0.1)  # of the simulator's noise: one of them, at equal odds
 EDM = fs.EDM(sigma_min=0.005, sigma_max=40.0, sigma_data=1.0)
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3000, help="of the training")
     parser.add_argument("--samples", type=int, default=100_000)
     parser.add_argument("--rows", type=int, default=2000, help="of the table that the trees learn")
-    given = parser.parse_args()
+    given = read_options(parser, updates=100, samples=2000, rows=200, repeats=3)
     torch.set_num_threads(1)
     found = inference(trained(given.updates), given.samples, given.repeats)
     show([*found, column_of_a_table(given.rows, given.repeats)], given.json)

@@ -24,7 +24,7 @@ import fewstep as fs
 from fewstep.bindings.onnx import OnnxModel, export_onnx
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fields import Table, options, outside, shares, show
+from fields import Table, options, outside, read_options, shares, show
 
 if TYPE_CHECKING:
     import torch
@@ -224,7 +224,7 @@ def figures(updates: int, repeats: int) -> list[Table]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--updates", type=int, default=800, help="of the training")
-    given = parser.parse_args()
+    given = read_options(parser, updates=30, repeats=3)
     import torch
 
     torch.set_num_threads(1)

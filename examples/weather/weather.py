@@ -25,7 +25,7 @@ import fewstep as fs
 from fewstep.bindings.maps import InLibrary
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from fields import Table, options, outside, shares, show
+from fields import Table, options, outside, read_options, shares, show
 
 LAT, LON = 32, 64
 LEVELS, TOP, BOTTOM, RHO = 20, 80.0, 0.03, 7.0
@@ -269,7 +269,7 @@ def figures(updates: int, repeats: int) -> list[Table]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--updates", type=int, default=300, help="of the training")
-    given = parser.parse_args()
+    given = read_options(parser, updates=20, repeats=3)
     torch.set_num_threads(1)
     show(figures(given.updates, given.repeats), given.json)
 

@@ -16,7 +16,7 @@ from fewstep.solvers.plans.tables import X0Prediction
 from fewstep.solvers.schedule.grid import Grid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan(UncheckedPlan):
     """A solver laid out on a grid. Made by `fewstep.plan`; checks itself when made.
 

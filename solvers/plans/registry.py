@@ -10,10 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
+from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.options import unknown as unknown  # re-exported
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, list_spacings
 from fewstep.solvers.schedule.process import Process
 
 Builder = Callable[..., Iterator[Start | Stage]]
@@ -98,7 +99,7 @@ def get_solver(name: str) -> Solver:
     if not isinstance(name, str) or name not in _SOLVERS:
         if name in EMBEDDED:
             raise ValueError(f"solver {name!r} is an embedded pair of adaptive steps: use fewstep.sample_adaptive")
-        raise ValueError(unknown("solver", name, list_solvers()))
+        raise ValueError(unknown("solver", name, list_solvers(), solver_hint(name, list_solvers(), list_spacings())))
     return _SOLVERS[name]
 
 
@@ -149,7 +150,8 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
         ) from error
     except ValueError as error:
         if grid.rising:
-            raise ValueError(f"{solver} {RISING} ({error})") from error
+            why = "" if "math domain error" in str(error) else f" ({error})"  # a root of a falling variance
+            raise ValueError(f"{solver} {RISING}{why}") from error
         raise ValueError(f"{error}{_given(options, error)}") from None
     except (TypeError, ArithmeticError) as error:
         raise ValueError(f"{solver} does not take these options: {error}{_given(options, error)}") from error

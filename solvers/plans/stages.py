@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from fewstep.solvers.reprs import short
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 
@@ -100,7 +101,7 @@ class Start:
     at: Point | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UncheckedPlan:
     """The stages of a solver on a grid, and what follows from them: see `Plan`, which also checks itself."""
 
@@ -111,6 +112,15 @@ class UncheckedPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     noise_scale: float = 1.0
     dtype: str = "float32"
+
+    def __repr__(self) -> str:
+        options = "".join(
+            f", {name}={short(value)}"
+            for name, value in self.options.items()
+            if not (value is None or name == "tuning")
+        )
+        tuned = ", tuned" * ("tuning" in self.options)
+        return f"{type(self).__name__}({self.solver!r}, {self.nfe} calls{tuned}, {self.grid!r}{options})"
 
     @property
     def nfe(self) -> int:

@@ -18,8 +18,10 @@ from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
+from fewstep.solvers.field_names import pair_name
 from fewstep.solvers.options import between, flag, function, named, number, one_of
 from fewstep.solvers.plans.stages import first_order
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
 from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
 from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
@@ -58,6 +60,8 @@ class AdaptiveResult(NamedTuple):
     accepted: np.ndarray
     rejected: np.ndarray
 
+    __repr__ = short_repr
+
 
 class AttemptInfo(NamedTuple):
     """The argument of a `sample_adaptive` callback after each attempt, for the n samples that are not finished.
@@ -78,6 +82,8 @@ class AttemptInfo(NamedTuple):
     accepted: np.ndarray
     h: np.ndarray
     nfe: np.ndarray
+
+    __repr__ = short_repr
 
 
 # Of every number that a caller sets. Beyond them steps shrink or grow without bound, or none is ever accepted.
@@ -462,7 +468,8 @@ def sample_adaptive(
 
 
 def _checked_pair(solver: str, frame: str | None, eta: float) -> Pair:
-    named("adaptive solver", solver, tuple(PAIRS))
+    meant = pair_name(solver)
+    named("adaptive solver", solver, tuple(PAIRS), meant and repr(meant))
     one_of("frame", frame, (None, *COORDINATES))
     pair = PAIRS[solver].in_frame(COORDINATES[frame or "flow"])
     if frame is not None and not pair.kept:

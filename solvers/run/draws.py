@@ -19,6 +19,7 @@ from fewstep.kernels.interpreted import lane_sum
 from fewstep.solvers.options import flag, instance, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import NOISE, UNGUIDED, Row, Stage
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.schedule.process import Point
@@ -35,6 +36,8 @@ class Sampled(NamedTuple):
     x: Array
     log_prob: NDArray[np.float64]
     noisy: NDArray[np.bool_]
+
+    __repr__ = short_repr
 
 
 class Draws:

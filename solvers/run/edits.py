@@ -17,6 +17,7 @@ from fewstep.kernels import philox
 from fewstep.solvers.options import function, one_of
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.stages import UncheckedPlan
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame
 from fewstep.solvers.run.denoising import Call, Cond
 from fewstep.solvers.run.engine import Editable
@@ -27,7 +28,7 @@ PARTS = 16  # draws that one edit may make at a time
 FIXED = 1 << 20  # added to the domain of a draw that all calls share
 
 
-@dataclass
+@dataclass(repr=False)
 class EditInfo:
     """The argument of an edit. Its arrays are the run's memory, of the model's library and on its device.
 
@@ -69,7 +70,9 @@ class EditInfo:
     streams: Array
     cond: Sequence[Cond]
     _draw: Draw = field(repr=False)
-    _place: int = 0
+    _place: int = field(default=0, repr=False)
+
+    __repr__ = short_repr
 
     def normals(self, *shape: int, part: int = 0, fixed: bool = False) -> Array:
         """Standard normals (B, *shape), of x's shape if none is given, in the state's dtype.

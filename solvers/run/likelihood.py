@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fewstep.kernels import philox
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, TABLEAUX, Tableau
 from fewstep.solvers.options import between, function, instance, named
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name
 from fewstep.solvers.run.batch import Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
@@ -46,6 +47,8 @@ class Likelihood(NamedTuple):
     latent: Array
     nfe: NDArray[np.int64]
     error: FloatArray
+
+    __repr__ = short_repr
 
 
 @any_library

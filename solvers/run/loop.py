@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Frame
 from fewstep.solvers.run.compiled import Workspace
 from fewstep.solvers.run.convert import Converter
@@ -19,7 +20,7 @@ from fewstep.solvers.run.sanity import Limits
 from fewstep.solvers.schedule.process import Point
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StepInfo:
     """The argument of a callback after each completed step.
 
@@ -36,6 +37,8 @@ class StepInfo:
     to: Point
     x: Array
     x0: Array
+
+    __repr__ = short_repr
 
 
 def run_plan(

@@ -96,6 +96,12 @@ _ELSEWHERE = {
     ),
     **dict.fromkeys(("generator", "rng", "random_state"), "seed=0 (an int, or one per sample)"),
     **dict.fromkeys(("latents", "latent"), "x=latents, at the level of the grid's first point"),
+    **dict.fromkeys(
+        ("mask", "mask_image", "inpaint_mask", "noise_mask", "denoise_mask"),
+        "edit=fs.edits.Inpaint(mask, image), with the mask 1 where x is sampled",
+    ),
+    **dict.fromkeys(("uncond", "negative", "negative_cond", "null"), "cond=(null, cond), the null branch first"),
+    **dict.fromkeys(("image", "init_image", "init_latent"), "x=, noised to the grid's first point, and strength="),
     "scheduler": "solver= (fs.list_solvers()) and spacing= (fs.list_spacings())",
     **dict.fromkeys(("sampler", "sampler_name", "method"), "solver= (fs.list_solvers())"),
     **dict.fromkeys(("schedule", "use_karras_sigmas"), "spacing= (fs.list_spacings())"),

@@ -23,6 +23,7 @@ from fewstep.solvers.files import read_whole, shown, write_whole
 from fewstep.solvers.options import function, instance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import dumps, plan_as_json
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame
 from fewstep.solvers.run.checks import check_shape
 from fewstep.solvers.run.conditions import leaves, mapped, name_of, spread
@@ -49,6 +50,8 @@ class Shards(NamedTuple):
     files: tuple[Path, ...]
     made: int
     left: int
+
+    __repr__ = short_repr
 
 
 @dataclass(frozen=True)

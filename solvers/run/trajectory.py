@@ -23,6 +23,7 @@ from fewstep.kernels import philox
 from fewstep.solvers.options import instance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import NOISE
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, device_of_inputs, model_frame
@@ -46,6 +47,8 @@ class Rollout(NamedTuple):
     log_prob: NDArray[np.float64]
     noisy: NDArray[np.bool_]
 
+    __repr__ = short_repr
+
 
 class LogProb(NamedTuple):
     """The result of `log_prob`, for the K steps that were asked for.
@@ -60,6 +63,8 @@ class LogProb(NamedTuple):
     means: tuple[Array, ...]
     stds: NDArray[np.float64]
     reduce: str
+
+    __repr__ = short_repr
 
     @property
     def noisy(self) -> NDArray[np.bool_]:

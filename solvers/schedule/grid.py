@@ -14,7 +14,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, flag, number, one_of, unknown
+from fewstep.solvers.field_names import spacing_hint
+from fewstep.solvers.options import between, flag, named, number, one_of
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, check_process, numbers
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -32,7 +33,7 @@ _DIVISIONS: dict[str, Callable[[FloatArray], FloatArray]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """steps + 1 points of a process with strictly decreasing noise (or increasing, see `flip`).
 
@@ -65,6 +66,10 @@ class Grid:
             _decreasing("sigma / alpha", self.ratio)
         elif np.any(np.diff(self.ratio) <= 0.0):
             raise ValueError("sigma / alpha rises from first to last: it must then strictly increase")
+
+    def __repr__(self) -> str:
+        ends = f"sigma / alpha {self.ratio[0]:.4g} .. {self.ratio[-1]:.4g}"
+        return f"Grid({self.steps} steps, {ends}, {self.process!r})"
 
     @classmethod
     def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:
@@ -294,6 +299,12 @@ def list_spacings() -> list[str]:
     return sorted(SPACINGS)
 
 
+def check_spacing(name: object) -> None:
+    """Raises ValueError for an unknown spacing, with what to write instead."""
+    if not isinstance(name, str) or name not in SPACINGS:
+        named("spacing", name, list_spacings(), spacing_hint(name, list_spacings()))
+
+
 def grid(
     process: Process,
     steps: int,
@@ -374,8 +385,7 @@ def grid(
       diffusers' schedulers and ComfyUI's beta do; only on processes with discrete times.
     """
     spacing = process.spacing if spacing is None else spacing
-    if not isinstance(spacing, str) or spacing not in SPACINGS:
-        raise ValueError(unknown("spacing", spacing, list_spacings()))
+    check_spacing(spacing)
     if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1 and <= {MAX_STEPS}")
     axis, rule, own = SPACINGS[spacing]

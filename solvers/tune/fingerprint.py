@@ -64,7 +64,13 @@ def fingerprint(
     for point in _points(denoiser.process):
         u = batch.array(point.alpha * 0.5 * signal + point.sigma * noise)
         with no_grad(frame):
-            outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
+            try:
+                outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
+            except (RuntimeError, IndexError) as error:  # its first call, on what no check of ours can know
+                raise ValueError(
+                    f"the network fails on samples of shape = {tuple(shape)} (without the batch): "
+                    f"{type(error).__name__}: {error!s:.300}"
+                ) from error
             found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
         values += frame.to_numpy(found)[:, chosen].ravel().tolist()
     return [float(f"{value:.7g}") for value in values]

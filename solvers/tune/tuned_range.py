@@ -28,6 +28,7 @@ from fewstep.solvers.plans.plan_file import (
     read_json,
     write_json,
 )
+from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Device
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -39,7 +40,7 @@ from fewstep.solvers.tune.tuning import best_hand_made, study, tune
 FORMAT, VERSION = "fewstep plan range", 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PlanRange:
     """Tuned plans for increasing guidance scales. Made by `tune_range`.
 
@@ -52,6 +53,8 @@ class PlanRange:
     scales: tuple[float, ...]
     plans: tuple[Plan, ...]
     gains: tuple[float | None, ...]
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if len(self.plans) != len(self.scales) or len(self.gains) != len(self.scales) - 1:

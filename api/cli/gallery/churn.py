@@ -35,7 +35,8 @@ def figure(n: int = 2000, seed: int = 3) -> Figure:
             found.append(energy)
             trace = traced(denoiser, plan, one, seed)
             at = {"churn": i, "steps": k}
-            flat += [Layer("line", paths(trace), 4, at), Layer("stars", dots(trace[-1]), 1, at)]
+            flat.append(Layer("line", paths(trace), 4, at, label=f"{SHOWN} runs from it"))
+            flat.append(Layer("stars", dots(trace[-1]), 1, at, label="their samples"))
             modes = len({int(m) for m in ((trace[-1][:, None] - RING.means) ** 2).sum(-1).argmin(1)})
             rows.append(Row((f"{churn:g}", str(plan.nfe), str(modes), f"{energy:.4f}"), at))
         curves.append(Layer("line", (path(CHURN, found),), k, label=f"{steps} steps"))

@@ -76,16 +76,18 @@ def figure(students: Students, n: int = 1024, seed: int = 2) -> Figure:
     curves, rows = [], []
     distances = {name: _rms(answer - end) for name, answer, _ in both}
     spreads = {name: float(np.sqrt(answer.var(axis=0).sum(-1).mean())) for name, answer, _ in both}
+    answered = {"consistency model": "answer f(x_t, t)", "denoiser": "x0 prediction"}
     for name, answer, colour in both:
         style: Style = {"colour": colour, "group": name}
         # All answers of a trajectory, so that their spread is seen at every position of the slider.
-        flat.append(Layer("dots", dots(answer[:, :SHOWN].reshape(-1, 2)), strong=0, **style))
+        label = f"answers at all levels, spread {spreads[name]:.3f}"
+        flat.append(Layer("dots", dots(answer[:, :SHOWN].reshape(-1, 2)), strong=0, label=label, **style))
         curves.append(Layer("line", (path(sigmas, distances[name]),), label=f"{name}, distance to the end", **style))
         for i, sigma in enumerate(sigmas):
             at = {"t": i}
             jumps = tuple(path(*zip(unit[i, k], answer[i, k], strict=True)) for k in range(SHOWN))
             flat.append(Layer("line", jumps, at=at, strong=0, **style))
-            flat.append(Layer("stars", dots(answer[i, :SHOWN]), at=at, **style))
+            flat.append(Layer("stars", dots(answer[i, :SHOWN]), at=at, label=answered[name], **style))
             value = distances[name][i : i + 1]
             curves.append(Layer("dots", (path(sigmas[i : i + 1], value),), at=at, strong=2, **style))
             rows.append(Row((name, f"{sigma:.3g}", f"{value[0]:.4f}", f"{spreads[name]:.4f}"), at, name))
@@ -93,7 +95,7 @@ def figure(students: Students, n: int = 1024, seed: int = 2) -> Figure:
         flat.append(Layer("dots", dots(unit[i, :SHOWN]), at={"t": i}, strong=2, label="x_t"))
     square = plane(unit[:, :SHOWN])
     every = [v for values in distances.values() for v in values]
-    start = 5
+    start, made = 5, students.made["consistency"]
     return Figure(
         "consistency",
         "Consistency mapping",
@@ -102,7 +104,7 @@ def figure(students: Students, n: int = 1024, seed: int = 2) -> Figure:
         f"its answers spread by {spreads['consistency model']:.3f} around their mean (the small dots). The denoiser "
         "that it "
         f"was distilled from answers with the mean of all data that fit x_t, which moves by {spreads['denoiser']:.2f}.",
-        f"Ring of eight Gaussians, EDM process; consistency distillation over 18 noise levels: {students.made}. {n} "
+        f"Ring of eight Gaussians, EDM process; consistency distillation over 18 noise levels: {made}. {n} "
         "exact "
         f"trajectories from seed {seed}, {SHOWN} shown, scaled by 1 / sqrt(1 + sigma^2). Distance: root mean square to "
         "the trajectory's end; spread: standard deviation of the answers along a trajectory.",

@@ -149,6 +149,13 @@ class Figure:
     picture: tuple[Cell, ...] = ()
     columns: int = 3
 
+    @property
+    def facts(self) -> str:
+        """`ran`, and what a large dot on a curve is."""
+        layers = (layer for panel in self.panels if not panel.square for layer in panel.layers)
+        marked = any(layer.kind == "dots" and layer.strong == 2 and layer.at for layer in layers)
+        return self.ran + " Large dots on the curves: the setting shown." * marked
+
 
 def _tick(value: float) -> str:
     if value == 0.0 or 1e-3 <= abs(value) < 1e5:

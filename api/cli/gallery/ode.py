@@ -71,7 +71,8 @@ def figure() -> Figure:
         for i, n in enumerate(STEPS):
             times = np.linspace(0.0, END, n + 1)
             trace = path(times, integrate(slope, START, times, tableau))
-            curves += [Layer("line", (trace,), at={"h": i}, **style), Layer("dots", (trace,), at={"h": i}, **style)]
+            curves.append(Layer("line", (trace,), at={"h": i}, label=name, **style))
+            curves.append(Layer("dots", (trace,), at={"h": i}, **style))
             points.append(
                 Layer("dots", (path(sizes[i : i + 1], found[name][i : i + 1]),), at={"h": i}, strong=2, **style)
             )

@@ -111,6 +111,7 @@ function legend(parent, panel, state, off) {
     const svg = element(item, "svg", { viewBox: "0 0 22 12", "aria-hidden": "true" });
     const ink = colour(layer.colour);
     if (layer.kind === "line") element(svg, "line", { x1: 1, x2: 21, y1: 6, y2: 6, stroke: ink, "stroke-width": 2, ...(layer.dashed ? { "stroke-dasharray": "6 4" } : {}) });
+    else if (layer.kind === "arrows") element(svg, "path", { d: "M1 6H20M16 3L20 6L16 9", fill: "none", stroke: "var(--faint)", "stroke-width": 1.5 });
     else if (layer.kind === "band") element(svg, "rect", { x: 1, y: 2, width: 20, height: 8, fill: "var(--band)" });
     else if (layer.kind === "stars") element(svg, "polygon", { points: star(11, 6, 6), fill: ink });
     else element(svg, "circle", { cx: 11, cy: 6, r: [2, 3.5, 5][layer.strong], fill: ink });

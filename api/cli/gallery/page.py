@@ -23,7 +23,7 @@ def html(figures: Sequence[Figure]) -> str:
         sections.append(
             f'<section id="{escape(figure.name)}"><h2><span>{i}</span> {escape(figure.title)}</h2>'
             f'<p>{_marked(figure.caption)}</p><div class="figure"></div>'
-            f'<p class="ran">{_marked(figure.ran)}</p></section>'
+            f'<p class="ran">{_marked(figure.facts)}</p></section>'
         )
     links = "".join(f'<a href="#{escape(f.name)}">{escape(f.title)}</a>' for f in figures)
     # "</" would end the script element.

@@ -36,7 +36,7 @@ def write_picture(figure: Figure, target: Path) -> None:
         axis.set_visible(False)
     made.suptitle(figure.title, fontsize="x-large", x=0.01, ha="left")
     made.supxlabel(
-        textwrap.fill(figure.ran.replace("`", ""), 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35"
+        textwrap.fill(figure.facts.replace("`", ""), 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35"
     )
     write_whole(target, lambda to: made.savefig(to, dpi=100))
     pyplot.close(made)
@@ -70,7 +70,11 @@ def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
     if panel.x.label:
         axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize="small")
+        legend = axis.legend(frameon=False, fontsize="small")
+        for handle in legend.legend_handles:
+            if hasattr(handle, "get_sizes"):  # dots too faint to be seen alone
+                handle.set_sizes([max(20.0, handle.get_sizes()[0])])
+                handle.set_alpha(1.0)
 
 
 def _mark(axis: Axes, layer: Layer) -> None:
@@ -102,6 +106,7 @@ def _mark(axis: Axes, layer: Layer) -> None:
         case "arrows":
             for x, y, u, v in layer.paths:
                 axis.quiver(x, y, u, v, color="0.8", angles="xy", scale_units="xy", scale=1.0, width=0.004, zorder=0)
+            axis.plot([], [], "->", color="0.8", markersize=4, label=label)  # a quiver has no mark in a legend
         case "band":
             for ((low, high),) in layer.paths:
                 axis.axhspan(low, high, color="0.87", zorder=0, label=label)

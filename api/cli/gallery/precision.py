@@ -53,7 +53,7 @@ def figure(
         error = [e.rmse or 0.0 for e in mine]
         for layers, x in zip(panels, ([float(e.nfe) for e in mine], [e.step_us * e.steps for e in mine]), strict=True):
             curve = (path(x, error),)
-            layers.insert(0, Layer("line", curve, strong=0))
+            layers.insert(0, Layer("line", curve, strong=0, label="" if i else "each solver"))
             layers.append(Layer("line", curve, 1, {"solver": i}, label=name, strong=2))
             layers.append(Layer("dots", curve, 1, {"solver": i}))
             if name in NAMED:

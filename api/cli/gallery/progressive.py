@@ -75,7 +75,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
             # The teacher's lines are wide, so that they are seen beneath the student's.
             flat.append(Layer("line", paths(trace[:, :SHOWN]), strong=2 - j, at=at, **style))
             flat.append(Layer("dots", dots(trace[1:-1, :SHOWN].reshape(-1, 2)), at=at, **style))
-            flat.append(Layer("stars", dots(end[:SHOWN]), at=at, **style))
+            flat.append(Layer("stars", dots(end[:SHOWN]), at=at, label=f"samples of the {names[j]}", **style))
             count = len(trace) - 1
             which = "exact denoiser" if i + j == 0 else f"student of {count}"
             numbers = (_rms(end - exact), sliced_wasserstein(end, data))
@@ -99,7 +99,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
         for values, colour in ((distances, 1), (gaps, 2)):
             at = {"round": i}
             measured.append(Layer("dots", (path(steps[i : i + 1], values[i : i + 1]),), colour, at, strong=2))
-    square = plane(eps[:SHOWN])
+    square, made = plane(eps[:SHOWN]), students.made["progressive"]
     return Figure(
         "progressive",
         "Progressive distillation",
@@ -107,7 +107,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
         "student then teaches the next round. Paths become straight jumps while their ends stay in place; what each "
         "round "
         "loses is measured on the right.",
-        f"Ring of eight Gaussians, EDM process, karras grid. Students: {students.made}. {n} samples from the same "
+        f"Ring of eight Gaussians, EDM process, karras grid. Each student: {made}. {n} samples from the same "
         "noise, "
         f"seed {seed}. Paths are scaled by 1 / sqrt(1 + sigma^2). RMS: root mean square over samples; SWD: sliced "
         "Wasserstein-2 distance.",
@@ -125,10 +125,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
         ("model", "steps", "to its teacher, RMS", "to the ODE, RMS", "to the data, SWD"),
         tuple(rows),
         picture=(
-            *(
-                Cell(0, {"round": i}, title=f"{text} steps (teacher blue, student orange)")
-                for i, text in enumerate(labels)
-            ),
+            *(Cell(0, {"round": i}, title=f"{text} steps") for i, text in enumerate(labels)),
             Cell(1),
         ),
         columns=3,

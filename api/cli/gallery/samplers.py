@@ -84,7 +84,7 @@ def field_arrows(sigma_ratio: float) -> Layer:
     flow = at.sigma * x0 - at.alpha * eps
     length = np.linalg.norm(flow, axis=1, keepdims=True)
     flow = 0.28 * flow / np.maximum(length, 1e-9) * np.minimum(1.0, 0.35 + length / 2.0)
-    return Layer("arrows", (path(x[:, 0], x[:, 1], flow[:, 0], flow[:, 1]),), strong=0)
+    return Layer("arrows", (path(x[:, 0], x[:, 1], flow[:, 0], flow[:, 1]),), label="probability flow", strong=0)
 
 
 def real_band(n: int, data: Array, seed: int) -> tuple[float, float]:
@@ -127,7 +127,8 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
                 rmse.append(float(np.sqrt(np.mean((end - exact) ** 2))))
             flat.append(Layer("line", paths(trace[:, :SHOWN]), at={"steps": i}, **style))
             flat.append(Layer("dots", dots(trace[1:-1, :SHOWN].reshape(-1, 2)), at={"steps": i}, strong=0, **style))
-            flat.append(Layer("stars", dots(end[:SHOWN]), at={"steps": i}, **style))
+            label = f"samples of {choice.name}"
+            flat.append(Layer("stars", dots(end[:SHOWN]), at={"steps": i}, label=label, **style))
             error = "—" if random else f"{rmse[-1]:.4f}"
             rows.append(Row((choice.name, str(plan.nfe), error, f"{energy[-1]:.4f}"), {"steps": i}, choice.name))
         both = [(error_layers, rmse), (distance_layers, energy)]

@@ -28,11 +28,11 @@ COMMANDS = tuple(
 
 
 class Students(NamedTuple):
-    """Trained recipes. made: what trained them, for the captions."""
+    """Trained recipes. made: by method what trained it, for the captions."""
 
     progressive: RingProgressive
     consistency: Consistency
-    made: str
+    made: Mapping[str, str]
 
 
 def recipes(steps: int | None = None) -> tuple[RingProgressive, Consistency]:
@@ -101,6 +101,9 @@ def _modules(progressive: RingProgressive, consistency: Consistency) -> dict[str
     return {name: progressive.modules[name] for name in rounds} | {"consistency": consistency.modules["average"]}
 
 
-def _made(record: Mapping[str, Mapping[str, object]]) -> str:
-    runs = [f"{record[m]['steps']} steps of {record[m]['batch']}" for m in ("progressive", "consistency")]
-    return f"3 x {WIDTH} perceptrons trained by `fewstep distill`: {runs[0]} (progressive), {runs[1]} (consistency)"
+def _made(record: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
+    network = f"3 x {WIDTH} perceptron trained by `fewstep distill"
+    return {
+        method: f"a {network} {method}` in {record[method]['steps']} steps of {record[method]['batch']} samples"
+        for method in ("progressive", "consistency")
+    }
