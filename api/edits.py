@@ -206,6 +206,10 @@ class Prefix(Inpaint):
         own += held
         return own
 
+    def blend(self, info: EditInfo) -> tuple[Array, Array]:
+        """(free, held): the prediction becomes free x0 + held, in every call of a run."""
+        return self._masked(info, info.x0)
+
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
         sizes, soft = tuple(own.shape[1:]), info.door == "x0"
         made = self._made.get((sizes, soft))

@@ -215,18 +215,15 @@ def test_wrong_shapes_are_named() -> None:
 # --- prefixes of action chunks ---
 
 
+@pytest.mark.parametrize("doors", ["both", "x0"])
 @pytest.mark.parametrize("decay", ["exp", "linear", None])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_prefix_of_actions(backend: str, decay: str | None) -> None:
+def test_a_prefix_of_actions(backend: str, decay: str | None, doors: str) -> None:
     """A flow policy of 8 actions: 2 are frozen, 3 more may still change. The weights are those of eq. 5 of Black et al.
-    2025 for H = 8, d = 2, s = 3; Euler's loop with both doors."""
+    2025 for H = 8, d = 2, s = 3; Euler's loop. The next chunk begins with other actions."""
     flow, shape, d, n = fs.Flow(), (2, 8, 3), 2, 5
     grid = fs.grid(flow, 5, "linspace")
-    actions = RNG.standard_normal((2, n, 3))
-    edit = fs.edits.Prefix(actions, d, decay=decay)
     denoiser = fs.Denoiser(model, flow, "flow")
-    found = sample(edit, edit, denoiser=denoiser, shape=shape, grid=grid, solver="euler", **BACKENDS[backend])
-
     weights = np.zeros(8)
     for i in range(8):
         c = (5 - i) / (5 - 2 + 1)  # H - s = 5
@@ -235,16 +232,22 @@ def test_a_prefix_of_actions(backend: str, decay: str | None) -> None:
     if decay == "linear":
         assert weights.tolist() == [1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
     w, hard = weights[None, :, None], (np.arange(8) < 2)[None, :, None]
-    target = np.concatenate([actions, np.zeros((2, 3, 3))], 1)
-    x = drawn(shape, 0, philox.LATENT)
-    for k, (s, t) in enumerate(pairwise(grid.points)):
-        x0 = x - s.sigma * model(x, None)  # x = (1 - u) x0 + u eps, v = eps - x0
-        x0 = w * target + (1.0 - w) * x0
-        v = (x - x0) / s.sigma
-        x = x + (t.sigma - s.sigma) * v
-        x = np.where(hard, t.alpha * target + t.sigma * edit_noise(shape, k + 1), x)
-    np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
-    assert same(found[:, :2], actions[:, :2])
+    for actions in RNG.standard_normal((2, 2, n, 3)):
+        edit = fs.edits.Prefix(actions, d, decay=decay)
+        of_x = edit if doors == "both" else None
+        found = sample(of_x, edit, denoiser=denoiser, shape=shape, grid=grid, solver="euler", **BACKENDS[backend])
+        target = np.concatenate([actions, np.zeros((2, 3, 3))], 1)
+        x = drawn(shape, 0, philox.LATENT)
+        for k, (s, t) in enumerate(pairwise(grid.points)):
+            x0 = x - s.sigma * model(x, None)  # x = (1 - u) x0 + u eps, v = eps - x0
+            x0 = w * target + (1.0 - w) * x0
+            v = (x - x0) / s.sigma
+            x = x + (t.sigma - s.sigma) * v
+            if doors == "both":
+                x = np.where(hard, t.alpha * target + t.sigma * edit_noise(shape, k + 1), x)
+        np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
+        if doors == "both":
+            assert same(found[:, :2], actions[:, :2])
 
 
 def test_wrong_prefixes() -> None:
