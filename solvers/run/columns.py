@@ -26,7 +26,7 @@ class Columns(Protocol):
                  branch. Nothing moves until `advance`
     advance      one stage of the samples in `places`, from the network's outputs (size, ...) of those branches
     drop         give up the request of a place
-    result       a copy of a finished sample, (...)
+    result       a copy of a finished sample, (...), NumPy or of the network's library
     x0           a copy of the x0 prediction of stage k, (...), for jobs that keep it
     run          the sample of a place, as a batch of 1, for its edits
     """

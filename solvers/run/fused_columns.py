@@ -175,7 +175,7 @@ class FusedColumns(LoneRuns):
         # NumPy takes rows faster than torch does.
         x_in = self.frame.over(self._inputs[rows], self._model_dtype).reshape(size, *self.sample)
         t = self.frame.over(self._times[rows, at], self._time_dtype)
-        for row, run, k in self._active(places):
+        for row, run, k in self._active(places) if any(self._runs) else ():
             own = run.model_input(k)
             x_in[row], t[row] = own[0][0], own[1][0]
             called |= sum(1 << branch for branch in run.job.tables[k].branches)
@@ -190,40 +190,44 @@ class FusedColumns(LoneRuns):
 
     def advance(self, places: Sequence[int], branches: Sequence[int], raws: Sequence[Array]) -> None:
         index = np.array(places, np.int64)
-        rows = np.flatnonzero(self._called[index, self._at[index]])
+        (rows,) = self._called[index, self._at[index]].nonzero()
         if len(rows):
             self._advance(rows, index[rows], branches, raws)
-        super().advance(places, branches, raws)
+        if any(self._runs):
+            super().advance(places, branches, raws)
 
     def _advance(self, rows: np.ndarray, places: np.ndarray, branches: Sequence[int], raws: Sequence[Array]) -> None:
         """One stage of the requests of the block in `places`, from these rows of the network's outputs."""
-        addresses, sizes, kinds = np.zeros((3, self.denoiser.branches + 1), np.int64)
+        network = np.zeros((3, self.denoiser.branches + 1), np.int64)
         held = []
         for branch, raw in zip(branches, raws, strict=True):
             check_output(raw, (self._rows, *self.sample), self.frame)
             kind = self._kinds.get(raw.dtype)
             if kind is None:
                 kind = self._kinds[raw.dtype] = words.kind_of(self.frame.bits(raw))
-            addresses[branch], kept = self.frame.address(raw)
-            sizes[branch], kinds[branch] = raw.itemsize * self._elements, kind
+            address, kept = self.frame.address(raw)
+            network[:, branch] = address, raw.itemsize * self._elements, kind
             held.append(kept)
-        launches = self._words[places, self._at[places] + 1]
-        source = launches[:, _RAWS]  # by branch; _NO_BRANCH is the last one here, of address 0
-        launches[:, _RAW_KINDS] = kinds[source]
-        launches[:, _RAWS] = addresses[source] + sizes[source] * rows[:, None]
+        at = self._at[places] + 1
+        launches = self._words[places, at]
+        # By the branches that the launches name; _NO_BRANCH is the last one, of address 0.
+        address, size, launches[:, _RAW_KINDS] = network[:, launches[:, _RAWS]]
+        launches[:, _RAWS] = address + size * rows[:, None]
         self._run(launches, held)
-        self._at[places] += 1
-        # What is finished has the input of a place without a request.
-        self._inputs[places[self._called[places, self._at[places]] == 0]] = 0
+        self._at[places] = at
+        finished = self._called[places, at] == 0
+        if finished.any():
+            self._inputs[places[finished]] = 0  # as a place without a request
 
     # --- results ---
 
     def result(self, place: int, job: Job) -> Array:
-        return self._own(place, job.program.result) if self._here[place] is not None else super().result(place, job)
+        return self._copied(place, job.program.result) if self._here[place] is not None else super().result(place, job)
 
     def x0(self, place: int, job: Job, k: int) -> Array:
-        return self._own(place, job.program.x0[k]) if self._here[place] is not None else super().x0(place, job, k)
+        if self._here[place] is None:
+            return super().x0(place, job, k)
+        return self.frame.wrap(self._copied(place, job.program.x0[k]))
 
-    def _own(self, place: int, buffer: int) -> Array:
-        """A copy of one buffer of a place."""
-        return self.frame.wrap(self._state[place, buffer].reshape(self.sample).copy())
+    def _copied(self, place: int, buffer: int) -> np.ndarray:
+        return self._state[place, buffer].reshape(self.sample).copy()

@@ -318,7 +318,7 @@ class MixedRun:
             if not bool((abs(sample) < math.inf).all()):
                 raise ValueError(f"the sample of place {place} holds NaN or inf: {where}")
             warn(f"the sample of place {place} is far too large: {where}")
-        return sample
+        return self.frame.wrap(sample) if isinstance(sample, np.ndarray) else sample
 
     def calls(self, place: int) -> tuple[int, int]:
         """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""
