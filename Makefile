@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -96,11 +96,14 @@ gpu:             ## on a machine with a GPU: bench/results/<gpu>.json and docs/b
 weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 	$(BIN)/python -m reports.train_digits
 
-distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report
+distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour; ONLY="--only adversarial" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report $(ONLY)
 
-leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG)
+leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes; REDO="--redo mean_flow" for some)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG) $(REDO)
+
+mean-flow-report: setup ## draw what MeanFlow's weight does to the velocity, docs/distill/mean_flow_weight.png (15 s)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.mean_flow_weight
 
 tune-report: setup  ## compare tuned plans with all hand-made ones, into docs/tuning (QUICK=--quick for a short run)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.tune_report --out $(or $(OUT),docs/tuning) $(QUICK)

@@ -233,15 +233,48 @@ def _digits_section(results: Mapping[PlannedRun, Mapping[str, Any]]) -> list[str
     return lines
 
 
-def write(results: Mapping[PlannedRun, Mapping[str, Any]], work: Path, docs: Path) -> None:
-    """Write the page and copy the pictures of digits."""
+def spliced(old: str, new: str) -> str:
+    """The old page with the sections of the new one in the place of its own of the same part and heading.
+
+    Raises ValueError for a section that the old page does not have.
+    """
+    page, fresh = sections(old), sections(new)
+    for key, text in fresh.items():
+        if len(key) == 2:
+            if key not in page:
+                raise ValueError(f"the page has no section {key[1]!r} under {key[0]!r}: write it without --only first")
+            page[key] = text
+    return "".join(page.values())
+
+
+def sections(text: str) -> dict[tuple[str, ...], str]:
+    """The text by (part,) and (part, heading), in order; lines before the first part have the key ()."""
+    found: dict[tuple[str, ...], str] = {}
+    key: tuple[str, ...] = ()
+    for line in text.splitlines(keepends=True):
+        if line.startswith("## "):
+            key = (line,)
+        elif line.startswith("### "):
+            key = (*key[:1], line)
+        found[key] = found.get(key, "") + line
+    return found
+
+
+def write(results: Mapping[PlannedRun, Mapping[str, Any]], work: Path, docs: Path, *, splice: bool = False) -> None:
+    """Write the page and copy the pictures of digits.
+
+    splice  only the sections of these runs, into the page that is there; the others stay
+    """
     docs.mkdir(parents=True, exist_ok=True)
     for run, r in results.items():
         for row in r["rows"] if run.problem == "digits" else []:
             picture = work / run.name / f"samples_{row['nfe']}.png"
             target = docs / f"digits-{run.method}-{row['nfe']}.png"
             write_whole(target, partial(shutil.copyfile, picture))
-    write_whole(docs / "results.md", lambda to: to.write_text(page(results), encoding="utf-8"))
+    text, target = page(results), docs / "results.md"
+    if splice:
+        text = spliced(target.read_text(encoding="utf-8"), text)
+    write_whole(target, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -251,14 +284,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/distill"), help="folder of the page")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="number of seeds on the ring")
     parser.add_argument("--collect", action="store_true", help="train nothing, write the page of the finished runs")
+    parser.add_argument("--only", default="", help="methods, separated by commas: their sections of the page alone")
     args = parser.parse_args(argv)
     runs = planned_runs(range(args.seeds))
+    if args.only:
+        known = dict.fromkeys(run.method for run in runs)
+        if wrong := [name for name in args.only.split(",") if name not in known]:
+            parser.error(f"--only {','.join(wrong)}: the report's methods are {', '.join(known)}")
+        runs = [run for run in runs if run.method in args.only.split(",")]
     if not args.collect:
         execute(runs, args.work)
     results = collect(runs, args.work)
     if not results:
         parser.error(f"no finished run in {args.work}")
-    write(results, args.work, args.docs)
+    write(results, args.work, args.docs, splice=bool(args.only))
     print(f"{len(results)} of {len(runs)} runs, {minutes(results):.0f} minutes in all -> {args.docs / 'results.md'}")
 
 

@@ -15,6 +15,7 @@ from fewstep.solvers.distill import flow_maps, mean_flow, shortcut
 from fewstep.solvers.distill.network import points_of
 from fewstep.solvers.distill.two_times import average_velocity, jump, logit_normal_times
 from fewstep.solvers.plans.ends import step_ends
+from reports import mean_flow_weight
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -194,6 +195,27 @@ def test_mean_flow_is_its_formula_with_the_datas_velocity(improved: bool) -> Non
     got = mean_flow.loss(student(net), x0, eps, TIMES, ENDS, improved=improved, power=0.5, floor=0.01)
     torch.testing.assert_close(got, want, rtol=1e-7, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(v, gain)[0] for v in (got, want)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("elements", "power"), [(2, 0.0), (31, 0.0), (32, 1.0)])
+def test_mean_flows_weight_is_for_samples_of_many_elements(elements: int, power: float) -> None:
+    """In few, its minimum is not the mean velocity, and more calls are worse."""
+    x0, eps = torch.randn((2, len(TIMES), elements), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    denoiser = student(lambda x, t, s: 0.1 * x * (t + s)[:, None])
+    own, given = (mean_flow.loss(denoiser, x0, eps, TIMES, ENDS, **more) for more in ({}, {"power": power}))
+    assert own == given
+
+
+def test_the_reports_minimum_of_the_weighted_loss_is_stationary_and_lower_than_the_mean() -> None:
+    v = np.random.default_rng(0).normal(size=(40, 2)) + np.repeat([[0.0, 0.0], [6.0, 1.0]], [30, 10], axis=0)
+
+    def loss(u: np.ndarray) -> float:
+        return float(np.log(((u - v) ** 2).sum(axis=1) + mean_flow_weight.FLOOR).mean())
+
+    u = mean_flow_weight.weighted_minimum(v)
+    assert loss(u) < loss(v.mean(axis=0)) - 0.1
+    pull = (u - v) / (((u - v) ** 2).sum(axis=1, keepdims=True) + mean_flow_weight.FLOOR)
+    assert np.abs(pull.mean(axis=0)).max() < 1e-3 * np.abs(pull).mean()
 
 
 def test_improved_mean_flow_regresses_the_velocity_at_the_exact_map() -> None:

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from reports.distill_report import PlannedRun, collect, page, planned_runs, write
+from reports.distill_report import PlannedRun, collect, page, planned_runs, spliced, write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,6 +50,19 @@ def test_variants_are_compared_at_their_most_calls() -> None:
     text = page({plain: ring_result(0.05, True), four: many, gan: ring_result(0.04, True)})
     assert "| 1 | 0.06 | 0.05 | 1.2 |\n" in text  # compared, without a bound
     assert "| 1 | 0.04 | 0.05 | 0.8 |\n" in text
+
+
+def test_some_methods_replace_their_own_sections_of_the_page() -> None:
+    runs = [PlannedRun("ring", method, 0) for method in ("consistency", "adversarial")]
+    digits = {"## Images": "x", "### consistency": "its own"}
+    old = page({run: ring_result(0.05, True) for run in runs}) + "".join(f"{k}\n{v}\n" for k, v in digits.items())
+    new = page({runs[0]: ring_result(0.07, True)})
+    got = spliced(old, new)
+    assert got != old
+    assert got.replace("0.07", "0.05") == old
+    assert got.endswith("### consistency\nits own\n")
+    with pytest.raises(ValueError, match="no section '### guided"):
+        spliced(old, page({PlannedRun("ring", "guided", 0): ring_result(0.1, True)}))
 
 
 def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> None:

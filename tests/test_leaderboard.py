@@ -60,6 +60,9 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     first = list(made)
     execute(path, ["ring"], [0, 1])
     assert [seed for *_, seed in made] == [0] * len(first) + [1] * len(first)
+    execute(path, ["ring"], [0], redo=["flow_maps"])
+    assert made[-1] == ("Flow map (AYF)", "ring", 0)
+    assert len(made) == 2 * len(first) + 1
     found = json.loads(path.read_text())["ring"]
     assert {"0", "1"} == set(found["MeanFlow"])
     assert set(found["MeanFlow"]["0"][1]) == {"1", "2", "4"}

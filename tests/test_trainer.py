@@ -716,6 +716,36 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
     np.testing.assert_array_equal(np.load("x.npz")["x"], expected.numpy())
 
 
+MAP = """
+from fewstep.bindings.flow_map import FlowMapDenoiser
+
+class Map(Net):
+    def forward(self, x, t, s, arm):
+        return super().forward(x, t + 0.5 * s, arm)
+
+def make_map():
+    torch.manual_seed(0)
+    return FlowMapDenoiser(Map(), fs.Flow(), "flow")
+"""
+
+
+def test_the_command_trains_a_network_of_two_times_from_data_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `load_student` makes it from its file: the samples are those of Euler's steps by hand."""
+    monkeypatch.chdir(tmp_path)
+    Path("maps.py").write_text(MINE + MAP)
+    words = ["distill", "shortcut", "--data", "maps.py:make_data", "--network", "maps.py:make_map", "--out", "run"]
+    app([*words, "--steps", "4", "--batch", "8", "--device", "cpu", "--option", "finest=4"], standalone_mode=False)
+    student, arm = fs.load_student("run"), torch.arange(5) % 4
+    x = eps = numbers(5, 2)
+    network = student.denoiser(2).model
+    with torch.no_grad():
+        for t, s in ((1.0, 0.5), (0.5, 0.0)):
+            x = x - (t - s) * network(x, torch.full((5,), t), torch.full((5,), s), arm)
+    torch.testing.assert_close(student.sampler(5, 2)(eps, cond={"arm": arm}), x)
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

@@ -266,7 +266,7 @@ class Regularised(DistributionMatching):
 
 def part_of(at: Point, part: slice) -> Point:
     """Some of the points of arrays (B,)."""
-    return Point(*(np.asarray(v)[part] for v in at))
+    return Point(*np.stack(np.broadcast_arrays(*at))[:, part])
 
 
 @contextmanager
