@@ -137,7 +137,7 @@ def _here(table: Mapping[str, str], name: object) -> str | None:
 @cache
 def _lookup(kind: str, own: tuple[str, ...]) -> dict[str, str]:
     """Plain name -> hint: of the names elsewhere, then of the names here."""
-    found = {}
+    found: dict[str, str] = {}
     for here, elsewhere in {"solver": SOLVERS, "spacing": SPACINGS}[kind].items():
         hint = f"{kind} {here!r}" if here.isidentifier() else here
         found |= {_plain(name): hint for name in elsewhere.split(",")}

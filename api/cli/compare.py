@@ -81,6 +81,6 @@ def compare(
     for what, entry in best.items():
         if entry is best.get("lowest error") and what != "lowest error":
             continue  # the same one again
-        chosen = {"solver": entry.solver, "steps": entry.steps, "spacing": entry.spacing}
-        words = command_line("fewstep sample", model=model, **chosen, guidance=guidance, out="samples.png")
+        plan = {"solver": entry.solver, "steps": entry.steps, "spacing": entry.spacing}
+        words = command_line("fewstep sample", model=model, **plan, guidance=guidance, out="samples.png")
         OUT.print(f"{what}: [bold]{words}[/]", soft_wrap=True)

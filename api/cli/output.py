@@ -66,7 +66,8 @@ def write_samples(
         return
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     scatter(axes, x, data)
-    axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {settings.get('nfe')} calls")
+    beneath = "" if data is None else "; grey: data"
+    axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {settings.get('nfe')} calls{beneath}")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
 

@@ -60,7 +60,8 @@ class AdaptiveResult(NamedTuple):
     accepted: np.ndarray
     rejected: np.ndarray
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class AttemptInfo(NamedTuple):
@@ -83,7 +84,8 @@ class AttemptInfo(NamedTuple):
     h: np.ndarray
     nfe: np.ndarray
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 # Of every number that a caller sets. Beyond them steps shrink or grow without bound, or none is ever accepted.

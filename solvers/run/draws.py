@@ -37,7 +37,8 @@ class Sampled(NamedTuple):
     log_prob: NDArray[np.float64]
     noisy: NDArray[np.bool_]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class Draws:

@@ -48,7 +48,8 @@ class Likelihood(NamedTuple):
     nfe: NDArray[np.int64]
     error: FloatArray
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @any_library

@@ -51,7 +51,8 @@ class Shards(NamedTuple):
     made: int
     left: int
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Rollout(NamedTuple):
     log_prob: NDArray[np.float64]
     noisy: NDArray[np.bool_]
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
 
 class LogProb(NamedTuple):
@@ -64,7 +65,8 @@ class LogProb(NamedTuple):
     stds: NDArray[np.float64]
     reduce: str
 
-    __repr__ = short_repr
+    def __repr__(self) -> str:
+        return short_repr(self)
 
     @property
     def noisy(self) -> NDArray[np.bool_]:

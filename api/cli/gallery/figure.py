@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypedDict
 
@@ -149,11 +149,9 @@ class Figure:
     picture: tuple[Cell, ...] = ()
     columns: int = 3
 
-    @property
-    def facts(self) -> str:
-        """`ran`, and what a large dot on a curve is."""
-        layers = (layer for panel in self.panels if not panel.square for layer in panel.layers)
-        marked = any(layer.kind == "dots" and layer.strong == 2 and layer.at for layer in layers)
+    def facts(self, drawn: Iterable[Layer]) -> str:
+        """`ran`, and what the large dots are, if there is one among the layers that are drawn of the curves."""
+        marked = any(layer.kind == "dots" and layer.strong == 2 and layer.at for layer in drawn)
         return self.ran + " Large dots on the curves: the setting shown." * marked
 
 

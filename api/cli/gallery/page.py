@@ -20,10 +20,11 @@ def html(figures: Sequence[Figure]) -> str:
     room = files(__package__)
     sections = []
     for i, figure in enumerate(figures, 1):
+        facts = figure.facts(layer for panel in figure.panels if not panel.square for layer in panel.layers)
         sections.append(
             f'<section id="{escape(figure.name)}"><h2><span>{i}</span> {escape(figure.title)}</h2>'
             f'<p>{_marked(figure.caption)}</p><div class="figure"></div>'
-            f'<p class="ran">{_marked(figure.facts)}</p></section>'
+            f'<p class="ran">{_marked(facts)}</p></section>'
         )
     links = "".join(f'<a href="#{escape(f.name)}">{escape(f.title)}</a>' for f in figures)
     # "</" would end the script element.

@@ -35,9 +35,13 @@ def write_picture(figure: Figure, target: Path) -> None:
     for axis in axes.flat[len(figure.picture) :]:
         axis.set_visible(False)
     made.suptitle(figure.title, fontsize="x-large", x=0.01, ha="left")
-    made.supxlabel(
-        textwrap.fill(figure.facts.replace("`", ""), 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35"
-    )
+    curves = ((figure.panels[cell.panel], cell) for cell in figure.picture)
+    drawn = [
+        layer for panel, cell in curves if not panel.square
+        for layer in panel.layers if shown(layer, cell.state, cell.groups)
+    ]  # fmt: skip
+    facts = figure.facts(drawn).replace("`", "")
+    made.supxlabel(textwrap.fill(facts, 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35")
     write_whole(target, lambda to: made.savefig(to, dpi=100))
     pyplot.close(made)
 
@@ -50,6 +54,8 @@ def shown(layer: Layer, state: State, groups: tuple[str, ...] | None) -> bool:
 
 
 def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
+    from matplotlib.collections import PathCollection
+
     for layer in panel.layers:
         if shown(layer, cell.state, cell.groups):
             _mark(axis, layer)
@@ -70,10 +76,10 @@ def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
     if panel.x.label:
         axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
-        legend = axis.legend(frameon=False, fontsize="small")
+        legend = axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
         for handle in legend.legend_handles:
-            if hasattr(handle, "get_sizes"):  # dots too faint to be seen alone
-                handle.set_sizes([max(20.0, handle.get_sizes()[0])])
+            if isinstance(handle, PathCollection):  # dots too faint to be seen alone
+                handle.set_sizes([max(20.0, float(handle.get_sizes()[0]))])
                 handle.set_alpha(1.0)
 
 

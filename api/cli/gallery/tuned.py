@@ -83,8 +83,8 @@ def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> 
             at = {"calls": i}
             curves[kind].append(rmse)
             gaps = tuple(path(*zip(a, b, strict=True)) for a, b in zip(exact[:SHOWN], x[:SHOWN], strict=True))
-            flat.append(Layer("line", gaps, at=at, label="error, from the ODE's end", **style))
-            flat.append(Layer("dots", dots(x[:SHOWN]), at=at, label=f"samples, {kind}", **style))
+            flat.append(Layer("line", gaps, at=at, label="their errors", **style))
+            flat.append(Layer("dots", dots(x[:SHOWN]), at=at, label=f"{kind}: samples", **style))
             name = {"best by hand": f"best by hand: {best}"}.get(kind, kind)
             rows.append(Row((name, str(calls), f"{rmse:.4f}"), {"calls": i}, kind))
     measured = []
