@@ -15,7 +15,7 @@ from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
 from fewstep.solvers.options import between, flag, number, one_of, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.plans.registry import unknown
-from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output
 from fewstep.solvers.run.network import without_own_graph
@@ -312,6 +312,11 @@ class Denoiser:
         """The dtype of x_in for a state of that dtype."""
         if self.dtype is not None:
             return self.dtype
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(self.model, torch.nn.Module):
+            parameter = first_parameter(self.model)
+            if parameter is None or parameter.is_floating_point():
+                return state if parameter is None else dtype_name(parameter.dtype)
         parameters = getattr(self.model, "parameters", None)
         floating = (p for p in parameters() if p.is_floating_point()) if callable(parameters) else iter(())
         first = next(floating, None)

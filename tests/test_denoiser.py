@@ -18,6 +18,7 @@ from test_program import Loose
 
 import fewstep as fs
 from fewstep.solvers.plans.stages import Stage
+from fewstep.solvers.run.arrays import first_parameter
 
 SHAPE = (3, 5)
 
@@ -465,3 +466,26 @@ def test_sigma_data_of_the_process_or_of_the_network() -> None:
         skip, out = denoiser.prologue(at)
         assert skip == pytest.approx(sd**2 / (4.0 + sd**2), rel=1e-15)
         assert out == pytest.approx(2.0 * sd / math.sqrt(4.0 + sd**2), rel=1e-15)
+
+
+def test_the_first_parameter_is_torchs_own() -> None:
+    """Of networks with empty places, without parameters, and with a `parameters` of their own."""
+
+    class Sparse(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_parameter("none", None)
+            self.absent = None
+            self.nothing = torch.nn.ReLU()
+            self.block = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(1, 1, 1))
+            self.last = torch.nn.Linear(2, 2)
+
+    class Own(torch.nn.Linear):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([self.bias])
+
+    for module in (Sparse(), torch.nn.Linear(2, 3), torch.nn.ReLU(), Own(2, 2), torch.nn.DataParallel(Sparse())):
+        assert first_parameter(module) is next(iter(module.parameters()), None)
+    first = Sparse()
+    first.insert = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    assert fs.Denoiser(first, fs.Flow(), "flow").model_dtype("float32") == "float64"

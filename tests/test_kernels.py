@@ -395,3 +395,42 @@ def test_a_float64_state_makes_the_same_half_inputs_everywhere() -> None:
     cpu.STAGE["float64"].compile()
     Launch([x], [], w, [np.empty_like(x)], [model], c_in=np.ones(1))(cpu.STAGE["float64"].run)
     np.testing.assert_array_equal(model.view(np.float16), want)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("n", [0, 1, 7, 1000])
+@pytest.mark.parametrize("to", [True, False])
+def test_a_transfer_copies_bits_and_sums_squares(dtype: str, compiled: bool, n: int, to: bool) -> None:
+    """Payloads of NaNs among the words and the numbers stay as they are; nothing else is written."""
+    kernel = cpu.TRANSFER[dtype]
+    run = kernel.run if compiled else getattr(interpreted, kernel.twin)
+    x = np.random.default_rng(n).standard_normal(n + 2).astype(dtype)
+    target, words, other = np.full(n + 2, 7.0, dtype), np.array([-1, 5, 1 << 62]), np.zeros(3, np.int64)
+    source, place = (array.ctypes.data + array.itemsize for array in (x, target))
+    total = run(place if to else 0, source, n, other.ctypes.data, words.ctypes.data, 2)
+    assert total == pytest.approx(float((x[1 : n + 1].astype(np.float64) ** 2).sum()), rel=1e-5)
+    want = np.full(n + 2, 7.0, dtype)
+    want[1 : n + 1] = x[1 : n + 1] if to else 7.0
+    assert target.tobytes() == want.tobytes()
+    assert other.tolist() == [-1, 5, 0]
+    if n:
+        x[n] = np.nan
+        assert np.isnan(run(place, source, n, 0, 0, 0))
+        x[n] = np.inf
+        assert run(place, source, n, 0, 0, 0) == np.inf
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in cpu.KERNELS if kernel._direct], ids=repr)
+def test_kernels_that_trust_their_callers_have_one_signature(kernel: cpu.Kernel) -> None:
+    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous."""
+    (signature,) = kernel._signatures
+    arrays = [part for part in signature.replace(" ", "").partition("(")[2].split(",") if "[" in part]
+    assert arrays in ([], ["int64[::1]"])
+
+
+def test_a_word_is_set() -> None:
+    for run in (cpu.WORD.run, interpreted.set_word):
+        memory = np.zeros(4, np.int64)
+        run(memory, 2, 1 << 40)
+        assert memory.tolist() == [0, 0, 1 << 40, 0]

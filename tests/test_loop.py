@@ -743,3 +743,38 @@ def test_the_naive_backend_asks_no_device_for_float64(options: dict[str, Any]) -
         adaptive = fs.sample_adaptive(denoiser, shape=(2, 4), seed=0, cond=cond, backend="naive", device="cpu")
     assert torch.equal(found, want)
     assert adaptive.x.isfinite().all()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_run_leaves_autograds_mode_as_it_was(on: bool) -> None:
+    seen: list[bool] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.is_grad_enabled())
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+        return 0.5 * x
+
+    sampler = fs.Sampler(
+        fs.Denoiser(network, fs.Flow(), "flow"), fs.plan("ddim", fs.grid(fs.Flow(), 4)), (1, 2), device="cpu"
+    )
+    with torch.set_grad_enabled(on):
+        sampler(seed=0)
+        assert torch.is_grad_enabled() is on
+        with pytest.raises(KeyboardInterrupt):
+            sampler(seed=0)
+        assert torch.is_grad_enabled() is on
+    assert seen == [False] * 5
+
+
+def test_a_latent_of_one_element_may_be_a_negative_in_disguise() -> None:
+    """The imaginary part of a conjugate: its memory holds the opposite."""
+    x = torch.tensor([[1.0 - 2.0j]]).conj().imag
+    assert x.is_neg()
+    sampler = fs.Sampler(
+        fs.Denoiser(lambda x, t: 0.5 * x, fs.Flow(), "flow"),
+        fs.plan("ddim", fs.grid(fs.Flow(), 4)),
+        (1, 1),
+        device="cpu",
+    )
+    assert torch.equal(sampler(x), sampler(x.resolve_neg()))

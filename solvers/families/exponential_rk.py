@@ -20,7 +20,6 @@ from typing import NamedTuple
 from fewstep.kernels.attempts import moment
 from fewstep.solvers.families.exponential import exponential_row, noise_prediction
 from fewstep.solvers.families.renoise import renoised
-from fewstep.solvers.families.rows import plus
 from fewstep.solvers.plans.stages import Row, Stage
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -181,12 +180,14 @@ def targets(grid: Grid, s: Point, t: Point, tableau: ExponentialTableau, form: F
     h = step_size(s, t)
     spans = list(itertools.pairwise((0.0, *tableau.c)))
     fresh = [math.sqrt(-math.expm1(-2.0 * eta * (v - u) * h)) for u, v in spans] if eta else []
-    found = []
+    found: list[Target] = []
+    before, ratio, own = 0.0, s.ratio, form.own(s)
     scale = form.sign * (1.0 + eta) * h
     weights = tableau.a(lambda n, c: moment(n, c * scale))
     for c, a in zip(tableau.c, weights, strict=True):
-        p = node(grid, s, t, c)
-        x, other = form.own(p) / form.own(s) * math.exp(-eta * c * h), form.other(p)
+        if c != before:  # several calls of a step may be at one point
+            p = t if c == 1.0 else grid.process.point_at_sigma(ratio * math.exp(-c * h))
+            before, x, other = c, form.own(p) / own * math.exp(-eta * c * h), form.other(p)
         drawn = range(len(a) if eta else 0)
         z = tuple([p.sigma * fresh[j] * math.exp(-eta * (c - spans[j][1]) * h) for j in drawn])
         found.append(Target(p, x, tuple([other * weight for weight in a]), z))
@@ -199,19 +200,20 @@ def stages(s: Point, found: Sequence[Target], form: Form, span: tuple[Point, Poi
     span  of every call's draw, where it is not the call's own
     """
     here = s
+    sums = [f"sum{i}" for i in range(len(found))]
     for j, target in enumerate(found):
         rows: dict[str, Row] = {}
         prediction = form.row(here)
         for i, later in enumerate(found[j:], j):
-            begun, weight, z = (
-                {"x": later.x} if j == 0 else {f"sum{i}": 1.0},
-                later.f[j],
-                later.z[j] if later.z else 0.0,
-            )
+            row = {"x": later.x} if j == 0 else {sums[i]: 1.0}
+            weight, z = later.f[j], later.z[j] if later.z else 0.0
             if i == j or j == 0 or weight or z:
-                row = plus(begun, weight, prediction)
-                row["z"] = z
-                rows["x" if i == j else f"sum{i}"] = {source: value for source, value in row.items() if value}
+                for source, c in prediction.items():
+                    row[source] = row.get(source, 0.0) + weight * c
+                if z:
+                    row["z"] = z
+                whole = all(row.values())
+                rows["x" if i == j else sums[i]] = row if whole else {name: c for name, c in row.items() if c}
         yield Stage(here, rows, target.to, done=j + 1 == len(found), span=span)
         here = target.to
 

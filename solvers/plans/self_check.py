@@ -93,7 +93,8 @@ class _Held:
     @property
     def deviation(self) -> float:
         """Of the rounding in "x", in units of roundoff."""
-        return math.sqrt(max(0.0, self.errors.item(0)))
+        variance = self.errors.item(0)
+        return math.sqrt(variance) if variance > 0.0 else 0.0
 
 
 class _Slots:
@@ -122,23 +123,26 @@ class _Slots:
         rows, count, index = self.rows[first : first + _TOGETHER], len(self.names), self.index
         where: list[int] = []
         values: list[float] = []
-        copied: list[int] = []  # they round nothing
-        for k, stage in enumerate(rows, 0):
-            for i, slot in enumerate(self.names, k * count):
-                row = stage.get(slot)
-                if row is None:
-                    row = {slot: 1.0}
-                for source, c in row.items():
-                    where.append(i * len(index) + index[source])
-                    values.append(c)
-                if len(row) == 1 and c == 1.0:
-                    copied.append(i)
-        flat = np.zeros(len(rows) * count * len(index))
+        written: list[int] = []
+        rounding: list[int] = []  # of the written rows, those that are no copies
+        width = len(index)
+        for k, stage in enumerate(rows):
+            for slot, row in stage.items():
+                i = k * count + index[slot]
+                written.append(i)
+                start = i * width
+                where += [start + index[source] for source in row]
+                values += row.values()
+                if len(row) != 1 or 1.0 not in row.values():
+                    rounding.append(i)
+        w = np.zeros((len(rows), count, width))
+        w[:, range(count), range(count)] = 1.0  # a slot that is not written stays
+        flat = w.reshape(-1)
+        flat.reshape(-1, width)[written] = 0.0
         flat[where] = values
-        w = flat.reshape(len(rows), count, len(index))
-        rounds = np.abs(w)
-        largest = rounds.max(axis=(1, 2)).tolist()
-        rounds.reshape(-1, len(index))[copied] = 0.0
+        rounds = np.zeros_like(w)
+        rounds.reshape(-1, width)[rounding] = np.abs(flat.reshape(-1, width)[rounding])
+        largest = np.maximum(rounds.max(axis=(1, 2)), 1.0).tolist()
         return list(zip(w, np.ascontiguousarray(w[:, :, :count]), rounds, largest, strict=True))
 
     def put_x(self, to: Point, noise: float | None) -> None:
@@ -223,8 +227,9 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
 
     def end_of(k: int, to: Point, bound: Marginal = (0.0, 0.0), meant: Marginal | None = None) -> Followed:
         slots.apply(k + first)
-        (alpha, sigma), deviation, size = slots.after.x, slots.after.deviation, math.hypot(to.alpha, to.sigma)
-        larger = max(1.0, size)
+        after = slots.after
+        (alpha, sigma), deviation, size = after.x, after.deviation, math.hypot(to.alpha, to.sigma)
+        larger = size if size > 1.0 else 1.0
         tolerance = MARGINAL_TOLERANCE * larger + min(_BUILDERS * deviation, _BUILDERS_SHARE * larger)
         aim = meant or (to.alpha, to.sigma)
         gap = alpha - aim[0], sigma - aim[1]
@@ -239,7 +244,9 @@ def _follow(plan: UncheckedPlan) -> Iterator[Followed]:
     start = before  # of the step
     for k, stage in enumerate(plan.stages):
         at, to = stage.at, stage.to
-        elsewhere = at.alpha > 0.0 and _misses((before[0] - at.alpha, before[1] - at.sigma), MARGINAL_TOLERANCE)
+        alpha, sigma = before
+        near = abs(alpha - at.alpha) <= MARGINAL_TOLERANCE and abs(sigma - at.sigma) <= MARGINAL_TOLERANCE
+        elsewhere = not near and at.alpha > 0.0
         bound = (0.0, 0.0)
         if not stage.exact:
             kept_on = any(c for source, c in stage.rows["x"].items() if source not in SOURCES)
@@ -270,7 +277,7 @@ def _misses(gap: tuple[float, float], tolerance: float) -> bool:
 
 def check_sources(plan: UncheckedPlan) -> None:
     """Raises PlanError for a row that reads a slot that nothing wrote, or holds NaN or inf."""
-    known = {"x"}
+    known = {"x", *SOURCES}
     for source, value in plan.init.row.items() if plan.init else ():
         if source not in ("x", NOISE):
             raise PlanError(f"{plan.solver}: the init row reads {source!r}; before the first call there is x alone")
@@ -282,8 +289,10 @@ def check_sources(plan: UncheckedPlan) -> None:
         for slot, row in stage.rows.items():
             if slot in SOURCES:
                 raise PlanError(f"{plan.solver}: stage {k} writes {slot!r}, which is a source, not a slot")
+            if row.keys() <= known and math.isfinite(sum(row.values())):
+                continue
             for source, value in row.items():
-                if source not in known and source not in SOURCES:
+                if source not in known:
                     raise PlanError(
                         f"{plan.solver}: stage {k}, row {slot!r} reads {source!r}, which no earlier stage wrote"
                     )
@@ -292,7 +301,7 @@ def check_sources(plan: UncheckedPlan) -> None:
                         f"{plan.solver}: stage {k} (t = {stage.at.t:.6g}), row {slot!r}: the coefficient of "
                         f"{source!r} is {value}; a grid that ends at sigma 0 needs a first-order last step"
                     )
-        known |= set(stage.rows)
+        known.update(stage.rows)
 
 
 def check(plan: UncheckedPlan) -> None:

@@ -80,8 +80,10 @@ class Stage:
         meant: tuple[float, float] | None = None,
     ) -> None:
         # A plan has up to a hundred of them: dataclasses' own takes four times as long for a frozen class.
-        vars(self).update(at=at, rows=rows, to=to, done=done, noise=noise, exact=exact, variance=variance, span=span)
-        vars(self).update(end=end, meant=meant)
+        vars(self).update(
+            at=at, rows=rows, to=to, done=done, noise=noise, exact=exact, variance=variance, span=span, end=end,
+            meant=meant,
+        )  # fmt: skip
 
     @property
     def drawn_over(self) -> tuple[Point, Point]:

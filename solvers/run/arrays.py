@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import itertools
 import math
 import operator
 import sys
@@ -304,6 +303,21 @@ def running(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractCon
     return no_grad(frame, keep_graph=keep_graph)
 
 
+def first_parameter(module: Any) -> Any:
+    """`next(module.parameters(), None)`, without its five generators, for every `fewstep.sample`."""
+    if getattr(type(module), "parameters", None) is not sys.modules["torch"].nn.Module.parameters:
+        return next(iter(module.parameters()), None)
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                return parameter
+        if part._modules:
+            waiting += [child for child in part._modules.values() if child is not None][::-1]
+    return None
+
+
 _torch_frame = functools.cache(TorchFrame)  # of a tensor's device: there are few
 
 
@@ -318,6 +332,8 @@ def frame_of(value: object) -> Frame | None:
     if isinstance(own, (NumpyFrame, TorchFrame)):
         return own
     if torch is not None and isinstance(value, torch.nn.Module):
-        first = next(itertools.chain(value.parameters(), value.buffers()), None)
+        first = first_parameter(value)
+        if first is None:
+            first = next(value.buffers(), None)
         return _torch_frame("cpu" if first is None else first.device)
     return None
