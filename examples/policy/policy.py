@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -211,16 +212,19 @@ def slowed(milliseconds: float, top: float = TRAINED) -> Network:
     """A network of the same kind, random, as deep as it takes to need about that long for one chunk."""
     inputs = torch.zeros(CHUNK), torch.ones(1), torch.zeros(1, OBSERVED, ACTIONS)
 
-    def latency(blocks: int) -> float:
-        network = Network(384, blocks, top).eval()
-        network(*inputs)
-        return 1e3 * min(_seconds(lambda: network(*inputs)) for _ in range(15))
+    def made(blocks: int) -> Network:
+        torch.manual_seed(0)
+        return Network(384, blocks, top).eval()
 
+    def latency(network: Network) -> float:
+        network(*inputs)
+        return 1e3 * statistics.median(_seconds(lambda: network(*inputs)) for _ in range(15))
+
+    network = made(12)
     with torch.no_grad():
-        few, many = latency(2), latency(12)
-        blocks = 2 + round(max(0.0, milliseconds - few) / max((many - few) / 10.0, 1e-3))
-    torch.manual_seed(0)
-    return Network(384, blocks, top).eval()
+        for _ in range(3):  # the weights of a deep one leave the caches: its latency is no multiple of a shallow one's
+            network = made(max(1, round(len(network.blocks) * milliseconds / latency(network))))
+    return network
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -278,9 +282,10 @@ def figures(milliseconds: float, repeats: int) -> list[Table]:
     columns = ("loop", "us a step outside the network", "% of the latency", "diffusers' over it")
     tables = []
     free = torch.zeros(CHUNK)
+    diffusing, flowing = slowed(milliseconds), slowed(milliseconds, 1.0)
     for kind, steps in (("DDPM", 100), ("DDIM", 10), ("flow", 10)):
         flow = kind == "flow"
-        made = slowed(milliseconds, 1.0 if flow else TRAINED)
+        made = flowing if flow else diffusing
         for network in (made, lambda x, t, observed: free):
             what = flow_loops(network) if flow else loops(network, kind, steps)
 
