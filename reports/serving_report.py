@@ -45,14 +45,13 @@ MODEL = load_model("digits")
 class Counted(torch.nn.Module):
     """The digits network, and how many samples it has been called with."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: Callable[..., torch.Tensor]) -> None:
         super().__init__()
         self.network, self.samples = network, 0
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
         self.samples += len(x)
-        out: torch.Tensor = self.network(x, t, label)
-        return out
+        return self.network(x, t, label)
 
 
 _OWN = MODEL.denoiser(None)

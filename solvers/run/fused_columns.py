@@ -230,4 +230,5 @@ class FusedColumns(LoneRuns):
         return self.frame.wrap(self._copied(place, job.program.x0[k]))
 
     def _copied(self, place: int, buffer: int) -> np.ndarray:
-        return self._state[place, buffer].reshape(self.sample).copy()
+        values: np.ndarray = self._state[place, buffer].reshape(self.sample)
+        return values.copy()

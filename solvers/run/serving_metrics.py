@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from fewstep.solvers.options import needs
@@ -49,7 +50,7 @@ class Metrics:
         def seconds(name: str, what: str) -> _Histogram:
             return _Histogram(f"{name}_seconds", what, _SECONDS)
 
-        self._gauges = [
+        self._gauges: list[tuple[str, str, Callable[[], int]]] = [
             ("fewstep_places", "Places of the batch", lambda: places),
             ("fewstep_active", "Requests in a place", active),
             ("fewstep_waiting", "Requests in the queue", waiting),
@@ -90,7 +91,6 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         """For the registry."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-        from prometheus_client.utils import floatToGoString
 
         requests = CounterMetricFamily("fewstep_requests", "Requests by how they ended", labels=["outcome"])
         for outcome, count in self._settled.items():
@@ -101,8 +101,6 @@ class Metrics:
         for name, what, now in self._gauges:
             yield GaugeMetricFamily(name, what, now())
         for each in (self._occupancy, self._queue, self._latency, self._tick, self._network, self._step):
-            bounds, total, buckets = [*each.bounds, float("inf")], 0, []
-            for bound, count in zip(bounds, each.counts, strict=True):
-                total += count
-                buckets.append((floatToGoString(bound), total))
+            bounds = [*map(str, each.bounds), "+Inf"]
+            buckets = [*zip(bounds, accumulate(each.counts), strict=True)]
             yield HistogramMetricFamily(each.name, each.what, buckets, each.sum)
