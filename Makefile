@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,20 +27,27 @@ demo: setup      ## sample digits from the trained network with several solvers,
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk.
+# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk. Triton 3.6's interpreter needs a NumPy that makes an
+# int of an array of one element.
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
+	grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
-		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+		torch==2.11.0 triton==3.6.0 "numpy<2.4" diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
 	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
 	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
 		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
+
+# No part of `test`: the emulator is in tinygrad's repository and in no package, and needs clang.
+TINYGRAD ?= ../tinygrad
+test-emulated: setup ## the GPU kernels' machine code (gfx942) executed in the emulator of a checkout of tinygrad, TINYGRAD=folder
+	test -f $(TINYGRAD)/test/mockgpu/amd/emu.py
+	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -n 0 tests/test_triton_emulated.py
 
 # Each release in a folder of its own, before the installed one on the path; its dependencies are the installed ones.
 DIFFUSERS ?= 0.35.0 0.39.0 0.42.1
