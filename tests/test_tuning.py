@@ -6,6 +6,7 @@ References here are the problems' own ODE solutions (SciPy's DOP853 or a closed 
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,8 @@ def test_the_numbers_are_as_many_as_the_study_says():
     for steps, free in ((4, 9), (6, 20)):
         grid = lattice(PROCESSES["vp"], steps)
         assert Rule.of("ipndm", {}, grid, "all", False).size == free
-        assert Rule.of("ipndm", {}, grid, "all", True).size == free + steps - 1
+        assert Rule.of("ipndm", {}, grid, "all", True).size == free + 2 * (steps - 1)
+        assert Rule.of("ipndm", {}, grid, "all", True, scaled=False).size == free + steps - 1
         assert Rule.of("ipndm", {}, grid, "times", False).size == steps - 1
 
 
@@ -165,10 +167,50 @@ def test_an_increment_reads_one_older_prediction():
     assert math.isclose(row["m"], weight * (1.0 + 0.4 - 0.7))
 
 
+def test_a_scale_is_that_of_the_networks_input():
+    """Against the definition, for a network that is not linear: what it sees is exp(scale) times the state."""
+    grid = lattice(PROCESSES["vp"], 4)
+    rule = Rule.of("dpmpp_2m", {}, grid, "all", True)
+    scales = np.array([0.2, -0.3, 0.1])
+    numbers = rule.start(grid)
+    numbers[-3:] = scales
+    seen: list[np.ndarray] = []
+
+    def told(x, t):
+        seen.append(x.copy())
+        return 0.4 * np.tanh(2.0 * x)
+
+    sample = fs.Sampler(
+        fs.Denoiser(told, PROCESSES["vp"], "sample", dtype="float64"), rule.plan(numbers), (4, 3), dtype="float64"
+    )
+    end = sample(seed=1)
+    scaled = list(seen)
+    seen.clear()
+    factors = iter([1.0, *np.exp(scales)])
+    by_hand = fs.Denoiser(lambda x, t: told(next(factors) * x, t), PROCESSES["vp"], "sample", dtype="float64")
+    wanted = fs.Sampler(by_hand, rule.plan(rule.start(grid)), (4, 3), dtype="float64")(seed=1)
+    assert np.allclose(end, wanted, rtol=1e-12)
+    assert np.allclose(scaled, seen, rtol=1e-12)
+
+
+def test_a_plan_of_before_scales_is_read_and_widened():
+    grid = lattice(PROCESSES["edm"], 4)
+    rule = Rule.of("deis", {}, grid, "all", True, scaled=False)
+    numbers = rule.start(grid) + 0.05 * np.random.default_rng(0).standard_normal(rule.size)
+    plan = rule.plan(numbers)
+    old = replace(plan, options={name: value for name, value in plan.options.items() if name != "scaled"})
+    again, same = rule_of(old)
+    assert again == rule
+    wider, more = again.widen(same)
+    assert wider.scaled
+    assert wider.size == rule.size + 3
+    assert np.allclose(unroll(wider.plan(more)).w, unroll(plan).w, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("bad", [50.0, -50.0, math.nan])
 def test_numbers_out_of_range_are_refused(bad):
     rule = Rule.of("ddim", {}, lattice(PROCESSES["edm"], 3), "all", True)
-    for i in (0, 3, 6):
+    for i in (0, 3, 6, 8):  # a time, an increment, a shift, a scale
         numbers = rule.start(lattice(PROCESSES["edm"], 3))
         numbers[i] = bad
         with pytest.raises(ValueError, match="must stay within"):
@@ -523,7 +565,10 @@ def test_an_interruption_keeps_the_best_so_far_and_resume_goes_on(tuned_vp, monk
     assert record["fitted"]
     on = fs.tune(denoiser, 5, base=plan, **kwargs).options["tuning"]
     assert on["complete"] is True
-    assert on["errors"]["tuned"]["validation"]["rmse"] < record["errors"]["tuned"]["validation"]["rmse"]
+    later, before = (r["errors"]["tuned"]["validation"] for r in (on, record))
+    assert later["rmse"] <= before["rmse"]
+    assert later["median"] <= before["median"]
+    assert later["rmse"] * later["median"] < 0.9 * before["rmse"] * before["median"]
 
 
 def studied(denoiser, calls, cache, shape=(2,)):

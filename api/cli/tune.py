@@ -29,7 +29,7 @@ def tune(
     base: Annotated[str, typer.Option(help="A solver to start from; auto: the three best.")] = "auto",
     what: Annotated[str, typer.Option(help="all, or times to fit the times only.")] = "all",
     decouple: Annotated[
-        bool, typer.Option(help="Let the network's time input differ from the sample's noise level.")
+        bool, typer.Option(help="Let the network's input differ from the sample in level and scale.")
     ] = True,
     objective: Annotated[
         str, typer.Option(help="rmse, median or both: what is fitted, and must not be worse than the hand-made plan's.")

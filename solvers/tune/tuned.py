@@ -5,6 +5,7 @@ With the flow time u = sigma / (alpha + sigma), which is finite wherever a proce
     u_k = u_{k-1} exp(-exp(theta_k)),  u_N = 0                     monotone times, k = 1 .. N - 1
     x'  = base rule at these times + sum_j c_kj (d_k - d_j) w_k    increments over the older features d_j
     log u of the network's time input = log u_k + shift_k          if decoupled
+    the network's input = exp(scale_k) x_k                         if scaled
 
 The features d are what the base rule keeps of earlier calls: x0 predictions (DPM-Solver++, UniPC), noise predictions
 (DEIS) or slopes (iPNDM). w_k is the weight of a change of d_k in the first-order step, so that every c is of order 1.
@@ -36,8 +37,8 @@ from fewstep.solvers.tune.ensemble import unroll_stages
 SOLVER = "tuned"
 WHAT = ("all", "times")
 
-# Beyond these a step has no length or covers the whole interval (theta), or the time input is far off (shift).
-_LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0)}
+# Beyond these a step has no length or covers the whole interval (theta), or the network's input is far off.
+_LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0), "scale": (-1.0, 1.0)}
 
 _FLOW = COORDINATES["flow"]
 
@@ -56,6 +57,7 @@ class Rule:
     steps          N, also the number of calls
     what           "all", or only "times"
     decouple       whether the level of the network's time input is free too
+    scaled         whether the scale of the network's input is free too
     """
 
     base: str
@@ -66,6 +68,7 @@ class Rule:
     process: Process
     what: str = "all"
     decouple: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         one_of("base", self.base, tuple(bases()))
@@ -74,9 +77,12 @@ class Rule:
             raise ValueError(f"a tuned plan ends at sigma 0; this grid ends at sigma = {self.last.sigma:g}")
 
     @classmethod
-    def of(cls, base: str, options: Mapping[str, Any], grid: Grid, what: str, decouple: bool) -> Rule:
-        points = grid.points
-        return cls(base, dict(options), points[0], points[-1], grid.steps, grid.process, what, decouple)
+    def of(
+        cls, base: str, options: Mapping[str, Any], grid: Grid, what: str, decouple: bool, scaled: bool | None = None
+    ) -> Rule:
+        """scaled: by default as `decouple`."""
+        points, wide = grid.points, decouple if scaled is None else scaled
+        return cls(base, dict(options), points[0], points[-1], grid.steps, grid.process, what, decouple, wide)
 
     # --- the free numbers ---
 
@@ -95,25 +101,27 @@ class Rule:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The count of each kind of number: theta, then c, then shift."""
+        """The count of each kind of number: theta, then c, then shift, then scale."""
         n = self.steps
         increments = sum(min(k, self.depth) for k in range(1, n)) if self.what == "all" else 0
-        return {"theta": n - 1, "c": increments, "shift": n - 1 if self.decouple else 0}
+        shifts, scales = ((n - 1) * free for free in (self.decouple, self.scaled))
+        return {"theta": n - 1, "c": increments, "shift": shifts, "scale": scales}
 
     @property
     def size(self) -> int:
         return sum(self.sizes.values())
 
     def start(self, grid: Grid) -> Array:
-        """The numbers of the base rule on `grid`: its times, zero increments, zero shifts."""
+        """The numbers of the base rule on `grid`: its times; increments, shifts and scales are zero."""
         u = np.array([_FLOW.time(p) for p in grid.points[:-1]])
         theta = np.log(np.log(u[:-1] / u[1:]))
         return np.concatenate([theta, np.zeros(self.size - theta.size)])
 
     def widen(self, numbers: Array) -> tuple[Rule, Array]:
-        """The same plan with free shifts, all zero at first."""
-        wider = replace(self, decouple=True)
-        return wider, np.concatenate([numbers, np.zeros(wider.size - self.size)])
+        """The same plan with free shifts and scales; those that were not free are zero at first."""
+        wider, parts = replace(self, decouple=True, scaled=True), self._split(numbers)
+        own = {name: parts[name] if parts[name].size else np.zeros(count) for name, count in wider.sizes.items()}
+        return wider, np.concatenate(list(own.values()))
 
     # --- one call more ---
 
@@ -137,12 +145,15 @@ class Rule:
         u.insert(step + 1, math.sqrt(u[step] * after))
         wider = replace(self, steps=self.steps + 1)
         theta = np.log(np.log(np.array(u[:-1]) / np.array(u[1:])))
-        shift = np.insert(parts["shift"], step, 0.0) if self.decouple else parts["shift"]
+        tail = [
+            np.insert(parts[name], step, 0.0) if free else parts[name]
+            for name, free in (("shift", self.decouple), ("scale", self.scaled))
+        ]
         increments = list(self._increments(parts["c"]).values())[: step + 1]
         increments += [np.zeros(min(k, self.depth)) for k in range(step + 1, wider.steps)]
 
         def made() -> Array:
-            return np.asarray(np.concatenate([theta, *increments, shift]))
+            return np.asarray(np.concatenate([theta, *increments, *tail]))
 
         def row(k: int) -> Array:  # the input of call k, or the result, as a combination of the predictions
             return np.asarray(unroll_stages(wider.stages(made()), self.first.sigma).w[k])
@@ -189,7 +200,8 @@ class Rule:
         made = [s for s in get_solver(self.base).build(grid, **self.options) if isinstance(s, Stage)]
         if parts["c"].size:
             made = self._with_increments(grid, made, parts["c"])
-        return self._shifted(made, parts["shift"]) if self.decouple else made
+        made = self._shifted(made, parts["shift"]) if self.decouple else made
+        return self._scaled(made, parts["scale"]) if self.scaled else made
 
     def _with_increments(self, grid: Grid, stages: list[Stage], c: Array) -> list[Stage]:
         memory, out, increments = self.memory, [], self._increments(c)
@@ -217,6 +229,18 @@ class Rule:
             out.append(replace(stage, at=Point(*self.process.point_at_sigma(_FLOW.ratio(u)))))
         return out
 
+    def _scaled(self, stages: list[Stage], scale: Array) -> list[Stage]:
+        """Scale x at every call but the first. The stage after it undoes that, so that the marginals scale alone."""
+        factors, out = [1.0, *np.exp(scale).tolist(), 1.0], []
+        for stage, before, after in zip(stages, factors[:-1], factors[1:], strict=True):
+            rows = {
+                slot: {q: c / before if q == "x" else c for q, c in row.items()} for slot, row in stage.rows.items()
+            }
+            rows["x"] = {q: after * c for q, c in rows["x"].items()}
+            to = Point(stage.to.t, after * stage.to.alpha, after * stage.to.sigma)
+            out.append(replace(stage, rows=rows, to=to))
+        return out
+
     def plan(self, numbers: Array, record: Mapping[str, Any] | None = None) -> Plan:
         """The checked plan; its options hold everything that `rule_of` needs."""
         options: dict[str, Any] = {
@@ -224,6 +248,7 @@ class Rule:
             "base_options": dict(self.options),
             "what": self.what,
             "decouple": self.decouple,
+            "scaled": self.scaled,
             "numbers": np.asarray(numbers).tolist(),
         }
         if record is not None:
@@ -237,7 +262,7 @@ def rule_of(plan: Plan) -> tuple[Rule, Array]:
         raise ValueError(f"a plan of solver {plan.solver!r} is not tuned: start from a plan that fewstep.tune returned")
     o = plan.options
     try:
-        rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"])
+        rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"], o.get("scaled", False))
         numbers = np.array(o["numbers"], dtype=np.float64)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the options of this tuned plan are not those that fewstep.tune writes: {error}") from None

@@ -446,8 +446,9 @@ def tune(
     seeds      number of latents to fit to, >= 12; half as many more select among the fits, as many again test the
                result. 32 suffice in 64 dimensions, 256 in two
     base       the rule to start from, one of `tuned.bases()`; "auto": the best on this denoiser; or a tuned plan to
-               refine, or of fewer calls: calls are inserted, and the result is never worse on the validation seeds
-    decouple   whether the level of the network's time input may differ from the sample's; "auto": if what="all"
+               refine, or of fewer calls: calls are inserted. The result is never worse on the validation seeds
+    decouple   whether the network's input may differ from the sample in its level, which its time says, and in its
+               scale; "auto": if what="all"
     what       "all", or "times": fitted times with the base rule's coefficients
     objective  "rmse", "median" or "both": what is fitted, and what must not be worse than the known plans
     features   a map of samples (b, ...) to features (b, ...), arrays of the model's library: errors are then of the
@@ -503,11 +504,13 @@ def tune(
         features=features,
     )
     wide = what == "all" if decouple == "auto" else bool(decouple)
-    fewer = base if isinstance(base, Plan) and base.nfe < nfe else None
+    if resumed is not None and wide:
+        resumed = resumed[0].widen(resumed[1])
+    fewer = base if isinstance(base, Plan) else None
     name = "auto" if isinstance(base, Plan) else base
     starts = all_starts(made, resumed, name, nfe, what, wide, say)
     # A plan that goes on stays near itself: plans of neighbouring guidance scales must interpolate.
-    evaluations = (_FIRST, _POLISH) if resumed is not None and fewer is None else None
+    evaluations = (_FIRST, _POLISH) if resumed is not None and resumed[0].steps == nfe else None
     plan = fit_plan(made, starts, say, evaluations, objective=objective, relax=relax, fewer=fewer)
     record = {**plan.options["tuning"], "seconds": round(time.perf_counter() - begin, 1)}
     return replace(plan, options={**plan.options, "tuning": record})
@@ -677,7 +680,8 @@ def fit_plan(
                  more at fewer calls
     objective    one of `OBJECTIVES`
     relax        how far the latents of the last fit may move, see `tune`
-    fewer        a plan of fewer calls that the fit must not be worse than; the best hand-made plan is another
+    fewer        a plan of as many calls or fewer that the fit must not be worse than; the best hand-made plan is
+                 another
     """
     first, polish = (None, None) if evaluations is None else evaluations
     hand = best_hand_made(made)
