@@ -93,7 +93,8 @@ METHODS: Mapping[str, str] = {
     "trajectory_matching": "trajectory distribution matching, TDM",
 }
 
-_AFFIXES = re.compile(r"^(?:sample|k)?(.+?)(?:multistep|discrete)?(?:scheduler|gpu)?$")
+# What may be left out of a name, the longest rest first.
+_AFFIXES = (r"(scheduler|gpu)$", r"^(sample|k)", r"(multistep|discrete)$")
 
 
 def solver_hint(name: object, solvers: Sequence[str], spacings: Sequence[str]) -> str | None:
@@ -145,8 +146,11 @@ def _lookup(kind: str, own: tuple[str, ...]) -> dict[str, str]:
 
 
 def _find(plain: str, table: Mapping[str, str]) -> str | None:
-    bare = _AFFIXES.match(plain)
-    return table.get(plain) or (table.get(bare[1]) if bare else None)
+    for affix in ("", *_AFFIXES):
+        plain = re.sub(affix, "", plain) if affix else plain
+        if plain in table:
+            return table[plain]
+    return None
 
 
 def _plain(name: object) -> str:

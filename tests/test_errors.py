@@ -227,7 +227,7 @@ def test_sample(wrong: dict[str, Any], error: type[Exception], text: str) -> Non
             ValueError,
             "x is float64 and the sampler's state float32: pass dtype='float64'",
         ),
-        ({"x": "noise"}, TypeError, "x must be a NumPy array or a torch tensor, got str"),
+        ({"x": "noise"}, TypeError, "got str: a shape goes to shape=, a seed to seed=, conditions to cond="),
         ({"x": np.zeros((2, 3), object)}, ValueError, "x has dtype object"),
         ({"out": np.zeros((2, 4), np.float32)}, ValueError, r"out must be an array of shape \(2, 3\)"),
         ({"out": torch.zeros(2, 3)}, ValueError, "out must be an array .* of the result's own library"),

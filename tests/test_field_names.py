@@ -29,6 +29,8 @@ def hint(name: str) -> str | None:
         ("FlowMatchEulerDiscreteScheduler", "solver 'euler' on fewstep.Flow()"),
         ("DPM++ 2M Karras", "solver 'dpmpp_2m' with spacing 'karras'"),
         ("UniPCMultistepScheduler", "solver 'unipc'"),
+        ("DPMSolverMultistepScheduler", "solver 'dpmpp_2m'"),
+        ("KDPM2AncestralDiscreteScheduler", "solver 'dpm2_ancestral'"),
         ("dpmpp_2m_karras", "solver 'dpmpp_2m' with spacing 'karras'"),
         ("euler_a", "solver 'euler_ancestral'"),
         ("ddim_uniform", "spacing 'ddim_uniform'"),

@@ -19,6 +19,8 @@ from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.gpu import why_unavailable
 from fewstep.solvers.run.network import frame_reached
 
+# The first argument by position is x.
+BY_NAME = ": a shape goes to shape=, a seed to seed=, conditions to cond="
 BACKENDS = ("auto", "naive", "numba", "triton")
 
 
@@ -67,7 +69,7 @@ def check_source(denoiser: DenoiserLike, x: Array | None, shape: Sequence[int] |
     check_denoiser(denoiser)
     outer = None if x is None else frame_of(x)
     if x is not None and outer is None:
-        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}{BY_NAME}")
     return outer
 
 
@@ -84,7 +86,7 @@ def check_plan(plan: object, denoiser: DenoiserLike) -> None:
 
 def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame, dtype: str) -> None:
     if frame is None:
-        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}")
+        raise TypeError(f"x must be a NumPy array or a torch tensor, got {type(x).__name__}{BY_NAME}")
     _check_plain("x", x)
     if tuple(x.shape) != shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, the sampler was made for {shape}")
