@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, mse_loss
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 import fewstep as fs
@@ -76,7 +76,8 @@ def trained() -> AnySize:
         x, v = noised(images, t, generator)
         optimiser.param_groups[0]["lr"] = RATE * 0.5 * (1.0 + math.cos(math.pi * update / UPDATES))
         optimiser.zero_grad()
-        mse_loss(net(x, t, label), v).backward()
+        loss = (net(x, t, label) - v).square().mean()
+        loss.backward()
         optimiser.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(mean.parameters()), list(net.parameters()), 1.0 - min(MEMORY, update / 10))
