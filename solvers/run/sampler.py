@@ -316,7 +316,8 @@ class Sampler:
             outputs = run_plan(
                 space, self._convert, latent, outer, streams, noise, cond, callback, progress, mode, limits, edits
             )
-            fine, tried, values = False, self._tried is now, None
+            fine, tried = False, self._tried is now
+            values: Array = None
             if fused is not None and out is None:
                 result, square = fused.copied()
                 # By compiled code where it can.
