@@ -364,7 +364,8 @@ class Denoiser:
         Raises ValueError if the conditions of the branches do not fit each other or the batch.
         """
         torch = sys.modules.get("torch")
-        if cond is None and self.guidance is None and frame.name == "torch" and not torch.is_grad_enabled():
+        plain = cond is None and self.guidance is None and frame.name == "torch"
+        if plain and torch is not None and not torch.is_grad_enabled():
             network = self.model  # by the shortest way: beside a network, a Python call takes microseconds
             return lambda branches, x_in, t: (network(x_in, t),)
         watched = frame.name == "numpy" and torch is not None

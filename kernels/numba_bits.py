@@ -103,9 +103,13 @@ def _uncompiled(*arguments: object) -> NoReturn:
 
 
 def jit(
-    *, forceinline: bool = False, error_model: Literal["python", "numpy"] = "python", reorder: bool = False
+    *,
+    forceinline: bool = False,
+    error_model: Literal["python", "numpy"] = "python",
+    reorder: bool = False,
+    nogil: bool = True,
 ) -> Callable[[Kernel], Kernel]:
-    """`numba.njit` without the GIL and, where a folder can be written, with a cache on disk.
+    """`numba.njit` without the GIL (unless `nogil` is False) and, where a folder can be written, with a cache on disk.
 
     Without fastmath, LLVM neither reorders float operations nor contracts them into fused multiply-adds. `reorder`
     lets it reorder sums, for one whose last bits nobody sees. Numba's cache watches only a function's own file: after
@@ -114,7 +118,7 @@ def jit(
 
     def decorate(function: Kernel) -> Kernel:
         fastmath = {"reassoc"} if reorder else False
-        compiled: Any = njit(nogil=True, forceinline=forceinline, error_model=error_model, fastmath=fastmath)(function)
+        compiled: Any = njit(nogil=nogil, forceinline=forceinline, error_model=error_model, fastmath=fastmath)(function)
         if not isinstance(compiled, Dispatcher):  # NUMBA_DISABLE_JIT
             return _uncompiled
         try:

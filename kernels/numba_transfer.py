@@ -45,7 +45,7 @@ def _transfer(dtype):
 TRANSFER = {"float32": _transfer(np.float32), "float64": _transfer(np.float64)}
 
 
-@jit()
+@jit(nogil=False)  # too short to give the GIL to another thread
 def set_word(memory, j, value):
     """memory[j] = value. NumPy's own assignment fetches five times the code."""
     memory[j] = value

@@ -291,7 +291,7 @@ class Sampler:
             philox.check_streams(seed, self.shape[0], first_sample)
         kept = HALVES if edits is not None and edits.x0 else WATCHED if callback is not None or edits is not None else 0
         limits = now.limits if self.check else None
-        result = square = None
+        result = None
         try:
             space = now.idle[kept].popleft()
         except IndexError:  # concurrent calls have them
@@ -302,39 +302,35 @@ class Sampler:
             context.__enter__()
         elif self._torch is not None:
             grad = self._torch.is_grad_enabled()
+        try:
             if grad:  # `torch.no_grad` takes five times longer
                 self._torch._C._set_grad_enabled(False)
-        try:
             mode = "off"
             if space.graphs is not None:
                 watched, outside = callback is not None or progress, noise is not None
                 mode = self._mode.choose(
                     space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
                 )
-            fused = isinstance(run, FusedRun)
-            latent = x if x is None or (own and fused) else self._convert.latent(x, outer)
+            fused = run if own and isinstance(run, FusedRun) else None
+            latent = x if x is None or fused is not None else self._convert.latent(x, outer)
             outputs = run_plan(
                 space, self._convert, latent, outer, streams, noise, cond, callback, progress, mode, limits, edits
             )
-            if own and out is None and fused:
-                result, square = run.copied()
-            # By compiled code where it can.
-            fine = limits is None or (
-                square is not None
-                and square <= limits.square
-                and (self._tried is now or run.small(outputs, limits.square))
-            )
-            if not fine:
+            fine, tried = False, self._tried is now
+            values: Array = None
+            if fused is not None and out is None:
+                result, square = fused.copied()
+                # By compiled code where it can.
+                fine = limits is None or (square <= limits.square and (tried or fused.small(outputs, limits.square)))
+            if result is None or not fine:
                 values = run.x(len(run.job.tables) - 1)
-                fine = limits.usual(values, () if self._tried is now else outputs)
-                if not fine:
-                    values = values * 1  # the run is made again, in the same memory
-                    report(limits, values, run, latent, streams, cond, noise is not None, edits is not None)
-                    result = self._convert.result(values, outer, dtype, out)
-            if fine:
+            if limits is None or fine or limits.usual(values, () if tried else outputs):
                 self._tried = now
+            else:
+                values = values * 1  # the run is made again, in the same memory
+                report(limits, values, run, latent, streams, cond, noise is not None, edits is not None)
             if result is None:
-                result = self._convert.result(run.x(len(run.job.tables) - 1), outer, dtype, out)
+                result = self._convert.result(values, outer, dtype, out)
             return result if draws is None else draws.sampled(result, streams)
         finally:
             if grad:
