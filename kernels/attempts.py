@@ -27,8 +27,13 @@ SAMPLE, NFE, ACCEPTED, REJECTED, KNOWN, TAKEN, FINAL, H, LAST, BEFORE, STEP, STA
 END = START + POINT
 STATE = END + POINT
 # `numbers` of control: the exponents b1 .. b3, accept_safety, whether the last F is the next first, calls per attempt,
-# and the largest numbers of steps and of calls.
-B1, B2, B3, SAFETY, KEPT, CALLS, MOST_STEPS, MOST_CALLS = range(8)
+# the largest numbers of steps and of calls; and the tolerances.
+B1, B2, B3, SAFETY, KEPT, CALLS, MOST_STEPS, MOST_CALLS, RTOL, ATOL = range(10)
+# The memory of `finish`: the addresses of the error, of the higher-order and the lower-order result, of the sample and
+# the lower-order result of the last accepted step, of the first and the last F (0 if that is not kept); then the number
+# of samples, and of elements of each.
+ERROR, HIGH, LOW, X, BEFORE_LOW, FIRST_F, LAST_F, SAMPLES, ELEMENTS = range(9)
+FINISH = 9
 # What `control` reports: the first sample with an error and its kind, and how many steps were accepted and finished.
 PROBLEM, AT, TAKEN_COUNT, FINAL_COUNT = range(4)
 NOT_FINITE, TOO_MANY_STEPS, TOO_MANY_CALLS = 1, 2, 3

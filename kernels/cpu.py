@@ -179,7 +179,17 @@ ROWS = Kernel(
         for s in ("float32", "float64")
     ),
 )
-ATTEMPTS = (PROPOSE, CONTROL, ROWS)
+FINISH = {
+    dtype: Kernel(
+        "numba_attempts",
+        "FINISH",
+        twin,
+        f"void(int64[::1], {_MATRIX}, {_VECTOR}, {_VECTOR}, int64[::1])",
+        key=dtype,
+    )
+    for dtype, twin in (("float32", interpreted.finish32), ("float64", interpreted.finish64))
+}
+ATTEMPTS = (PROPOSE, CONTROL, ROWS, *FINISH.values())
 _ENDS = (*TRANSFER.values(), WORD)
 KERNELS = (*STAGE.values(), *_ENDS, _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, _SQUARE_SUMS, *ATTEMPTS)
 

@@ -11,8 +11,8 @@ import ctypes
 
 import numpy as np
 
+from fewstep.kernels import attempts, layout, naive, philox
 from fewstep.kernels import launch as words
-from fewstep.kernels import layout, naive, philox
 from fewstep.kernels.attempts import control, propose, tables  # noqa: F401  the same source, not compiled
 
 _INT16 = words.KINDS.index(np.int16)
@@ -232,3 +232,35 @@ def error_norm(
         delta = np.maximum(atol, rtol * np.maximum(np.abs(a), np.abs(b)))
         share = np.where(e != 0.0, np.where(delta != 0.0, (e / delta) ** 2, np.inf), 0.0)
         out[...] = np.sqrt(np.cumsum(share, axis=1)[:, -1] / e.shape[1])
+
+
+def finish32(memory: np.ndarray, state: np.ndarray, numbers: np.ndarray, norms: np.ndarray, report: np.ndarray) -> None:
+    _finish(np.float32, memory.tolist(), state, numbers, norms, report)
+
+
+def finish64(memory: np.ndarray, state: np.ndarray, numbers: np.ndarray, norms: np.ndarray, report: np.ndarray) -> None:
+    _finish(np.float64, memory.tolist(), state, numbers, norms, report)
+
+
+def _finish(
+    dtype: type[np.generic],
+    m: list[int],
+    state: np.ndarray,
+    numbers: np.ndarray,
+    norms: np.ndarray,
+    report: np.ndarray,
+) -> None:
+    shape = m[attempts.SAMPLES], m[attempts.ELEMENTS]
+    error, high, low, x, before, first = (_at(address, dtype, *shape) for address in m[: attempts.LAST_F])
+    moves = [(x, high), (before, low)]
+    if m[attempts.LAST_F]:
+        moves.append((first, _at(m[attempts.LAST_F], dtype, *shape)))
+    with np.errstate(all="ignore"):
+        np.add(high, error, out=low)
+    error_norm(error, low, before, numbers[attempts.RTOL], numbers[attempts.ATOL], norms)
+    control(state, norms, numbers, report)
+    if report[attempts.PROBLEM]:
+        return
+    taken = state[attempts.TAKEN, : len(x)] > 0.0
+    for to, source in moves:
+        to[taken] = source[taken]

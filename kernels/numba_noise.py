@@ -72,46 +72,6 @@ def philox_block(block, draw, sample, domain, k0, k1):
     return _round(c, k0 + np.uint64(9) * _W0, k1 + np.uint64(9) * _W1)
 
 
-@jit(forceinline=True)
-def _log_begin(word):
-    """u in (0, 1), f = m - 1 of its mantissa m, and the first coefficients of the logarithm's polynomial in f."""
-    u = np.float32(word) * _U_SCALE + _U_HALF
-    shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
-    f = f32_from_bits(np.uint32(np.uint32(shifted & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
-    return u, f, ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
-
-
-@jit(forceinline=True)
-def _log_end(u, f, p):
-    """-2 log u from `_log_begin`."""
-    exponent = np.float32(np.int32(np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS)) >> np.int32(23)))
-    z = f * f
-    p = ((p * f + _L6) * f + _L7) * f + _L8
-    y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
-    return _MINUS_TWO * ((f + y) + exponent * _LN2_HIGH)
-
-
-@jit(forceinline=True)
-def _turned(radius, word):
-    """radius (cos, sin) of word / 2^32 turns."""
-    # The lowest 30 bits as a signed number, times 4, which is exact.
-    a = np.float32(np.int32(np.uint32(word << np.uint32(2)))) * _ANGLE
-    z = a * a
-    s = (((_S0 * z + _S1) * z + _S2) * z) * a + a
-    c = (((_C0 * z + _C1) * z + _C2) * z) * z + (_ONE - _HALF * z)
-    nearest = np.uint32(word + np.uint32(1 << 29))
-    odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
-    cos = s if odd else c
-    sin = c if odd else s
-    # Signs are set by the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
-    top = np.uint32(1 << 31)
-    sign_cos = np.uint32(np.uint32(nearest + np.uint32(1 << 30)) & top)
-    sign_sin = np.uint32(nearest & top)
-    cos = f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
-    sin = f32_from_bits(np.uint32(bits_from_f32(sin) ^ sign_sin))
-    return radius * cos, radius * sin
-
-
 @jit()
 def words_to_normals(out, vectors, scratch):
     """Box-Muller in place, operation for operation as `philox.words_to_normals`: pairs of words become normals.
@@ -123,18 +83,42 @@ def words_to_normals(out, vectors, scratch):
     looks ahead by some 200 instructions, which are more elements of a short loop. What they pass on lies in one array
     at known distances, so that no loop has to find out first whether its arrays overlap.
     """
+    top = np.uint32(1 << 31)
     for lo in range(0, vectors, _VECTORS):
         n = WHOLE // 2 * min(_VECTORS, vectors - lo)  # pairs: whole vectors, so that no loop has a remainder
         part = out[WHOLE * lo : WHOLE * lo + 2 * n]
-        for i in range(n):
-            scratch[i], scratch[_PART + i], scratch[2 * _PART + i] = _log_begin(bits_from_f32(part[2 * i]))
+        for i in range(
+            n
+        ):  # u in (0, 1), f = m - 1 of its mantissa m, the logarithm's first coefficients in f; the angle
+            u = np.float32(bits_from_f32(part[2 * i])) * _U_SCALE + _U_HALF
+            shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
+            f = f32_from_bits(np.uint32(np.uint32(shifted & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
+            scratch[i], scratch[_PART + i] = u, f
+            scratch[2 * _PART + i] = ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
             scratch[3 * _PART + i] = part[2 * i + 1]
-        for i in range(n):
-            scratch[i] = _log_end(scratch[i], scratch[_PART + i], scratch[2 * _PART + i])
-        for i in range(n):
-            a, b = _turned(math.sqrt(scratch[i]), bits_from_f32(scratch[3 * _PART + i]))
-            part[2 * i] = a
-            part[2 * i + 1] = b
+        for i in range(n):  # -2 log u
+            u, f, p = scratch[i], scratch[_PART + i], scratch[2 * _PART + i]
+            exponent = np.float32(np.int32(np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS)) >> np.int32(23)))
+            z = f * f
+            p = ((p * f + _L6) * f + _L7) * f + _L8
+            y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
+            scratch[i] = _MINUS_TWO * ((f + y) + exponent * _LN2_HIGH)
+        for i in range(n):  # the radius times cosine and sine of the angle, word / 2^32 turns
+            radius, word = math.sqrt(scratch[i]), bits_from_f32(scratch[3 * _PART + i])
+            # The lowest 30 bits as a signed number, times 4, which is exact.
+            a = np.float32(np.int32(np.uint32(word << np.uint32(2)))) * _ANGLE
+            z = a * a
+            s = (((_S0 * z + _S1) * z + _S2) * z) * a + a
+            c = (((_C0 * z + _C1) * z + _C2) * z) * z + (_ONE - _HALF * z)
+            nearest = np.uint32(word + np.uint32(1 << 29))
+            odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
+            cos = s if odd else c
+            sin = c if odd else s
+            # Signs are set by the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
+            sign_cos = np.uint32(np.uint32(nearest + np.uint32(1 << 30)) & top)
+            sign_sin = np.uint32(nearest & top)
+            part[2 * i] = radius * f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
+            part[2 * i + 1] = radius * f32_from_bits(np.uint32(bits_from_f32(sin) ^ sign_sin))
 
 
 @jit(forceinline=True)

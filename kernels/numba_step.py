@@ -119,7 +119,7 @@ def combine(address, n, row, counts, c, source, at):
                 out[i] += cj * more[i]
 
 
-@jit()
+@jit(forceinline=True)
 def _combine_scaled(address, scaled, scale, n, counts, c, source, at):
     """`combine` of the first row, which has 1 .. 6 terms, and `scale` times the result at another address."""
     dtype = c.dtype.type
@@ -163,7 +163,7 @@ def _combine_scaled(address, scaled, scale, n, counts, c, source, at):
             q[i] = scale * v
 
 
-@jit()
+@jit(forceinline=True)
 def _combine_pair(address, other, scaled, scale, n, second, counts, c, source, at):
     """`_combine_scaled` with row `second` besides, which has the same sources: they are read once. 2 .. 6 terms."""
     dtype = c.dtype.type
@@ -221,7 +221,7 @@ def _alive(scratch, normals):
         raise AssertionError
 
 
-@jit()
+@jit(forceinline=True)
 def _terms(values, start, row, present, counts, c, source):
     """Set row `row` of c and source to the numbers of values[start:] that are not 0 and whose sources are present."""
     count = 0

@@ -11,7 +11,7 @@ import pytest
 from oracles import adaptive as oracle
 
 import fewstep as fs
-from fewstep.kernels import attempts, cpu, philox
+from fewstep.kernels import attempts, cpu, interpreted, philox
 from fewstep.solvers.run.embedded import PAIRS
 
 SOLVERS = tuple(PAIRS)
@@ -201,6 +201,39 @@ def test_a_rejected_last_step_shrinks_from_what_was_tried():
     theirs = oracle.PID(8.0, 0.0, 1.0, 0.0, 2, 0.81)
     assert not theirs.accept(4.0)
     assert theirs.h > 0.5
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_end_of_an_attempt_moves_the_accepted_samples_alone(kept, dtype, broken):
+    """Compiled and interpreted, against its parts one by one: sum, norms, control, moves."""
+    rng, n, elements = np.random.default_rng(5), 6, 37
+    error, high, low, x, before, first, last = rng.standard_normal((7, n, elements)).astype(dtype)
+    error *= np.array([0.01, 3.0, 0.02, 5.0, 0.0, 0.03])[:, None].astype(dtype)
+    error[4, 3] = np.nan if broken else 0.0
+    numbers = np.array([0.5, 0.0, 0.0, 0.81, float(kept), 2.0, 100.0, 100.0, 0.05, 0.3])
+    state = rng.uniform(0.1, 0.2, (attempts.STATE, n + 2))
+    cpu.FINISH[dtype].compile()
+    for run in (cpu.FINISH[dtype].run, getattr(interpreted, cpu.FINISH[dtype].twin)):
+        arrays = [v.copy() for v in (error, high, low, x, before, first, last)]
+        memory = np.array([*(v.ctypes.data for v in arrays), n, elements])
+        memory[attempts.LAST_F] *= kept
+        own, norms, report = state.copy(), np.empty(n), np.zeros(4, np.int64)
+        run(memory, own, numbers, norms, report)
+        total = high + error
+        want, wanted, found = state.copy(), np.zeros(4, np.int64), np.empty(n)
+        cpu.error_norm(error, total, before, 0.05, 0.3, found)
+        cpu.CONTROL.run(want, found, numbers, wanted)
+        taken = np.zeros(n, bool) if broken else want[attempts.TAKEN, :n] > 0.0
+        assert broken == (wanted[attempts.PROBLEM] == attempts.NOT_FINITE)
+        assert broken or 0 < taken.sum() < n
+        for got, expected in ((own, want), (norms, found), (report, wanted), (arrays[0], error), (arrays[1], high)):
+            np.testing.assert_array_equal(got, expected)
+        pick = taken[:, None]
+        moved = (total, np.where(pick, high, x), np.where(pick, total, before), np.where(pick & kept, last, first))
+        for got, expected in zip(arrays[2:6], moved, strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
 # --- independence of samples ---

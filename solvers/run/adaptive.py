@@ -109,8 +109,6 @@ class _Options:
 
     pair: Pair
     ends: Grid
-    rtol: float
-    atol: float
     eta: float
     s_noise: float
     control: np.ndarray  # see `kernels.attempts.control`
@@ -160,26 +158,22 @@ class _Run:
         report = np.zeros(4, np.int64)
         todo: Sequence[int] = range(attempts.n)  # the samples without F_1
         while attempts.n:
-            n = attempts.n
             fresh = self._next_points()
             attempts.prepare(self.points)
             if todo:
                 attempts.first_calls(todo)
             attempts.run()
-            norms = attempts.error_norms(o.rtol, o.atol)
             told = o.edits is not None or (o.noise is not None and fresh is not None)
             starts = self._starts() if told else []
-            cpu.CONTROL.run(state, norms, o.control, report)
+            norms = attempts.finish(o.control, report)
             problem, at, accepted, finished = report.tolist()
             if problem:
                 self._raise(problem, at, norms[at])
-            taken = range(n) if accepted == n else np.flatnonzero(state[rows.TAKEN, :n]).tolist()
-            if taken:
-                attempts.accept(taken)
-                if fresh is not None:
-                    self._add_noise(starts, fresh)
-                if o.edits is not None:
-                    self._edit(o.edits, taken, starts)
+            taken = attempts.taken(accepted)
+            if taken and fresh is not None:
+                self._add_noise(starts, fresh)
+            if taken and o.edits is not None:
+                self._edit(o.edits, taken, starts)
             if o.callback is not None:
                 o.callback(self._info(norms))
             if finished:
@@ -449,9 +443,9 @@ def sample_adaptive(
     order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)
     exponents = (pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2.0 * dcoeff) / order, dcoeff / order
     limits = accept_safety, float(pair.kept), float(pair.calls), float(max_attempts), float(max_calls)
-    control = np.array([*exponents, *limits])
+    control = np.array([*exponents, *limits, rtol, atol])
     own_edits = None if edits is None else AdaptiveEdits(edits, batch, streams)
-    options = _Options(pair, ends, rtol, atol, eta, s_noise, control, noise, callback, own_edits)
+    options = _Options(pair, ends, eta, s_noise, control, noise, callback, own_edits)
     with no_grad(model):
         if x is None or outer is None:
             start = batch.latents(streams) * ends.points[0].sigma

@@ -228,13 +228,26 @@ class Attempts:
         found = self.batch.functions.stage(read, raws, self._table(k), None, p, limit)
         self.slots |= zip(stage.writes, found, strict=True)
 
-    def error_norms(self, rtol: float, atol: float) -> np.ndarray:
+    def finish(self, control: np.ndarray, report: np.ndarray) -> np.ndarray:
+        """Judge the attempt, see `rows.control`, and move the accepted samples on unless there is a problem.
+
+        Returns the errors (n,) in units of the tolerance.
+        """
         error, low, before = (self.slots[name] for name in ("error", "low", "before"))
-        return self.batch.functions.error_norms(error, low, before, rtol, atol)
+        norms = self.batch.functions.error_norms(error, low, before, *control[rows.RTOL :].tolist())
+        cpu.CONTROL.run(self.state, norms, control, report)
+        if report[rows.TAKEN_COUNT] and not report[rows.PROBLEM]:
+            self._accept(self.taken(int(report[rows.TAKEN_COUNT])))
+        return norms
+
+    def taken(self, count: int) -> Sequence[int]:
+        """The positions of the `count` samples whose last attempt was accepted."""
+        n = self.n
+        return range(n) if count == n else np.flatnonzero(self.state[rows.TAKEN, :n]).tolist()
 
     # --- between attempts ---
 
-    def accept(self, taken: Sequence[int]) -> None:
+    def _accept(self, taken: Sequence[int]) -> None:
         """Move the samples at these positions to the results of their steps."""
         moves = {"x": self.reached, "before": "low"} | ({"F1": f"F{self.pair.calls}"} if self.pair.kept else {})
         for name, result in moves.items():
@@ -290,7 +303,12 @@ class FusedAttempts(Attempts):
             c_in=self._c_in(0),
             known=known,
         )
-        self.kernel = cpu.stage(batch.dtype, x.size)
+        self.kernel, self.end = cpu.stage(batch.dtype, x.size), cpu.FINISH[batch.dtype]
+        # A result moves to where the next attempt starts.
+        places = ["error", self.reached, "low", "x", "before", "F1", f"F{self.pair.calls}" if self.pair.kept else ""]
+        self.end_memory = np.zeros(rows.FINISH, np.int64)
+        self.end_memory[: rows.SAMPLES] = [self.memory[name].ctypes.data if name else 0 for name in places]
+        self.end_memory[rows.ELEMENTS] = x.shape[1]
         self.serial = x.size <= words.SERIAL_ELEMENTS
         self.shape = (self.n, *batch.sample)
         # Stages that need nothing of the network's outputs but their addresses.
@@ -325,9 +343,7 @@ class FusedAttempts(Attempts):
         self.slots = {name: memory[: self.n] for name, memory in self.memory.items()}
         self.views = [v[: self.n] for v in self.inputs]
         self.shape = (self.n, *self.batch.sample)
-        self.high, self.low, self.error, self.before = (
-            self.slots[name] for name in (self.reached, "low", "error", "before")
-        )
+        self.end_memory[rows.SAMPLES] = self.n
 
     def _narrow(self, left: list[int]) -> None:
         for name in ("x", "before", "F1"):
@@ -395,15 +411,7 @@ class FusedAttempts(Attempts):
         self._run(self.launches[1])
         for k in range(2, self.pair.calls + 1):
             self._advance(k)
-        np.add(self.high, self.error, out=self.low)
 
-    def error_norms(self, rtol: float, atol: float) -> np.ndarray:
-        cpu.error_norm(self.error, self.low, self.before, rtol, atol, self.norms)
+    def finish(self, control: np.ndarray, report: np.ndarray) -> np.ndarray:
+        self.end.run(self.end_memory, self.state, control, self.norms, report)
         return self.norms
-
-    def accept(self, taken: Sequence[int]) -> None:
-        if self.pair.kept or len(taken) < self.n:
-            super().accept(taken)
-        else:
-            np.copyto(self.slots["x"], self.high)
-            np.copyto(self.before, self.low)
