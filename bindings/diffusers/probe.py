@@ -300,7 +300,8 @@ def _output(kind: type[Any], names: Sequence[str], values: Sequence[Tensor]) -> 
     """
     example = kind(**dict(zip(names, values, strict=True)))
     absent = {name: value for name, value in vars(example).items() if name not in names}
-    new, put, numbered = kind.__new__, OrderedDict.__setitem__, tuple(enumerate(names))
+    new: Callable[..., Any] = OrderedDict.__new__
+    put, numbered = OrderedDict.__setitem__, tuple(enumerate(names))
 
     def make(tensors: Sequence[Tensor]) -> object:
         made = new(kind)
