@@ -89,18 +89,18 @@ class Metrics:
                 self._latency.observe(seconds)
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry."""
+        """For the registry: all values are floats, as those of prometheus_client's own metrics."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         requests = CounterMetricFamily("fewstep_requests", "Requests by how they ended", labels=["outcome"])
         for outcome, count in self._settled.items():
-            requests.add_metric([outcome], count)
+            requests.add_metric([outcome], float(count))
         yield requests
-        yield CounterMetricFamily("fewstep_ticks", "Ticks, each of them one stage of every request", self._ticks)
-        yield CounterMetricFamily("fewstep_calls", "Calls of the network for one request each", self._calls)
+        yield CounterMetricFamily("fewstep_ticks", "Ticks, each of them one stage of every request", float(self._ticks))
+        yield CounterMetricFamily("fewstep_calls", "Calls of the network for one request each", float(self._calls))
         for name, what, now in self._gauges:
-            yield GaugeMetricFamily(name, what, now())
+            yield GaugeMetricFamily(name, what, float(now()))
         for each in (self._occupancy, self._queue, self._latency, self._tick, self._network, self._step):
             bounds = [*map(str, each.bounds), "+Inf"]
-            buckets = [*zip(bounds, accumulate(each.counts), strict=True)]
+            buckets = [*zip(bounds, map(float, accumulate(each.counts)), strict=True)]
             yield HistogramMetricFamily(each.name, each.what, buckets, each.sum)
