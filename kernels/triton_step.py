@@ -260,6 +260,7 @@ def run_kernel(
     CLIP: tl.constexpr,  # whether m is clipped
     SHARED: tl.constexpr,  # whether the samples share the row of a stage
     PACK: tl.constexpr,  # samples of a program; more than one only where they share all tables
+    EVEN: tl.constexpr,  # divides n and size: see `even`
     BLOCK: tl.constexpr,  # elements of a program
 ):  # fmt: skip
     """One stage of a run: see `stage_kernel`. Grid: (B cdiv(n, BLOCK),), or (cdiv(B, PACK),) for PACK > 1.
@@ -268,6 +269,8 @@ def run_kernel(
     """
     program = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
+    if EVEN > 1:  # the same numbers, which the compiler now knows to be multiples
+        n, size = n // EVEN * EVEN, size // EVEN * EVEN
     if PACK == 1:
         chunks = tl.cdiv(n, BLOCK)
         b = (program // chunks).to(tl.int64)
@@ -428,6 +431,15 @@ def pack(samples: int, n: int, width: int) -> int:
     return max(1, min(width // max(4, 1 << (n - 1).bit_length()), 1 << (samples - 1).bit_length()))
 
 
+def even(n: int, size: int) -> int:
+    """What divides n and size, of 2, 4 and 8: samples then start where an access of so many elements may.
+
+    Returns 1 where 16 divides both, which Triton sees by itself.
+    """
+    common = math.gcd(n, size, 16)
+    return 1 if common == 16 else common
+
+
 def run(
     structure: Structure,
     state: Tensor,
@@ -465,5 +477,5 @@ def run(
             *_padded(raws, layout.RAWS), z, own_p, own_limit, x_in, t, length, samples * n, samples,
             int(counter is not None and len(counter) > 1), rows, len(numbers) - 1,
             structure.slots, structure.outputs, copies, structure.predict, structure.clip, rows == 1, together,
-            width, num_warps=warps,
+            even(length, samples * n), width, num_warps=warps,
         )  # fmt: skip

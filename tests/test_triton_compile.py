@@ -76,14 +76,17 @@ VARIANTS = {
 }
 
 
+SIXTEENS = frozenset({"n", "size", "copy", "span"})  # arguments that 16 divides
+
+
 def compiled(
-    kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None, *, fusion: bool = True
-) -> Any:
+    kernel: Any, signature: dict[str, Any], target: str, warps: int | None = None, *, fusion: bool = True,
+    even: frozenset[str] = SIXTEENS,
+) -> Any:  # fmt: skip
     """A kernel with pointers and sizes divisible by 16, as torch's allocator and real images make them."""
     kinds = {a: v if isinstance(v, str) else "constexpr" for a, v in signature.items()}
     constants = {a: v for a, v in signature.items() if not isinstance(v, str)}
-    even = {"n", "size", "copy", "span"} - constants.keys()
-    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in even]
+    aligned = [i for i, a in enumerate(kernel.arg_names) if kinds[a][0] == "*" or a in even - constants.keys()]
     source = ASTSource(kernel, kinds, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     warps = warps or triton_noise.WARPS
     return triton.compile(source, target=TARGETS[target], options={"num_warps": warps, "enable_fp_fusion": fusion})
@@ -96,7 +99,8 @@ def ordered(kernel: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def run_kernel(v: Variant, target: str, *, fusion: bool = True) -> Any:
+def run_kernel(v: Variant, target: str, *, fusion: bool = True, even: int = 1) -> Any:
+    """The kernel of a run, for sizes that 16 divides, or else for those that `even` does."""
     s = v.structure
     raws = {f"r{j}": f"*{v.model}" if j <= v.raws else None for j in (1, 2, 3)}
     given = {
@@ -105,9 +109,10 @@ def run_kernel(v: Variant, target: str, *, fusion: bool = True) -> Any:
         "streams": "*i64" if s.noise else None, **raws, "z": None, "own_p": None, "own_limit": None,
         "x_in": f"*{v.model}", "t": "*fp32", "n": "i32", "size": "i32", "samples": "i32", "counter_step": "i32",
         "rows": 1, "last": "i32", "SLOTS": s.slots, "OUTPUTS": s.outputs, "COPIES": v.copies, "PREDICT": s.predict,
-        "CLIP": s.clip, "SHARED": True, "PACK": 1, "BLOCK": width(target),
+        "CLIP": s.clip, "SHARED": True, "PACK": 1, "EVEN": even, "BLOCK": width(target),
     }  # fmt: skip
-    return compiled(triton_step.run_kernel, ordered(triton_step.run_kernel, given), target, fusion=fusion)
+    sizes = SIXTEENS if even == 1 else frozenset()
+    return compiled(triton_step.run_kernel, ordered(triton_step.run_kernel, given), target, fusion=fusion, even=sizes)
 
 
 def traffic(v: Variant, per_thread: int = 8) -> tuple[int, int]:
@@ -198,6 +203,22 @@ def test_instructions_per_element(name: str) -> None:
     targets = ("sm_90", "sm_100", "gfx942")
     found = [len(instructions(run_kernel(VARIANTS[name], target))) / 8 for target in targets]
     assert all(10 < count <= budget for count, budget in zip(found, BUDGETS[name], strict=True)), found
+
+
+@pytest.mark.parametrize("even", [4, 8])
+@pytest.mark.parametrize("name", ["DPM-Solver++ 2M, guided, fp16", "EDM churn"])
+def test_sizes_that_16_does_not_divide(name: str, even: int) -> None:
+    """They move float32 by 128 bits and keep the budget where 4 divides them, and 16-bit tensors where 8 does."""
+    v = VARIANTS[name]
+    found = run_kernel(v, "sm_90", even=even)
+    assert len(instructions(found)) / 8 <= BUDGETS[name][0] + 2 * (SIZES[v.model] == 2 and even == 4)
+    ptx = found.asm["ptx"]
+    loads, stores = (len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st"))
+    narrow = SIZES[v.model] * even < 16
+    assert (loads, stores) == traffic(v._replace(raws=0, copies=0) if narrow else v)
+    pairs = [len(re.findall(rf"\b{kind}\.global\S*\.v2\.b32", ptx)) for kind in ("ld", "st")]
+    assert pairs == ([2 * v.raws, 2 * v.copies] if narrow else [0, 0])  # 64 bits
+    assert len(re.findall(r"\bst\.global", ptx)) == stores + pairs[1] + v.copies
 
 
 @pytest.mark.parametrize("target", [t for t in TARGETS if t.startswith("sm")])
@@ -350,7 +371,7 @@ RUN = {
     "moved": "*i32", "arrivals": "*i32", "streams": "*i64", "r1": "*fp16", "r2": None, "r3": None, "z": None,
     "own_p": None, "own_limit": None, "x_in": "*fp16", "t": "*fp32", "n": "i32", "size": "i32", "samples": "i32",
     "counter_step": "i32", "rows": 1, "last": "i32", "SLOTS": 2, "OUTPUTS": 2, "COPIES": 1, "PREDICT": False,
-    "CLIP": False, "SHARED": True, "PACK": 1, "BLOCK": 1024,
+    "CLIP": False, "SHARED": True, "PACK": 1, "EVEN": 1, "BLOCK": 1024,
 }  # fmt: skip
 BATCH_OF_PLANS = {"counter_step": 1, "rows": "i32", "SHARED": False}
 STAGE = dict.fromkeys(triton_step.stage_kernel.arg_names) | {
@@ -377,6 +398,7 @@ CORNERS = {
     "points of two numbers and whole times": (
         triton_step.run_kernel, RUN, {"PACK": 256, "counter": None, "clock": "*i64", "t": "*i64", "arrivals": None}),
     "more than 2^31 elements": (triton_step.run_kernel, RUN, {"n": "i64", "size": "i64"}),
+    "more than 2^31 elements, in fours": (triton_step.run_kernel, RUN, {"n": "i64", "size": "i64", "EVEN": 4}),
     "rescaled and thresholded": (triton_step.run_kernel, RUN, {
         "PREDICT": True, "CLIP": True, "own_p": "*fp32", "own_limit": "*fp32"}),
     "own p, a static clip": (

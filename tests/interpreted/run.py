@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -70,15 +71,16 @@ def test_guidance_in_half_precision(predicts: str, batched: bool, clip: float | 
     assert torch.equal(ours(seed=1, cond=cond), theirs(seed=1, cond=cond))
 
 
-@pytest.mark.parametrize("shape", [(140, 2), (5, 7), (3, 16), (4, 17)], ids=str)
+@pytest.mark.parametrize("shape", [(140, 2), (5, 7), (3, 16), (4, 17), (3, 20), (2, 40)], ids=str)
 def test_small_samples_share_a_program(shape: tuple[int, int]) -> None:
-    """More samples than a program writes times for; samples that fill a whole number of quads or do not."""
+    """More samples than a program writes times for; samples that fill quads or do not; all that `even` may say."""
 
     def small(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return x / (1.0 + x * x) + t.reshape(-1, 1) / 4096.0 * torch.linspace(0.5, 1.0, len(x)).reshape(-1, 1)
 
     together = triton_step.pack(*shape, 32)
-    assert together == {2: 8, 7: 4, 16: 2, 17: 1}[shape[1]]
+    assert together == {2: 8, 7: 4, 16: 2, 17: 1, 20: 1, 40: 1}[shape[1]]
+    assert triton_step.even(shape[1], math.prod(shape)) == {2: 2, 7: 1, 16: 1, 17: 1, 20: 4, 40: 8}[shape[1]]
     plan = fs.plan("dpmpp_2m_sde", fs.grid(VP, 3))
     ours, theirs = (
         fs.Sampler(fs.Denoiser(small, VP), plan, shape, backend=name, device="cpu") for name in ("triton", "naive")
