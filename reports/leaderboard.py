@@ -243,15 +243,21 @@ def _goal(found: Mapping[str, Mapping[str, Kept]], entries: Sequence[Entry]) -> 
     if best is None:
         return []
 
-    def mean(by_seed: Mapping[str, Kept], nfe: str, measure: str) -> float:
-        values = [own[1][nfe][measure] for own in by_seed.values() if nfe in own[1]]
-        return statistics.mean(values) if values else float("inf")
+    def mean(by_seed: Mapping[str, Kept], nfe: str, measure: str, of: Iterable[str] = ()) -> float:
+        """Over the seeds that `of` has, too, if there are any."""
+        values = {seed: own[1][nfe][measure] for seed, own in by_seed.items() if nfe in own[1]}
+        shared = [values[seed] for seed in of if seed in values] or [*values.values()]
+        return statistics.mean(shared) if shared else float("inf")
 
     bound = {m: mean(best, str(REFERENCE), m) for m in MEASURES}
     # An exact teacher's energy distance is 0 but for the draws: then SWD alone can be compared.
     measures = [m for m in MEASURES if m == "swd" or bound[m] > 0.0]
     students = {e.title: found[e.title] for e in entries if e.title in found and mean(found[e.title], "1", "swd") < 1e9}
-    ratios = {name: [mean(own, "1", m) / bound[m] for m in measures] for name, own in students.items()}
+    # On the same latents: those of one seed may be nearer to the data than those of another.
+    ratios = {
+        name: [mean(own, "1", m) / mean(best, str(REFERENCE), m, own) for m in measures]
+        for name, own in students.items()
+    }
     near = [name for name, values in ratios.items() if max(values) <= 1.1]
     closest = sorted(ratios, key=lambda name: max(ratios[name]))[:5]
     text = "; ".join(f"{name} {' and '.join(f'{v:.2f}' for v in ratios[name])}" for name in closest)

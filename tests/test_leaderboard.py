@@ -42,6 +42,16 @@ def test_the_page_names_who_is_within_a_tenth_of_the_teacher_in_both_measures() 
     assert "50 calls: heun, karras" in text
 
 
+def test_a_student_of_one_seed_is_compared_with_the_teacher_on_its_latents() -> None:
+    rows = {
+        "Teacher's best plan": {"0": score(0.020, 0.0010, 0.0, "50"), "1": score(0.040, 0.0030, 0.0, "50")},
+        "IMM": {"0": score(0.022, 0.0011)},
+        "Shortcut model": {"0": score(0.030, 0.0020), "1": score(0.030, 0.0020)},
+    }
+    text = page({"ring": rows})
+    assert "Shortcut model 1.00 and 1.00; IMM 1.10 and 1.10" in text
+
+
 def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, str, int]] = []
     kept = leaderboard.student_score
