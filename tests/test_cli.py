@@ -199,7 +199,7 @@ def test_sample_writes_a_picture_and_names_the_next_command(cli, tmp_path):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--solver", "dpmpp2m"), "did you mean 'dpmpp_2m'"),
+        (("--solver", "dpmpp2m"), "did you mean solver 'dpmpp_2m'"),
         (("--spacing", "karas"), "karras"),
         (("--model", "rings"), "did you mean 'ring'"),
         (("--steps", "0"), "steps"),

@@ -28,7 +28,7 @@ def write_picture(figure: Figure, target: Path) -> None:
     columns = min(figure.columns, len(figure.picture))
     rows = -(-len(figure.picture) // columns)
     made, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 4.1 * rows + 0.7), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.2 * columns, 4.5 * rows + 0.7), layout="constrained", squeeze=False
     )
     for axis, cell in zip(axes.flat, figure.picture, strict=False):
         _draw(axis, figure.panels[cell.panel], cell)
@@ -76,7 +76,12 @@ def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
     if panel.x.label:
         axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
-        legend = axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
+        if panel.square:  # points may be anywhere in it
+            legend = axis.legend(
+                fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2
+            )
+        else:
+            legend = axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
         for handle in legend.legend_handles:
             if isinstance(handle, PathCollection):  # dots too faint to be seen alone
                 handle.set_sizes([max(20.0, float(handle.get_sizes()[0]))])
