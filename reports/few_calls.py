@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fewstep.bindings.unet import digits_model
 from fewstep.models import load_model
 from fewstep.solvers.plans.plan_file import read_plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -61,7 +62,7 @@ class Order:
 
     @property
     def size(self) -> int:
-        return self.numbers(self.calls).stop
+        return int(self.numbers(self.calls).stop)
 
 
 def serial(calls: int) -> Order:
@@ -102,10 +103,9 @@ class Solver:
     deeper: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        model = load_model("digits")
-        self.denoiser = model.denoiser(None)
-        self.network: nn.Module = self.denoiser.model
-        bottleneck: nn.Module = self.network.get_submodule("mid2")
+        self.process = load_model("digits").denoiser(None).process
+        self.network = digits_model()
+        bottleneck = self.network.get_submodule("mid2")
         bottleneck.register_forward_hook(lambda module, given, out: self.deeper.append(out.mean(dim=(2, 3))))
 
     def predict(self, x: Array, level: Array, label: Tensor) -> tuple[Array, Tensor]:
@@ -113,7 +113,7 @@ class Solver:
         ratio = np.exp(level)
         alpha = (1.0 / np.hypot(1.0, ratio))[:, None]
         sigma = ratio[:, None] * alpha
-        t = torch.from_numpy(np.asarray(self.denoiser.process.point_at_sigma(ratio)[0])).float()
+        t = torch.from_numpy(np.asarray(self.process.point_at_sigma(ratio)[0])).float()
         given, out = torch.from_numpy(x).float().reshape(-1, 1, 8, 8), []
         self.deeper.clear()
         with torch.no_grad():
@@ -210,7 +210,7 @@ class Nets:
             left = error + torch.einsum("nei,ni->ne", slopes, change)
             loss = left.square().sum(dim=1).mean() / unit + tie * (change.square() * scale).sum(dim=1).mean() / unit
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
 
 
