@@ -12,7 +12,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.guidance import CFG
 from fewstep.digits_data import load_digits
-from fewstep.distill_runs.factories import is_factory, made_by
+from fewstep.factories import is_factory, made_by
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.files import shown
 from fewstep.solvers.options import needs, unknown

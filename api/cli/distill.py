@@ -145,9 +145,9 @@ def distill_own(
 ) -> None:
     """Distil on a problem of one's own; `given` are arguments of `fewstep.Trainer`."""
     from fewstep.distill_runs import training
-    from fewstep.distill_runs.factories import is_factory, made_by
     from fewstep.distill_runs.loggers import Logger, TensorBoardLogger, WandbLogger
     from fewstep.distill_runs.trainer import METRICS, Trainer
+    from fewstep.factories import is_factory, made_by
 
     names = {"--teacher": teacher, "--network": network}
     made = {flag: None if name is None else made_by(name, flag) for flag, name in names.items()}

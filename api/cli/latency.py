@@ -24,7 +24,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.microbench import PROCESS, Array, Case, GateError, as_float64, close, parse_shape
 from fewstep.cli.timing import Side, has, no_grad, quartiles, torch_threads
-from fewstep.distill_runs.factories import made_by
+from fewstep.factories import made_by
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.run.one_call import sample

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.flow_map import FlowMapDenoiser
-from fewstep.distill_runs.factories import digest, is_factory, made_by
+from fewstep.factories import digest, is_factory, made_by
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy
 from fewstep.solvers.distill.network import with_model
