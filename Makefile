@@ -27,15 +27,14 @@ demo: setup      ## sample digits from the trained network with several solvers,
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk. Triton 3.6's interpreter needs a NumPy that makes an
-# int of an array of one element.
+# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk.
 LOWEST := .venv-lowest
 LOWEST_STAMP := $(LOWEST)/.installed
 $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	grep -vE '^(torch|triton|setuptools|numpy)==' constraints.txt > $(LOWEST)/constraints.txt
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
-		torch==2.11.0 triton==3.6.0 "numpy<2.4" diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
 	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
