@@ -23,8 +23,9 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_in_the_interpreter() -> None:
     files = sorted(map(str, FOLDER.glob("*.py")))
     assert len(files) >= 8
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-o", "addopts=", *files]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
+    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "interpreter_index", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
