@@ -60,7 +60,8 @@ def test_the_counts_are_true():
 
 
 def test_the_tables_are_those_of_the_committed_results(generator):
-    assert [name for _, name, _ in generator.TABLES] == ["costs", "latency", "cpu", "rivals", "gpu", "drop-ins"]
+    names = [name for _, name, _ in generator.TABLES]
+    assert names == ["costs", "latency", "cpu", "rivals", "gpu", "drop-ins", "single-models"]
     for path, name, table in generator.TABLES:
         text = path.read_text(encoding="utf-8")
         assert generator.filled(text, name, table()) == text, "run python bench/readme.py"
@@ -92,6 +93,23 @@ def test_the_latency_table_is_of_the_ratio_rows(generator, tmp_path):
     assert lines[-1] == "| DDIM, 1x7x16, 0.1 ms | 10 (10.0x) | 40 (2.5x) | 25 (4.0x) | 100 |"
     (tmp_path / "cpu.json").write_text(json.dumps(told | {"rows": []}))
     assert generator.latency_table(tmp_path) == ["Not measured: `make bench SAVE=1` writes this table."]
+
+
+def test_the_table_of_single_models(generator, tmp_path):
+    import json
+
+    row = {"ours": 100.0, "peer": 250.0, "ratio": 2.5, "budget": [">=", 1.2], "unit": "us/run of 20"}
+    rows = [
+        {"case": "single-model A", **row},
+        {"case": "single-model A, fewstep's noise", **row, "ours": 50.0, "ratio": 5.0},
+        {"case": "single-model B", **row, "ratio": 0.9, "budget": None},
+    ]
+    told = {"date": "2026-01-01", "versions": {"diffusers": "0.42.1"}, "rows": rows}
+    (tmp_path / "cpu.json").write_text(json.dumps(told))
+    assert generator.single_model_table(tmp_path)[-2:] == [
+        "| A, 20 steps | 100 / 250 (2.5x) | 50 (5.0x) |",
+        "| B, 20 steps | 100 / 250 (0.9x, left alone) | draws none |",
+    ]
 
 
 def test_links_lead_somewhere():
