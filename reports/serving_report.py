@@ -18,7 +18,6 @@ through a network of one operation, and measures the memory.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import queue
 import resource
@@ -32,6 +31,7 @@ import numpy as np
 import torch
 
 import fewstep as fs
+from fewstep.cli.timing import keep_freed_memory
 from fewstep.models import load_model
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array
@@ -278,17 +278,6 @@ def many(n: int) -> None:
     calls = sum(ask.plan.nfe for ask in wanted)
     print(f"{done[0]} of {n} requests, {calls} stages in {seconds:.1f} s: {1e6 * seconds / calls:.1f} us per stage")
     print(f"peak memory {memory[2] / 1024:.1f} MiB after a fifth of them, {memory[-1] / 1024:.1f} MiB after all")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a call of the network frees, as docs/serving.md advises every server on CPUs to.
-
-    Without it, each call on another thread than the main one takes its memory from the system again, page by page.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # -3 is M_MMAP_THRESHOLD, -1 M_TRIM_THRESHOLD
-        mallopt(-3, 32 << 20)
-        mallopt(-1, 256 << 20)
 
 
 def main() -> None:

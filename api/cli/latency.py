@@ -3,7 +3,8 @@
 Between two calls of a network that touches more than the caches hold, a loop's own code and data come from memory: a
 free network (`microbench`) shows the floor, this shows what a user pays. Every window of a loop stands between two of
 the network alone on the same inputs, in one process, by the wall clock on one thread of torch; the difference is taken
-window by window. A window in which the system gave the core to another process counts by its CPU time.
+window by window. A window in which the system gave the core to another process counts by its CPU time. glibc keeps
+freed memory meanwhile: otherwise the network itself takes up to a tenth longer in some windows than in others.
 
 The ends of all loops must agree, or no time is reported.
 """
@@ -23,7 +24,7 @@ import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.microbench import PROCESS, Array, Case, GateError, as_float64, close, parse_shape
-from fewstep.cli.timing import Side, has, no_grad, quartiles, torch_threads
+from fewstep.cli.timing import Side, has, keep_freed_memory, no_grad, quartiles, torch_threads
 from fewstep.factories import made_by
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
@@ -293,6 +294,7 @@ def measure(case: Loop, repeats: int, target: float | None = None) -> dict[str, 
         "spread": dict.fromkeys(("network_us", *figures)),
         "failed": None,
     }
+    keep_freed_memory()
     with torch_threads(1), no_grad():
         sides = case.sides()
         case.alone()
