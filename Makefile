@@ -130,7 +130,7 @@ concept-plots: setup  ## draw the pictures of docs/concepts
 gallery: setup   ## the figures of docs/gallery.md and its interactive page (TRAIN=--train trains the students anew)
 	$(BIN)/fewstep gallery --out docs/gallery $(TRAIN)
 
-compat: setup    ## try the wheel in fresh environments, into docs/compat.md (ONLY="torch-2.15" for one; needs python3.11 to 3.13)
+compat: setup    ## try the wheel in fresh environments, into docs/compat.md (ONLY="torch-2.14" for one; needs python3.11 to 3.13)
 	$(BIN)/python -m reports.compat $(ONLY)
 
 clean:           ## remove the environment and caches
