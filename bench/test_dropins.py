@@ -118,13 +118,13 @@ def make(library, kind, config, options):
 
 def timed(name, kind, config, options, shape, steps, times=None, beyond=0, call=None):
     """Microseconds of a run of the twin and of its parent, after both have ended at the same sample."""
-    import diffusers
     import torch
+    from diffusers import schedulers
 
     from fewstep.bindings import diffusers as twins
 
     raw, x = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
-    parent = getattr(diffusers, kind)
+    parent = getattr(schedulers, kind)
     drawn = {"generator": torch.Generator()} if "generator" in inspect.signature(parent.step).parameters else {}
     scales = hasattr(parent, "scale_model_input")
 
@@ -148,14 +148,14 @@ def timed(name, kind, config, options, shape, steps, times=None, beyond=0, call=
         return run
 
     ends = []
-    for library in (twins, diffusers):
+    for library in (twins, schedulers):
         for generator in drawn.values():
             generator.manual_seed(0)
         ends.append(runner(make(library, kind, config, {}))().double().numpy())
     close(f"{name} and diffusers", *ends, ROUNDING.get(kind, 1e-5))
     sides = [
         Side(library.__name__, runner(make(library, kind, config, options if library is twins else {})))
-        for library in (twins, diffusers)
+        for library in (twins, schedulers)
     ]
     repeats = 2 if kind in SLOW else REPEATS
     ours, theirs = (1e6 * statistics.median(s) for s in interleaved(sides, repeats, clock(1)))
@@ -184,7 +184,7 @@ def test_run_of_a_drop_in_for_a_single_model(name, benchmark, report, one_thread
     pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     kind, how = SINGLE[name]
-    if not hasattr(diffusers, kind):
+    if not hasattr(diffusers.schedulers, kind):
         pytest.skip(f"diffusers {diffusers.__version__} has no {kind}")
     shape, steps = how.get("shape", SHAPES[0]), how.get("steps", STEPS)
     rest = (shape, steps, how.get("setting"), how.get("beyond", 0), how.get("call"))
