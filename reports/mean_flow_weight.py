@@ -65,14 +65,14 @@ def main() -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.0, 3.4))
+    figure, axes = pyplot.subplots(figsize=(7.0, 3.4))
     for shade, elements in zip(np.linspace(0.0, 0.85, len(ELEMENTS)), ELEMENTS, strict=True):
         found = distances(elements)
         print(elements, *(f"{value:.3f}" for value in found), flush=True)
         axes.plot(TIMES, found, "o-", color=pyplot.get_cmap("viridis")(shade), label=f"{elements} elements")
     axes.set(xlabel="t (1 is noise)", ylabel="error of the velocity, relative", ylim=(0.0, None))
     axes.set_title("The minimum of the weighted loss against the flow's velocity", fontsize=10)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(given.out, dpi=110, metadata={"Software": None})
 

@@ -151,6 +151,7 @@ def test_a_sheet_of_colours_keeps_its_channels():
     assert sheet.shape == (12, 93, 3)
     assert sheet[3:9, 3:9].min(axis=(0, 1)).tolist() == [1.0, -1.0, -1.0]
     assert contact_sheet(np.zeros((1, 1, 128, 128))).shape == (130, 1291)
+    assert contact_sheet(np.zeros((1000, 1, 63, 63))).shape == (34 * 64 + 1, 30 * 64 + 1)  # nearly square
 
 
 def test_sample_of_the_network_counts_both_evaluations_of_guidance(cli, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -85,13 +86,16 @@ def scatter(axes: Axes, x: np.ndarray, data: np.ndarray | None = None) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def contact_sheet(x: np.ndarray, columns: int = 10, enlarge: int = 8) -> np.ndarray:
+def contact_sheet(x: np.ndarray, columns: int | None = None, enlarge: int = 8) -> np.ndarray:
     """Images (B, C, H, W) in rows of `columns`, a line between them, small ones `enlarge` times as wide.
+
+    By default there are about as many columns as rows, in tens: digits come in the order of their classes.
 
     Returns (height, width) for one channel, else (height, width, C), in -1 .. 1.
     """
     count, channels, height, width = x.shape
     enlarge = max(1, min(enlarge, 64 // max(height, width)))
+    columns = 10 * max(1, round(math.sqrt(count) / 10)) if columns is None else columns
     rows = -(-count // columns)
     gap = 1
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), -1.0)
