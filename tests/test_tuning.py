@@ -696,6 +696,7 @@ def test_conditions_go_round_the_samples():
         ({"seeds": 4}, "seeds must be an integer >= 12"),
         ({"batch": 0}, "batch"),
         ({"base": "heun"}, "unknown base 'heun'"),
+        ({"base": "DPM++ 2M"}, "did you mean solver 'dpmpp_2m'"),
         ({"what": "shape"}, "what must be one of 'all', 'times'"),
         ({"decouple": "yes"}, "decouple"),
         ({"shape": (0,)}, "shape"),

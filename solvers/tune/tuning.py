@@ -26,6 +26,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.options import function, named, number, one_of
 from fewstep.solvers.plans.plan import Plan
@@ -532,7 +533,7 @@ def check_arguments(
         if base.nfe < nfe and rule.what != "all":
             raise ValueError(f"base has only its times fitted (what={rule.what!r}): no call can be inserted into it")
         return rule, numbers
-    named("base", base, ("auto", *bases()))
+    named("base", base, ("auto", *bases()), solver_hint(base, tuple(bases()), ()))
     return None
 
 
