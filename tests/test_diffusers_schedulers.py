@@ -247,14 +247,15 @@ def test_every_scheduler_of_diffusers_has_a_twin_or_a_reason() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in PRESENT if name in SPECIAL])
-def test_a_second_run_of_a_single_models_scheduler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It knows every step and, by the arguments, the schedule."""
+def test_later_runs_of_a_single_models_scheduler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They know every step and, by the arguments, the schedule: also the third, after a run from a kept schedule."""
     parent, twin = pair(name)
     with without_compiler():
         compare(name, parent, twin, 6)
         probed: list[Any] = []
         monkeypatch.setattr(State, "probe", lambda self, key, call: probed.append(key))
         monkeypatch.setattr(twins_scheduler, "_schedule", lambda *args: probed.append(args))
+        compare(name, parent, twin, 6)
         compare(name, parent, twin, 6)
     assert not probed
 

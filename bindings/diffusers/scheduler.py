@@ -676,7 +676,12 @@ def _schedule(
         held = {name: value for name, value in before.items() if name not in passing}
         # What the parent has edited in place is not held.
         read = {name: before[name] for name in trace.depends & trace.written}
-        written = {name: attributes[name] for name in trace.written}
+        # A tensor that is set to itself, moved to the device where it is, stays: no copy replaces it.
+        written = {
+            name: value
+            for name in trace.written
+            if type(value := attributes[name]) is not Tensor or value is not held.get(name)
+        }
         made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
         if made.holds({**before, **_plain(attributes), **read}):
             return made
