@@ -41,6 +41,7 @@ class Job:
     frame       of the model
     dtype       of the state; model_dtype of x_in, time_dtype of t
     capacity    the least number of denoiser calls in a recorded loop
+    edited      whether the stages edit the x0 prediction: it becomes free x0 + held, see `FusedRun.set_edit`
     """
 
     program: Program
@@ -52,6 +53,7 @@ class Job:
     model_dtype: str
     time_dtype: str
     capacity: int = 0
+    edited: bool = False
 
     @property
     def batch(self) -> int:
@@ -175,6 +177,7 @@ class FusedRun:
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
+        self.edit = (np.ones(self.rows, state), np.zeros(self.rows, state)) if job.edited else None
         self.raw_dtypes: list[object] = [...] * words.NOISE  # of the network outputs checked last, by their words
         # Stages that need nothing of the network's outputs but their addresses.
         reduces = job.denoiser.threshold is not None
@@ -230,6 +233,7 @@ class FusedRun:
             draw=table.draw or 0,
             p=table.p if table.blend is None else self.p,
             limit=limit,
+            edit=self.edit,
             known=self._known,
         )
 
@@ -412,6 +416,12 @@ class FusedRun:
         return self.slot(self.job.program.x0[k])
 
     # --- edits ---
+
+    def set_edit(self, free: np.ndarray, held: np.ndarray) -> None:
+        """Make free x0 + held of every prediction of a job that is `edited`; arrays that broadcast to x."""
+        assert self.edit is not None
+        for own, values in zip(self.edit, (free, held), strict=True):
+            own.reshape(self.shape)[...] = values
 
     def slot(self, buffer: int) -> np.ndarray:
         return self.samples[buffer]
