@@ -64,13 +64,17 @@ class _Given:
 
     def like(self, x: Array, info: EditInfo) -> Array:
         """For the info's samples, with as many axes as x. Raises ValueError for numbers beyond x's dtype, on a CPU."""
+        own, samples = self.converted(x), info.samples
+        if 1 == len(samples) < info.batch == len(own):  # adaptive sampling edits each sample alone
+            own = own[samples[0] : samples[0] + 1]
+        return own
+
+    def converted(self, x: Array) -> Array:
+        """For all samples."""
         key = type(x), x.dtype, x.ndim, getattr(x, "device", None)  # NumPy's arrays have one from 2.0 on
         own = self._kept.get(key)
         if own is None:
             own = self._kept[key] = self._converted(x)
-        samples = info.samples
-        if 1 == len(samples) < info.batch == len(own):  # adaptive sampling edits each sample alone
-            own = own[samples[0] : samples[0] + 1]
         return own
 
     def _converted(self, x: Array) -> Array:
@@ -173,6 +177,7 @@ class Prefix(Inpaint):
             raise ValueError(f"delay must be an int >= 0, got {delay!r}")
         self.delay, self.decay = delay, decay
         self._made: dict[tuple[tuple[int, ...], bool], tuple[_Given, _Given]] = {}
+        self._fits: set[tuple[int, ...]] = set()  # shapes of x that were checked: the actions are copied then
 
     def weights(self, n: int, horizon: int) -> np.ndarray:
         """W of a chunk of `horizon` actions, n of which are known; float64."""
@@ -184,6 +189,8 @@ class Prefix(Inpaint):
         return np.where(i < self.delay, 1.0, np.where(i < n, soft, 0.0))
 
     def check(self, shape: tuple[int, ...], door: str) -> None:
+        if shape in self._fits:
+            return
         known = tuple(self.actions.values.shape)
         known = (1, *known) if len(known) == len(shape) - 1 else known
         fits = len(known) == len(shape) and known[0] in (1, shape[0])
@@ -193,30 +200,30 @@ class Prefix(Inpaint):
             raise ValueError(f"delay = {self.delay} is more than the {known[1]} actions that are known")
         if not np.isfinite(self.actions.host).all():
             raise ValueError("actions holds NaN or inf")
+        for soft in (False, True):
+            self._arrays(shape[1:], soft)
+        self._fits.add(shape)
 
     def __call__(self, info: EditInfo) -> Array:
         if info.door == "x":
             return super().__call__(info)
-        own = info.x0
-        free, held = self._masked(info, own)
-        if getattr(own, "requires_grad", False):
-            return free * own + held
-        # In the run's memory: beside a network each array more that is touched counts.
-        own *= free
-        own += held
-        return own
+        free, held = self._masked(info, info.x0)
+        return free * info.x0 + held
 
-    def blend(self, info: EditInfo) -> tuple[Array, Array]:
-        """(free, held): the prediction becomes free x0 + held, in every call of a run."""
-        return self._masked(info, info.x0)
+    def affine(self, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]:
+        free, held = self._arrays(shape[1:], True)
+        like = np.empty((1,) * len(shape), dtype)
+        return free.converted(like), held.converted(like)
 
     def _masked(self, info: EditInfo, own: Array) -> tuple[Array, Array]:
-        sizes, soft = tuple(own.shape[1:]), info.door == "x0"
+        mask, image = self._arrays(tuple(own.shape[1:]), info.door == "x0")
+        return mask.like(own, info), image.like(own, info)
+
+    def _arrays(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
         made = self._made.get((sizes, soft))
         if made is None:
             made = self._made[sizes, soft] = self._laid_out(sizes, soft)
-        mask, image = made
-        return mask.like(own, info), image.like(own, info)
+        return made
 
     def _laid_out(self, sizes: tuple[int, ...], soft: bool) -> tuple[_Given, _Given]:
         """1 - W and the actions for x of these sizes, (H, ...); soft: the actions times W."""

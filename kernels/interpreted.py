@@ -114,11 +114,12 @@ def _part(m: list[int], b0: int, b1: int, lo: int, hi: int) -> None:
         z = philox.normal_rows(hi - lo, streams, m[words.DRAW], philox.STEP, lo)
     w, c_in = table(words.W, words.OWN_W, rows, layout.COLUMNS), table(words.C_IN, words.OWN_C_IN)
     p, limit = table(words.P, words.OWN_P, 4), table(words.LIMIT, words.OWN_LIMIT, 4)
+    edit = (array(words.FREE), array(words.HELD)) if m[words.FREE] else None
     assert w is not None
     assert c_in is not None
     present = [raw for raw in raws if raw is not None]  # the first ones: a launch has no gaps
     with np.errstate(all="ignore"):
-        outputs = naive.step(slots, present, w, z=z, p=p, limit=limit)
+        outputs = naive.step(slots, present, w, z=z, p=p, limit=limit, edit=edit)
         for k, output in enumerate(outputs):
             array(words.OUTPUT + k)[...] = output
         scaled = outputs[0] * naive.column(c_in, outputs[0])

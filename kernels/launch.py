@@ -24,8 +24,8 @@ Stage = Callable[[np.ndarray, int, int], None]
 # where absent; then the numbers of the launch.
 RAW = layout.SLOTS
 NOISE = RAW + layout.RAWS
-STREAMS, P, LIMIT, W, C_IN = range(NOISE + 1, NOISE + 6)
-OUTPUT = C_IN + 1
+STREAMS, P, LIMIT, W, C_IN, FREE, HELD = range(NOISE + 1, NOISE + 8)
+OUTPUT = HELD + 1
 INPUT = OUTPUT + layout.OUTPUTS
 ADDRESSES = INPUT + layout.INPUTS
 SAMPLES, ELEMENTS, CHUNK, GROUP, ROWS, DRAW = range(ADDRESSES, ADDRESSES + 6)
@@ -65,6 +65,7 @@ class Launch:
     draw     the draw number of that noise
     p        (1 or B, 4), the prediction, or None where it is folded into w
     limit    (1 or B, 4), rows (bound, gain, 0, 0), or None
+    edit     (free, held), like an output: the prediction m becomes free m + held; only with p. None without
     known    by their id, arrays and their addresses: launches of one run share most arrays, and NumPy takes 0.9 us to
              name an address
 
@@ -90,6 +91,7 @@ class Launch:
         draw: int = 0,
         p: np.ndarray | None = None,
         limit: np.ndarray | None = None,
+        edit: tuple[np.ndarray, np.ndarray] | None = None,
         known: dict[int, tuple[np.ndarray, int]] | None = None,
     ) -> None:
         for name, arrays, room in (
@@ -100,14 +102,15 @@ class Launch:
         ):
             if len(arrays) > room:
                 raise ValueError(f"a fused stage takes at most {room} {name}, got {len(arrays)}")
-        for array in (*slots[1:], *outputs, c_in, z, p, limit):
+        free, held = edit or (None, None)
+        for array in (*slots[1:], *outputs, c_in, z, p, limit, free, held):
             if array is not None and array.dtype != w.dtype:
                 raise ValueError(f"a fused stage on {w.dtype} got a slot, an output or a table of {array.dtype}")
         self.memory = np.zeros(WORDS, np.int64)
         self.held: list[np.ndarray | None] = [None] * ADDRESSES
         self._known = {} if known is None else known
         tables = {P: p, LIMIT: limit, W: w, C_IN: c_in}
-        given = {NOISE: z, STREAMS: streams, **tables}
+        given = {NOISE: z, STREAMS: streams, FREE: free, HELD: held, **tables}
         for first, arrays in ((0, slots), (RAW, raws), (OUTPUT, outputs), (INPUT, inputs)):
             given |= dict(enumerate(arrays, first))
         for j, array in given.items():
@@ -169,9 +172,10 @@ def resize(memory: np.ndarray, samples: int, elements: int) -> int:
 
     A unit is a chunk of a sample, of a multiple of 4 elements, or a group of whole samples, if they share the
     coefficients. The chunks of a stage's arrays stay in L1, or in L2 where the arrays come from memory, which long runs
-    suit better.
+    suit better. A small state has a chunk of its own size: a stage's scratch is a multiple of it.
     """
-    chunk = 2048 if samples * elements <= CACHED_ELEMENTS else 16384
+    size = max(1, samples * elements)
+    chunk = min(2048, -(-size // 64) * 64) if size <= CACHED_ELEMENTS else 16384
     own = max(memory[OWN_P : OWN_C_IN + 1].tolist()) > 1
     group = 1 if own else max(1, chunk // elements)
     memory[SAMPLES : GROUP + 1] = samples, elements, chunk, group

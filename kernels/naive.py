@@ -28,6 +28,7 @@ def step(
     z: Array | None = None,
     p: Array | None = None,
     limit: Array | None = None,
+    edit: tuple[Array, Array] | None = None,
 ) -> list[Array]:
     """One stage: m = gain clip(p · [x, raws], +-bound), outputs = w · [slots, raws, m, z].
 
@@ -37,6 +38,7 @@ def step(
     z      (B, ...) standard normal, or None
     p      (1 or B, 4) over [x, raw_1, raw_2, raw_3], or None if the prediction is folded into w
     limit  (1 or B, 2): bound and gain of the clip, or None
+    edit   (free, held), (B, ...) each: then m becomes free m + held; only with p
 
     w, p and limit are NumPy arrays, or tensors on the device of the others, which are not read on the host. A
     coefficient of exactly 0 skips its source, so that a NaN there does not reach the row.
@@ -56,6 +58,8 @@ def step(
             bound, gain = column(limit[:, 0], m), column(limit[:, 1], m)
             m = where(m > bound, bound, m)
             m = where(m < -bound, -bound, m) * gain
+        if edit is not None:
+            m = edit[0] * m + edit[1]
     sources += [m, None if z is None else cast(z, state)]
     return [combine(sources, w[:, row], state) for row in range(w.shape[1])]
 

@@ -342,6 +342,12 @@ def _stage(dtype, size):
                         v = bound if v > bound else v
                         v = -bound if v < -bound else v
                         x0[i] = v * gain
+                if memory[words.FREE] != 0:
+                    x0 = carray(pointer(at[_PREDICTION], dtype), (m,))
+                    free = carray(pointer(memory[words.FREE] + offset * size, dtype), (m,))
+                    held = carray(pointer(memory[words.HELD] + offset * size, dtype), (m,))
+                    for i in range(m):
+                        x0[i] = free[i] * x0[i] + held[i]
             scale, done = c_in[b if own_c_in > 1 else 0], 0
             new, scaled = memory[words.OUTPUT] + offset * size, memory[words.INPUT] + offset * size
             if scales and 0 < counts[0] <= 6:  # the first row with the first model input

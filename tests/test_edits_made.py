@@ -261,9 +261,53 @@ def test_wrong_prefixes() -> None:
     with pytest.raises(ValueError, match=r"actions has shape \(1, 9, 4\) for x of shape \(1, 8, 4\)"):
         sample(fs.edits.Prefix(np.zeros((9, 4)), 4), shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP))
     large = fs.edits.Prefix(np.full((3, 4), 1e39), 2)
+    with pytest.raises(ValueError, match=r"actions holds numbers beyond float32, the dtype of the run"):
+        sample(edit_x0=large, shape=(1, 8, 4), denoiser=fs.Denoiser(never, VP), dtype="float32", backend="numba")
     with pytest.raises(ValueError, match=r"actions holds numbers beyond float32, the dtype of the run") as refused:
-        sample(edit_x0=large, shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP), dtype="float32")
+        sample(edit_x0=large, shape=(1, 8, 4), denoiser=fs.Denoiser(model, VP), dtype="float32", backend="naive")
     assert "edit_x0 Prefix at step 1" in refused.value.__notes__[0]
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("watched", ["alone", "callback", "edit"])
+@pytest.mark.parametrize("how", ["plain", "clip", "threshold", "guidance"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m", "heun", "unipc"])
+def test_a_prefix_in_the_kernel_is_the_same_as_a_call(solver: str, how: str, watched: str, library: str) -> None:
+    """A function around it is called between two halves of a stage; the edit itself is arithmetic of the stage."""
+    given: dict[str, Any] = {
+        "plain": {},
+        "clip": {"clip": 1.0},
+        "threshold": {"clip": fs.DynamicThreshold(0.9)},
+        "guidance": {"guidance": fs.CFG(3.0, rescale=0.5), "null": {"shift": 0.0}, "batched": False},
+    }[how]
+    denoiser = fs.Denoiser(lambda x, t, shift=0.0: model(x, t) + shift, VP, **given)
+    prefix = fs.edits.Prefix(RNG.standard_normal((3, 5, 4)), 2)
+    calls: list[int] = []
+
+    def called(info: fs.EditInfo) -> Any:
+        calls.append(info.k)
+        return prefix(info)
+
+    sampler = fs.Sampler(
+        denoiser, fs.plan(solver, GRID), (3, 8, 4), dtype="float64", device="cpu" if library == "torch" else None
+    )
+    ends, seen = [], []
+    for edit in (prefix, called):
+        infos: list[fs.StepInfo] = []
+        doors = {"edit": edit if watched == "edit" else None, "edit_x0": edit}
+        found = sampler(
+            seed=11,
+            cond={"shift": 0.5} if how == "guidance" else None,
+            callback=infos.append if watched == "callback" else None,
+            **doors,
+        )
+        ends.append(np.asarray(found))
+        seen.append([np.asarray(info.x0) for info in infos])
+    assert len(calls) == sampler.plan.nfe + (watched == "edit") * sampler.plan.steps
+    np.testing.assert_allclose(*ends, rtol=1e-9, atol=1e-11)
+    assert not np.allclose(ends[0], np.asarray(sampler(seed=11, cond={"shift": 0.5} if how == "guidance" else None)))
+    for mine, theirs in zip(*seen, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-11)
 
 
 def test_a_subclass_of_a_prefix_is_checked() -> None:

@@ -142,6 +142,9 @@ def make(s: Structure, seed: int, batch: int, n: int, own: dict[str, bool], dens
         draw = int(rng.integers(0, 2**31))
         drawn = [philox.normals(n, int(a) | int(b) << 32, int(c), draw, philox.STEP) for a, b, c in streams]
         z = torch.from_numpy(np.stack(drawn)).to(TORCH[s.state])
+    edit = None
+    if s.prologue and seed % 2:
+        edit = [rng.uniform(-1.0, 1.0, (batch, n)).astype(state), rng.standard_normal((batch, n)).astype(state)]
     out = [guarded((batch, n), s.state) for _ in range(s.outputs)]
     inp = [guarded((batch, n), s.model) for _ in range(s.inputs)]
     kernel = {
@@ -156,6 +159,7 @@ def make(s: Structure, seed: int, batch: int, n: int, own: dict[str, bool], dens
         "draw": draw,
         "p": p,
         "limit": limit,
+        "edit": edit,
     }
     return Case(s, kernel, slots, raws, z, [whole for whole, _ in [*out, *inp]])
 
@@ -189,6 +193,9 @@ def definition(case: Case) -> tuple[list[np.ndarray], list[np.ndarray]]:
             if limit is not None:
                 bound, gain = limit[b % len(limit), :2]
                 m, size = np.minimum(np.maximum(m, -bound), bound) * gain, size * gain
+            if case.kernel["edit"] is not None:
+                free, held = (a[b].astype(np.float64) for a in case.kernel["edit"])
+                m, size = free * m + held, abs(free) * size + abs(held)
             sources[layout.PREDICTION], sizes[layout.PREDICTION] = m, size
         for k in range(w.shape[1]):
             row = w[b % len(w), k]
@@ -230,7 +237,8 @@ def test_a_stage(structure: Structure, seed: int, batch: int, n: int, own: dict[
     exact, sums = definition(case)
     eps = float(np.finfo(NUMPY[structure.state]).eps)
     limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
-    twin = naive.step(case.slots, case.raws, kernel["w"], z=case.z, p=kernel["p"], limit=limit)
+    edit = None if kernel["edit"] is None else [*map(torch.from_numpy, kernel["edit"])]
+    twin = naive.step(case.slots, case.raws, kernel["w"], z=case.z, p=kernel["p"], limit=limit, edit=edit)
     for out, other, true, size in zip(kernel["outputs"], twin, exact, sums, strict=True):
         assert other.dtype == TORCH[structure.state]
         inside(out, other.numpy(), 4.0 * eps * size)
@@ -284,7 +292,7 @@ def test_a_sample_is_the_same_alone_and_in_its_batch(structure: Structure) -> No
     own = {"w": True, "p": True, "limit": True, "c_in": True}
     case = make(structure, 3, 4, 2049, own, 0.8)
     launch(case.kernel)
-    shared = ("slots", "raws", "w", "c_in", "z", "streams", "p", "limit")
+    shared = ("slots", "raws", "w", "c_in", "z", "streams", "p", "limit", "edit")
     for b in (0, 3):
 
         def one(v: Any, b: int = b) -> Any:

@@ -778,3 +778,25 @@ def test_a_latent_of_one_element_may_be_a_negative_in_disguise() -> None:
         device="cpu",
     )
     assert torch.equal(sampler(x), sampler(x.resolve_neg()))
+
+
+@pytest.mark.parametrize("network", ["torch", "numpy"])
+@pytest.mark.parametrize("how", ["plain", "clip", "threshold", "guidance"])
+def test_a_callback_changes_no_bit(how: str, network: str) -> None:
+    """A run without one goes through all stages at once, and by a shorter way under a static clip."""
+    given: dict[str, Any] = {
+        "plain": {},
+        "clip": {"clip": 1.0},
+        "threshold": {"clip": fs.DynamicThreshold(0.9)},
+        "guidance": {"guidance": fs.CFG(3.0), "null": {"shift": 0.0}, "batched": False},
+    }[how]
+    denoiser = fs.Denoiser(lambda x, t, shift=0.0: model(x, t) + shift, VP, **given)
+    sampler = make((2, 16, 7), denoiser=denoiser, device="cpu" if network == "torch" else None)
+    cond = {"shift": 0.5} if how == "guidance" else None
+    seen: list[fs.StepInfo] = []
+    one, other = sampler(seed=0, cond=cond), sampler(seed=0, cond=cond, callback=seen.append)
+    assert len(seen) == 5
+    if how == "clip":
+        assert float(abs(seen[0].x0).max()) == 1.0
+        assert same(one, other)  # the prediction is a source of its own, also where it is kept
+    np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-6)

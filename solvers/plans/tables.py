@@ -106,18 +106,21 @@ def branch_calls(program: Program, denoiser: X0Prediction) -> list[tuple[Shares,
     return found
 
 
-def stage_tables(program: Program, denoiser: X0Prediction, dtype: str, samples: int = 1) -> list[StageTable]:
+def stage_tables(
+    program: Program, denoiser: X0Prediction, dtype: str, samples: int = 1, *, edited: bool = False
+) -> list[StageTable]:
     """The table of every stage, in the state's dtype.
 
     samples  of the batch, for a guidance with numbers for each of them
+    edited   whether the kernel is to change the prediction, which is then not folded into the rows
 
     Raises ValueError where the denoiser cannot predict x0, for a float64 plan that a coarser state cannot carry, and
     for a guidance with numbers for another batch.
     """
     if dtype != program.plan.dtype == "float64":
         check_rounding(program.plan, dtype)
-    # A clip acts on m itself, and a blend makes p during the call. Without both, p is folded into w.
-    folded = denoiser.clip is None and not denoiser.reduces
+    # A clip or an edit acts on m itself, and a blend makes p during the call. Without them, p is folded into w.
+    folded = denoiser.clip is None and not denoiser.reduces and not edited
     stages, ops = program.plan.stages, program.ops
     calls = branch_calls(program, denoiser)
     own = max(len(shares.weights) for shares, _ in calls)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -29,14 +30,17 @@ class Compiler:
     dtype: str
     capacity: int = 0
 
-    def job(self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False, halves: bool = False) -> Job:
+    def job(
+        self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False, halves: bool = False, edited: bool = False
+    ) -> Job:
         denoiser = for_plan(denoiser, plan)
         program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton", halves=halves)
-        tables = stage_tables(program, denoiser, self.dtype, self.shape[0])
+        tables = stage_tables(program, denoiser, self.dtype, self.shape[0], edited=edited)
         model_dtype = denoiser.model_dtype(self.dtype)
         times = time_dtype(denoiser, model_dtype)
         kind = TritonJob if self.backend == "triton" else Job
-        return kind(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, self.capacity)
+        how = self.capacity, edited
+        return kind(program, tables, denoiser, self.frame, self.shape, self.dtype, model_dtype, times, *how)
 
     def run(self, job: Job) -> Run:
         """New memory for a job of this target."""
@@ -58,8 +62,16 @@ class Workspace:
         return cls(run, Graphs(run, cuda) if cuda is not None and isinstance(run, TritonRun) else None)
 
 
-# The kinds of jobs of one plan: without its x0 predictions, with them, and in halves between which they are edited.
-PLAIN, WATCHED, HALVES = 0, 1, 2
+# The kinds of jobs of one plan: without its x0 predictions, with them, in halves between which they are edited, and
+# with an edit of them by the kernel, without and with the edited ones.
+KINDS: tuple[Mapping[str, bool], ...] = (
+    {},
+    {"keep_x0": True},
+    {"halves": True},
+    {"edited": True},
+    {"edited": True, "keep_x0": True},
+)
+PLAIN, WATCHED, HALVES, EDITED, EDITED_WATCHED = range(len(KINDS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +84,18 @@ class Prepared:
     compiler: Compiler
     denoiser: DenoiserLike
     plan: Plan
-    idle: tuple[deque[Workspace], ...] = field(default_factory=lambda: (deque(), deque(), deque()))
+    idle: tuple[deque[Workspace], ...] = field(default_factory=lambda: tuple(deque() for _ in KINDS))
+    jobs: dict[int, Job] = field(default_factory=dict)  # by kind, compiled on first use
 
     @cached_property
     def limits(self) -> Limits:
         return Limits.of(self.plan, self.compiler.shape)
 
-    @cached_property
-    def plain(self) -> Job:
-        return self.compiler.job(self.denoiser, self.plan)
-
-    @cached_property
-    def watched(self) -> Job:
-        """The job that also writes each x0 prediction, for callbacks and edits; compiled on first use."""
-        return self.compiler.job(self.denoiser, self.plan, keep_x0=True)
-
-    @cached_property
-    def in_halves(self) -> Job:
-        """The job whose x0 predictions can be edited; compiled on first use."""
-        return self.compiler.job(self.denoiser, self.plan, halves=True)
-
     def job(self, kind: int) -> Job:
-        return self.in_halves if kind == HALVES else self.watched if kind else self.plain
+        job = self.jobs.get(kind)
+        if job is None:
+            job = self.jobs[kind] = self.compiler.job(self.denoiser, self.plan, **KINDS[kind])
+        return job
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +105,7 @@ class Prepared:
     @cached_property
     def _workspace(self) -> int:
         """Bytes of a workspace: its slots, latent, two inputs of the network in each branch, launches."""
-        job = self.plain
+        job = self.job(PLAIN)
         arrays = job.buffers + 1 + 2 * max(map(job.copies, range(len(job.tables))))
         return arrays * job.batch * job.elements * np.dtype(job.dtype).itemsize + 4096 * len(job.tables)
 
@@ -117,7 +119,7 @@ class Prepared:
 
     def take_over(self, old: Prepared) -> None:
         """Take the idle GPU runs of `old`, with their memory and graphs, where this job's structure fits them."""
-        for kind in (PLAIN, WATCHED, HALVES):
+        for kind in range(len(KINDS)):
             while old.idle[kind]:
                 try:
                     space = old.idle[kind].popleft()

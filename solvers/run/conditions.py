@@ -20,9 +20,9 @@ Leaf: TypeAlias = Any  # an array of the model's library, or anything that is no
 UNBATCHED = "use Denoiser(batched=False)"
 
 
-def name_of(path: Keys) -> str:
-    """cond['added']['pooled'] for ("added", "pooled")."""
-    return "cond" + "".join(f"[{key!r}]" for key in path)
+def name_of(path: Keys | str) -> str:
+    """cond['added']['pooled'] for ("added", "pooled"), cond['label'] for "label"."""
+    return "cond" + "".join(f"[{key!r}]" for key in ((path,) if isinstance(path, str) else path))
 
 
 def leaves(value: object, path: Keys = ()) -> Iterator[tuple[Keys, Leaf]]:
@@ -97,8 +97,8 @@ def check_arrays(
     hint    what works for an array that does not fit
     """
     for j, one in enumerate(branches):
-        for path, value in leaves(one):
-            if not frame.is_array(value) or (len(path) > 1 and not nested):
+        for path, value in leaves(one) if nested else one.items():
+            if not frame.is_array(value):
                 continue
             # By .shape and with the batch first: torch.export keeps a batch that is free so.
             if value.ndim == 0 or (value.shape[0] != batch and value.shape[0] != 1):

@@ -1,7 +1,8 @@
 """Edits: functions of a caller that change x, or the x0 prediction, between two calls of the network.
 
 One mechanism for all backends: a stage runs, the edits write to the run's memory, and `Run.edited` makes the next model
-input from it. An edit of the prediction needs a program of two ops per call (`plans.program.halved`).
+input from it. An edit of the prediction needs a program of two ops per call (`plans.program.halved`). One that is the
+same map free x0 + held in every call is arithmetic of the CPU kernel instead (`Edits.by_kernel`).
 """
 
 from __future__ import annotations
@@ -151,6 +152,19 @@ class Edits:
                     refuse(shape, door)
         return cls(x, x0, every == "stage", check) if x or x0 else None
 
+    def by_kernel(
+        self, shape: tuple[int, ...], dtype: str
+    ) -> tuple[tuple[np.ndarray, np.ndarray] | None, Edits | None]:
+        """(free, held) of the only edit of the prediction, if it is affine, and the edits without it.
+
+        Such an edit makes free x0 + held of the prediction in every call of a run, and its own class has a method
+        affine(shape, dtype) -> (free, held): finite NumPy arrays that broadcast to x. A subclass may be another edit.
+        """
+        affine = vars(type(self.x0[0])).get("affine") if len(self.x0) == 1 else None
+        if affine is None:
+            return None, self
+        return affine(self.x0[0], shape, dtype), replace(self, x0=()) if self.x else None
+
     @property
     def key(self) -> Same:
         """What a recorded graph depends on."""
@@ -246,10 +260,6 @@ class EditedRun:
         self.frame = job.frame
         self.samples = np.arange(job.batch if batch is None else batch)
         self.halves = self.program.halves
-        # (free, held) of the only edit of the prediction, if its own class has a method blend(info): the prediction
-        # becomes free x0 + held in every call of the run, and the edit is called in the first alone.
-        self.blend: tuple[Array, Array] | None = None
-        self.held: dict[int, tuple[np.ndarray, Array]] = {}  # by buffer, memory of the run and what views it
         self.steps = [0, *accumulate(int(table.done) for table in job.tables)]  # completed before each op
 
     def call(self, call: Call) -> Call:
@@ -294,28 +304,11 @@ class EditedRun:
         run = self.run
         table = run.job.tables[k]
         if self.halves == 2 and k % 2 == 0:
-            if self.blend is not None:
-                self._blend(self.program.x0[k], *self.blend)
-                return
             info = self._info("x0", k, table.at, table.at, table.at)
             self.edits.apply(info, self.frame, self._put(self.program.x0[k]))
-            edit = self.edits.x0[0]
-            if len(self.edits.x0) == 1 and "blend" in vars(type(edit)) and isinstance(run.x0(k), np.ndarray):
-                self.blend = edit.blend(info)  # type: ignore[attr-defined]
         elif self.edits.x and (table.done or self.edits.stages):
             end = self.program.plan.stages[k].end or table.to
             self._edit_x(k, self._info("x", k, table.at, table.to, end))
-
-    def _blend(self, buffer: int, free: Array, held: Array) -> None:
-        """An edit in place. Beside a network an `EditInfo` costs more than the edit itself."""
-        memory = self.run.slot(buffer)
-        kept = self.held.get(buffer)
-        if kept is None or kept[0] is not memory:
-            assert isinstance(memory, np.ndarray)
-            kept = self.held[buffer] = memory, self._outside(memory)
-        own = kept[1]
-        own *= free
-        own += held
 
     def _edit_x(self, k: int, info: EditInfo, *, at_start: bool = False) -> None:
         put = self._put(self.program.buffer_of_x(k))

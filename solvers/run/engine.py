@@ -20,7 +20,7 @@ from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
-from fewstep.solvers.run.denoising import DenoiserLike, check_output, copies, predictions
+from fewstep.solvers.run.denoising import Call, DenoiserLike, check_output, copies, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
@@ -41,6 +41,7 @@ class Job:
     frame       of the model
     dtype       of the state; model_dtype of x_in, time_dtype of t
     capacity    the least number of denoiser calls in a recorded loop
+    edited      whether the stages edit the x0 prediction: it becomes free x0 + held, see `FusedRun.set_edit`
     """
 
     program: Program
@@ -52,6 +53,7 @@ class Job:
     model_dtype: str
     time_dtype: str
     capacity: int = 0
+    edited: bool = False
 
     @property
     def batch(self) -> int:
@@ -118,12 +120,16 @@ class Run(Editable, Protocol):
     model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
+    through      all stages with these calls of the network and nothing between them, in the fewest steps that Python
+                 can take; returns the last outputs. None where `model_input` and `advance` are as good
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
     release      drop references that later runs do not need
     """
 
     latent_square: float | None
 
+    @property
+    def through(self) -> Callable[[Call], Sequence[Array]] | None: ...
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array: ...
     def model_input(self, k: int) -> tuple[Array, Array]: ...
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None: ...
@@ -171,9 +177,13 @@ class FusedRun:
         self.tables, self.shape = job.tables, job.shape
         self.variance = job.denoiser.variance is not None
         self.latent = np.empty((batch, elements), np.float32)
+        self.edit = (np.ones(self.rows, state), np.zeros(self.rows, state)) if job.edited else None
         self.raw_dtypes: list[object] = [...] * words.NOISE  # of the network outputs checked last, by their words
         # Stages that need nothing of the network's outputs but their addresses.
-        self.plain = [table.p is None and table.variance is None and not self.variance for table in job.tables]
+        reduces = job.denoiser.threshold is not None
+        self.plain = [
+            not reduces and table.blend is None and table.variance is None and not self.variance for table in job.tables
+        ]
         self._known: dict[int, tuple[np.ndarray, int]] = {}
         self.launches = [self._launch(k) for k in range(len(job.tables))]
         self.init = self._init_launch()
@@ -184,8 +194,8 @@ class FusedRun:
         self._kind = type(self._like) if job.frame.name == "torch" and self.size > 1 else None
         direct = [self._kind if plain and self.serial else None for plain in self.plain]
         self._direct = [
-            (kind, launch.memory, launch.units, job.shape, cpu.WORD, self.stage)
-            for kind, launch in zip(direct, self.launches, strict=True)
+            (k, table.branches, direct[k], launch.memory, launch.units)
+            for k, (table, launch) in enumerate(zip(job.tables, self.launches, strict=True))
         ]
 
     def _view_inputs(self) -> None:
@@ -223,6 +233,7 @@ class FusedRun:
             draw=table.draw or 0,
             p=table.p if table.blend is None else self.p,
             limit=limit,
+            edit=self.edit,
             known=self._known,
         )
 
@@ -282,23 +293,38 @@ class FusedRun:
             return self.model_input(k)
         return x_in, t
 
+    def through(self, call: Call) -> Sequence[Array]:
+        # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1: the
+        # common case of one whole output needs no function but torch's and the kernel's.
+        inputs, times = self._ready
+        places, kinds, shape = self.places, self.raw_dtypes, self.shape
+        word, stage = cpu.WORD, self.stage
+        raws: Sequence[Array] = ()
+        for k, branches, kind, memory, units in self._direct:
+            x_in, t = inputs[k], times[k]
+            if x_in is not None and (places is None or x_in.data_ptr() == places[k]):
+                inputs[k] = times[k] = None
+            else:
+                x_in, t = self.model_input(k)
+                (inputs, times), places = self._ready, self.places
+            raws = call(branches, x_in, t)
+            if kind is not None and len(raws) == 1:
+                (raw,) = raws
+                if (
+                    type(raw) is kind
+                    and raw.dtype is kinds[RAW]
+                    and raw.shape == shape
+                    and raw.is_cpu
+                    and raw.is_contiguous()
+                ):
+                    word.run(memory, RAW, raw.data_ptr())
+                    stage.run(memory, 0, units)
+                    continue
+            self.advance(k, raws)
+        return raws
+
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
-        if z is None and len(raws) == 1:
-            # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1:
-            # the common case of one whole output needs one tuple and no function but torch's and the kernel's.
-            (raw,) = raws
-            kind, memory, units, shape, word, stage = self._direct[k]
-            if (
-                type(raw) is kind
-                and raw.dtype is self.raw_dtypes[RAW]
-                and raw.shape == shape
-                and raw.is_cpu
-                and raw.is_contiguous()
-            ):
-                word.run(memory, RAW, raw.data_ptr())
-                stage.run(memory, 0, units)
-                return
         launch, variance = self.launches[k], None
         memory = launch.memory
         if self.variance:
@@ -391,6 +417,12 @@ class FusedRun:
 
     # --- edits ---
 
+    def set_edit(self, free: np.ndarray, held: np.ndarray) -> None:
+        """Make free x0 + held of every prediction of a job that is `edited`; arrays that broadcast to x."""
+        assert self.edit is not None
+        for own, values in zip(self.edit, (free, held), strict=True):
+            own.reshape(self.shape)[...] = values
+
     def slot(self, buffer: int) -> np.ndarray:
         return self.samples[buffer]
 
@@ -428,6 +460,7 @@ class NaiveRun:
     """The oracle as a backend: new arrays in every stage, of the model's library and device."""
 
     latent_square: float | None = None
+    through = None
 
     def __init__(self, job: Job) -> None:
         self.job = job

@@ -290,6 +290,7 @@ class TritonRun(DeviceMemory, Samples):
     """Device memory for one run at a time: the engine of backend "triton"."""
 
     latent_square: float | None = None
+    through = None
 
     def __init__(self, job: TritonJob) -> None:
         copies = max(job.copies(k) for k in range(len(job.tables)))

@@ -93,6 +93,8 @@ def run_plan(
         call = call and edited.call(call)
         edited.start()
         after = edited.before(after)
+    if run.through is not None and call is not None and noise is None and after is None and not progress:
+        return run.through(call)
     halves = job.program.halves
     raws: Sequence[Array] = ()
     bar = _bar(len(job.tables) // halves) if progress else None

@@ -21,7 +21,7 @@ from fewstep.solvers.run.checks import (
     model_frame,
     pick_backend,
 )
-from fewstep.solvers.run.compiled import HALVES, WATCHED, Compiler, Prepared
+from fewstep.solvers.run.compiled import EDITED, EDITED_WATCHED, HALVES, PLAIN, WATCHED, Compiler, Prepared
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, GuidanceLike, check_denoiser
 from fewstep.solvers.run.dlpack import any_library
@@ -116,8 +116,8 @@ class Sampler:
     def _prepared(self, denoiser: DenoiserLike, plan: Plan, watched: bool = False) -> Prepared:
         check_plan(plan, denoiser)
         made = Prepared(self._compiler, denoiser, plan)
-        for kept in {False, watched}:
-            made.job(kept)
+        for kind in {PLAIN, WATCHED if watched else PLAIN}:
+            made.job(kind)
         return made
 
     def _change_to(self, new: Prepared) -> None:
@@ -179,7 +179,7 @@ class Sampler:
         Omitted arguments default to the sampler's current ones. Raises ValueError or TypeError as `Sampler` does.
         """
         denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
-        return self._prepared(denoiser, self.plan if plan is None else plan, "watched" in vars(self._now))
+        return self._prepared(denoiser, self.plan if plan is None else plan, WATCHED in self._now.jobs)
 
     def update(
         self,
@@ -278,7 +278,9 @@ class Sampler:
         elif unnormalised is not False or not (isinstance(reduce, str) and reduce == "sum"):
             raise ValueError("reduce and unnormalised are the form of log-probabilities: pass log_prob=True")
         plain = edit is None and edit_x0 is None and every == "step"
-        edits = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check)
+        edits, affine = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check), None
+        if edits is not None and edits.x0 and self.backend == "numba":
+            affine, edits = edits.by_kernel(self.shape, self.dtype)
         if x is None and plan.start != plan.grid.points[0]:
             raise ValueError(
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
@@ -289,13 +291,17 @@ class Sampler:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)
         elif seed is not None:
             philox.check_streams(seed, self.shape[0], first_sample)
-        kept = HALVES if edits is not None and edits.x0 else WATCHED if callback is not None or edits is not None else 0
+        kind = PLAIN if callback is None and edits is None else WATCHED
+        if affine is not None:
+            kind = EDITED if kind == PLAIN else EDITED_WATCHED
+        elif edits is not None and edits.x0:
+            kind = HALVES
         limits = now.limits if self.check else None
         result = None
         try:
-            space = now.idle[kept].popleft()
+            space = now.idle[kind].popleft()
         except IndexError:  # concurrent calls have them
-            space = now.new(kept)
+            space = now.new(kind)
         run, grad, context = space.run, False, None
         if self.backend != "numba":
             context = running(self.frame, keep_graph=self.backend == "naive")
@@ -311,6 +317,9 @@ class Sampler:
                 mode = self._mode.choose(
                     space.graphs, cond, drawn=x is None, noise=outside, watched=watched, edits=edits
                 )
+            if affine is not None:
+                assert isinstance(run, FusedRun)
+                run.set_edit(*affine)
             fused = run if own and isinstance(run, FusedRun) else None
             latent = x if x is None or fused is not None else self._convert.latent(x, outer)
             outputs = run_plan(
@@ -338,7 +347,7 @@ class Sampler:
             if context is not None:
                 context.__exit__(None, None, None)
             run.release()
-            now.idle[kept].append(space)  # also after an interruption: every run rewrites its memory from the start
+            now.idle[kind].append(space)  # also after an interruption: every run rewrites its memory from the start
 
     def _checked(self, x: Array) -> tuple[Frame, str]:
         """The frame and the dtype of a latent. Raises ValueError or TypeError for one that the run cannot take."""
