@@ -116,7 +116,7 @@ def test_an_edit_acts(name: str, edit: Callable[[Any], object]) -> None:
     """On the next schedule."""
     parent, twin = pair(name, **({"disable_corrector": []} if name == UNIPC else {}))
     with without_compiler():
-        for scheduler in (parent, twin):
+        for scheduler in (parent, twin, twin, twin):
             run(scheduler, 6)
         before, _ = run(parent, 6)
         edit(parent)
@@ -186,3 +186,40 @@ def test_edits_around_the_begin_index() -> None:
         expected = end(parent, edit)
         torch.testing.assert_close(end(twin, edit), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(end(parent, True), end(parent, False), atol=0.01)
+
+
+KEPT: dict[str, tuple[bool, Callable[[Any], object]]] = {
+    "nothing": (True, lambda s: None),
+    "the tensor": (False, lambda s: s.timesteps),
+    "a view": (False, lambda s: s.timesteps[1]),
+    "an array": (False, lambda s: s.timesteps.numpy()),
+    "the memory": (False, lambda s: s.timesteps.untyped_storage()),
+    "edited": (False, lambda s: s.timesteps.zero_().tolist()),
+    "resized": (False, lambda s: s.timesteps.resize_(2).tolist()),
+    "moved": (False, lambda s: setattr(s.timesteps, "data", torch.zeros_like(s.timesteps))),
+    "replaced": (False, lambda s: setattr(s, "timesteps", torch.zeros(6))),
+}
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", [FLOW, EULER, UNIPC, "DDIMScheduler"])
+def test_the_same_schedule_again(name: str, kept: str) -> None:
+    """It is set in the same tensors, unless someone holds or has edited them; and what is held stays as it is."""
+    parent, twin = pair(name)
+    expected, _ = run(parent, 6)
+    for _ in range(3):
+        run(twin, 6)
+    before, alone = id(twin.timesteps), KEPT[kept][0]
+    held = KEPT[kept][1](twin)
+    was = torch.as_tensor(held).clone() if isinstance(held, (torch.Tensor, np.ndarray)) else None
+    twin.set_timesteps(6)
+    if alone or was is not None:  # otherwise a new tensor may have the number of the old one
+        assert (id(twin.timesteps) == before) == alone
+    parent.set_timesteps(6)
+    assert_same_state(name, parent, twin)
+    steps, _ = run(twin, 6)
+    for step, own in zip(expected, steps, strict=True):
+        torch.testing.assert_close(own["prev_sample"], step["prev_sample"], rtol=1e-4, atol=1e-5)
+    twin.timesteps.zero_()
+    if was is not None:
+        assert torch.equal(torch.as_tensor(held), was)

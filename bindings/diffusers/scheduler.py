@@ -29,7 +29,7 @@ from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
-from fewstep.bindings.diffusers.update import Bound, Pool, empty_strided, guard
+from fewstep.bindings.diffusers.update import Bound, Lone, Pool, empty_strided, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
 
@@ -139,12 +139,14 @@ class Shared:
         self.key: Hashable = None  # of the latest
         self.latest: list[Schedule] = []
         self.new = attributes[CURSOR].new
+        self.myself = weakref.ref(self)
         self.adopt(attributes)
 
     def adopt(self, attributes: dict[str, Any]) -> None:
         """Take the settings from the attributes of this thread."""
         with self.lock:
             cursor: Cursor = attributes.setdefault(CURSOR, Cursor(self.new))
+            cursor.shared, cursor.lone = self.myself, None
             self.settings = unshared({name: value for name, value in attributes.items() if name != CURSOR})
             for place in places(self.settings):
                 put(self.settings, place, None)
@@ -182,6 +184,34 @@ class Shared:
         cursor.take(schedule, attributes, own)
         if len(self.threads) > 1:
             self._spread()
+        else:
+            cursor.keep(schedule, attributes)
+
+    def repeat(self, attributes: dict[str, Any], cursor: Cursor) -> bool:
+        """Begin another run on the schedule of this thread's latest run, in the same tensors.
+
+        Returns False, and may have begun a run, if someone else holds these tensors or anything was edited.
+        """
+        schedule, lone = cursor.origin, cursor.lone
+        if schedule is None or lone is None:
+            return False
+        cursor.live = True  # from here on no other thread changes these attributes
+        if cursor.version != self.version or len(self.threads.data) > 1 or self.left:
+            return False
+        for name, kept in lone:
+            if attributes[name] is not kept.tensor or kept.tensor._version or not kept.is_alone():
+                return False
+        if not schedule.holds(attributes):
+            return False
+        attributes.update(schedule.plain)
+        for name in schedule.lists:
+            attributes[name] = self.settings[name].copy()
+        if cursor.taken != self.version:  # the index to begin with was set
+            self.settings.update(schedule.plain)
+            self.version = cursor.version = cursor.taken = self.version + 1
+            self.fresh = True
+        cursor.state, cursor.fresh, cursor.streams = schedule.state, True, None
+        return True
 
     def join(self, attributes: dict[str, Any]) -> None:
         """Give a new thread its attributes."""
@@ -244,11 +274,12 @@ class Shared:
             if under_way:
                 (other,) = under_way
                 _replace(attributes, other)
+                attributes[CURSOR].lone = None
                 self.left = deque((a for a in self.left if a is not other), LEFT)
                 self._sync(other)
             elif own is None and any(place is not None for place in places):  # that thread may yet begin its run
                 other = next(a for a, place in zip(others, places, strict=True) if place is not None)
-                cursor = Cursor(self.new)
+                cursor = Cursor(self.new, self.myself)
                 cursor.fresh, cursor.live, cursor.version = other[CURSOR].fresh, True, other[CURSOR].version
                 _replace(attributes, {**unshared(other), CURSOR: cursor})
 
@@ -275,7 +306,7 @@ class Shared:
                 self._sync(attributes)
 
     def _sync(self, attributes: dict[str, Any]) -> None:
-        cursor = Cursor(self.new)
+        cursor = Cursor(self.new, self.myself)
         cursor.fresh, cursor.version = self.fresh, self.version
         _replace(attributes, {**unshared(self.settings), CURSOR: cursor})
 
@@ -343,14 +374,17 @@ class Cursor:
     levels   the schedule's sigmas, for steps in which each token has its own time
     inside   whether it is in the scheduler's own code, whose writes are no settings
     version  of the settings that the thread has
+    lone     by name, the tensors that `origin` has set, while only this object's own bookkeeping holds them
+    taken    the version of the settings then
+    shared   the scheduler's, weakly
     """
 
     __slots__ = (
-        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "new", "origin", "pool",
-        "schedule", "state", "streams", "stride", "times", "version",
+        "digests", "first", "fresh", "given", "inside", "levels", "listed", "live", "lone", "new", "origin", "pool",
+        "schedule", "shared", "state", "streams", "stride", "taken", "times", "version",
     )  # fmt: skip
 
-    def __init__(self, new: Mapping[str, Any]) -> None:
+    def __init__(self, new: Mapping[str, Any], shared: weakref.ref[Shared] | None = None) -> None:
         self.digests = Digests()
         self.state: State | None = None
         self.fresh = self.live = self.inside = False
@@ -362,11 +396,13 @@ class Cursor:
         self.streams: Streams | None = None
         self.pool = Pool()
         self.levels: tokens.Levels | None = None
-        self.new = new
+        self.lone: list[tuple[str, Lone]] | None = None
+        self.taken = 0
+        self.new, self.shared = new, shared
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
-        self.state = None
+        self.state = self.lone = None
         values = _plain(attributes)
         if self.given is not None:
             self.digests.know(*self.given)  # so that the search reads nothing from a device
@@ -399,6 +435,16 @@ class Cursor:
         for name in schedule.watched:
             tensor: Tensor = attributes[name]
             self.schedule.append((tensor, tensor._version))
+        self.lone = None
+
+    def keep(self, schedule: Schedule, attributes: Mapping[str, Any]) -> None:
+        """Remember who holds the tensors that a schedule has just set: `Shared.repeat` uses them again."""
+        if Lone.counts() and not schedule.arrays:
+            names = [name for name, *_ in schedule.made if type(attributes[name]) is Tensor]
+            self.lone = [(name, Lone(attributes[name])) for name in names]
+            for _, kept in self.lone:
+                kept.settle()
+            self.taken = self.version
 
     def follow(self, state: State, attributes: Mapping[str, Any], times: list[float]) -> None:
         """Take up the state that these attributes describe. times: the timesteps as numbers."""
@@ -529,16 +575,24 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             _disable(set_timesteps)(self, *args, **kwargs)
             return
         attributes = self.__dict__
-        if CURSOR not in attributes:  # some constructors set a schedule
+        cursor: Cursor | None = attributes.get(CURSOR)
+        if cursor is None:  # some constructors set a schedule
             parent.set_timesteps(self, *args, **kwargs)
             return
-        shared = self._shared
+        origin, shared = cursor.origin, cursor.shared()
+        asked = origin is not None and origin.is_asked(args, kwargs)
+        if asked and shared.repeat(attributes, cursor):
+            return
         with shared.lock:  # some parents write into the configuration here, which all threads read
-            shared.restart(attributes)
+            cursor = shared.restart(attributes)
+            key: Hashable = None
             try:
-                known = shared.known(arguments(args, kwargs))
+                key = arguments(args, kwargs)
+                known = shared.known(key)
             except TypeError:
                 known = []
+            if not asked and origin is not None and origin.key == key and shared.repeat(attributes, cursor):
+                return
             # Inference tensors do not count their in-place edits.
             inference = torch.is_inference_mode_enabled()
             for schedule in known:
@@ -551,7 +605,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                     shared.renew(attributes, schedule, own)
                     return
             with torch.inference_mode(False) if inference else contextlib.nullcontext():
-                made = _schedule(attributes, parent, Trace(tracing, unshared(_plain(attributes))), args, kwargs)
+                made = _schedule(attributes, parent, Trace(tracing, unshared(_plain(attributes))), key, args, kwargs)
             shared.adopt(attributes)
             if made is not None:
                 known.insert(0, made)
@@ -642,7 +696,7 @@ def _set(self: PerThread, name: str, value: object) -> None:
         begins = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
         cursor.state, cursor.fresh = None, begins
         if not begins or not isinstance(value, int):
-            cursor.origin = None
+            cursor.origin = cursor.lone = None
         elif cursor.origin is not None and cursor.origin.is_intact(attributes):
             cursor.state = cursor.origin.begun.get(value)
         if not cursor.inside:
@@ -654,6 +708,7 @@ def _schedule(
     attributes: dict[str, Any],
     parent: type[Scheduler],
     trace: Trace,
+    key: Hashable,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Schedule | None:
@@ -682,7 +737,7 @@ def _schedule(
             for name in trace.written
             if type(value := attributes[name]) is not Tensor or value is not held.get(name)
         }
-        made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written))
+        made = Schedule(held, edits, written, state, cursor.times, cursor.digests.own(written), key, (args, kwargs))
         if made.holds({**before, **_plain(attributes), **read}):
             return made
     return None

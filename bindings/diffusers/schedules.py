@@ -72,6 +72,8 @@ class Schedule:
     digests  of the tensors that it sets
     watched  names of the tensors in which a later edit in place changes the steps
     begun    by the index set with set_begin_index: the state afterwards
+    key      of the call's arguments
+    given    the call's arguments themselves, if nobody can edit them
 
     Raises KeyError if an attribute that it sets cannot be copied, or one that it holds may be edited unnoticed.
     """
@@ -84,14 +86,20 @@ class Schedule:
         state: State,
         times: list[float],
         digests: Mapping[str, str],
+        key: Hashable,
+        given: tuple[tuple[Any, ...], Mapping[str, Any]],
     ) -> None:
-        self.state, self.times, self.digests = state, times, digests
+        self.state, self.times, self.digests, self.key = state, times, digests, key
+        args, kwargs = given
+        values = *args, *kwargs.values()
+        self.given = (values, tuple(kwargs)) if all(type(value) in PLAIN for value in values) else None
         self.watched = watched({**held, **written})
         self.stride: int = written["timesteps"].element_size()
         self.begun: dict[int, State] = {}
         self.plain = {name: value for name, value in written.items() if type(value) in PLAIN}
         self.made = [(n, *_kept(v)) for n, v in written.items() if n not in self.plain]
         self.lists = [name for name, value, _ in self.made if isinstance(value, list)]
+        self.arrays = any(type(value) is np.ndarray and make is not _tensor for _, value, make in self.made)
         self.read: Callable[[Mapping[str, Any]], Sequence[Any]] = operator.itemgetter(*held)
         self.values = self.read(held)
         self.tensors = [(held[n], version) for n, version in content.items() if type(held.get(n)) is Tensor]
@@ -116,6 +124,16 @@ class Schedule:
         except (KeyError, ValueError, RuntimeError):  # arrays in lists refuse to be compared
             return False
         return True
+
+    def is_asked(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments asks for it again, before `holds`. False where that takes a key."""
+        if self.given is None:
+            return False
+        values, names = self.given
+        if kwargs:
+            args = *args, *kwargs.values()
+        same = len(args) == len(values) and all(map(operator.is_, args, values))
+        return same and len(kwargs) == len(names) and (not kwargs or tuple(kwargs) == names)
 
     def is_intact(self, attributes: Mapping[str, Any]) -> bool:
         """Whether nothing was edited in place since a scheduler was given this schedule."""

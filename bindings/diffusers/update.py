@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, UntypedStorage
+from torch import Tensor
 from torch._C._dynamo import guards
 
 from fewstep.bindings.diffusers.noise import Streams
@@ -255,6 +255,41 @@ def _plain_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     return lambda *others: len(others) == len(tensors) and traits(others) == known
 
 
+class Lone:
+    """A tensor, and how many hold it: that tells whether anyone else has come to hold it, a view of it or its memory.
+
+    `settle` takes those that hold it at that moment for the usual ones.
+    """
+
+    __slots__ = ("_address", "_holders", "_place", "_references", "_shape", "_storage", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._storage, self._shape = tensor, tensor.untyped_storage(), tensor.shape
+        self._place, self._address = self._storage._cdata, tensor.data_ptr()
+
+    @staticmethod
+    def counts() -> bool:
+        """Whether torch tells who holds memory."""
+        return _holders is not None
+
+    def settle(self) -> None:
+        assert _holders is not None
+        self._holders = _holders(self._place)
+        self._references = getrefcount(self._storage) + getrefcount(self.tensor)
+
+    def is_alone(self) -> bool:
+        """Whether only the usual ones hold it, and it was not resized, moved or shared with a process."""
+        # Holders of the memory are tensors, views, NumPy's arrays, graphs; references to Python's objects count apart.
+        return (
+            _holders is not None
+            and _holders(self._place) == self._holders
+            and getrefcount(self._storage) + getrefcount(self.tensor) == self._references
+            and self.tensor.data_ptr() == self._address
+            and self.tensor.shape == self._shape
+            and not self.tensor.requires_grad
+        )
+
+
 class Pool:
     """Memory of a run's large tensors, used again once nobody holds a tensor in it.
 
@@ -266,18 +301,12 @@ class Pool:
 
     def __init__(self) -> None:
         self.kind: object = None
-        self.kept: list[tuple[Tensor, UntypedStorage, int, int, int]] = []
+        self.kept: list[Lone] = []
 
     @classmethod
     def form(cls, x: Tensor, raw: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
         """Shape, strides and dtype of what torch makes of these two, if the pool has memory for it."""
-        plain = (
-            _holders is not None
-            and x.is_cpu
-            and x.is_contiguous()
-            and x.stride() == raw.stride()
-            and x.dtype is raw.dtype
-        )
+        plain = Lone.counts() and x.is_cpu and x.is_contiguous() and x.stride() == raw.stride() and x.dtype is raw.dtype
         return (tuple(x.shape), x.stride(), x.dtype) if plain and cls.LEAST <= x.nbytes <= cls.MOST else None
 
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -285,23 +314,20 @@ class Pool:
         kind = shape, strides, dtype, torch.is_inference_mode_enabled()
         if self.kind != kind:
             self.kind, self.kept = kind, []
-        for tensor, storage, place, address, references in self.kept:
-            # Two holders are those of this list; others are tensors, views, NumPy's arrays, graphs. References to the
-            # storage itself count apart, and one that was resized or shared with a process has another address.
-            if (
-                _holders is not None
-                and _holders(place) == 2
-                and getrefcount(storage) == references
-                and storage.data_ptr() == address
-            ):
-                unused: Tensor = tensor.data
+        for kept in self.kept:
+            if kept.is_alone():
+                unused: Tensor = kept.tensor.data
                 return unused
         tensor = empty_strided(shape, strides, dtype)
-        storage = tensor.untyped_storage()
+        if not Lone.counts():
+            return tensor
+        new = Lone(tensor)
+        del tensor
+        new.settle()
         del self.kept[: 1 - self.ROOM]
-        references = getrefcount(storage) + 1  # with that of the list
-        self.kept.append((tensor, storage, storage._cdata, storage.data_ptr(), references))
-        return tensor.data
+        self.kept.append(new)
+        made: Tensor = new.tensor.data
+        return made
 
 
 class Bound:
