@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pages import run_page
-from test_comfyui import Eps, comfy, run  # noqa: F401  # comfy is a fixture
+from test_comfyui import CONST, Eps, comfy, run  # noqa: F401  # comfy is a fixture
 
 import fewstep as fs
 from fewstep.bindings import comfyui
@@ -150,6 +150,22 @@ def test_the_nodes(tmp_path: Path) -> None:
         torch.testing.assert_close(found, slots["x"], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match=r"denoise = 0.05 leaves none of the plan's 6 steps"):
         nodes[1].get_sigmas(path, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("plan", "sampling", "kind"), [("unipc", CONST, "a flow model"), ("flow", Eps, "a model of x0")]
+)
+def test_a_plan_for_the_other_kind_of_model(plan: str, sampling: type, kind: str) -> None:
+    made = PLANS[plan]()
+
+    class Model:
+        model_sampling = sampling()
+
+        def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("the model was called")
+
+    with pytest.raises(ValueError, match=f"and this is {kind}.* of class {sampling.__name__}"):
+        plan_sampler(made)(Model(), latent(), plan_sigmas(made))
 
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ from fewstep.bindings.k_diffusion.run import (
     _sampler,
     _shows_progress,
     _Tracker,
+    is_flow,
+    model_sampling,
 )
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan
@@ -60,7 +62,8 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
     plan's own (`plan_sigmas`) or the last of them, with which it begins in the middle. A stochastic plan also takes
     `noise_sampler`.
 
-    Raises ValueError for a plan that reads the unguided prediction, or a VP plan that starts at alpha = 0.
+    Raises ValueError for a plan that reads the unguided prediction, or a VP plan that starts at alpha = 0. The sampler
+    raises it for a ComfyUI model of the other kind.
     """
     made = _read(plan)
     levels = plan_sigmas(made).double().numpy()
@@ -83,6 +86,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
 
         given = levels if sigmas is None else sigmas
         call = SamplerCall(model, x, given, extra_args, callback, disable, _flow(made))
+        _check_kind(model, made)
         step = _first_step(call.given, levels)
         own = begun(made, int(firsts[step]))
         state = "float64" if x.dtype == torch.float64 else "float32"
@@ -113,6 +117,17 @@ def _flow(plan: Plan) -> bool:
 
 def _level(plan: Plan, point: Point) -> float:
     return point.sigma if _flow(plan) else point.ratio
+
+
+def _check_kind(model: object, plan: Plan) -> None:
+    """Raises ValueError if a model says of itself that its noising process is of the other kind."""
+    inner = model_sampling(model)
+    if inner is not None and is_flow(model) != _flow(plan):
+        kinds = ("a model of x0 + sigma noise", "a flow model")
+        raise ValueError(
+            f"plan is made on {plan.grid.process!r}, for {kinds[_flow(plan)]}, and this is {kinds[is_flow(model)]} "
+            f"(model_sampling is of class {type(inner).__name__}): use a plan fitted to this model"
+        )
 
 
 def _first_step(given: np.ndarray, own: np.ndarray) -> int:
