@@ -36,7 +36,7 @@ from fewstep.solvers.families.renoise import (
 )
 from fewstep.solvers.families.rows import plus, scaled
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, TABLEAUX, Tableau, Weights, second_order
-from fewstep.solvers.options import at_least, between, one_of
+from fewstep.solvers.options import at_least, between, number, one_of
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Row, Stage, Start, first_order
 from fewstep.solvers.schedule.grid import Grid
@@ -183,6 +183,36 @@ def runge_kutta(
     elif not isinstance(tableau, Tableau):
         tableau = Tableau.of(tableau)
     yield from _integrate(grid, _steps(grid), always(tableau), _coordinates(grid, frame))
+
+
+@solver("epd", spacing={Flow: "quadratic"})
+def epd(
+    grid: Grid,
+    places: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    frame: str | None = None,
+) -> Iterator[Start | Stage]:
+    """EPD-Solver (Zhu et al. 2025): slopes at several places inside of the step, all from one Euler slope; order two.
+
+    y' = y + h sum_k weights_k d(y + places_k h d_0). The calls inside of a step do not depend on each other: with
+    `Sampler(parallel=True)` they are made at once, and a step has the latency of two calls. The paper distils the
+    places and weights of each step; `fewstep.tune(..., rounds=...)` fits plans of this kind.
+
+    places   of the inner calls in the step, each within 0 and 1; by default Gauss's two
+    weights  of their slopes, with sum 1; by default 1/2 each, for Gauss's places
+    frame    "sigma", "flow" or "logsnr"; by default flow time for flow models, sigma for others
+    """
+    if places is None and weights is None:
+        gauss = math.sqrt(1 / 12)
+        places, weights = (0.5 - gauss, 0.5 + gauss), (0.5, 0.5)
+    if places is None or weights is None:
+        raise ValueError(f"places and weights belong together: give both, not {places!r:.80} and {weights!r:.80}")
+    if not 0 < len(places) == len(weights) or not all(0.0 < number(place) < 1.0 for place in places):
+        raise ValueError(f"places must be numbers within 0 and 1, one for each of the weights, got {places!r:.80}")
+    if not abs(sum(map(number, weights)) - 1.0) <= 1e-9:
+        raise ValueError(f"weights must sum to 1, got {weights!r:.80}")
+    a = ((), *((place, *[0.0] * k) for k, place in enumerate(places)))
+    yield from _integrate(grid, _steps(grid), always(Tableau(a, (0.0, *weights))), _coordinates(grid, frame))
 
 
 # --- tableaux that depend on the step ---

@@ -61,7 +61,7 @@ def column_tables(plan: UncheckedPlan, denoiser: X0Prediction, dtype: str) -> Co
         w = _matrix([*kept, *[{}] * (count - len(kept))], where, reads, plan.noise_scale * stage.noise)
         ops.append(Op(reads, tuple(range(count, 2 * count)), w))
     lone = compile_plan(plan)
-    program = Program(plan, lone.init, tuple(ops), 2 * count, count)
+    program = Program(plan, lone.init, tuple(ops), 2 * count, count, calls=lone.calls)
     found, want = stage_tables(program, denoiser, dtype), stage_tables(lone, denoiser, dtype)
     if not all(map(_same_sums, found, want, names, orders[1:])):
         return None

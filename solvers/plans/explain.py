@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fewstep.kernels import layout
 from fewstep.solvers.plans.program import Program, compile_plan, is_rename, live_rows
+from fewstep.solvers.plans.rounds import rounds
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, UncheckedPlan
 from fewstep.solvers.plans.tables import StageTable, X0Prediction, stage_tables
 
@@ -50,7 +51,9 @@ def explain(
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    title = f"{plan.solver}: {plan.steps} steps, {plan.nfe} denoiser calls, {program.buffers} buffers"
+    count = len(rounds(plan))
+    within = f" in {count} rounds" if count < plan.nfe else ""
+    title = f"{plan.solver}: {plan.steps} steps, {plan.nfe} denoiser calls{within}, {program.buffers} buffers"
     end = [f"total: {total} bytes per element over {plan.nfe} calls"]
     if tables is not None:
         end.append(_cost_of_guidance(program, tables, model_bytes, state_bytes))

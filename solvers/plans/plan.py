@@ -10,6 +10,7 @@ from typing import Any
 
 from fewstep.solvers.options import number, one_of
 from fewstep.solvers.plans.explain import explain
+from fewstep.solvers.plans.rounds import rounds
 from fewstep.solvers.plans.self_check import check, check_sources, follow
 from fewstep.solvers.plans.stages import PlanError, Stage, Start, UncheckedPlan
 from fewstep.solvers.plans.tables import X0Prediction
@@ -46,6 +47,14 @@ class Plan(UncheckedPlan):
     def amplification(self) -> float:
         """How much an error made once, by rounding or by the network, has grown at most in what a later call sees."""
         return max(end.amplification for end in follow(self))
+
+    @cached_property
+    def rounds(self) -> tuple[int, ...]:
+        """The number of calls in each round: consecutive calls whose inputs do not depend on each other's predictions.
+
+        `Sampler(parallel=True)` makes each round in one call of the network: the latency is that of the rounds.
+        """
+        return rounds(self)
 
     def explain(
         self,

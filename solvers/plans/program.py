@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fewstep.solvers.plans.rounds import in_rounds
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, Stage, UncheckedPlan
 
 
@@ -44,6 +45,8 @@ class Program:
     in_place  whether an output may overwrite an input of its stage
     slots    the buffer of every other slot that is read after op k, by name; kept with `x0`
     halves   the ops of each call: 1, or 2 where the prediction is written before the rows read it (`halved`)
+    calls    the call that each op belongs to
+    leads    the ops that only make inputs of calls, which are then made at once (`rounds.in_rounds`)
     """
 
     plan: UncheckedPlan
@@ -55,6 +58,8 @@ class Program:
     in_place: bool = False
     slots: tuple[Mapping[str, int], ...] = ()
     halves: int = 1
+    calls: tuple[int, ...] = ()
+    leads: frozenset[int] = frozenset()
 
     @cached_property
     def shares(self) -> list[dict[str, float]]:
@@ -133,7 +138,12 @@ def is_rename(slot: str, row: Row) -> bool:
 
 
 def compile_plan(
-    plan: UncheckedPlan, *, keep_x0: bool = False, in_place: bool = False, halves: bool = False
+    plan: UncheckedPlan,
+    *,
+    keep_x0: bool = False,
+    in_place: bool = False,
+    halves: bool = False,
+    parallel: bool = False,
 ) -> Program:
     """Assign buffers to slots.
 
@@ -141,6 +151,7 @@ def compile_plan(
     halves    in place of it: the program of the `halved` plan, whose predictions may be edited
     in_place  let an output overwrite an input that no later stage reads. The CPU kernels keep outputs apart from
               inputs, so that the compiler may reorder loads and stores when it vectorises
+    parallel  the program in which the calls of a round are made at once; not with `halves`
     """
     where = {"x": 0}
     buffers = 1
@@ -149,10 +160,15 @@ def compile_plan(
         where, buffers = {"x": 1}, 2
         init = Op((0,), (1,), _matrix([plan.init.row], {"x": 0}, (0,), plan.noise_scale))
     ops, x0, slots = [], [], []
-    plan = halved(plan) if halves else plan
     alone = keep_x0 or halves
+    calls, leads = tuple(range(plan.nfe)), frozenset[int]()
+    if parallel:
+        plan, calls, leads = in_rounds(plan, X0_SLOT if keep_x0 else None)
+    elif halves:
+        plan, calls = halved(plan), tuple(k for k in calls for _ in range(2))
+    lasting = halves or (parallel and keep_x0)  # the prediction is in a slot like any other
     for stage, (rows, after) in zip(
-        plan.stages, _live(plan, keep_x0, _LASTING if halves else frozenset()), strict=True
+        plan.stages, _live(plan, keep_x0 and not lasting, _LASTING if lasting else frozenset()), strict=True
     ):
         # In the order of `where`, and not of a set: structures and sums are the same in every process.
         carried = {slot: buffer for slot, buffer in where.items() if slot in after and slot not in rows}
@@ -178,9 +194,10 @@ def compile_plan(
         ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
         if alone:
-            x0.append(where[X0_SLOT] if halves else where.pop(X0_SLOT))
+            # Before the first call nothing holds a prediction, and nothing asks for one.
+            x0.append(where.get(X0_SLOT, -1) if lasting else where.pop(X0_SLOT))
             slots.append({slot: buffer for slot, buffer in where.items() if slot not in ("x", X0_SLOT)})
-    kept = tuple(x0), in_place, tuple(slots), 2 if halves else 1
+    kept = tuple(x0), in_place, tuple(slots), 2 if halves else 1, calls, leads
     return Program(plan, init, tuple(ops), buffers, where["x"], *kept)
 
 

@@ -98,8 +98,11 @@ CANCELLED = 1e-15
 def branch_calls(program: Program, denoiser: X0Prediction) -> list[tuple[Shares, tuple[int, ...]]]:
     """The shares of every call of a plan, and the branches that it calls: a row may read the first one's prediction."""
     found, steps, total = [], 0, program.plan.steps
-    for stage, op in zip(program.plan.stages, program.ops, strict=True):
+    for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
         shares = denoiser.shares(Moment(stage.at, steps / total, steps, total))
+        if k in program.leads:
+            found.append((shares._replace(called=()), ()))
+            continue
         called = (0, *shares.called) if op.unguided and 0 not in shares.called else shares.called
         found.append((shares, called))
         steps += stage.done
@@ -135,6 +138,9 @@ def stage_tables(
                 f"solver {program.plan.solver!r} with variance={stage.variance[0]!r} needs a network that predicts it, "
                 f"Denoiser(variance={stage.variance[0]!r}); this one has variance={denoiser.variance!r}"
             )
+        if k in program.leads:  # no outputs, no prediction
+            blends.append(None)
+            continue
         a, b = denoiser.prologue(stage.at)
         weights = shares.weights if len(called) == shares.weights.shape[1] else shares.weights[:, list(called)]
         p[k, :, 0], p[k, :, 1 : 1 + len(called)] = a, b * weights
@@ -177,8 +183,8 @@ def stage_tables(
                 t=denoiser.time(stage.at),
                 c_in=denoiser.c_in(stage.at),
                 w=np.ascontiguousarray(w[k, :, :rows], dtype),
-                p=None if folded else p[k].astype(dtype),
-                draw=k // program.halves + 1 if op.noisy else None,
+                p=None if folded or k in program.leads else p[k].astype(dtype),
+                draw=program.calls[k] + 1 if op.noisy else None,
                 span=stage.drawn_over,
                 variance=stage.variance[1] if stage.variance is not None and op.noisy else None,
                 blend=blend,

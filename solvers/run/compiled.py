@@ -22,19 +22,24 @@ from fewstep.solvers.run.sanity import Limits
 
 @dataclass(frozen=True)
 class Compiler:
-    """Compiles plans for one target: the backend, the model's frame, the batch's shape and the state's dtype."""
+    """Compiles plans for one target: the backend, the model's frame, the batch's shape and the state's dtype.
+
+    parallel  whether the calls of a round are made at once
+    """
 
     backend: str
     frame: Frame
     shape: tuple[int, ...]
     dtype: str
     capacity: int = 0
+    parallel: bool = False
 
     def job(
         self, denoiser: DenoiserLike, plan: Plan, *, keep_x0: bool = False, halves: bool = False, edited: bool = False
     ) -> Job:
         denoiser = for_plan(denoiser, plan)
-        program = compile_plan(plan, keep_x0=keep_x0, in_place=self.backend == "triton", halves=halves)
+        in_place = self.backend == "triton"
+        program = compile_plan(plan, keep_x0=keep_x0, in_place=in_place, halves=halves, parallel=self.parallel)
         tables = stage_tables(program, denoiser, self.dtype, self.shape[0], edited=edited)
         model_dtype = denoiser.model_dtype(self.dtype)
         times = time_dtype(denoiser, model_dtype)

@@ -507,8 +507,7 @@ class NaiveRun:
             p = naive.blend([slots[0], *raws], table.blend).astype(job.dtype)
         if job.denoiser.bound is not None:
             limit = np.array([[job.denoiser.bound, 1.0]])
-        elif clip is not None:
-            assert p is not None
+        elif clip is not None and p is not None:  # a stage that only makes an input has no prediction
             like = next(s for s in self.buffers if s is not None)
             m = naive.combine([slots[0], *(naive.cast(r, like) for r in raws)], p, like)
             limit = naive.threshold(m, clip.quantile, clip.maximum)

@@ -16,6 +16,7 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.edits import EditedRun, Edits
 from fewstep.solvers.run.engine import NoiseSource, Run, outside_noise
+from fewstep.solvers.run.rounds import bind_calls
 from fewstep.solvers.run.sanity import Limits
 from fewstep.solvers.schedule.process import Point
 
@@ -78,7 +79,7 @@ def run_plan(
         graphs.loop(x is None, edits)
         return ()
     # Graphs hold their conditions already.
-    call = job.denoiser.bind(job.frame, job.shape[0], cond) if graphs is None else None
+    call = bind_calls(job, cond) if graphs is None else None
     z = None
     if noise is not None and job.program.init.noisy:
         z = outside_noise(noise, 0, job.start, job.start, job.shape)
@@ -95,9 +96,9 @@ def run_plan(
         after = edited.before(after)
     if run.through is not None and call is not None and noise is None and after is None and not progress:
         return run.through(call)
-    halves = job.program.halves
+    halves, leads = job.program.halves, job.program.leads
     raws: Sequence[Array] = ()
-    bar = _bar(len(job.tables) // halves) if progress else None
+    bar = _bar(job.program.calls[-1] + 1) if progress else None
     try:
         for k, table in enumerate(job.tables):
             if call is not None:
@@ -110,7 +111,7 @@ def run_plan(
                 graphs.step(k)
             if after is not None:
                 after(k)
-            if bar is not None and (k + 1) % halves == 0:
+            if bar is not None and (k + 1) % halves == 0 and k not in leads:
                 bar.update(1)
     finally:
         if bar is not None:
@@ -129,7 +130,7 @@ def _after_each(
         table = job.tables[k]
         if table.done:
             x, x0 = (convert.copy(values, outer) for values in (run.x(k), run.x0(k)))
-            calls = k // program.halves + 1
+            calls = program.calls[k] + 1
             callback(StepInfo(finished[k] - 1, program.plan.steps, calls, table.at, table.to, x, x0))
 
     return after

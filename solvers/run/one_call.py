@@ -132,6 +132,7 @@ def sample(
     device: Device | None = None,
     dtype: DType | None = None,
     check: bool | None = None,
+    parallel: bool = False,
     edit: Edit | Sequence[Edit] | None = None,
     edit_x0: Edit | Sequence[Edit] | None = None,
     every: str = "step",
@@ -187,9 +188,10 @@ def sample(
     frame = model_frame(denoiser, device)
 
     def make(denoiser: DenoiserLike) -> Sampler:
-        return Sampler(denoiser, plan(), sizes, backend=backend, device=device, dtype=dtype, check=check)
+        own = {"backend": backend, "device": device, "dtype": dtype, "check": check, "parallel": parallel}
+        return Sampler(denoiser, plan(), sizes, **own)
 
-    key = layout and _key(denoiser, state, frame, layout, sizes, kind, backend, check)
+    key = layout and _key(denoiser, state, frame, layout, sizes, kind, backend, check, parallel)
     if key is None:
         sampler = make(denoiser)
     else:

@@ -18,6 +18,7 @@ from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.run.arrays import Array, no_grad
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import LOOK, Run
+from fewstep.solvers.run.rounds import bind_calls
 
 # Data are taken to have a standard deviation of at most this (or this many times EDM's sigma_data).
 _DATA = 5.0
@@ -121,14 +122,15 @@ def _first_unusual(
     """The first call whose output, or whose step, is not finite or above the limit."""
     job, plan, limit = run.job, limits.plan, limits.result
     with no_grad(job.frame):
-        call = job.denoiser.bind(job.frame, job.batch, cond)
+        call = bind_calls(job, cond)
         zeros = np.zeros(job.shape)
         run.begin(latent, streams, zeros if outside and job.program.init.noisy else None)
         for k, table in enumerate(job.tables):
-            step = 1 + sum(stage.done for stage in plan.stages[:k])
-            where = f"call {k + 1} of {len(job.tables)}, step {step} of {plan.steps} (t = {table.at.t:.6g})"
+            step = 1 + sum(table.done for table in job.tables[:k])
+            number = job.program.calls[k] + 1
+            where = f"call {number} of {plan.nfe}, step {step} of {plan.steps} (t = {table.at.t:.6g})"
             raws = call(table.branches, *run.model_input(k))
-            size = max(map(_rms, raws), key=lambda v: math.inf if math.isnan(v) else v)
+            size = max(map(_rms, raws), key=lambda v: math.inf if math.isnan(v) else v, default=0.0)
             if not size <= limit:
                 found = f"has an RMS of {size:.3g}" if math.isfinite(size) else "is not finite"
                 return f"the network's output {found} at {where}"

@@ -19,6 +19,7 @@ KINDS: dict[str, str] = {
     "unipc": "predictor and corrector",
     "heun": "two calls a step",
     "res_2s": "stages inside of a step",
+    "epd": "calls that do not depend on each other",
     "dpmpp_sde": "noise inside of a step",
     "edm": "churn, before the first call too",
     "restart": "goes back up in noise",

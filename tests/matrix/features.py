@@ -136,9 +136,9 @@ class Case:
         grid = self.grid() if grid is None else grid
         return fs.plan(solver, grid, dtype=self.cell.state, **OPTIONS.get(solver, {}))
 
-    def sampler(self, denoiser: fs.Denoiser, plan: fs.Plan) -> fs.Sampler:
-        cell = self.cell
-        return fs.Sampler(denoiser, plan, self.shape, dtype=cell.state, graph=cell.graph, check=False, **self.where)
+    def sampler(self, denoiser: fs.Denoiser, plan: fs.Plan, **more: Any) -> fs.Sampler:
+        own = {"dtype": self.cell.state, "graph": self.cell.graph, "check": False, **self.where, **more}
+        return fs.Sampler(denoiser, plan, self.shape, **own)
 
     def run(self, sampler: fs.Sampler, x: np.ndarray | None = None, **call: Any) -> Array:
         """A call of the sampler. Under graphs its second one, which replays what the first has recorded."""
@@ -656,6 +656,21 @@ def _mixed(c: Case, guidance: Sequence[Any], guides: Sequence[Guide]) -> None:
         c.streams = [(SEED + place, 0), (SEED + place, 0)]
         want = c.loop(plan, x=given[place], conds=(NULL, TEXT), guide=guides[place])
         c.equal(run.result(place), want[place])
+
+
+@feature("`parallel=True`, CFG with clip")
+def parallel(c: Case) -> None:
+    sizes: list[int] = []
+
+    def watched(x: Array, t: Array, c: Array = None) -> Array:
+        sizes.append(len(x))
+        return network(x, t, c)
+
+    plan = c.plan()
+    sampler = c.sampler(c.denoiser(watched, guidance=2.5, clip=0.6), plan, parallel=True)
+    found = c.run(sampler, cond=c.cond(NULL, TEXT))
+    c.equal(found, c.loop(plan, conds=(NULL, TEXT), guide=lambda call: cfg(call, 2.5).clip(-0.6, 0.6)))
+    assert sizes == [2 * SHAPE[0] * calls for calls in plan.rounds]
 
 
 @feature("`MixedRun`, CFG of each request", graphs=False)

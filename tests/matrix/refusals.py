@@ -37,6 +37,7 @@ class Absent:
 CPU = ("naive NumPy", "naive torch", "numba NumPy", "numba torch")
 NUMPY = ("naive NumPy", "numba NumPy")
 
+PARALLEL = "`parallel=True`, CFG with clip"
 POLICY, SHARDED = "`rollout` and `log_prob`", "`sample_sharded`"
 GRADIENTS = "gradients"
 MODULE_APG = "`SamplerModule` under APG"
@@ -77,6 +78,16 @@ RULES: list[Absent | Refusal] = [
         "graphs need a CUDA device",
         "needs a CUDA device and the triton backend",
         {"place": CPU, "graph": ["step", "loop"]},
+    ),
+    Refusal(
+        "each call depends on the one before it",
+        "each call of this plan of solver",
+        {"feature": [PARALLEL], "solver": [s for s in SOLVERS if s not in ("epd", *EMBEDDED)], "graph": ["off"]},
+    ),
+    Refusal(
+        "the calls of a round are made outside of graphs",
+        "makes its calls outside of CUDA graphs",
+        {"feature": [PARALLEL], "graph": ["step", "loop"]},
     ),
     Refusal("the plan draws no noise", "draws no noise", {"feature": [POLICY], "solver": NO_NOISE}),
     Refusal("noise inside of a step", "draws noise inside of a step", {"feature": [POLICY], "solver": INSIDE}),

@@ -110,6 +110,20 @@ def runge_kutta(denoise, grid, x, draws, tableau="bogacki_shampine", frame=None)
     return _fixed(denoise, grid, x, draws, named[tableau] if isinstance(tableau, str) else tableau, frame)
 
 
+def epd(denoise, grid, x, draws, places=(0.5 - 3**0.5 / 6, 0.5 + 3**0.5 / 6), weights=(0.5, 0.5), frame=None):
+    """Zhu et al. 2025: Euler to every inner place from one slope, then the weighed slopes found there."""
+    view = View(denoise, grid, frame)
+    for i in range(grid.steps):
+        if grid.sigma[i + 1] == 0:
+            return grid.alpha[i + 1] * denoise(x, grid.alpha[i], grid.sigma[i])
+        y, u, v = view.y(x, i), view.us[i], view.us[i + 1]
+        d = view.f(y, u)
+        inner = [u + place * (v - u) for place in places]
+        slopes = [view.f(y + (tau - u) * d, tau) for tau in inner]
+        x = view.x(y + (v - u) * sum(w * slope for w, slope in zip(weights, slopes, strict=True)), i + 1)
+    return x
+
+
 def edm(denoise, grid, x, draws, s_churn=40.0, s_tmin=0.05, s_tmax=50.0, alpha=1.0, s_noise=1.0):
     """Karras et al. 2022, Algorithm 2 (the sigma(t) = t case), line by line, with eq. 17's alpha."""
     draws = iter(draws)

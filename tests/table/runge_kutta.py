@@ -23,6 +23,11 @@ def bogacki_shampine_times(sigmas):
     return [s + (t - s) * c for s, t in itertools.pairwise(sigmas) for c in ((0.0, 0.5, 0.75) if t > 0 else (0.0,))]
 
 
+def epd_times(sigmas):
+    places = (0.5 - math.sqrt(3) / 6, 0.5 + math.sqrt(3) / 6)
+    return [s + (t - s) * c for s, t in itertools.pairwise(sigmas) for c in ((0.0, *places) if t > 0 else (0.0,))]
+
+
 def dpm2_times(sigmas):
     return [v for s, t in itertools.pairwise(sigmas) for v in ((s, math.sqrt(s * t)) if t > 0 else (s,))]
 
@@ -59,6 +64,23 @@ ROWS = [
             {"tableau": "dormand_prince", "frame": "logsnr"},
         ],
         times=bogacki_shampine_times,
+    ),
+    Row(
+        "epd",
+        paper.epd,
+        orders=[
+            *[(o, 2) for o in FRAMES],
+            ({"places": (0.2, 0.5, 0.8), "weights": (0.3, 0.4, 0.3)}, 2),
+            # Off the middle on average: order one.
+            ({"places": (0.2, 0.6), "weights": (0.5, 0.5)}, 1),
+        ],
+        variants=[
+            {},
+            *FRAMES,
+            {"places": (0.5,), "weights": (1.0,)},
+            {"places": (0.7, 0.1, 0.4, 0.9), "weights": (0.3, -0.2, 0.5, 0.4), "frame": "flow"},
+        ],
+        times=epd_times,
     ),
     Row(
         "dpm2",
