@@ -19,7 +19,7 @@ from numba.np.numpy_support import carray
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.launch import _pool  # noqa: F401  the threads of a stage, beside its code
-from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, pointer
+from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, on_stack, pointer
 from fewstep.kernels.numba_noise import PADDING, SCRATCH, SMALL, aligned, fill_rows, fill_samples
 from fewstep.kernels.philox import STEP
 from fewstep.kernels.threads import threads as _workers  # noqa: F401
@@ -27,6 +27,7 @@ from fewstep.kernels.threads import threads as _workers  # noqa: F401
 _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
 _COLUMNS, _SLOTS, _RAWS, _PREDICTION = layout.COLUMNS, layout.SLOTS, layout.RAWS, layout.PREDICTION
 _OUTPUTS, _INPUTS = layout.OUTPUTS, layout.INPUTS
+_INTEGERS, _COEFFICIENTS = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS
 
 
 @jit()
@@ -282,10 +283,11 @@ def _stage(dtype, size):
         words_at = spare + SCRATCH
         normals = aligned((words_at + (4 * chunk if together else 0)) if draws else 0, np.float32)
         kept = scratch.ctypes.data
-        integers = np.zeros((_OUTPUTS + 4, _COLUMNS), np.int64)
+        integers = carray(on_stack(np.int64, _INTEGERS), (_OUTPUTS + 4, _COLUMNS))
+        integers[:] = 0
         source, counts = integers[: _OUTPUTS + 1], integers[_OUTPUTS + 1]
         at, present = integers[_OUTPUTS + 2], integers[_OUTPUTS + 3]  # the sources' addresses
-        c = np.empty((_OUTPUTS + 1, _COLUMNS), dtype)
+        c = carray(on_stack(dtype, _COEFFICIENTS), (_OUTPUTS + 1, _COLUMNS))
         for j in range(_PREDICTION):
             present[j] = memory[j]
         present[_PREDICTION], present[_PREDICTION + 1] = memory[words.P], memory[words.NOISE] | memory[words.STREAMS]
