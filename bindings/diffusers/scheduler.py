@@ -197,7 +197,7 @@ class Shared:
         if schedule is None or lone is None:
             return False
         cursor.live = True  # from here on no other thread changes these attributes
-        if cursor.version != self.version or len(self.threads.data) > 1 or self.left:
+        if cursor.version != self.version or len(self.threads) > 1 or self.left:
             return False
         for name, kept in lone:
             if attributes.get(name) is not kept.tensor or kept.tensor._version or not kept.is_alone():
