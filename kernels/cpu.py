@@ -117,6 +117,13 @@ STAGE = {
     dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype, direct=True)
     for dtype in ("float32", "float64")
 }
+# The same in less code, for the steps of schedulers: see `numba_short`.
+SHORT = {
+    dtype: Kernel(
+        "numba_short", "SHORT", interpreted.short, f"void({', '.join(['int64'] * 12)})", key=dtype, direct=True
+    )
+    for dtype in ("float32", "float64")
+}
 # Of a run's ends and its network's outputs, by the state's dtype: see `numba_transfer`.
 TRANSFER = {
     dtype: Kernel(
@@ -191,7 +198,18 @@ FINISH = {
 }
 ATTEMPTS = (PROPOSE, CONTROL, ROWS, *FINISH.values())
 _ENDS = (*TRANSFER.values(), WORD)
-KERNELS = (*STAGE.values(), *_ENDS, _NORMALS, _BRIDGES, _BLEND, _MAGNITUDES, _ERROR_NORM, _SQUARE_SUMS, *ATTEMPTS)
+KERNELS = (
+    *STAGE.values(),
+    *SHORT.values(),
+    *_ENDS,
+    _NORMALS,
+    _BRIDGES,
+    _BLEND,
+    _MAGNITUDES,
+    _ERROR_NORM,
+    _SQUARE_SUMS,
+    *ATTEMPTS,
+)
 
 
 def warmup(progress: Callable[[str, float], None] | None = None) -> dict[str, float]:

@@ -63,6 +63,21 @@ def stage(memory: np.ndarray, first: int, last: int) -> None:
             unit += 1
 
 
+def short(
+    memory: int, places: int, n: int, x: int, raw: int, z: int,
+    slot1: int, slot2: int, slot3: int, output0: int, output1: int, output2: int,
+) -> None:  # fmt: skip
+    """One stage of n numbers with the tables of a launch; see `numba_short` for the arguments."""
+    m, at = _at(memory, np.int64, words.WORDS).copy(), _at(places, np.int64, words.SHORT_WORDS)
+    at[:4] = x, slot1, slot2, slot3
+    at[layout.RAW], at[layout.NOISE] = raw, z
+    at[words.SHORT_OUTPUT : words.SHORT_OUTPUT + 3] = output0, output1, output2
+    m[: layout.SLOTS] = at[: layout.SLOTS]
+    m[words.RAW], m[words.NOISE], m[words.STREAMS] = raw, z, 0
+    m[words.OUTPUT : words.OUTPUT + layout.OUTPUTS] = at[words.SHORT_OUTPUT :]
+    stage(m, 0, words.resize(m, 1, n))
+
+
 def _transfer(dtype: type[np.generic], target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
     if words:
         _at(other, np.int64, words)[...] = _at(origin, np.int64, words)

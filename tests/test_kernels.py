@@ -442,3 +442,51 @@ def test_a_word_is_set() -> None:
         memory = np.zeros(4, np.int64)
         run(memory, 2, 1 << 40)
         assert memory.tolist() == [0, 0, 1 << 40, 0]
+
+
+SHORT_COLUMNS = [([0, 8], [0, 8]), ([0], [8, 11, 12]), ([], [0, 1, 2, 3, 8]), ([0, 1, 2, 3, 4, 8, 11, 12], [11])]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("columns", SHORT_COLUMNS, ids=str)
+@pytest.mark.parametrize("bound", [None, 0.0, 0.8])
+@pytest.mark.parametrize(("shape", "rows"), [((1, 1), 5), ((3, 7), 1), ((1, 2049), 2), ((2, 2500), 4)])
+def test_the_short_stage_gives_the_bits_of_the_stage(
+    dtype: str, columns: tuple[list[int], ...], bound: float | None, shape: tuple[int, int], rows: int
+) -> None:
+    """bound: of the prediction; it does not act at 0, and at None there is no prediction."""
+    rng = np.random.default_rng(rows)
+
+    def array() -> np.ndarray:
+        made = rng.standard_normal(shape).astype(dtype)
+        made.flat[:2] = (np.inf, -0.0)[: made.size]
+        return made
+
+    *slots, raw, z = (array() for _ in range(7))
+    w = np.zeros((1, rows, layout.COLUMNS), dtype)
+    for k in range(rows):
+        used = [j for j in columns[k % 2] if j != layout.PREDICTION or bound is not None]
+        w[0, k, used] = rng.standard_normal(len(used))
+    p = None if bound is None else np.array([[1.3, -0.7, 0.0, 0.0]], dtype)
+    limit = np.array([[bound, 1.5, 0.0, 0.0]], dtype) if bound else None
+    whole = [np.empty((rows, *shape), dtype) for _ in range(3)]
+    launch, short = (
+        Launch(slots, [raw], w, list(whole[0]), c_in=np.ones(1, dtype), z=z, p=p, limit=limit),
+        cpu.SHORT[dtype],
+    )
+    cpu.STAGE[dtype].compile()
+    short.compile()
+    launch(cpu.STAGE[dtype].run)
+    for run, outputs in zip((short.run, interpreted.short), whole[1:], strict=True):
+        scratch, places = np.empty(cpu_launch.SHORT_CHUNK, dtype), np.zeros(cpu_launch.SHORT_WORDS, np.int64)
+        places[layout.PREDICTION], places[4] = scratch.ctypes.data, slots[4].ctypes.data
+        targets = [output.ctypes.data for output in outputs] + [0] * 3
+        if rows > 3:
+            places[cpu_launch.SHORT_OUTPUT + 3 :][: rows - 3] = targets[3:rows]
+        sources = [source.ctypes.data for source in (slots[0], raw, z, *slots[1:4])]
+        before = launch.memory.copy()
+        with np.errstate(all="ignore"):
+            run(launch.memory.ctypes.data, places.ctypes.data, raw.size, *sources, *targets[:3])
+        np.testing.assert_array_equal(outputs, whole[0])
+        np.testing.assert_array_equal(np.signbit(outputs), np.signbit(whole[0]))
+        assert launch.memory.tolist() == before.tolist()

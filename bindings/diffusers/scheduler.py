@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -139,7 +139,8 @@ class Shared:
         self.key: Hashable = None  # of the latest
         self.latest: list[Schedule] = []
         self.new = attributes[CURSOR].new
-        self.myself = weakref.ref(self)
+        # Its scheduler, which calls it, keeps it alive.
+        self.myself = cast("Callable[[], Shared]", weakref.ref(self))
         self.adopt(attributes)
 
     def adopt(self, attributes: dict[str, Any]) -> None:
@@ -196,10 +197,10 @@ class Shared:
         if schedule is None or lone is None:
             return False
         cursor.live = True  # from here on no other thread changes these attributes
-        if cursor.version != self.version or len(self.threads.data) > 1 or self.left:
+        if cursor.version != self.version or len(self.threads) > 1 or self.left:
             return False
         for name, kept in lone:
-            if attributes[name] is not kept.tensor or kept.tensor._version or not kept.is_alone():
+            if attributes.get(name) is not kept.tensor or kept.tensor._version or not kept.is_alone():
                 return False
         if not schedule.holds(attributes):
             return False
@@ -359,6 +360,10 @@ def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def _none_yet() -> Shared:
+    raise RuntimeError("the scheduler is not made yet")
+
+
 class Cursor:
     """The current state of a scheduler in one thread, valid until one of its attributes is written.
 
@@ -384,7 +389,7 @@ class Cursor:
         "schedule", "shared", "state", "streams", "stride", "taken", "times", "version",
     )  # fmt: skip
 
-    def __init__(self, new: Mapping[str, Any], shared: weakref.ref[Shared] | None = None) -> None:
+    def __init__(self, new: Mapping[str, Any], shared: Callable[[], Shared] = _none_yet) -> None:
         self.digests = Digests()
         self.state: State | None = None
         self.fresh = self.live = self.inside = False
@@ -541,7 +546,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         if state is not None and cursor.live and type(timestep) is Tensor:
             usual: Usual | None = state.usual.get(timestep.data_ptr() - cursor.first)
             try:
-                if usual is None or timestep.ndim or kwargs != usual.options or args:
+                if usual is None or kwargs != usual.options or args:
                     usual = None
             except (RuntimeError, ValueError):  # an array in place of a number
                 usual = None
@@ -550,7 +555,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
                     if tensor._version != version:
                         break
                 else:
-                    done = usual.step(self, cursor, attributes, model_output, sample, generator)
+                    done = usual.step(self, cursor, attributes, model_output, timestep, sample, generator)
                     if done is not None:
                         return done
         self._shared.follow(attributes, timestep)
@@ -873,7 +878,7 @@ def _fused_step(
     if not (x.is_cpu or transition.update.anywhere):
         return None
     if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
-        state.usual[offset] = Usual(transition, x, raw, memory, options)
+        state.usual[offset] = Usual(transition, x, raw, timestep, memory, options)
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
     if tokens_at is None:
@@ -894,23 +899,31 @@ class Usual:
     Between two calls of a network everything here comes from memory anew, so that a step touches little: this object
     has what it needs of its transition.
 
-    alike   tells whether other tensors (sample, output, memory) are like those of that step
+    alike   tells whether other tensors (sample, output, timestep, memory) are like those of that step
     before  the state, if it has a memory
     factor  that of an update without noise which is x + factor raw
     form    of its result, if that takes memory of the pool
     draws   whether the update draws fewstep's noise itself
+    normal  shape, strides and dtype of torch's noise, where a step draws one contiguous tensor on the CPU
     moves   the transition, if it changes the memory
     """
 
     __slots__ = (
-        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "form", "last", "moves", "options",
-        "update", "wrap",
+        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "form", "last", "moves", "normal",
+        "options", "update", "wrap",
     )  # fmt: skip
 
     def __init__(
-        self, transition: Transition, x: Tensor, raw: Tensor, memory: Sequence[Tensor], options: Mapping[str, Any]
+        self,
+        transition: Transition,
+        x: Tensor,
+        raw: Tensor,
+        timestep: Timestep,
+        memory: Sequence[Tensor],
+        options: Mapping[str, Any],
     ) -> None:
-        self.options, self.alike = dict(options), guard((x, raw, *memory))
+        assert isinstance(timestep, Tensor)
+        self.options, self.alike = dict(options), guard((x, raw, timestep, *memory))
         self.before = transition.before if memory else None
         self.after, self.changed, self.last = transition.after, transition.changed, transition.last
         self.moves = transition if transition.moves else None
@@ -919,9 +932,13 @@ class Usual:
         self.factor = update.factor if self.draw is None else None
         self.form = Pool.form(x, raw) if self.factor is not None else None
         self.update = update
-        self.bound = Bound(update, x) if update.binds(x, raw, memory) else None
-        single = self.draw is not None and self.draw.interval is None
-        self.draws = single and NOISE not in transition.sources and self.bound is not None
+        self.bound = Bound(update, x, raw) if update.binds(x, raw, memory) else None
+        self.draws = False
+        self.normal: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None = None
+        if self.draw is not None and self.draw.interval is None and self.bound is not None:
+            self.draws = NOISE not in transition.sources
+            if not self.draw.wasted:
+                self.normal = self.bound.shape, self.bound.strides, self.draw.dtype
 
     def step(
         self,
@@ -929,17 +946,18 @@ class Usual:
         cursor: Cursor,
         attributes: dict[str, Any],
         raw: Tensor,
+        timestep: Tensor,
         x: Tensor,
         generator: Generator,
     ) -> object:
         """The result of a step; None if its tensors are not alike."""
         memory: Sequence[Tensor] = ()
         if self.before is None:
-            if not self.alike(x, raw):
+            if not self.alike(x, raw, timestep):
                 return None
         else:
             held = self.before.remembered(attributes)
-            if held is None or not self.alike(x, raw, *held):
+            if held is None or not self.alike(x, raw, timestep, *held):
                 return None
             memory = held
         z = None
@@ -953,10 +971,13 @@ class Usual:
             if self.draw is not None:
                 if generator is _ABSENT:
                     generator = None
-                if self.draws and attributes["noise"] == "fewstep":
+                own = attributes["noise"] == "fewstep"
+                if own and self.draws:
                     noise = _streams(cursor, raw, generator)
-                else:
+                elif self.normal is None or own or not _draws_here(generator):
                     noise = z = _draw(scheduler, cursor, self.draw, raw, x, generator)
+                else:
+                    noise = z = empty_strided(*self.normal).normal_(generator=None if self.draw.alone else generator)
             if self.bound is not None:
                 rows = self.bound.run(x, raw, noise, memory, cursor.pool)
             else:
@@ -967,7 +988,7 @@ class Usual:
             attributes.update(self.changed)
         cursor.state, cursor.fresh = self.after, False
         if self.last:
-            scheduler._shared.end(attributes)
+            cursor.shared().end(attributes)
         return self.wrap(rows)
 
 
@@ -1034,11 +1055,15 @@ def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tens
         return sampler(*draw.interval)
 
 
+def _draws_here(generator: Generator) -> TypeGuard[torch.Generator | None]:
+    """Whether one generator on the CPU draws the whole batch."""
+    return generator is None or (not isinstance(generator, list) and generator.device.type == "cpu")
+
+
 def _normals(like: Tensor, dtype: torch.dtype, generator: Generator) -> Tensor:
     """What diffusers' `randn_tensor` draws, for a generator on the CPU in a third of its time."""
-    if like.is_cpu and like.is_contiguous() and not isinstance(generator, list):
-        if generator is None or generator.device.type == "cpu":
-            return empty_strided(tuple(like.shape), like.stride(), dtype).normal_(generator=generator)
+    if like.is_cpu and like.is_contiguous() and _draws_here(generator):
+        return empty_strided(tuple(like.shape), like.stride(), dtype).normal_(generator=generator)
     z: Tensor = randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
     return z
 

@@ -96,9 +96,10 @@ class Update:
             _Launch(self, call, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
             for i in range(0, len(matrix), layout.OUTPUTS)
         ]
-        self.stage = cpu.STAGE[state.name]
+        self.stage, self.short = cpu.STAGE[state.name], cpu.SHORT[state.name]
         if self.compiled:
             self.stage.request()
+            self.short.request()
         self.tables: dict[torch.device, Tables] = {}
         self.plain = call.x_dtype is self.dtype
         self.factor = self._factor(matrix, call)
@@ -333,15 +334,17 @@ class Pool:
 class Bound:
     """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
 
-    idle  launches' words that no call is using; several calls may run at once, in several threads
+    short   the short stage, where it can make the update
+    idle    launches' words that no call is using; several calls may run at once, in several threads
+    ready   the same for the short stage
     """
 
     __slots__ = (
-        "dtype", "idle", "memory", "noisy", "outputs", "recycles", "serial", "shape", "size", "stage", "strides",
-        "units", "update", "words",
+        "dtype", "idle", "memory", "more", "noisy", "outputs", "ready", "recycles", "serial", "shape", "short", "size",
+        "slots", "stage", "strides", "targets", "units", "update", "words",
     )  # fmt: skip
 
-    def __init__(self, update: Update, x: Tensor) -> None:
+    def __init__(self, update: Update, x: Tensor, raw: Tensor) -> None:
         (launch,) = update.launches
         self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
         self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
@@ -351,13 +354,56 @@ class Bound:
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
         self.idle: list[np.ndarray] = []
         self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
+        self.short = update.short if self.serial and x.dtype is raw.dtype is self.dtype else None
+        self.ready: list[_Short] = []
+        # The addresses of three of each are arguments of the short stage, from places 6 and 9 on.
+        self.slots = tuple((5 + slot, j) for slot, j in self.memory[:3])
+        self.targets = tuple(range(9, 9 + len(self.outputs[:3])))
+        self.more = len(self.memory) > 3 or len(self.outputs) > 3
 
     def run(
         self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor], pool: Pool
     ) -> list[Tensor]:
         """The rows as new tensors. z: the noise, or what the kernel draws it from."""
-        idle = self.idle
-        vector = idle.pop() if idle else self.words.copy()
+        noise = 0
+        if self.noisy and type(z) is not Streams:
+            assert isinstance(z, Tensor)
+            if z.dtype is not self.dtype or not z.is_contiguous():
+                return self.update.run(x, raw, z, memory)
+            noise = z.data_ptr()
+        if self.short is None or type(z) is Streams:
+            return self._launch(x, raw, z, noise, memory, pool)
+        try:
+            ready = self.ready.pop()
+        except IndexError:  # another thread may have taken the last one just now
+            ready = _Short(self.words, self.update.state, self.size)
+        given = [ready.words, ready.places, self.size, x.data_ptr(), raw.data_ptr(), noise, 0, 0, 0, 0, 0, 0]
+        for place, j in self.slots:
+            given[place] = memory[j].data_ptr()
+        rows, empty = [], pool.empty if self.recycles else empty_strided
+        for place in self.targets:
+            row = empty(self.shape, self.strides, self.dtype)
+            given[place] = row.data_ptr()
+            rows.append(row)
+        if self.more:
+            for slot, j in self.memory[3:]:
+                ready.table[slot] = memory[j].data_ptr()
+            for k in range(3, len(self.outputs)):
+                row = empty(self.shape, self.strides, self.dtype)
+                ready.table[words.SHORT_OUTPUT + k] = row.data_ptr()
+                rows.append(row)
+        self.short.run(*given)
+        self.ready.append(ready)
+        return rows
+
+    def _launch(
+        self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, noise: int, memory: Sequence[Tensor], pool: Pool
+    ) -> list[Tensor]:
+        """The rows by the whole stage."""
+        try:
+            vector = self.idle.pop()
+        except IndexError:
+            vector = self.words.copy()
         vector[0], vector[_RAW] = x.data_ptr(), raw.data_ptr()
         for slot, j in self.memory:
             vector[slot] = memory[j].data_ptr()
@@ -365,10 +411,7 @@ class Bound:
             vector[words.DRAW] = z.count()
             vector[words.STREAMS] = z.address if self.noisy else 0
         elif self.noisy:
-            assert isinstance(z, Tensor)
-            if z.dtype is not self.dtype or not z.is_contiguous():
-                return self.update.run(x, raw, z, memory)
-            vector[words.NOISE], vector[words.STREAMS] = z.data_ptr(), 0
+            vector[words.NOISE], vector[words.STREAMS] = noise, 0
         rows, empty = [], pool.empty if self.recycles else empty_strided
         for output in self.outputs:
             row = empty(self.shape, self.strides, self.dtype)
@@ -378,8 +421,21 @@ class Bound:
             self.stage.run(vector, 0, self.units)
         else:
             words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
-        idle.append(vector)
+        self.idle.append(vector)
         return rows
+
+
+class _Short:
+    """The memory of one call of the short stage for `size` numbers: the addresses of its words and of its table."""
+
+    __slots__ = ("held", "places", "table", "words")
+
+    def __init__(self, vector: np.ndarray, dtype: np.dtype, size: int) -> None:
+        scratch = np.empty(min(size, words.SHORT_CHUNK), dtype)
+        self.table = np.zeros(words.SHORT_WORDS, np.int64)
+        self.table[layout.PREDICTION] = scratch.ctypes.data
+        self.words, self.places = vector.ctypes.data, self.table.ctypes.data
+        self.held = vector, scratch  # their addresses are in use
 
 
 class _Launch:
