@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated test-ptx clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -47,6 +47,9 @@ TINYGRAD ?= ../tinygrad
 test-emulated: setup ## the GPU kernels' machine code (gfx942) executed in the emulator of a checkout of tinygrad, TINYGRAD=folder
 	test -f $(TINYGRAD)/test/mockgpu/amd/emu.py
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -n 0 tests/test_triton_emulated.py
+
+test-ptx: setup  ## the GPU kernels' PTX (sm_90) executed in NumPy, in every case of five files of tests/interpreted (minutes)
+	PTX=all $(BIN)/python -m pytest -n 0 tests/test_triton_ptx.py
 
 # Each release in a folder of its own, before the installed one on the path; its dependencies are the installed ones.
 DIFFUSERS ?= 0.35.0 0.39.0 0.42.1

@@ -36,6 +36,25 @@ FORMATS = {"i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u32": "I",
 
 
 REGISTERS = 256  # vector registers of a wave, WAVE words each
+ROW = 16  # lanes of a row
+BROADCASTS = {0x142: 15, 0x143: 31}  # controls of lane swizzles, `row_bcast:15` and `row_bcast:31`
+
+_source_lane = emu._dpp16_ctrl
+
+
+def _broadcast(lane: Any, control: int, rows: int, banks: int, wave: int) -> Any:
+    """`emu._dpp16_ctrl`, which takes a broadcast's lane from the row itself.
+
+    `row_bcast:15` hands the last lane of each row to the next row, `row_bcast:31` lane 31 to all rows after it (AMD's
+    instruction set of CDNA 3, DPP). So a sum over more than one row of lanes needs them.
+    """
+    if control not in BROADCASTS:
+        return _source_lane(lane, control, rows, banks, wave)
+    integer = emu.dtypes.int
+    _, enabled, _ = _source_lane(lane, control, rows, banks, wave)
+    lane, last = lane.cast(integer), emu._c(BROADCASTS[control], integer)
+    source = (lane & emu._c(-ROW, integer)) - emu._c(1, integer) if BROADCASTS[control] < ROW else last
+    return source, enabled, last < lane
 
 
 def _swizzled(context: Any, instruction: Any, lane: Any, fallback: Any) -> Any:
@@ -194,5 +213,5 @@ def pytest_configure(config: pytest.Config) -> None:
     triton.knobs.amd.use_buffer_ops = bool(os.environ.get("BUFFER_OPS"))
     emu._iattr = _field
     emu._INST_HANDLERS[emu.irc.MUBUF] = _buffer
-    emu._load_dpp16_src0, emu._decode_at = _swizzled, _decoded
+    emu._dpp16_ctrl, emu._load_dpp16_src0, emu._decode_at = _broadcast, _swizzled, _decoded
     checks.why_unavailable = lambda frame: None
