@@ -127,3 +127,10 @@ def test_the_design_names_every_module():
         if not path.stem.startswith("__")
     }
     assert modules <= named, sorted(modules - named)
+
+
+def test_the_design_describes_a_module_once():
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*`|\*\*[^|]*) \|", page, re.MULTILINE)
+    assert len(rows) > 40
+    assert sorted({row for row in rows if rows.count(row) > 1}) == []
