@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.digits_data import HELD_OUT
 from fewstep.distill_runs.evaluate import distances, pinwheel_data
 from fewstep.distill_runs.methods import make_recipe
 from fewstep.distill_runs.pinwheel import ARMS, pinwheel_teacher
@@ -353,7 +354,7 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
         "perceptrons of 2 layers of 128 that train from scratch.",
         "",
         "SWD is the sliced Wasserstein-2 distance, energy the energy distance, both in thousandths, of 4000 points",
-        f"(ring) or 10000 to as many draws of the data, or of {digits.SAMPLES} digits to {digits.HELD_OUT} held-out",
+        f"(ring) or 10000 to as many draws of the data, or of {digits.SAMPLES} digits to {HELD_OUT} held-out",
         "images, at 1, 2 and 4 calls; mean and standard deviation over the training seeds and latents",
         f"{', '.join(map(str, SEEDS))}. Training is processor time in seconds, while other work ran.",
         "",

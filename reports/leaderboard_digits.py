@@ -184,7 +184,8 @@ def write_picture(folder: Path, titles: Sequence[str]) -> None:
         panel.axis("off")
     for panel, (title, calls) in zip(axes.flat, rows, strict=False):
         x = np.load(kept_file(title, calls), allow_pickle=False).reshape(-1, 1, 8, 8)
-        panel.imshow(contact_sheet(x, CLASSES), cmap="gray_r", vmin=-1.0, vmax=1.0)
+        sheet = contact_sheet(x, CLASSES, enlarge=1)
+        panel.imshow(sheet, cmap="gray_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
         panel.set_title(f"{title}, {calls} call{'s' * (calls > 1)}", fontsize=8)
     figure.tight_layout(pad=0.4, h_pad=0.8)
     write_whole(folder / PICTURE, lambda to: figure.savefig(to, dpi=90))
