@@ -108,7 +108,7 @@ weights: setup   ## train the shipped digits U-Net again (minutes on two cores)
 distill-report: setup ## train every distillation run and write docs/distill/results.md (up to an hour; ONLY="--only adversarial" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report $(ONLY)
 
-leaderboard: setup  ## train every distillation method on two problems in the plane, into docs/distill/leaderboard.md (10 minutes; REDO="--redo mean_flow" for some)
+leaderboard: setup  ## train every distillation method on points and digits, into docs/distill/leaderboard.md (25 minutes; REDO="--redo mean_flow" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG) $(REDO)
 
 mean-flow-report: setup ## draw what MeanFlow's weight does to the velocity, docs/distill/mean_flow_weight.png (15 s)

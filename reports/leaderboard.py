@@ -1,8 +1,8 @@
-"""Train every distillation method on two problems in the plane and write a page of them: `make leaderboard`.
+"""Train every distillation method on two problems in the plane and on the digits, and write a page of them.
 
-Every method has about the same training time: its number of steps is set from the cost of one of them. The page is
-docs/distill/leaderboard.md. Finished runs are kept in leaderboard.json beside it and not repeated; `--again` begins
-anew.
+`make leaderboard`. On a problem every method has about the same training time: its number of steps is set from the cost
+of one of them. The page is docs/distill/leaderboard.md. Finished runs are kept in leaderboard.json beside it and not
+repeated; `--again` begins anew.
 """
 
 from __future__ import annotations
@@ -11,35 +11,32 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.digits_data import HELD_OUT
 from fewstep.distill_runs.evaluate import distances, pinwheel_data
 from fewstep.distill_runs.methods import make_recipe
 from fewstep.distill_runs.pinwheel import ARMS, pinwheel_teacher
-from fewstep.distill_runs.ring import PROCESS, RING, RingRecipe
-from fewstep.distill_runs.training import train
+from fewstep.distill_runs.ring import PROCESS, RING
+from fewstep.distill_runs.training import Samplers, train
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.tune.tuning import tune
+from reports import leaderboard_digits as digits
 
 CALLS = (1, 2, 4)
 SEEDS = (0, 1, 2)
-# Enough that the noise of the measures is below the teacher's own distance; the pinwheel's classes have a fifth each.
-SAMPLES = {"ring": 4000, "pinwheel": 10000}
-SEARCHED = 1000  # samples by which the teacher's plans are compared
-PROBLEMS = {"pinwheel": ARMS, "ring": 0}  # with their numbers of classes
 SIZE = {"width": 128.0, "depth": 2.0}
 BATCH = 128
 REFERENCE = 50  # calls of the teacher to which students are compared
@@ -51,6 +48,48 @@ OUT = Path("docs/distill")
 
 Measures = Mapping[str, Mapping[str, float]]  # by number of calls and name
 Kept = tuple[float, Measures]  # of one seed: seconds and measures; a list once it was read from the file
+
+
+class Problem(NamedTuple):
+    """A law of data to learn.
+
+    elements  of a sample
+    samples   that are measured: enough that the noise of the measures is below the teacher's own distance
+    searched  samples by which the teacher's plans are compared
+    seeds     latents to which the teacher's plans are tuned
+    labels    the classes of that many samples, or None where there are no classes
+    classes   one label of each, for the fit
+    distances of samples with these labels to the data, by name
+    other     that many other draws of the data, from a seed
+    """
+
+    title: str
+    elements: int
+    samples: int
+    searched: int
+    seeds: int
+    teacher: Callable[[], Denoiser]
+    labels: Callable[[int], Tensor | None]
+    classes: Tensor | None
+    distances: Callable[[Tensor], dict[str, float]]
+    other: Callable[[int, int], Tensor]
+
+
+PROBLEMS = {
+    "pinwheel": Problem(
+        "Conditional pinwheel", 2, 10000, 1000, 256, pinwheel_teacher, lambda count: torch.arange(count) % ARMS,
+        torch.arange(ARMS), partial(distances, classes=ARMS),
+        lambda count, seed: torch.from_numpy(pinwheel_data(count, seed)),
+    ),
+    "ring": Problem(
+        "Ring of eight Gaussians", 2, 4000, 1000, 256, lambda: RING.denoiser(PROCESS), lambda count: None,
+        None, partial(distances, classes=0), lambda count, seed: torch.from_numpy(RING.draw(count, seed)),
+    ),
+    "digits": Problem(
+        "Digits of 8x8 pixels", digits.PIXELS, digits.SAMPLES, digits.SAMPLES, 64, digits.teacher, digits.labels,
+        torch.arange(digits.CLASSES), digits.distances, digits.other,
+    ),
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -89,6 +128,30 @@ ENTRIES = (
     Entry("TDM, four steps", "trajectory_matching", 300),
 )
 
+# The methods of `fewstep.Trainer`, with students of the digits that start as the teacher. Options that differ from the
+# trainer's own suit a run of few steps, or a network that is called faster twice more than on dual numbers.
+FEW = (("same", 0.25), ("power", 0.0), ("differences", 1.0))
+DIGITS = (
+    Entry("Progressive distillation", "progressive", 1600),
+    Entry("Consistency distillation", "consistency", 1000),
+    Entry("Improved consistency training", "improved_consistency", 1500, data=True),
+    Entry("sCM, from the teacher", "continuous_consistency", 1200, (("differences", 1.0),)),
+    Entry("Rectified flow, reflow, distillation", "rectified", 2000, data=True),
+    Entry("MeanFlow", "mean_flow", 1100, FEW, data=True),
+    Entry("Improved MeanFlow", "mean_flow", 1100, (("improved", 1.0), *FEW), data=True),
+    Entry("MeanFlow, from the teacher", "mean_flow", 1100, FEW),
+    Entry("Shortcut model", "shortcut", 1300, (("finest", 8.0), ("same", 0.5)), data=True),
+    Entry("Flow map (AYF)", "flow_maps", 1000, (("differences", 1.0),)),
+    Entry("IMM", "moment_matching", 1300, data=True),
+    Entry("DMD2, one step", "distribution_matching", 260),
+    Entry("DMD2, four steps", "distribution_matching", 200, (("calls", 4.0),)),
+    Entry("SiD", "score_identity", 260),
+    Entry("f-distill", "f_distill", 130),
+    Entry("ADD", "adversarial", 1000, (("warm", 0.7),)),
+    Entry("LADD", "latent_adversarial", 550),
+    Entry("rCM", "regularised", 250, (("differences", 1.0),)),
+    Entry("TDM, four steps", "trajectory_matching", 210),
+)
 
 # Longer runs on the pinwheel with networks as large as the teacher's, which start as it: which reach the teacher?
 LONG = tuple(
@@ -112,20 +175,21 @@ class Score(NamedTuple):
     measures: dict[str, dict[str, float]]
 
 
-def teacher_of(problem: str) -> Denoiser:
-    return pinwheel_teacher() if PROBLEMS[problem] else RING.denoiser(PROCESS)
-
-
-def draw(denoiser: Denoiser, plan: Plan, problem: str, start: float, seed: int, count: int = 0) -> Tensor:
-    """Samples from latents of the seed, the classes in turn: `count`, or as many as the problem's measures need."""
-    classes, count = PROBLEMS[problem], count or SAMPLES[problem]
-    latent = torch.randn((count, 2), generator=torch.Generator().manual_seed(1000 + seed))
-    cond = {"label": torch.arange(count) % classes} if classes else None
-    x: Tensor = Sampler(denoiser, plan, (count, 2))(start * latent, seed=seed, cond=cond)
+def draw(denoiser: Denoiser, plan: Plan, problem: str, seed: int, count: int = 0) -> Tensor:
+    """Samples from latents of the seed: `count`, or as many as the problem's measures need."""
+    own = PROBLEMS[problem]
+    count = count or own.samples
+    latent = torch.randn((count, own.elements), generator=torch.Generator().manual_seed(1000 + seed))
+    label = own.labels(count)
+    cond = None if label is None else {"label": label}
+    x: Tensor = Sampler(denoiser, plan, (count, own.elements))(plan.start.sigma * latent, seed=seed, cond=cond)
     return x
 
 
-def student_score(entry: Entry, problem: str, seed: int) -> Score:
+def trained(entry: Entry, problem: str, seed: int) -> Samplers:
+    """The samplers of a method's student."""
+    if problem == "digits":
+        return digits.trained(entry.method, entry.steps, seed, dict(entry.options), data=entry.data)
     small = entry not in LONG
     options = {**(SIZE if small else {}), **dict(entry.options)}
     recipe = make_recipe(
@@ -137,41 +201,44 @@ def student_score(entry: Entry, problem: str, seed: int) -> Score:
         seed,
         options=options,
     )
-    assert isinstance(recipe, RingRecipe)
-    begin = time.process_time()
     train(recipe)
+    return recipe.samplers()
+
+
+def student_score(entry: Entry, problem: str, seed: int) -> Score:
+    PROBLEMS[problem].teacher()  # trained once, and not in the student's time
+    begin = time.process_time()
+    samplers = trained(entry, problem, seed)
     seconds = time.process_time() - begin
-    return Score(
-        seconds,
-        {
-            str(nfe): distances(draw(denoiser, plan, problem, recipe.start_sigma, seed), PROBLEMS[problem])
-            for nfe, (denoiser, plan) in recipe.samplers().items()
-            if nfe in CALLS
-        },
-    )
+    drawn = {nfe: draw(*samplers[nfe], problem, seed) for nfe in CALLS if nfe in samplers}
+    if problem == "digits" and seed == SEEDS[0]:
+        digits.keep(entry.title, drawn)
+    return Score(seconds, {str(nfe): PROBLEMS[problem].distances(x) for nfe, x in drawn.items()})
 
 
 @cache
 def best_plan(problem: str, nfe: int) -> tuple[str, Plan]:
     """The hand-made plan whose samples of seed 0 are nearest to the data by energy distance, with its name."""
-    found = []
+    own, found = PROBLEMS[problem], []
+    teacher = own.teacher()
     for solver, spacing in product(SOLVERS, SPACINGS):
         steps = (nfe + 1) // 2 if solver == "heun" else nfe  # Heun's last step is one call
-        plan = make_plan(solver, make_grid(PROCESS, steps, spacing))
+        plan = make_plan(solver, make_grid(teacher.process, steps, spacing))
         if plan.nfe <= nfe:
-            x = draw(teacher_of(problem), plan, problem, plan.start.sigma, 0, SEARCHED)
-            found.append((distances(x, PROBLEMS[problem])["energy distance"], f"{solver}, {spacing}", plan))
+            x = draw(teacher, plan, problem, 0, own.searched)
+            found.append((own.distances(x)["energy distance"], f"{solver}, {spacing}", plan))
     return min(found, key=lambda item: item[0])[1:]
 
 
 def teacher_scores(problem: str) -> dict[str, dict[str, Score]]:
     """The teacher's best plan, its tuned plan and another draw of the data, by row and seed."""
     rows: dict[str, dict[str, Score]] = {}
-    teacher, classes = teacher_of(problem), PROBLEMS[problem]
-    cond = {"label": torch.arange(classes)} if classes else None
+    own = PROBLEMS[problem]
+    teacher = own.teacher()
+    cond = None if own.classes is None else {"label": own.classes}
     begin = time.process_time()
     tuned = {
-        nfe: tune(teacher, nfe, shape=(2,), cond=cond, seeds=256, cache=None, progress=False)
+        nfe: tune(teacher, nfe, shape=(own.elements,), cond=cond, seeds=own.seeds, cache=None, progress=False)
         for nfe in CALLS
         if nfe > 1
     }
@@ -183,13 +250,11 @@ def teacher_scores(problem: str) -> dict[str, dict[str, Score]]:
     }
     for seed in SEEDS:
         for title, (cost, by_nfe) in plans.items():
-            measures = {
-                str(n): distances(draw(teacher, plan, problem, plan.start.sigma, seed), classes)
-                for n, plan in by_nfe.items()
-            }
-            rows.setdefault(title, {})[str(seed)] = Score(cost, measures)
-        other = pinwheel_data(SAMPLES[problem], 2 + seed) if classes else RING.draw(SAMPLES[problem], 2 + seed)
-        measures = {"0": distances(torch.from_numpy(np.asarray(other)), classes)}
+            drawn = {n: draw(teacher, plan, problem, seed) for n, plan in by_nfe.items()}
+            if problem == "digits" and seed == SEEDS[0]:
+                digits.keep(title, drawn)
+            rows.setdefault(title, {})[str(seed)] = Score(cost, {str(n): own.distances(x) for n, x in drawn.items()})
+        measures = {"0": own.distances(own.other(own.samples, 2 + seed))}
         rows.setdefault("Other draws of the data", {})[str(seed)] = Score(0.0, measures)
     names = {str(nfe): name for nfe, (name, _) in best.items()}
     rows["names"] = {key: Score(0.0, {name: {}}) for key, name in names.items()}
@@ -282,20 +347,22 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
         "",
         f"Written by `make leaderboard`: {runs} training runs, {seconds / 60:.0f} minutes of one core in all.",
         "",
-        "Every method trains a perceptron of 2 layers of 128 from scratch, with batches of 128 and about the same",
-        "time. The budget is small on purpose: the table compares methods at this cost, not at their best ([the longer",
-        "runs](results.md)). A method marked (data) sees no teacher. The ring is unconditional with an exact teacher;",
-        "the pinwheel has five classes and a trained teacher, and its measures are means over the classes.",
+        "All methods on a problem train networks of one size with batches of 128 for about the same time. The budget",
+        "is small on purpose: the tables compare methods at this cost, not at their best ([longer runs](results.md)).",
+        "A method marked (data) asks no teacher. The ring is unconditional with an exact teacher; the pinwheel has",
+        "five classes and a trained teacher, and its measures are means over the classes. On both the students are",
+        "perceptrons of 2 layers of 128 that train from scratch.",
         "",
-        "SWD is the sliced Wasserstein-2 distance, energy the energy distance, both in thousandths, of 4000 (ring)",
-        "or 10000 samples to as many draws of the data, at 1, 2 and 4 calls; mean and standard deviation over the",
-        f"training seeds and latents {', '.join(map(str, SEEDS))}. Training is processor time in seconds, while other",
-        "work ran. The digits are left out: one run of a U-Net costs more than this whole table.",
+        "SWD is the sliced Wasserstein-2 distance, energy the energy distance, both in thousandths, of 4000 points",
+        f"(ring) or 10000 to as many draws of the data, or of {digits.SAMPLES} digits to {HELD_OUT} held-out",
+        "images, at 1, 2 and 4 calls; mean and standard deviation over the training seeds and latents",
+        f"{', '.join(map(str, SEEDS))}. Training is processor time in seconds, while other work ran.",
         "",
     ]
-    for problem, title in (("pinwheel", "Conditional pinwheel"), ("ring", "Ring of eight Gaussians")):
+    for problem, own in PROBLEMS.items():
         if problem in results:
-            lines += table(title, results[problem], ENTRIES)
+            lines += table(own.title, results[problem], entries_of(problem))
+            lines += [*digits.REMARKS, ""] if problem == "digits" else []
     if results.get("long"):
         teacher = {name: own for name, own in results["pinwheel"].items() if name not in TITLES}
         lines += table("Conditional pinwheel, longer training", {**teacher, **results["long"]}, LONG)
@@ -307,6 +374,10 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
 
 
 TITLES = {entry.title for entry in ENTRIES}
+
+
+def entries_of(problem: str) -> Sequence[Entry]:
+    return DIGITS if problem == "digits" else ENTRIES
 
 
 def execute(
@@ -331,7 +402,8 @@ def execute(
         if "names" not in rows:
             rows.update({title: dict(by_seed) for title, by_seed in teacher_scores(problem).items()})
             keep()
-    runs = [(SEEDS[0], "pinwheel", entry) for entry in LONG] if long else [*product(seeds, problems, ENTRIES)]
+    short = [(seed, name, entry) for seed, name in product(seeds, problems) for entry in entries_of(name)]
+    runs = [(SEEDS[0], "pinwheel", entry) for entry in LONG] if long else short
     for seed, problem, entry in runs:
         own = results.setdefault("long" if long else problem, {}).setdefault(entry.title, {})
         if str(seed) in own and entry.method not in redo:
@@ -340,6 +412,8 @@ def execute(
         print(problem, entry.name, seed, *own[str(seed)], flush=True)
         keep()
     keep()
+    if "digits" in results:
+        digits.write_picture(path.parent, [*results["digits"]])
 
 
 def main() -> None:

@@ -6,10 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from reports import leaderboard
-from reports.leaderboard import Entry, Score, best_plan, cell, execute, page
+import fewstep as fs
+from fewstep.distill_runs.digits import judge
+from fewstep.solvers.distill.network import points_of, predict
+from reports import leaderboard, leaderboard_digits
+from reports.leaderboard import PROBLEMS, Entry, Score, best_plan, cell, execute, page
 
 
 def score(swd: float, energy: float, seconds: float = 2.0, nfe: str = "1") -> list[Any]:
@@ -61,7 +66,7 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         return kept(entry, problem, seed)
 
     monkeypatch.setattr(leaderboard, "student_score", counted)
-    monkeypatch.setattr(leaderboard, "SAMPLES", {"ring": 40})
+    monkeypatch.setitem(PROBLEMS, "ring", PROBLEMS["ring"]._replace(samples=40))
     monkeypatch.setattr(leaderboard, "ENTRIES", [e._replace(steps=3) for e in leaderboard.ENTRIES if "flow" in e.name])
     teacher = {"Teacher's best plan": {"0": Score(0.0, score(0.02, 0.001, nfe="50")[1])}, "names": {}}
     monkeypatch.setattr(leaderboard, "teacher_scores", lambda problem: teacher)
@@ -80,9 +85,81 @@ def test_finished_runs_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_best_plan_has_no_more_calls_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaderboard, "SEARCHED", 60)
+    monkeypatch.setitem(PROBLEMS, "ring", PROBLEMS["ring"]._replace(searched=60))
     best_plan.cache_clear()
     name, plan = best_plan("ring", 2)
     best_plan.cache_clear()
     assert plan.nfe <= 2
     assert name.split(", ")[1] in leaderboard.SPACINGS
+
+
+# --- the digits ---
+
+
+@pytest.fixture
+def teacher(monkeypatch: pytest.MonkeyPatch) -> fs.Denoiser:
+    """Random weights in place of trained ones."""
+    torch.manual_seed(3)
+    own = fs.Denoiser(leaderboard_digits.new_network().eval(), leaderboard_digits.PROCESS, "edm")
+    monkeypatch.setattr(leaderboard_digits, "teacher", lambda: own)
+    return own
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_velocity_starts_as_the_teachers(teacher: fs.Denoiser, ends: bool) -> None:
+    times = np.array([0.05, 0.4, 0.8, 0.97])
+    t, g = torch.from_numpy(times).float(), torch.Generator().manual_seed(0)
+    x, label = torch.randn((4, 64), generator=g), torch.tensor([3, 1, 4, 9])
+    velocity = leaderboard_digits.Velocity(teacher, ends=ends)
+    given = {"s": t * torch.rand((4,), generator=g)} if ends else {}
+    got = velocity(x, t, label, **given)
+    alpha = (1.0 - t)[:, None]
+    ratio = times / (1.0 - times)
+    x0 = predict(teacher, x / alpha, points_of(leaderboard_digits.PROCESS, ratio), {"label": label})
+    torch.testing.assert_close(got, (x - x0) / t[:, None], rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(velocity(x, torch.ones(4), label, **given)).all()
+
+
+@pytest.mark.parametrize("method", ["progressive", "rectified", "mean_flow"])
+def test_a_student_that_learns_nothing_samples_as_the_teacher(teacher: fs.Denoiser, method: str) -> None:
+    options = {"rectified": {"pairs": 16, "pair_steps": 1}, "mean_flow": {"differences": 1}}.get(method, {})
+    samplers = leaderboard_digits.trained(method, 3, 0, options, data=method != "progressive", rate=1e-12)
+    denoiser, plan = samplers[2]
+    noise, cond = torch.randn((5, 64), generator=torch.Generator().manual_seed(1)), {"label": torch.arange(5)}
+    got = fs.Sampler(denoiser, plan, (5, 64))(plan.start.sigma * noise, cond=cond)
+    # By hand, as x0 + sigma / alpha eps. The first step of a flow is from pure noise, the network's own input there.
+    process = leaderboard_digits.PROCESS
+    if method == "progressive":
+        first, middle = fs.grid(process, 16, "karras").sigma[[0, 8]]
+        x0 = predict(teacher, first * noise, points_of(process, np.full(5, first)), cond)
+        x = x0 + middle / first * (first * noise - x0)
+    else:
+        middle = 1.0
+        x = process.sigma_data * teacher.model(noise, torch.full((5,), np.log(process.sigma_max) / 4.0), **cond) + noise
+    x = predict(teacher, x, points_of(process, np.full(5, middle)), cond)
+    torch.testing.assert_close(got, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_digits_are_measured_against_the_held_out_images() -> None:
+    held = judge().held
+    x = torch.cat([held.x, held.x]).flatten(1)
+    assert torch.equal(leaderboard_digits.labels(400), torch.cat([held.label, held.label])[:400])
+    assert leaderboard_digits.distances(x)["swd"] == 0.0
+    shifted = leaderboard_digits.distances(x + 0.1)
+    # A shift moves each projection by its direction's sum.
+    ways = np.random.default_rng(0).standard_normal((64, 128))
+    ways /= np.linalg.norm(ways, axis=0)
+    assert shifted["swd"] == pytest.approx(0.1 * np.sqrt((ways.sum(0) ** 2).mean()), rel=1e-5)
+    assert shifted["energy distance"] > leaderboard_digits.distances(x)["energy distance"]
+
+
+def test_the_picture_has_two_digits_of_each_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaderboard_digits, "KEPT", tmp_path)
+    leaderboard_digits.write_picture(tmp_path, ["IMM"])
+    assert not (tmp_path / leaderboard_digits.PICTURE).exists()
+    marked = leaderboard_digits.labels(leaderboard_digits.SAMPLES)[:, None].expand(-1, 64)
+    leaderboard_digits.keep("IMM", {1: marked, 4: marked})
+    kept = np.load(leaderboard_digits.kept_file("IMM", 1))
+    np.testing.assert_array_equal(kept, np.tile(np.arange(10), 2)[:, None].repeat(64, 1))
+    leaderboard_digits.write_picture(tmp_path, ["IMM", "not run"])
+    assert (tmp_path / leaderboard_digits.PICTURE).read_bytes()[:4] == b"\x89PNG"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import fewstep as fs
 from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.cli.commands import app
+from fewstep.distill_runs import training
 from fewstep.distill_runs.data import as_source
 from fewstep.distill_runs.loggers import TensorBoardLogger, WandbLogger
 from fewstep.distill_runs.metrics import sliced_wasserstein
@@ -31,7 +32,7 @@ from fewstep.distill_runs.own_features import hidden
 from fewstep.distill_runs.own_generators import DistributionMatching
 from fewstep.distill_runs.own_methods import METHODS
 from fewstep.distill_runs.training import CHECKPOINT, generator
-from fewstep.solvers.distill.network import noised, points_of, with_model
+from fewstep.solvers.distill.network import noised, points_of, predict, with_model
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -237,6 +238,29 @@ def test_one_call_of_a_student_from_scratch_comes_near_the_data(
         ).fit()  # fmt: skip
         distances.append(sliced_wasserstein(trained.sample(256, 1).numpy(), held))
     assert distances[1] < 0.6 * distances[0], distances
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_rectified_flow_takes_one_step_distilled_and_more_along_the_straightened_flow(taught: bool) -> None:
+    process = fs.Flow()
+    student = fs.Denoiser(made(Plane), process, "flow")
+    data = GAUSS[0] * numbers(2048, 2) + GAUSS[1]
+    recipe = fs.Trainer(
+        "rectified", teacher=gaussian(process) if taught else None, student=student, data=data, steps=210, batch=64,
+        options={"pairs": 256, "pair_steps": 8}, lr=1e-2, ema=0.9, device="cpu",
+    ).recipe()  # fmt: skip
+    training.train(recipe)
+    samplers = recipe.samplers()
+    x, at = numbers(64, 2, seed=2), np.full(64, 0.5)
+    straight = [predict(d, x, points_of(process, at), {}) for d in (recipe.denoiser("reflow"), samplers[2][0])]
+    assert torch.equal(*straight)
+    assert samplers[4][0] is samplers[2][0]
+    assert not torch.equal(predict(samplers[1][0], x, points_of(process, at), {}), straight[0])
+    # Of a Gaussian the straightened flow carries eps to mean + std eps, in any number of steps.
+    for calls, (denoiser, plan) in samplers.items():
+        end = fs.Sampler(denoiser, plan, (64, 2))(x)
+        error = (end - (GAUSS[0] * x + GAUSS[1])).square().mean().sqrt()
+        assert error < 0.25 * GAUSS[0], (calls, error)
 
 
 SPOT = torch.tensor([0.3, -0.2])

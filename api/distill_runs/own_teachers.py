@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.data import Batch, Cond, on_device
 from fewstep.distill_runs.own import OwnRecipe, as_consistency, few_levels, picked
-from fewstep.distill_runs.phases import halved_grids, phase_at
+from fewstep.distill_runs.phases import HalvedTargets, halved_grids, phase_at
 from fewstep.distill_runs.training import Samplers
 from fewstep.solvers.distill import (
     consistency,
@@ -56,24 +56,17 @@ class Progressive(OwnRecipe):
         # Shorter samplers take longer to learn: the phases take 1 : 2 : 3 ... of the steps.
         shares = np.cumsum(np.arange(len(self.grids))) / np.arange(len(self.grids)).sum()
         self.begins = [round(float(share) * self.settings.steps) for share in shares]
-        self.forget()
+        self.targets = HalvedTargets(self.grids, self.taught, self.denoiser)
 
     def forget(self) -> None:
-        self._targets: tuple[int, Jumps] | None = None
-
-    def targets(self, phase: int) -> Jumps:
-        """The teacher's pairs of steps in a phase."""
-        if self._targets is None or self._targets[0] != phase:
-            teacher = self.denoiser(f"student{self.grids[phase].steps}") if phase else self.taught
-            self._targets = phase, progressive.targets(teacher, self.grids[phase])
-        return self._targets[1]
+        self.targets.forget()
 
     def step(self, k: int) -> dict[str, float]:
         phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
             self.new_optimiser("student")
         batch = self.batch(g := self.generator(k))
-        jumps, student = self.targets(phase), self.denoiser("student")
+        jumps, student = self.targets.of(phase), self.denoiser("student")
         which = torch.randint(len(jumps), (self.settings.batch,), generator=g).numpy()
 
         def loss_of(p: slice) -> Tensor:
@@ -371,7 +364,7 @@ class Rectified(OwnRecipe):
     def step(self, k: int) -> dict[str, float]:
         phase, first, last = phase_at(k, self.begins)
         if phase and k == first:
-            if self.begins[1]:
+            if first:  # from the average of the phase before, if this is not the first
                 self.modules[("flow", "reflow")[phase - 1]].load_state_dict(self.modules["average"].state_dict())
                 self.modules["student"].load_state_dict(self.modules["average"].state_dict())
             self.new_optimiser("student")
@@ -395,5 +388,6 @@ class Rectified(OwnRecipe):
         return Batch(lambda p: (x0[pick[p]], picked(cond, pick[p])), eps[pick], self.device)
 
     def samplers(self) -> Samplers:
-        student = self.finished()
-        return {n: (student, make_plan("euler", self.grid(n))) for n in (1, 2, 4)}
+        # The last phase teaches one step from noise alone; the straightened flow takes several.
+        students = {1: self.finished(), 2: (reflow := self.finished("reflow")), 4: reflow}
+        return {n: (student, make_plan("euler", self.grid(n))) for n, student in students.items()}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.distill_runs.phases import halved_grids, phase_at
+from fewstep.distill_runs.phases import HalvedTargets, halved_grids, phase_at
 from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers, edm_grid
 from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.solvers.distill import consistency, continuous, curricula, guided, losses, progressive
@@ -40,16 +40,13 @@ class RingProgressive(RingRecipe):
         # The first student also learns to denoise, so it gets twice the steps of a later one.
         share = settings.steps // (phases + 1)
         self.begins = [0, *(settings.steps - share * left for left in range(phases - 1, 0, -1)), settings.steps]
-        self._targets: tuple[int, Jumps] | None = None
+        self.targets = HalvedTargets(self.grids, self.teacher, self.denoiser)
 
     def denoiser(self, name: str) -> Denoiser:
         return Denoiser(self.modules[name], PROCESS, "edm")
 
-    def targets(self, phase: int) -> Jumps:
-        if self._targets is None or self._targets[0] != phase:
-            teacher = self.denoiser(f"student{self.grids[phase].steps}") if phase else self.teacher
-            self._targets = phase, progressive.targets(teacher, self.grids[phase])
-        return self._targets[1]
+    def forget(self) -> None:
+        self.targets.forget()
 
     def step(self, k: int) -> dict[str, float]:
         phase, first, last = phase_at(k, self.begins)
@@ -57,7 +54,7 @@ class RingProgressive(RingRecipe):
             self.new_optimiser("student")
         g = self.generator(k)
         x0, noise = self.data(g)
-        jumps = self.targets(phase)
+        jumps = self.targets.of(phase)
         which = torch.randint(len(jumps), (self.settings.batch,), generator=g).numpy()
         student = self.denoiser("student")
         loss = self.descend(
