@@ -338,14 +338,13 @@ def trial(calls: int, kinds: Sequence[str], count: int, rounds: int, say: Callab
 
 
 def latency(repeats: int, say: Callable[[str], None]) -> None:
-    """Median (least) time of a sample in 4 calls, 7 calls in a row and 7 calls in 4 rounds, in turn on one thread."""
+    """Least time of a sample in 4 calls, in 7 calls in a row and in 7 calls in 4 rounds, in turn on one thread."""
     torch.set_num_threads(1)
-    denoiser = load_model("digits").denoiser(None)
     serial = read_plan("docs/tuning/digits-4.json")
     found = ParallelRule.around(serial, 7)
     assert found is not None
-    rule, numbers = found
-    wide = rule.plan(numbers)
+    wide = found[0].plan(found[1])
+    denoiser = load_model("digits").denoiser(None)
     for batch in (1, 4, 16):
         shape, cond = (batch, 1, 8, 8), {"label": torch.arange(batch) % 10}
         samplers = {
@@ -353,13 +352,13 @@ def latency(repeats: int, say: Callable[[str], None]) -> None:
             "7 calls in a row": fs.Sampler(denoiser, wide, shape),
             "7 calls in 4 rounds": fs.Sampler(denoiser, wide, shape, parallel=True),
         }
-        times: dict[str, list[float]] = {name: [] for name in samplers}
+        times: dict[str, list[float]] = {kind: [] for kind in samplers}
         for _ in range(repeats):
-            for name, sampler in samplers.items():
+            for kind, sampler in samplers.items():
                 begin = time.perf_counter()
                 sampler(seed=0, cond=cond)
-                times[name].append(time.perf_counter() - begin)
-        text = ", ".join(f"{name} {1e3 * np.median(own):.2f} ({1e3 * min(own):.2f}) ms" for name, own in times.items())
+                times[kind].append(time.perf_counter() - begin)
+        text = ", ".join(f"{kind} {1e3 * min(own):.2f} ms" for kind, own in times.items())
         say(f"batch {batch}: {text}")
 
 
