@@ -5,6 +5,8 @@ the numbers of the rest of the plan. Parallel calls (EPD-Solver, Zhu et al. 2025
 network at two points at once, so that the latency is that of the rounds. Both are compared with one fitted plan for
 all samples, by the error to the ODE's end points on latents that no fit saw.
 
+`--latency` times the plans instead: a round of two calls in one call of the U-Net against two in a row.
+
 All are fitted by Gauss-Newton to the same latents. The Jacobian of each sample's end point by its own numbers comes
 from difference quotients; the small networks are trained on the linearised error, and the error is made linear anew.
 """
@@ -12,6 +14,7 @@ from difference quotients; the small networks are trained on the linearised erro
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -20,12 +23,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+import fewstep as fs
 from fewstep.bindings.unet import digits_model
 from fewstep.models import load_model
 from fewstep.solvers.plans.plan_file import read_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.tune.ensemble import Ensemble, latents, unroll
+from fewstep.solvers.tune.parallel import ParallelRule
 from fewstep.solvers.tune.tuned import Rule
 from fewstep.solvers.tune.tuning import cache_folder, reference_ends, reference_grid
 
@@ -332,13 +337,42 @@ def trial(calls: int, kinds: Sequence[str], count: int, rounds: int, say: Callab
             tested(f"coefficients for each sample from the {kind} call", solver, numbers, nets, latest)
 
 
+def latency(repeats: int, say: Callable[[str], None]) -> None:
+    """Least time of a sample in 4 calls, in 7 calls in a row and in 7 calls in 4 rounds, in turn on one thread."""
+    torch.set_num_threads(1)
+    serial = read_plan("docs/tuning/digits-4.json")
+    found = ParallelRule.around(serial, 7)
+    assert found is not None
+    wide = found[0].plan(found[1])
+    denoiser = load_model("digits").denoiser(None)
+    for batch in (1, 4, 16):
+        shape, cond = (batch, 1, 8, 8), {"label": torch.arange(batch) % 10}
+        samplers = {
+            "4 calls": fs.Sampler(denoiser, serial, shape),
+            "7 calls in a row": fs.Sampler(denoiser, wide, shape),
+            "7 calls in 4 rounds": fs.Sampler(denoiser, wide, shape, parallel=True),
+        }
+        times: dict[str, list[float]] = {kind: [] for kind in samplers}
+        for _ in range(repeats):
+            for kind, sampler in samplers.items():
+                begin = time.perf_counter()
+                sampler(seed=0, cond=cond)
+                times[kind].append(time.perf_counter() - begin)
+        text = ", ".join(f"{kind} {1e3 * min(own):.2f} ms" for kind, own in times.items())
+        say(f"batch {batch}: {text}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reports.few_calls", description=__doc__)
     parser.add_argument("--calls", default="3,4", help="comma-separated rounds")
     parser.add_argument("--kinds", default="first,latest,parallel", help="comma-separated trials")
     parser.add_argument("--seeds", type=int, default=SIZES["train"], help="latents to fit to")
     parser.add_argument("--rounds", type=int, default=3, help="of each fit")
+    parser.add_argument("--latency", action="store_true", help="time a round against its calls in a row")
     args = parser.parse_args(argv)
+    if args.latency:
+        latency(100, lambda text: print(text, flush=True))
+        return
     for calls in map(int, args.calls.split(",")):
         trial(calls, args.kinds.split(","), args.seeds, args.rounds, lambda text: print(text, flush=True))
 

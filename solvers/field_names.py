@@ -29,6 +29,7 @@ SOLVERS: Mapping[str, str] = {
     "euler_ancestral": "Euler a",
     "heun": "heun2, EDM Heun, edm_sampler, improved Euler",
     "edm": "stochastic Heun, churn",
+    "epd": "EPDSolver, EPD-Solver, ensemble parallel direction, parallel direction",
     "euler_cfg_pp": "DDIM CFG++, CFG++",
     "dpm2": "dpm_2",
     "dpm2_ancestral": "dpm_2_ancestral, DPM2 a, dpm_2_a",

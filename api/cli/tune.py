@@ -35,6 +35,9 @@ def tune(
         str, typer.Option(help="rmse, median or both: what is fitted, and must not be worse than the hand-made plan's.")
     ] = "both",
     relax: Annotated[float, typer.Option(help="How far a training latent may move, as a fraction of its RMS.")] = 0.0,
+    rounds: Annotated[
+        int | None, typer.Option(help="Make the calls in so many rounds, each at once by Sampler(parallel=True).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[
         Path | None, typer.Option(help="A tuned plan to continue from, of as many calls or fewer.")
@@ -46,6 +49,7 @@ def tune(
     from fewstep.solvers.plans.plan import Plan
     from fewstep.solvers.plans.plan_file import save_plan
     from fewstep.solvers.tune.fingerprint import check_plan, load_plan
+    from fewstep.solvers.tune.parallel import check_rounds
     from fewstep.solvers.tune.tuning import check_arguments
     from fewstep.solvers.tune.tuning import tune as fit
 
@@ -56,7 +60,8 @@ def tune(
     if resume is not None and base != "auto":
         raise ValueError(f"--base {base!r} and --resume: the plan to resume has its own base")
     start = base if resume is None else load_plan(resume, force=True)
-    check_arguments(start, nfe, seeds, what, objective=objective)
+    serial = nfe if rounds is None else check_rounds(rounds, nfe, what, decouple)
+    check_arguments(start, serial, seeds, what, objective=objective)
     chosen = load_model(model, shape)
     denoiser = chosen.denoiser(guidance)
     if isinstance(start, Plan):
@@ -71,6 +76,7 @@ def tune(
         what=what,
         objective=objective,
         relax=relax,
+        rounds=rounds,
         decouple=decouple and what == "all",
         seed=seed,
         cache="auto" if cache is None else cache,
@@ -90,7 +96,7 @@ def tune(
     OUT.print(table)
     given = {"model": model, "shape": own_shape, "guidance": guidance}
     if not record["complete"]:
-        again = command_line("fewstep tune", resume=out, out=out, nfe=nfe, **given)
+        again = command_line("fewstep tune", resume=out, out=out, nfe=nfe, rounds=rounds, **given)
         OUT.print(f"interrupted; continue with [bold]{escape(again)}[/]", soft_wrap=True)
     if not record["fitted"]:
         OUT.print("no fit was better on the validation latents: this is the hand-made plan")

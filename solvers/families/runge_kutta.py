@@ -185,7 +185,7 @@ def runge_kutta(
     yield from _integrate(grid, _steps(grid), always(tableau), _coordinates(grid, frame))
 
 
-@solver("epd", spacing={Flow: "quadratic"})
+@solver("epd", spacing={EDM: "kl_optimal", Flow: "beta57"})
 def epd(
     grid: Grid,
     places: Sequence[float] | None = None,

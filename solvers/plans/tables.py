@@ -97,7 +97,8 @@ CANCELLED = 1e-15
 
 def branch_calls(program: Program, denoiser: X0Prediction) -> list[tuple[Shares, tuple[int, ...]]]:
     """The shares of every call of a plan, and the branches that it calls: a row may read the first one's prediction."""
-    found, steps, total = [], 0, program.plan.steps
+    steps, total = 0, program.plan.steps
+    found: list[tuple[Shares, tuple[int, ...]]] = []
     for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
         shares = denoiser.shares(Moment(stage.at, steps / total, steps, total))
         if k in program.leads:

@@ -188,8 +188,9 @@ def sample(
     frame = model_frame(denoiser, device)
 
     def make(denoiser: DenoiserLike) -> Sampler:
-        own = {"backend": backend, "device": device, "dtype": dtype, "check": check, "parallel": parallel}
-        return Sampler(denoiser, plan(), sizes, **own)
+        return Sampler(
+            denoiser, plan(), sizes, backend=backend, device=device, dtype=dtype, check=check, parallel=parallel
+        )
 
     key = layout and _key(denoiser, state, frame, layout, sizes, kind, backend, check, parallel)
     if key is None:

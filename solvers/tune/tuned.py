@@ -38,7 +38,13 @@ SOLVER = "tuned"
 WHAT = ("all", "times")
 
 # Beyond these a step has no length or covers the whole interval (theta), or the network's input is far off.
-_LIMITS = {"theta": (-9.0, 2.5), "c": (-25.0, 25.0), "shift": (-2.0, 2.0), "scale": (-1.0, 1.0)}
+_LIMITS = {
+    "theta": (-9.0, 2.5),
+    "c": (-25.0, 25.0),
+    "shift": (-2.0, 2.0),
+    "scale": (-1.0, 1.0),
+    "place": (-2.0, 2.0),  # of parallel calls, in the logarithm of a step
+}
 
 _FLOW = COORDINATES["flow"]
 
@@ -261,6 +267,11 @@ def rule_of(plan: Plan) -> tuple[Rule, Array]:
     if plan.solver != SOLVER or "numbers" not in plan.options:
         raise ValueError(f"a plan of solver {plan.solver!r} is not tuned: start from a plan that fewstep.tune returned")
     o = plan.options
+    if "rounds" in o:
+        raise ValueError(
+            "a plan with parallel calls is not fitted further: start from one of as many calls as it has rounds, with "
+            "rounds= again"
+        )
     try:
         rule = Rule.of(o["base"], o["base_options"], plan.grid, o["what"], o["decouple"], o.get("scaled", False))
         numbers = np.array(o["numbers"], dtype=np.float64)

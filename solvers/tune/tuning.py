@@ -42,6 +42,7 @@ from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Features, Indices, Unrolled, latents, unroll, unroll_stages
 from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
+from fewstep.solvers.tune.parallel import ParallelRule, check_rounds
 from fewstep.solvers.tune.tuned import WHAT, Rule, bases, rule_of
 
 REFERENCE_CALLS = 128
@@ -427,6 +428,7 @@ def tune(
     objective: str = "both",
     features: Features | None = None,
     relax: float = 0.0,
+    rounds: int | None = None,
     reference: Reference | None = None,
     seed: int = 0,
     device: Device | None = None,
@@ -457,6 +459,10 @@ def tune(
     relax      the relaxed objective (LD3, Tong et al. 2024; S4S): in the last fit each training latent may move to come
                nearer to its target, by at most this RMS of its elements, whose own is 1; seeds that no plan follows
                then count less. Validation and test are of the latents themselves
+    rounds     fit nfe calls in that many rounds, of one call in the first and up to four in each of the others, which
+               `Sampler(parallel=True)` makes at once (EPD-Solver, Zhu et al. 2025). A plan of one call per round is
+               fitted first; the other starts from it and is kept where it is better. All comparisons are with plans
+               of `rounds` calls, which have the same latency
     reference  a plan, or a callable from latents (n, ...) at the process's first point to ODE end points (n, ...);
                by default UniPC-3 in 128 calls
     seed       of the latents: sample i is what `Sampler` draws for (seed, i)
@@ -474,7 +480,8 @@ def tune(
     """
     begin = time.perf_counter()
     check_denoiser(denoiser)
-    resumed = check_arguments(base, nfe, seeds, what, batch, objective)
+    serial = nfe if rounds is None else check_rounds(rounds, nfe, what, decouple)
+    resumed = check_arguments(base, serial, seeds, what, batch, objective)
     shape = check_sample_shape(shape)
     if not isinstance(progress, bool):
         function("progress", progress)
@@ -492,7 +499,7 @@ def tune(
     say = speaker(progress)
     made = study(
         denoiser,
-        nfe,
+        serial,
         shape=shape,
         cond=cond,
         splits={"train": seeds, "validation": max(16, seeds // 2), "test": seeds},
@@ -509,10 +516,15 @@ def tune(
         resumed = resumed[0].widen(resumed[1])
     fewer = base if isinstance(base, Plan) else None
     name = "auto" if isinstance(base, Plan) else base
-    starts = all_starts(made, resumed, name, nfe, what, wide, say)
+    starts = all_starts(made, resumed, name, serial, what, wide, say)
     # A plan that goes on stays near itself: plans of neighbouring guidance scales must interpolate.
-    evaluations = (_FIRST, _POLISH) if resumed is not None and resumed[0].steps == nfe else None
+    evaluations = (_FIRST, _POLISH) if resumed is not None and resumed[0].steps == serial else None
     plan = fit_plan(made, starts, say, evaluations, objective=objective, relax=relax, fewer=fewer)
+    if serial < nfe and plan.options["tuning"]["complete"]:
+        say(f"{nfe} calls in {serial} rounds")
+        wider = (ParallelRule.around(each, nfe) for each in _alone(made, plan, serial, name))
+        found = next((start for start in wider if start is not None), None)
+        plan = fit_plan(made, [found] if found else [], say, objective=objective, relax=relax, fewer=plan)
     record = {**plan.options["tuning"], "seconds": round(time.perf_counter() - begin, 1)}
     return replace(plan, options={**plan.options, "tuning": record})
 
@@ -535,6 +547,14 @@ def check_arguments(
         return rule, numbers
     named("base", base, ("auto", *bases()), solver_hint(base, tuple(bases()), ()))
     return None
+
+
+def _alone(made: Study, plan: Plan, calls: int, base: str) -> Iterator[Plan]:
+    """Plans of one call per round, from which those of parallel calls may start: a fitted one, then hand-made ones."""
+    if plan.nfe == calls:
+        yield plan
+    for rule, numbers in starts_of(made, base, calls, "all", True):
+        yield rule.plan(numbers)
 
 
 def best_hand_made(made: Study) -> Ranked:
