@@ -724,6 +724,14 @@ def test_bad_arguments_are_named_before_any_call(change, text):
         fs.tune(denoiser, arguments.pop("nfe"), **arguments)
 
 
+def test_a_plan_on_another_process_is_no_base(tuned_vp):
+    def model(x, t):
+        raise AssertionError("the model was called")
+
+    with pytest.raises(ValueError, match=r"base is a plan on VP.* the denoiser has Flow"):
+        fs.tune(fs.Denoiser(model, PROCESSES["flow"], "flow"), 5, shape=(2,), base=tuned_vp[1], cache=None)
+
+
 def test_networks_of_whole_times_are_refused_before_any_call():
     def model(x, t):
         raise AssertionError("the model was called")
