@@ -6,8 +6,8 @@
 Every plan is fitted on latents of seed 0 and tested on latents of seed 1, against the hand-made (solver, spacing) that
 is best on those very latents, and against diffusers' own schedulers. Results are written after each fit. An interrupted
 run continues from them; `--again` measures everything anew. `--refine` goes on from the plans that are there, on more
-latents. `--tail` measures those plans on 384 latents more. `--bounds` fits to the test latents themselves: what a plan
-of so many calls can reach on them at best.
+latents. The network's plans are measured on 384 latents more, of seed 3; `--tail` does that again. `--bounds` fits to
+the test latents themselves: what a plan of so many calls can reach on them at best.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ MORE_SEEDS = 320
 REFINE = (8, 8)  # evaluations of the residual there, see `fit_plan`
 BOUND = (12, 3)  # evaluations and rounds of the fit to the test latents
 NETWORKS = ("digits", "digits-guided")
+OUT = Path("docs/tuning")
+PAGE, MARKS = Path("docs/tuning.md"), ("<!-- network -->", "<!-- /network -->")
 FAR = ("diffusers 2M Karras", 12)  # a peer and its calls, which four tuned calls are compared with
 RECOMMEND = 1.25  # upper bound of the recommended plan's RMSE over the best hand-made one
 RECOMMEND_SEEDS = 32
@@ -79,6 +81,7 @@ class Size:
     exact_seeds  the same with an exact denoiser, which is cheap, and whose narrow modes need more
     test         latents of the test
     exact_test   the same with an exact denoiser
+    tail         whether a network's plans are also measured on the latents of `tail`
     evaluations  of the residual, from each start and in the final fit; None: those of `fewstep.tune`
     """
 
@@ -87,11 +90,12 @@ class Size:
     exact_seeds: int
     test: int
     exact_test: int
+    tail: bool
     evaluations: tuple[int, int] | None
 
 
-FULL = Size((4, 5, 6, 8, 10), 64, 256, 128, 512, None)
-QUICK = Size((4,), 16, 48, 32, 64, (3, 2))
+FULL = Size((4, 5, 6, 8, 10), 64, 256, 128, 512, True, None)
+QUICK = Size((4,), 16, 48, 32, 64, False, (3, 2))
 
 
 def score(found: np.ndarray, target: np.ndarray, real: np.ndarray) -> dict[str, float]:
@@ -170,6 +174,8 @@ def measure(
         "seeds": seeds,
         "test": test,
     }
+    if name in NETWORKS and size.tail:
+        row["tail"] = tail(row, plan)
     return row, plan
 
 
@@ -307,14 +313,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         lines += [
             f"### {title}",
             "",
-            "| NFE | best hand-made | its RMSE | tuned | tuned / hand | median | trimmed | on 384 more "
+            "| NFE | best hand-made | its RMSE | tuned | tuned / hand | median | trimmed "
+            f"| on {TAIL} more: RMSE, median "
             "| fitted to the test | 2M Karras | UniPC | recommended / best | energy: tuned, hand, ODE |",
             "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in own:
             e = r["entries"]
             tuned, hand = e["tuned"], e["oracle"]
-            more = f"{judged(r):.2f}" if "tail" in r else ""
+            more = "{:.2f}, {:.2f}".format(*(tail_ratio(r, kind) for kind in ("rmse", "median"))) if "tail" in r else ""
             least = f"{r['bound']['rmse'] / hand['rmse']:.2f}" if "bound" in r else ""
             peer = [e[k]["rmse"] for k in ("diffusers 2M Karras", "diffusers UniPC")]
             lines.append(
@@ -328,11 +335,41 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def network_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of `PAGE`: the network's plans, as ratios to the best hand-made ones on the same latents."""
+    lines = [
+        f"| calls | on {FULL.test} latents: RMSE, median | without the worst 5%: RMSE | on {TAIL} more: RMSE, median "
+        "| best hand-made | diffusers 2M Karras over tuned: RMSE |",
+        "|---|---|---|---|---|---|",
+    ]
+    own = [r for r in rows if r["problem"] in NETWORKS and "tail" in r]
+    for r in sorted(own, key=lambda r: (r["problem"], int(r["nfe"]))):
+        tuned, hand, peer = (r["entries"][key] for key in ("tuned", "oracle", "diffusers 2M Karras"))
+        guidance = PROBLEMS[r["problem"]][1]
+        calls = f"{r['nfe']}" if guidance is None else f"{r['nfe']}, guidance {guidance:g}"
+        first, cut, second = (tuned[kind] / hand[kind] for kind in ("rmse", "trimmed", "median"))
+        lines.append(
+            f"| {calls} | {first:.2f}, {second:.2f} | {cut:.2f} "
+            f"| {tail_ratio(r, 'rmse'):.2f}, {tail_ratio(r, 'median'):.2f} "
+            f"| `{hand['label']}` | {peer['rmse'] / tuned['rmse']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The page with its table."""
+    head, rest = text.split(MARKS[0])
+    return f"{head}{MARKS[0]}\n\n{network_table(rows)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def tail_ratio(row: dict[str, Any], kind: str) -> float:
+    """The tuned error over the best hand-made one on the latents of `tail`."""
+    return float(row["tail"]["tuned"][kind] / row["tail"]["oracle"][kind])
+
+
 def judged(row: dict[str, Any]) -> float:
     """The tuned RMSE over the best hand-made one on the most latents that it was measured on."""
-    if "tail" not in row:
-        return float(row["ratio"])
-    return float(row["tail"]["tuned"]["rmse"] / row["tail"]["oracle"]["rmse"])
+    return tail_ratio(row, "rmse") if "tail" in row else float(row["ratio"])
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -350,20 +387,26 @@ def misses(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def steps_back(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Where a tuned plan is worse on the test latents than the best hand-made one, or than one of fewer calls."""
+    """Where a tuned plan is worse than the best hand-made one, or than one of fewer calls, on the same latents.
+
+    Those are the latents of the test, and those of `tail`.
+    """
     found = []
-    for r in rows:
-        own = r["entries"]["tuned"]
-        fewer = [q for q in rows if q["problem"] == r["problem"] and q["nfe"] < r["nfe"]]
-        known = {"the best hand-made plan": r["entries"]["oracle"]}
-        known |= {f"{q['nfe']} calls": q["entries"]["tuned"] for q in fewer}
-        for other, entry in known.items():
-            for kind in ("rmse", "median"):
-                # A plan of fewer calls that comes back for more has the same error to rounding.
-                if own[kind] > entry[kind] * (1.0 + 1e-9):
-                    found.append(
-                        f"{r['problem']} at {r['nfe']} calls: {kind} {own[kind]:.5f}, {other} {entry[kind]:.5f}"
-                    )
+    for part, latents_of in (("entries", ""), ("tail", f" on {TAIL} more latents")):
+        measured = [r for r in rows if part in r]
+        for r in measured:
+            own = r[part]["tuned"]
+            fewer = [q for q in measured if q["problem"] == r["problem"] and q["nfe"] < r["nfe"]]
+            known = {"the best hand-made plan": r[part]["oracle"]}
+            known |= {f"{q['nfe']} calls": q[part]["tuned"] for q in fewer}
+            for other, entry in known.items():
+                for kind in ("rmse", "median"):
+                    # A plan of fewer calls that comes back for more has the same error to rounding.
+                    if own[kind] > entry[kind] * (1.0 + 1e-9):
+                        found.append(
+                            f"{r['problem']} at {r['nfe']} calls{latents_of}: {kind} {own[kind]:.5f}, "
+                            f"{other} {entry[kind]:.5f}"
+                        )
     return found
 
 
@@ -430,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     how.add_argument("--refine", action="store_true", help="fit the plans that are there further, on more latents")
     how.add_argument("--tail", action="store_true", help="also measure on more latents")
     how.add_argument("--bounds", action="store_true", help="also fit to the test latents themselves")
-    parser.add_argument("--out", type=Path, default=Path("docs/tuning"))
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--only", default=",".join(PROBLEMS), help="comma-separated problems")
     parser.add_argument("--nfe", default=None, help="comma-separated budgets")
     args = parser.parse_args(argv)
@@ -469,6 +512,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"{name} {nfe}", f"tuned / best hand-made {row['ratio']:.3f}, {row['seconds']['all']:.0f} s")
     print(table(rows))
     write_text(args.out / "results.md", f"# Tuned plans, measured\n\n{table(rows)}")
+    if args.out == OUT:
+        write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), rows))
     plot(rows, args.out / "error.png")
     for name, nfe in (("digits", 4), ("digits", 6), ("digits-guided", 4)):
         chosen = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]

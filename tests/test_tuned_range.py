@@ -65,7 +65,7 @@ def test_an_interpolated_plan_is_bound_to_its_scale(tuned, tmp_path):
 
 
 def test_what_is_outside_is_refused(tuned):
-    for scale in (1.0, 3.0, math.nan):
+    for scale in (1.0, 3.0, math.nan, "2.0"):
         with pytest.raises(ValueError, match=r"outside the tuned range, 1\.5 to 2\.5"):
             tuned.plan(scale)
     for gain in (0.9, None):

@@ -724,6 +724,14 @@ def test_bad_arguments_are_named_before_any_call(change, text):
         fs.tune(denoiser, arguments.pop("nfe"), **arguments)
 
 
+def test_a_plan_on_another_process_is_no_base(tuned_vp):
+    def model(x, t):
+        raise AssertionError("the model was called")
+
+    with pytest.raises(ValueError, match=r"base is a plan on VP.* the denoiser has Flow"):
+        fs.tune(fs.Denoiser(model, PROCESSES["flow"], "flow"), 5, shape=(2,), base=tuned_vp[1], cache=None)
+
+
 def test_networks_of_whole_times_are_refused_before_any_call():
     def model(x, t):
         raise AssertionError("the model was called")
@@ -797,6 +805,17 @@ def test_the_shipped_curve_never_steps_back():
     assert steps_back(rows) == []
 
 
+def test_the_tables_are_those_of_the_committed_results():
+    pytest.importorskip("matplotlib")
+    from reports.tune_report import page, table
+
+    docs = Path(__file__).parents[1] / "docs"
+    rows = json.loads((docs / "tuning" / "results.json").read_text(encoding="utf-8"))["rows"]
+    text = (docs / "tuning.md").read_text(encoding="utf-8")
+    assert page(text, rows) == text
+    assert (docs / "tuning" / "results.md").read_text(encoding="utf-8") == f"# Tuned plans, measured\n\n{table(rows)}"
+
+
 def test_a_step_back_is_named():
     from reports.tune_report import steps_back
 
@@ -810,6 +829,10 @@ def test_a_step_back_is_named():
     (found,) = steps_back([row(4, (0.5, 0.2), (1.0, 0.1))])
     assert "median" in found
     assert "hand-made" in found
+    tails = [{**r, "tail": {**r["entries"], "tuned": marks(0.5, 0.3 / r["nfe"])}} for r in good]
+    assert steps_back(tails) == []
+    tails[1]["tail"]["tuned"] = marks(0.5, 0.1)
+    assert steps_back(tails) == ["ring at 5 calls on 384 more latents: median 0.10000, 4 calls 0.07500"]
 
 
 def test_the_report_names_what_it_misses():

@@ -25,7 +25,7 @@ from fewstep.solvers.plans.stages import PREDICTION
 from fewstep.solvers.run.arrays import Device, Frame, TorchFrame, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import model_frame
-from fewstep.solvers.run.conditions import leaves
+from fewstep.solvers.run.conditions import leaves, name_of
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance, check_denoiser
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
@@ -68,12 +68,24 @@ def fingerprint(
                 outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
             except (RuntimeError, IndexError) as error:  # its first call, on what no check of ours can know
                 raise ValueError(
-                    f"the network fails on samples of shape = {tuple(shape)} (without the batch): "
+                    f"the network fails on samples of shape = {tuple(shape)} (without the batch){_told(conds, frame)}: "
                     f"{type(error).__name__}: {error!s:.300}"
                 ) from error
             found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
         values += frame.to_numpy(found)[:, chosen].ravel().tolist()
     return [float(f"{value:.7g}") for value in values]
+
+
+def _told(conds: Sequence[Mapping[str, Any]], frame: Frame) -> str:
+    """The arrays that the network is given for the probes, as text for an error message; empty if there are none."""
+    given = {name_of(path): value for one in conds for path, value in leaves(one) if frame.is_array(value)}
+    if not given:
+        return ""
+    shapes = ", ".join(f"{name} of {frame.dtype_of(v)} {tuple(v.shape)}" for name, v in given.items())
+    return (
+        f" with {shapes} for {_SAMPLES} samples (an array has an entry for each sample; bind one that all share to the "
+        "model, by functools.partial)"
+    )
 
 
 def _points(process: Process) -> list[Point]:
@@ -124,8 +136,9 @@ def _as_json(value: Any, frame: Frame) -> Any:
         return {type(value).__name__: [_as_json(item, frame) for item in value]}
     if frame.is_array(value):
         dtype = frame.dtype_of(value)
-        if dtype.removeprefix("u").rstrip("0123456789") in ("int", "float", "bool"):
-            values = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+        if dtype in _DTYPES:
+            # NumPy has no bfloat16.
+            values = np.asarray(value.detach().cpu().tolist() if hasattr(value, "detach") else value)
             return {"dtype": dtype, "values": values.tolist()}
     elif value is None or isinstance(value, (str, int, float, bool)):
         return value
@@ -143,10 +156,9 @@ def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dic
         if "dtype" not in value:
             kind, items = next(iter(value.items()))
             return {"list": list, "tuple": tuple}[kind](map(value_of, items))
-        values = np.array(value["values"], dtype=value["dtype"])
         if isinstance(frame, TorchFrame):
-            return frame.torch.from_numpy(values).to(frame.device)
-        return values
+            return frame.torch.tensor(value["values"], dtype=getattr(frame.torch, value["dtype"]), device=frame.device)
+        return np.array(value["values"], dtype=value["dtype"].replace("bfloat16", "float32"))
 
     return [{name: value_of(value) for name, value in one.items()} for one in kept]
 
@@ -181,7 +193,7 @@ def check_record(plan: Plan, where: str) -> None:
 
 
 _DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float16", "float32")
-_DTYPES += ("float64",)
+_DTYPES += ("float64", "bfloat16")
 
 
 def _check_kept(value: object, where: str) -> None:

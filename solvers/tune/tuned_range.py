@@ -74,7 +74,7 @@ class PlanRange:
         for own, plan in zip(self.scales, self.plans, strict=True):
             if scale == own:
                 return plan
-        if not self.scales[0] < scale < self.scales[-1]:
+        if not self.scales[0] < number(scale) < self.scales[-1]:
             raise ValueError(
                 f"guidance {scale!r} is outside the tuned range, {self.scales[0]:g} to {self.scales[-1]:g}: tune for it"
             )

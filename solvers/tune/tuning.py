@@ -47,7 +47,7 @@ from fewstep.solvers.tune.tuned import WHAT, Rule, bases, rule_of
 
 REFERENCE_CALLS = 128
 # Steps of the difference quotients: above the rounding of the network's dtype, small against numbers of order 1.
-_DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 3e-2, "bfloat16": 3e-2}
+_DIFFERENCE = {"float64": 1e-4, "float32": 2e-3, "float16": 1e-2, "bfloat16": 3e-2}
 _STARTS = 3  # hand-made rules to start from
 _SMALL = 4  # calls of the fit that more calls grow from
 _FIRST, _POLISH = 8, 12  # evaluations at ten calls from each start, and from the best result; more at fewer calls
@@ -482,6 +482,11 @@ def tune(
     check_denoiser(denoiser)
     serial = nfe if rounds is None else check_rounds(rounds, nfe, what, decouple)
     resumed = check_arguments(base, serial, seeds, what, batch, objective)
+    if isinstance(base, Plan) and base.grid.process != denoiser.process:
+        raise ValueError(
+            f"base is a plan on {base.grid.process!r}, the denoiser has {denoiser.process!r}: start from a plan on the "
+            "same process, or from base='auto'"
+        )
     shape = check_sample_shape(shape)
     if not isinstance(progress, bool):
         function("progress", progress)
