@@ -1,9 +1,13 @@
 """Addressed Gaussian noise on the CPU: the vectorised twin of `philox.normals`, equal to it bit for bit.
 
 Bytes per element: 4 written, none read (8 written for Brownian bridges, in float64). Two passes over `CHUNK` elements
-that stay in L1 are separate loops because they use different vector lanes: Philox multiplies in 64-bit lanes and stores
-its words as bit patterns, which the transform turns into normals in 32-bit lanes. Serial, without Python's global lock:
-callers split work by rows or at multiples of 4 elements.
+that stay in L1 are separate loops because they use different vector lanes: Philox multiplies in 64-bit lanes, and the
+transform works on 32-bit lanes. Serial, without Python's global lock: callers split work by rows or at multiples of 4
+elements.
+
+Both passes are chains: an operation waits for the one before it most of the time, and a processor does not look far
+enough ahead to find the next vector by itself. So `LANES` vectors are computed in turn: the small functions below take
+and return tuples of that many numbers, and an operation is done for all of them before the next one.
 """
 
 from __future__ import annotations
@@ -17,24 +21,30 @@ from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
 
 CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
 SMALL = 32  # up to this many elements, samples share a loop
-WHOLE = 32  # elements that are always computed together: eight blocks of four, a vector of 64-bit words
-PADDING = WHOLE  # elements of room behind a buffer, whose last vector may reach beyond it
-_VECTORS = 8  # of WHOLE elements, transformed at a time
-_PART = _VECTORS * WHOLE // 2  # pairs of these
-SCRATCH = 4 * _PART  # elements of scratch that a transform needs, small beside L1
+LANES = 5  # vectors in turn: more run out of registers
+WHOLE = 32 * LANES  # elements that the transform makes together
+# Scratch, in 64-bit numbers: of each block of up to CHUNK elements the words (w0, w2) as one number, from SECOND on
+# (w1, w3); then normals of which not all are wanted. At constant distances, so that no loop has to find out first
+# whether they overlap.
+SECOND = CHUNK // 4 + 8 * LANES
+_TAIL = 2 * SECOND
+_SPARE = _TAIL + WHOLE // 2
+SCRATCH = _SPARE + CHUNK // 2
 
 _MASK = np.uint64(ref.MASK)
 _HALF_WORD = np.uint64(32)
 _M0, _M1 = np.uint64(ref.M0), np.uint64(ref.M1)
 _W0, _W1 = np.uint64(ref.W0), np.uint64(ref.W1)
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(c) for c in ref.LOG_POLY)
+# Of 2 log: a factor of 2 is exact in every operation.
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (np.float32(2.0 * c) for c in ref.LOG_POLY)
+_LN4_HIGH, _LN4_LOW = np.float32(2.0 * ref.LN2_HIGH), np.float32(2.0 * ref.LN2_LOW)
 _S0, _S1, _S2 = (np.float32(c) for c in ref.SIN_POLY)
 _C0, _C1, _C2 = (np.float32(c) for c in ref.COS_POLY)
-_LN2_HIGH, _LN2_LOW = np.float32(ref.LN2_HIGH), np.float32(ref.LN2_LOW)
 _SQRT_HALF_BITS = np.uint32(ref.SQRT_HALF_BITS)
 _U_SCALE, _U_HALF = np.float32(ref.U_SCALE), np.float32(ref.U_HALF)
 _ANGLE = np.float32(ref.TURN / 4.0)  # radians per quarter of a unit
-_ONE, _HALF, _MINUS_TWO = np.float32(1.0), np.float32(0.5), np.float32(-2.0)
+_ONE, _HALF = np.float32(1.0), np.float32(0.5)
+_QUARTER, _TOP = np.uint32(1 << 30), np.uint32(1 << 31)  # of a turn; the sign bit
 
 
 @jit()
@@ -72,168 +82,253 @@ def philox_block(block, draw, sample, domain, k0, k1):
     return _round(c, k0 + np.uint64(9) * _W0, k1 + np.uint64(9) * _W1)
 
 
-@jit()
-def words_to_normals(out, vectors, scratch):
-    """Box-Muller in place, operation for operation as `philox.words_to_normals`: pairs of words become normals.
+@jit(forceinline=True)
+def _times(a, b):
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3], a[4] * b[4]
 
-    out      (at least WHOLE vectors,) float32, contiguous, words as bit patterns
-    scratch  (at least SCRATCH,) float32, contiguous
 
-    Three short loops in place of one: an element waits for its own last result most of the time, and the processor
-    looks ahead by some 200 instructions, which are more elements of a short loop. What they pass on lies in one array
-    at known distances, so that no loop has to find out first whether its arrays overlap.
+@jit(forceinline=True)
+def _horner(p, x, c):
+    """p x + c"""
+    return p[0] * x[0] + c, p[1] * x[1] + c, p[2] * x[2] + c, p[3] * x[3] + c, p[4] * x[4] + c
+
+
+@jit(forceinline=True)
+def _linear(c, x, d):
+    """c x + d"""
+    return c * x[0] + d, c * x[1] + d, c * x[2] + d, c * x[3] + d, c * x[4] + d
+
+
+@jit(forceinline=True)
+def _split_word(word):
+    """The bits of u = (word + 1/2) / 2^32 in float32, less those of sqrt(1/2): the exponent of u and its mantissa."""
+    return np.int32(np.uint32(bits_from_f32(np.float32(word) * _U_SCALE + _U_HALF) - _SQRT_HALF_BITS))
+
+
+@jit(forceinline=True)
+def _mantissa(split):
+    """f = m - 1 of the mantissa m in [sqrt(1/2), sqrt(2))."""
+    return f32_from_bits(np.uint32(np.uint32(split & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
+
+
+@jit(forceinline=True)
+def _radius(split, f, p):
+    """sqrt(-2 log u), 2 log u = 2 f - f^2 + 2 f^3 P(f) + exponent log 4; p = 2 P(f)"""
+    exponent, z = np.float32(np.int32(split >> np.int32(23))), f * f
+    return math.sqrt(exponent * -_LN4_HIGH - ((f + f) + ((f * (z * p) + exponent * _LN4_LOW) - z)))
+
+
+@jit(forceinline=True)
+def _angle(word):
+    """Its lowest 30 bits as a signed number, times 4, which is exact; in radians."""
+    return np.float32(np.int32(np.uint32(word << np.uint32(2)))) * _ANGLE
+
+
+@jit(forceinline=True)
+def _sin(p, z, a):
+    return (p * z) * a + a
+
+
+@jit(forceinline=True)
+def _cos(p, z):
+    return (p * z) * z + (_ONE - _HALF * z)
+
+
+@jit(forceinline=True)
+def _put_pair(out, i, radius, word, s, c):
+    """Normals 2 i and 2 i + 1: the radius times cosine and sine of word / 2^32 turns, from those of the octant.
+
+    Signs are set by the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
     """
-    top = np.uint32(1 << 31)
-    for lo in range(0, vectors, _VECTORS):
-        n = WHOLE // 2 * min(_VECTORS, vectors - lo)  # pairs: whole vectors, so that no loop has a remainder
-        part = out[WHOLE * lo : WHOLE * lo + 2 * n]
-        for i in range(
-            n
-        ):  # u in (0, 1), f = m - 1 of its mantissa m, the logarithm's first coefficients in f; the angle
-            u = np.float32(bits_from_f32(part[2 * i])) * _U_SCALE + _U_HALF
-            shifted = np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS))
-            f = f32_from_bits(np.uint32(np.uint32(shifted & np.int32(0x7FFFFF)) + _SQRT_HALF_BITS)) - _ONE
-            scratch[i], scratch[_PART + i] = u, f
-            scratch[2 * _PART + i] = ((((_L0 * f + _L1) * f + _L2) * f + _L3) * f + _L4) * f + _L5
-            scratch[3 * _PART + i] = part[2 * i + 1]
-        for i in range(n):  # -2 log u
-            u, f, p = scratch[i], scratch[_PART + i], scratch[2 * _PART + i]
-            exponent = np.float32(np.int32(np.int32(np.uint32(bits_from_f32(u) - _SQRT_HALF_BITS)) >> np.int32(23)))
-            z = f * f
-            p = ((p * f + _L6) * f + _L7) * f + _L8
-            y = (f * (z * p) + exponent * _LN2_LOW) - _HALF * z
-            scratch[i] = _MINUS_TWO * ((f + y) + exponent * _LN2_HIGH)
-        for i in range(n):  # the radius times cosine and sine of the angle, word / 2^32 turns
-            radius, word = math.sqrt(scratch[i]), bits_from_f32(scratch[3 * _PART + i])
-            # The lowest 30 bits as a signed number, times 4, which is exact.
-            a = np.float32(np.int32(np.uint32(word << np.uint32(2)))) * _ANGLE
-            z = a * a
-            s = (((_S0 * z + _S1) * z + _S2) * z) * a + a
-            c = (((_C0 * z + _C1) * z + _C2) * z) * z + (_ONE - _HALF * z)
-            nearest = np.uint32(word + np.uint32(1 << 29))
-            odd = np.uint32(nearest & np.uint32(1 << 30)) != np.uint32(0)
-            cos = s if odd else c
-            sin = c if odd else s
-            # Signs are set by the sign bit: cos is negative in quarters 1 and 2, sin in quarters 2 and 3.
-            sign_cos = np.uint32(np.uint32(nearest + np.uint32(1 << 30)) & top)
-            sign_sin = np.uint32(nearest & top)
-            part[2 * i] = radius * f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
-            part[2 * i + 1] = radius * f32_from_bits(np.uint32(bits_from_f32(sin) ^ sign_sin))
-
-
-@jit(forceinline=True)
-def _rounds(a, b, c, d, k0, k1):
-    return _round(a, k0, k1), _round(b, k0, k1), _round(c, k0, k1), _round(d, k0, k1)
-
-
-@jit(forceinline=True)
-def _put(out, at, words):
-    """Four words as bit patterns of floats."""
-    out[at] = f32_from_bits(np.uint32(words[0]))
-    out[at + 1] = f32_from_bits(np.uint32(words[1]))
-    out[at + 2] = f32_from_bits(np.uint32(words[2]))
-    out[at + 3] = f32_from_bits(np.uint32(words[3]))
+    nearest = np.uint32(word + np.uint32(1 << 29))
+    odd = np.uint32(nearest & _QUARTER) != np.uint32(0)
+    cos, sin = s if odd else c, c if odd else s
+    sign_cos = np.uint32(np.uint32(nearest + _QUARTER) & _TOP)
+    out[2 * i] = radius * f32_from_bits(np.uint32(bits_from_f32(cos) ^ sign_cos))
+    out[2 * i + 1] = radius * f32_from_bits(np.uint32(bits_from_f32(sin) ^ np.uint32(nearest & _TOP)))
 
 
 @jit()
-def fill_words(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
-    """Write the words of elements lo .. lo + 4 blocks - 1 at one address to `out`, as bit patterns.
+def _transform(out, groups, words):
+    """Box-Muller, operation for operation as `philox.words_to_normals`, but for exact factors of 2.
 
-    The arguments of `fill_blocks`. Returns how many vectors of `WHOLE` elements were written.
+    out      (at least WHOLE groups,) float32, contiguous, overwritten up to there
+    words    scratch from the groups' first block on, as uint32
+
+    The polynomial of the logarithm and those of sine and cosine are chains, too: they advance in turn.
+    """
+    for g in range(groups):
+        part, first, second = out[WHOLE * g :], words[WHOLE // 2 * g :], words[2 * SECOND + WHOLE // 2 * g :]
+        for i in range(16):
+            w = second[i], second[i + 16], second[i + 32], second[i + 48], second[i + 64]
+            m0, m1, m2 = _split_word(first[i]), _split_word(first[i + 16]), _split_word(first[i + 32])
+            m3, m4 = _split_word(first[i + 48]), _split_word(first[i + 64])
+            a = _angle(w[0]), _angle(w[1]), _angle(w[2]), _angle(w[3]), _angle(w[4])
+            f = _mantissa(m0), _mantissa(m1), _mantissa(m2), _mantissa(m3), _mantissa(m4)
+            z = _times(a, a)
+            p = _linear(_L0, f, _L1)
+            s = _linear(_S0, z, _S1)
+            p = _horner(p, f, _L2)
+            c = _linear(_C0, z, _C1)
+            p = _horner(p, f, _L3)
+            s = _horner(s, z, _S2)
+            p = _horner(p, f, _L4)
+            c = _horner(c, z, _C2)
+            p = _horner(p, f, _L5)
+            s = (
+                _sin(s[0], z[0], a[0]),
+                _sin(s[1], z[1], a[1]),
+                _sin(s[2], z[2], a[2]),
+                _sin(s[3], z[3], a[3]),
+                _sin(s[4], z[4], a[4]),
+            )
+            p = _horner(p, f, _L6)
+            c = _cos(c[0], z[0]), _cos(c[1], z[1]), _cos(c[2], z[2]), _cos(c[3], z[3]), _cos(c[4], z[4])
+            p = _horner(p, f, _L7)
+            p = _horner(p, f, _L8)
+            _put_pair(part, i, _radius(m0, f[0], p[0]), w[0], s[0], c[0])
+            _put_pair(part, i + 16, _radius(m1, f[1], p[1]), w[1], s[1], c[1])
+            _put_pair(part, i + 32, _radius(m2, f[2], p[2]), w[2], s[2], c[2])
+            _put_pair(part, i + 48, _radius(m3, f[3], p[3]), w[3], s[3], c[3])
+            _put_pair(part, i + 64, _radius(m4, f[4], p[4]), w[4], s[4], c[4])
+
+
+@jit()
+def words_to_normals(out, scratch):
+    """Normals from the words at the beginning of `scratch`, see `fill_words`.
+
+    out      (at most CHUNK,) float32, contiguous, overwritten
+    scratch  (SCRATCH,) uint64
+    """
+    groups, words, tail = len(out) // WHOLE, scratch.view(np.uint32), scratch[_TAIL:].view(np.float32)
+    _transform(out, groups, words)
+    if WHOLE * groups < len(out):
+        _transform(tail, 1, words[WHOLE // 2 * groups :])
+        for i in range(len(out) - WHOLE * groups):
+            out[WHOLE * groups + i] = tail[i]
+
+
+@jit(forceinline=True)
+def _rounds(a, b, c, d, e, k0, k1):
+    return _round(a, k0, k1), _round(b, k0, k1), _round(c, k0, k1), _round(d, k0, k1), _round(e, k0, k1)
+
+
+@jit(forceinline=True)
+def _put(words, block, found):
+    """The four words of a block: those of the radii as one number, and those of the angles."""
+    words[block] = (found[0] & _MASK) | (found[2] << _HALF_WORD)
+    words[SECOND + block] = (found[1] & _MASK) | (found[3] << _HALF_WORD)
+
+
+@jit()
+def fill_words(words, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
+    """Write the words of elements lo .. lo + 4 blocks - 1 at one address, those of block j to words[j], see `_put`.
+
+    words    scratch from its first block on; up to 15 blocks beyond are overwritten
+
+    The others are arguments of `fill_blocks`.
     """
     first = np.uint64(lo) >> np.uint64(2)
-    key_lo, key_hi = np.uint64(seed_lo), np.uint64(seed_hi)
+    k0, k1 = np.uint64(seed_lo), np.uint64(seed_hi)
     w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
-    vectors = (blocks + 7) // 8  # whole ones, of eight blocks
-    fours = vectors // 4
-    for g in range(fours):
-        # The rounds of four vectors in turn: one waits 8 cycles for its products, and the processor does not look far
-        # enough ahead to find the next vector by itself.
-        part, start = out[128 * g : 128 * g + 128], first + np.uint64(32 * g)
+    vectors = (blocks + 7) // 8
+    fives = (vectors + 1) // LANES  # four take longer one by one
+    for g in range(fives):
+        part, start = words[8 * LANES * g :], first + np.uint64(8 * LANES * g)
         for i in range(8):
             j = start + np.uint64(i)
             a, b = (j, w_draw, w_sample, w_domain), (j + np.uint64(8), w_draw, w_sample, w_domain)
             c, d = (j + np.uint64(16), w_draw, w_sample, w_domain), (j + np.uint64(24), w_draw, w_sample, w_domain)
-            a, b, c, d = _rounds(a, b, c, d, key_lo, key_hi)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + _W0, key_hi + _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(2) * _W0, key_hi + np.uint64(2) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(3) * _W0, key_hi + np.uint64(3) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(4) * _W0, key_hi + np.uint64(4) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(5) * _W0, key_hi + np.uint64(5) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(6) * _W0, key_hi + np.uint64(6) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(7) * _W0, key_hi + np.uint64(7) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(8) * _W0, key_hi + np.uint64(8) * _W1)
-            a, b, c, d = _rounds(a, b, c, d, key_lo + np.uint64(9) * _W0, key_hi + np.uint64(9) * _W1)
-            _put(part, 4 * i, a)
-            _put(part, 4 * i + 32, b)
-            _put(part, 4 * i + 64, c)
-            _put(part, 4 * i + 96, d)
-    rest, start = out[128 * fours :], first + np.uint64(32 * fours)
-    for i in range(8 * (vectors - 4 * fours)):
-        _put(rest, 4 * i, philox_block(start + np.uint64(i), w_draw, w_sample, w_domain, key_lo, key_hi))
-    return vectors
+            e = (j + np.uint64(32), w_draw, w_sample, w_domain)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0, k1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + _W0, k1 + _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(2) * _W0, k1 + np.uint64(2) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(3) * _W0, k1 + np.uint64(3) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(4) * _W0, k1 + np.uint64(4) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(5) * _W0, k1 + np.uint64(5) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(6) * _W0, k1 + np.uint64(6) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(7) * _W0, k1 + np.uint64(7) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(8) * _W0, k1 + np.uint64(8) * _W1)
+            a, b, c, d, e = _rounds(a, b, c, d, e, k0 + np.uint64(9) * _W0, k1 + np.uint64(9) * _W1)
+            _put(part, i, a)
+            _put(part, i + 8, b)
+            _put(part, i + 16, c)
+            _put(part, i + 24, d)
+            _put(part, i + 32, e)
+    done = LANES * fives
+    rest, start = words[8 * done :], first + np.uint64(8 * done)
+    for i in range(8 * (vectors - done)):
+        _put(rest, i, philox_block(start + np.uint64(i), w_draw, w_sample, w_domain, k0, k1))
 
 
 @jit()
-def fill_blocks(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain, scratch):
-    """Write standard normals of elements lo .. lo + 4 blocks - 1 at one address to `out`, without allocation.
+def fill_blocks(out, lo, seed_lo, seed_hi, sample, draw, domain, scratch):
+    """Write standard normals of elements lo .. lo + len(out) - 1 at one address to `out`, without allocation.
 
-    out      (at least 4 blocks, rounded up to a multiple of `WHOLE`,) float32, contiguous, overwritten up to there
-    blocks   at most CHUNK / 4
-    lo       a multiple of 4, lo + 4 blocks <= 2^34
-    scratch  (at least SCRATCH,) float32, contiguous
+    out      (at most CHUNK,) float32, contiguous, overwritten
+    lo       a multiple of 4, lo + len(out) <= 2^34
+    scratch  (SCRATCH,) uint64, contiguous
 
     The others are integers in 0 .. 2^32 - 1, not checked: see `philox` for the address and the equations.
     """
-    vectors = fill_words(out, blocks, lo, seed_lo, seed_hi, sample, draw, domain)
-    words_to_normals(out, vectors, scratch)
+    fill_words(scratch, (len(out) + 3) // 4, lo, seed_lo, seed_hi, sample, draw, domain)
+    words_to_normals(out, scratch)
 
 
 @jit()
 def fill_rows(out, n, lo, streams, draw, domain, scratch):
     """Write standard normals of elements lo .. lo + n - 1 of each sample, one sample behind the other.
 
-    out      (at least n len(streams) + PADDING,) float32, contiguous, overwritten up to there
+    out      (n len(streams),) float32, contiguous, overwritten
     streams  (samples, 3) uint32, rows (seed low, seed high, sample)
 
     The others are those of `fill_blocks`.
     """
-    vectors = 0
-    for s in range(len(streams)):
-        row = out[s * n :]  # the last vector of a row reaches into the next one, which is written later
-        own = fill_words(row, (n + 3) // 4, lo, streams[s, 0], streams[s, 1], streams[s, 2], draw, domain)
-        if n % 2 == 0:  # pairs do not straddle rows: all are transformed at once
-            vectors = (n * (s + 1) + WHOLE - 1) // WHOLE
-        else:
-            words_to_normals(row, own, scratch)
-    words_to_normals(out, vectors, scratch)
+    if lo == 0 and n <= SMALL:
+        _fill_samples(out, n, streams, draw, domain, scratch)
+        return
+    spare = scratch[_SPARE:].view(np.float32)
+    blocks = (min(n, CHUNK) + 3) // 4
+    most = CHUNK // 4 // blocks  # samples at a time
+    for first in range(0, len(streams), most):
+        rows = min(most, len(streams) - first)
+        for at in range(0, n, CHUNK):  # more than one only for one sample at a time
+            width = min(CHUNK, n - at)
+            for s in range(rows):  # the last vectors of a row reach into the next one, which is written later
+                low, high, sample = streams[first + s, 0], streams[first + s, 1], streams[first + s, 2]
+                fill_words(scratch[s * blocks :], (width + 3) // 4, lo + at, low, high, sample, draw, domain)
+            found = out[first * n + at : first * n + at + rows * width]
+            if rows == 1 or n % 4 == 0:
+                words_to_normals(found, scratch)
+                continue
+            words_to_normals(spare[: 4 * blocks * rows], scratch)
+            for s in range(rows):
+                for j in range(n):
+                    found[s * n + j] = spare[4 * blocks * s + j]
 
 
 @jit()
-def fill_samples(out, words, n, streams, samples, draw, domain, scratch):
-    """Write standard normals of elements 0 .. n - 1 of each sample: `fill_blocks` over samples of few elements.
-
-    out      (at least samples n,) float32, contiguous, overwritten
-    words    (at least 4 ceil(n / 4) samples, samples rounded up to a multiple of 8,) float32, scratch
-    streams  (samples, 3) uint32, rows (seed low, seed high, sample)
-    scratch  (at least SCRATCH,) float32, contiguous
-    """
-    w_draw, w_domain = np.uint64(draw), np.uint64(domain)
-    wide, blocks = (samples + 7) // 8 * 8, (n + 3) // 4  # whole vectors of samples
-    columns = np.zeros((3, wide), np.uint64)
+def _fill_samples(out, n, streams, draw, domain, scratch):
+    """`fill_rows` for samples of at most SMALL elements, which share vectors."""
+    w_draw, w_domain, blocks = np.uint64(draw), np.uint64(domain), (n + 3) // 4
+    spare, most = scratch[_SPARE:].view(np.float32), CHUNK // 4 // blocks // 8 * 8  # whole vectors of samples at a time
+    columns = np.empty((3, most), np.uint64)  # what is behind the last sample is not used
     low, high, sample = columns[0], columns[1], columns[2]
-    for s in range(samples):
-        low[s], high[s], sample[s] = streams[s, 0], streams[s, 1], streams[s, 2]
-    for i in range(blocks):  # the inner loop, which becomes vector code, runs over the samples
-        part = words[4 * wide * i : 4 * wide * (i + 1)]
-        for s in range(wide):
-            _put(part, 4 * s, philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s]))
-    words_to_normals(words, blocks * wide // 8, scratch)
-    for i in range(blocks):
-        part, kept = words[4 * wide * i : 4 * wide * (i + 1)], min(4, n - 4 * i)
+    for first in range(0, len(streams), most):
+        samples = min(most, len(streams) - first)
+        wide = (samples + 7) // 8 * 8
         for s in range(samples):
-            for k in range(kept):
-                out[s * n + 4 * i + k] = part[4 * s + k]
+            low[s], high[s], sample[s] = streams[first + s, 0], streams[first + s, 1], streams[first + s, 2]
+        for i in range(blocks):  # the inner loop, which becomes vector code, runs over the samples
+            part = scratch[wide * i :]
+            for s in range(wide):
+                _put(part, s, philox_block(np.uint64(i), w_draw, sample[s], w_domain, low[s], high[s]))
+        words_to_normals(spare[: 4 * blocks * wide], scratch)
+        for i in range(blocks):
+            found, kept = spare[4 * wide * i :], min(4, n - 4 * i)
+            for s in range(samples):
+                for k in range(kept):
+                    out[(first + s) * n + 4 * i + k] = found[4 * s + k]
 
 
 @jit()
@@ -243,27 +338,8 @@ def normal_batch(out, streams, draw, domain):
     out      (B, n) float32, C-contiguous, overwritten
     streams  (B, 3) uint32, rows (seed low, seed high, sample)
     """
-    n, scratch = out.shape[1], aligned(SCRATCH, np.float32)
-    if n <= SMALL:
-        flat, group = out.reshape(-1), CHUNK // n
-        words = aligned(4 * CHUNK, np.float32)
-        for i in range(0, len(out), group):
-            m = min(group, len(out) - i)
-            part = flat[i * n : (i + m) * n]
-            fill_samples(part, words, n, streams[i : i + m], m, np.uint32(draw), np.uint32(domain), scratch)
-        return
-    flat, group = out.reshape(-1), max(1, CHUNK // n)
-    last = aligned(CHUNK + PADDING, np.float32)  # of the last rows, behind which there is no room
-    for i in range(0, len(out), group):
-        m = min(group, len(out) - i)
-        for lo in range(0, n, CHUNK):
-            width = min(CHUNK, n - lo)
-            size, at = m * width, i * n + lo
-            direct = width % WHOLE == 0 or i + m < len(out)  # else it reaches into rows that are written later
-            part = flat[at : at + size + PADDING] if direct else last
-            fill_rows(part, width, lo, streams[i : i + m], np.uint32(draw), np.uint32(domain), scratch)
-            for j in range(0 if direct else size):  # a loop: the copy of a slice takes longer to compile
-                flat[at + j] = last[j]
+    scratch = aligned(SCRATCH, np.uint64)
+    fill_rows(out.reshape(-1), out.shape[1], 0, streams, np.uint32(draw), np.uint32(domain), scratch)
 
 
 @jit()
@@ -281,7 +357,7 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
     right          (L,) bool
     """
     n = out.shape[1]
-    z, scratch = aligned(min(CHUNK, n) + PADDING, np.float32), aligned(SCRATCH, np.float32)
+    z, scratch = aligned(min(CHUNK, n), np.float32), aligned(SCRATCH, np.uint64)
     a = np.empty(len(z), dtype=np.float64)
     b = np.empty(len(z), dtype=np.float64)
     last = len(draws) - 1
@@ -290,16 +366,15 @@ def bridge_batch(out, streams, domain, draws, weights, stds, right):
         for lo in range(0, n, CHUNK):
             part = out[i, lo : min(lo + CHUNK, n)]
             m = len(part)
-            blocks = (m + 3) // 4
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[0], np.uint32(domain), scratch)
+            fill_blocks(z[:m], lo, lo_key, hi_key, sample, draws[0], np.uint32(domain), scratch)
             for j in range(m):
                 a[j] = stds[0] * z[j]
-            fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[1], np.uint32(domain), scratch)
+            fill_blocks(z[:m], lo, lo_key, hi_key, sample, draws[1], np.uint32(domain), scratch)
             for j in range(m):
                 b[j] = a[j] + stds[1] * z[j]
             for k in range(2, last + 1):
                 weight, std = weights[k], stds[k]
                 target = part if k == last else (a if right[k] else b)
-                fill_blocks(z, blocks, lo, lo_key, hi_key, sample, draws[k], np.uint32(domain), scratch)
+                fill_blocks(z[:m], lo, lo_key, hi_key, sample, draws[k], np.uint32(domain), scratch)
                 for j in range(m):
                     target[j] = a[j] + weight * (b[j] - a[j]) + std * z[j]

@@ -15,7 +15,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.interpreted import LANES
 from fewstep.kernels.numba_bits import jit
-from fewstep.kernels.numba_noise import CHUNK, PADDING, SCRATCH, aligned, fill_blocks
+from fewstep.kernels.numba_noise import CHUNK, SCRATCH, aligned, fill_blocks
 from fewstep.kernels.numba_step import combine, load, prediction_terms
 
 _SLOTS, _RAWS = layout.SLOTS, layout.RAWS
@@ -168,7 +168,7 @@ def square_sums(streams, draws, n, domain, out):
     draws    (K,) int64
     out      (B, K) float64, overwritten
     """
-    z, scratch = aligned(min(CHUNK, n) + PADDING, np.float32), aligned(SCRATCH, np.float32)
+    z, scratch = aligned(min(CHUNK, n), np.float32), aligned(SCRATCH, np.uint64)
     sums = np.empty(LANES)
     used = LANES  # the lanes beyond are 0 in a small sample
     while used // 2 >= n and used > 1:
@@ -179,8 +179,7 @@ def square_sums(streams, draws, n, domain, out):
             for lo in range(0, n, CHUNK):
                 m = min(CHUNK, n - lo)
                 fill_blocks(
-                    z,
-                    (m + 3) // 4,
+                    z[:m],
                     lo,
                     streams[b, 0],
                     streams[b, 1],

@@ -20,14 +20,15 @@ from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.launch import _pool  # noqa: F401  the threads of a stage, beside its code
 from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, on_stack, pointer
-from fewstep.kernels.numba_noise import PADDING, SCRATCH, SMALL, aligned, fill_rows, fill_samples
+from fewstep.kernels.numba_noise import SCRATCH, aligned, fill_rows
 from fewstep.kernels.philox import STEP
 from fewstep.kernels.threads import threads as _workers  # noqa: F401
 
 _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
 _COLUMNS, _SLOTS, _RAWS, _PREDICTION = layout.COLUMNS, layout.SLOTS, layout.RAWS, layout.PREDICTION
 _OUTPUTS, _INPUTS = layout.OUTPUTS, layout.INPUTS
-_INTEGERS, _COEFFICIENTS = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS
+_ON_STACK = 256  # elements of a chunk up to which a stage allocates nothing
+_INTEGERS, _COEFFICIENTS, _SCRATCH = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS, (_RAWS + 3) * _ON_STACK
 
 
 @jit()
@@ -275,13 +276,11 @@ def _stage(dtype, size):
         for j in range(_RAWS):
             converts |= memory[words.RAW + j] != 0 and memory[words.RAW_KIND + j] != own_kind
         converts |= memory[0] != 0 and memory[words.X_KIND] != own_kind
-        room = chunk + PADDING if converts or predicts or (draws and size == 8) else 0
-        scratch = aligned((_RAWS + 3) * room, dtype)
-        # The noise of a chunk, scratch, and the words of samples that share vectors.
-        together = group > 1 and n <= SMALL
-        spare = chunk + PADDING
-        words_at = spare + SCRATCH
-        normals = aligned((words_at + (4 * chunk if together else 0)) if draws else 0, np.float32)
+        room = chunk if converts or predicts or (draws and size == 8) else 0
+        small = chunk <= _ON_STACK
+        scratch = carray(on_stack(dtype, _SCRATCH), (_SCRATCH,)) if small else aligned((_RAWS + 3) * room, dtype)
+        normals = carray(on_stack(np.float32, _ON_STACK), (_ON_STACK,)) if small else aligned(chunk * draws, np.float32)
+        bits = carray(on_stack(np.uint64, SCRATCH), (SCRATCH,))
         kept = scratch.ctypes.data
         integers = carray(on_stack(np.int64, _INTEGERS), (_OUTPUTS + 4, _COLUMNS))
         integers[:] = 0
@@ -322,11 +321,7 @@ def _stage(dtype, size):
             at[_PREDICTION + 1] = memory[words.NOISE] + offset * size
             if draws:
                 drawn, own = np.uint32(memory[words.DRAW]), streams[b : b + max(m // n, 1)]
-                if together:
-                    bits = normals[words_at:]
-                    fill_samples(normals, bits, n, own, len(own), drawn, np.uint32(STEP), normals[spare:words_at])
-                else:
-                    fill_rows(normals, min(n, m), lo, own, drawn, np.uint32(STEP), normals[spare:words_at])
+                fill_rows(normals[:m], min(n, m), lo, own, drawn, np.uint32(STEP), bits)
                 at[_PREDICTION + 1] = normals.ctypes.data
                 if size == 8:
                     at[_PREDICTION + 1] = kept + (_RAWS + 2) * room * size
