@@ -167,6 +167,7 @@ def _on_stack(typingctx, dtype, count):
     def codegen(context, builder, signature, args):
         number = context.get_value_type(dtype.dtype)
         memory = cgutils.alloca_once(builder, ir.ArrayType(number, count.literal_value))
+        memory.align = 64
         return builder.bitcast(memory, context.get_value_type(signature.return_type))
 
     return types.CPointer(dtype.dtype)(dtype, count), codegen

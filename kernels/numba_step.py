@@ -27,7 +27,8 @@ from fewstep.kernels.threads import threads as _workers  # noqa: F401
 _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
 _COLUMNS, _SLOTS, _RAWS, _PREDICTION = layout.COLUMNS, layout.SLOTS, layout.RAWS, layout.PREDICTION
 _OUTPUTS, _INPUTS = layout.OUTPUTS, layout.INPUTS
-_INTEGERS, _COEFFICIENTS = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS
+_ON_STACK = 256  # elements of a chunk up to which a stage allocates nothing
+_INTEGERS, _COEFFICIENTS, _SCRATCH = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS, (_RAWS + 3) * _ON_STACK
 
 
 @jit()
@@ -276,9 +277,10 @@ def _stage(dtype, size):
             converts |= memory[words.RAW + j] != 0 and memory[words.RAW_KIND + j] != own_kind
         converts |= memory[0] != 0 and memory[words.X_KIND] != own_kind
         room = chunk if converts or predicts or (draws and size == 8) else 0
-        scratch = aligned((_RAWS + 3) * room, dtype)
-        normals = aligned(chunk if draws else 0, np.float32)  # the noise of a chunk
-        bits = aligned(SCRATCH if draws else 0, np.uint64)
+        small = chunk <= _ON_STACK
+        scratch = carray(on_stack(dtype, _SCRATCH), (_SCRATCH,)) if small else aligned((_RAWS + 3) * room, dtype)
+        normals = carray(on_stack(np.float32, _ON_STACK), (_ON_STACK,)) if small else aligned(chunk * draws, np.float32)
+        bits = carray(on_stack(np.uint64, SCRATCH), (SCRATCH,))
         kept = scratch.ctypes.data
         integers = carray(on_stack(np.int64, _INTEGERS), (_OUTPUTS + 4, _COLUMNS))
         integers[:] = 0

@@ -298,7 +298,7 @@ class FusedRun:
         # common case of one whole output needs no function but torch's and the kernel's.
         inputs, times = self._ready
         places, kinds, shape = self.places, self.raw_dtypes, self.shape
-        word, stage = cpu.WORD, self.stage
+        set_word, stage = cpu.WORD.run, self.stage.run
         raws: Sequence[Array] = ()
         for k, branches, kind, memory, units in self._direct:
             x_in, t = inputs[k], times[k]
@@ -317,8 +317,8 @@ class FusedRun:
                     and raw.is_cpu
                     and raw.is_contiguous()
                 ):
-                    word.run(memory, RAW, raw.data_ptr())
-                    stage.run(memory, 0, units)
+                    set_word(memory, RAW, raw.data_ptr())
+                    stage(memory, 0, units)
                     continue
             self.advance(k, raws)
         return raws
