@@ -28,6 +28,7 @@ _MIX_A, _MIX_B, _FIXED, _SCALED, _PROJECTED = (
 )
 _PHI, _RADIUS = layout.PHI, layout.RADIUS
 _BYTES = (4, 8, 2, 2)  # of launch.KINDS
+_PART = 256  # elements of a sample whose errors are computed before they are summed
 
 
 @jit()
@@ -142,22 +143,41 @@ def magnitudes(x, raws, kinds, sizes, n, p, out):
             out[b, i] = abs(out[b, i])
 
 
+@jit(error_model="numpy")
+def _shares(error, low, before, rtol, atol, out):
+    for i in range(len(error)):
+        e, a, b = np.float64(error[i]), abs(np.float64(low[i])), abs(np.float64(before[i]))
+        most = rtol * (b if b > a else a)
+        share = e / (most if most > atol else atol)
+        out[i] = share * share if e != 0.0 else 0.0  # 0 / 0 counts as no error
+
+
 @jit()
 def error_norm(error, low, before, rtol, atol, out):
     """out[b] = sqrt(mean((error / delta)^2)), delta = max(atol, rtol max(|low|, |before|)).
 
     error, low, before  (B, n) float32 or float64
     out                 (B,) float64, overwritten
+
+    A sample's sum is taken in order, and waits for its last addition: four samples are summed in turn.
     """
     samples, n = error.shape
-    for b in range(samples):
-        total = 0.0
-        for i in range(n):
-            e = np.float64(error[b, i])
-            if e != 0.0:  # 0 / 0 counts as no error
-                delta = max(atol, rtol * max(abs(np.float64(low[b, i])), abs(np.float64(before[b, i]))))
-                total += (e / delta) ** 2 if delta != 0.0 else np.inf
-        out[b] = np.sqrt(total / n)
+    parts = np.zeros((4, _PART))
+    for first in range(0, samples, 4):
+        rows, t0, t1, t2, t3 = min(4, samples - first), 0.0, 0.0, 0.0, 0.0
+        for lo in range(0, n, _PART):
+            m = min(_PART, n - lo)
+            for k in range(rows):
+                own, b = slice(lo, lo + m), first + k
+                _shares(error[b, own], low[b, own], before[b, own], rtol, atol, parts[k])
+            for i in range(m):
+                t0 += parts[0, i]
+                t1 += parts[1, i]
+                t2 += parts[2, i]
+                t3 += parts[3, i]
+        totals = (t0, t1, t2, t3)
+        for k in range(rows):
+            out[first + k] = np.sqrt(totals[k] / n)
 
 
 @jit()
