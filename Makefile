@@ -48,7 +48,7 @@ test-emulated: setup ## the GPU kernels' machine code (gfx942) executed in the e
 	test -f $(TINYGRAD)/test/mockgpu/amd/emu.py
 	TINYGRAD=$(TINYGRAD) $(BIN)/python -m pytest -n 0 tests/test_triton_emulated.py
 
-test-ptx: setup  ## the GPU kernels' PTX (sm_90) executed in NumPy, in every case of five files of tests/interpreted (minutes)
+test-ptx: setup  ## the GPU kernels' PTX (sm_90) executed in NumPy, in every case of five files of tests/interpreted (a minute)
 	PTX=all $(BIN)/python -m pytest -n 0 tests/test_triton_ptx.py
 
 # Each release in a folder of its own, before the installed one on the path; its dependencies are the installed ones.

@@ -308,7 +308,8 @@ def digit_kernel(
     else:
         bins = tl.arange(0, 256)
         counts = _count(x, r1, r2, r3, p, b * n, first, end, shift, found, BLOCK)
-        tl.atomic_add(kept + bins, counts, mask=counts > 0, sem="relaxed")
+        # Not relaxed: the barrier before the arrival does not wait for another wave's additions on AMD GPUs.
+        tl.atomic_add(kept + bins, counts, mask=counts > 0, sem="acq_rel")
         if _is_last(arrivals + b, parts):
             rank = tl.load(kept + _RANK_AT)
             if shift == 24:

@@ -298,6 +298,16 @@ def test_reductions_read_by_128_bits_and_spill_nothing(name: str, target: str) -
     assert usage["LOCAL"] == usage["STACK"] == 0
 
 
+def test_counts_are_complete_before_a_program_arrives() -> None:
+    """A barrier of gfx942 waits for no write to memory: each wave waits for its own before it."""
+    kernel, signature, _ = REDUCTIONS["dynamic threshold, split"]
+    block = width("gfx942", triton_reduce.WARPS)
+    found = compiled(kernel, ordered(kernel, signature | {"BLOCK": block}), "gfx942", warps=triton_reduce.WARPS)
+    added = re.search(r"\n\t(?:buffer|global)_atomic_add\b.*?\n\ts_barrier\b", found.asm["amdgcn"], re.DOTALL)
+    assert added
+    assert re.search(r"s_waitcnt.*\bvmcnt\(0\)", added[0])
+
+
 TRAINING = {
     "pseudo-Huber, elementwise": (triton_train.huber_kernel, {
         "x": "*bf16", "y": "*bf16", "loss": "*fp32", "grad": "*bf16", "c": "fp32", "n": "i32", "PER_SAMPLE": False},
