@@ -258,6 +258,7 @@ def test_a_bad_out_is_refused_before_the_model_is_loaded(cli, tmp_path, monkeypa
         (("sample-plan", "/dev/zero"), "no regular file"),
         (("sample-plan", "absent.json"), "no file absent.json"),
         (("tune", "--nfe", 1), "nfe must be an integer >= 2"),
+        (("tune", "--nfe", 3, "--rounds", 9), "rounds must be an integer >= 2 and <= nfe = 3"),
         (("tune", "--base", "dpmpp"), "unknown base 'dpmpp'"),
         (("tune", "--resume", "absent.json"), "no file absent.json"),
         (("compare", "--nfe", 2**31), "--nfe must be at least 1 and at most 10000"),

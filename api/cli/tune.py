@@ -95,7 +95,9 @@ def tune(
             table.add_row(f"{split}, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
     OUT.print(table)
     given = {"model": model, "shape": own_shape, "guidance": guidance}
-    if not record["complete"]:
+    if not record["complete"] and "rounds" in plan.options:
+        OUT.print("interrupted: a plan with parallel calls is not continued, fit it again for a better one")
+    elif not record["complete"]:
         again = command_line("fewstep tune", resume=out, out=out, nfe=nfe, rounds=rounds, **given)
         OUT.print(f"interrupted; continue with [bold]{escape(again)}[/]", soft_wrap=True)
     if not record["fitted"]:
