@@ -58,6 +58,17 @@ def test_the_pipelines_network_and_conditions(name: str) -> None:
     torch.testing.assert_close(found[1:], second, rtol=1e-4, atol=1e-4 * float(second.abs().max()))
 
 
+@pytest.mark.parametrize(("name", "scale"), [("SD epsilon", 4.1), ("SD epsilon", 7.25), ("Wan", 5.0)])
+def test_the_scale_of_guidance_in_16_bits(name: str, scale: float) -> None:
+    """The rounding of the predictions, here up to 0.003 of the scale, is no part of it."""
+    pipe, arguments, *_ = WRAPPED[name]()
+    pipe.to(torch.bfloat16)
+    given = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    made = collect(pipe, [{**given, "guidance_scale": scale}])
+    assert made.scale == scale
+    assert made.denoiser.guidance.scale == scale
+
+
 def test_no_guidance_and_distilled_guidance() -> None:
     """One branch; Flux's guidance scale is a condition of its network."""
     given = flux_arguments()

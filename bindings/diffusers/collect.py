@@ -186,7 +186,6 @@ def _made(networks: Mapping[str, torch.nn.Module], steps: list[list[Seen]], proc
     weights = _weights(steps, layout)
     order = [int(i) for i in torch.tensor(weights).argsort()]  # the null branch has the smaller weight
     cond = tuple(_stacked([own[b] for own in branches]) for b in order)
-    # The scale is read off float32 predictions.
     guidance = None if len(order) == 1 else float(f"{weights[order[-1]]:.5g}")
     watchers: list[Callable[[int], object]] = []
     channels = steps[0][0].sample.shape[1]
@@ -283,6 +282,9 @@ def _weights(steps: list[list[Seen]], layout: Layout) -> list[float]:
         if size == 0.0:
             raise _refused("its two branches of guidance agree: give prompts that differ from the negative one")
         share = float((moved * apart).sum()) / size
+        # The standard error of the share, from the rounding of the pipeline's predictions.
+        error = float((moved - share * apart).square().sum() / size / len(apart)) ** 0.5
+        share = _written(share, 5.0 * error + 1e-5 * abs(share))
         weights = [1.0 - share, share]
     for raws, out in pairs:
         whole = (torch.tensor(weights, dtype=torch.float64, device=raws.device)[:, None] * raws).sum(0)
@@ -293,6 +295,11 @@ def _weights(steps: list[list[Seen]], layout: Layout) -> list[float]:
                 "turn off guidance rescale, perturbed attention and other changes of the prediction"
             )
     return weights
+
+
+def _written(value: float, most: float) -> float:
+    """The number with the fewest decimals that is at most so far from a value, as its user wrote it."""
+    return next((near for n in range(6) if abs((near := round(value, n)) - value) <= most), value)
 
 
 def _network(
