@@ -318,6 +318,65 @@ def test_a_student_of_several_steps_trains_on_its_own_sampling_with_the_methods_
     torch.testing.assert_close(torch.tensor(zero.weights(np.array([0, 1]))), torch.tensor([1.0, 5.0 / 4.0]).double())
 
 
+def gaussian(mean: float) -> torch.nn.Module:
+    """The exact denoiser of N(mean, S^2), one of several that differ in their parameter alone."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torch.nn.Parameter(torch.tensor(mean, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+            mean = self.mean + shift[:, None]
+            return mean + S**2 / (S**2 + t[:, None] ** 2) * (x - mean)
+
+    return Net()
+
+
+def test_a_critic_for_each_step_sees_what_one_for_their_mixture_cannot() -> None:
+    """Two steps that make a mode each: their mixture is the data, so that its critic is the teacher and sends nothing.
+
+    The critics of the steps send E[D_critic - D_teacher] of each, exactly.
+    """
+    few = distribution_matching.FewSteps(
+        fs.Denoiser(lambda x, t: x, EDM, "sample"), fs.Grid.from_sigmas(EDM, [80.0, 1.0, 0.0])
+    )
+    stops = np.array([1, 0, 1, 1, 0, 0])
+    means = torch.where(torch.tensor(stops) == 0, -1.0, 1.0).double()[:, None]
+    fake, noise = (means + S * normals(6, 1)).requires_grad_(True), normals(6, 1, seed=1)
+    at, shift = points_of(EDM, [0.2, 0.5, 0.7, 1.0, 2.0, 0.9]), {"shift": torch.full((6,), 0.25).double()}
+
+    def mixture(x: torch.Tensor, t: torch.Tensor, **cond: torch.Tensor) -> torch.Tensor:
+        """The exact denoiser of both modes."""
+        ends = torch.stack([gaussian(m)(x, t, torch.zeros_like(t)) for m in (-1.0, 1.0)])
+        logits = torch.stack([-((x - m) ** 2) / (2 * (S**2 + t[:, None] ** 2)) for m in (-1.0, 1.0)])
+        return (logits.softmax(dim=0) * ends).sum(dim=0).detach()
+
+    critics = distribution_matching.StepCritics(gaussian(-1.25), 2)
+    critics.get_submodule("nets.1").load_state_dict(gaussian(0.75).state_dict())
+    teacher, one, each = (fs.Denoiser(net, EDM, "sample", time_dtype="float64") for net in (mixture, mixture, critics))
+    told = few.critic_cond(stops, shift, like=fake)
+    shared = distribution_matching.generator_loss(fake, teacher, one, noise, at)
+    assert shared.gradient.abs().max() == 0.0
+    got = distribution_matching.generator_loss(fake, teacher, each, noise, at, cond={}, critic_cond=told).gradient
+    x_t, t = noised(fake.detach(), noise, at), torch.tensor(at.sigma)[:, None]
+    own = means + S**2 / (S**2 + t**2) * (x_t - means)
+    real = mixture(x_t, t[:, 0])
+    torch.testing.assert_close(got, (own - real) / (fake.detach() - real).abs(), rtol=1e-9, atol=1e-12)
+    # A step's samples train its own critic alone.
+    first = distribution_matching.critic_loss(
+        each, fake[1:2], noise[1:2], points_of(EDM, [0.5]), cond={name: v[1:2] for name, v in told.items()}
+    )
+    found = torch.autograd.grad(first, list(critics.parameters()), allow_unused=True)
+    assert [g is None for g in found] == [False, True]
+    with pytest.raises(ValueError, match=r"cond has no 'step': give the step that made each sample"):
+        critics(x_t, t[:, 0], **shift)
+    with pytest.raises(ValueError, match=r"step is from 0 to 2: 0 \.\. 1"):
+        critics(x_t, t[:, 0], step=torch.arange(6) // 2, **shift)
+    with pytest.raises(ValueError, match="steps = 0: the student's steps, at least 1"):
+        distribution_matching.StepCritics(critics, 0)
+
+
 def test_noise_levels_are_log_normal_and_within_the_process() -> None:
     for process in (EDM, fs.VP.scaled_linear(), FLOW):
         at = distribution_matching.noise_levels(process, 4000, torch.Generator().manual_seed(0))

@@ -28,10 +28,10 @@ from fewstep.distill_runs import pinwheel as distill_pinwheel
 from fewstep.distill_runs.evaluate import distances, evaluate, pinwheel_data, ring_data
 from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
-from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
 from fewstep.distill_runs.ring import RING
 from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, clip_gradients, load, save, train
-from fewstep.problems import Mixture
+from fewstep.problems import Mixture, energy_distance
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -79,7 +79,7 @@ def weak_teacher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("weak_teacher")
 def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
-    """Also DMD2's critic, whose input of the step then does nothing; other sizes start from the seed."""
+    """Also DMD2's critics, one for each step; other sizes start from the seed."""
     teacher = distill_pinwheel.pinwheel_teacher().model
     x, t = torch.randn((6, 2), generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 6)
     label = torch.arange(6) % 5
@@ -87,7 +87,7 @@ def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
     assert torch.equal(make_recipe("consistency", "pinwheel").modules["student"](x, t, label=label), want)
     four = make_recipe("distribution_matching", "pinwheel", options={"calls": 4})
     for step in (0.0, 3.0):
-        got = four.modules["critic"](x, t, torch.full((6,), step), label=label)
+        got = four.modules["critic"](x, t, step=torch.full((6,), step), label=label)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     narrow = make_recipe("consistency", "pinwheel", options={"width": 32}).modules["student"]
     assert not torch.allclose(narrow(x, t, label=label), want)
@@ -133,7 +133,7 @@ def test_variants_of_distribution_matching_learn_and_resume_to_the_bit(options: 
     after = state(kinds[1])
     assert all(torch.equal(after[k], v) for k, v in heads.items())
     x, t = torch.randn((5, 2), generator=torch.Generator().manual_seed(0)), torch.linspace(-1.0, 1.0, 5)
-    told = {"w": torch.zeros(5)} if "calls" in options else {}
+    told = {"step": torch.zeros(5)} if "calls" in options else {}
     student, critic = (kinds[1].modules[name] for name in ("student", "critic"))
     torch.testing.assert_close(student(x, t), critic(x, t, **told), rtol=1e-5, atol=1e-6)  # the student's start
     for k in range(kinds[1].warm, 20):
@@ -431,6 +431,19 @@ def test_the_command_writes_a_student_and_its_results(tmp_path: Path, capsys: py
 
 
 # --- metrics ---
+
+
+def test_the_planar_energy_distance_is_the_mean_over_pairs() -> None:
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((700, 2)) * [1.0, 0.2], rng.standard_normal((500, 2)) * 0.6 + [0.1, 0.3]
+    assert planar_energy_distance(x, y) == pytest.approx(energy_distance(x, y), rel=1e-3)
+    # 0 and 3 against 1 and 5 on a line, by hand.
+    p, q = np.array([[0.0, 0.0], [3.0, 0.0]]), np.array([[1.0, 0.0], [5.0, 0.0]])
+    assert planar_energy_distance(p, q, directions=4000) == pytest.approx(
+        2.0 * (1 + 5 + 2 + 2) / 4 - 3.0 - 4.0, abs=1e-5
+    )
+    with pytest.raises(ValueError, match=r"y \(5, 3\): they must be \(n, 2\)"):
+        planar_energy_distance(x, np.zeros((5, 3)))
 
 
 def test_sliced_wasserstein_of_a_shift_is_its_closed_form() -> None:

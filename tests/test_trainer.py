@@ -28,9 +28,11 @@ from fewstep.distill_runs import training
 from fewstep.distill_runs.data import as_source
 from fewstep.distill_runs.loggers import TensorBoardLogger, WandbLogger
 from fewstep.distill_runs.metrics import sliced_wasserstein
+from fewstep.distill_runs.own_features import hidden
+from fewstep.distill_runs.own_generators import DistributionMatching
 from fewstep.distill_runs.own_methods import METHODS
 from fewstep.distill_runs.training import CHECKPOINT, generator
-from fewstep.solvers.distill.network import points_of, predict
+from fewstep.solvers.distill.network import noised, points_of, predict, with_model
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -794,6 +796,33 @@ def test_the_command_refuses_what_does_not_fit(
     with pytest.raises((ValueError, FileNotFoundError), match=text):
         app(["distill", "consistency", *words, "--out", "run", "--device", "cpu"], standalone_mode=False)
     assert not Path("run/checkpoint.safetensors").exists()
+
+
+def test_each_step_of_a_student_has_a_critic_with_heads_on_its_own_layers() -> None:
+    """The logits of a batch are those of its parts and of each critic alone; shared_critic=1 makes one critic."""
+    given = {**video("distribution_matching", torch.float32), "batch": 8}
+    recipe = fs.Trainer(
+        "distribution_matching", **given | {"options": {"calls": 2, "critic_steps": 1, "gan": 1e-2}}
+    ).recipe()
+    assert isinstance(recipe, DistributionMatching)
+    for k in range(3):
+        recipe.step(k)
+    x, noise = (numbers(8, 2, 2, 4, 4, seed=s) for s in (2, 3))
+    cond = {"added": {"text": numbers(8, 3, seed=4)}}
+    at = points_of(fs.EDM(), np.geomspace(0.1, 5.0, 8))
+    recipe.modules["critic"].eval()
+    half = {"added": {"text": cond["added"]["text"][4:]}}
+    got = recipe.logits(x, noise, at, cond, slice(0, 8))
+    late = recipe.logits(x[4:], noise[4:], points_of(fs.EDM(), np.geomspace(0.1, 5.0, 8)[4:]), half, slice(4, 8))
+    torch.testing.assert_close(got[4:], late, rtol=1e-5, atol=1e-6)
+    for k, rows in ((0, slice(0, 4)), (1, slice(4, 8))):
+        own = with_model(recipe.critic, recipe.modules["critic"].get_submodule(f"nets.{k}"))
+        part = {"added": {"text": cond["added"]["text"][rows]}}
+        here = points_of(fs.EDM(), np.geomspace(0.1, 5.0, 8)[rows])
+        maps = hidden(own, recipe.layers, noised(x[rows], noise[rows], here), here, part)
+        torch.testing.assert_close(got[rows], recipe.modules["heads"](maps), rtol=1e-5, atol=1e-6)
+    one = fs.Trainer("distribution_matching", **given | {"options": {"calls": 2, "shared_critic": 1}}).recipe()
+    assert list(one.modules["critic"].state_dict()) == list(one.modules["student"].state_dict())
 
 
 PROCESSES = """

@@ -15,10 +15,9 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs import digits, ring
 from fewstep.distill_runs import ring_generators as generators
 from fewstep.distill_runs import ring_teachers as teachers
-from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, sliced_wasserstein
+from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
 from fewstep.distill_runs.pinwheel import ARMS, draw_pinwheel
 from fewstep.distill_runs.training import Recipe
-from fewstep.problems import energy_distance
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -104,7 +103,7 @@ def distances(x: Tensor, classes: int) -> dict[str, float]:
     parts = [slice(c, None, classes) for c in range(classes)] or [slice(None)]
     return {
         "swd": float(np.mean([sliced_wasserstein(x[p], data[p]) for p in parts])),
-        "energy distance": float(np.mean([energy_distance(x[p].numpy(), data[p]) for p in parts])),
+        "energy distance": float(np.mean([planar_energy_distance(x[p], data[p]) for p in parts])),
     }
 
 

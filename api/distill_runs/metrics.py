@@ -29,6 +29,37 @@ def sliced_wasserstein(x: ArrayLike, y: ArrayLike, projections: int = PROJECTION
     return float(np.sqrt(np.mean(gap**2)))
 
 
+def planar_energy_distance(x: ArrayLike, y: ArrayLike, directions: int = 32) -> float:
+    """The unbiased energy distance of samples in the plane by their projections, in O(n log n) for each direction.
+
+    The mean of |v . e| over all directions e in the plane is 2/pi |v|, so that pi/2 times the mean of the projections'
+    energy distances is that of the samples; with 32 evenly spaced directions its relative error is below 1e-3. In one
+    dimension E|X - Y| is the integral of F (1 - G) + G (1 - F) over the distribution functions F and G.
+
+    x, y  (n, 2) and (m, 2) samples
+    """
+    a, b = (np.asarray(v, dtype=np.float64) for v in (x, y))
+    if any(v.ndim != 2 or v.shape[1] != 2 or len(v) < 2 for v in (a, b)):
+        raise ValueError(f"x has shape {a.shape}, y {b.shape}: they must be (n, 2), n >= 2")
+    angle = np.pi * np.arange(directions) / directions
+    values = []
+    for direction in np.stack([np.cos(angle), np.sin(angle)], axis=1):
+        p, q = np.sort(a @ direction), np.sort(b @ direction)
+        both = np.concatenate([p, q])
+        order = np.argsort(both, kind="stable")  # merges two sorted parts
+        f = np.cumsum(order < len(p))[:-1] / len(p)
+        g = np.cumsum(order >= len(p))[:-1] / len(q)
+        cross = np.diff(both[order]) @ (f * (1.0 - g) + g * (1.0 - f))
+        values.append(2.0 * cross - _mean_gap(p) - _mean_gap(q))
+    return float(np.pi / 2.0 * np.mean(values))
+
+
+def _mean_gap(v: Array) -> float:
+    """The mean of |v_i - v_j| over the pairs i != j of sorted numbers."""
+    n = len(v)
+    return float(2.0 * (2.0 * np.arange(n) - n + 1.0) @ v / (n * (n - 1)))
+
+
 def mode_masses(x: ArrayLike, mixture: Mixture) -> Array:
     """Fraction of samples (n, ...) nearest to each mean of a mixture, (K,)."""
     a = np.asarray(x, dtype=np.float64).reshape(len(np.asarray(x)), -1)

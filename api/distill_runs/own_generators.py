@@ -32,12 +32,14 @@ from fewstep.solvers.schedule.process import Point
 class DistributionMatching(OwnRecipe):
     """DMD2: a generator that starts as the student, and a critic that starts as the teacher's network, if it has one.
 
-    Options: calls (1) of the student, which with more than one trains on its own simulation; critic_steps (5), updates
+    Options: calls (1) of the student, which with more than one trains on its own simulation, with a critic for each
+    step; shared_critic=1 for one of all steps, as in the paper, which needs less memory; critic_steps (5), updates
     of the critic per update of the generator; critic_lr (1), relative to the generator's; gan (0), the weight per
     element of the loss of heads on the critic's layers that tell noised data from noised samples (3e-3 in DMD2).
     """
 
-    OPTIONS: tuple[str, ...] = ("calls", "critic_steps", "critic_lr", "gan", "lora")
+    OPTIONS: tuple[str, ...] = ("calls", "shared_critic", "critic_steps", "critic_lr", "gan", "lora")
+    STEP = "student_step"  # the condition by which the critics know the step that made a sample
     CALLS, GAN, BETAS = 1, 0.0, (0.5, 0.99)
     CRITIC_GAN = 1e-2  # the heads' weight in the critic's loss, which is a mean over elements
     Steps: type[distribution_matching.FewSteps] = distribution_matching.FewSteps
@@ -52,10 +54,14 @@ class DistributionMatching(OwnRecipe):
         # A teacher without a network of its own: then the critic is of the student's kind.
         own = isinstance(self.taught.model, nn.Module)
         kind = self.taught.with_guidance(None) if own else self.problem.student
-        self.modules["critic"] = weights_of(cast(nn.Module, kind.model)).to(self.device)
+        critic = weights_of(cast(nn.Module, kind.model))
+        self.several = self.few.steps > 1 and "shared_critic" in self.OPTIONS and not self.option("shared_critic")
+        if self.several:
+            critic = distribution_matching.StepCritics(critic, self.few.steps, self.STEP)
+        self.modules["critic"] = critic.to(self.device)
         self.new_optimiser("critic")
         self.critic = with_model(kind, self.modules["critic"])
-        self.steps = self.Steps(self.denoiser("student"), self.few)
+        self.steps = self.Steps(self.denoiser("student"), self.few, self.STEP)
         self.stops = self.steps.stops(self.settings.batch)  # each sample's step of the student
         self.gan = self.option("gan", self.GAN)
         if self.gan:
@@ -66,15 +72,25 @@ class DistributionMatching(OwnRecipe):
         x0, cond = self.first
         x0, cond = x0.float().to(self.device), on_device(cond, self.device)
         at = points_of(self.process, [float(self.process.point_at_sigma(1.0).t)] * len(x0))
-        self.layers = feature_layers(self.critic, x0, at, cond)
+        critic = self.modules["critic"]
+        one = with_model(self.critic, critic.get_submodule("nets.0") if self.several else critic)
+        self.layers = feature_layers(one, x0, at, cond)
         with torch.no_grad():
-            heads = self.modules["heads"] = heads_of(self, hidden(self.critic, self.layers, x0, at, cond))
+            heads = self.modules["heads"] = heads_of(self, hidden(one, self.layers, x0, at, cond))
         self.optimisers["critic"].add_param_group({"params": list(heads.parameters())})
 
-    def logits(self, x: Tensor, noise: Tensor, at: Point, cond: Cond) -> Tensor:
-        """The heads' logits (B, heads) of data or samples, noised: large for data."""
-        maps = hidden(self.critic, self.layers, noised(x, noise, at), at, cond)
-        out: Tensor = self.modules["heads"](maps)
+    def critic_cond(self, cond: Cond, p: slice) -> Cond:
+        """The critic's conditions of part p of the batch."""
+        return self.steps.critic_cond(self.stops[p], cond, torch.empty(0, device=self.device)) if self.several else cond
+
+    def logits(self, x: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Tensor:
+        """The heads' logits (B, heads) of data or samples of part p of the batch, noised: large for data."""
+        # The steps are in order, and so are the rows of their critics' layers.
+        prefixes = [f"nets.{k}." for k in np.unique(self.stops[p])] if self.several else [""]
+        layers = [prefix + name for prefix in prefixes for name in self.layers]
+        found = hidden(self.critic, layers, noised(x, noise, at), at, self.critic_cond(cond, p))
+        count = len(self.layers)
+        out: Tensor = self.modules["heads"]([torch.cat(found[i::count]) for i in range(count)])
         return out
 
     def entry(self, noise: Tensor, cond: Cond, part: slice, seed: int) -> Tensor:
@@ -97,29 +113,37 @@ class DistributionMatching(OwnRecipe):
         """The points at which teacher and critic see the batch, (B,)."""
         return points_of(self.process, self.times(g))
 
-    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, weight: Array) -> Tensor:
-        """The generator's loss on its samples."""
+    def weights(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Array:
+        """The weight of each sample of part p of the batch."""
+        return self.steps.weights(self.stops[p])
+
+    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Tensor:
+        """The generator's loss on its samples of part p of the batch."""
         return distribution_matching.generator_loss(
-            fake, self.taught, self.critic, noise, at, cond=cond, weight=weight
-        ).loss
+            fake, self.taught, self.critic, noise, at, cond=cond, critic_cond=self.critic_cond(cond, p),
+            weight=self.weights(fake, noise, at, cond, p),
+        ).loss  # fmt: skip
 
     def student_loss(self, x: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Tensor:
         """The generator's loss for its inputs x of part p of the batch."""
         fake = self.generate(x, cond, p)
-        loss = self.matching(fake, noise, at, cond, self.steps.weights(self.stops[p]))
+        loss = self.matching(fake, noise, at, cond, p)
         if not self.gan:
             return loss
         weight = self.gan * fake[0].numel()
-        return loss + weight * distribution_matching.gan_generator_loss(self.logits(fake, noise, at, cond))
+        return loss + weight * distribution_matching.gan_generator_loss(self.logits(fake, noise, at, cond, p))
 
     def critic_loss(self, x: Tensor, x0: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Tensor:
         """The critic's loss for the student's inputs x of part p of the batch; x0: data, for the heads."""
         with torch.no_grad():
             fake = self.generate(x, cond, p)
-        loss = distribution_matching.critic_loss(self.critic, fake, noise, at, cond=cond)
+        loss = distribution_matching.critic_loss(self.critic, fake, noise, at, cond=self.critic_cond(cond, p))
+        if self.sharded and self.several:
+            # This process's part may lack a step: torch adds up the gradients of the same parameters in all processes.
+            loss = loss + 0.0 * torch.stack([q.sum() for q in self.modules["critic"].parameters()]).sum()
         if not self.gan:
             return loss
-        logits = [self.logits(v, noise, at, cond) for v in (x0, fake)]
+        logits = [self.logits(v, noise, at, cond, p) for v in (x0, fake)]
         return loss + self.CRITIC_GAN * distribution_matching.gan_critic_loss(*logits)
 
     def critic_step(self, lr: float, g: torch.Generator) -> float:
@@ -167,10 +191,11 @@ class ScoreIdentity(DistributionMatching):
 
     OPTIONS: tuple[str, ...] = (*DistributionMatching.OPTIONS, "alpha")
 
-    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, weight: Array) -> Tensor:
+    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Tensor:
         return score_identity.generator_loss(
-            fake, self.taught, self.critic, noise, at, cond=cond, alpha=self.option("alpha", 1.2), weight=weight
-        )
+            fake, self.taught, self.critic, noise, at, cond=cond, critic_cond=self.critic_cond(cond, p),
+            alpha=self.option("alpha", 1.2), weight=self.weights(fake, noise, at, cond, p),
+        )  # fmt: skip
 
 
 class FDistill(DistributionMatching):
@@ -191,11 +216,11 @@ class FDistill(DistributionMatching):
         # 1 where the densities agree, and not on a batch's average: its parts must not depend on each other.
         self.unit = float(f_divergence.weights(torch.zeros(1), self.divergence, normalised=False)[0])
 
-    def matching(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, weight: Array) -> Tensor:
+    def weights(self, fake: Tensor, noise: Tensor, at: Point, cond: Cond, p: slice) -> Array:
         with torch.no_grad():
-            logits = self.logits(fake, noise, at, cond)
+            logits = self.logits(fake, noise, at, cond, p)
         ratio = f_divergence.weights(logits, self.divergence, normalised=False) / self.unit
-        return super().matching(fake, noise, at, cond, weight * ratio)
+        return super().weights(fake, noise, at, cond, p) * ratio
 
 
 class TrajectoryMatching(DistributionMatching):

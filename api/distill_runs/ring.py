@@ -62,18 +62,14 @@ class RingRecipe(Recipe):
                 elements, self.width, self.depth, strength=strength, octaves=octaves, classes=self.classes, ends=ends
             )
         if self.classes:
-            self._start_as_teacher(self.modules[name], 2 * strength)
+            self._start_as_teacher(self.modules[name])
         return self.modules[name]
 
-    def _start_as_teacher(self, net: nn.Module, more: int) -> None:
-        """Load the teacher's weights where they fit; `more` inputs before those of the class begin at 0."""
+    def _start_as_teacher(self, net: nn.Module) -> None:
+        """Load the teacher's weights if they fit."""
         teacher = self.teacher.model
         assert isinstance(teacher, nn.Module)
-        weights = dict(teacher.state_dict())
-        first = weights["hidden.0.weight"]
-        at = first.shape[1] - self.classes
-        weights["hidden.0.weight"] = torch.cat([first[:, :at], first.new_zeros(len(first), more), first[:, at:]], dim=1)
-        own = net.state_dict()
+        weights, own = teacher.state_dict(), net.state_dict()
         if own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own):
             net.load_state_dict(weights)
 

@@ -17,7 +17,7 @@ from fewstep.distill_runs.ring import PROCESS, RingRecipe, consistency_samplers
 from fewstep.distill_runs.ring_teachers import Consistency
 from fewstep.distill_runs.training import RunSettings, Samplers
 from fewstep.solvers.distill import adversarial, distribution_matching, rectified
-from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread
+from fewstep.solvers.distill.network import inputs_at, noised, points_of, predict, spread, with_model
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -89,7 +89,7 @@ class DistributionMatching(RingRecipe):
     """DMD2 (Yin et al. 2024): a generator, and a critic with five updates per generator update.
 
     Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the student trains as
-    `distribution_matching.FewSteps` says: the critic takes the step that made a sample as an input.
+    `distribution_matching.FewSteps` says: each of its steps has a critic of its own.
 
     Options:
 
@@ -110,9 +110,10 @@ class DistributionMatching(RingRecipe):
         if calls not in (1, len(LEVELS)):
             raise ValueError(f"calls = {calls}: the student takes 1 or {len(LEVELS)}")
         self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(calls)], 0.0])
-        self.new_network("critic", strength=self.grid.steps > 1)
         self.new_network("student")
-        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid, "w")
+        critics = distribution_matching.StepCritics(self.modules["student"], self.grid.steps)
+        self.modules["critic"] = critics if self.grid.steps > 1 else critics.nets[0]
+        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid)
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
@@ -138,31 +139,33 @@ class DistributionMatching(RingRecipe):
         """The critic's condition: the class, and the step that made a sample if there are several."""
         return self.few.critic_cond(self.stops()[part], self.cond(part))
 
-    def begin(self) -> None:
-        """Start the student as the critic at step 0, where the critic's two inputs for the step are 0 and 1.
+    @property
+    def critics(self) -> list[nn.Module]:
+        """The critic of each step of the student."""
+        critic = self.modules["critic"]
+        return [*critic.nets] if isinstance(critic, distribution_matching.StepCritics) else [critic]
 
-        The inputs of the step come before those of the class.
-        """
-        weights = dict(self.modules["critic"].state_dict())
-        if self.grid.steps > 1:
-            first = weights["hidden.0.weight"]
-            at = first.shape[1] - self.classes - 2
-            weights["hidden.0.weight"] = torch.cat([first[:, :at], first[:, at + 2 :]], dim=1)
-            weights["hidden.0.bias"] = weights["hidden.0.bias"] + first[:, at + 1]
-        for name in ("student", "average"):
-            self.modules[name].load_state_dict(weights)
+    def begin(self) -> None:
+        """Start the student and every critic as the first critic, which has learnt to denoise."""
+        weights = self.critics[0].state_dict()
+        for module in (*self.critics[1:], self.modules["student"], self.modules["average"]):
+            module.load_state_dict(weights)
 
     def generate(self, x: Tensor, part: slice = slice(None)) -> Tensor:
         return self.few.generate(x[part], self.stops()[part], self.cond(part))
 
     def logits(self, x0: Tensor, noise: Tensor, at: Point, part: slice) -> Tensor:
         """The output of the head on the critic for x0, noised: large for data."""
-        critic = self.modules["critic"]
-        assert isinstance(critic, Points)
         numbers = inputs_at(self.denoiser("critic"), at)
         x_in = noised(x0, noise, at) * spread(numbers.c_in, x0)
         t = torch.as_tensor(numbers.t, dtype=x0.dtype)
-        logits: Tensor = self.modules["heads"](critic.features(x_in, t, **self.of_step(part))[-1:])
+        stops, cond, found = self.stops()[part], self.cond(part), []
+        for k, critic in enumerate(self.critics):  # the steps are in order
+            assert isinstance(critic, Points)
+            if (own := torch.from_numpy(np.flatnonzero(stops == k))).numel():
+                own_cond = {name: v[own] for name, v in cond.items()}
+                found.append(critic.features(x_in[own], t[own], **own_cond)[-1])
+        logits: Tensor = self.modules["heads"]([torch.cat(found)])
         return logits
 
     def levels(self, g: torch.Generator) -> Array:
@@ -185,14 +188,17 @@ class DistributionMatching(RingRecipe):
     def weights(self, fake: Tensor, noise: Tensor, at: Point, part: slice) -> Array:
         return self.few.weights(self.stops()[part])
 
-    def critic_step(self, k: int, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None) -> float:
-        """Update the critic on samples, and its head if real data are given."""
+    def critic_step(
+        self, lr: float, g: torch.Generator, fake: Tensor, real: Tensor | None = None, *, first: bool = False
+    ) -> float:
+        """Update the critics on samples, and their head if real data are given; or the first one alone."""
         noise, sigma = torch.randn(fake.shape, generator=g), self.levels(g)
-        critic = self.denoiser("critic")
+        critic = with_model(self.denoiser("critic"), self.critics[0]) if first else self.denoiser("critic")
+        cond = self.cond if first else self.of_step
 
         def loss_of(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
-            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=self.of_step(p))
+            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=cond(p))
             if real is None:
                 return loss
             logits = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
@@ -203,7 +209,7 @@ class DistributionMatching(RingRecipe):
     def step(self, k: int) -> dict[str, float]:
         g = self.generator(k)
         if k < self.warm:
-            loss = self.critic_step(k, self.lr_at(k, 0, self.warm), g, self.data(g)[0])
+            loss = self.critic_step(self.lr_at(k, 0, self.warm), g, self.data(g)[0], first=True)
             if k == self.warm - 1:
                 self.begin()
             return {"critic": loss, "generator": 0.0}
@@ -215,7 +221,7 @@ class DistributionMatching(RingRecipe):
             real, latent = self.data(own)
             with torch.no_grad():
                 fake = self.generate(self.entry(own, latent))
-            critic_loss = self.critic_step(k, lr, own, fake, real if self.gan else None)
+            critic_loss = self.critic_step(lr, own, fake, real if self.gan else None)
         latent = self.data(g)[1]
         noise, sigma = torch.randn(latent.shape, generator=g), self.levels(g)
         x = self.entry(g, latent)

@@ -254,6 +254,8 @@ class Recipe(ABC):
                 else:  # only this optimiser's parameters: a generator's loss also reaches the critic
                     found = torch.autograd.grad(scaled, parameters, allow_unused=True)
                     for p, g in zip(parameters, found, strict=True):
+                        if g is None and world() > 1:
+                            g = torch.zeros_like(p)  # another process may have one, and all must average the same
                         if g is not None:
                             p.grad = g if p.grad is None else p.grad + g
             total += loss.detach() / s.parts

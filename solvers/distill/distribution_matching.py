@@ -9,12 +9,13 @@ samples get worse with more updates.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fewstep.kernels import torch_train
@@ -176,7 +177,9 @@ class FewSteps:
     The paper's recipe gets worse with more updates: one critic for the samples of all steps matches their mixture to
     the data, so that the steps divide the modes among themselves. So here
 
-    - the critic takes the step that made a sample as the condition "step", a number 0 .. steps - 1 (`critic_cond`);
+    - each step has a critic of its own (`StepCritics`), chosen by the condition "step", a number 0 .. steps - 1
+      (`critic_cond`): the first steps' samples begin as blurs and the last's as data, and one network that takes the
+      step as an input follows both poorly;
     - each step's loss has the weight 1/sigma_data^2 + alpha^2/sigma^2 at its level, relative to the first step's
       (`weights`): it is 1 / c_out^2 of EDM, the scale on which that step can still move a sample, without which the
       last step is learnt last;
@@ -242,6 +245,44 @@ class FewSteps:
             return dict(cond or {})
         like = torch.empty(0) if like is None else like
         return {**(cond or {}), self.name: torch.as_tensor(stops, dtype=like.dtype, device=like.device)}
+
+
+class StepCritics(nn.Module):
+    """A critic for each step of a student of several calls: copies of a network, called by the condition of that name.
+
+        critics = StepCritics(net, grid.steps)
+        critic = with_model(denoiser, critics)
+        critic_loss(critic, fake, noise, at, cond=few.critic_cond(stops))
+
+    A call costs what one of the networks would cost on the batch; the parameters are `steps` times as many.
+
+    net    the network to copy: (x (B, ...), t (B,), conditions) to a tensor (B, ...)
+    steps  of the student, >= 1
+    name   of the condition, (B,), that has each sample's step; the networks do not get it
+    """
+
+    def __init__(self, net: nn.Module, steps: int, name: str = "step") -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"steps = {steps}: the student's steps, at least 1")
+        self.name = name
+        self.nets = nn.ModuleList(copy.deepcopy(net) for _ in range(steps))
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        if self.name not in cond:
+            raise ValueError(f"cond has no {self.name!r}: give the step that made each sample, FewSteps.critic_cond()")
+        step = cond.pop(self.name).round().long().expand(len(x))
+        if int(step.min()) < 0 or int(step.max()) >= len(self.nets):
+            raise ValueError(f"{self.name} is from {int(step.min())} to {int(step.max())}: 0 .. {len(self.nets) - 1}")
+        own = [torch.nonzero(step == k)[:, 0] for k in range(len(self.nets))]
+        made = [
+            net(_rows(x, rows), _rows(t, rows), **mapped(lambda v, rows=rows: _rows(v, rows), cond))
+            for net, rows in zip(self.nets, own, strict=True)
+            if len(rows)
+        ]
+        back = torch.argsort(torch.cat(own))
+        out: Tensor = torch.cat(made)[back]
+        return out
 
 
 def _rows(value: Any, rows: Tensor) -> Any:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, network_inputs
+from fewstep.solvers.run.denoising import DenoiserLike, NetworkInputs, call_at, inputs_of
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point, Process
 
@@ -33,8 +33,10 @@ def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:
 
     Raises ValueError where the denoiser's prediction type says nothing about x0.
     """
-    points = [Point(*values) for values in zip(*(np.atleast_1d(v).tolist() for v in at), strict=True)]
-    return network_inputs(denoiser, points)
+    points = np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in at)))
+    found = np.empty((4, points.shape[1]))
+    inputs_of(denoiser, [Point(*points[:, i].tolist()) for i in (0, -1)])(Point(*points), found)
+    return NetworkInputs(*found)
 
 
 def points_of(process: Process, times: ArrayLike) -> Point:
