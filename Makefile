@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated clean
+.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard leaderboard-long pipeline-report resolution-report test-diffusers mean-flow-report test-emulated clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -107,6 +107,9 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 
 leaderboard: setup  ## train every distillation method on points and digits, into docs/distill/leaderboard.md (25 minutes; REDO="--redo mean_flow" for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG) $(REDO)
+
+leaderboard-long: setup  ## which methods' one call reaches the pinwheel's teacher, into docs/distill/leaderboard_long.md (25 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard_long $(REDO)
 
 mean-flow-report: setup ## draw what MeanFlow's weight does to the velocity, docs/distill/mean_flow_weight.png (15 s)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.mean_flow_weight

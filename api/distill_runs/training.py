@@ -252,10 +252,9 @@ class Recipe(ABC):
                 if self.sharded:
                     torch.autograd.backward(scaled)
                 else:  # only this optimiser's parameters: a generator's loss also reaches the critic
-                    found = torch.autograd.grad(scaled, parameters, allow_unused=True)
+                    # Another process may have a gradient where this has none, and all must average the same tensors.
+                    found = torch.autograd.grad(scaled, parameters, allow_unused=True, materialize_grads=world() > 1)
                     for p, g in zip(parameters, found, strict=True):
-                        if g is None and world() > 1:
-                            g = torch.zeros_like(p)  # another process may have one, and all must average the same
                         if g is not None:
                             p.grad = g if p.grad is None else p.grad + g
             total += loss.detach() / s.parts
