@@ -106,7 +106,7 @@ distill-report: setup ## train every distillation run and write docs/distill/res
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.distill_report $(ONLY)
 
 leaderboard: setup  ## train every distillation method on points and digits, into docs/distill/leaderboard.md (25 minutes; REDO="--redo mean_flow" for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(LONG) $(REDO)
+	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard $(REDO)
 
 leaderboard-long: setup  ## which methods' one call reaches the pinwheel's teacher, into docs/distill/leaderboard_long.md (25 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m reports.leaderboard_long $(REDO)

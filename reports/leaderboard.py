@@ -153,20 +153,6 @@ DIGITS = (
     Entry("TDM, four steps", "trajectory_matching", 210),
 )
 
-# Longer runs on the pinwheel with networks as large as the teacher's, which start as it: which reach the teacher?
-LONG = tuple(
-    Entry(title, method, steps, options)
-    for title, method, steps, options in (
-        ("Consistency distillation", "consistency", 4000, ()),
-        ("DMD2, one step", "distribution_matching", 1200, ()),
-        ("DMD2, four steps", "distribution_matching", 1200, (("calls", 4.0),)),
-        ("Progressive distillation", "progressive", 3000, ()),
-        ("SiD", "score_identity", 1200, ()),
-        ("ADD", "adversarial", 5000, ()),
-    )
-)
-LONG_RATE = 1e-3
-
 
 class Score(NamedTuple):
     """Measures of one seed: by number of calls and name. seconds: of the processor, of training."""
@@ -190,17 +176,8 @@ def trained(entry: Entry, problem: str, seed: int) -> Samplers:
     """The samplers of a method's student."""
     if problem == "digits":
         return digits.trained(entry.method, entry.steps, seed, dict(entry.options), data=entry.data)
-    small = entry not in LONG
-    options = {**(SIZE if small else {}), **dict(entry.options)}
-    recipe = make_recipe(
-        entry.method,
-        problem,
-        entry.steps,
-        BATCH if small else None,
-        None if small else LONG_RATE,
-        seed,
-        options=options,
-    )
+    options = {**SIZE, **dict(entry.options)}
+    recipe = make_recipe(entry.method, problem, entry.steps, BATCH, seed=seed, options=options)
     train(recipe)
     return recipe.samplers()
 
@@ -348,10 +325,10 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
         f"Written by `make leaderboard`: {runs} training runs, {seconds / 60:.0f} minutes of one core in all.",
         "",
         "All methods on a problem train networks of one size with batches of 128 for about the same time. The budget",
-        "is small on purpose: the tables compare methods at this cost, not at their best ([longer runs](results.md)).",
-        "A method marked (data) asks no teacher. The ring is unconditional with an exact teacher; the pinwheel has",
-        "five classes and a trained teacher, and its measures are means over the classes. On both the students are",
-        "perceptrons of 2 layers of 128 that train from scratch.",
+        "is small on purpose: the tables compare methods at this cost, not at their best ([longer runs](results.md),",
+        "[on the pinwheel](leaderboard_long.md)). A method marked (data) asks no teacher. The ring is unconditional",
+        "with an exact teacher; the pinwheel has five classes and a trained teacher, and its measures are means over",
+        "the classes. On both the students are perceptrons of 2 layers of 128 that train from scratch.",
         "",
         "SWD is the sliced Wasserstein-2 distance, energy the energy distance, both in thousandths, of 4000 points",
         f"(ring) or 10000 to as many draws of the data, or of {digits.SAMPLES} digits to {HELD_OUT} held-out",
@@ -363,13 +340,6 @@ def page(results: Mapping[str, Mapping[str, Mapping[str, Kept]]]) -> str:
         if problem in results:
             lines += table(own.title, results[problem], entries_of(problem))
             lines += [*digits.REMARKS, ""] if problem == "digits" else []
-    if results.get("long"):
-        teacher = {name: own for name, own in results["pinwheel"].items() if name not in TITLES}
-        lines += table("Conditional pinwheel, longer training", {**teacher, **results["long"]}, LONG)
-        lines += [
-            "Networks of 3 layers of 128 that start as the teacher, batches of 256: `make leaderboard LONG=--long`.",
-            "",
-        ]
     return "\n".join(lines)
 
 
@@ -380,12 +350,9 @@ def entries_of(problem: str) -> Sequence[Entry]:
     return DIGITS if problem == "digits" else ENTRIES
 
 
-def execute(
-    path: Path, problems: Iterable[str], seeds: Iterable[int], *, long: bool = False, redo: Sequence[str] = ()
-) -> None:
+def execute(path: Path, problems: Iterable[str], seeds: Iterable[int], *, redo: Sequence[str] = ()) -> None:
     """Run what the file lacks, one seed of everything after another, and write the file and the page after each run.
 
-    long  the longer runs on the pinwheel, with the first seed, in place of the others
     redo  methods whose finished runs are made again
     """
     results: dict[str, dict[str, dict[str, Kept]]] = (
@@ -402,10 +369,9 @@ def execute(
         if "names" not in rows:
             rows.update({title: dict(by_seed) for title, by_seed in teacher_scores(problem).items()})
             keep()
-    short = [(seed, name, entry) for seed, name in product(seeds, problems) for entry in entries_of(name)]
-    runs = [(SEEDS[0], "pinwheel", entry) for entry in LONG] if long else short
+    runs = [(seed, name, entry) for seed, name in product(seeds, problems) for entry in entries_of(name)]
     for seed, problem, entry in runs:
-        own = results.setdefault("long" if long else problem, {}).setdefault(entry.title, {})
+        own = results.setdefault(problem, {}).setdefault(entry.title, {})
         if str(seed) in own and entry.method not in redo:
             continue
         own[str(seed)] = student_score(entry, problem, seed)
@@ -421,7 +387,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder of leaderboard.json and leaderboard.md")
     parser.add_argument("--again", action="store_true", help="begin anew")
     parser.add_argument("--only", default=",".join(PROBLEMS), help="problems, separated by commas")
-    parser.add_argument("--long", action="store_true", help="the longer runs on the pinwheel instead")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the number of seeds")
     parser.add_argument("--redo", default="", help="methods to run again, separated by commas, such as mean_flow")
     given = parser.parse_args()
@@ -430,9 +395,9 @@ def main() -> None:
     if given.again:
         path.unlink(missing_ok=True)
     redo = given.redo.split(",") if given.redo else []
-    if wrong := [name for name in redo if name not in {entry.method for entry in (*ENTRIES, *LONG)}]:
+    if wrong := [name for name in redo if name not in {entry.method for entry in ENTRIES}]:
         parser.error(f"--redo {','.join(wrong)}: methods are {', '.join(dict.fromkeys(e.method for e in ENTRIES))}")
-    execute(path, given.only.split(","), SEEDS[: given.seeds], long=given.long, redo=redo)
+    execute(path, given.only.split(","), SEEDS[: given.seeds], redo=redo)
 
 
 if __name__ == "__main__":
