@@ -459,12 +459,12 @@ class VE(_Unwarped):
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t = sigma, any shape, 0 <= t < inf. Raises ValueError outside that."""
         sigma = _within("t", t, 0.0, sys.float_info.max, self)
-        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones(sigma.shape), sigma)
+        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio < inf. Raises ValueError outside that."""
         sigma = _within("ratio", ratio, 0.0, sys.float_info.max, self)
-        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones(sigma.shape), sigma)
+        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
 
 
 @dataclass(frozen=True)
