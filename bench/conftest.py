@@ -53,12 +53,12 @@ def one_thread():
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    rows = config.fewstep_rows
+    if not rows:  # as on a GPU's machine, which may lack rich
+        return
     from rich.console import Console
     from rich.table import Table
 
-    rows = config.fewstep_rows
-    if not rows:
-        return
     table = Table(title="fewstep beside its peers: medians of one process, sides in turn", title_justify="left")
     for name in ("case", "fewstep", "peer", "ratio", "budget", ""):
         table.add_column(name, justify="left" if name in ("case", "") else "right")

@@ -13,7 +13,6 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${1:-build/device}
 WHEELS=${2:-wheels}
-TESTS=${TESTS:-tests/test_gpu_runs.py}
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
 started=$SECONDS
@@ -35,8 +34,9 @@ prepare() {
 if not torch.cuda.is_available(): sys.exit('no CUDA device')"
     local device=$?
     if [ $device != 0 ] && [ -z "${DRY_RUN:-}" ]; then return $device; fi
-    rm -rf build/gpu build/lib
-    "$PYTHON" -m pip install -q --no-deps --no-index --no-build-isolation --target build/gpu . || return 1
+    # The package as setup.py maps it, whatever setuptools the machine has.
+    rm -rf build/gpu && mkdir -p build/gpu && cp -r api build/gpu/fewstep || return 1
+    cp -r bindings kernels solvers build/gpu/fewstep/ || return 1
     for wheel in "$WHEELS"/*.whl; do
         [ -e "$wheel" ] || continue
         "$PYTHON" -m pip install -q --no-deps --no-index --upgrade --target build/gpu "$wheel" && echo "with $wheel"
@@ -55,6 +55,13 @@ prepare > "$OUT/prepare.log" 2>&1
 status=$?
 cat "$OUT/prepare.log"
 if [ $status != 0 ]; then exit $status; fi
+# CuPy's and diffusers' tests first: the last of test_gpu_runs.py could block the device.
+if [ -z "${TESTS:-}" ]; then
+    TESTS=tests/test_frameworks.py
+    PYTHONPATH=$path "$PYTHON" -c "import diffusers, transformers" 2> /dev/null &&
+        TESTS="$TESTS tests/test_diffusers_pipelines.py"
+    TESTS="$TESTS tests/test_gpu_runs.py"
+fi
 echo "== prepare: status 0, $((SECONDS - begin)) s" >> "$OUT/parts.txt"
 
 part small 150 "${pytest[@]}" -s bench/test_gpu.py -k "not large"

@@ -344,6 +344,30 @@ def test_a_batch_of_different_requests() -> None:
         assert torch.equal(run.result(place), alone(seed=seed, first_sample=sample)[0])
 
 
+def test_levels() -> None:
+    """Each token is the sample that it would be alone."""
+    model = lambda x, t: x / (1.0 + x * x) + t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)) / 4096.0  # noqa: E731
+    denoiser, plan = fs.Denoiser(model, VP), fs.plan("dpmpp_2m_sde", fs.grid(VP, 3))
+    found = fs.sample_levels(denoiser, plan, (2, 2, 9, 7), seed=7, device=GPU)
+    alone = fs.Sampler(denoiser, plan, (1, 9, 7), backend="triton", device=GPU)
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        assert torch.equal(found[i, j], alone(seed=7, first_sample=65536 * i + j)[0])
+
+
+@pytest.mark.parametrize("mode", ["step", "loop"])
+def test_edits(mode: str) -> None:
+    """Recorded ones are the eager ones, and the oracle's."""
+
+    def edit(info: fs.EditInfo) -> torch.Tensor:
+        return 0.9 * info.x + 0.125 * info.to.sigma * info.normals()
+
+    graphed, eager = sampler(graph=mode), sampler()
+    for seed in (3, 4):
+        assert torch.equal(graphed(seed=seed, edit=edit), eager(seed=seed, edit=edit))
+    want = sampler(device="cpu", backend="naive")(seed=3, edit=edit)
+    torch.testing.assert_close(eager(seed=3, edit=edit).cpu(), want, rtol=1e-4, atol=1e-4)
+
+
 def test_other_strides() -> None:
     want = sampler()(seed=1)
     model = lambda x, t: net(x, t).contiguous(memory_format=torch.channels_last)  # noqa: E731
