@@ -96,7 +96,7 @@ def run_plan(
         after = edited.before(after)
     if run.through is not None and call is not None and noise is None and after is None and not progress:
         return run.through(call)
-    halves, leads = job.program.halves, job.program.leads
+    halves = job.program.halves
     raws: Sequence[Array] = ()
     bar = _bar(job.program.calls[-1] + 1) if progress else None
     try:
@@ -111,7 +111,7 @@ def run_plan(
                 graphs.step(k)
             if after is not None:
                 after(k)
-            if bar is not None and (k + 1) % halves == 0 and k not in leads:
+            if bar is not None and (k + 1) % halves == 0 and k not in job.program.leads:
                 bar.update(1)
     finally:
         if bar is not None:

@@ -272,6 +272,10 @@ class Sampler:
             outer, dtype = self._checked(x)
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
+        if self.parallel and (edit is not None or edit_x0 is not None):
+            raise ValueError(
+                "edit and edit_x0 act between calls, and parallel=True makes several at once: leave it out"
+            )
         if callback is not None:
             function("callback", callback)
         if noise is not None:
@@ -289,10 +293,6 @@ class Sampler:
             raise ValueError("reduce and unnormalised are the form of log-probabilities: pass log_prob=True")
         plain = edit is None and edit_x0 is None and every == "step"
         edits, affine = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check), None
-        if edits is not None and self.parallel:
-            raise ValueError(
-                "edit and edit_x0 act between calls, and parallel=True makes several at once: leave it out"
-            )
         if edits is not None and edits.x0 and self.backend == "numba":
             affine, edits = edits.by_kernel(self.shape, self.dtype)
         if x is None and plan.start != plan.grid.points[0]:
