@@ -18,7 +18,7 @@ register_jitable(attempts.moment)
 
 propose = jit()(attempts.propose)
 control = jit()(attempts.control)
-TABLES = dict.fromkeys(("float32", "float64"), jit()(attempts.tables))  # one function, compiled for either state
+tables = jit()(attempts.tables)
 
 _RTOL, _ATOL, _PROBLEM, _TAKEN = attempts.RTOL, attempts.ATOL, attempts.PROBLEM, attempts.TAKEN
 _ERROR, _HIGH, _LOW, _X = attempts.ERROR, attempts.HIGH, attempts.LOW, attempts.X

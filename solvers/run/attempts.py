@@ -130,7 +130,7 @@ class Attempts:
         if self.batch.denoiser.guidance is not None:
             self._weigh(points)
         pair = self.pair
-        cpu.ROWS[self.batch.dtype].run(
+        cpu.ROWS.run(
             self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
             pair.kept, self.block, self.p, self.times,
         )  # fmt: skip
