@@ -111,7 +111,7 @@ _BACKGROUND = _Background()
 
 _BATCH = "float32[:,::1], uint32[:,::1]"
 _OUTPUTS = "int64[::1], int64[::1], int64[::1], int64"
-_STAGE = "void(int64[::1], int64, int64)"
+_STAGE = "void(int64[::1], int64, int64, int64)"
 
 STAGE = {
     dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype, direct=True)

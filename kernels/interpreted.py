@@ -46,9 +46,10 @@ def _stored(x: np.ndarray, kind: int) -> np.ndarray:
     return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
 
 
-def stage(memory: np.ndarray, first: int, last: int) -> None:
-    """Units first .. last - 1 of a launch, see `launch.Launch`."""
+def stage(memory: np.ndarray, first: int, last: int, raw: int) -> None:
+    """Units first .. last - 1 of a launch, see `launch.Launch`; raw is the address of its first raw, if not 0."""
     m = memory.tolist()
+    m[words.RAW] = raw or m[words.RAW]
     samples, n, chunk, group = m[words.SAMPLES], m[words.ELEMENTS], m[words.CHUNK], m[words.GROUP]
     chunks = -(-n // chunk) if group == 1 else 1
     unit = first
@@ -75,7 +76,7 @@ def short(
     m[: layout.SLOTS] = at[: layout.SLOTS]
     m[words.RAW], m[words.NOISE], m[words.STREAMS] = raw, z, 0
     m[words.OUTPUT : words.OUTPUT + layout.OUTPUTS] = at[words.SHORT_OUTPUT :]
-    stage(m, 0, words.resize(m, 1, n))
+    stage(m, 0, words.resize(m, 1, n), 0)
 
 
 def _transfer(dtype: type[np.generic], target: int, source: int, n: int, other: int, origin: int, words: int) -> float:

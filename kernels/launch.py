@@ -18,7 +18,7 @@ import numpy as np
 from fewstep.kernels import layout
 from fewstep.kernels.threads import threads as _workers
 
-Stage = Callable[[np.ndarray, int, int], None]
+Stage = Callable[[np.ndarray, int, int, int], None]
 
 # The memory of a launch is one int64 vector: the addresses of slots, raws, noise, tables, outputs and model inputs, 0
 # where absent; then the numbers of the launch.
@@ -54,7 +54,7 @@ def kind_of(array: np.ndarray) -> int:
 
 
 class Launch:
-    """One stage bound to its memory, for `stage(memory, 0, units)`; addresses may be replaced between calls.
+    """One stage bound to its memory, for `stage(memory, 0, units, 0)`; addresses may be replaced between calls.
 
     Arrays are (B, elements), C-contiguous; an output must not share memory with an input.
 
@@ -197,7 +197,7 @@ def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object =
     """
     workers = 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
     if workers == 1:
-        run(memory, 0, count)
+        run(memory, 0, count, 0)
         return
     cuts = [count * i // workers for i in range(workers + 1)]
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
@@ -231,7 +231,7 @@ class _Share:
         """In the pool, whose threads no signal interrupts."""
         if self._claim("pool"):
             try:
-                self._run(self._memory, self._first, self._last)
+                self._run(self._memory, self._first, self._last, 0)
             except BaseException as error:
                 self.error = error
             finally:
@@ -239,7 +239,7 @@ class _Share:
 
     def run_here(self) -> None:
         if self._claim("here"):
-            self._run(self._memory, self._first, self._last)
+            self._run(self._memory, self._first, self._last, 0)
 
     def settle(self) -> None:
         """Wait for the pool if it runs this share; otherwise nobody will."""

@@ -253,8 +253,13 @@ def _stage(dtype, size):
     own_kind = _FLOAT32 if size == 4 else _FLOAT64
 
     @jit()
-    def fused(memory, first, last):
-        """Units first .. last - 1 of one stage, see `launch.Launch`. Each writes its own elements of the outputs."""
+    def fused(memory, first, last, raw):
+        """Units first .. last - 1 of one stage, see `launch.Launch`. Each writes its own elements of the outputs.
+
+        raw  the address of the first network output, which is written to the memory; 0 where it is there already
+        """
+        if raw != 0:
+            memory[words.RAW] = raw
         samples, n, rows, chunk = memory[words.SAMPLES], memory[words.ELEMENTS], memory[words.ROWS], memory[words.CHUNK]
         group = memory[words.GROUP]  # samples per unit; in a unit of several, each is whole
         chunks = (n + chunk - 1) // chunk if group == 1 else 1

@@ -326,8 +326,25 @@ def test_the_interpreted_stage_gives_the_compiled_ones_bits(
         for a in arrays:
             a[...] = 0
         for first, last in parts:
-            interpreted.stage(bound.memory, first, last)
+            interpreted.stage(bound.memory, first, last, 0)
         assert [a.tobytes() for a in arrays] == want
+
+
+@pytest.mark.parametrize("name", ["compiled", "interpreted"])
+def test_a_stage_takes_the_first_raw_as_an_address(name: str) -> None:
+    own = dict.fromkeys(("w", "p", "limit", "c_in"), False)
+    case = make(Structure("xx", 2, 2, 1), 3, 2, 40, own, 0.7)
+    launch(case.kernel)
+    arrays = [*case.kernel["outputs"], *case.kernel["inputs"]]
+    want = [a.tobytes() for a in arrays]
+    bound = Launch(**case.kernel)
+    raw = int(bound.memory[cpu_launch.RAW])
+    bound.memory[cpu_launch.RAW] = 1  # of the call before
+    for a in arrays:
+        a[...] = 0
+    stage = cpu.STAGE[case.kernel["w"].dtype.name].run if name == "compiled" else interpreted.stage
+    stage(bound.memory, 0, bound.units, raw)
+    assert [a.tobytes() for a in arrays] == want
 
 
 def test_a_clip_keeps_its_bounds_and_gain_exactly() -> None:

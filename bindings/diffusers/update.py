@@ -418,7 +418,7 @@ class Bound:
             vector[output] = row.data_ptr()
             rows.append(row)
         if self.serial:
-            self.stage.run(vector, 0, self.units)
+            self.stage.run(vector, 0, self.units, 0)
         else:
             words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
         self.idle.append(vector)

@@ -355,7 +355,7 @@ class FusedAttempts(Attempts):
 
     def _run(self, launch: Launch, keep: object = None) -> None:
         if self.serial:  # at small sizes a Python call matters
-            self.kernel.run(launch.memory, 0, launch.units)
+            self.kernel.run(launch.memory, 0, launch.units, 0)
         else:
             launch(self.kernel.run, keep)
 
@@ -364,16 +364,16 @@ class FusedAttempts(Attempts):
         if k == 0:
             self._run(self.entry)
         x_in, t, launch = self._fresh(self.views[j % 2]), self.t[j], self.launches[k]
-        memory = launch.memory
         if self.plain and len(self.branches[j]) == 1:  # at small sizes every line counts
             (raw,) = self.bound(self.branches[j], x_in, t)
             if getattr(raw, "dtype", None) is not self.raw_dtypes[0] or raw.shape != self.shape:
                 check_output(raw, self.shape, self.batch.frame)
                 self._expect(0, raw)
-            memory[words.RAW], held = self._address(raw)
+            address, held = self._address(raw)
             if self.serial:
-                self.kernel.run(memory, 0, launch.units)
+                self.kernel.run(launch.memory, 0, launch.units, address)
                 return
+            launch.memory[words.RAW] = address
         else:
             held = self._bind(k, self._call(j, self.bound, x_in, t))
         self._run(launch, held)

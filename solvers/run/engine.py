@@ -276,7 +276,7 @@ class FusedRun:
             self.latent_square = self.transfer.run(self._entry, source, self.size, *self._times) / self.size
             del kept
         if z is None and self.serial:
-            self.stage.run(self.init.memory, 0, self.init.units)
+            self.stage.run(self.init.memory, 0, self.init.units, 0)
         else:
             (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
         return buffer
@@ -298,7 +298,7 @@ class FusedRun:
         # common case of one whole output needs no function but torch's and the kernel's.
         inputs, times = self._ready
         places, kinds, shape = self.places, self.raw_dtypes, self.shape
-        set_word, stage = cpu.WORD.run, self.stage.run
+        stage = self.stage.run
         raws: Sequence[Array] = ()
         for k, branches, kind, memory, units in self._direct:
             x_in, t = inputs[k], times[k]
@@ -317,8 +317,7 @@ class FusedRun:
                     and raw.is_cpu
                     and raw.is_contiguous()
                 ):
-                    set_word(memory, RAW, raw.data_ptr())
-                    stage(memory, 0, units)
+                    stage(memory, 0, units, raw.data_ptr())
                     continue
             self.advance(k, raws)
         return raws
@@ -342,7 +341,7 @@ class FusedRun:
             j += 1
         if z is None and self.plain[k]:
             if self.serial:  # at small sizes a Python call matters
-                self.stage.run(memory, 0, launch.units)
+                self.stage.run(memory, 0, launch.units, 0)
                 return
         else:
             launch = self._special(k, raws, z, variance)

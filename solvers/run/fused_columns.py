@@ -155,7 +155,7 @@ class FusedColumns(LoneRuns):
         run, units = self._kernel.run, self._units
         if self._elements <= words.SERIAL_ELEMENTS:  # at small sizes a Python call matters
             for memory in launches:
-                run(memory, 0, units)
+                run(memory, 0, units, 0)
         else:
             for memory in launches:
                 words.launch(run, memory, units, self._elements, (self, keep))
