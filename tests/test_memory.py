@@ -282,7 +282,7 @@ def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> No
     launch, _ = two_workers
     begun, written = threading.Event(), []
 
-    def run(memory: np.ndarray, first: int, last: int) -> None:
+    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
         if first == 0:
             begun.wait()
             raise KeyboardInterrupt
@@ -301,7 +301,7 @@ def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
     free, ran = threading.Event(), []
     busy = pool.submit(free.wait)
 
-    def run(memory: np.ndarray, first: int, last: int) -> None:
+    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
         ran.append((first, last))
         if memory[0]:
             raise KeyboardInterrupt
@@ -321,7 +321,7 @@ def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
     launch, _ = two_workers
     begun = threading.Event()
 
-    def run(memory: np.ndarray, first: int, last: int) -> None:
+    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
         if first:
             begun.set()
             raise MemoryError("in the pool")
