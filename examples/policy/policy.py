@@ -293,8 +293,7 @@ def figures(milliseconds: float, repeats: int) -> list[Table]:
                 for _ in range(steps):
                     network(x, t, observed)
 
-            # A hundred steps of 3 ms are long: a third of the windows.
-            ms, above = outside(alone, steps, what, steps, max(3, repeats // 3 if steps == 100 else repeats))
+            ms, above = outside(alone, steps, what, steps, repeats)
             beside = f"a network of {ms:.1f} ms" if network is made else "a network that costs nothing"
             rows = shares(ms, above, "diffusers")
             if network is not made:
