@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,11 +19,8 @@ from fewstep.distill_runs import training
 from fewstep.distill_runs.digits import judge
 from fewstep.distill_runs.metrics import sliced_wasserstein
 from fewstep.distill_runs.networks import Points
+from fewstep.distill_runs.pinwheel import train_denoiser
 from fewstep.problems import energy_distance
-from fewstep.solvers.distill import losses
-from fewstep.solvers.distill.distribution_matching import noise_levels
-from fewstep.solvers.distill.ema import frozen_copy, update_ema
-from fewstep.solvers.distill.network import noised, predict
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.schedule.process import EDM, Flow
 
@@ -49,24 +45,16 @@ def training_data() -> tuple[Tensor, Tensor]:
 def teacher() -> Denoiser:
     """A denoiser with the class as condition, trained once per process and always the same."""
     images, classes = training_data()
+
+    def draw(g: torch.Generator) -> tuple[Tensor, Tensor]:
+        pick = torch.randint(len(images), (TEACHER_BATCH,), generator=g)
+        return images[pick], classes[pick]
+
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         net = new_network()
-        average = frozen_copy(net)
-        denoiser, g = Denoiser(net, PROCESS, "edm"), torch.Generator().manual_seed(1)
         optimiser = torch.optim.AdamW(net.parameters(), TEACHER_RATE, weight_decay=0.01)
-        for k in range(TEACHER_STEPS):
-            optimiser.param_groups[0]["lr"] = 0.5 * TEACHER_RATE * (1.0 + math.cos(math.pi * k / TEACHER_STEPS))
-            pick = torch.randint(len(images), (TEACHER_BATCH,), generator=g)
-            x0, label = images[pick], classes[pick]
-            at, noise = noise_levels(PROCESS, TEACHER_BATCH, g, -0.8, 1.4), torch.randn(x0.shape, generator=g)
-            prediction = predict(denoiser, noised(x0, noise, at), at, {"label": label})
-            loss = losses.weighted(losses.squared(prediction, x0), losses.edm_weight(PROCESS.sigma_data)(at))
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            optimiser.step()
-            update_ema(average, net, min(0.999, (k + 1) / (k + 10)))
-    return Denoiser(average, PROCESS, "edm")
+        return train_denoiser(net, PROCESS, optimiser, draw, steps=TEACHER_STEPS, levels=(-0.8, 1.4))
 
 
 def new_network(*, ends: bool = False) -> Points:
