@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
-from fewstep.solvers.options import between, flag, number, one_of, warn
+from fewstep.solvers.options import between, flag, number, one_of, plain_fields, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
@@ -37,6 +37,7 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         between("quantile", self.quantile, 0.0, 1.0)
         between("maximum", self.maximum, 1.0, LARGEST)
+        plain_fields(self)
 
 
 def _positive(name: str, value: object) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.kernels import layout
-from fewstep.solvers.options import between, function, number
+from fewstep.solvers.options import between, function, number, plain_fields
 from fewstep.solvers.plans.guidance import Moment, Shares
 
 # Guidance scales, bounds and factors beyond it overflow float32 in the run.
@@ -138,10 +138,12 @@ class _Guided:
     sigma_hi: float
 
     def _check_interval(self) -> None:
+        """Checks the interval, which all guidances have, and makes NumPy's numbers Python's."""
         between("guidance start", self.start, 0.0, 1.0)
         between("guidance stop", self.stop, self.start, 1.0)
         between("guidance sigma_lo", self.sigma_lo, 0.0, LARGEST)
         between("guidance sigma_hi", self.sigma_hi, self.sigma_lo, math.inf)
+        plain_fields(self)  # type: ignore[arg-type]
 
     @property
     def branches(self) -> int:

@@ -398,6 +398,7 @@ def sample_adaptive(
     }
     for name, value in given.items():
         between(name, value, *_RANGES[name])
+    pcoeff, icoeff, dcoeff, eta = map(float, (pcoeff, icoeff, dcoeff, eta))
     pair = _checked_pair(solver, frame, eta)
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
     flag("final_zero", final_zero)

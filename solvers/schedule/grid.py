@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.field_names import spacing_hint
-from fewstep.solvers.options import between, flag, named, number, one_of
+from fewstep.solvers.options import between, flag, named, number, one_of, plain
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, check_process, numbers
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -395,6 +395,8 @@ def grid(
 
     check_process(process)
     flag("final_zero", final_zero)
+    sigma_min, sigma_max, shift, shift_terminal = map(plain, (sigma_min, sigma_max, shift, shift_terminal))
+    options = {name: plain(value) for name, value in options.items()}
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max, "shift": shift, "shift_terminal": shift_terminal}
     given = {name: value for name, value in ends.items() if value is not None} | options
     for name, value in given.items():
