@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output
 from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
 
 Cond = Mapping[str, Any]
 
@@ -439,6 +442,21 @@ class Denoiser:
                 if len(alike) > 1:
                     together[alike] = stacked([conds[j] for j in alike], frame, batch)
         return call
+
+
+class Around:
+    """A callable around a network, with the network's device and dtype."""
+
+    def __init__(self, network: object) -> None:
+        self.network: Any = network
+
+    @property
+    def frame(self) -> Frame | None:
+        return frame_of(self.network)
+
+    def parameters(self) -> Iterator[Parameter]:
+        own = getattr(self.network, "parameters", None)
+        return iter(own() if callable(own) else ())
 
 
 def _on_numpy(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -111,6 +111,14 @@ def test_solvers_with_a_history_and_calls_without_an_end_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="end = 'a b'"):
         FlowMapDenoiser(wrong, FLOW, end="a b")
+    # In bfloat16 the times 0.998 and 1 are one: the network would be told the end of the other step.
+    for kind, fits in (("bfloat16", 64), ("float16", 512), ("float32", 512)):
+        narrow = FlowMapDenoiser(wrong, FLOW, time_dtype=kind)
+        ends = narrow.for_plan(fs.plan("euler", fs.grid(FLOW, fits))).model.table
+        assert ends.shape == (2, fits)
+        assert ends[0, :-1].tolist() == pytest.approx(ends[1, 1:].tolist(), abs=2e-3)
+    with pytest.raises(ValueError, match=r"at t = 1 \(bfloat16\) for steps that end at 0.998333 and 0.996667"):
+        FlowMapDenoiser(wrong, FLOW, time_dtype="bfloat16").for_plan(fs.plan("euler", fs.grid(FLOW, 600)))
     assert [to.t for to in step_ends(fs.plan("euler", grid))] == grid.t[1:].tolist()
 
 
