@@ -606,6 +606,20 @@ def test_nan_and_endless_steps_are_errors():
     with pytest.raises(ValueError, match=r"error estimate of sample 0 at t = .* the network returned NaN or inf"):
         fs.sample_adaptive(fs.Denoiser(broken, fs.EDM(), predicts="sample"), x)
 
+    def broken_at_the_end(v: Any, t: Any) -> Any:
+        out = 0.1 * v
+        out[1] = np.where(t[1] <= 0.002, np.nan, out[1])
+        return out
+
+    for kept in (None, lambda info: None):  # with and without edits, which see the prediction
+        with pytest.raises(ValueError, match=r"sample 1 is not finite after its last call, at t = 0.002: the network"):
+            fs.sample_adaptive(fs.Denoiser(broken_at_the_end, fs.EDM(), predicts="sample"), x, edit=kept)
+    asked: list[Any] = []
+    denoiser = fs.Denoiser(lambda v, t: asked.append(t), fs.EDM(), predicts="sample")
+    with pytest.raises(ValueError, match=r"^x holds NaN or inf: no sample can come of it$"):
+        fs.sample_adaptive(denoiser, np.where(np.arange(x.size).reshape(x.shape) == 4, np.inf, x))
+    assert asked == []
+
     def rough(v: Any, t: Any) -> Any:
         return np.sin(1e6 * v)
 

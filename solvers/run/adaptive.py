@@ -28,6 +28,7 @@ from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
+    check_finite,
     check_latent,
     check_shape,
     check_source,
@@ -41,6 +42,7 @@ from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
+from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point, points
 
@@ -216,6 +218,12 @@ class _Run:
                 outputs = Outputs([m], written(n), None)
         row = {SEEN if k == "x" else k: c for k, c in first_order(end, clean).items() if c}
         x = batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
+        bad = [i for i, finite in enumerate((abs(x) < math.inf).all(1).tolist()) if not finite]
+        if bad:
+            raise ValueError(
+                f"sample {bad[0]} is not finite after its last call, at t = {end.t:.6g}: the network returned NaN or "
+                "inf"
+            )
         if edits is not None:
             edits.after_steps(x, samples, samples, steps, [[end, clean]] * n)
         self.counts[0] += 1
@@ -432,12 +440,14 @@ def sample_adaptive(
     one_of("dtype", state, ("float32", "float64"))
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
     edits = Edits.of(edit, edit_x0, every, sizes, check=True)
-    if x is not None:
+    if x is not None and outer is not None:
         check_latent(x, outer, sizes, model, state)
+        check_finite("x", x, outer)
     named("backend", backend, BACKENDS)
     wide = "float64" in (state, denoiser.model_dtype(state))
     if wide and backend == "triton":
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
+    warn_if_training(denoiser.networks)
     batch = Batch(denoiser, model, pick_backend(backend, model, triton=not wide), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 

@@ -23,6 +23,7 @@ from fewstep.solvers.plans.tables import branch_calls
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
 from fewstep.solvers.run.checks import (
     BACKENDS,
+    check_finite,
     check_latent,
     check_plan,
     check_shape,
@@ -110,8 +111,7 @@ class _Window:
         lone = compile_plan(plan, in_place=self.backend == "triton")
         if any(len(shares.weights) > 1 for shares, _ in branch_calls(lone, denoiser)):
             raise ValueError("the guidance scale holds one number per sample: with levels, give one for all of them")
-        for network in {id(network): network for network in denoiser.networks}.values():
-            warn_if_training(network)
+        warn_if_training(denoiser.networks)
         count = self.batch * self.tokens
         columns = count if self.backend == "triton" else 1
         compiler = Compiler(self.backend, self.frame, (columns, *self.shape[2:]), dtype)
@@ -189,8 +189,7 @@ class _Window:
         if self.backend != "naive" and isinstance(outer, TorchFrame) and outer.wants_grad(x):
             raise ValueError(f"{name} requires grad, and backend={self.backend!r} records none: use backend='naive'")
         inner = self.convert.latent(x, outer)
-        if self.frame.device == "cpu" and not bool((abs(outer.detached(x)) < math.inf).all()):
-            raise ValueError(f"{name} holds NaN or inf")
+        check_finite(name, x, outer)
         return inner, outer
 
     def part(self, values: Array, places: Sequence[int]) -> Array:

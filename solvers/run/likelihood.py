@@ -133,7 +133,7 @@ def log_likelihood(
     check_latent(moved, frame if moved is not x else outer, sizes, frame, state)
     if not np.isfinite(_host(moved)).all():
         raise ValueError("x holds NaN or inf")
-    warn_if_training(denoiser.model)
+    warn_if_training(denoiser.networks)
     batch = Batch(denoiser, frame, "naive", state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
     elements = batch.functions.elements

@@ -26,6 +26,7 @@ from fewstep.solvers.run.fused_columns import FusedColumns
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.graph import CaptureError, capture_api
 from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
+from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import Limits
 
 
@@ -97,6 +98,7 @@ class MixedRun:
                     f"plan {plan.solver!r} was made on {plan.grid.process!r}, the denoiser was trained on "
                     f"{denoiser.process!r}: make the grid with the denoiser's process"
                 )
+        warn_if_training(denoiser.networks)
         self.plans = tuple(plans)  # keeps the ids below alive
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
         self._compiler = Compiler(self.backend, self.frame, lone, "float32")

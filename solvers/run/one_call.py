@@ -205,7 +205,7 @@ def sample(
 
         sampler = kept(key, make_weakly)
         if not made:
-            warn_if_training(denoiser.model)
+            warn_if_training(denoiser.networks if denoiser.guidance is not None else (denoiser.model,))
             sampler._tried = None  # as in a new sampler's first call, the network's outputs are looked at
     idle = sampler._now.idle
     held = [*map(len, idle)]

@@ -104,8 +104,7 @@ class Sampler:
         flag("parallel", parallel)
         if parallel and graph not in ("auto", "off"):
             raise ValueError(f"parallel=True makes its calls outside of CUDA graphs: use graph='off', not {graph!r}")
-        for network in {id(network): network for network in denoiser.networks}.values():
-            warn_if_training(network)
+        warn_if_training(denoiser.networks)
         self.graph, self.capacity, self.parallel = graph, capacity, parallel
         self.check = self.frame.device == "cpu" if check is None else check
         self._options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "graph": graph}
