@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
-from fewstep.solvers.options import between, flag, number, one_of, plain_fields, warn
+from fewstep.solvers.options import between, flag, number, one_of, plain_fields, unknown, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
-from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import check_output

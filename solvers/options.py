@@ -48,6 +48,15 @@ def plain_fields(made: DataclassInstance) -> None:
         object.__setattr__(made, each.name, plain(getattr(made, each.name)))
 
 
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An integer of Python or NumPy as an int. Raises ValueError that names it unless it is low .. high."""
+    kind = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not kind or value < low or (high is not None and value > high):  # type: ignore[operator]
+        most = "" if high is None else f" and <= {high}"
+        raise ValueError(f"{name} must be an int >= {low}{most}, got {value!r:.80}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
 def at_least(name: str, value: object, low: float) -> None:
     if not number(value) >= low:
         raise ValueError(f"{name} must be a number >= {low:g}, got {value!r}")

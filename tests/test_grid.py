@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.solvers.options import whole
 from fewstep.solvers.schedule.grid import Grid, grid, list_spacings
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point
 from fewstep.solvers.schedule.spacings import SPACINGS as SPACING_TABLE
@@ -437,7 +438,7 @@ def test_bad_extend():
     with pytest.raises(ValueError, match="cannot divide a step from alpha = 0"):
         g.extend(2)
     assert g.extend(2, start_at_sigma=100.0).steps == 7
-    with pytest.raises(ValueError, match="extend takes an int >= 1"):
+    with pytest.raises(ValueError, match="steps must be an int >= 1 and <= 1000000"):
         g.extend(0)
     with pytest.raises(ValueError, match="spacing must be one of 'linear', 'cosine', 'sine'"):
         g.extend(2, 1.0, spacing="cubic")
@@ -519,3 +520,16 @@ def test_constructors_compute_in_float64_from_numbers_of_numpy(number):
     assert VP.cosine(s=number(0.0078125), max_beta=number(0.984375)) == VP.cosine(s=0.0078125, max_beta=0.984375)
     lengths = (3072.0, 256.0, 4096.0, 0.1875, 1.8125)
     assert Flow.mu_of(*map(number, lengths)) == Flow.mu_of(*lengths)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "3", None, 0, np.int64(0), 11, np.uint8(11), np.bool_(True), np.ones(2)])
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match=r"^n must be an int >= 1 and <= 10, got "):
+        whole("n", value, 1, 10)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
+def test_whole_numbers_of_numpy_are_ints(value):
+    assert type(whole("n", value, 1, 10)) is int
+    assert whole("n", value, 3) == 3
+    assert grid(VP.linear(), value) == grid(VP.linear(), 3)

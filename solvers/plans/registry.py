@@ -11,8 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import plain
-from fewstep.solvers.options import unknown as unknown  # re-exported
+from fewstep.solvers.options import plain, unknown
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid, list_spacings

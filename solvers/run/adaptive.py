@@ -19,7 +19,7 @@ from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.field_names import pair_name
-from fewstep.solvers.options import between, flag, function, named, number, one_of
+from fewstep.solvers.options import between, flag, function, named, number, one_of, whole
 from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
@@ -417,10 +417,7 @@ def sample_adaptive(
             "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
             "accepted step, or edit_x0, called after each call"
         )
-    for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
-
+    max_attempts, max_calls = whole("max_attempts", max_attempts, 1), whole("max_calls", max_calls, 1)
     process = denoiser.process
     high = process.sigma_max if sigma_max is None else sigma_max
     low = process.sigma_min if sigma_min is None else sigma_min

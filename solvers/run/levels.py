@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import function, named, number, warn
+from fewstep.solvers.options import function, named, number, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls
@@ -348,12 +348,11 @@ def rolling(
         function("cond", cond, classes=False)
     constant = None if callable(cond) else cond
     window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, known, constant, device), _state(dtype))
-    _whole("context", context, 0)
+    context = whole("context", context, 0)
     if context >= window.tokens:
         raise ValueError(f"context = {context} leaves no noisy frame in a window of {window.tokens}")
     noisy = window.tokens - context
-    offset = -(-plan.steps // noisy) if offset is None else offset
-    _whole("offset", offset, 1)
+    offset = -(-plan.steps // noisy) if offset is None else whole("offset", offset, 1)
     offset = min(offset, plan.steps)  # a frame that starts later does not change
     if offset * noisy < plan.steps:
         raise ValueError(
@@ -361,7 +360,7 @@ def rolling(
             f"steps, and the plan has {plan.steps}: use offset >= {-(-plan.steps // noisy)}, or a longer window"
         )
     if frames is not None:
-        _whole("frames", frames, 1)
+        frames = whole("frames", frames, 1)
     streams = TokenStreams(seed, window.batch, first_sample)
     streams.check(frames or 0, "frames")
     count, data, outer = 0, None, None
@@ -374,7 +373,7 @@ def rolling(
             )
         data, outer = window.inside("known", known, count)
     network = window.bind(cond(-count) if callable(cond) else cond)
-    return _roll(window, network, cond, streams, int(offset), context, count, data, outer, frames)
+    return _roll(window, network, cond, streams, offset, context, count, data, outer, frames)
 
 
 def _roll(
@@ -412,8 +411,3 @@ def _roll(
             window.enter([old], None, streams.of(held))
             if callable(cond):
                 network = window.bind(cond(int(held[window.first])))
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an int >= {low}, got {value!r:.80}")

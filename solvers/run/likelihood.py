@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fewstep.kernels import philox
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, TABLEAUX, Tableau
-from fewstep.solvers.options import between, function, instance, named
+from fewstep.solvers.options import between, function, instance, named, whole
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name
 from fewstep.solvers.run.batch import Batch
@@ -112,8 +112,7 @@ def log_likelihood(
     if rtol is not None and atol is not None:
         between("rtol", rtol, 0.0, 1.0)
         between("atol", atol, 1e-15, 1e6)
-    if isinstance(max_calls, bool) or not isinstance(max_calls, int) or max_calls < 1:
-        raise ValueError(f"max_calls must be an int >= 1, got {max_calls!r:.80}")
+    max_calls = whole("max_calls", max_calls, 1)
     function("prior", prior, optional=True, classes=False)
     between("bin_width", bin_width, 1e-12, 1e12)
     _check_smooth(denoiser)

@@ -9,7 +9,7 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, function, named
+from fewstep.solvers.options import flag, function, named, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
@@ -97,8 +97,7 @@ class Sampler:
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
             )
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
-            raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
+        capacity = whole("capacity", capacity, 0)
         if check is not None:
             flag("check", check)
         flag("parallel", parallel)

@@ -28,7 +28,7 @@ import numpy as np
 
 from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import function, named, number, one_of
+from fewstep.solvers.options import function, named, number, one_of, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -238,8 +238,8 @@ def identity_of(
         "guidance": guidance_as_json(denoiser.guidance),
         "features": None if features is None else getattr(features, "__name__", type(features).__name__),
         "shape": list(shape),
-        "seed": seed,
-        "seeds": dict(splits),
+        "seed": int(seed),
+        "seeds": {name: int(count) for name, count in splits.items()},  # JSON has no numbers of NumPy
     }
 
 
@@ -539,8 +539,7 @@ def check_arguments(
 ) -> tuple[Rule, Array] | None:
     """Raises ValueError for what needs no denoiser to be wrong. Returns the rule of a plan to resume."""
     for name, value, low, high in (("nfe", nfe, 2, 1000), ("seeds", seeds, 12, 10**6), ("batch", batch, 1, 10**6)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise ValueError(f"{name} must be an integer >= {low} and <= {high}, got {value!r}")
+        whole(name, value, low, high)
     one_of("what", what, WHAT)
     one_of("objective", objective, tuple(OBJECTIVES))
     if isinstance(base, Plan):
@@ -751,7 +750,7 @@ def fit_plan(
         },
         "reference_error": made.reference_error,
         "objective": objective,
-        "relax": relax,
+        "relax": float(relax),
         "fitted": best is not None or plan is fewer,
         "complete": complete,
         "calls": made.ensemble.calls,
