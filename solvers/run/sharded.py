@@ -261,12 +261,18 @@ def _manifest(
         "nfe": plan.nfe,
         "plan": _digest(dumps(plan_as_json(plan))),
         "denoiser": settings,
-        "weights": weights_digest(denoiser.model),
+        "weights": _weights(denoiser),
         "cond": "a function" if callable(cond) else _digest_of_tree([cond, denoiser.null], sampler.frame),
         "backend": sampler.backend,
         "device": sampler.frame.device.partition(":")[0],
         "job": dict(job or {}),
     }
+
+
+def _weights(denoiser: DenoiserLike) -> str | list[str | None] | None:
+    """The digest of the network, or those of all networks of the guidance."""
+    found = [weights_digest(network) for network in {id(network): network for network in denoiser.networks}.values()]
+    return found[0] if len(found) == 1 else found
 
 
 def _digest(text: str) -> str:

@@ -275,7 +275,7 @@ class VP(_Unwarped):
     def _of(cls, betas: FloatArray, **given: float) -> VP:
         """The process of these betas. Raises ValueError that names what they were made from."""
         try:
-            return cls(np.cumprod(1.0 - betas))
+            return cls(np.cumprod(1.0 - betas, dtype=np.float64))
         except ValueError as error:
             made_from = ", ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{made_from}: a beta is lost in rounding ({error})") from None
