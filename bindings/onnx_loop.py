@@ -31,7 +31,7 @@ from fewstep.solvers.plans.ends import step_ends
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import StageTable, init_table, stage_tables
-from fewstep.solvers.run.arrays import DType, dtype_name
+from fewstep.solvers.run.arrays import DType, state_dtype
 from fewstep.solvers.run.checks import check_plan
 from fewstep.solvers.run.denoising import Threshold, check_denoiser, time_dtype
 
@@ -663,8 +663,7 @@ def save_loop(
     check_plan(plan, denoiser)
     one_of("noise", noise, ("streams", "input"))
     flag("unroll", unroll)
-    kind = dtype_name("" if dtype is None else dtype)
-    one_of("dtype", kind, ("float32", "float64"))
+    kind = state_dtype(dtype)
     if shape is not None:
         instance("shape", shape, (tuple, list), "the sizes of one sample, (1, 8, 8) say")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):

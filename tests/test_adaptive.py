@@ -570,7 +570,7 @@ def test_x_is_not_written_to():
             "sigma_min = 1e-320, sigma_max = 80.0: they must be increasing",
         ),
         ({"sigma_max": 1e300}, ValueError, "sigma_max = 1e.300: they must be increasing, from 1e-12 to 1e.12"),
-        ({"dtype": "float16"}, ValueError, "dtype must be one of 'float32', 'float64'"),
+        ({"dtype": "float16"}, ValueError, "dtype is the state's, float32 or float64, got float16"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
         ({"x": None}, ValueError, "exactly one of x .* got neither"),
         ({"shape": (2, 6)}, ValueError, "exactly one of x .* got both"),

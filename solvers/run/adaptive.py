@@ -23,7 +23,7 @@ from fewstep.solvers.options import between, flag, function, named, number, one_
 from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
-from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
+from fewstep.solvers.run.arrays import Array, Device, DType, no_grad, state_dtype
 from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
@@ -429,12 +429,9 @@ def sample_adaptive(
         ends = Grid.from_sigmas(process, [high, low])
     except ValueError as error:  # beyond the process's own levels
         raise ValueError(f"sigma_max = {high}, sigma_min = {low}: {error}") from None
-    if device is None:
-        device = device_of_inputs(denoiser, outer, cond)
-    model = model_frame(denoiser, device)
+    model = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     wide = outer is not None and outer.dtype_of(x) == "float64"
-    state = dtype_name(("float64" if wide else "float32") if dtype is None else dtype)
-    one_of("dtype", state, ("float32", "float64"))
+    state = state_dtype(dtype, "float64" if wide else "float32")
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
     edits = Edits.of(edit, edit_x0, every, sizes, check=True)
     if x is not None and outer is not None:

@@ -40,6 +40,14 @@ def dtype_name(dtype: Any, argument: str = "dtype") -> str:
     return name
 
 
+def state_dtype(dtype: Any, default: str = "float32") -> str:
+    """The dtype of a run's state, `default` for None. Raises ValueError for any but float32 and float64."""
+    state = dtype_name(default if dtype is None else dtype)
+    if state not in ("float32", "float64"):
+        raise ValueError(f"dtype is the state's, float32 or float64, got {state}; 16-bit belongs to the model")
+    return state
+
+
 def aligned(shape: Sequence[int], dtype: np.dtype[Any]) -> np.ndarray:
     """Uninitialised memory aligned to a page, or to a cache line if it is smaller than a page.
 

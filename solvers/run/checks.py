@@ -52,8 +52,12 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def device_of_inputs(denoiser: DenoiserLike, outer: Frame | None, cond: object) -> str | None:
-    """The device of torch inputs: of x, else of the conditions of a plain callable; None if there are none."""
+def device_of_inputs(
+    denoiser: DenoiserLike, outer: Frame | None, cond: object, device: Device | None = None
+) -> Device | None:
+    """The device as given, else that of torch inputs: of x, else of the conditions of a plain callable; or None."""
+    if device is not None:
+        return device
     if isinstance(outer, TorchFrame):
         return outer.device
     if outer is not None or denoiser.frame is not None:

@@ -20,7 +20,7 @@ from fewstep.solvers.options import function, named, number, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_finite,
@@ -94,7 +94,6 @@ class _Window:
         device: Device | None,
         dtype: str,
     ) -> None:
-        check_denoiser(denoiser)
         check_plan(plan, denoiser)
         named("backend", backend, BACKENDS)
         self.shape = check_shape(shape)
@@ -222,18 +221,6 @@ def _clean_input(denoiser: DenoiserLike, clean_t: float | None) -> tuple[float, 
     return t, c_in
 
 
-def _state(dtype: DType | None) -> str:
-    state = dtype_name("float32" if dtype is None else dtype)
-    if state not in ("float32", "float64"):
-        raise ValueError(f"dtype is the state's, float32 or float64, got {state}")
-    return state
-
-
-def _device(denoiser: DenoiserLike, given: Array | None, cond: object, device: Device | None) -> Device | None:
-    check_denoiser(denoiser)
-    return device_of_inputs(denoiser, frame_of(given), cond) if device is None else device
-
-
 def sample_levels(
     denoiser: DenoiserLike,
     plan: Plan,
@@ -273,7 +260,9 @@ def sample_levels(
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
     given = known if x is None else x
-    window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, given, cond, device), _state(dtype))
+    check_denoiser(denoiser)
+    device = device_of_inputs(denoiser, frame_of(given), cond, device)
+    window = _Window(denoiser, plan, shape, clean_t, backend, device, state_dtype(dtype))
     schedule = matrix(levels, plan.steps, window.tokens)
     streams = TokenStreams(seed, window.batch, first_sample)
     streams.check(window.tokens, "shape")
@@ -347,7 +336,9 @@ def rolling(
     if callable(cond):
         function("cond", cond, classes=False)
     constant = None if callable(cond) else cond
-    window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, known, constant, device), _state(dtype))
+    check_denoiser(denoiser)
+    device = device_of_inputs(denoiser, frame_of(known), constant, device)
+    window = _Window(denoiser, plan, shape, clean_t, backend, device, state_dtype(dtype))
     context = whole("context", context, 0)
     if context >= window.tokens:
         raise ValueError(f"context = {context} leaves no noisy frame in a window of {window.tokens}")

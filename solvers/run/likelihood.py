@@ -17,7 +17,7 @@ from fewstep.kernels import philox
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, TABLEAUX, Tableau
 from fewstep.solvers.options import between, function, instance, named, whole
 from fewstep.solvers.reprs import short_repr
-from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name
+from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, state_dtype
 from fewstep.solvers.run.batch import Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.convert import Converter
@@ -117,16 +117,14 @@ def log_likelihood(
     between("bin_width", bin_width, 1e-12, 1e12)
     _check_smooth(denoiser)
     grid, path = _path(denoiser, grid, steps, spacing)
-    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond) if device is None else device)
+    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     if not isinstance(frame, TorchFrame):
         raise ValueError(
             "denoiser is on NumPy arrays, which log_likelihood cannot differentiate: use a torch network, or "
             "device='cpu' for a function that takes tensors as well"
         )
     kind = outer.dtype_of(x) if outer is not None else ""
-    state = dtype_name(("float64" if kind == "float64" else "float32") if dtype is None else dtype)
-    if state not in ("float32", "float64"):
-        raise ValueError(f"dtype is the state's, float32 or float64, got {state}")
+    state = state_dtype(dtype, "float64" if kind == "float64" else "float32")
     sizes = check_shape(tuple(x.shape))
     moved = x.to(frame.device) if isinstance(outer, TorchFrame) else x
     check_latent(moved, frame if moved is not x else outer, sizes, frame, state)

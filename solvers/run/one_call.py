@@ -175,8 +175,7 @@ def sample(
 
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"
-    if device is None:
-        device = device_of_inputs(denoiser, outer, cond)
+    device = device_of_inputs(denoiser, outer, cond, device)
     named("backend", backend, BACKENDS)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients

@@ -12,7 +12,7 @@ from fewstep.kernels import philox
 from fewstep.solvers.options import flag, function, named, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
@@ -83,9 +83,7 @@ class Sampler:
     ) -> None:
         check_denoiser(denoiser)
         self.shape = check_shape(shape)
-        self.dtype = dtype_name("float32" if dtype is None else dtype)
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype is the state's, float32 or float64, got {self.dtype}; 16-bit belongs to the model")
+        self.dtype = state_dtype(dtype)
         named("backend", backend, BACKENDS)
         named("graph mode", graph, MODES)
         self.frame = model_frame(denoiser, device)

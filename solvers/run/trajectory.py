@@ -254,7 +254,7 @@ def _libraries(
         raise TypeError(f"states must be NumPy arrays or torch tensors, got {type(states[0]).__name__}")
     shape = check_shape(tuple(states[0].shape))
     dtype = "float64" if outer.dtype_of(states[0]) == "float64" else "float32"
-    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond) if device is None else device)
+    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     for k, state in enumerate(states):
         try:
             check_latent(state, frame_of(state), shape, frame, dtype)

@@ -261,9 +261,11 @@ def difference_step(denoiser: DenoiserLike) -> float:
     return _DIFFERENCE[denoiser.model_dtype("float64")]
 
 
-def speaker(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
-    """What progress is told: the caller's function, the standard error or nobody."""
-    return progress if callable(progress) else _to_stderr if progress else _silent
+def speaker(progress: bool | Callable[[str], None], name: str = "tune") -> Callable[[str], None]:
+    """What takes lines of progress: the caller's function, the standard error or nothing."""
+    if callable(progress):
+        return progress
+    return (lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)) if progress else lambda text: None
 
 
 def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
@@ -759,11 +761,3 @@ def fit_plan(
         assert best is not None
         return best.rule.plan(best.numbers, record)
     return replace(plan, options={**plan.options, "tuning": record})
-
-
-def _silent(text: str) -> None:
-    return
-
-
-def _to_stderr(text: str) -> None:
-    print(f"tune: {text}", file=sys.stderr, flush=True)
