@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import flag, number, one_of
+from fewstep.solvers.options import flag, function, number, one_of
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -188,6 +188,7 @@ def recommend(
     seeds: int = 64,
     device: str | torch.device | None = None,
     cache: str | Path | None = "auto",
+    progress: bool | Callable[[str], None] = True,
     process: str | Process | None = None,
     guidance: float | None = None,
     guidance_distilled: bool = False,
@@ -201,7 +202,7 @@ def recommend(
     nfe       network evaluations per sample, >= 1
     denoiser  a `fewstep.Denoiser`: rank every deterministic (solver, options, spacing) by its error to this denoiser's
               own ODE solution, and return a `Measured`
-    shape, cond, device, cache  as for `fewstep.tune`
+    shape, cond, device, cache, progress  as for `fewstep.tune`: it takes as long as a fit
     seeds     latents to rank on, >= 12
 
     Only without a denoiser:
@@ -227,7 +228,7 @@ def recommend(
         given += ["guidance_distilled"] if guidance_distilled else []
         if given:
             raise TypeError(f"{', '.join(given)}: a denoiser has its own process and guidance")
-        return _measure(nfe, denoiser, shape, cond, seeds, device, cache)
+        return _measure(nfe, denoiser, shape, cond, seeds, device, cache, progress)
     if shape is not None or cond is not None:
         raise TypeError("shape and cond belong to a measurement: give denoiser= too")
     family, example = _family("vp" if process is None else process)
@@ -266,17 +267,20 @@ def _measure(
     seeds: int,
     device: str | torch.device | None,
     cache: str | Path | None,
+    progress: bool | Callable[[str], None],
 ) -> Measured:
     from fewstep.solvers.run.checks import check_sample_shape
     from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.ensemble import unroll
-    from fewstep.solvers.tune.tuning import all_starts, fit_plan, statistics, study
+    from fewstep.solvers.tune.tuning import all_starts, fit_plan, speaker, statistics, study
 
     begin = time.perf_counter()
     check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
     shape = check_sample_shape(shape)
+    if not isinstance(progress, bool):
+        function("progress", progress)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
         raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
     middle = denoiser.process.point_at_sigma(1.0)
@@ -297,7 +301,7 @@ def _measure(
         device=device,
         batch=512,
         cache=cache,
-        say=lambda text: None,
+        say=speaker(progress, "recommend"),
     )
     best = made.ranked[0].candidate
     gain = None

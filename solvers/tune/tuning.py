@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -261,9 +262,9 @@ def difference_step(denoiser: DenoiserLike) -> float:
     return _DIFFERENCE[denoiser.model_dtype("float64")]
 
 
-def speaker(progress: bool | Callable[[str], None]) -> Callable[[str], None]:
-    """What progress is told: the caller's function, the standard error or nobody."""
-    return progress if callable(progress) else _to_stderr if progress else _silent
+def speaker(progress: bool | Callable[[str], None], who: str = "tune") -> Callable[[str], None]:
+    """Where lines of progress go: to the caller's function, to the standard error after the name `who`, or nowhere."""
+    return progress if callable(progress) else partial(_to_stderr, who) if progress else _silent
 
 
 def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
@@ -766,5 +767,5 @@ def _silent(text: str) -> None:
     return
 
 
-def _to_stderr(text: str) -> None:
-    print(f"tune: {text}", file=sys.stderr, flush=True)
+def _to_stderr(who: str, text: str) -> None:
+    print(f"{who}: {text}", file=sys.stderr, flush=True)
