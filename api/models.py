@@ -60,8 +60,9 @@ class Model:
         return np.arange(n) % max(self.classes, 1)
 
     def points(self, seed: int) -> np.ndarray | None:
-        """Some of the data to draw beneath samples; None for a model of images."""
-        return self.data(seed)[0][:POINTS] if len(self.shape) == 1 else None
+        """Some of the data to draw beneath samples; None for a model of images, or one whose data are not known."""
+        found = self.data(seed)[0][:POINTS] if len(self.shape) == 1 else ()
+        return found if len(found) else None
 
     def all_classes(self) -> Condition:
         """The condition of one sample per class."""
@@ -158,6 +159,8 @@ def check_model(
     own = is_factory(name)
     if own and shape is None:
         raise ValueError(f"--model {shown(name)} needs --shape, of one sample without the batch: 3x32x32, or 2")
+    if not own and name.endswith(".py"):
+        raise ValueError(f"--model {shown(name)}: name the function that makes the denoiser, FILE.py:FUNCTION")
     if not own and shape is not None:
         raise ValueError(f"--shape: --model {shown(name)} has its own; only FILE.py:FUNCTION takes one")
     if not own and name not in MODELS:

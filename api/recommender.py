@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import flag, number, one_of, unknown, whole
+from fewstep.solvers.options import flag, function, number, one_of, unknown, whole
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -187,6 +187,7 @@ def recommend(
     seeds: int = 64,
     device: str | torch.device | None = None,
     cache: str | Path | None = "auto",
+    progress: bool | Callable[[str], None] = True,
     process: str | Process | None = None,
     guidance: float | None = None,
     guidance_distilled: bool = False,
@@ -200,7 +201,7 @@ def recommend(
     nfe       network evaluations per sample, >= 1
     denoiser  a `fewstep.Denoiser`: rank every deterministic (solver, options, spacing) by its error to this denoiser's
               own ODE solution, and return a `Measured`
-    shape, cond, device, cache  as for `fewstep.tune`
+    shape, cond, device, cache, progress  as for `fewstep.tune`: it takes as long as a fit
     seeds     latents to rank on, >= 12
 
     Only without a denoiser:
@@ -225,7 +226,7 @@ def recommend(
         given += ["guidance_distilled"] if guidance_distilled else []
         if given:
             raise TypeError(f"{', '.join(given)}: a denoiser has its own process and guidance")
-        return _measure(nfe, denoiser, shape, cond, seeds, device, cache)
+        return _measure(nfe, denoiser, shape, cond, seeds, device, cache, progress)
     if shape is not None or cond is not None:
         raise TypeError("shape and cond belong to a measurement: give denoiser= too")
     family, example = _family("vp" if process is None else process)
@@ -264,15 +265,18 @@ def _measure(
     seeds: int,
     device: str | torch.device | None,
     cache: str | Path | None,
+    progress: bool | Callable[[str], None],
 ) -> Measured:
     from fewstep.solvers.run.checks import check_sample_shape
     from fewstep.solvers.tune.ensemble import unroll
-    from fewstep.solvers.tune.tuning import all_starts, fit_plan, statistics, study
+    from fewstep.solvers.tune.tuning import all_starts, fit_plan, speaker, statistics, study
 
     begin = time.perf_counter()
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
     shape = check_sample_shape(shape)
+    if not isinstance(progress, bool):
+        function("progress", progress)
     seeds = whole("seeds", seeds, 12)
     middle = denoiser.process.point_at_sigma(1.0)
     branches = max(1, *(len(denoiser.shares(Moment(middle, progress)).called) for progress in (0.0, 0.5)))
@@ -292,7 +296,7 @@ def _measure(
         device=device,
         batch=512,
         cache=cache,
-        say=lambda text: None,
+        say=speaker(progress, "recommend"),
     )
     best = made.ranked[0].candidate
     gain = None

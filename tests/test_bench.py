@@ -278,6 +278,9 @@ MINE = """
 import torch, fewstep as fs
 def make():
     return lambda x, t: torch.tanh(x)
+def embeds():
+    linear = torch.nn.Linear(1, 8)
+    return lambda x, t: torch.tanh(x + linear(t[:, None] / 1000)[:, None, :, None])
 def denoiser():
     return fs.Denoiser(lambda x, t: torch.tanh(x), fs.EDM(), "sample")
 def guided():
@@ -309,6 +312,16 @@ def test_a_model_of_ones_own(mine):
     record = latency.measure(other, 2)
     assert record["failed"] is record["twin_us"] is record["diffusers_us"] is None
     assert record["network_us"] > 0.0
+
+
+def test_a_model_of_ones_own_gets_one_time_per_sample_in_every_loop(mine):
+    """Not diffusers' scalar integer, which `t[:, None]` and a linear layer refuse."""
+    pytest.importorskip("diffusers")
+    ((_, case),) = latency.cases(["2x4x8x8"], ["ddim"], None, f"{mine}:embeds")
+    sides = case.sides()
+    assert list(sides) == list(latency.SIDES)
+    with latency.no_grad():
+        latency.gate(case, sides)  # all end at the same sample
 
 
 @pytest.mark.parametrize(

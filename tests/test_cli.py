@@ -129,6 +129,8 @@ def test_a_model_of_ones_own_is_sampled_and_tuned(cli, tmp_path, monkeypatch):
         (("--model", "own.py:number", "--shape", "2"), "must return a fewstep.Denoiser, or one and the conditions"),
         (("--model", "own.py:none", "--shape", "2"), "own.py has no function 'none'; it has: "),
         (("--model", "ring", "--shape", "2"), "--shape: --model ring has its own"),
+        (("--model", "own.py", "--shape", "2"), "--model own.py: name the function that makes the denoiser, FILE.py"),
+        (("--model", "own.py"), "--model own.py: name the function that makes the denoiser, FILE.py:FUNCTION"),
         (("--model", "own.py:make", "--shape", "4x4"), "samples of shape (4, 4) are neither images"),
         (("--model", "missing"), "There is no folder of that name either: fewstep sample takes that of a student"),
     ],
@@ -141,6 +143,21 @@ def test_what_is_no_model(cli, tmp_path, monkeypatch, words, text):
     assert errors.startswith("error: ")
     assert text in errors
     assert not Path("samples.png").exists()
+
+
+def test_the_picture_of_a_model_without_known_data_promises_none(cli, tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    for model in (("own.py:make", "--shape", "1"), ("ring",)):
+        assert cli("sample", "--model", *model, "--steps", 2, "--n", 3, "--out", "x.png")[0] == 0
+    (own,), (ring,) = (figure.axes for figure in figures)
+    assert own.get_title() == "own.py:make, dpmpp_2m, 2 calls"
+    assert ring.get_title() == "ring, dpmpp_2m, 2 calls; grey: data"
+    assert [len(axes.collections) for axes in (own, ring)] == [1, 2]
+    close("all")
 
 
 def test_a_sheet_of_colours_keeps_its_channels():

@@ -315,6 +315,17 @@ def test_the_file_of_the_page_draws_the_samplers_images(digits, tmp_path, monkey
     np.testing.assert_allclose(names["images"], want, atol=1e-5)
 
 
+def test_the_short_plan_of_the_page_is_four_euler_steps():
+    """docs/embedding.md"""
+    names = run_page("docs/embedding.md", {}, "deadline")
+    policy = names["policy"].requires_grad_(False)
+    x = fs.sample(fs.Denoiser(lambda x, t: 0.0 * x, fs.Flow(), "flow"), shape=(1, 16, 7), steps=1, seed=1)
+    x = policy.weight.new_tensor(x)
+    for _ in range(4):
+        x = x - 0.25 * policy(x)
+    np.testing.assert_allclose(names["actions"], x, atol=1e-5)
+
+
 def test_the_page_gives_the_same_image(digits, tmp_path, monkeypatch):
     """docs/onnx.md"""
     monkeypatch.chdir(tmp_path)

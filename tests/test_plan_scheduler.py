@@ -446,6 +446,22 @@ def test_a_second_plan_names_the_scheduler_that_restore_puts_back() -> None:
     assert type(pipe.scheduler) is before
 
 
+def test_restore_leaves_a_scheduler_that_was_swapped_in_for_a_plan() -> None:
+    """Its configuration, made from the plan scheduler's, still names the scheduler that the plan replaced."""
+    pipe = stable_diffusion()
+    plan = fs.plan("ddim", fs.grid(fs.VP.scaled_linear(), 4, "logsnr"))
+    fs.accelerate(pipe, plan=plan)
+    mine = pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="nothing to restore"):
+        fs.restore(pipe)
+    assert pipe.scheduler is mine
+    for options in ({}, {"plan": plan}):
+        done = fs.accelerate(pipe, **options)
+        assert not options or "in place of UniPCMultistepScheduler" in str(done)
+        fs.restore(pipe)
+        assert type(pipe.scheduler) is diffusers.UniPCMultistepScheduler
+
+
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     pipe, arguments, _, _, _ = wrapped_sd("epsilon")

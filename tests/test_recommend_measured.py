@@ -114,8 +114,11 @@ def test_under_guidance_a_call_is_two_evaluations(tmp_path):
 
     cond = ({"pull": np.zeros(1)}, {"pull": np.ones(1)})
     denoiser = fs.Denoiser(model, fs.EDM(), "sample", guidance=2.0, dtype="float64")
-    r = fs.recommend(5, denoiser=denoiser, shape=(3,), cond=cond, seeds=12, cache=tmp_path)
+    lines = []
+    r = fs.recommend(5, denoiser=denoiser, shape=(3,), cond=cond, seeds=12, cache=tmp_path, progress=lines.append)
     assert r.plan.nfe <= 2
+    assert lines[0] == "44 reference solutions"  # 12 latents to rank on, 16 and 16 to judge the fit
+    assert lines[1].startswith("ranking ")
     with pytest.raises(ValueError, match="nfe=1 leaves no call"):
         fs.recommend(1, denoiser=denoiser, shape=(3,), cond=cond)
 
@@ -126,6 +129,7 @@ def test_under_guidance_a_call_is_two_evaluations(tmp_path):
         ({"shape": (2,), "process": "vp"}, "process: a denoiser has its own"),
         ({}, "shape is missing"),
         ({"shape": (2,), "seeds": 3}, "seeds must be an int >= 12"),
+        ({"shape": (2,), "progress": "yes"}, "progress must be callable"),
         ({"shape": (2,), "denoiser": 3}, "must be a fewstep.Denoiser"),
     ],
 )

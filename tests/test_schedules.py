@@ -319,6 +319,8 @@ def test_bad_shifts():
         grid(EDM(), 4, shift=2.0)
     with pytest.raises(ValueError, match=r"shift_terminal = 0.1 is an option for Flow"):
         grid(SD, 4, shift_terminal=0.1)
+    with pytest.raises(ValueError, match=r"shift = '3': Flow takes"):
+        Flow("3")
     with pytest.raises(ValueError, match=r"shift = 0.0: Flow takes"):
         grid(Flow(), 4, shift=0.0)
     # diffusers returns NaN.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import queue
 import random
 import threading
 import time
 import tracemalloc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -541,6 +543,23 @@ def test_closing_fails_what_has_no_sample() -> None:
         engine.close()
         with pytest.raises(RuntimeError, match="the engine is closed: make another one"):
             engine.submit(EULER, seed=0)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_engine_that_a_fork_left_behind_refuses_instead_of_waiting_for_ever() -> None:
+    with fs.Engine(fs.Denoiser(net, VP), (2, *ONE[1:]), [EULER]) as engine, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of a fork beside threads
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                engine.submit(EULER, seed=0)
+            except RuntimeError as error:
+                code = 0 if "left behind by a fork: make an engine in each process" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        same(engine.submit(EULER, seed=0), alone(EULER, seed=0))
 
 
 def test_draining_finishes_what_was_accepted() -> None:

@@ -163,6 +163,15 @@ def test_bad_strength(strength: Any) -> None:
         fs.grid(VP, 4).tail(0.5, strength=0.5)
 
 
+@pytest.mark.parametrize("part", [{"strength": 0.5}, {"start": 0.25}])
+def test_a_draw_is_no_start_in_the_middle(part: dict[str, float]) -> None:
+    """There x is data with noise: a sample from noise alone has the wrong distribution, and nothing shows it."""
+    with pytest.raises(ValueError, match=r"(strength = 0.5|start = 0.25) begins at data with noise.*: pass x = alpha"):
+        fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0, **part)
+    whole = fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0)
+    np.testing.assert_array_equal(fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0, strength=1.0), whole)
+
+
 # --- given latents ---
 
 

@@ -423,7 +423,7 @@ def test_a_run_that_diverges_stops_or_goes_back(tmp_path: Path) -> None:
         return bad * x0[torch.randint(16, (count,), generator=g)]
 
     given = simple(data=draw, out=tmp_path, every=2)
-    with pytest.raises(ValueError, match=r"step 5 of consistency diverged .*: lower --lr, or set on_nan='rewind'"):
+    with pytest.raises(ValueError, match=r"step 5 of consistency diverged .*: lower lr, or set on_nan='rewind'"):
         fs.Trainer("consistency", **given).fit()
     (tmp_path / CHECKPOINT).unlink()
     trainer = fs.Trainer("consistency", **given, on_nan="rewind")
@@ -611,6 +611,8 @@ def test_a_folder_that_is_no_student_is_refused(tmp_path: Path) -> None:
         fs.load_student(run)
     with pytest.raises(ValueError, match="does not fit Plane"):
         fs.load_student(run, made(Plane))
+    with pytest.raises(ValueError, match=r"count must be a number >= 1, got \(5, 2\)"):
+        student.sample((5, 2))
     with pytest.raises(ValueError, match="calls = 3: this student takes 1 or 2 or 4"):
         student.sample(2, 3)
     record = json.loads((run / "student.json").read_text())

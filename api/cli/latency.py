@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.cli.microbench import PROCESS, Array, Case, GateError, as_float64, close, parse_shape
+from fewstep.cli.microbench import PROCESS, Array, Case, GateError, Predict, as_float64, close, parse_shape
 from fewstep.cli.timing import Side, has, keep_freed_memory, no_grad, quartiles, torch_threads
 from fewstep.factories import made_by
 from fewstep.solvers.files import shown
@@ -162,15 +162,21 @@ def cases(
                 for shape in sizes
                 for ms in (NETWORKS if milliseconds is None else milliseconds)
             ]
-    return [(ms, Loop(s, shape, given=given)) for ms, shape, given in networks for s in solvers or SOLVERS]
+    own = model is not None
+    return [(ms, Loop(s, shape, given=given, own=own)) for ms, shape, given in networks for s in solvers or SOLVERS]
 
 
 @dataclass(frozen=True)
 class Loop(Case):
-    """A case with a real network."""
+    """A case with a real network.
+
+    own  whether it is a model of one's own, which is always called with t (B,) and in the dtype that a sampler gives;
+         diffusers' loops have a scalar
+    """
 
     steps: int = STEPS
     given: Denoiser | None = None
+    own: bool = False
 
     @cached_property
     def denoiser(self) -> Denoiser:
@@ -211,6 +217,16 @@ class Loop(Case):
         kept.model, kept.dtype = keep, self.denoiser.model_dtype(self.state)
         self.sampler("naive", kept)(self.x, seed=0)
         return found
+
+    @property
+    def predict(self) -> Predict:
+        model = self.denoiser.model
+        if not self.own:
+            return model
+        import torch
+
+        like = torch.as_tensor(self.inputs[0][1])
+        return lambda x, t: model(x, t.to(like.dtype).expand(like.shape))
 
     def alone(self) -> None:
         """The network on the inputs that a loop gives it."""

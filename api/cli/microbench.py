@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Array: TypeAlias = "np.ndarray | Tensor"
+Predict: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 SHAPES = ("1x4x8x8", "1x4x64x64")
 DTYPES = ("float32",)
@@ -195,7 +196,7 @@ class Case:
         """
         import torch
 
-        scheduler, x, predict = self._scheduler(library), self._scheduler_x(), self.denoiser.model
+        scheduler, x, predict = self._scheduler(library), self._scheduler_x(), self.predict
         options = {"generator": torch.Generator().manual_seed(0)} if self.plan.stochastic else {}
 
         def run() -> object:
@@ -206,6 +207,11 @@ class Case:
             return sample
 
         return Side("diffusers", run, self.plan.steps, lambda: scheduler.set_timesteps(self.steps))
+
+    @property
+    def predict(self) -> Predict:
+        """The network as diffusers' loop calls it, with a scalar t."""
+        return self.denoiser.model
 
     def copy(self) -> Side:
         """A copy that moves as many bytes as a step."""

@@ -36,7 +36,7 @@ def tune(
     ] = "both",
     relax: Annotated[float, typer.Option(help="How far a training latent may move, as a fraction of its RMS.")] = 0.0,
     rounds: Annotated[
-        int | None, typer.Option(help="Make the calls in so many rounds, each at once by Sampler(parallel=True).")
+        int | None, typer.Option(help="Number of rounds of parallel calls, for Sampler(parallel=True).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[

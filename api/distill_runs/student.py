@@ -28,7 +28,7 @@ from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, Late
 from fewstep.solvers.distill.ema import frozen_copy
 from fewstep.solvers.distill.network import with_model
 from fewstep.solvers.files import shown, write_whole
-from fewstep.solvers.options import unknown
+from fewstep.solvers.options import at_least, unknown
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import (
     check_format,
@@ -93,6 +93,7 @@ class Student:
 
     def sampler(self, count: int, calls: int | None = None, **options: Any) -> Sampler:
         """A compiled sampler of `count` samples; options of `fewstep.Sampler`."""
+        at_least("count", count, 1)
         denoiser, plan = self._at(calls)
         return Sampler(denoiser, plan, (count, *self.shape), **options)
 

@@ -194,7 +194,9 @@ class Trainer:
             if self.out is not None:
                 self.out.mkdir(parents=True, exist_ok=True)
                 if not resume and (self.out / CHECKPOINT).exists():
-                    raise ValueError(f"out = {self.out} holds a checkpoint of another run: resume it, or use another")
+                    raise ValueError(
+                        f"out = {self.out} holds a checkpoint: continue it with resume=True (--resume), or use another"
+                    )
             training.check_processes(self._facts())
             recipe = self.recipe()
             table = (

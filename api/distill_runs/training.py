@@ -519,11 +519,11 @@ def train(
         """Go back to the last checkpoint, or raise."""
         text = f"step {step} of {recipe.settings.method} diverged ({why})"
         if recipe.settings.on_nan == "stop":
-            raise ValueError(f"{text}: lower --lr, or set on_nan='rewind'")
+            raise ValueError(f"{text}: lower lr, or set on_nan='rewind'")
         if out is None or not (out / CHECKPOINT).is_file():
-            raise ValueError(f"{text} before the first checkpoint, so there is none to go back to: lower --lr")
+            raise ValueError(f"{text} before the first checkpoint, so there is none to go back to: lower lr")
         if recipe.rewinds >= MAX_REWINDS:
-            raise ValueError(f"{text}, after {MAX_REWINDS} rewinds: lower --lr")
+            raise ValueError(f"{text}, after {MAX_REWINDS} rewinds: lower lr")
         rewinds = recipe.rewinds + 1
         back = load(recipe, out / CHECKPOINT)
         recipe.rewinds = rewinds

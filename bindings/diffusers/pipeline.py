@@ -124,7 +124,7 @@ def _run_plan(
     fitted = check_fitted(made, components, type(pipe).__name__)
     old = found["scheduler"]
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
-    replaced = old.config.get("replaces")  # of an earlier plan
+    replaced = old.config["replaces"] if isinstance(old, PlanScheduler) else None  # of an earlier plan
     kind = type(old).__name__ if replaced is None else replaced["_class_name"]
     what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
     what += f"; {fitted}" if fitted else ""
@@ -140,12 +140,13 @@ def restore(pipe: object) -> Report:
     """
     from diffusers import schedulers
 
+    from fewstep.bindings.diffusers.plan_scheduler import PlanScheduler, scheduler_of
+
     components = _components(pipe)
     done = []
     for name, scheduler in _schedulers(components).items():
-        if scheduler.config.get("replaces") is not None:
-            from fewstep.bindings.diffusers.plan_scheduler import scheduler_of
-
+        # A scheduler made from this one's configuration keeps the entry "replaces", and replaces nothing.
+        if isinstance(scheduler, PlanScheduler) and scheduler.config["replaces"] is not None:
             replaced = scheduler_of(scheduler.config["replaces"])
             setattr(pipe, name, replaced)
             done.append((name, f"{type(replaced).__name__} is diffusers' own again"))

@@ -115,7 +115,8 @@ def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Fr
         _check_plain("out", out)
     if frame is None or not array or tuple(out.shape) != shape:
         raise ValueError(
-            f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__}"
+            f"out must be an array of shape {shape} and of the result's own library, got {type(out).__name__} of shape "
+            f"{tuple(getattr(out, 'shape', ()))}"
         )
     _check_writable(out)
     if frame.dtype_of(out) not in FLOATS:

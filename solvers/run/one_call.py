@@ -173,6 +173,11 @@ def sample(
         whole = make_grid(process, steps, spacing) if grid is None else grid
         return whole if strength is None and number(start) == 0.0 else whole.tail(start, strength=strength)
 
+    if x is None and (0.0 < number(start) < 1.0 or (strength is not None and 0.0 < number(strength) < 1.0)):
+        which = f"start = {start!r}" if strength is None else f"strength = {strength!r}"
+        raise ValueError(
+            f"{which} begins at data with noise, which shape= cannot draw: pass x = alpha * data + sigma * noise"
+        )
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"
     device = device_of_inputs(denoiser, outer, cond, device)

@@ -288,6 +288,8 @@ class _Loop:
 
     def put(self, request: Request, outside: bool) -> None:
         """Queue a request. Where the queue is full, leave it outside until there is room, or raise queue.Full."""
+        if not self.thread.is_alive() and not self.closing:
+            raise RuntimeError("the engine's thread was left behind by a fork: make an engine in each process")
         loop, own = weakref.ref(self), weakref.ref(request)  # a future may outlive both
 
         def settled(future: Future[Array]) -> None:

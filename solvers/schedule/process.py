@@ -497,7 +497,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         if not 1e-30 <= number(self.shift) <= 1e30:
-            raise ValueError(f"shift = {self.shift}: Flow takes 1e-30 <= shift <= 1e30")
+            raise ValueError(f"shift = {self.shift!r}: Flow takes 1e-30 <= shift <= 1e30")
         plain_fields(self)
 
     @classmethod
