@@ -296,7 +296,8 @@ class Denoiser:
     def time(self, at: Point) -> float:
         """The network's time input. Raises ValueError for a fractional time under an integer `time_dtype`."""
         edm = self.predicts == "edm"
-        t: float = math_of(at.sigma).log(at.sigma / at.alpha) / 4.0 if edm else at.t * self.time_scale
+        scaled = at.t if self.time_scale == 1.0 else at.t * self.time_scale
+        t: float = math_of(at.sigma).log(at.sigma / at.alpha) / 4.0 if edm else scaled
         if self.time_dtype in FLOATS or self.time_dtype is None:
             return t
         if abs(t - round(t)) > 1e-6:

@@ -6,8 +6,10 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
+from numba.core import sigutils
 from oracles import adaptive as oracle
 
 import fewstep as fs
@@ -201,6 +203,41 @@ def test_a_rejected_last_step_shrinks_from_what_was_tried():
     theirs = oracle.PID(8.0, 0.0, 1.0, 0.0, 2, 0.81)
     assert not theirs.accept(4.0)
     assert theirs.h > 0.5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [{}, {"eta": 0.5}, {"backend": "naive"}, {"scale": 2.0}], ids=str)
+def test_kernels_that_trust_their_callers_get_what_they_were_compiled_for(solver, dtype, options, monkeypatch):
+    """Arrays of the dtypes, the dimensions and the order of their signatures, while samples leave the batch."""
+    if solver == "dormand_prince" and "eta" in options:
+        pytest.skip("has no stochastic form")
+    called = set()
+
+    def checked(kernel):
+        types, _ = sigutils.normalize_signature(kernel._signatures[0])
+
+        def run(*given):
+            assert tuple(map(numba.typeof, given)) == types
+            called.add(kernel._module + kernel.name)
+            return compiled(*given)
+
+        compiled = kernel.run
+        return run
+
+    for kernel in cpu.ATTEMPTS:
+        kernel.compile()
+        if kernel._direct:
+            monkeypatch.setattr(kernel, "run", checked(kernel))
+    chosen = dict(options)
+    guidance = fs.CFG(chosen.pop("scale"), stop=0.5) if "scale" in chosen else None
+    k = steep(3, stiff=1).astype(dtype)
+    cond = k if guidance is None else [{"k": k}, {"k": 0.5 * k}]
+    denoiser = fs.Denoiser(Recorder(), fs.EDM(), predicts="sample", guidance=guidance)
+    x = latents(RING, fs.EDM(), 3).astype(dtype)
+    found = fs.sample_adaptive(denoiser, x, solver=solver, rtol=1e-3, cond=cond if guidance else {"k": k}, **chosen)
+    assert len(set(found.accepted.tolist())) > 1
+    assert len(called) == (2 if chosen.get("backend") == "naive" else 3)
 
 
 @pytest.mark.parametrize("kept", [False, True])

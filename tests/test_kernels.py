@@ -448,8 +448,13 @@ def test_a_transfer_copies_bits_and_sums_squares(dtype: str, compiled: bool, n: 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in cpu.KERNELS if kernel._direct], ids=repr)
 def test_kernels_that_trust_their_callers_have_one_signature(kernel: cpu.Kernel) -> None:
-    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous."""
+    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous.
+
+    Of adaptive attempts `test_adaptive` checks the arrays.
+    """
     (signature,) = kernel._signatures
+    if kernel in cpu.ATTEMPTS:
+        return
     arrays = [part for part in signature.replace(" ", "").partition("(")[2].split(",") if "[" in part]
     assert arrays in ([], ["int64[::1]"])
 
