@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fewstep.solvers.options import between, flag, number, one_of, plain_fields,
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
-from fewstep.solvers.run.denoising import check_output
+from fewstep.solvers.run.denoising import OneNetwork, check_output
 from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
 
@@ -379,11 +380,11 @@ class Denoiser:
                 network = _on_numpy(network)
             elif torch.is_grad_enabled():
                 network = without_own_graph(network)
-        if cond is None:
-            return lambda branches, x_in, t: (network(x_in, t),)
-        (own,) = conds = self.conditions(cond)
-        check_arrays(conds, frame, batch, nested=False)
-        return lambda branches, x_in, t: (network(x_in, t, **own),)
+        if cond is not None:
+            (own,) = conds = self.conditions(cond)
+            check_arrays(conds, frame, batch, nested=False)
+            network = functools.partial(network, **own)
+        return OneNetwork(network)
 
     def _bind_branches(
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None

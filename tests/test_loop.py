@@ -6,6 +6,7 @@ The model is a rational function, so that NumPy and torch, and any batch, give t
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import os
 import threading
@@ -800,3 +801,19 @@ def test_a_callback_changes_no_bit(how: str, network: str) -> None:
         assert float(abs(seen[0].x0).max()) == 1.0
         assert same(one, other)  # the prediction is a source of its own, also where it is kept
     np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_calls_its_network_without_a_function_in_between() -> None:
+    """Between two calls of a network that fills the caches, each Python call takes microseconds."""
+    callers = []
+
+    def network(x: Any, t: Any, label: float = 0.0) -> Any:
+        callers.append(inspect.currentframe().f_back.f_code.co_name)
+        return model(x, t) + label
+
+    sampler = make((2, 3), "ddim", denoiser=fs.Denoiser(network, VP), device="cpu", backend="numba")
+    ends = [sampler(seed=0), sampler(seed=0, cond={"label": 0.0}), sampler(seed=0, callback=lambda info: None)]
+    assert callers[:10] == ["through"] * 10
+    assert set(callers[10:]) == {"__call__"}  # the general loop
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])

@@ -19,6 +19,19 @@ Condition = Cond | Sequence[Cond] | None
 Call = Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]]
 
 
+class OneNetwork:
+    """The `Call` of one network, without guidance.
+
+    network  network(x_in, t) -> raw, with its conditions bound: for loops to call without this object in between
+    """
+
+    def __init__(self, network: Callable[[Array, Array], Array]) -> None:
+        self.network = network
+
+    def __call__(self, branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
+        return (self.network(x_in, t),)
+
+
 class Threshold(Protocol):
     """Dynamic thresholding: each sample is clipped to a quantile of |x0|, limited to 1 .. `maximum`."""
 

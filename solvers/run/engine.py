@@ -20,7 +20,7 @@ from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
-from fewstep.solvers.run.denoising import Call, DenoiserLike, check_output, copies, predictions
+from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
@@ -295,10 +295,11 @@ class FusedRun:
 
     def through(self, call: Call) -> Sequence[Array]:
         # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1: the
-        # common case of one whole output needs no function but torch's and the kernel's.
+        # common case of one network and its whole output needs no function but the network, torch's and the kernel's.
         inputs, times = self._ready
         places, kinds, shape = self.places, self.raw_dtypes, self.shape
         stage = self.stage.run
+        network = call.network if isinstance(call, OneNetwork) else None
         raws: Sequence[Array] = ()
         for k, branches, kind, memory, units in self._direct:
             x_in, t = inputs[k], times[k]
@@ -307,19 +308,22 @@ class FusedRun:
             else:
                 x_in, t = self.model_input(k)
                 (inputs, times), places = self._ready, self.places
-            raws = call(branches, x_in, t)
-            if kind is not None and len(raws) == 1:
-                (raw,) = raws
-                if (
-                    type(raw) is kind
-                    and raw.dtype is kinds[RAW]
-                    and raw.shape == shape
-                    and raw.is_cpu
-                    and raw.is_contiguous()
-                ):
-                    stage(memory, 0, units, raw.data_ptr())
-                    continue
-            self.advance(k, raws)
+            if network is not None:
+                raw = network(x_in, t)
+                raws = (raw,)
+            else:
+                raws = call(branches, x_in, t)
+                raw = raws[0] if len(raws) == 1 else None
+            if (
+                type(raw) is kind
+                and raw.dtype is kinds[RAW]
+                and raw.shape == shape
+                and raw.is_cpu
+                and raw.is_contiguous()
+            ):
+                stage(memory, 0, units, raw.data_ptr())
+            else:
+                self.advance(k, raws)
         return raws
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
