@@ -163,6 +163,11 @@ def test_progressive_keeps_the_student_of_every_round_and_writes_its_samples(tmp
     outcome = finish(recipe, tmp_path)
     assert [row["nfe"] for row in outcome.rows] == [1, 2, 4, 8]
     assert {p.name for p in tmp_path.glob("*.png")} == {f"samples_{n}.png" for n in (1, 2, 4, 8)}
+    finer = make_recipe("progressive", "ring", 20, 32, options={"width": 16, "teacher_steps": 32})
+    assert [finer.step(k)["steps"] for k in (0, 7, 8, 19)] == [16, 16, 8, 1]
+    for steps in (1, 12, 2.5, 16384):
+        with pytest.raises(ValueError, match=f"teacher_steps = {steps:g}: it must be a power of two from 2 to 8192"):
+            make_recipe("progressive", "ring", 20, 32, options={"teacher_steps": steps})
 
 
 def test_progressive_on_digits_shows_every_round_and_checks_up_to_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:
