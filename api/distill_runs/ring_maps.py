@@ -112,7 +112,10 @@ class FlowMaps(FlowMapRecipe):
 
 
 class Shortcut(FlowMapRecipe):
-    """A shortcut model from data: three quarters of the batch learn the velocity, one quarter the longer steps."""
+    """A shortcut model from data: all of the batch learns the velocity, a quarter of it also the longer steps.
+
+    The weight of the velocity falls in the course of the run (`shortcut.matching_weight`).
+    """
 
     octaves = 4
     FINEST = 32
@@ -126,12 +129,13 @@ class Shortcut(FlowMapRecipe):
         times = np.maximum(TOP * torch.rand((n,), generator=g, dtype=torch.float64).numpy(), 1e-3)
         t, s = (TOP * v for v in shortcut.draw_steps(n, g, self.FINEST))
         student, target = self.denoiser("student"), self.denoiser("target")
+        weight = shortcut.matching_weight(k, self.settings.steps)
 
         def loss_of(p: slice) -> Tensor:
             own = slice(p.start, p.start + max(1, (p.stop - p.start) // 4))
             flow = shortcut.matching_loss(student, x0[p], noise[p], times[p], cond=self.cond(p))
             steps = shortcut.consistency_loss(student, target, x0[own], noise[own], t[own], s[own], cond=self.cond(own))
-            return flow + steps
+            return weight * flow + steps
 
         return loss_of
 
