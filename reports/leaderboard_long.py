@@ -34,7 +34,8 @@ OUT = Path("docs/distill")
 # (method, batch size, peak learning rate)
 LONG: tuple[tuple[Entry, int, float], ...] = (
     (Entry("Rectified flow, reflow, distillation", "rectified", 12000, data=True), 512, 2e-3),
-    (Entry("Shortcut model", "shortcut", 10000, data=True), 512, 3e-3),
+    (Entry("Shortcut model", "shortcut", 16000, data=True), 512, 8e-3),
+    (Entry("Progressive distillation", "progressive", 12000, (("teacher_steps", 512.0),)), 512, 3e-3),
     (Entry("DMD2, one step", "distribution_matching", 2400), 512, 2e-3),
     (Entry("DMD2, four steps", "distribution_matching", 2400, (("calls", 4.0),)), 1024, 2e-3),
     (Entry("Consistency distillation", "consistency", 4000), 512, 1e-3),
