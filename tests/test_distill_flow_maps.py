@@ -281,9 +281,10 @@ def test_the_exact_map_is_two_of_its_half_steps() -> None:
 
 
 def test_the_weight_of_the_velocity_falls() -> None:
-    weights = [shortcut.matching_weight(k, 100, 0.4, 0.1) for k in (0, 40, 50, 70, 100)]
+    weights = [shortcut.matching_weight(k, 100, 0.1) for k in (0, 40, 50, 70, 100)]
     np.testing.assert_allclose(weights, [1.0, 1.0, 0.85, 0.55, 0.1], rtol=1e-12)
     assert [shortcut.matching_weight(k, 10, 0.0, 0.0) for k in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    assert [shortcut.matching_weight(k, 10, 1.0) for k in (0, 9, 10)] == [1.0, 1.0, 1.0]
     with pytest.raises(ValueError, match="step = 9 of 8"):
         shortcut.matching_weight(9, 8)
     for odd in ({"begin": 1.0}, {"end": 2.0}, {"end": float("nan")}):
