@@ -34,10 +34,11 @@ OUT = Path("docs/distill")
 # (method, batch size, peak learning rate)
 LONG: tuple[tuple[Entry, int, float], ...] = (
     (Entry("Rectified flow, reflow, distillation", "rectified", 12000, data=True), 512, 2e-3),
-    (Entry("Shortcut model", "shortcut", 10000, data=True), 512, 3e-3),
+    (Entry("Shortcut model", "shortcut", 16000, (("velocity_end", 0.03),), data=True), 512, 8e-3),
+    (Entry("Progressive distillation", "progressive", 12000, (("teacher_steps", 512.0),)), 512, 3e-3),
     (Entry("DMD2, one step", "distribution_matching", 2400), 512, 2e-3),
     (Entry("DMD2, four steps", "distribution_matching", 2400, (("calls", 4.0),)), 1024, 2e-3),
-    (Entry("Consistency distillation", "consistency", 4000), 512, 1e-3),
+    (Entry("Consistency distillation", "consistency", 16000, (("levels", 40.0),)), 512, 6e-3),
     (Entry("SiD", "score_identity", 1200), 256, 1e-3),
     (Entry("ADD", "adversarial", 5000), 256, 1e-3),
 )

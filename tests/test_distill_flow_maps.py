@@ -288,6 +288,18 @@ def test_the_exact_map_is_two_of_its_half_steps() -> None:
     torch.testing.assert_close(shortcut.matching_loss(student(wrong), x0, eps, TIMES), want, rtol=1e-12, atol=0)
 
 
+def test_the_weight_of_the_velocity_falls() -> None:
+    weights = [shortcut.matching_weight(k, 100, 0.1) for k in (0, 40, 50, 70, 100)]
+    np.testing.assert_allclose(weights, [1.0, 1.0, 0.85, 0.55, 0.1], rtol=1e-12)
+    assert [shortcut.matching_weight(k, 10, 0.0, 0.0) for k in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    assert [shortcut.matching_weight(k, 10, 1.0) for k in (0, 9, 10)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="step = 9 of 8"):
+        shortcut.matching_weight(9, 8)
+    for odd in ({"begin": 1.0}, {"end": 2.0}, {"end": float("nan")}):
+        with pytest.raises(ValueError, match="begin must be from 0 to below 1"):
+            shortcut.matching_weight(1, 8, **odd)
+
+
 def test_the_drawn_times_are_steps_of_the_flow() -> None:
     times, ends = shortcut.draw_steps(4000, torch.Generator().manual_seed(0), finest=8)
     lengths = times - ends

@@ -29,9 +29,11 @@ from fewstep.distill_runs.evaluate import distances, evaluate, pinwheel_data, ri
 from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
-from fewstep.distill_runs.ring import RING
+from fewstep.distill_runs.ring import PROCESS, RING
+from fewstep.distill_runs.ring_teachers import Consistency
 from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, clip_gradients, load, save, train
 from fewstep.problems import Mixture, energy_distance
+from fewstep.solvers.distill import shortcut
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -163,6 +165,39 @@ def test_progressive_keeps_the_student_of_every_round_and_writes_its_samples(tmp
     outcome = finish(recipe, tmp_path)
     assert [row["nfe"] for row in outcome.rows] == [1, 2, 4, 8]
     assert {p.name for p in tmp_path.glob("*.png")} == {f"samples_{n}.png" for n in (1, 2, 4, 8)}
+    finer = make_recipe("progressive", "ring", 20, 32, options={"width": 16, "teacher_steps": 32})
+    assert [finer.step(k)["steps"] for k in (0, 7, 8, 19)] == [16, 16, 8, 1]
+    for steps in (1, 12, 2.5, 16384):
+        with pytest.raises(ValueError, match=f"teacher_steps = {steps:g}: it must be a power of two from 2 to 8192"):
+            make_recipe("progressive", "ring", 20, 32, options={"teacher_steps": steps})
+
+
+def test_the_velocity_of_a_shortcut_model_loses_weight_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {}
+    for steps in (True, False):
+        if not steps:
+            monkeypatch.setattr(shortcut, "consistency_loss", lambda *a, **b: torch.zeros(()))
+        for end in (1.0, 0.2):
+            recipe = make_recipe("shortcut", "ring", 20, 32, options={"width": 16, "velocity_end": end})
+            losses[steps, end] = recipe.step(14)["loss"]
+    # Step 14 is half way from 0.4 of the run to its end.
+    assert losses[False, 0.2] == pytest.approx(0.6 * losses[False, 1.0], rel=1e-6)
+    longer = [losses[True, end] - losses[False, end] for end in (1.0, 0.2)]
+    assert longer[0] > 0.0
+    assert longer[1] == pytest.approx(longer[0], rel=1e-4)
+    with pytest.raises(ValueError, match="end = 2"):
+        make_recipe("shortcut", "ring", 20, 32, options={"velocity_end": 2})
+
+
+def test_consistency_distillation_takes_the_number_of_levels() -> None:
+    recipe = make_recipe("consistency", "ring", 20, 32, options={"width": 16, "levels": 5})
+    assert isinstance(recipe, Consistency)
+    which = list(range(4))
+    ends = [recipe.jumps.start(which).sigma[0], *recipe.jumps.end(which).sigma]
+    np.testing.assert_allclose(ends, fs.grid(PROCESS, 4, "karras", final_zero=False).sigma, rtol=1e-12)
+    for levels in (1, 2.5, 2000):
+        with pytest.raises(ValueError, match=f"levels = {levels:g}: it must be a whole number from 2 to 1280"):
+            make_recipe("consistency", "ring", 20, 32, options={"levels": levels})
 
 
 def test_progressive_on_digits_shows_every_round_and_checks_up_to_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:
