@@ -30,6 +30,7 @@ from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
 from fewstep.distill_runs.ring import PROCESS, RING
+from fewstep.distill_runs.ring_generators import DistributionMatching
 from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, clip_gradients, load, save, train
 from fewstep.problems import Mixture, energy_distance
 from fewstep.solvers.distill import distribution_matching
@@ -91,9 +92,11 @@ def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
     for step in (0.0, 3.0):
         got = four.modules["critic"](x, t, step=torch.full((6,), step), label=label)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert isinstance(four, DistributionMatching)
     assert four.warm == 0  # the first update is the student's: a network that denoises need not learn to
     narrow = make_recipe("distribution_matching", "pinwheel", 20, options={"width": 32})
     assert not torch.allclose(narrow.modules["student"](x, t, label=label), want)
+    assert isinstance(narrow, DistributionMatching)
     assert narrow.warm == 4
 
 
@@ -117,12 +120,14 @@ def test_methods_train_on_the_pinwheel_with_its_classes(method: str) -> None:
         assert (found["swd"] < 0.1) == (found["energy distance"] < 0.1) == near
 
 
-@pytest.mark.parametrize("calls", [1, 4])
+@pytest.mark.parametrize("options", [{}, {"calls": 4, "last": 0.5}], ids=str)
 def test_a_critic_learns_to_denoise_and_its_head_to_tell_data_from_samples(
-    calls: int, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its loss is the sum of both, although one call of the critic serves the two on samples."""
-    recipe = make_recipe("distribution_matching", "ring", 10, 8, options={"calls": calls, "gan": 0.5})
+    recipe = make_recipe("distribution_matching", "ring", 10, 8, options={**options, "gan": 0.5})
+    assert isinstance(recipe, DistributionMatching)
+    assert recipe.stops().tolist() == ([0, 0, 1, 2, 3, 3, 3, 3] if options else [0] * 8)
     found: list[torch.Tensor] = []
     monkeypatch.setattr(recipe, "descend", lambda name, lr, loss_of: found.append(loss_of(slice(None))) or 0.0)
     fake, real = torch.randn((2, 8, 2), generator=torch.Generator().manual_seed(1))

@@ -114,11 +114,12 @@ class DistributionMatching(RingRecipe):
 
     critic_steps  critic updates per generator update
     calls         1, or 4 for a student of four steps that trains on its own simulation (section 4.4)
+    last          the last of four steps' share of the batch, 1/4 by default
     gan           weight of a head on the critic's last hidden layer that separates noised data from noised samples
                   (section 4.3), in the critic's and in the generator's loss; 0 for no head
     """
 
-    OPTIONS = (*RingRecipe.OPTIONS, "critic_steps", "calls", "gan")
+    OPTIONS = (*RingRecipe.OPTIONS, "critic_steps", "calls", "last", "gan")
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
@@ -132,7 +133,8 @@ class DistributionMatching(RingRecipe):
         self.new_network("student")
         critics = distribution_matching.StepCritics(self.modules["student"], self.grid.steps)
         self.modules["critic"] = critics if self.grid.steps > 1 else critics.nets[0]
-        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid)
+        last = self.option("last") or None
+        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid, last=last)
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
