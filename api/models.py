@@ -61,7 +61,9 @@ class Model:
 
     def points(self, seed: int) -> np.ndarray | None:
         """Some of the data to draw beneath samples; None for a model of images, or one whose data are not known."""
-        found = self.data(seed)[0][:POINTS] if len(self.shape) == 1 else ()
+        if len(self.shape) != 1:
+            return None
+        found = self.data(seed)[0][:POINTS]
         return found if len(found) else None
 
     def all_classes(self) -> Condition:

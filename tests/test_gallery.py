@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from fewstep.cli.gallery import (
 from fewstep.cli.gallery.figure import Axis, Control, Figure, Layer
 from fewstep.cli.gallery.page import html, write_page
 from fewstep.cli.gallery.picture import shown as is_shown
+from fewstep.cli.gallery.picture import write_picture
 from fewstep.cli.gallery.students import Students
 from fewstep.recommender import recommend
 from fewstep.solvers.families.tableaux import TABLEAUX
@@ -187,6 +189,23 @@ def test_every_mark_of_a_picture_has_its_legend(compared: Figure, shipped: Stude
                 # Paths have their samples' colour, and a line's dots have the line's.
                 kinds = {"line": ("line", "stars"), "dots": ("dots", "line", "stars")}.get(layer.kind, (layer.kind,))
                 assert any((kind, layer.colour) in told for kind in kinds), (figure.name, cell.title, layer.kind)
+
+
+def test_no_text_of_a_picture_covers_another(compared: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[Any] = []
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    for figure in (batches.figure(), compared):
+        write_picture(figure, tmp_path / "x.png")
+    for made in drawn:
+        axes = [axis for axis in made.axes if axis.get_visible()]
+        legends = [axis.get_legend() for axis in axes if axis.get_legend() is not None and not axis.get_xlabel()]
+        titles = [axis._left_title for axis in axes]
+        boxes = [thing.get_window_extent() for thing in (made._suptitle, made._supxlabel, *titles, *legends)]
+        for i, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:i])
+    close("all")
 
 
 # --- what the engine adds ---

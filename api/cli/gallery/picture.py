@@ -28,7 +28,7 @@ def write_picture(figure: Figure, target: Path) -> None:
     columns = min(figure.columns, len(figure.picture))
     rows = -(-len(figure.picture) // columns)
     made, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 4.5 * rows + 0.7), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.2 * columns, 4.5 * rows + 1.3), layout="compressed", squeeze=False
     )
     for axis, cell in zip(axes.flat, figure.picture, strict=False):
         _draw(axis, figure.panels[cell.panel], cell)
