@@ -130,7 +130,7 @@ TRANSFER = {
         "numba_transfer",
         "TRANSFER",
         twin,
-        "float64(int64, int64, int64, int64, int64, int64)",
+        "float64(int64, int64, int64, int64, int64, int64, int64)",
         key=dtype,
         direct=True,
     )

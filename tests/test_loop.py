@@ -439,6 +439,30 @@ def test_habits_of_models(library: str, habit: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("time_dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_model_may_write_to_its_times(batch: int, time_dtype: str, backend: str) -> None:
+    """The next run has the true ones again: a row of them is some words of 8 bytes, the last one in part."""
+    seen: list[list[float]] = []
+
+    def model(x: Any, t: Any) -> Any:
+        assert t.shape == (batch,)
+        seen.append(t.tolist())
+        if len(seen) % 3:  # some rows stay as they are
+            t[len(seen) % batch] = -1.0
+        return 0.5 * x
+
+    denoiser = fs.Denoiser(model, VP, "sample", time_dtype=time_dtype)
+    sampler = make((batch, 3), "ddim", denoiser=denoiser, backend=backend, device="cpu")
+    calls = sampler.plan.nfe
+    for _ in range(3):
+        sampler(seed=4)
+    assert seen == 3 * seen[:calls]
+    want = torch.tensor(sampler.plan.grid.t[:calls]).to(getattr(torch, time_dtype)).tolist()
+    assert seen[:calls] == [[t] * batch for t in want]
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_a_model_may_return_its_input(backend: str) -> None:
     """x0 = x, the identity of a consistency model at its smallest noise."""
     sampler = make((2, 9), "unipc", denoiser=fs.Denoiser(lambda x, t: x, VP, "sample"), backend=backend)

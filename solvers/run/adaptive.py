@@ -157,7 +157,7 @@ class _Run:
         self.ratios = np.empty((len(self.options.pair.c), n))
         self.points = np.empty((rows.POINT, *self.ratios.shape))
         self.described = [self.points[row] for row in range(rows.POINT)]
-        self.denoised = self.points[rows.TIME : rows.B + 1]
+        self.denoised = self.described[rows.TIME : rows.B + 1]
 
     def __call__(self, x: Array) -> Array:
         """Integrate every sample from the first point of `ends` to the last. x is not modified."""

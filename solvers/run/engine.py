@@ -155,13 +155,13 @@ class FusedRun:
         stored = np.dtype(_STORED.get(job.model_dtype, job.model_dtype))
         self.inputs = [aligned((copies * batch, *job.shape[1:]), stored) for _ in range(2)]
         self.input_rows = [list(rows.reshape(copies, batch, elements)) for rows in self.inputs]
-        # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
-        true_times = np.concatenate([job.frame.bits(t) for t in job.times])
-        words_of_times = -(-true_times.nbytes // 8)
-        self.block, self.true_block = aligned((2, words_of_times), np.dtype(np.int64))
-        self.times, whole = (block.view(true_times.dtype) for block in (self.block, self.true_block))
-        whole[: len(true_times)] = true_times
-        self._times = self.block.ctypes.data, self.true_block.ctypes.data, words_of_times
+        # The model's t, one row of a block per stage. A model may write to its t, so that each run checks the block
+        # against the words of 8 bytes that the rows repeat.
+        times = [job.frame.bits(t) for t in job.times]
+        self.block = aligned((len(times), -(-max(t.nbytes for t in times) // 8)), np.dtype(np.int64))
+        self.times = self.block.view(times[0].dtype)
+        self.time_words = np.stack([np.resize(t, 8 // t.itemsize) for t in times]).view(np.int64)
+        self._times = self.block.ctypes.data, self.time_words.ctypes.data, *self.block.shape
         self._view_inputs()
         # Looked up once: a small step would notice.
         self._fresh, self._address = job.frame.fresh, job.frame.address
@@ -204,8 +204,7 @@ class FusedRun:
         x_in = [job.frame.over(memory, job.model_dtype) for memory in self.inputs]
         self.views = [x_in[k % 2][: job.copies(k) * job.batch] for k in range(len(job.tables))]
         block = job.frame.over(self.times, job.time_dtype)
-        ends = np.cumsum([len(t) for t in job.times]).tolist()
-        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        self.t = [row[: len(t)] for row, t in zip(block, job.times, strict=True)]
         # Of torch's storages; NumPy's arrays cannot be moved.
         self.places, self.time_place = None, 0
         if job.frame.name == "torch":
@@ -398,7 +397,7 @@ class FusedRun:
         else:
             new = self._like.new_empty(self.shape)
             address = new.data_ptr()
-        return new, self.transfer.run(address, self._place, self.size, 0, 0, 0) / self.size
+        return new, self.transfer.run(address, self._place, self.size, 0, 0, 0, 0) / self.size
 
     def small(self, outputs: Sequence[Array], most: float) -> bool:
         """Whether the mean squares of the first numbers of network outputs are at most that; False if it is unknown."""
@@ -407,7 +406,7 @@ class FusedRun:
             type(raw) is self._kind
             and raw.dtype is self._dtypes[1]
             and raw.is_contiguous()
-            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0) <= most * n
+            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0, 0) <= most * n
             for raw in outputs
         )
 

@@ -186,7 +186,7 @@ def _ve(sigma: Any) -> Point:
         return Point(sigma, 1.0, sigma)
     alpha = np.empty(sigma.shape)  # a third of the time of `ones_like`
     alpha.fill(1.0)
-    return Point(sigma, alpha, sigma)
+    return points(sigma, alpha, sigma)
 
 
 def _vp(t: Any, ratio: Any) -> Point:
