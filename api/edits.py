@@ -20,7 +20,7 @@ import numpy as np
 
 from fewstep.bindings.denoiser import DynamicThreshold as Quantile
 from fewstep.kernels import naive
-from fewstep.solvers.options import at_least, between, flag, instance, number, one_of
+from fewstep.solvers.options import between, flag, instance, number, one_of, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.stages import NOISE, SOURCES, Stage
 from fewstep.solvers.run.arrays import Array, TorchFrame, frame_of
@@ -173,9 +173,7 @@ class Prefix(Inpaint):
         flag("fixed", fixed)
         flag("start", start)
         self.actions, self.fixed, self.start = _Given("actions", actions), fixed, start
-        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
-            raise ValueError(f"delay must be an int >= 0, got {delay!r}")
-        self.delay, self.decay = delay, decay
+        self.delay, self.decay = whole("delay", delay, 0), decay
         self._made: dict[tuple[tuple[int, ...], bool], tuple[_Given, _Given]] = {}
         self._fits: set[tuple[int, ...]] = set()  # shapes of x that were checked: the actions are copied then
 
@@ -420,10 +418,7 @@ def resampled(plan: Plan, times: int = 10, jump: int = 1) -> Plan:
     Raises ValueError for a plan with history, churn, or a variance that the network predicts.
     """
     instance("plan", plan, Plan, "a Plan")
-    for name, count in (("times", times), ("jump", jump)):
-        at_least(name, count, 1)
-        if isinstance(count, bool) or not isinstance(count, int):
-            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
+    times, jump = whole("times", times, 1), whole("jump", jump, 1)
     if plan.init is not None or any(stage.end or stage.variance or stage.noise != 1.0 for stage in plan.stages):
         raise ValueError(f"plan {plan.solver!r} adds noise of its own between steps: resample one without churn")
     steps: list[list[Stage]] = [[]]

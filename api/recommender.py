@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import flag, function, number, one_of
+from fewstep.solvers.options import flag, function, number, one_of, unknown, whole
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
-from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.denoising import check_denoiser
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -214,8 +213,7 @@ def recommend(
 
     Raises ValueError for a budget below 1 or an unknown value, TypeError for arguments that do not go together.
     """
-    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
-        raise ValueError(f"nfe must be an integer >= 1 (network evaluations per sample), got {nfe!r}")
+    nfe = whole("nfe", nfe, 1)
     if guidance is not None:
         if not math.isfinite(number(guidance)):
             raise ValueError(f"guidance must be a finite scale or None, got {guidance!r:.80}")
@@ -270,19 +268,16 @@ def _measure(
     progress: bool | Callable[[str], None],
 ) -> Measured:
     from fewstep.solvers.run.checks import check_sample_shape
-    from fewstep.solvers.run.denoising import check_denoiser
     from fewstep.solvers.tune.ensemble import unroll
     from fewstep.solvers.tune.tuning import all_starts, fit_plan, speaker, statistics, study
 
     begin = time.perf_counter()
-    check_denoiser(denoiser)
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
     shape = check_sample_shape(shape)
     if not isinstance(progress, bool):
         function("progress", progress)
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 12:
-        raise ValueError(f"seeds must be an integer >= 12, got {seeds!r}")
+    seeds = whole("seeds", seeds, 12)
     middle = denoiser.process.point_at_sigma(1.0)
     branches = max(1, *(len(denoiser.shares(Moment(middle, progress)).called) for progress in (0.0, 0.5)))
     calls = nfe // branches

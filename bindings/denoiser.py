@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
-from fewstep.solvers.options import between, flag, number, one_of, warn
+from fewstep.solvers.options import between, flag, number, one_of, plain_fields, unknown, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
-from fewstep.solvers.plans.registry import unknown
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
-from fewstep.solvers.run.denoising import check_output
+from fewstep.solvers.run.denoising import OneNetwork, check_output
 from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
 
 Cond = Mapping[str, Any]
 
@@ -37,6 +40,7 @@ class DynamicThreshold:
     def __post_init__(self) -> None:
         between("quantile", self.quantile, 0.0, 1.0)
         between("maximum", self.maximum, 1.0, LARGEST)
+        plain_fields(self)
 
 
 def _positive(name: str, value: object) -> float:
@@ -293,7 +297,8 @@ class Denoiser:
     def time(self, at: Point) -> float:
         """The network's time input. Raises ValueError for a fractional time under an integer `time_dtype`."""
         edm = self.predicts == "edm"
-        t: float = math_of(at.sigma).log(at.sigma / at.alpha) / 4.0 if edm else at.t * self.time_scale
+        scaled = at.t if self.time_scale == 1.0 else at.t * self.time_scale
+        t: float = math_of(at.sigma).log(at.sigma / at.alpha) / 4.0 if edm else scaled
         if self.time_dtype in FLOATS or self.time_dtype is None:
             return t
         if abs(t - round(t)) > 1e-6:
@@ -375,11 +380,11 @@ class Denoiser:
                 network = _on_numpy(network)
             elif torch.is_grad_enabled():
                 network = without_own_graph(network)
-        if cond is None:
-            return lambda branches, x_in, t: (network(x_in, t),)
-        (own,) = conds = self.conditions(cond)
-        check_arrays(conds, frame, batch, nested=False)
-        return lambda branches, x_in, t: (network(x_in, t, **own),)
+        if cond is not None:
+            (own,) = conds = self.conditions(cond)
+            check_arrays(conds, frame, batch, nested=False)
+            network = functools.partial(network, **own)
+        return OneNetwork(network)
 
     def _bind_branches(
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None
@@ -438,6 +443,21 @@ class Denoiser:
                 if len(alike) > 1:
                     together[alike] = stacked([conds[j] for j in alike], frame, batch)
         return call
+
+
+class Around:
+    """A callable around a network, with the network's device and dtype."""
+
+    def __init__(self, network: object) -> None:
+        self.network: Any = network
+
+    @property
+    def frame(self) -> Frame | None:
+        return frame_of(self.network)
+
+    def parameters(self) -> Iterator[Parameter]:
+        own = getattr(self.network, "parameters", None)
+        return iter(own() if callable(own) else ())
 
 
 def _on_numpy(model: Callable[..., Any]) -> Callable[..., Any]:

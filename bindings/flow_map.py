@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import numpy as np
 
-from fewstep.bindings.denoiser import Cond, Denoiser
+from fewstep.bindings.denoiser import Around, Cond, Denoiser
 from fewstep.bindings.guidance import Guidance
 from fewstep.solvers.plans.ends import step_ends
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import Array, Frame, frame_of
-from fewstep.solvers.run.denoising import Call, Condition
+from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.denoising import Call, Condition, time_dtype
 from fewstep.solvers.schedule.process import Point, Process
-
-if TYPE_CHECKING:
-    from torch.nn import Parameter
 
 
 class FlowMapDenoiser(Denoiser):
@@ -66,13 +63,16 @@ class FlowMapDenoiser(Denoiser):
         at one time for steps to different ends.
         """
         ends: dict[float, float] = {}
-        for stage, to in zip(plan.stages, step_ends(plan), strict=True):
-            # Single precision: times are told apart by what reaches the network.
-            t, s = float(np.float32(self.time(stage.at))), self.end_time(to)
+        kind = time_dtype(self, self.model_dtype("float32"))
+        own: Frame = TorchFrame() if kind == "bfloat16" else NumpyFrame()
+        # As they reach the network, which tells steps apart by them; float64 to single precision.
+        times = own.to_numpy(own.array([self.time(stage.at) for stage in plan.stages], kind)).astype(np.float32)
+        for t, to in zip(times.tolist(), step_ends(plan), strict=True):
+            s = self.end_time(to)
             if abs(ends.setdefault(t, s) - s) > 1e-6 * max(1.0, abs(s)):
                 raise ValueError(
-                    f"solver {plan.solver!r} calls the network at t = {t:g} for steps that end at {ends[t]:g} and "
-                    f"{s:g}: a flow map needs one end for each time"
+                    f"solver {plan.solver!r} calls the network at t = {t:g} ({kind}) for steps that end at {ends[t]:g} "
+                    f"and {s:g}: a flow map needs one end for each time"
                 )
         other = copy.copy(self)
         other.model = WithEnds(self.model, self.end, ends)
@@ -92,11 +92,12 @@ class FlowMapDenoiser(Denoiser):
         return refuse
 
 
-class WithEnds:
+class WithEnds(Around):
     """A network of two times as one of t alone, which looks the end of its step up: model(x, t, s=ends[t])."""
 
     def __init__(self, network: Callable[..., Array], name: str, ends: dict[float, float]) -> None:
-        self.network, self.name = network, name
+        super().__init__(network)
+        self.name = name
         self.table = np.array(sorted(ends.items())).T  # (2, steps): t, s
         self._tables: dict[object, tuple[Array, Array]] = {}  # by device and dtype, kept for CUDA graphs
 
@@ -112,11 +113,3 @@ class WithEnds:
                 self._tables[key] = tables
         times, ends = tables
         return self.network(x, t, **{**cond, self.name: ends[abs(t[:, None] - times).argmin(1)]})
-
-    @property
-    def frame(self) -> Frame | None:
-        return frame_of(self.network)
-
-    def parameters(self) -> Iterator[Parameter]:
-        own = getattr(self.network, "parameters", None)
-        return iter(own() if callable(own) else ())

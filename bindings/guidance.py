@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.kernels import layout
-from fewstep.solvers.options import between, function, number
+from fewstep.solvers.options import between, function, number, plain_fields, whole
 from fewstep.solvers.plans.guidance import Moment, Shares
 
 # Guidance scales, bounds and factors beyond it overflow float32 in the run.
@@ -138,10 +138,12 @@ class _Guided:
     sigma_hi: float
 
     def _check_interval(self) -> None:
+        """Checks the interval, which all guidances have, and makes NumPy's numbers Python's."""
         between("guidance start", self.start, 0.0, 1.0)
         between("guidance stop", self.stop, self.start, 1.0)
         between("guidance sigma_lo", self.sigma_lo, 0.0, LARGEST)
         between("guidance sigma_hi", self.sigma_hi, self.sigma_lo, math.inf)
+        plain_fields(self)  # type: ignore[arg-type]
 
     @property
     def branches(self) -> int:
@@ -383,9 +385,7 @@ class CFGZero(_Guided):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", _scale("guidance scale", self.scale))
-        steps: object = self.zero_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-            raise ValueError(f"guidance zero_steps must be an int >= 0, got {steps!r:.80}")
+        whole("guidance zero_steps", self.zero_steps, 0)
         self._check_interval()
 
     @property

@@ -11,20 +11,19 @@ The first three also take the options of `Denoiser` (guidance, null, clip, batch
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fewstep.bindings.denoiser import Denoiser
+from fewstep.bindings.denoiser import Around, Denoiser
 from fewstep.bindings.k_diffusion.noise import BARE, FLOW
 from fewstep.bindings.k_diffusion.run import is_flow
 from fewstep.solvers.options import flag, function
-from fewstep.solvers.run.arrays import Array, Frame, frame_of
+from fewstep.solvers.run.arrays import Array
 from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.schedule.process import EDM, VP, Flow, Process
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Parameter
 
     from fewstep.bindings.diffusers.interface import Scheduler
     from fewstep.bindings.k_diffusion.run import SigmaModel
@@ -32,22 +31,15 @@ if TYPE_CHECKING:
 __all__ = ["InLibrary", "Mapped", "from_diffusers", "from_edm", "from_k_diffusion"]
 
 
-class Mapped:
-    """A function (x, t, **cond) -> raw around a network, with the network's device and dtype."""
+class Mapped(Around):
+    """A function (x, t, **cond) -> raw around a network."""
 
     def __init__(self, network: object, call: Callable[..., Array]) -> None:
-        self.network, self.call = network, call
+        super().__init__(network)
+        self.call = call
 
     def __call__(self, x: Array, t: Array, /, **cond: Any) -> Array:
         return self.call(x, t, **cond)
-
-    @property
-    def frame(self) -> Frame | None:
-        return frame_of(self.network)
-
-    def parameters(self) -> Iterator[Parameter]:
-        own = getattr(self.network, "parameters", None)
-        return iter(own() if callable(own) else ())
 
 
 def from_edm(

@@ -80,7 +80,8 @@ class OnnxModel:
 
     All other inputs are conditions under their own names. A nested condition is an input per leaf:
     cond={"added": {"pooled": p}} feeds "added.pooled". x is (B, ...), t is (B,), or a scalar if the graph's t has no
-    axis. Arrays are cast to the graph's dtypes; an integer t requires whole times.
+    axis: samples of different times, as of adaptive steps or an `Engine`, are then refused. Arrays are cast to the
+    graph's dtypes; an integer input requires whole numbers.
 
     A returned array is overwritten by the fourth call after it in the same thread.
 
@@ -131,13 +132,14 @@ class OnnxModel:
             raise ValueError(f"the graph takes the conditions {sorted(self.cond)}, got {sorted(given)}")
         work = self._work(x.shape)
         time = np.asarray(t)
-        if self.t.dtype.kind == "i" and np.any(time != np.rint(time)):
-            raise ValueError(
-                f"input {self.t.name!r} of the graph takes whole times, got {time.flat[0]:.9g}: make the grid with "
-                "round_times=True"
-            )
-        # A scalar t suffices: all samples of a step share one time.
-        work.bind(self.t, time if self.t.shape else time[0])
+        if not self.t.shape:
+            if np.any(time != time[0]):
+                raise ValueError(
+                    f"input {self.t.name!r} of the graph is one time for the whole batch, got {time.min():.9g} to "
+                    f"{time.max():.9g}: export the network with a time for each sample, t of shape (batch,)"
+                )
+            time = time[0]
+        work.bind(self.t, time)
         work.bind(self.x, x)
         for name, port in self.cond.items():
             work.bind(port, given[name])
@@ -173,6 +175,11 @@ class _Work:
     def bind(self, port: _Port, value: ArrayLike) -> None:
         array = np.asarray(value)
         if array.dtype != port.dtype or not array.flags.c_contiguous:
+            if port.dtype.kind == "i" and array.dtype.kind == "f" and not np.all(array == np.rint(array)):
+                what = "times" if port is self.model.t else "numbers"
+                hint = ": make the grid with round_times=True" if port is self.model.t else ""
+                bad = array[array != np.rint(array)].flat[0]
+                raise ValueError(f"input {port.name!r} of the graph takes whole {what}, got {bad:.9g}{hint}")
             own = self.casts.get(port.name)
             if own is None or own.shape != array.shape:
                 own = self.casts[port.name] = np.empty(array.shape, port.dtype)

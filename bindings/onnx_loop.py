@@ -22,14 +22,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.bindings.denoiser import Denoiser
-from fewstep.bindings.onnx import OnnxModel, by_name
+from fewstep.bindings.flow_map import FlowMapDenoiser
+from fewstep.bindings.onnx import OnnxModel, _Port, by_name
 from fewstep.kernels import layout, philox
 from fewstep.solvers.files import check_target, write_whole
 from fewstep.solvers.options import flag, instance, needs, one_of
+from fewstep.solvers.plans.ends import step_ends
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import StageTable, init_table, stage_tables
-from fewstep.solvers.run.arrays import DType, dtype_name
+from fewstep.solvers.run.arrays import DType, state_dtype
 from fewstep.solvers.run.checks import check_plan
 from fewstep.solvers.run.denoising import Threshold, check_denoiser, time_dtype
 
@@ -253,6 +255,14 @@ class _Loop:
         }
         self.inputs: list[onnx.ValueInfoProto] = []
         self.model = self.models[-1]
+        # Of a network of two times: the name of the second one, and its number in each call.
+        self.end, self.ends = "", list[float]()
+        if isinstance(denoiser, FlowMapDenoiser):
+            self.end, self.ends = denoiser.end, [denoiser.end_time(to) for to in step_ends(plan)]
+            if self.end not in self.model.cond:
+                raise ValueError(
+                    f"the graph has no input {self.end!r} for the end of a step: {sorted(self.model.cond)}"
+                )
         self._open(noise, shape)
         self.conds = self._conditions()
 
@@ -294,12 +304,13 @@ class _Loop:
         denoiser, found = self.denoiser, list[dict[str, str]]()
         for j, network in enumerate(self.models):
             last = j == denoiser.branches - 1
+            ports = {name: port for name, port in network.cond.items() if name != self.end}
             if not last and denoiser.null is not None and denoiser.branches == 2:
                 given = by_name(denoiser.null)
-                if given.keys() != network.cond.keys():
-                    raise ValueError(f"the graph takes the conditions {sorted(network.cond)}, null has {sorted(given)}")
+                if given.keys() != ports.keys():
+                    raise ValueError(f"the graph takes the conditions {sorted(ports)}, null has {sorted(given)}")
                 values = {name: np.asarray(value) for name, value in given.items()}
-                found.append({n: self.main.const(v, network.cond[n].dtype.name) for n, v in values.items()})
+                found.append({n: self.main.const(v, ports[n].dtype.name) for n, v in values.items()})
                 continue
             shared = denoiser.guidance is not None and denoiser.guidance.one_condition
             if shared and network.cond.keys() != self.model.cond.keys():
@@ -308,15 +319,19 @@ class _Loop:
                     f"{sorted(self.model.cond)}: give them the same inputs"
                 )
             prefix = "" if last or shared else "null." if denoiser.branches == 2 else f"branch{j}."
-            own = {name: prefix + name for name in network.cond}
-            for name, port in network.cond.items() if not (shared and found) else ():
+            own = {name: prefix + name for name in ports}
+            for name, port in ports.items() if not (shared and found) else ():
                 axes = [self.batch, *port.shape[1:]] if port.shape else []
                 self._input(own[name], port.dtype.name, axes)
             found.append(own)
         return found
 
-    def call(self, g: _Graph, x_in: str, t: str, branches: Sequence[int]) -> list[str]:
-        """The raw outputs of these branches in the state's dtype, from x_in in the model's and t (1,) in its port's."""
+    def call(self, g: _Graph, x_in: str, times: Sequence[str], branches: Sequence[int]) -> list[str]:
+        """The raw outputs of these branches in the state's dtype.
+
+        x_in   in the model's dtype
+        times  t, and for a network of two times the end of the step: (1,) in the dtypes of their ports
+        """
         raws: list[str] = []
         networks = self.models
         groups = [[j] for j in branches]
@@ -336,10 +351,11 @@ class _Loop:
                 raise ValueError(
                     f"the time input {network.t.name!r} has {len(network.t.shape)} axes; the loop's is (B,)"
                 )
-            # One time for all samples: the dtype is the port's already.
-            own = g.op("Expand", t, batch) if network.t.shape else g.op("Reshape", t, self.main.const([], "int64"))
+            own = self._for_all(g, times[0], network.t, batch)
             cond = {
-                name: self.conds[group[0]][name]
+                name: self._for_all(g, times[1], port, batch)
+                if name == self.end
+                else self.conds[group[0]][name]
                 if wide == 1
                 else g.joined(*(self._full(g, self.conds[j][name], port.name, len(port.shape)) for j in group))
                 for name, port in network.cond.items()
@@ -360,16 +376,25 @@ class _Loop:
         rest = g.op("Slice", g.op("Shape", value), g.ints(1), g.ints(2**31))
         return g.op("Expand", value, g.joined(g.op("Slice", self.shape, g.ints(0), g.ints(1)), rest))
 
-    def time(self, t: float) -> tuple[float, str]:
-        """The number that the network gets for t, and its dtype."""
-        port, kind = self.model.t, time_dtype(self.denoiser, self.model_dtype)
-        value = float(np.asarray(t, kind))
-        if port.dtype.kind == "i" and value != round(value):
-            raise ValueError(
-                f"input {port.name!r} of the graph takes whole times, got {value:.9g}: make the grid with "
-                "round_times=True"
-            )
-        return value, port.dtype.name
+    def _for_all(self, g: _Graph, value: str, port: _Port, batch: str) -> str:
+        """A number (1,) for every sample of a call, or as the one number that a port without an axis takes."""
+        return g.op("Expand", value, batch) if port.shape else g.op("Reshape", value, self.main.const([], "int64"))
+
+    def times(self, k: int) -> list[tuple[float, str]]:
+        """What the network gets in call k for t, and for the end of the step if it takes that: numbers and dtypes."""
+        found, kind = [], time_dtype(self.denoiser, self.model_dtype)
+        for t, port in [
+            (self.tables[k].t, self.model.t),
+            *((s, self.model.cond[self.end]) for s in self.ends[k : k + 1]),
+        ]:
+            value = float(np.asarray(t, kind))
+            if port.dtype.kind == "i" and value != round(value):
+                raise ValueError(
+                    f"input {port.name!r} of the graph takes whole times, got {value:.9g}: make the grid with "
+                    "round_times=True"
+                )
+            found.append((value, port.dtype.name))
+        return found
 
     def draw(self, g: _Graph, number: int) -> str:
         """The normals of a draw, like x."""
@@ -398,8 +423,8 @@ class _Loop:
         for k, table in enumerate(self.tables):
             x = buffers[self.program.buffer_of_x(k - 1)]
             x_in = x if table.c_in == 1.0 else g.op("Mul", x, g.const(table.c_in, self.dtype))
-            t, kind = self.time(table.t)
-            raws = self.call(g, g.cast(x_in, self.model_dtype, self.dtype), g.const([t], kind), table.branches)
+            times = [g.const([value], kind) for value, kind in self.times(k)]
+            raws = self.call(g, g.cast(x_in, self.model_dtype, self.dtype), times, table.branches)
             if table.average in buffers:
                 raws.append(buffers[table.average])
             sources = {j: buffers[b] for j, b in enumerate(table.slots) if b is not None}
@@ -529,7 +554,7 @@ class _Loop:
             read[k, 0, x] = table.c_in
             if table.p is not None:
                 p[k, 0, x], p[k, 0, size:] = table.p[0, 0], table.p[0, 1 : 1 + raws]
-        times = [self.time(table.t) for table in self.tables]
+        times = [self.times(k) for k in range(len(self.tables))]
         flat = g.ints(1, -1)
         begun = g.op("Reshape", self.start(), flat)
         zero = g.op("Mul", begun, g.const(0.0, dtype)) if size > 1 else ""
@@ -541,8 +566,11 @@ class _Loop:
             return body.op("Gather", g.const(table, kind), i, axis=0)
 
         x_in = body.op("Reshape", body.op("MatMul", at(read), state), self.shape)
-        t = body.op("Reshape", at([t for t, _ in times], times[0][1]), g.ints(1))
-        made = self.call(body, body.cast(x_in, self.model_dtype, dtype), t, branches)
+        now = [
+            body.op("Reshape", at([value for value, _ in column], column[0][1]), g.ints(1))
+            for column in zip(*times, strict=True)
+        ]
+        made = self.call(body, body.cast(x_in, self.model_dtype, dtype), now, branches)
         sources = [state, *(body.op("Reshape", raw, flat) for raw in made)]
         if clip:
             m = body.op("Reshape", body.op("MatMul", at(p), body.joined(*sources)), self.shape)
@@ -622,7 +650,8 @@ def save_loop(
     streams  (B, 3) int64, `philox.streams(seed, B)`: low and high 32 bits of a sample's seed, and its number
     noise    (draws, B, ...) normals, one like x per draw in order
     others   the network's conditions by their names; under guidance of two branches those of the null branch as
-             "null.label", unless the denoiser holds `null`; of more branches as "branch0.label", "branch1.label"
+             "null.label", unless the denoiser holds `null`; of more branches as "branch0.label", "branch1.label". The
+             ends of the steps, which a `FlowMapDenoiser` takes from the plan, are in the file
 
     The output is "sample". The metadata holds solver, calls of the network, and alpha and sigma of the start.
 
@@ -634,8 +663,7 @@ def save_loop(
     check_plan(plan, denoiser)
     one_of("noise", noise, ("streams", "input"))
     flag("unroll", unroll)
-    kind = dtype_name("" if dtype is None else dtype)
-    one_of("dtype", kind, ("float32", "float64"))
+    kind = state_dtype(dtype)
     if shape is not None:
         instance("shape", shape, (tuple, list), "the sizes of one sample, (1, 8, 8) say")
         if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in shape):

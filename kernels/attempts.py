@@ -134,6 +134,7 @@ def tables(
     shares: np.ndarray,
     folded: bool,
     kept: bool,
+    noise_form: bool,
     out: np.ndarray,
     p: np.ndarray,
     times: np.ndarray,
@@ -147,6 +148,7 @@ def tables(
     shares   (J, n, raws), the weights of the network's outputs in each call
     folded   whether m is multiplied out
     kept     whether the last F has a row of its own
+    noise_form  whether the form is `exponential_rk.EPS`, whose rows of the points are written here
     out      flat, of the state's dtype, with room for p.shape[1] samples: the c_in (J, n) and the times (J, n) of the
              calls, then the table (n, rows, COLUMNS) of each stage. Columns that no stage uses are left alone
     p        (J, n, 4), receives the prediction of each call
@@ -158,6 +160,11 @@ def tables(
     n = points.shape[2]
     mu, f = np.empty(basis), np.empty(calls)
     for i in range(n):
+        if noise_form:
+            for k in range(targets):
+                alpha, sigma = points[ALPHA, k, i], points[SIGMA, k, i]
+                points[OWN, k, i], points[OTHER, k, i] = alpha, sigma
+                points[FX, k, i], points[FM, k, i] = 1.0 / sigma, -alpha / sigma
         h = state[STEP, i]
         for m in range(basis):
             order = int(bases[m, 0])

@@ -130,7 +130,7 @@ TRANSFER = {
         "numba_transfer",
         "TRANSFER",
         twin,
-        "float64(int64, int64, int64, int64, int64, int64)",
+        "float64(int64, int64, int64, int64, int64, int64, int64)",
         key=dtype,
         direct=True,
     )
@@ -174,18 +174,21 @@ PROPOSE = Kernel(
     "propose",
     attempts.propose,
     f"void({_MATRIX}, {_VECTOR}, float64, float64, {_MATRIX}, float64[:,:,::1])",
+    direct=True,
 )
 CONTROL = Kernel("numba_attempts", "control", attempts.control, f"void({_MATRIX}, {_VECTOR}, {_VECTOR}, int64[::1])")
-ROWS = Kernel(
-    "numba_attempts",
-    "tables",
-    attempts.tables,
-    *(
-        f"void({_MATRIX}, {_CUBE}, {_MATRIX}, {_CUBE}, {_MATRIX}, float64, {_CUBE}, boolean, boolean, "
-        f"{s}[::1], {_CUBE}, {_MATRIX})"
-        for s in ("float32", "float64")
-    ),
-)
+ROWS = {
+    dtype: Kernel(
+        "numba_attempts",
+        "TABLES",
+        attempts.tables,
+        f"void({_MATRIX}, {_CUBE}, {_MATRIX}, {_CUBE}, {_MATRIX}, float64, {_CUBE}, boolean, boolean, boolean, "
+        f"{dtype}[::1], {_CUBE}, {_MATRIX})",
+        key=dtype,
+        direct=True,
+    )
+    for dtype in ("float32", "float64")
+}
 FINISH = {
     dtype: Kernel(
         "numba_attempts",
@@ -193,10 +196,11 @@ FINISH = {
         twin,
         f"void(int64[::1], {_MATRIX}, {_VECTOR}, {_VECTOR}, int64[::1])",
         key=dtype,
+        direct=True,
     )
     for dtype, twin in (("float32", interpreted.finish32), ("float64", interpreted.finish64))
 }
-ATTEMPTS = (PROPOSE, CONTROL, ROWS, *FINISH.values())
+ATTEMPTS = (PROPOSE, CONTROL, *ROWS.values(), *FINISH.values())
 _ENDS = (*TRANSFER.values(), WORD)
 KERNELS = (
     *STAGE.values(),

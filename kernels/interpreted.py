@@ -79,9 +79,11 @@ def short(
     stage(m, 0, words.resize(m, 1, n), 0)
 
 
-def _transfer(dtype: type[np.generic], target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
-    if words:
-        _at(other, np.int64, words)[...] = _at(origin, np.int64, words)
+def _transfer(
+    dtype: type[np.generic], target: int, source: int, n: int, block: int, origin: int, rows: int, width: int
+) -> float:
+    if rows:
+        _at(block, np.int64, rows, width)[...] = _at(origin, np.int64, rows, 1)
     if not n:
         return 0.0
     x = _at(source, dtype, n)
@@ -91,12 +93,12 @@ def _transfer(dtype: type[np.generic], target: int, source: int, n: int, other: 
         return float(x.dot(x))
 
 
-def transfer_float32(target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
-    return _transfer(np.float32, target, source, n, other, origin, words)
+def transfer_float32(target: int, source: int, n: int, block: int, origin: int, rows: int, width: int) -> float:
+    return _transfer(np.float32, target, source, n, block, origin, rows, width)
 
 
-def transfer_float64(target: int, source: int, n: int, other: int, origin: int, words: int) -> float:
-    return _transfer(np.float64, target, source, n, other, origin, words)
+def transfer_float64(target: int, source: int, n: int, block: int, origin: int, rows: int, width: int) -> float:
+    return _transfer(np.float64, target, source, n, block, origin, rows, width)
 
 
 def set_word(memory: np.ndarray, j: int, value: int) -> None:

@@ -187,6 +187,11 @@ def resize(memory: np.ndarray, samples: int, elements: int) -> int:
     return -(-samples // group) * -(-elements // chunk)
 
 
+def workers(size: int, count: int) -> int:
+    """How many threads run a stage of `count` units over `size` elements."""
+    return 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
+
+
 def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object = None) -> None:
     """Run a stage of `count` units over `size` elements, on all cores if it is large.
 
@@ -195,11 +200,11 @@ def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object =
 
     keep  what holds the arrays alive; every share holds it, too
     """
-    workers = 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
-    if workers == 1:
+    n = workers(size, count)
+    if n == 1:
         run(memory, 0, count, 0)
         return
-    cuts = [count * i // workers for i in range(workers + 1)]
+    cuts = [count * i // n for i in range(n + 1)]
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
     shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]
     try:
@@ -245,6 +250,7 @@ class _Share:
         """Wait for the pool if it runs this share; otherwise nobody will."""
         if not self._claim("dropped") and self._claims[0] == "pool":
             self._done.wait()
+        self._keep = None  # a busy pool keeps the share in its queue
 
 
 def _settle(shares: Sequence[_Share]) -> None:

@@ -18,7 +18,8 @@ register_jitable(attempts.moment)
 
 propose = jit()(attempts.propose)
 control = jit()(attempts.control)
-tables = jit()(attempts.tables)
+_tables = jit()(attempts.tables)
+TABLES = {"float32": _tables, "float64": _tables}  # of the state's dtype
 
 _RTOL, _ATOL, _PROBLEM, _TAKEN = attempts.RTOL, attempts.ATOL, attempts.PROBLEM, attempts.TAKEN
 _ERROR, _HIGH, _LOW, _X = attempts.ERROR, attempts.HIGH, attempts.LOW, attempts.X

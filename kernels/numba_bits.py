@@ -21,7 +21,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 from numba.extending import intrinsic
@@ -166,7 +165,8 @@ pointer: Kernel = cast(Kernel, _pointer)
 def _on_stack(typingctx, dtype, count):
     def codegen(context, builder, signature, args):
         number = context.get_value_type(dtype.dtype)
-        memory = cgutils.alloca_once(builder, ir.ArrayType(number, count.literal_value))
+        with builder.goto_entry_block():  # `cgutils.alloca_once` would fill it with zeros in every call
+            memory = builder.alloca(ir.ArrayType(number, count.literal_value))
         memory.align = 64
         return builder.bitcast(memory, context.get_value_type(signature.return_type))
 

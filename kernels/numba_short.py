@@ -40,8 +40,9 @@ def _short(dtype, size):
         rows, zero = m[words.ROWS], dtype(0.0)  # a Python 0.0 would promote float32
         w = carray(pointer(m[words.W], dtype), (rows * _COLUMNS,))
         p = carray(pointer(m[words.P], dtype), (4,))
-        for lo in range(0, n, _CHUNK):
-            length, offset = min(n - lo, _CHUNK), lo * size
+        chunk = _CHUNK if rows < 3 else _CHUNK // 2  # the more arrays, the less of each stays in L1
+        for lo in range(0, n, chunk):
+            length, offset = min(n - lo, chunk), lo * size
             for row in range(-1 if m[words.P] != 0 else 0, rows):  # row -1 is the prediction
                 target = at[_PREDICTION] if row < 0 else at[_OUTPUT + row] + offset
                 out = carray(pointer(target, dtype), (length,))

@@ -282,7 +282,7 @@ def _stage(dtype, size):
             converts |= memory[words.RAW + j] != 0 and memory[words.RAW_KIND + j] != own_kind
         converts |= memory[0] != 0 and memory[words.X_KIND] != own_kind
         room = chunk if converts or predicts or (draws and size == 8) else 0
-        small = chunk <= _ON_STACK
+        small = chunk <= _ON_STACK or not (room or draws)
         scratch = carray(on_stack(dtype, _SCRATCH), (_SCRATCH,)) if small else aligned((_RAWS + 3) * room, dtype)
         normals = carray(on_stack(np.float32, _ON_STACK), (_ON_STACK,)) if small else aligned(chunk * draws, np.float32)
         bits = carray(on_stack(np.uint64, SCRATCH), (SCRATCH,))

@@ -32,7 +32,7 @@ class PlannedRun(NamedTuple):
     problem: str
     method: str
     seed: int
-    options: tuple[tuple[str, int], ...] = ()
+    options: tuple[tuple[str, float], ...] = ()
 
     @property
     def name(self) -> str:
@@ -41,7 +41,7 @@ class PlannedRun(NamedTuple):
 
 def planned_runs(seeds: Iterable[int] = SEEDS) -> list[PlannedRun]:
     """All runs: on the ring for each seed, on digits once."""
-    ring: list[tuple[str, tuple[tuple[str, int], ...]]] = [
+    ring: list[tuple[str, tuple[tuple[str, float], ...]]] = [
         ("guided", ()),
         ("guided", (("deaf", 1),)),
         ("consistency", ()),
@@ -51,7 +51,7 @@ def planned_runs(seeds: Iterable[int] = SEEDS) -> list[PlannedRun]:
         ("progressive", ()),
         ("distribution_matching", ()),
         ("distribution_matching", (("critic_steps", 1),)),
-        ("distribution_matching", (("gan", 1),)),
+        ("distribution_matching", (("gan", 0.1),)),
         ("distribution_matching", (("calls", 4),)),
         ("adversarial", ()),
     ]
@@ -171,7 +171,7 @@ def _checks(own: list[Mapping[str, Any]], seeds: list[int]) -> list[str]:
 # ratio or None)
 VARIANTS = (
     ("how many critic updates", ("critic_steps", 1), "5 critic updates", "1", True, 0.6),
-    ("a head on the critic", ("gan", 1), "with the head", "without", False, None),
+    ("a head on the critic", ("gan", 0.1), "with the head", "without", False, None),
     ("four steps on its own simulation", ("calls", 4), "4 calls", "the one-step student's", False, None),
 )
 

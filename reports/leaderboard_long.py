@@ -34,10 +34,15 @@ OUT = Path("docs/distill")
 # (method, batch size, peak learning rate)
 LONG: tuple[tuple[Entry, int, float], ...] = (
     (Entry("Rectified flow, reflow, distillation", "rectified", 12000, data=True), 512, 2e-3),
-    (Entry("Shortcut model", "shortcut", 10000, data=True), 512, 3e-3),
-    (Entry("DMD2, one step", "distribution_matching", 2400), 512, 2e-3),
-    (Entry("DMD2, four steps", "distribution_matching", 2400, (("calls", 4.0),)), 1024, 2e-3),
-    (Entry("Consistency distillation", "consistency", 4000), 512, 1e-3),
+    (Entry("Shortcut model", "shortcut", 16000, (("velocity_end", 0.03),), data=True), 512, 8e-3),
+    (Entry("Progressive distillation", "progressive", 12000, (("teacher_steps", 512.0),)), 512, 3e-3),
+    (Entry("DMD2, one step", "distribution_matching", 2000, (("gan", 5.0),)), 512, 3e-3),
+    (
+        Entry("DMD2, four steps", "distribution_matching", 2000, (("calls", 4.0), ("last", 0.5), ("gan", 5.0))),
+        1024,
+        3e-3,
+    ),
+    (Entry("Consistency distillation", "consistency", 16000, (("levels", 40.0),)), 512, 6e-3),
     (Entry("SiD", "score_identity", 1200), 256, 1e-3),
     (Entry("ADD", "adversarial", 5000), 256, 1e-3),
 )
@@ -103,6 +108,7 @@ def page(rows: Mapping[str, Mapping[str, Kept]]) -> str:
         "Batches and peak learning rates: "
         + "; ".join(f"{entry.title} {batch}, {lr:g}" for entry, batch, lr in LONG if entry.title in rows)
         + ".",
+        "DMD2 has a head of weight 5 on its critic, and its last of four steps has half of the batch.",
         "",
     ]
     return "\n".join(lines)

@@ -66,8 +66,10 @@ REFINE = (8, 8)  # evaluations of the residual there, see `fit_plan`
 BOUND = (12, 3)  # evaluations and rounds of the fit to the test latents
 NETWORKS = ("digits", "digits-guided")
 OUT = Path("docs/tuning")
-PAGE, MARKS = Path("docs/tuning.md"), ("<!-- network -->", "<!-- /network -->")
-FAR = ("diffusers 2M Karras", 12)  # a peer and its calls, which four tuned calls are compared with
+PAGE = Path("docs/tuning.md")
+# A peer and its calls, which tuned plans of FEW calls are compared with.
+FAR, FEW = ("diffusers 2M Karras", 12), 4
+FAR_ENTRY = "{}, {} calls".format(*FAR)
 RECOMMEND = 1.25  # upper bound of the recommended plan's RMSE over the best hand-made one
 RECOMMEND_SEEDS = 32
 
@@ -157,7 +159,7 @@ def measure(
         found = diffusers_ends(scheduler, ensemble, cond, nfe)
         entries[label] = score(found, target, real)
     label, calls = FAR
-    entries[f"{label}, {calls} calls"] = score(diffusers_ends(peers()[label], ensemble, cond, calls), target, real)
+    entries[FAR_ENTRY] = score(diffusers_ends(peers()[label], ensemble, cond, calls), target, real)
     row = {
         "problem": name,
         "nfe": nfe,
@@ -235,16 +237,21 @@ def bound(row: dict[str, Any], plan: Plan) -> dict[str, float]:
 
 
 def tail(row: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """The errors on more latents than the test has: of the tuned plan, and of the best hand-made one."""
+    """The errors on more latents than the test has: of the tuned plan and the best hand-made one, and of FEW's peer."""
     ensemble, target, _, _ = held_out(row["problem"], plan.options["tuning"]["fingerprint"], TAIL, TAIL_SEED)
-    tuned = statistics(errors(ensemble, [unroll(plan)], target, range(TAIL))[0])
-    if "tail" in row:  # the hand-made plans are the same as before
-        return {**row["tail"], "tuned": tuned}
-    found = usable(ensemble.denoiser, candidates(ensemble.denoiser.process, row["nfe"]))
-    # The ranking drops plans by their first latents: the one that was best on the test is ranked in any case.
-    known = [c for c in found if c.label == row["entries"]["oracle"]["label"]]
-    best = min((rank(ensemble, some, target, range(TAIL))[0] for some in (found, known)), key=lambda r: r.rmse)
-    return {"tuned": tuned, "oracle": {**statistics(best.errors), "label": best.candidate.label}}
+    entries = dict(row.get("tail", {}))  # all but the tuned plan's stay
+    entries["tuned"] = statistics(errors(ensemble, [unroll(plan)], target, range(TAIL))[0])
+    if "oracle" not in entries:
+        found = usable(ensemble.denoiser, candidates(ensemble.denoiser.process, row["nfe"]))
+        # The ranking drops plans by their first latents: the one that was best on the test is ranked in any case.
+        known = [c for c in found if c.label == row["entries"]["oracle"]["label"]]
+        best = min((rank(ensemble, some, target, range(TAIL))[0] for some in (found, known)), key=lambda r: r.rmse)
+        entries["oracle"] = {**statistics(best.errors), "label": best.candidate.label}
+    if row["nfe"] == FEW and FAR_ENTRY not in entries:
+        cond = load_model(PROBLEMS[row["problem"]][0]).all_classes()
+        ends = diffusers_ends(peers()[FAR[0]], ensemble, cond, FAR[1])
+        entries[FAR_ENTRY] = statistics(np.mean((ends - target) ** 2, axis=1))
+    return entries
 
 
 def held_out(
@@ -356,10 +363,29 @@ def network_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def few_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The other table of `PAGE`: the network's plans of FEW calls and their peer, on the latents of `tail`."""
+    label, calls = FAR
+    lines = [
+        f"| on {TAIL} latents of seed {TAIL_SEED} | tuned, {FEW} calls | {label}, {calls} calls | ratio |",
+        "|---|---|---|---|",
+    ]
+    kinds = ("rmse", "median", "trimmed")
+    for r in sorted((r for r in rows if FAR_ENTRY in r.get("tail", {})), key=lambda r: str(r["problem"])):
+        guidance = PROBLEMS[r["problem"]][1]
+        own, peer = ([r["tail"][key][kind] for kind in kinds] for key in ("tuned", FAR_ENTRY))
+        cells = [", ".join(f"{value:.3f}" for value in values) for values in (own, peer)]
+        cells.append(", ".join(f"{a / b:.2f}" for a, b in zip(own, peer, strict=True)))
+        lines.append(f"| {'no guidance' if guidance is None else f'guidance {guidance:g}'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def page(text: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The page with its table."""
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n\n{network_table(rows)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    """The page with its tables."""
+    for name, made in (("network", network_table(rows)), ("few", few_table(rows))):
+        head, rest = text.split(f"<!-- {name} -->")
+        text = f"{head}<!-- {name} -->\n\n{made}\n\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
+    return text
 
 
 def tail_ratio(row: dict[str, Any], kind: str) -> float:

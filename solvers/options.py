@@ -8,8 +8,15 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def needs(what: str, *modules: str, extra: str) -> None:
@@ -28,6 +35,26 @@ def number(value: object) -> float:
         return float(value) if isinstance(value, Real) else math.nan
     except OverflowError:  # an int beyond float's range
         return math.nan
+
+
+def plain(value: Any) -> Any:
+    """A NumPy number as Python's, in which arithmetic is float64: in float16 or float32 it rounds and overflows."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def plain_fields(made: DataclassInstance) -> None:
+    """`plain` numbers in the fields of a frozen dataclass."""
+    for each in fields(made):
+        object.__setattr__(made, each.name, plain(getattr(made, each.name)))
+
+
+def whole(name: str, value: object, low: int, high: int | None = None) -> int:
+    """An integer of Python or NumPy as an int. Raises ValueError that names it unless it is low .. high."""
+    kind = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not kind or value < low or (high is not None and value > high):  # type: ignore[operator]
+        most = "" if high is None else f" and <= {high}"
+        raise ValueError(f"{name} must be an int >= {low}{most}, got {value!r:.80}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
 
 
 def at_least(name: str, value: object, low: float) -> None:

@@ -6,8 +6,10 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
+from numba.core import sigutils
 from oracles import adaptive as oracle
 
 import fewstep as fs
@@ -201,6 +203,41 @@ def test_a_rejected_last_step_shrinks_from_what_was_tried():
     theirs = oracle.PID(8.0, 0.0, 1.0, 0.0, 2, 0.81)
     assert not theirs.accept(4.0)
     assert theirs.h > 0.5
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("options", [{}, {"eta": 0.5}, {"backend": "naive"}, {"scale": 2.0}], ids=str)
+def test_kernels_that_trust_their_callers_get_what_they_were_compiled_for(solver, dtype, options, monkeypatch):
+    """Arrays of the dtypes, the dimensions and the order of their signatures, while samples leave the batch."""
+    if solver == "dormand_prince" and "eta" in options:
+        pytest.skip("has no stochastic form")
+    called = set()
+
+    def checked(kernel):
+        types, _ = sigutils.normalize_signature(kernel._signatures[0])
+
+        def run(*given):
+            assert tuple(map(numba.typeof, given)) == types
+            called.add(kernel._module + kernel.name)
+            return compiled(*given)
+
+        compiled = kernel.run
+        return run
+
+    for kernel in cpu.ATTEMPTS:
+        kernel.compile()
+        if kernel._direct:
+            monkeypatch.setattr(kernel, "run", checked(kernel))
+    chosen = dict(options)
+    guidance = fs.CFG(chosen.pop("scale"), stop=0.5) if "scale" in chosen else None
+    k = steep(3, stiff=1).astype(dtype)
+    cond = k if guidance is None else [{"k": k}, {"k": 0.5 * k}]
+    denoiser = fs.Denoiser(Recorder(), fs.EDM(), predicts="sample", guidance=guidance)
+    x = latents(RING, fs.EDM(), 3).astype(dtype)
+    found = fs.sample_adaptive(denoiser, x, solver=solver, rtol=1e-3, cond=cond if guidance else {"k": k}, **chosen)
+    assert len(set(found.accepted.tolist())) > 1
+    assert len(called) == (2 if chosen.get("backend") == "naive" else 3)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -570,7 +607,7 @@ def test_x_is_not_written_to():
             "sigma_min = 1e-320, sigma_max = 80.0: they must be increasing",
         ),
         ({"sigma_max": 1e300}, ValueError, "sigma_max = 1e.300: they must be increasing, from 1e-12 to 1e.12"),
-        ({"dtype": "float16"}, ValueError, "dtype must be one of 'float32', 'float64'"),
+        ({"dtype": "float16"}, ValueError, "dtype is the state's, float32 or float64, got float16"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
         ({"x": None}, ValueError, "exactly one of x .* got neither"),
         ({"shape": (2, 6)}, ValueError, "exactly one of x .* got both"),
@@ -605,6 +642,20 @@ def test_nan_and_endless_steps_are_errors():
 
     with pytest.raises(ValueError, match=r"error estimate of sample 0 at t = .* the network returned NaN or inf"):
         fs.sample_adaptive(fs.Denoiser(broken, fs.EDM(), predicts="sample"), x)
+
+    def broken_at_the_end(v: Any, t: Any) -> Any:
+        out = 0.1 * v
+        out[1] = np.where(t[1] <= 0.002, np.nan, out[1])
+        return out
+
+    for kept in (None, lambda info: None):  # with and without edits, which see the prediction
+        with pytest.raises(ValueError, match=r"sample 1 is not finite after its last call, at t = 0.002: the network"):
+            fs.sample_adaptive(fs.Denoiser(broken_at_the_end, fs.EDM(), predicts="sample"), x, edit=kept)
+    asked: list[Any] = []
+    denoiser = fs.Denoiser(lambda v, t: asked.append(t), fs.EDM(), predicts="sample")
+    with pytest.raises(ValueError, match=r"^x holds NaN or inf: no sample can come of it$"):
+        fs.sample_adaptive(denoiser, np.where(np.arange(x.size).reshape(x.shape) == 4, np.inf, x))
+    assert asked == []
 
     def rough(v: Any, t: Any) -> Any:
         return np.sin(1e6 * v)

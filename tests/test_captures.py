@@ -66,6 +66,17 @@ def test_graphs_are_bounded(cuda: FakeCuda) -> None:
 
 
 @torch.no_grad()
+def test_equal_numbers_of_other_types_have_graphs_of_their_own(cuda: FakeCuda) -> None:
+    def network(x: torch.Tensor, times: Any) -> torch.Tensor:
+        return x + 10.0 if times is True else x / times
+
+    graphed = GraphedCall(network)
+    for times in (1, True, 1.0, 0.0, -0.0) * 2:
+        assert torch.equal(graphed(torch.ones(2), times), network(torch.ones(2), times))
+    assert (cuda.log.count("record"), cuda.log.count("replay")) == (5, 10)
+
+
+@torch.no_grad()
 def test_autocast_and_moved_weights(cuda: FakeCuda) -> None:
     net = Net()
     graphed, x = GraphedCall(net.forward), torch.randn(2, 4)

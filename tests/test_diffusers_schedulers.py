@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers import scheduler as twins_scheduler
 from fewstep.bindings.diffusers.transition import State
+from fewstep.kernels import launch
 
 # diffusers hands tensors to NumPy.
 pytestmark = [
@@ -878,6 +880,26 @@ def test_memory_that_has_moved_is_not_used_again() -> None:
         ends.append(y)
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 3, 16), (1, 3, 240, 200)], ids=str)
+def test_flow_matching_gives_the_parents_bits(
+    shape: tuple[int, ...], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, by the first run's steps and by known ones: a product and a sum, each rounded as the parent's are."""
+    monkeypatch.setattr(launch, "_workers", lambda: workers)
+    parent, twin = pair("FlowMatchEulerDiscreteScheduler", shift=1.0 + workers)  # bound by this count of workers
+    x = torch.linspace(-1.0, 1.0, math.prod(shape)).reshape(shape)
+    ends = []
+    for scheduler in (parent, twin, twin):
+        y = x
+        scheduler.set_timesteps(6)
+        for t in scheduler.timesteps:
+            y = scheduler.step(torch.sin(3.0 * y), t, y, return_dict=False)[0]
+        ends.append(y)
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("name", GENERAL)

@@ -111,6 +111,14 @@ def test_solvers_with_a_history_and_calls_without_an_end_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="end = 'a b'"):
         FlowMapDenoiser(wrong, FLOW, end="a b")
+    # In bfloat16 the times 0.998 and 1 are one: the network would be told the end of the other step.
+    for kind, fits in (("bfloat16", 64), ("float16", 512), ("float32", 512)):
+        narrow = FlowMapDenoiser(wrong, FLOW, time_dtype=kind)
+        ends = narrow.for_plan(fs.plan("euler", fs.grid(FLOW, fits))).model.table
+        assert ends.shape == (2, fits)
+        assert ends[0, :-1].tolist() == pytest.approx(ends[1, 1:].tolist(), abs=2e-3)
+    with pytest.raises(ValueError, match=r"at t = 1 \(bfloat16\) for steps that end at 0.998333 and 0.996667"):
+        FlowMapDenoiser(wrong, FLOW, time_dtype="bfloat16").for_plan(fs.plan("euler", fs.grid(FLOW, 600)))
     assert [to.t for to in step_ends(fs.plan("euler", grid))] == grid.t[1:].tolist()
 
 
@@ -278,6 +286,18 @@ def test_the_exact_map_is_two_of_its_half_steps() -> None:
     assert shortcut.matching_loss(net, x0, eps, TIMES, teacher=teacher()).item() < 1e-28
     want = (wrong(x, t[:, 0], t[:, 0]) - (eps - x0)).square().mean()
     torch.testing.assert_close(shortcut.matching_loss(student(wrong), x0, eps, TIMES), want, rtol=1e-12, atol=0)
+
+
+def test_the_weight_of_the_velocity_falls() -> None:
+    weights = [shortcut.matching_weight(k, 100, 0.1) for k in (0, 40, 50, 70, 100)]
+    np.testing.assert_allclose(weights, [1.0, 1.0, 0.85, 0.55, 0.1], rtol=1e-12)
+    assert [shortcut.matching_weight(k, 10, 0.0, 0.0) for k in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    assert [shortcut.matching_weight(k, 10, 1.0) for k in (0, 9, 10)] == [1.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match="step = 9 of 8"):
+        shortcut.matching_weight(9, 8)
+    for odd in ({"begin": 1.0}, {"end": 2.0}, {"end": float("nan")}):
+        with pytest.raises(ValueError, match="begin must be from 0 to below 1"):
+            shortcut.matching_weight(1, 8, **odd)
 
 
 def test_the_drawn_times_are_steps_of_the_flow() -> None:

@@ -293,6 +293,9 @@ def test_a_student_of_several_steps_trains_on_its_own_sampling_with_the_methods_
     few = distribution_matching.FewSteps(fs.Denoiser(net, EDM, "sample", time_dtype="float64"), grid)
     stops = few.stops(8)
     assert stops.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    uneven = distribution_matching.FewSteps(few.student, grid, last=0.5)
+    assert uneven.stops(8).tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert uneven.stops(1).tolist() == [0]
     latent, c = 80.0 * normals(8, 2), torch.linspace(0.5, 2.0, 8, dtype=torch.float64)
     got = few.inputs(latent, stops, seed=3, cond={"c": c})
     torch.testing.assert_close(got[:3], latent[:3], rtol=0, atol=0)
@@ -313,6 +316,9 @@ def test_a_student_of_several_steps_trains_on_its_own_sampling_with_the_methods_
     one = distribution_matching.FewSteps(few.student, fs.Grid.from_sigmas(EDM, [80.0, 0.0]))
     assert one.critic_cond(one.stops(4)) == {}
     assert one.weights(one.stops(4)).tolist() == [1.0] * 4
+    for wrong, steps in ((1.0, grid), (0.0, grid), (0.5, one.grid)):
+        with pytest.raises(ValueError, match=f"last = {wrong}"):
+            distribution_matching.FewSteps(few.student, steps, last=wrong)
     # Finite where the first step has no signal.
     zero = distribution_matching.FewSteps(few.student, fs.Grid.from_times(FLOW, [1.0, 0.5, 0.0]))
     torch.testing.assert_close(torch.tensor(zero.weights(np.array([0, 1]))), torch.tensor([1.0, 5.0 / 4.0]).double())

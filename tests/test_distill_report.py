@@ -44,7 +44,9 @@ def test_critics_are_compared_seed_by_seed() -> None:
 
 
 def test_variants_are_compared_at_their_most_calls() -> None:
-    plain, four, gan = (PlannedRun("ring", "distribution_matching", 1, o) for o in ((), (("calls", 4),), (("gan", 1),)))
+    plain, four, gan = (
+        PlannedRun("ring", "distribution_matching", 1, o) for o in ((), (("calls", 4),), (("gan", 0.1),))
+    )
     many = ring_result(0.3, True)
     many["rows"].append({**many["rows"][0], "nfe": 4, "swd": 0.06})
     text = page({plain: ring_result(0.05, True), four: many, gan: ring_result(0.04, True)})

@@ -29,9 +29,13 @@ from fewstep.distill_runs.evaluate import distances, evaluate, pinwheel_data, ri
 from fewstep.distill_runs.evaluate import sample_ring as sample
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
-from fewstep.distill_runs.ring import RING
+from fewstep.distill_runs.ring import PROCESS, RING
+from fewstep.distill_runs.ring_generators import DistributionMatching
+from fewstep.distill_runs.ring_teachers import Consistency
 from fewstep.distill_runs.training import CHECKPOINT, LOG, RunSettings, clip_gradients, load, save, train
 from fewstep.problems import Mixture, energy_distance
+from fewstep.solvers.distill import distribution_matching, shortcut
+from fewstep.solvers.distill.network import points_of
 
 # torch's own set-up, at the first forward-mode derivative.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -89,8 +93,12 @@ def test_a_student_as_large_as_the_teacher_starts_as_it() -> None:
     for step in (0.0, 3.0):
         got = four.modules["critic"](x, t, step=torch.full((6,), step), label=label)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    narrow = make_recipe("consistency", "pinwheel", options={"width": 32}).modules["student"]
-    assert not torch.allclose(narrow(x, t, label=label), want)
+    assert isinstance(four, DistributionMatching)
+    assert four.warm == 0  # the first update is the student's: a network that denoises need not learn to
+    narrow = make_recipe("distribution_matching", "pinwheel", 20, options={"width": 32})
+    assert not torch.allclose(narrow.modules["student"](x, t, label=label), want)
+    assert isinstance(narrow, DistributionMatching)
+    assert narrow.warm == 4
 
 
 @pytest.mark.usefixtures("weak_teacher")
@@ -111,6 +119,37 @@ def test_methods_train_on_the_pinwheel_with_its_classes(method: str) -> None:
     for x, near in ((data, True), (data.roll(1, 0), False)):  # the classes take turns: the other order is all wrong
         found = distances(x, 5)
         assert (found["swd"] < 0.1) == (found["energy distance"] < 0.1) == near
+
+
+@pytest.mark.parametrize("options", [{}, {"calls": 4, "last": 0.5}], ids=str)
+def test_a_critic_learns_to_denoise_and_its_head_to_tell_data_from_samples(
+    options: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is the sum of both, although one call of the critic serves the two on samples."""
+    recipe = make_recipe("distribution_matching", "ring", 10, 8, options={**options, "gan": 0.5})
+    assert isinstance(recipe, DistributionMatching)
+    assert recipe.stops().tolist() == ([0, 0, 1, 2, 3, 3, 3, 3] if options else [0] * 8)
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(recipe, "descend", lambda name, lr, loss_of: found.append(loss_of(slice(None))) or 0.0)
+    fake, real = torch.randn((2, 8, 2), generator=torch.Generator().manual_seed(1))
+    recipe.critic_step(1.0, torch.Generator().manual_seed(0), fake, real)
+
+    g = torch.Generator().manual_seed(0)
+    noise, part = torch.randn((8, 2), generator=g), slice(None)
+    at = points_of(PROCESS, recipe.levels(g))
+    told = recipe.of_step(part)
+    want = distribution_matching.critic_loss(recipe.denoiser("critic"), fake, noise, at, cond=told)
+    logits = [recipe.logits(x, noise, at, part) for x in (real, fake)]
+    assert not torch.equal(*logits)
+    want = want + 0.5 * distribution_matching.gan_critic_loss(*logits)
+    torch.testing.assert_close(found[0], want, rtol=1e-5, atol=0.0)
+
+
+def test_a_heads_weight_must_not_be_negative() -> None:
+    with pytest.raises(ValueError, match="gan = -1: the head's weight is at least 0"):
+        make_recipe("distribution_matching", "ring", options={"gan": -1})
+    with pytest.raises(ValueError, match="f_distill needs its head"):
+        make_recipe("f_distill", "ring", options={"gan": 0})
 
 
 @pytest.mark.slow
@@ -163,6 +202,39 @@ def test_progressive_keeps_the_student_of_every_round_and_writes_its_samples(tmp
     outcome = finish(recipe, tmp_path)
     assert [row["nfe"] for row in outcome.rows] == [1, 2, 4, 8]
     assert {p.name for p in tmp_path.glob("*.png")} == {f"samples_{n}.png" for n in (1, 2, 4, 8)}
+    finer = make_recipe("progressive", "ring", 20, 32, options={"width": 16, "teacher_steps": 32})
+    assert [finer.step(k)["steps"] for k in (0, 7, 8, 19)] == [16, 16, 8, 1]
+    for steps in (1, 12, 2.5, 16384):
+        with pytest.raises(ValueError, match=f"teacher_steps = {steps:g}: it must be a power of two from 2 to 8192"):
+            make_recipe("progressive", "ring", 20, 32, options={"teacher_steps": steps})
+
+
+def test_the_velocity_of_a_shortcut_model_loses_weight_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {}
+    for steps in (True, False):
+        if not steps:
+            monkeypatch.setattr(shortcut, "consistency_loss", lambda *a, **b: torch.zeros(()))
+        for end in (1.0, 0.2):
+            recipe = make_recipe("shortcut", "ring", 20, 32, options={"width": 16, "velocity_end": end})
+            losses[steps, end] = recipe.step(14)["loss"]
+    # Step 14 is half way from 0.4 of the run to its end.
+    assert losses[False, 0.2] == pytest.approx(0.6 * losses[False, 1.0], rel=1e-6)
+    longer = [losses[True, end] - losses[False, end] for end in (1.0, 0.2)]
+    assert longer[0] > 0.0
+    assert longer[1] == pytest.approx(longer[0], rel=1e-4)
+    with pytest.raises(ValueError, match="end = 2"):
+        make_recipe("shortcut", "ring", 20, 32, options={"velocity_end": 2})
+
+
+def test_consistency_distillation_takes_the_number_of_levels() -> None:
+    recipe = make_recipe("consistency", "ring", 20, 32, options={"width": 16, "levels": 5})
+    assert isinstance(recipe, Consistency)
+    which = list(range(4))
+    ends = [recipe.jumps.start(which).sigma[0], *recipe.jumps.end(which).sigma]
+    np.testing.assert_allclose(ends, fs.grid(PROCESS, 4, "karras", final_zero=False).sigma, rtol=1e-12)
+    for levels in (1, 2.5, 2000):
+        with pytest.raises(ValueError, match=f"levels = {levels:g}: it must be a whole number from 2 to 1280"):
+            make_recipe("consistency", "ring", 20, 32, options={"levels": levels})
 
 
 def test_progressive_on_digits_shows_every_round_and_checks_up_to_four_calls(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fewstep.solvers.options import whole
 from fewstep.solvers.schedule.grid import Grid, grid, list_spacings
 from fewstep.solvers.schedule.process import EDM, VE, VP, Flow, Point
+from fewstep.solvers.schedule.spacings import SPACINGS as SPACING_TABLE
 
 PROCESSES = {
     "linear": VP.linear(),
@@ -436,7 +438,7 @@ def test_bad_extend():
     with pytest.raises(ValueError, match="cannot divide a step from alpha = 0"):
         g.extend(2)
     assert g.extend(2, start_at_sigma=100.0).steps == 7
-    with pytest.raises(ValueError, match="extend takes an int >= 1"):
+    with pytest.raises(ValueError, match="steps must be an int >= 1 and <= 1000000"):
         g.extend(0)
     with pytest.raises(ValueError, match="spacing must be one of 'linear', 'cosine', 'sine'"):
         g.extend(2, 1.0, spacing="cubic")
@@ -495,3 +497,39 @@ def test_processes_compute_in_float64_from_numbers_of_numpy():
     assert Flow(half).point(0.1) == Flow(3.0).point(0.1)
     assert EDM(np.float32(0.5), 1e300).sigma_max == 1e300
     assert type(EDM(np.float32(0.5)).sigma_min) is float
+
+
+HALVES = {"sigma_min": 0.125, "sigma_max": 40.0, "rho": 6.5, "threshold_noise": 0.0625, "beta_d": 17.5, "sway": -0.75}
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32])
+@pytest.mark.parametrize("spacing", list_spacings())
+def test_grids_compute_in_float64_from_numbers_of_numpy(spacing, number):
+    # Exact in float16, so that any difference would be the arithmetic's.
+    takes = {"sigma_min", "sigma_max", *SPACING_TABLE[spacing].options}
+    given = {name: value for name, value in HALVES.items() if name in takes}
+    assert grid(EDM(), 6, spacing, **{name: number(value) for name, value in given.items()}) == grid(
+        EDM(), 6, spacing, **given
+    )
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32])
+def test_constructors_compute_in_float64_from_numbers_of_numpy(number):
+    for make, values in ((VP.linear, (0.0009765625, 0.03125)), (VP.scaled_linear, (0.0009765625, 0.03125))):
+        assert make(*map(number, values)) == make(*values)
+    assert VP.cosine(s=number(0.0078125), max_beta=number(0.984375)) == VP.cosine(s=0.0078125, max_beta=0.984375)
+    lengths = (3072.0, 256.0, 4096.0, 0.1875, 1.8125)
+    assert Flow.mu_of(*map(number, lengths)) == Flow.mu_of(*lengths)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "3", None, 0, np.int64(0), 11, np.uint8(11), np.bool_(True), np.ones(2)])
+def test_what_is_no_whole_number_is_named(value):
+    with pytest.raises(ValueError, match=r"^n must be an int >= 1 and <= 10, got "):
+        whole("n", value, 1, 10)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3), np.int32(3)])
+def test_whole_numbers_of_numpy_are_ints(value):
+    assert type(whole("n", value, 1, 10)) is int
+    assert whole("n", value, 3) == 3
+    assert grid(VP.linear(), value) == grid(VP.linear(), 3)

@@ -709,3 +709,29 @@ def test_a_module_holds_one_network_and_reduces_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             SamplerModule(denoiser.with_guidance(refused), plan)
+
+
+@pytest.mark.parametrize("number", [np.float16, np.float32])
+def test_guidances_and_clips_compute_in_float64_from_numbers_of_numpy(number):
+    for kind, given in (
+        (fs.APG, {"scale": 3.5, "eta": 0.1875, "norm_threshold": 1.5, "momentum": -0.75, "start": 0.25}),
+        (fs.CFG, {"scale": (1.5, 7.25), "rescale": 0.6875, "sigma_lo": 0.125, "sigma_hi": 20.0}),
+        (fs.CFGZero, {"scale": 2.5, "stop": 0.875}),
+        (fs.Branches, {"weights": (-0.5, 1.5), "rescale": 0.3125}),
+        (fs.DynamicThreshold, {"quantile": 0.984375, "maximum": 1.25}),
+    ):
+        told = {
+            name: tuple(map(number, value)) if isinstance(value, tuple) else number(value)
+            for name, value in given.items()
+        }
+        own, plain = kind(**told), kind(**given)
+        assert own == plain
+        assert type(vars(own)[[*given][-1]]) is float
+        if hasattr(own, "blend"):
+            weights = np.array([[-2.5, 3.5]]) if own.branches == 2 else np.array([[-0.5, -5.75, 7.25]])
+            assert own.blend(weights, 0.3, 0.7, 0.1).tolist() == plain.blend(weights, 0.3, 0.7, 0.1).tolist()
+
+
+def test_a_slerp_has_the_bits_of_its_weight_in_float64():
+    a, b = np.random.default_rng(0).normal(size=(2, 3, 50))
+    assert fs.slerp(a, b, np.float16(0.3125)).tobytes() == fs.slerp(a, b, 0.3125).tobytes()

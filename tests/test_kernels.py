@@ -427,29 +427,38 @@ def test_a_float64_state_makes_the_same_half_inputs_everywhere() -> None:
 @pytest.mark.parametrize("n", [0, 1, 7, 1000])
 @pytest.mark.parametrize("to", [True, False])
 def test_a_transfer_copies_bits_and_sums_squares(dtype: str, compiled: bool, n: int, to: bool) -> None:
-    """Payloads of NaNs among the words and the numbers stay as they are; nothing else is written."""
+    """Payloads of NaNs among the words and the numbers stay as they are; nothing else is written.
+
+    Of three rows of two words the first is as it should be, and the others are wrong in one word and in both.
+    """
     kernel = cpu.TRANSFER[dtype]
     run = kernel.run if compiled else getattr(interpreted, kernel.twin)
     x = np.random.default_rng(n).standard_normal(n + 2).astype(dtype)
-    target, words, other = np.full(n + 2, 7.0, dtype), np.array([-1, 5, 1 << 62]), np.zeros(3, np.int64)
+    target, words = np.full(n + 2, 7.0, dtype), np.array([-1, 5, -(1 << 62), 9])
+    block = np.array([-1, -1, 5, 4, 0, 0, 0])
     source, place = (array.ctypes.data + array.itemsize for array in (x, target))
-    total = run(place if to else 0, source, n, other.ctypes.data, words.ctypes.data, 2)
+    total = run(place if to else 0, source, n, block.ctypes.data, words.ctypes.data, 3, 2)
     assert total == pytest.approx(float((x[1 : n + 1].astype(np.float64) ** 2).sum()), rel=1e-5)
     want = np.full(n + 2, 7.0, dtype)
     want[1 : n + 1] = x[1 : n + 1] if to else 7.0
     assert target.tobytes() == want.tobytes()
-    assert other.tolist() == [-1, 5, 0]
+    assert block.tolist() == [-1, -1, 5, 5, -(1 << 62), -(1 << 62), 0]
     if n:
         x[n] = np.nan
-        assert np.isnan(run(place, source, n, 0, 0, 0))
+        assert np.isnan(run(place, source, n, 0, 0, 0, 0))
         x[n] = np.inf
-        assert run(place, source, n, 0, 0, 0) == np.inf
+        assert run(place, source, n, 0, 0, 0, 0) == np.inf
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in cpu.KERNELS if kernel._direct], ids=repr)
 def test_kernels_that_trust_their_callers_have_one_signature(kernel: cpu.Kernel) -> None:
-    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous."""
+    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous.
+
+    Of adaptive attempts `test_adaptive` checks the arrays.
+    """
     (signature,) = kernel._signatures
+    if kernel in cpu.ATTEMPTS:
+        return
     arrays = [part for part in signature.replace(" ", "").partition("(")[2].split(",") if "[" in part]
     assert arrays in ([], ["int64[::1]"])
 

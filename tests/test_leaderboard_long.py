@@ -55,7 +55,7 @@ def test_every_method_is_trained_and_measured_once(tmp_path: Path, monkeypatch: 
     assert f"Written by `make leaderboard-long`: {len(LONG) + 3} training runs" in text
     assert "| DMD2, four steps, 2 of 3 seeds |" in text
     assert "| SiD, 1 of 3 seeds |" in text
-    assert "DMD2, four steps 16, 0.002" in text
+    assert "DMD2, four steps 16, 0.003" in text
     # The measure is that of the samples of seed 1, whose latents are those of every row.
     teacher = distill_ring.pinwheel_teacher()
     plan = leaderboard_long.plans()[6][1]

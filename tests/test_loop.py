@@ -6,6 +6,7 @@ The model is a rational function, so that NumPy and torch, and any batch, give t
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import os
 import threading
@@ -438,6 +439,30 @@ def test_habits_of_models(library: str, habit: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("time_dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_a_model_may_write_to_its_times(batch: int, time_dtype: str, backend: str) -> None:
+    """The next run has the true ones again: a row of them is some words of 8 bytes, the last one in part."""
+    seen: list[list[float]] = []
+
+    def model(x: Any, t: Any) -> Any:
+        assert t.shape == (batch,)
+        seen.append(t.tolist())
+        if len(seen) % 3:  # some rows stay as they are
+            t[len(seen) % batch] = -1.0
+        return 0.5 * x
+
+    denoiser = fs.Denoiser(model, VP, "sample", time_dtype=time_dtype)
+    sampler = make((batch, 3), "ddim", denoiser=denoiser, backend=backend, device="cpu")
+    calls = sampler.plan.nfe
+    for _ in range(3):
+        sampler(seed=4)
+    assert seen == 3 * seen[:calls]
+    want = torch.tensor(sampler.plan.grid.t[:calls]).to(getattr(torch, time_dtype)).tolist()
+    assert seen[:calls] == [[t] * batch for t in want]
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_a_model_may_return_its_input(backend: str) -> None:
     """x0 = x, the identity of a consistency model at its smallest noise."""
     sampler = make((2, 9), "unipc", denoiser=fs.Denoiser(lambda x, t: x, VP, "sample"), backend=backend)
@@ -800,3 +825,19 @@ def test_a_callback_changes_no_bit(how: str, network: str) -> None:
         assert float(abs(seen[0].x0).max()) == 1.0
         assert same(one, other)  # the prediction is a source of its own, also where it is kept
     np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_calls_its_network_without_a_function_in_between() -> None:
+    """Between two calls of a network that fills the caches, each Python call takes microseconds."""
+    callers = []
+
+    def network(x: Any, t: Any, label: float = 0.0) -> Any:
+        callers.append(inspect.currentframe().f_back.f_code.co_name)
+        return model(x, t) + label
+
+    sampler = make((2, 3), "ddim", denoiser=fs.Denoiser(network, VP), device="cpu", backend="numba")
+    ends = [sampler(seed=0), sampler(seed=0, cond={"label": 0.0}), sampler(seed=0, callback=lambda info: None)]
+    assert callers[:10] == ["through"] * 10
+    assert set(callers[10:]) == {"__call__"}  # the general loop
+    assert same(ends[0], ends[1])
+    assert same(ends[0], ends[2])

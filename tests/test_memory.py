@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -306,8 +307,12 @@ def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
         if memory[0]:
             raise KeyboardInterrupt
 
-    launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
+    kept = np.ones(4)
+    freed = weakref.ref(kept)
+    launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1, [kept])
     assert ran == [(0, 2), (2, 4)]
+    del kept
+    assert freed() is None  # the pool's queue does not hold what the launch has used
     ran.clear()
     with pytest.raises(KeyboardInterrupt):
         launch.launch(run, np.ones(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)

@@ -96,6 +96,24 @@ def test_one_time_for_all():
     model = OnnxModel(shifted(t_shape=()))
     raw = model(latent(), np.full(4, 250.0, np.float32), shift=SHIFT)
     np.testing.assert_allclose(raw, numpy_shifted(latent(), np.full(4, 250.0), SHIFT), rtol=1e-6, atol=1e-6)
+    # The samples of a mixed batch stand at times of their own, of which such a graph would take the first for all.
+    with pytest.raises(ValueError, match=r"input 't' of the graph is one time for the whole batch, got 250 to 251"):
+        model(latent(), np.array([250.0, 250.0, 251.0, 250.0], np.float32), shift=SHIFT)
+
+
+def test_whole_numbers():
+    looked_up = [
+        helper.make_node("Gather", ["table", "label"], ["row"]),
+        helper.make_node("Constant", [], ["table"], value=helper.make_tensor("v", FLOAT, [4, 3], [*range(12)])),
+        helper.make_node("Mul", ["x", "t"], ["xt"]),
+        helper.make_node("Add", ["xt", "row"], ["raw"]),
+    ]
+    ports = [("x", FLOAT, ["batch", 3]), ("t", FLOAT, []), ("label", INT, ["batch"])]
+    model = OnnxModel(graph([looked_up[1], looked_up[0], *looked_up[2:]], ports))
+    raw = model(latent(), np.ones(4), label=np.array([0.0, 3.0, 1.0, 2.0]))
+    np.testing.assert_array_equal(raw, latent() + np.arange(12.0, dtype=np.float32).reshape(4, 3)[[0, 3, 1, 2]])
+    with pytest.raises(ValueError, match=r"input 'label' of the graph takes whole numbers, got 1.5$"):
+        model(latent(), np.ones(4), label=np.array([0.0, 3.0, 1.5, 2.0]))
 
 
 def test_inputs_and_output_by_name():

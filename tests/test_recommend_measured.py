@@ -128,7 +128,7 @@ def test_under_guidance_a_call_is_two_evaluations(tmp_path):
     [
         ({"shape": (2,), "process": "vp"}, "process: a denoiser has its own"),
         ({}, "shape is missing"),
-        ({"shape": (2,), "seeds": 3}, "seeds must be an integer >= 12"),
+        ({"shape": (2,), "seeds": 3}, "seeds must be an int >= 12"),
         ({"shape": (2,), "progress": "yes"}, "progress must be callable"),
         ({"shape": (2,), "denoiser": 3}, "must be a fewstep.Denoiser"),
     ],

@@ -202,6 +202,33 @@ def test_conditions_are_repeated_for_each_call_of_a_round() -> None:
         assert word == "a"
 
 
+def test_the_condition_of_one_sample_is_repeated_too() -> None:
+    """Its one entry is the batch: an attention of the network has as many keys as queries."""
+    sizes: list[tuple[int, int]] = []
+
+    def model(x: Any, t: Any, c: Any) -> Any:
+        sizes.append((len(x), len(c)))
+        return network(x, t, c)
+
+    cond = {"c": np.ones(1, np.float32)}
+    fs.Sampler(fs.Denoiser(model, VP, "v"), PLANS["three"], (1, 2, 4), parallel=True)(seed=0, cond=cond)
+    assert sizes == [(n, n) for n in PLANS["three"].rounds]
+
+
+def test_a_step_ends_a_round() -> None:
+    """x may be edited there, although the next input does not read the prediction."""
+    grid = fs.grid(VP, 2)
+    s, t, u = grid.points
+    away = {"x": t.sigma / s.sigma, "d": t.alpha - s.alpha * t.sigma / s.sigma}
+    stages = [
+        Stage(s, {"d": {"m": 1.0}, "x": {"x": 1.0}}, s, done=False),
+        Stage(s, {"x": away, "d": {"m": 1.0}}, t),
+        Stage(t, {"x": {"d": u.alpha, "x": u.sigma / t.sigma}}, u, exact=False),
+    ]
+    plan = make_plan("late", grid, stages, {}, 1.0)
+    assert plan.rounds == (2, 1)
+
+
 def test_callbacks_and_outside_noise() -> None:
     plan = PLANS["noise"]
     z = np.random.default_rng(0).standard_normal((plan.nfe + 1, *SHAPE))
@@ -215,6 +242,57 @@ def test_callbacks_and_outside_noise() -> None:
         fields = ("step", "steps", "calls", "at", "to")
         assert [getattr(together, f) for f in fields] == [getattr(alone, f) for f in fields]
     assert [info.calls for info in seen[0]] == [*itertools.accumulate((3, 3, 3, 1))]
+
+
+class Recorded:
+    """An edit that keeps what it sees, and changes x or the prediction by what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def __call__(self, info: fs.EditInfo) -> Any:
+        arrays = {"x": info.x, "x0": info.x0, **(info.slots if info.door == "x" else {})}
+        numbers = {f: getattr(info, f) for f in ("door", "k", "step", "steps", "done", "at", "to", "end", "churn")}
+        shares = dict(info.shares) if info.door == "x" else {}
+        self.seen.append({"shares": shares, **numbers, **{name: np.array(v) for name, v in arrays.items()}})
+        if info.k % 4 == 3:
+            return None
+        y = info.x if info.door == "x" else info.x0
+        return 0.75 * y + 0.125 * info.k + 0.25 * info.normals()
+
+
+EDITS: dict[str, Any] = {
+    "x": lambda: {"edit": Recorded()},
+    "x0": lambda: {"edit_x0": Recorded()},
+    "both": lambda: {"edit": [Recorded(), Recorded()], "edit_x0": [Recorded(), Recorded()]},
+    "by the kernel": lambda: {"edit_x0": fs.edits.Prefix(np.full((3, 1, 4), 0.5, np.float32), 1), "edit": Recorded()},
+}
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("name", PLANS)
+def test_edits_see_and_change_what_they_do_between_calls_in_a_row(name: str, backend: str) -> None:
+    """To the bit: those of the prediction in every call of a round, those of x at the end of each step."""
+    c = np.array([-1.0, 0.5, 2.0], np.float32)
+    for guidance, clip in ((None, None), (3.0, 0.9), (fs.APG(2.0), None), (fs.CFG(2.0, stop=0.5), 0.9)):
+        for make in EDITS.values():
+            runs, seen, nets = [], [], [Watched(), Watched()]
+            for net, parallel in zip(nets, (False, True), strict=True):
+                denoiser = fs.Denoiser(net, VP, "v", guidance=guidance, clip=clip)
+                cond = [{"c": c * scale} for scale in (0.0, 1.0)[-denoiser.branches :]]
+                edits, steps = make(), []
+                sampler = fs.Sampler(denoiser, PLANS[name], SHAPE, backend=backend, parallel=parallel)
+                made = sampler(seed=5, cond=cond, **edits, callback=lambda info, steps=steps: steps.append(info))
+                runs += [made, sampler(seed=5, cond=cond, **edits)]
+                given = [e for own in edits.values() for e in (own if isinstance(own, list) else [own])]
+                found = [one for edit in given for one in getattr(edit, "seen", ())]
+                seen.append([*found, *({"x": info.x, "x0": info.x0, "calls": info.calls} for info in steps)])
+            assert len(nets[1].sizes) < len(nets[0].sizes)
+            for run in runs[1:]:
+                np.testing.assert_array_equal(run, runs[0])
+            np.testing.assert_equal(seen[1], seen[0])
+            assert len(seen[0]) > PLANS[name].steps
+            assert not np.array_equal(runs[0], sampler(seed=5, cond=cond))
 
 
 def test_the_progress_bar_counts_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,8 +309,11 @@ def test_the_progress_bar_counts_calls(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     monkeypatch.setattr("fewstep.solvers.run.loop._bar", Bar)
-    fs.Sampler(fs.Denoiser(network, VP, "v"), PLANS["three"], SHAPE, parallel=True)(seed=0, progress=True)
-    assert moves == [-9, *[1] * 9]
+    sampler = fs.Sampler(fs.Denoiser(network, VP, "v"), PLANS["three"], SHAPE, parallel=True)
+    for edit_x0 in (None, lambda info: None):
+        moves.clear()
+        sampler(seed=0, progress=True, edit_x0=edit_x0)
+        assert moves == [-9, *[1] * 9]
 
 
 def test_sample_update_and_copies() -> None:
@@ -271,8 +352,8 @@ def never(*given: Any, **named: Any) -> Any:
         ({"parallel": 1}, {}, "parallel must be"),
         ({"plan": fs.plan("dpmpp_2m", fs.grid(VP, 4))}, {}, "each call of this plan of solver 'dpmpp_2m' depends"),
         ({"graph": "loop"}, {}, "graph='loop' needs a CUDA device"),
-        ({}, {"edit": never}, "edit and edit_x0 act between calls, and parallel=True makes several at once"),
-        ({}, {"edit_x0": never}, "edit and edit_x0 act between calls, and parallel=True makes several at once"),
+        ({"capacity": 20}, {}, "capacity=20 lets plans of other lengths replay one graph"),
+        ({}, {"edit": never, "every": "stage"}, "every='stage' edits x after each call, and parallel=True makes"),
         ({}, {"cond": {"c": np.zeros(2)}}, "the batch of 3 .or 1., or leave parallel=True out"),
         ({}, {"cond": {"c": {"deep": np.zeros(6)}}}, "the batch of 3 .or 1., or leave parallel=True out"),
     ],

@@ -375,6 +375,23 @@ def test_a_network_in_training_mode_warns_once() -> None:
     fs.Sampler(fs.Denoiser(Dropped(torch.nn.Dropout(0.0)), VP), plan, (4, 3))  # it drops nothing
 
 
+def test_every_way_to_sample_warns_of_every_network_in_training_mode() -> None:
+    plan, net = fs.plan("ddim", fs.grid(VP, 2)), Dropped(torch.nn.Dropout(1e-9))
+    still = Dropped(torch.nn.Identity()).eval()
+    own, guided = fs.Denoiser(net, VP, "v"), fs.Denoiser(still, VP, "v", guidance=fs.AutoGuidance(net, 2.0))
+    for denoiser in (own, guided):
+        for made in (
+            lambda denoiser: fs.sample(denoiser, shape=(4, 3), steps=2, seed=0),
+            lambda denoiser: fs.sample(denoiser, shape=(4, 3), steps=2, seed=0),  # by the sampler that was kept
+            lambda denoiser: fs.MixedRun(denoiser, [plan], (4, 3)),
+            lambda denoiser: fs.sample_adaptive(denoiser, shape=(4, 3), seed=0, rtol=0.5, sigma_min=0.5, sigma_max=2.0),
+            lambda denoiser: fs.log_likelihood(denoiser, torch.zeros(4, 3), steps=2, solver="euler"),
+        ):
+            with pytest.warns(RuntimeWarning, match="Dropped is in training mode.* its Dropout") as caught:
+                made(denoiser)
+            assert len(caught) == 1
+
+
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 @pytest.mark.parametrize("drawn", [True, False])
 def test_a_result_that_is_not_finite_names_the_call(backend: str, drawn: bool) -> None:

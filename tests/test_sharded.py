@@ -196,6 +196,13 @@ def test_other_weights_and_other_conditions_are_another_job(tmp_path):
         net.weight[2, 2] += 1e-6
     with pytest.raises(ValueError, match=r"another job \(weights '"):
         fs.sample_sharded(denoiser, cond=cond, **job)
+    guide = Net(3, 3)
+    guided = fs.Denoiser(net, VP, guidance=fs.AutoGuidance(guide, 2.0))
+    assert fs.sample_sharded(guided, cond=cond, **{**job, "folder": tmp_path / "guided"}).made == 3
+    with torch.no_grad():
+        guide.weight[0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"another job \(weights \["):
+        fs.sample_sharded(guided, cond=cond, **{**job, "folder": tmp_path / "guided"})
 
 
 def test_a_manifest_of_something_else_is_refused(tmp_path):

@@ -210,7 +210,7 @@ class Plane(nn.Module):
         ("score_identity", "edm", {"critic_steps": 3, "alpha": 1.0, "critic_lr": 4}),
         ("mean_flow", "flow", {}),
         ("flow_maps", "flow", {}),
-        ("shortcut", "flow", {"finest": 8, "target_ema": 0.9}),
+        ("shortcut", "flow", {"finest": 8, "target_ema": 0.9, "velocity_end": 0.1}),
         ("moment_matching", "flow", {"exponent": 9}),
         ("f_distill", "edm", {"critic_steps": 2, "critic_lr": 2}),
         ("trajectory_matching", "edm", {"calls": 1, "critic_steps": 2, "critic_lr": 2}),
@@ -578,6 +578,7 @@ def test_a_method_is_named_and_its_student_fits() -> None:
         ("moment_matching", {"group": 3}, "group = 3 does not divide the 4 samples of each of 1 parts"),
         ("shortcut", {"finest": 12}, "finest = 12: the number of steps must be a power of 2"),
         ("shortcut", {"same": 1}, r"same = 1: the share of the batch must be above 0 and below 1"),
+        ("shortcut", {"velocity_end": 2}, r"end = 2: begin must be .*and end from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=text):
             fs.Trainer(method, student=flow, data=numbers(8, 2), steps=1, batch=4, options=options, device="cpu").fit()

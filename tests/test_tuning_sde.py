@@ -161,7 +161,7 @@ def test_it_belongs_to_its_denoiser(on_the_ring, tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"nfe": 1}, "nfe must be an integer >= 2"),
+        ({"nfe": 1}, "nfe must be an int >= 2"),
         ({"seeds": 32}, "seeds must be at least 64"),
         ({"law": "kl"}, "law must be one of 'energy', 'moments'"),
         ({"target": np.zeros((200, 3))}, "target must be at least 128 finite samples of shape"),

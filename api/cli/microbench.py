@@ -29,9 +29,10 @@ from fewstep.cli.timing import Side, clock, copy_side, has, interleaved, quartil
 from fewstep.kernels import cpu
 from fewstep.kernels.launch import SERIAL_ELEMENTS, Launch
 from fewstep.kernels.threads import threads
+from fewstep.solvers.options import unknown
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
-from fewstep.solvers.plans.registry import get_solver, plan, unknown
+from fewstep.solvers.plans.registry import get_solver, plan
 from fewstep.solvers.plans.tables import StageTable, stage_tables
 from fewstep.solvers.run.arrays import FLOATS, dtype_name
 from fewstep.solvers.run.sampler import Sampler

@@ -123,17 +123,20 @@ class Shortcut(TwoTimes):
     """A shortcut model: velocities from data or, with a teacher, from it, and steps that agree with two half as long.
 
     Options: same (0.75), the share of the batch that learns the velocity; finest (128), a power of 2, the number of the
-    shortest steps; target_ema (0.99) of the weights that take the two short steps.
+    shortest steps; target_ema (0.99) of the weights that take the two short steps; velocity_end (0.03), the weight
+    of the velocity's loss at the end of the run (`shortcut.matching_weight`).
     """
 
     TEACHER = False
-    OPTIONS: tuple[str, ...] = ("same", "finest", "target_ema", "lora")
+    OPTIONS: tuple[str, ...] = ("same", "finest", "target_ema", "velocity_end", "lora")
 
     def start(self) -> None:
         super().start()
         self.modules["target"] = frozen_copy(self.modules["student"])
         self.finest = int(self.option("finest", 128))
+        self.velocity_end = self.option("velocity_end", 0.03)
         shortcut.draw_steps(1, torch.Generator(), self.finest)  # refuses a wrong number
+        shortcut.matching_weight(0, 1, self.velocity_end)  # likewise
         share = self.option("same", 0.75)
         if not 0.0 < share < 1.0:
             raise ValueError(f"same = {share}: the share of the batch must be above 0 and below 1")
@@ -146,6 +149,7 @@ class Shortcut(TwoTimes):
         # A sample learns the same in whatever part and process it is.
         longer = torch.randperm(n, generator=g).numpy() < self.longer
         student, target = self.map("student"), self.map("target")
+        weight = shortcut.matching_weight(k, self.settings.steps, self.velocity_end)
 
         def loss_of(p: slice) -> Tensor:
             x0, noise, cond = batch[p]
@@ -158,7 +162,7 @@ class Shortcut(TwoTimes):
                 if steps:
                     loss = shortcut.consistency_loss(student, target, x, eps, t[p][chosen], s[p][chosen], cond=told)
                 else:
-                    loss = shortcut.matching_loss(
+                    loss = weight * shortcut.matching_loss(
                         student, x, eps, times[p][chosen], teacher=self.teacher, cond=told, teacher_cond=told
                     )
                 total = total + loss * (len(index) / len(own))

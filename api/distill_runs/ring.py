@@ -45,6 +45,7 @@ class RingRecipe(Recipe):
         self.classes = ARMS if settings.problem == "pinwheel" else 0
         self.teacher = pinwheel_teacher() if self.classes else RING.denoiser(PROCESS)
         self.labels: Tensor | None = None  # of the latest batch
+        self.from_teacher = False  # whether the latest new network has the teacher's weights
 
     def new_network(
         self,
@@ -61,17 +62,18 @@ class RingRecipe(Recipe):
             self.modules[name] = Points(
                 elements, self.width, self.depth, strength=strength, octaves=octaves, classes=self.classes, ends=ends
             )
-        if self.classes:
-            self._start_as_teacher(self.modules[name])
+        self.from_teacher = bool(self.classes) and self._start_as_teacher(self.modules[name])
         return self.modules[name]
 
-    def _start_as_teacher(self, net: nn.Module) -> None:
-        """Load the teacher's weights if they fit."""
+    def _start_as_teacher(self, net: nn.Module) -> bool:
+        """Load the teacher's weights if they fit. Returns whether they do."""
         teacher = self.teacher.model
         assert isinstance(teacher, nn.Module)
         weights, own = teacher.state_dict(), net.state_dict()
-        if own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own):
+        fits = own.keys() == weights.keys() and all(own[key].shape == weights[key].shape for key in own)
+        if fits:
             net.load_state_dict(weights)
+        return fits
 
     def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:
         """Add a fresh Adam over the network of that name."""

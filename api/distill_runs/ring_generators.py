@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -85,27 +87,45 @@ class Rectified(RingRecipe):
         return 1.0
 
 
+@contextmanager
+def last_hidden(nets: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yields a list that takes the last hidden layer's output of each call of these networks of points."""
+    found: list[Tensor] = []
+
+    def keep(_: nn.Module, given: tuple[Tensor]) -> None:
+        found.append(given[0])
+
+    hooks = [net.leave.register_forward_pre_hook(keep) for net in nets if isinstance(net, Points)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 class DistributionMatching(RingRecipe):
     """DMD2 (Yin et al. 2024): a generator, and a critic with five updates per generator update.
 
-    Both start as a denoiser of the ring, trained in the first fifth of the steps. With four calls the student trains as
-    `distribution_matching.FewSteps` says: each of its steps has a critic of its own.
+    Both start as the teacher if it is a network of their size, or else as a denoiser trained in the first fifth of the
+    steps. With four calls the student trains as `distribution_matching.FewSteps` says: each of its steps has a critic
+    of its own.
 
     Options:
 
     critic_steps  critic updates per generator update
     calls         1, or 4 for a student of four steps that trains on its own simulation (section 4.4)
-    gan           1 for a head on the critic's last hidden layer that separates noised data from noised samples
-                  (section 4.3)
+    last          the last of four steps' share of the batch, 1/4 by default
+    gan           weight of a head on the critic's last hidden layer that separates noised data from noised samples
+                  (section 4.3), in the critic's and in the generator's loss; 0 for no head
     """
 
-    OPTIONS = (*RingRecipe.OPTIONS, "critic_steps", "calls", "gan")
-    # Weights of the adversarial loss in the critic's and in the generator's.
-    CRITIC_GAN, GENERATOR_GAN = 0.1, 0.1
+    OPTIONS = (*RingRecipe.OPTIONS, "critic_steps", "calls", "last", "gan")
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.critic_steps, self.gan = int(self.option("critic_steps", 5)), bool(self.option("gan"))
+        self.critic_steps, self.gan = int(self.option("critic_steps", 5)), self.option("gan")
+        if self.gan < 0.0:
+            raise ValueError(f"gan = {self.gan}: the head's weight is at least 0, and 0 for no head")
         calls = self.option("calls", 1)
         if calls not in (1, len(LEVELS)):
             raise ValueError(f"calls = {calls}: the student takes 1 or {len(LEVELS)}")
@@ -113,7 +133,8 @@ class DistributionMatching(RingRecipe):
         self.new_network("student")
         critics = distribution_matching.StepCritics(self.modules["student"], self.grid.steps)
         self.modules["critic"] = critics if self.grid.steps > 1 else critics.nets[0]
-        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid)
+        last = self.option("last") or None
+        self.few = distribution_matching.FewSteps(self.denoiser("student"), self.grid, last=last)
         self.averaged()
         self.new_optimiser("critic")
         self.new_optimiser("student", betas=(0.5, 0.999))
@@ -122,7 +143,7 @@ class DistributionMatching(RingRecipe):
                 torch.manual_seed(settings.seed * 101 + 1)
                 self.modules["heads"] = adversarial.Heads([self.width])
             self.optimisers["critic"].add_param_group({"params": list(self.modules["heads"].parameters())})
-        self.warm = settings.steps // 5
+        self.warm = 0 if self.from_teacher else settings.steps // 5
 
     def denoiser(self, name: str) -> Denoiser:
         return Denoiser(self.modules[name], PROCESS, "edm")
@@ -198,11 +219,14 @@ class DistributionMatching(RingRecipe):
 
         def loss_of(p: slice) -> Tensor:
             at = points_of(PROCESS, sigma[p])
-            loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=cond(p))
+            with last_hidden(self.critics) as features:
+                loss = distribution_matching.critic_loss(critic, fake[p], noise[p], at, cond=cond(p))
             if real is None:
                 return loss
-            logits = [self.logits(x[p], noise[p], at, p) for x in (real, fake)]
-            return loss + self.CRITIC_GAN * distribution_matching.gan_critic_loss(*logits)
+            # The denoising loss has called the critics on the noised samples: the head needs no other call.
+            fake_logits = self.modules["heads"]([torch.cat(features)])
+            real_logits = self.logits(real[p], noise[p], at, p)
+            return loss + self.gan * distribution_matching.gan_critic_loss(real_logits, fake_logits)
 
         return self.descend("critic", lr, loss_of)
 
@@ -231,9 +255,7 @@ class DistributionMatching(RingRecipe):
             loss = self.matching(fake, noise[p], at, p)
             if not self.gan:
                 return loss
-            return loss + self.GENERATOR_GAN * distribution_matching.gan_generator_loss(
-                self.logits(fake, noise[p], at, p)
-            )
+            return loss + self.gan * distribution_matching.gan_generator_loss(self.logits(fake, noise[p], at, p))
 
         generator_loss = self.descend("student", 0.5 * lr, loss_of)
         self.follow(k - self.warm, 0.99)

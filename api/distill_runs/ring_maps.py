@@ -112,26 +112,33 @@ class FlowMaps(FlowMapRecipe):
 
 
 class Shortcut(FlowMapRecipe):
-    """A shortcut model from data: three quarters of the batch learn the velocity, one quarter the longer steps."""
+    """A shortcut model from data: all of the batch learns the velocity, a quarter of it also the longer steps.
 
+    Option velocity_end (1): the weight of the velocity at the end, to which it falls (`shortcut.matching_weight`).
+    """
+
+    OPTIONS = (*RingRecipe.OPTIONS, "velocity_end")
     octaves = 4
     FINEST = 32
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.averaged("target")
+        self.velocity_end = self.option("velocity_end", 1.0)
+        shortcut.matching_weight(0, 1, self.velocity_end)  # refuses a wrong number
 
     def objective(self, k: int, g: torch.Generator, x0: Tensor, noise: Tensor) -> LossOf:
         n = self.settings.batch
         times = np.maximum(TOP * torch.rand((n,), generator=g, dtype=torch.float64).numpy(), 1e-3)
         t, s = (TOP * v for v in shortcut.draw_steps(n, g, self.FINEST))
         student, target = self.denoiser("student"), self.denoiser("target")
+        weight = shortcut.matching_weight(k, self.settings.steps, self.velocity_end)
 
         def loss_of(p: slice) -> Tensor:
             own = slice(p.start, p.start + max(1, (p.stop - p.start) // 4))
             flow = shortcut.matching_loss(student, x0[p], noise[p], times[p], cond=self.cond(p))
             steps = shortcut.consistency_loss(student, target, x0[own], noise[own], t[own], s[own], cond=self.cond(own))
-            return flow + steps
+            return weight * flow + steps
 
         return loss_of
 

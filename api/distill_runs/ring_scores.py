@@ -48,8 +48,10 @@ class FDistill(DistributionMatching):
     DIVERGENCE = "jensen_shannon"
 
     def __init__(self, settings: RunSettings) -> None:
-        super().__init__(replace(settings, options={**(settings.options or {}), "gan": 1}))
+        super().__init__(replace(settings, options={"gan": 0.1, **(settings.options or {})}))
         self.settings = settings
+        if self.gan <= 0.0:
+            raise ValueError(f"gan = {self.gan}: f_distill needs its head, which knows the density ratio: above 0")
 
     def weights(self, fake: Tensor, noise: Tensor, at: Point, part: slice) -> Array:
         with torch.no_grad():

@@ -22,18 +22,22 @@ STDS = (0.3, 0.6)  # conditional and unconditional, of the guided run's two Gaus
 
 
 class RingProgressive(RingRecipe):
-    """Progressive distillation of 16 DDIM steps into students of 8, 4, 2 and 1 steps, all kept.
+    """Progressive distillation of the teacher's DDIM steps into students of half as many, down to 1, all kept.
 
-    The first student starts from scratch.
+    The first student starts from scratch on the ring. Option teacher_steps (16), a power of two: in as many DDIM steps
+    no student is better than the teacher. The paper starts from up to 8192; a halving of small steps is learnt fast.
     """
 
-    TEACHER = 16
+    OPTIONS = (*RingRecipe.OPTIONS, "teacher_steps")
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
+        steps = self.option("teacher_steps", 16)
+        if steps not in {2**n for n in range(1, 14)}:
+            raise ValueError(f"teacher_steps = {steps:g}: it must be a power of two from 2 to 8192")
         self.new_network("student")
         self.new_optimiser("student")
-        self.grids = halved_grids(edm_grid(self.TEACHER))
+        self.grids = halved_grids(edm_grid(int(steps)))
         for grid in self.grids[1:]:
             self.averaged(f"student{grid.steps}")
         phases = len(self.grids) - 1
@@ -71,21 +75,25 @@ class RingProgressive(RingRecipe):
 
 
 class Consistency(RingRecipe):
-    """Consistency distillation over 18 noise levels with an averaged target.
+    """Consistency distillation over a grid of noise levels with an averaged target.
 
     The paper's CIFAR-10 runs have the 18 levels and take the student itself as the target; the average with decay 0.95
     is that of its ImageNet and LSUN runs, which have 40 levels (Song et al. 2023, Table 3, and the released configs).
+    Option levels (18); the more there are, the longer training takes and the nearer it comes to the teacher.
     """
 
-    LEVELS = 18
+    OPTIONS = (*RingRecipe.OPTIONS, "levels")
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
+        levels = self.option("levels", 18)
+        if levels not in range(2, 1281):
+            raise ValueError(f"levels = {levels:g}: it must be a whole number from 2 to 1280")
         self.new_network("student")
         self.averaged("target")
         self.averaged()
         self.new_optimiser("student")
-        grid = edm_grid(self.LEVELS - 1, final_zero=False)
+        grid = edm_grid(int(levels) - 1, final_zero=False)
         self.jumps = Jumps.over(self.teacher, grid, "heun")
 
     def denoiser(self, name: str) -> ConsistencyDenoiser:

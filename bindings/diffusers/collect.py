@@ -182,7 +182,7 @@ def _made(networks: Mapping[str, torch.nn.Module], steps: list[list[Seen]], proc
     layout = _layout(steps[0], scale)
     branches: list[list[dict[str, Tensor]]] = []  # of each prompt
     for run in steps:
-        branches.append(_branches(run, layout, scale))
+        branches.append(_branches(run, layout))
     weights = _weights(steps, layout)
     order = [int(i) for i in torch.tensor(weights).argsort()]  # the null branch has the smaller weight
     cond = tuple(_stacked([own[b] for own in branches]) for b in order)
@@ -237,7 +237,7 @@ def _layout(run: list[Seen], scale: float) -> Layout:
     return Layout(x, t, varying, a.leaves, a.spec, copies, ratio)
 
 
-def _branches(run: list[Seen], layout: Layout, scale: float) -> list[dict[str, Tensor]]:
+def _branches(run: list[Seen], layout: Layout) -> list[dict[str, Tensor]]:
     """The conditions of each branch of one prompt, each with a batch axis of 1."""
     found: list[dict[str, Tensor]] = []
     own = {layout.x, layout.t, *(i for i, _ in layout.varying)}

@@ -71,8 +71,6 @@ SCHEDULES, VARIANTS = 32, 4
 # Runs that ended threads have left, of which the latest are kept: each holds its latents.
 LEFT = 4
 
-_add = torch.add
-
 # Schedules and probes are made on the CPU, as without `torch.set_default_device`.
 HOST = torch.device("cpu")
 
@@ -200,7 +198,7 @@ class Shared:
         if cursor.version != self.version or len(self.threads) > 1 or self.left:
             return False
         for name, kept in lone:
-            if attributes.get(name) is not kept.tensor or kept.tensor._version or not kept.is_alone():
+            if attributes.get(name) is not kept.tensor or not kept.is_as_made() or not kept.is_alone():
                 return False
         if not schedule.holds(attributes):
             return False
@@ -901,16 +899,14 @@ class Usual:
 
     alike   tells whether other tensors (sample, output, timestep, memory) are like those of that step
     before  the state, if it has a memory
-    factor  that of an update without noise which is x + factor raw
-    form    of its result, if that takes memory of the pool
     draws   whether the update draws fewstep's noise itself
     normal  shape, strides and dtype of torch's noise, where a step draws one contiguous tensor on the CPU
     moves   the transition, if it changes the memory
     """
 
     __slots__ = (
-        "after", "alike", "before", "bound", "changed", "draw", "draws", "factor", "form", "last", "moves", "normal",
-        "options", "update", "wrap",
+        "after", "alike", "before", "bound", "changed", "draw", "draws", "last", "moves", "normal", "options", "update",
+        "wrap",
     )  # fmt: skip
 
     def __init__(
@@ -928,10 +924,7 @@ class Usual:
         self.after, self.changed, self.last = transition.after, transition.changed, transition.last
         self.moves = transition if transition.moves else None
         self.wrap, self.draw = transition.wrap, transition.draw
-        update = transition.update
-        self.factor = update.factor if self.draw is None else None
-        self.form = Pool.form(x, raw) if self.factor is not None else None
-        self.update = update
+        self.update = update = transition.update
         self.bound = Bound(update, x, raw) if update.binds(x, raw, memory) else None
         self.draws = False
         self.normal: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None = None
@@ -961,27 +954,21 @@ class Usual:
                 return None
             memory = held
         z = None
-        if self.factor is not None:
-            if self.form is None:
-                rows = [_add(x, raw, alpha=self.factor)]
+        noise: Tensor | Streams | None = None
+        if self.draw is not None:
+            if generator is _ABSENT:
+                generator = None
+            own = attributes["noise"] == "fewstep"
+            if own and self.draws:
+                noise = _streams(cursor, raw, generator)
+            elif self.normal is None or own or not _draws_here(generator):
+                noise = z = _draw(scheduler, cursor, self.draw, raw, x, generator)
             else:
-                rows = [_add(x, raw, alpha=self.factor, out=cursor.pool.empty(*self.form))]
+                noise = z = empty_strided(*self.normal).normal_(generator=None if self.draw.alone else generator)
+        if self.bound is not None:
+            rows = self.bound.run(x, raw, noise, memory, cursor.pool)
         else:
-            noise: Tensor | Streams | None = None
-            if self.draw is not None:
-                if generator is _ABSENT:
-                    generator = None
-                own = attributes["noise"] == "fewstep"
-                if own and self.draws:
-                    noise = _streams(cursor, raw, generator)
-                elif self.normal is None or own or not _draws_here(generator):
-                    noise = z = _draw(scheduler, cursor, self.draw, raw, x, generator)
-                else:
-                    noise = z = empty_strided(*self.normal).normal_(generator=None if self.draw.alone else generator)
-            if self.bound is not None:
-                rows = self.bound.run(x, raw, noise, memory, cursor.pool)
-            else:
-                rows = self.update.run(x, raw, z, memory)
+            rows = self.update.run(x, raw, z, memory)
         if self.moves is not None:
             self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
         elif self.changed:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +21,12 @@ from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.fingerprint import digest
-from fewstep.solvers.tune.tuning import check_arguments, reference_grid, tune
+from fewstep.solvers.tune.tuning import check_arguments, reference_grid, speaker, tune
 
 if TYPE_CHECKING:
     from fewstep.bindings.diffusers.collect import Collected
 
+NAME = "tune_pipeline"
 SEEDS, QUICK_SEEDS = 64, 12
 QUICK_REFERENCE = 32  # calls of the reference solution
 
@@ -87,7 +87,7 @@ def tune_pipeline(
         if not isinstance(out, (str, os.PathLike)):
             raise TypeError(f"out must be a path, got {type(out).__name__}")
         check_target(Path(out), (".json",))
-    say = progress if callable(progress) else _to_stderr if progress else _silent
+    say = speaker(progress, NAME)
     made = collect(pipe, given)
     denoiser = made.denoiser
     reference = make_plan("unipc", reference_grid(denoiser, QUICK_REFERENCE), order=3) if quick else None
@@ -209,7 +209,7 @@ def _bar(made: Collected, total: int, shown: bool) -> Iterator[Callable[[str], N
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        yield _to_stderr
+        yield speaker(True, NAME)
         return
     with tqdm(total=total, unit="row") as bar:
 
@@ -228,11 +228,3 @@ def _duration(seconds: float) -> str:
     if seconds < 90.0:
         return f"{seconds:.0f} s"
     return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
-
-
-def _to_stderr(text: str) -> None:
-    print(f"tune_pipeline: {text}", file=sys.stderr, flush=True)
-
-
-def _silent(text: str) -> None:
-    return

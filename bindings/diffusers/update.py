@@ -106,7 +106,7 @@ class Update:
 
     def run(self, x: Tensor, raw: Tensor, z: Tensor | None, memory: Sequence[Tensor]) -> list[Tensor]:
         """The rows as new tensors: returned tensors in `dtypes`, remembered ones in the state's dtype."""
-        if self.factor is not None:
+        if self.factor is not None and not self.binds(x, raw, memory):
             return [torch.add(x, raw, alpha=self.factor)]
         if x.is_cpu and self.compiled:
             run = self._fused
@@ -118,7 +118,7 @@ class Update:
         return results
 
     def _factor(self, rows: np.ndarray, call: Call) -> float | None:
-        """The c of an update that is x + c raw, on any device one pass of torch's own; otherwise None."""
+        """The c of an update that is x + c raw, one pass of torch's own where the kernel cannot run; otherwise None."""
         plain = call.x_dtype is call.raw_dtype is self.dtype and not self.casts
         if len(rows) > 1 or not plain or rows[0, X] != 1.0 or np.delete(rows[0], [X, RAW]).any():
             return None
@@ -166,7 +166,7 @@ class Update:
 
     def binds(self, x: Tensor, raw: Tensor, memory: Sequence[Tensor]) -> bool:
         """Whether one launch makes it of tensors like these without copying one, and of noise drawn in the kernel."""
-        special = self.casts or self.narrow or self.factor is not None or not self.anywhere or len(self.launches) > 1
+        special = self.casts or self.narrow or not self.anywhere or len(self.launches) > 1
         if special or not self.compiled or any(memory[j].dtype is not self.dtype for j in self.memory):
             return False
         return all(t.is_cpu and t.is_contiguous() and not t.is_neg() for t in (x, raw, *memory))
@@ -279,16 +279,19 @@ class Lone:
         self._references = getrefcount(self._storage) + getrefcount(self.tensor)
 
     def is_alone(self) -> bool:
-        """Whether only the usual ones hold it, and it was not resized, moved or shared with a process."""
+        """Whether only the usual ones hold it, and its memory was not resized, moved or shared with a process."""
         # Holders of the memory are tensors, views, NumPy's arrays, graphs; references to Python's objects count apart.
         return (
             _holders is not None
             and _holders(self._place) == self._holders
             and getrefcount(self._storage) + getrefcount(self.tensor) == self._references
             and self.tensor.data_ptr() == self._address
-            and self.tensor.shape == self._shape
-            and not self.tensor.requires_grad
         )
+
+    def is_as_made(self) -> bool:
+        """Whether the tensor itself, which others have held, was not edited, resized or asked for a gradient."""
+        tensor = self.tensor
+        return not tensor._version and tensor.shape == self._shape and not tensor.requires_grad
 
 
 class Pool:
@@ -303,12 +306,6 @@ class Pool:
     def __init__(self) -> None:
         self.kind: object = None
         self.kept: list[Lone] = []
-
-    @classmethod
-    def form(cls, x: Tensor, raw: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
-        """Shape, strides and dtype of what torch makes of these two, if the pool has memory for it."""
-        plain = Lone.counts() and x.is_cpu and x.is_contiguous() and x.stride() == raw.stride() and x.dtype is raw.dtype
-        return (tuple(x.shape), x.stride(), x.dtype) if plain and cls.LEAST <= x.nbytes <= cls.MOST else None
 
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new tensor."""
@@ -349,9 +346,9 @@ class Bound:
         self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
         self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
         self.recycles = Pool.LEAST <= self.size * self.dtype.itemsize <= Pool.MOST
-        self.serial = self.size <= words.SERIAL_ELEMENTS
         self.words = launch.words.copy()
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
+        self.serial = words.workers(self.size, self.units) == 1
         self.idle: list[np.ndarray] = []
         self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
         self.short = update.short if self.serial and x.dtype is raw.dtype is self.dtype else None
@@ -377,7 +374,8 @@ class Bound:
             ready = self.ready.pop()
         except IndexError:  # another thread may have taken the last one just now
             ready = _Short(self.words, self.update.state, self.size)
-        given = [ready.words, ready.places, self.size, x.data_ptr(), raw.data_ptr(), noise, 0, 0, 0, 0, 0, 0]
+        given = ready.given
+        given[3], given[4], given[5] = x.data_ptr(), raw.data_ptr(), noise
         for place, j in self.slots:
             given[place] = memory[j].data_ptr()
         rows, empty = [], pool.empty if self.recycles else empty_strided
@@ -426,15 +424,19 @@ class Bound:
 
 
 class _Short:
-    """The memory of one call of the short stage for `size` numbers: the addresses of its words and of its table."""
+    """The memory of one call of the short stage for `size` numbers.
 
-    __slots__ = ("held", "places", "table", "words")
+    given  the stage's arguments, of which each call sets its addresses
+    table  the words of its other addresses
+    """
+
+    __slots__ = ("given", "held", "table")
 
     def __init__(self, vector: np.ndarray, dtype: np.dtype, size: int) -> None:
         scratch = np.empty(min(size, words.SHORT_CHUNK), dtype)
         self.table = np.zeros(words.SHORT_WORDS, np.int64)
         self.table[layout.PREDICTION] = scratch.ctypes.data
-        self.words, self.places = vector.ctypes.data, self.table.ctypes.data
+        self.given = [vector.ctypes.data, self.table.ctypes.data, size, *[0] * 9]
         self.held = vector, scratch  # their addresses are in use
 
 

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.kernels import philox, torch_ops
-from fewstep.solvers.options import flag, one_of
+from fewstep.solvers.options import flag
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import init_table, stage_tables
-from fewstep.solvers.run.arrays import DType, TorchFrame, dtype_name
+from fewstep.solvers.run.arrays import DType, TorchFrame, state_dtype
 from fewstep.solvers.run.checks import check_plan
 from fewstep.solvers.run.denoising import Condition, check_denoiser, check_output, copies, for_plan, time_dtype
 from fewstep.solvers.run.functional import stage
@@ -44,8 +44,7 @@ class SamplerModule(nn.Module):
         check_denoiser(denoiser)
         check_plan(plan, denoiser)
         flag("checkpoint", checkpoint)
-        dtype = dtype_name("" if dtype is None else dtype)  # NumPy takes None for float64
-        one_of("dtype", dtype, ("float32", "float64"))
+        dtype = state_dtype(dtype)
         if denoiser.reduces or denoiser.threshold is not None:
             raise ValueError(
                 "SamplerModule does not support guidance rescale, APG, CFGZero or DynamicThreshold, which reduce whole "

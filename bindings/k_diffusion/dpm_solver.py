@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.k_diffusion.noise import KernelNoise, Noise, NoiseSampler
 from fewstep.bindings.k_diffusion.run import Callback, ExtraArgs, SamplerCall, SigmaModel, grid_of
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import one_of, whole
 from fewstep.solvers.run.adaptive import AttemptInfo, sample_adaptive
 from fewstep.solvers.schedule.process import Point
 
@@ -36,8 +36,7 @@ def sample_dpm_fast(
     flow: bool | None = False,
 ) -> Tensor:
     """DPM-Solver-fast in n calls from sigma_max to sigma_min (Lu et al. 2022a; k-diffusion)."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"n must be an int >= 1, the number of calls, got {n!r}")
+    n = whole("n", n, 1)
     high, low = _ends(sigma_min, sigma_max)
     call = SamplerCall(model, x, np.linspace(high, low, n + 1), extra_args, callback, disable, flow)
     # Steps of three calls; if n is a multiple of 3, the last three calls are a step of two and a step of one.

@@ -183,24 +183,31 @@ class FewSteps:
     - each step's loss has the weight 1/sigma_data^2 + alpha^2/sigma^2 at its level, relative to the first step's
       (`weights`): it is 1 / c_out^2 of EDM, the scale on which that step can still move a sample, without which the
       last step is learnt last;
-    - the batch is divided evenly among the steps (`stops`);
+    - the batch is divided evenly among the steps (`stops`), or the last one, which settles what the samples are like,
+      gets a larger share of it (`last`);
     - noise levels are drawn as for training a denoiser (`noise_levels`) and not uniformly: near the data the scores
       differ most.
 
     student  a denoiser
     grid     its steps, with fresh noise between them (solver "lcm")
     name     of the critic's condition, "step"
+    last     the last step's share of the batch, between 0 and 1; None for as much as each other step
     """
 
     solver = "lcm"
 
-    def __init__(self, student: DenoiserLike, grid: Grid, name: str = "step") -> None:
-        self.student, self.grid, self.name = student, grid, name
+    def __init__(self, student: DenoiserLike, grid: Grid, name: str = "step", last: float | None = None) -> None:
+        if last is not None and not (grid.steps > 1 and 0.0 < last < 1.0):
+            raise ValueError(f"last = {last} with {grid.steps} steps: a share between 0 and 1, of at least 2 steps")
+        self.student, self.grid, self.name, self.last = student, grid, name, last
         self.simulate = BackwardSimulation(student, grid, self.solver)
 
     def stops(self, batch: int) -> np.ndarray:
-        """The student's step of each sample, (B,), in order: the batch divided evenly among the steps."""
-        return np.arange(batch) * self.grid.steps // batch
+        """The student's step of each sample, (B,), in order: an even division, but for the last step's share."""
+        if self.last is None:
+            return np.arange(batch) * self.grid.steps // batch
+        others, last = self.grid.steps - 1, round(self.last * batch)
+        return np.append(np.arange(batch - last) * others // max(1, batch - last), np.full(last, others))
 
     def at(self, stops: np.ndarray) -> Point:
         """The points of these steps, as a point of arrays (B,)."""

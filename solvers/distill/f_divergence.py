@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.options import unknown
 from fewstep.solvers.schedule.process import FloatArray as Array
 
 Ratio = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.solvers.distill.lora_files import Part, read_parts, write_parts
-from fewstep.solvers.plans.registry import unknown
+from fewstep.solvers.options import unknown, whole
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = nn.Linear | Convolution
@@ -107,8 +107,7 @@ def add_adapter(
     Until training begins (B = 0) the output is the old one to the bit. Returns the names of the adapted layers. Raises
     ValueError for a rank below 1, a name that is taken or contains a dot, or if no layer is selected.
     """
-    if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank = {rank!r}: it must be an integer >= 1")
+    rank = whole("rank", rank, 1)
     if not name or "." in name:
         raise ValueError(f"name = {name!r}: an adapter's name must be non-empty and contain no dot")
     places = [

@@ -35,7 +35,7 @@ def inputs_at(denoiser: DenoiserLike, at: Point) -> NetworkInputs:
     """
     points = np.stack(np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in at)))
     found = np.empty((4, points.shape[1]))
-    inputs_of(denoiser, [Point(*points[:, i].tolist()) for i in (0, -1)])(Point(*points), found)
+    inputs_of(denoiser, [Point(*points[:, i].tolist()) for i in (0, -1)])(Point(*points), list(found))
     return NetworkInputs(*found)
 
 

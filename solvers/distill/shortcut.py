@@ -41,6 +41,24 @@ def draw_steps(batch: int, generator: torch.Generator, finest: int = 128) -> tup
     return ((place + 1.0) * length).cpu().numpy(), (place * length).cpu().numpy()
 
 
+def matching_weight(step: int, steps: int, end: float = 0.03, begin: float = 0.4) -> float:
+    """The weight of `matching_loss` at a step of a run: 1 at first, then falling linearly.
+
+    step, steps  k and K, 0 <= k <= K
+    end          the weight at the end; 1 is the paper's
+    begin        the share of the run from which on it falls
+
+    The velocity's targets are single draws, whose noise does not vanish, and those of the longer steps have none: at
+    equal weights the noise hides what the longer steps have to learn. In a run too short to be bound by noise the
+    paper's weight is better.
+    """
+    if not 0 <= step <= steps or steps < 1:
+        raise ValueError(f"step = {step} of {steps}: step must be in 0 .. steps, and steps at least 1")
+    if not (0.0 <= begin < 1.0 and 0.0 <= end <= 1.0):
+        raise ValueError(f"begin = {begin}, end = {end}: begin must be from 0 to below 1, and end from 0 to 1")
+    return 1.0 - (1.0 - end) * max(0.0, (step / steps - begin) / (1.0 - begin))
+
+
 def matching_loss(
     student: FlowMapLike,
     x0: Tensor,

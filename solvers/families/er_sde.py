@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.solvers.families.exponential import FinalOrder, check_final_order, shift_history, usable_order
 from fewstep.solvers.families.quadrature import Indices, integrate
 from fewstep.solvers.families.rows import plus
-from fewstep.solvers.options import flag, one_of
+from fewstep.solvers.options import flag, one_of, whole
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
@@ -55,8 +55,8 @@ def er_sde(
                  200 in ComfyUI's
     """
     one_of("order", order, (1, 2, 3))
-    if points is not None and (isinstance(points, bool) or not isinstance(points, int) or points < 1):
-        raise ValueError(f"points must be None or an int >= 1, got {points!r}")
+    if points is not None:
+        whole("points", points, 1)
     flag("interpolate", interpolate)
     check_final_order(final_order, order)
     if not callable(noise_scale):

@@ -18,14 +18,7 @@ def explain(
     denoiser: X0Prediction | None = None,
     samples: int = 1,
 ) -> str:
-    """What each stage reads, writes and costs, as a table in plain text.
-
-    model_bytes, state_bytes  bytes per element of the network's inputs and outputs, and of the slots
-    raws                      network outputs per call: 2 under classifier-free guidance
-    denoiser                  whose guidance is counted in place of `raws`: the branches that each call evaluates, and
-                              the bytes of the reductions
-    samples                   of the batch, for a guidance with numbers for each of them
-    """
+    """See `Plan.explain`."""
     program = compile_plan(plan)
     tables = None if denoiser is None else stage_tables(program, denoiser, plan.dtype, samples)
     head = ["call", "t", "sigma/alpha", "reads", "writes", "x row", "bytes/element"]

@@ -67,9 +67,10 @@ class Plan(UncheckedPlan):
     ) -> str:
         """What each stage reads, writes and costs, as a table in plain text.
 
-        model_bytes, state_bytes  size of an element on the model's side and of the slots
-        raws                      outputs of the network in a call: 2 under classifier-free guidance
-        denoiser                  whose guidance is counted in place of `raws`, call by call
+        model_bytes, state_bytes  bytes per element of the network's inputs and outputs, and of the slots
+        raws                      network outputs per call: 2 under classifier-free guidance
+        denoiser                  whose guidance is counted in place of `raws`: the branches that each call evaluates,
+                                  and the bytes of the reductions
         samples                   of the batch, for a guidance with numbers for each of them
         """
         return explain(

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from fewstep.solvers.plans.rounds import in_rounds
+from fewstep.solvers.plans.rounds import in_rounds, kept_input
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, Stage, UncheckedPlan
 
 
@@ -44,7 +44,7 @@ class Program:
 
     in_place  whether an output may overwrite an input of its stage
     slots    the buffer of every other slot that is read after op k, by name; kept with `x0`
-    halves   the ops of each call: 1, or 2 where the prediction is written before the rows read it (`halved`)
+    firsts   the ops that write the prediction before the next op's rows read it (`halved`)
     calls    the call that each op belongs to
     leads    the ops that only make inputs of calls, which are then made at once (`rounds.in_rounds`)
     """
@@ -57,7 +57,7 @@ class Program:
     x0: tuple[int, ...] = ()
     in_place: bool = False
     slots: tuple[Mapping[str, int], ...] = ()
-    halves: int = 1
+    firsts: frozenset[int] = frozenset()
     calls: tuple[int, ...] = ()
     leads: frozenset[int] = frozenset()
 
@@ -65,6 +65,11 @@ class Program:
     def shares(self) -> list[dict[str, float]]:
         """The coefficient of x0 in every slot after each op, see `x0_shares`."""
         return x0_shares(self.plan)
+
+    @cached_property
+    def calling(self) -> list[int]:
+        """The ops that ask for outputs, or for those of their round: the second op of a call has those of the first."""
+        return [k for k in range(len(self.ops)) if k - 1 not in self.firsts]
 
     def buffer_of_x(self, k: int) -> int:
         """Of the sample after op k; before the first op if k is -1."""
@@ -74,21 +79,32 @@ class Program:
 X0_SLOT = "x0 prediction"
 
 
-def halved(plan: UncheckedPlan) -> UncheckedPlan:
-    """Two stages for each of the plan's: the first writes the x0 prediction to a slot, which the second reads as "m".
+def halved(plan: UncheckedPlan, leads: frozenset[int]) -> tuple[UncheckedPlan, list[int], frozenset[int]]:
+    """Two stages for each with a prediction: the first writes it to a slot, which the second reads as "m".
 
     Between them the prediction may be edited. Both have the outputs of one call of the network; the second needs them
     only for "u".
+
+    leads  the stages without a prediction
+
+    Returns the plan, the stage that each of its stages was, and the first ones.
     """
     stages: list[Stage] = []
-    for stage in plan.stages:
-        stages.append(Stage(stage.at, {"x": {"x": 1.0}, X0_SLOT: {PREDICTION: 1.0}}, stage.at, done=False))
+    were: list[int] = []
+    firsts: set[int] = set()
+    for k, stage in enumerate(plan.stages):
+        if k not in leads:
+            firsts.add(len(stages))
+            were.append(k)
+            stages.append(Stage(stage.at, {"x": {"x": 1.0}, X0_SLOT: {PREDICTION: 1.0}}, stage.at, done=False))
         rows = {
             slot: {X0_SLOT if source == PREDICTION else source: c for source, c in row.items()}
             for slot, row in stage.rows.items()
         }
+        were.append(k)
         stages.append(replace(stage, rows=rows))
-    return UncheckedPlan(plan.solver, plan.grid, tuple(stages), plan.init, plan.options, plan.noise_scale, plan.dtype)
+    made = UncheckedPlan(plan.solver, plan.grid, tuple(stages), plan.init, plan.options, plan.noise_scale, plan.dtype)
+    return made, were, frozenset(firsts)
 
 
 def x0_shares(plan: UncheckedPlan) -> list[dict[str, float]]:
@@ -151,7 +167,7 @@ def compile_plan(
     halves    in place of it: the program of the `halved` plan, whose predictions may be edited
     in_place  let an output overwrite an input that no later stage reads. The CPU kernels keep outputs apart from
               inputs, so that the compiler may reorder loads and stores when it vectorises
-    parallel  the program in which the calls of a round are made at once; not with `halves`
+    parallel  the program in which the calls of a round are made at once
     """
     where = {"x": 0}
     buffers = 1
@@ -161,11 +177,12 @@ def compile_plan(
         init = Op((0,), (1,), _matrix([plan.init.row], {"x": 0}, (0,), plan.noise_scale))
     ops, x0, slots = [], [], []
     alone = keep_x0 or halves
-    calls, leads = tuple(range(plan.nfe)), frozenset[int]()
+    calls, leads, firsts = tuple(range(plan.nfe)), frozenset[int](), frozenset[int]()
     if parallel:
         plan, calls, leads = in_rounds(plan, X0_SLOT if keep_x0 else None)
-    elif halves:
-        plan, calls = halved(plan), tuple(k for k in calls for _ in range(2))
+    if halves:
+        plan, were, firsts = halved(plan, leads)
+        calls, leads = tuple(calls[k] for k in were), frozenset(j for j, k in enumerate(were) if k in leads)
     lasting = halves or (parallel and keep_x0)  # the prediction is in a slot like any other
     for stage, (rows, after) in zip(
         plan.stages, _live(plan, keep_x0 and not lasting, _LASTING if lasting else frozenset()), strict=True
@@ -196,8 +213,9 @@ def compile_plan(
         if alone:
             # Before the first call nothing holds a prediction, and nothing asks for one.
             x0.append(where.get(X0_SLOT, -1) if lasting else where.pop(X0_SLOT))
-            slots.append({slot: buffer for slot, buffer in where.items() if slot not in ("x", X0_SLOT)})
-    kept = tuple(x0), in_place, tuple(slots), 2 if halves else 1, calls, leads
+            hidden = {"x", X0_SLOT, *map(kept_input, range(plan.nfe if parallel else 0))}
+            slots.append({slot: buffer for slot, buffer in where.items() if slot not in hidden})
+    kept = tuple(x0), in_place, tuple(slots), firsts, calls, leads
     return Program(plan, init, tuple(ops), buffers, where["x"], *kept)
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import unknown as unknown  # re-exported
+from fewstep.solvers.options import plain, unknown
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid, list_spacings
@@ -137,8 +137,7 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
         if name not in entry.options:
             takes = ", ".join([*entry.options, "s_noise", "dtype"])
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
-    # NumPy scalars become Python's: a float32 option would give float32 coefficients.
-    options = {name: value.item() if isinstance(value, np.generic) else value for name, value in options.items()}
+    options = {name: plain(value) for name, value in options.items()}
     try:
         made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)
     except PlanError as error:

@@ -1,8 +1,8 @@
 """Rounds: calls of a plan that do not depend on each other, and the program that makes each round in one call.
 
-Call k joins the round of the calls before it if its input reads none of their predictions. That is read off the rows:
-each slot holds a combination of the slots at the start of the round and the round's predictions. The latency of a plan
-is that of its rounds, as long as the network takes a larger batch in the same time.
+Call k joins the round of the calls before it if its input reads none of their predictions, and no step ended between
+them. That is read off the rows: each slot holds a combination of the slots at the start of the round and the round's
+predictions. The latency of a plan is that of its rounds, as long as the network takes a larger batch in the same time.
 
 `in_rounds` lays a round of K calls out as 2K stages. The first K make the inputs and keep each in a slot; the others
 apply the plan's own rows, with the prediction of one call each. All K calls are made between them.
@@ -35,7 +35,7 @@ def _after(row: Row, held: Mapping[str, Sum]) -> Sum:
     return total
 
 
-def _kept(k: int) -> str:
+def kept_input(k: int) -> str:
     """The slot that keeps the input of call k."""
     return f"input of call {k}"
 
@@ -61,14 +61,14 @@ def _inputs(plan: UncheckedPlan) -> list[list[Row]]:
     for k, stage in enumerate(plan.stages):
         if not k or not held:
             found.append([])
-            held = {"x": {_kept(k): 1.0}}
+            held = {"x": {kept_input(k): 1.0}}
         after = {slot: _after(row, held) for slot, row in stage.rows.items()}
         x = after.get("x", held["x"])
-        if x is None or k + 1 == len(plan.stages):
-            held = {}  # the next call starts a round
+        if x is None or stage.done or k + 1 == len(plan.stages):
+            held = {}  # the next call starts a round: x may be edited at the end of a step
             continue
         found[-1].append(x)
-        held |= {**after, "x": {_kept(k + 1): 1.0}}
+        held |= {**after, "x": {kept_input(k + 1): 1.0}}
     return found
 
 
@@ -88,17 +88,17 @@ def in_rounds(plan: UncheckedPlan, keep: str | None = None) -> tuple[UncheckedPl
         last = first + len(inputs)
         if inputs:
             # The last one puts back the first input, on which the rows below act.
-            for k, row in enumerate([*inputs, {_kept(first): 1.0}], first):
-                own = {"x" if source == _kept(k) else source: c for source, c in row.items()}
+            for k, row in enumerate([*inputs, {kept_input(first): 1.0}], first):
+                own = {"x" if source == kept_input(k) else source: c for source, c in row.items()}
                 leads.add(len(stages))
                 calls.append(k)
                 at = plan.stages[k].at
-                stages.append(Stage(at, {_kept(k): {"x": 1.0}, "x": own}, at, done=False))
+                stages.append(Stage(at, {kept_input(k): {"x": 1.0}, "x": own}, at, done=False))
         for k in range(first, last + 1):
             stage = plan.stages[k]
             rows = {**stage.rows, **kept}
             if k < last:
-                rows["x"] = {_kept(k + 1): 1.0}
+                rows["x"] = {kept_input(k + 1): 1.0}
             calls.append(k)
             stages.append(replace(stage, rows=rows) if k < last or kept else stage)
         first = last + 1

@@ -147,7 +147,7 @@ def stage_tables(
         p[k, :, 0], p[k, :, 1 : 1 + len(called)] = a, b * weights
         null[k, :2] = a, b
         # With one branch nothing is left to a reduction, and the second half of a call has its prediction in a slot.
-        blended = denoiser.reduces and len(called) > 1 and k % program.halves == 0
+        blended = denoiser.reduces and len(called) > 1 and k - 1 not in program.firsts
         momentum = denoiser.momentum if averages else 0.0  # the average is not read before it is written
         blends.append(denoiser.blend(weights, a, b, momentum) if blended else None)
         averages += blended

@@ -17,17 +17,19 @@ import numpy as np
 from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
+from fewstep.solvers.families.exponential_rk import EPS
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.field_names import pair_name
-from fewstep.solvers.options import between, flag, function, named, number, one_of
+from fewstep.solvers.options import between, flag, function, named, number, one_of, whole
 from fewstep.solvers.plans.stages import first_order
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.adaptive_edits import AdaptiveEdits
-from fewstep.solvers.run.arrays import Array, Device, DType, dtype_name, no_grad
+from fewstep.solvers.run.arrays import Array, Device, DType, no_grad, state_dtype
 from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
     BACKENDS,
+    check_finite,
     check_latent,
     check_shape,
     check_source,
@@ -41,6 +43,7 @@ from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
+from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point, points
 
@@ -133,12 +136,16 @@ class _Run:
         self.inputs = inputs_of(batch.denoiser, options.ends.points)
         assert options.pair.form is not None
         self.form = options.pair.form
+        # Each row that NumPy writes takes a third of a microsecond: `prepare` writes those of the common form.
+        self.noise_form = self.form is EPS and not options.eta
         self.state[rows.SAMPLE] = np.arange(len(x))
         self.state[rows.H] = h_init
         self._view()
         start, end = options.ends.points
         self.end = end.lam, end.ratio
-        self._describe(points(*(np.full(self.ratios.shape, v) for v in start)))
+        start_points = points(*(np.full(self.ratios.shape, v) for v in start))
+        self._describe(start_points)
+        self._describe_form(start_points)
         self.state[rows.START : rows.END] = self.points[:, 0]
         self.state[rows.START + rows.LAM] = start.lam
 
@@ -150,7 +157,7 @@ class _Run:
         self.ratios = np.empty((len(self.options.pair.c), n))
         self.points = np.empty((rows.POINT, *self.ratios.shape))
         self.described = [self.points[row] for row in range(rows.POINT)]
-        self.denoised = self.points[rows.TIME : rows.B + 1]
+        self.denoised = self.described[rows.TIME : rows.B + 1]
 
     def __call__(self, x: Array) -> Array:
         """Integrate every sample from the first point of `ends` to the last. x is not modified."""
@@ -159,7 +166,7 @@ class _Run:
         todo: Sequence[int] = range(attempts.n)  # the samples without F_1
         while attempts.n:
             fresh = self._next_points()
-            attempts.prepare(self.points)
+            attempts.prepare(self.points, self.noise_form)
             if todo:
                 attempts.first_calls(todo)
             attempts.run()
@@ -216,6 +223,12 @@ class _Run:
                 outputs = Outputs([m], written(n), None)
         row = {SEEN if k == "x" else k: c for k, c in first_order(end, clean).items() if c}
         x = batch.map([{"x": row}] * n, {SEEN: x}, outputs)["x"]
+        bad = [i for i, finite in enumerate((abs(x) < math.inf).all(1).tolist()) if not finite]
+        if bad:
+            raise ValueError(
+                f"sample {bad[0]} is not finite after its last call, at t = {end.t:.6g}: the network returned NaN or "
+                "inf"
+            )
         if edits is not None:
             edits.after_steps(x, samples, samples, steps, [[end, clean]] * n)
         self.counts[0] += 1
@@ -225,7 +238,7 @@ class _Run:
         """Find the points of the next steps. Returns the standard deviation of the noise behind each, if any draws."""
         o, pair, process, ratios = self.options, self.options.pair, self.options.ends.process, self.ratios
         cpu.PROPOSE.run(self.state, pair.c, *self.end, ratios, self.points)
-        if pair.clock is None and not o.eta:
+        if self.noise_form:
             self._describe(process.point_at_sigma(ratios))
             return None
         inner, t = pair.c != 1.0, process.point_at_sigma(ratios[-1])
@@ -239,17 +252,21 @@ class _Run:
             self.step -= np.log(keep)
             ratios[inner] = np.exp(-(self.lam + pair.c[inner, None] * self.step))
         self.points[rows.LAM, inner] = -np.log(ratios[inner])
-        self._describe(process.point_at_sigma(ratios))
+        at = process.point_at_sigma(ratios)
+        self._describe(at)
+        self._describe_form(at)
         if pair.clock is not None:
             return None
         self.points[rows.OTHER, -1] *= keep  # sigma at the end of the ODE's step
         return np.asarray(o.s_noise * fresh * t.sigma)
 
     def _describe(self, at: Point) -> None:
-        """Fill in the rows of points (K, n), but for lambda."""
-        form, rows_of = self.form, self.described
-        rows_of[rows.T][...], rows_of[rows.ALPHA][...], rows_of[rows.SIGMA][...] = at
+        """Fill in the rows of points (K, n), but for lambda and the form."""
+        self.described[rows.T][...], self.described[rows.ALPHA][...], self.described[rows.SIGMA][...] = at
         self.inputs(at, self.denoised)
+
+    def _describe_form(self, at: Point) -> None:
+        form, rows_of = self.form, self.described
         f = form.row(at)
         rows_of[rows.OWN][...], rows_of[rows.OTHER][...] = form.own(at), form.other(at)
         rows_of[rows.FX][...], rows_of[rows.FM][...] = f["x"], f["m"]
@@ -398,6 +415,7 @@ def sample_adaptive(
     }
     for name, value in given.items():
         between(name, value, *_RANGES[name])
+    pcoeff, icoeff, dcoeff, eta = map(float, (pcoeff, icoeff, dcoeff, eta))
     pair = _checked_pair(solver, frame, eta)
     between("rtol + atol", rtol + atol, 1e-15, math.inf)
     flag("final_zero", final_zero)
@@ -408,10 +426,7 @@ def sample_adaptive(
             "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
             "accepted step, or edit_x0, called after each call"
         )
-    for name, count in (("max_attempts", max_attempts), ("max_calls", max_calls)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {count!r}")
-
+    max_attempts, max_calls = whole("max_attempts", max_attempts, 1), whole("max_calls", max_calls, 1)
     process = denoiser.process
     high = process.sigma_max if sigma_max is None else sigma_max
     low = process.sigma_min if sigma_min is None else sigma_min
@@ -423,20 +438,19 @@ def sample_adaptive(
         ends = Grid.from_sigmas(process, [high, low])
     except ValueError as error:  # beyond the process's own levels
         raise ValueError(f"sigma_max = {high}, sigma_min = {low}: {error}") from None
-    if device is None:
-        device = device_of_inputs(denoiser, outer, cond)
-    model = model_frame(denoiser, device)
+    model = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     wide = outer is not None and outer.dtype_of(x) == "float64"
-    state = dtype_name(("float64" if wide else "float32") if dtype is None else dtype)
-    one_of("dtype", state, ("float32", "float64"))
+    state = state_dtype(dtype, "float64" if wide else "float32")
     sizes = check_shape(tuple(x.shape) if x is not None else () if shape is None else shape)
     edits = Edits.of(edit, edit_x0, every, sizes, check=True)
-    if x is not None:
+    if x is not None and outer is not None:
         check_latent(x, outer, sizes, model, state)
+        check_finite("x", x, outer)
     named("backend", backend, BACKENDS)
     wide = "float64" in (state, denoiser.model_dtype(state))
     if wide and backend == "triton":
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
+    warn_if_training(denoiser.networks)
     batch = Batch(denoiser, model, pick_backend(backend, model, triton=not wide), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 

@@ -89,6 +89,7 @@ class Attempts:
         self.folds = denoiser.bound is None and denoiser.threshold is None and not denoiser.reduces
         self.folds = self.folds and not (predicted and edits_x0)
         self.samples: Sequence[int] = range(self.n)
+        self.rows = cpu.ROWS[batch.dtype]
         self.branches: list[tuple[int, ...]] = [(0,)] * pair.calls
         self.shares = np.ones((pair.calls, self.n, 1))
         self.at = np.zeros((rows.POINT, pair.calls, self.n))  # of every call, where guidance needs to know
@@ -125,15 +126,19 @@ class Attempts:
         for own, weights in zip(self.shares, found, strict=True):
             own[:, : weights.shape[1]] = weights
 
-    def prepare(self, points: np.ndarray) -> None:
-        """Compute the coefficients of the next attempt, for points (POINT, K, n) at its targets."""
+    def prepare(self, points: np.ndarray, noise_form: bool) -> None:
+        """Compute the coefficients of the next attempt, for points (POINT, K, n) at its targets, see `rows.tables`."""
         if self.batch.denoiser.guidance is not None:
             self._weigh(points)
         pair = self.pair
-        cpu.ROWS.run(
+        self.rows.run(
             self.state, points, pair.bases, pair.weights, pair.error, self.sign, self.shares, self.folds,
-            pair.kept, self.block, self.p, self.times,
+            pair.kept, noise_form, self.block, self.p, self.times,
         )  # fmt: skip
+        self._send()
+
+    def _send(self) -> None:
+        """The block to where the stages are; the network's times of each call to new arrays, which a model may keep."""
         self.numbers = self.batch.functions.send(self.block)
         if not self._own_times:
             self.t = self.batch.frame.array(self.times[:, : self.n], self.time_dtype)
@@ -314,7 +319,7 @@ class FusedAttempts(Attempts):
         # Stages that need nothing of the network's outputs but their addresses.
         self.plain = self.folds and batch.denoiser.variance is None
         self.norms = np.empty(self.n)
-        self._address, self._fresh = batch.frame.address, batch.frame.fresh
+        self._address, self._fresh, self._copy = batch.frame.address, batch.frame.fresh, batch.frame.copy
         self._view()
         return self.slots
 
@@ -334,6 +339,12 @@ class FusedAttempts(Attempts):
             known=known,
         )
 
+    def _send(self) -> None:
+        if self.block_times is None:
+            self.t = self.batch.frame.array(self.times[:, : self.n], self.time_dtype)
+        else:
+            self.t = [*self._copy(self.block_times)]
+
     @property
     def _clips(self) -> bool:
         return self.batch.denoiser.bound is not None or self.batch.denoiser.threshold is not None
@@ -344,6 +355,11 @@ class FusedAttempts(Attempts):
         self.views = [v[: self.n] for v in self.inputs]
         self.shape = (self.n, *self.batch.sample)
         self.end_memory[rows.SAMPLES] = self.n
+        self.block_times: Array | None = None  # as the block holds them, in the dtype of the state
+        if self.time_dtype == self.batch.dtype:
+            calls, width = self.times.shape
+            in_block = self.block[calls * width : 2 * calls * width].reshape(calls, width)
+            self.block_times = self.batch.frame.shared(in_block[:, : self.n])
 
     def _narrow(self, left: list[int]) -> None:
         for name in ("x", "before", "F1"):
@@ -360,12 +376,12 @@ class FusedAttempts(Attempts):
             launch(self.kernel.run, keep)
 
     def _advance(self, k: int) -> None:
-        j = max(k - 1, 0)
+        j = k - 1 if k else 0
         if k == 0:
             self._run(self.entry)
-        x_in, t, launch = self._fresh(self.views[j % 2]), self.t[j], self.launches[k]
-        if self.plain and len(self.branches[j]) == 1:  # at small sizes every line counts
-            (raw,) = self.bound(self.branches[j], x_in, t)
+        branches, x_in, t, launch = self.branches[j], self._fresh(self.views[j % 2]), self.t[j], self.launches[k]
+        if self.plain and len(branches) == 1:  # at small sizes every line counts
+            (raw,) = self.bound(branches, x_in, t)
             if getattr(raw, "dtype", None) is not self.raw_dtypes[0] or raw.shape != self.shape:
                 check_output(raw, self.shape, self.batch.frame)
                 self._expect(0, raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 import warnings
@@ -51,8 +52,12 @@ def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def device_of_inputs(denoiser: DenoiserLike, outer: Frame | None, cond: object) -> str | None:
-    """The device of torch inputs: of x, else of the conditions of a plain callable; None if there are none."""
+def device_of_inputs(
+    denoiser: DenoiserLike, outer: Frame | None, cond: object, device: Device | None = None
+) -> Device | None:
+    """The device as given, else that of torch inputs: of x, else of the conditions of a plain callable; or None."""
+    if device is not None:
+        return device
     if isinstance(outer, TorchFrame):
         return outer.device
     if outer is not None or denoiser.frame is not None:
@@ -96,6 +101,12 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise ValueError("x is float64 and the sampler's state float32: pass dtype='float64', or x as float32")
     if frame.device != model.device:
         raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
+
+
+def check_finite(name: str, x: Array, frame: Frame) -> None:
+    """Raises ValueError for an array with NaN or inf; on a GPU reading it would wait for the device."""
+    if frame.device == "cpu" and not bool((abs(frame.detached(x)) < math.inf).all()):
+        raise ValueError(f"{name} holds NaN or inf: no sample can come of it")
 
 
 def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:

@@ -19,6 +19,19 @@ Condition = Cond | Sequence[Cond] | None
 Call = Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]]
 
 
+class OneNetwork:
+    """The `Call` of one network, without guidance.
+
+    network  network(x_in, t) -> raw, with its conditions bound: for loops to call without this object in between
+    """
+
+    def __init__(self, network: Callable[[Array, Array], Array]) -> None:
+        self.network = network
+
+    def __call__(self, branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
+        return (self.network(x_in, t),)
+
+
 class Threshold(Protocol):
     """Dynamic thresholding: each sample is clipped to a quantile of |x0|, limited to 1 .. `maximum`."""
 
@@ -204,22 +217,23 @@ def network_inputs(denoiser: DenoiserLike, points: Sequence[Point]) -> NetworkIn
     return NetworkInputs(*np.array([known[p] for p in points], dtype=np.float64).reshape(-1, 4).T)
 
 
-def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point, np.ndarray], None]:
-    """A function that writes the network's t, c_in, a and b at points (any shape) to an array (4, ...).
+def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point, Sequence[np.ndarray]], None]:
+    """A function that writes the network's t, c_in, a and b at points (any shape) to four arrays of their shape.
 
     A subclass may compute them for one point only: then each point is computed alone, which is slower. `ends` are
     points to try that on.
     """
 
-    def together(at: Point, out: np.ndarray) -> None:
-        out[0], out[1] = denoiser.time(at), denoiser.c_in(at)
-        out[2], out[3] = denoiser.prologue(at)
+    def together(at: Point, out: Sequence[np.ndarray]) -> None:
+        out[0][...], out[1][...] = denoiser.time(at), denoiser.c_in(at)
+        out[2][...], out[3][...] = denoiser.prologue(at)
 
-    def alone(at: Point, out: np.ndarray) -> None:
+    def alone(at: Point, out: Sequence[np.ndarray]) -> None:
         points = [Point(*each) for each in np.stack(np.broadcast_arrays(*at), axis=-1).reshape(-1, 3).tolist()]
-        out[...] = np.array(network_inputs(denoiser, points)).reshape(out.shape)
+        for own, values in zip(out, network_inputs(denoiser, points), strict=True):
+            own[...] = np.reshape(values, own.shape)
 
-    found, want = np.empty((2, 4, len(ends)))
+    found, want = (list(each) for each in np.empty((2, 4, len(ends))))
     stacked = Point(*np.array(ends, np.float64).T)
     try:
         together(stacked, found)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import one_of, whole
 from fewstep.solvers.run.arrays import TorchFrame
 
 if TYPE_CHECKING:
@@ -46,9 +46,7 @@ def trace_of(
                 f"probes = {probes!r:.80}: divergence='exact' takes one backward pass per element, no probes"
             )
         return method, _exact
-    own = {"hutchinson": 8, "hutch++": 9}[method] if probes is None else probes
-    if isinstance(own, bool) or not isinstance(own, int) or not 1 <= own <= 10_000:
-        raise ValueError(f"probes must be an int from 1 to 10000, got {probes!r:.80}")
+    own = {"hutchinson": 8, "hutch++": 9}[method] if probes is None else whole("probes", probes, 1, 10_000)
     if method == "hutchinson":
         return method, Hutchinson(frame, streams, own)
     if own % 3 or own // 3 > elements:

@@ -20,7 +20,7 @@ from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.stages import UncheckedPlan
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame
-from fewstep.solvers.run.denoising import Call, Cond
+from fewstep.solvers.run.denoising import Cond
 from fewstep.solvers.run.engine import Editable
 from fewstep.solvers.schedule.process import Point
 
@@ -259,26 +259,7 @@ class EditedRun:
         self.program: Program = job.program
         self.frame = job.frame
         self.samples = np.arange(job.batch if batch is None else batch)
-        self.halves = self.program.halves
         self.steps = [0, *accumulate(int(table.done) for table in job.tables)]  # completed before each op
-
-    def call(self, call: Call) -> Call:
-        """The network's call: where a call has two ops, the second gets the outputs of the first."""
-        if self.halves == 1:
-            return call
-        held: list[tuple[Array, ...]] = []
-        read = any(op.unguided for op in self.program.ops)
-
-        def once(branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
-            if held:
-                return held.pop()
-            raws = call(branches, x_in, t)
-            # The first op writes the next model input, which may be the memory that a network returned.
-            kept = tuple(self.frame.concatenate([raw]) for raw in raws) if read else raws
-            held.append(kept)
-            return raws
-
-        return once
 
     def start(self) -> None:
         """Before the first call."""
@@ -303,7 +284,7 @@ class EditedRun:
         """After op k of the program."""
         run = self.run
         table = run.job.tables[k]
-        if self.halves == 2 and k % 2 == 0:
+        if k in self.program.firsts:
             info = self._info("x0", k, table.at, table.at, table.at)
             self.edits.apply(info, self.frame, self._put(self.program.x0[k]))
         elif self.edits.x and (table.done or self.edits.stages):
@@ -333,7 +314,7 @@ class EditedRun:
         slots = {name: outside(run.slot(buffer)) for name, buffer in named.items()}
         shares = {name: program.shares[k][name] for name in named}
         done = k < 0 or run.job.tables[k + (door == "x0")].done
-        call = k // self.halves if k >= 0 else -1
+        call = program.calls[k] if k >= 0 else -1
         step = self.steps[k] if k >= 0 else -1
         return EditInfo(
             door, call, step, program.plan.steps, done, at, to, end, churn_of(program.plan, end, to), x,

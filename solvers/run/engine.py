@@ -20,7 +20,7 @@ from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
-from fewstep.solvers.run.denoising import Call, DenoiserLike, check_output, copies, predictions
+from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
@@ -155,13 +155,13 @@ class FusedRun:
         stored = np.dtype(_STORED.get(job.model_dtype, job.model_dtype))
         self.inputs = [aligned((copies * batch, *job.shape[1:]), stored) for _ in range(2)]
         self.input_rows = [list(rows.reshape(copies, batch, elements)) for rows in self.inputs]
-        # The model's t, one part of a block per stage. A model may write to its t, so that each run rewrites the block.
-        true_times = np.concatenate([job.frame.bits(t) for t in job.times])
-        words_of_times = -(-true_times.nbytes // 8)
-        self.block, self.true_block = aligned((2, words_of_times), np.dtype(np.int64))
-        self.times, whole = (block.view(true_times.dtype) for block in (self.block, self.true_block))
-        whole[: len(true_times)] = true_times
-        self._times = self.block.ctypes.data, self.true_block.ctypes.data, words_of_times
+        # The model's t, one row of a block per stage. A model may write to its t, so that each run checks the block
+        # against the words of 8 bytes that the rows repeat.
+        times = [job.frame.bits(t) for t in job.times]
+        self.block = aligned((len(times), -(-max(t.nbytes for t in times) // 8)), np.dtype(np.int64))
+        self.times = self.block.view(times[0].dtype)
+        self.time_words = np.stack([np.resize(t, 8 // t.itemsize) for t in times]).view(np.int64)
+        self._times = self.block.ctypes.data, self.time_words.ctypes.data, *self.block.shape
         self._view_inputs()
         # Looked up once: a small step would notice.
         self._fresh, self._address = job.frame.fresh, job.frame.address
@@ -204,8 +204,7 @@ class FusedRun:
         x_in = [job.frame.over(memory, job.model_dtype) for memory in self.inputs]
         self.views = [x_in[k % 2][: job.copies(k) * job.batch] for k in range(len(job.tables))]
         block = job.frame.over(self.times, job.time_dtype)
-        ends = np.cumsum([len(t) for t in job.times]).tolist()
-        self.t = [block[end - len(t) : end] for end, t in zip(ends, job.times, strict=True)]
+        self.t = [row[: len(t)] for row, t in zip(block, job.times, strict=True)]
         # Of torch's storages; NumPy's arrays cannot be moved.
         self.places, self.time_place = None, 0
         if job.frame.name == "torch":
@@ -295,10 +294,11 @@ class FusedRun:
 
     def through(self, call: Call) -> Sequence[Array]:
         # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1: the
-        # common case of one whole output needs no function but torch's and the kernel's.
+        # common case of one network and its whole output needs no function but the network, torch's and the kernel's.
         inputs, times = self._ready
         places, kinds, shape = self.places, self.raw_dtypes, self.shape
         stage = self.stage.run
+        network = call.network if isinstance(call, OneNetwork) else None
         raws: Sequence[Array] = ()
         for k, branches, kind, memory, units in self._direct:
             x_in, t = inputs[k], times[k]
@@ -307,19 +307,22 @@ class FusedRun:
             else:
                 x_in, t = self.model_input(k)
                 (inputs, times), places = self._ready, self.places
-            raws = call(branches, x_in, t)
-            if kind is not None and len(raws) == 1:
-                (raw,) = raws
-                if (
-                    type(raw) is kind
-                    and raw.dtype is kinds[RAW]
-                    and raw.shape == shape
-                    and raw.is_cpu
-                    and raw.is_contiguous()
-                ):
-                    stage(memory, 0, units, raw.data_ptr())
-                    continue
-            self.advance(k, raws)
+            if network is not None:
+                raw = network(x_in, t)
+                raws = (raw,)
+            else:
+                raws = call(branches, x_in, t)
+                raw = raws[0] if len(raws) == 1 else None
+            if (
+                type(raw) is kind
+                and raw.dtype is kinds[RAW]
+                and raw.shape == shape
+                and raw.is_cpu
+                and raw.is_contiguous()
+            ):
+                stage(memory, 0, units, raw.data_ptr())
+            else:
+                self.advance(k, raws)
         return raws
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
@@ -394,7 +397,7 @@ class FusedRun:
         else:
             new = self._like.new_empty(self.shape)
             address = new.data_ptr()
-        return new, self.transfer.run(address, self._place, self.size, 0, 0, 0) / self.size
+        return new, self.transfer.run(address, self._place, self.size, 0, 0, 0, 0) / self.size
 
     def small(self, outputs: Sequence[Array], most: float) -> bool:
         """Whether the mean squares of the first numbers of network outputs are at most that; False if it is unknown."""
@@ -403,7 +406,7 @@ class FusedRun:
             type(raw) is self._kind
             and raw.dtype is self._dtypes[1]
             and raw.is_contiguous()
-            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0) <= most * n
+            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0, 0) <= most * n
             for raw in outputs
         )
 

@@ -620,7 +620,7 @@ def signature(job: Job) -> tuple[Hashable, ...]:
         tuple(stages), program.init.noisy, len(program.x0), denoiser.networks, denoiser.batched,
         denoiser.variance, denoiser.clip is None, denoiser.threshold is not None, denoiser.reduces, job.shape,
         job.model_dtype, job.time_dtype, average_of(job), mixes_x(job),
-        len(job.tables[0].w),
+        len(job.tables[0].w), program.leads,
     )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from fewstep.solvers.run.dlpack import InLibrary
 from fewstep.solvers.run.edits import EditedRun, Edits, Same
 from fewstep.solvers.run.gpu import TritonRun
 from fewstep.solvers.run.network import torch_parts
+from fewstep.solvers.run.rounds import bind_calls
 from fewstep.solvers.run.while_graph import WhileGraph, bindings
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ class Graphs:
         self._loop = "loop"  # or "while": how the latest whole sample was recorded
         self._conditions: OrderedDict[Hashable, list[Cond]] = OrderedDict()
         self._structure: Hashable = None
-        self._warm: dict[tuple[Hashable, Hashable], float] = {}  # seconds of a call and its stage, by variant
+        self._warm: dict[tuple[Hashable, Hashable], float] = {}  # seconds of a call and its stage, by what was run
         self._weights: Weights | None = None
 
     def __len__(self) -> int:
@@ -315,12 +316,17 @@ class Graphs:
             self.close()
         self._take(cond)
 
+    @property
+    def in_rounds(self) -> bool:
+        """Whether several calls are made at once, so that no stage can be recorded with its own call."""
+        return bool(self.run.job.program.leads)
+
     def long_calls(self) -> bool:
         """Whether a denoiser call takes longer than LONG_CALL, measured once for each structure.
 
         Raises CaptureError if the model waits for the device.
         """
-        return max(self._warmed(k) for k in self.run.job.kinds.values()) > LONG_CALL
+        return self._warmed() > LONG_CALL
 
     def prepare(self, mode: str, drawn: bool, edits: Edits | None = None) -> None:
         """Record what `loop` or `step` will replay, after `take`. Call it before `load`: it uses the run.
@@ -370,15 +376,13 @@ class Graphs:
 
     def _call(self) -> Callable[..., tuple[Array, ...]]:
         # Bound while recording, so that the graph includes the concatenation of the branches' conditions.
-        job = self.run.job
-        return job.denoiser.bind(job.frame, job.batch, self._conditions[self._structure])
+        return bind_calls(self.run.job, self._conditions[self._structure])
 
     def _whole(self, drawn: bool, edits: Edits | None) -> None:
         run, call, last = self.run, self._call(), len(self.run.job.tables) - 1
         run.start(drawn)
         edited = None if edits is None else EditedRun(edits.unchecked, run, self._conditions[self._structure])
         if edited is not None:
-            call = edited.call(call)
             edited.start()
         for k in range(run.calls):
             run.advance(k, call(run.job.tables[min(k, last)].branches, *run.model_input(k)))
@@ -402,18 +406,24 @@ class Graphs:
         left = self.run.torch.zeros(1, dtype=self.run.torch.int32, device=self.run.frame.device)
         return WhileGraph(*parts, left, lambda: len(self.run.job.tables))
 
-    def _warmed(self, k: int) -> float:
-        """The seconds of stage k with its call, which has run before: see `Recorder.warm`."""
-        key = self._structure, self.run.variant(k)
+    def _warmed(self) -> float:
+        """The most seconds of a stage with its call, after a warm-up of every variant: see `Recorder.warm`."""
+        job = self.run.job
+        if self.in_rounds:  # of the whole, on average
+            return self._warmed_by("rounds", lambda: self._whole(True, None)) / (job.program.calls[-1] + 1)
+
+        def body(k: int) -> None:
+            run, call = self.run, self._call()
+            run.start(drawn=True)  # the counter at the first stage
+            raws = call(run.job.tables[k].branches, *run.model_input(k))
+            run.advance_by_counter(k, raws)
+            run.advance(k, raws)  # as a loop does it: a kernel must not be compiled while recording
+
+        return max(self._warmed_by(variant, functools.partial(body, k)) for variant, k in job.kinds.items())
+
+    def _warmed_by(self, what: Hashable, body: Callable[[], None]) -> float:
+        key = self._structure, what
         if key not in self._warm:
-
-            def body() -> None:
-                run, call = self.run, self._call()
-                run.start(drawn=True)  # the counter at the first stage
-                raws = call(run.job.tables[k].branches, *run.model_input(k))
-                run.advance_by_counter(k, raws)
-                run.advance(k, raws)  # as a loop does it: a kernel must not be compiled while recording
-
             started = time.perf_counter()
             self._warm[key] = self.recorder.warm(body)
             self.seconds += time.perf_counter() - started
@@ -428,8 +438,7 @@ class Graphs:
         """Record what is not recorded yet, after a warm-up of every variant and `warm`."""
         key = self._structure, what
         if key not in self._graphs:
-            for k in self.run.job.kinds.values():
-                self._warmed(k)
+            self._warmed()
             # A model may move its parameters in its first call: look after the warm-up.
             self._weights = self._weights or Weights(self.run.job.denoiser.networks)
             if not self._graphs:
@@ -535,7 +544,7 @@ class GraphMode:
         if self.asked in ("loop", "while") and watched:
             raise ValueError(
                 f"graph={self.asked!r} runs a whole sample in one launch, without callbacks or a progress bar: use "
-                "graph='step'"
+                f"graph={'off' if graphs.in_rounds else 'step'!r}"
             )
         if noise:
             if self.asked == "auto":
@@ -560,12 +569,13 @@ class GraphMode:
                 return "off"
             watched = True
         modes = [self.asked] if self.asked != "auto" else ["step"] if watched else ["loop", "step"]
-        modes = [mode for mode in modes if mode not in self._failed]
+        modes = [mode for mode in modes if mode not in self._failed and not (mode == "step" and graphs.in_rounds)]
         try:
             if modes:
                 graphs.take(cond)
-                if len(modes) == 2 and graphs.long_calls():
-                    modes = ["step"]
+                other = len(modes) == 2 or (self.asked == "auto" and graphs.in_rounds)
+                if other and graphs.long_calls():
+                    modes = modes[1:]
         except CaptureError as error:
             self._give_up(modes, error)
             modes = []
@@ -596,7 +606,7 @@ class GraphMode:
             if self.asked == "loop":
                 raise
             self._eager_edits.put(edits.key, error)
-            mode = "off" if edits.x0 else "step"
+            mode = "off" if edits.x0 or graphs.in_rounds else "step"
             warn(f"graph='auto' falls back to {mode!r} with edit {edits.names}: {error}")
             return False
         return True

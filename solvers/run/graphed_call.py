@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fewstep.solvers.cache import Cache
+from fewstep.solvers.cache import Cache, exact
 from fewstep.solvers.run.graph import Recorder, Weights, settings
 
 if TYPE_CHECKING:
@@ -112,4 +112,7 @@ def _leaf_key(leaf: object) -> Hashable:
 
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.dtype
-    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else id(leaf)
+    try:
+        return exact(leaf)  # 1, 1.0 and True are equal, and a function may tell them apart
+    except TypeError:
+        return id(leaf)

@@ -22,6 +22,7 @@ def slerp(a: Array, b: Array, weight: float) -> Array:
     Returns (B, ...) like a. Parallel samples are interpolated linearly.
     """
     between("weight", weight, 0.0, 1.0)
+    weight = float(weight)
     frame, other = frame_of(a), frame_of(b)
     if frame is None or other is None or type(frame) is not type(other) or frame.device != other.device:
         raise TypeError(

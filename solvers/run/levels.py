@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import function, named, number, warn
+from fewstep.solvers.options import function, named, number, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
 from fewstep.solvers.run.checks import (
     BACKENDS,
+    check_finite,
     check_latent,
     check_plan,
     check_shape,
@@ -93,7 +94,6 @@ class _Window:
         device: Device | None,
         dtype: str,
     ) -> None:
-        check_denoiser(denoiser)
         check_plan(plan, denoiser)
         named("backend", backend, BACKENDS)
         self.shape = check_shape(shape)
@@ -110,8 +110,7 @@ class _Window:
         lone = compile_plan(plan, in_place=self.backend == "triton")
         if any(len(shares.weights) > 1 for shares, _ in branch_calls(lone, denoiser)):
             raise ValueError("the guidance scale holds one number per sample: with levels, give one for all of them")
-        for network in {id(network): network for network in denoiser.networks}.values():
-            warn_if_training(network)
+        warn_if_training(denoiser.networks)
         count = self.batch * self.tokens
         columns = count if self.backend == "triton" else 1
         compiler = Compiler(self.backend, self.frame, (columns, *self.shape[2:]), dtype)
@@ -189,8 +188,7 @@ class _Window:
         if self.backend != "naive" and isinstance(outer, TorchFrame) and outer.wants_grad(x):
             raise ValueError(f"{name} requires grad, and backend={self.backend!r} records none: use backend='naive'")
         inner = self.convert.latent(x, outer)
-        if self.frame.device == "cpu" and not bool((abs(outer.detached(x)) < math.inf).all()):
-            raise ValueError(f"{name} holds NaN or inf")
+        check_finite(name, x, outer)
         return inner, outer
 
     def part(self, values: Array, places: Sequence[int]) -> Array:
@@ -221,18 +219,6 @@ def _clean_input(denoiser: DenoiserLike, clean_t: float | None) -> tuple[float, 
     if not (math.isfinite(t) and math.isfinite(c_in)):
         raise ValueError(f"clean_t = {clean_t!r} is no time that this network takes: it would be given t = {t}")
     return t, c_in
-
-
-def _state(dtype: DType | None) -> str:
-    state = dtype_name("float32" if dtype is None else dtype)
-    if state not in ("float32", "float64"):
-        raise ValueError(f"dtype is the state's, float32 or float64, got {state}")
-    return state
-
-
-def _device(denoiser: DenoiserLike, given: Array | None, cond: object, device: Device | None) -> Device | None:
-    check_denoiser(denoiser)
-    return device_of_inputs(denoiser, frame_of(given), cond) if device is None else device
 
 
 def sample_levels(
@@ -274,7 +260,9 @@ def sample_levels(
     Raises ValueError or TypeError that names the argument, before the model is called.
     """
     given = known if x is None else x
-    window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, given, cond, device), _state(dtype))
+    check_denoiser(denoiser)
+    device = device_of_inputs(denoiser, frame_of(given), cond, device)
+    window = _Window(denoiser, plan, shape, clean_t, backend, device, state_dtype(dtype))
     schedule = matrix(levels, plan.steps, window.tokens)
     streams = TokenStreams(seed, window.batch, first_sample)
     streams.check(window.tokens, "shape")
@@ -348,13 +336,14 @@ def rolling(
     if callable(cond):
         function("cond", cond, classes=False)
     constant = None if callable(cond) else cond
-    window = _Window(denoiser, plan, shape, clean_t, backend, _device(denoiser, known, constant, device), _state(dtype))
-    _whole("context", context, 0)
+    check_denoiser(denoiser)
+    device = device_of_inputs(denoiser, frame_of(known), constant, device)
+    window = _Window(denoiser, plan, shape, clean_t, backend, device, state_dtype(dtype))
+    context = whole("context", context, 0)
     if context >= window.tokens:
         raise ValueError(f"context = {context} leaves no noisy frame in a window of {window.tokens}")
     noisy = window.tokens - context
-    offset = -(-plan.steps // noisy) if offset is None else offset
-    _whole("offset", offset, 1)
+    offset = -(-plan.steps // noisy) if offset is None else whole("offset", offset, 1)
     offset = min(offset, plan.steps)  # a frame that starts later does not change
     if offset * noisy < plan.steps:
         raise ValueError(
@@ -362,7 +351,7 @@ def rolling(
             f"steps, and the plan has {plan.steps}: use offset >= {-(-plan.steps // noisy)}, or a longer window"
         )
     if frames is not None:
-        _whole("frames", frames, 1)
+        frames = whole("frames", frames, 1)
     streams = TokenStreams(seed, window.batch, first_sample)
     streams.check(frames or 0, "frames")
     count, data, outer = 0, None, None
@@ -375,7 +364,7 @@ def rolling(
             )
         data, outer = window.inside("known", known, count)
     network = window.bind(cond(-count) if callable(cond) else cond)
-    return _roll(window, network, cond, streams, int(offset), context, count, data, outer, frames)
+    return _roll(window, network, cond, streams, offset, context, count, data, outer, frames)
 
 
 def _roll(
@@ -413,8 +402,3 @@ def _roll(
             window.enter([old], None, streams.of(held))
             if callable(cond):
                 network = window.bind(cond(int(held[window.first])))
-
-
-def _whole(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an int >= {low}, got {value!r:.80}")

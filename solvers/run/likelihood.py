@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from fewstep.kernels import philox
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, TABLEAUX, Tableau
-from fewstep.solvers.options import between, function, instance, named
+from fewstep.solvers.options import between, function, instance, named, whole
 from fewstep.solvers.reprs import short_repr
-from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, dtype_name
+from fewstep.solvers.run.arrays import Array, Device, DType, TorchFrame, state_dtype
 from fewstep.solvers.run.batch import Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.convert import Converter
@@ -112,28 +112,25 @@ def log_likelihood(
     if rtol is not None and atol is not None:
         between("rtol", rtol, 0.0, 1.0)
         between("atol", atol, 1e-15, 1e6)
-    if isinstance(max_calls, bool) or not isinstance(max_calls, int) or max_calls < 1:
-        raise ValueError(f"max_calls must be an int >= 1, got {max_calls!r:.80}")
+    max_calls = whole("max_calls", max_calls, 1)
     function("prior", prior, optional=True, classes=False)
     between("bin_width", bin_width, 1e-12, 1e12)
     _check_smooth(denoiser)
     grid, path = _path(denoiser, grid, steps, spacing)
-    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond) if device is None else device)
+    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     if not isinstance(frame, TorchFrame):
         raise ValueError(
             "denoiser is on NumPy arrays, which log_likelihood cannot differentiate: use a torch network, or "
             "device='cpu' for a function that takes tensors as well"
         )
     kind = outer.dtype_of(x) if outer is not None else ""
-    state = dtype_name(("float64" if kind == "float64" else "float32") if dtype is None else dtype)
-    if state not in ("float32", "float64"):
-        raise ValueError(f"dtype is the state's, float32 or float64, got {state}")
+    state = state_dtype(dtype, "float64" if kind == "float64" else "float32")
     sizes = check_shape(tuple(x.shape))
     moved = x.to(frame.device) if isinstance(outer, TorchFrame) else x
     check_latent(moved, frame if moved is not x else outer, sizes, frame, state)
     if not np.isfinite(_host(moved)).all():
         raise ValueError("x holds NaN or inf")
-    warn_if_training(denoiser.model)
+    warn_if_training(denoiser.networks)
     batch = Batch(denoiser, frame, "naive", state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
     elements = batch.functions.elements

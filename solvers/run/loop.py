@@ -91,12 +91,10 @@ def run_plan(
     after = None if callback is None else _after_each(run, callback, outer, convert)
     if edits is not None:
         edited = EditedRun(edits, run, job.denoiser.conditions(cond))
-        call = call and edited.call(call)
         edited.start()
         after = edited.before(after)
     if run.through is not None and call is not None and noise is None and after is None and not progress:
         return run.through(call)
-    halves = job.program.halves
     raws: Sequence[Array] = ()
     bar = _bar(job.program.calls[-1] + 1) if progress else None
     try:
@@ -111,7 +109,7 @@ def run_plan(
                 graphs.step(k)
             if after is not None:
                 after(k)
-            if bar is not None and (k + 1) % halves == 0 and k not in job.program.leads:
+            if bar is not None and k not in job.program.leads and k not in job.program.firsts:
                 bar.update(1)
     finally:
         if bar is not None:

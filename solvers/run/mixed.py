@@ -15,7 +15,7 @@ from fewstep.solvers.cache import Cache
 from fewstep.solvers.options import flag, instance, one_of, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, running
-from fewstep.solvers.run.checks import check_latent, check_shape, model_frame, pick_backend
+from fewstep.solvers.run.checks import check_latent, check_plan, check_shape, model_frame, pick_backend
 from fewstep.solvers.run.columns import Columns, LoneRuns
 from fewstep.solvers.run.compiled import Compiler
 from fewstep.solvers.run.convert import Converter
@@ -26,6 +26,7 @@ from fewstep.solvers.run.fused_columns import FusedColumns
 from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.graph import CaptureError, capture_api
 from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
+from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import Limits
 
 
@@ -92,11 +93,8 @@ class MixedRun:
         if not plans:
             raise ValueError("plans is empty: give every plan that a request may follow")
         for plan in plans:
-            if plan.grid.process != denoiser.process:
-                raise ValueError(
-                    f"plan {plan.solver!r} was made on {plan.grid.process!r}, the denoiser was trained on "
-                    f"{denoiser.process!r}: make the grid with the denoiser's process"
-                )
+            check_plan(plan, denoiser)
+        warn_if_training(denoiser.networks)
         self.plans = tuple(plans)  # keeps the ids below alive
         lone = self.shape if self.backend == "triton" else (1, *self.shape[1:])
         self._compiler = Compiler(self.backend, self.frame, lone, "float32")

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fewstep.solvers.options import warn
@@ -32,15 +32,19 @@ def frame_reached(model: object) -> Frame | None:
     return next((frame for frame in found if isinstance(frame, TorchFrame)), None)
 
 
-def warn_if_training(model: object) -> None:
-    """One warning for a network that would draw dropout masks, or update batch statistics, while it samples."""
-    if sys.modules.get("torch") is None:
-        return
+def warn_if_training(networks: Iterable[object]) -> None:
+    """A warning for each network that would draw dropout masks, or update batch statistics, while it samples."""
+    if sys.modules.get("torch") is not None:
+        for network in {id(network): network for network in networks}.values():
+            _warn_if_training(network)
+
+
+def _warn_if_training(network: object) -> None:
     import torch
 
-    if isinstance(model, torch.nn.Module) and not model.training:
+    if isinstance(network, torch.nn.Module) and not network.training:
         return
-    for part in torch_parts(model):
+    for part in torch_parts(network):
         if isinstance(part, torch.nn.Module) and part.training:
             random = next((type(m).__name__ for m in part.modules() if m.training and _is_random(m)), None)
             if random is not None:

@@ -180,8 +180,7 @@ def sample(
         )
     if dtype is None and x is not None and outer is not None and outer.dtype_of(x) == "float64":
         dtype = "float64"
-    if device is None:
-        device = device_of_inputs(denoiser, outer, cond)
+    device = device_of_inputs(denoiser, outer, cond, device)
     named("backend", backend, BACKENDS)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients
@@ -210,7 +209,7 @@ def sample(
 
         sampler = kept(key, make_weakly)
         if not made:
-            warn_if_training(denoiser.model)
+            warn_if_training(denoiser.networks if denoiser.guidance is not None else (denoiser.model,))
             sampler._tried = None  # as in a new sampler's first call, the network's outputs are looked at
     idle = sampler._now.idle
     held = [*map(len, idle)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import count
 
 from fewstep.solvers.run.arrays import Array
-from fewstep.solvers.run.conditions import check_arrays, spread
-from fewstep.solvers.run.denoising import Call, Condition, check_output, copies
+from fewstep.solvers.run.conditions import Leaf, check_arrays, mapped
+from fewstep.solvers.run.denoising import Call, Cond, Condition, check_output, copies
 from fewstep.solvers.run.engine import Job
 
 # Places in a round, by the branches that their calls need.
@@ -17,38 +18,64 @@ def bind_calls(job: Job, cond: Condition) -> Call:
     """call(branches, x_in, t), to be called once for each op of the job's program, in order.
 
     Ops that only make inputs (`Program.leads`) get no outputs. The last of them in a round calls the network for the
-    whole round, and the ops after it get the outputs of one call each.
+    whole round, and the ops after it get the outputs of one call each. Where a call has two ops (`Program.firsts`), the
+    second gets the outputs of the first.
 
     Raises ValueError for conditions that do not fit the denoiser or the batch.
     """
-    return _Rounds(job, cond) if job.program.leads else job.denoiser.bind(job.frame, job.batch, cond)
+    call: Call = _Rounds(job, cond) if job.program.leads else job.denoiser.bind(job.frame, job.batch, cond)
+    return _shared(job, call) if job.program.firsts else call
+
+
+def _shared(job: Job, call: Call) -> Call:
+    """A call for the first op of each pair, whose outputs the second gets, too."""
+    ops, held = count(), list[tuple[Array, ...]]()
+    read = any(op.unguided for op in job.program.ops)
+
+    def once(branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
+        k = next(ops)
+        if held:
+            return held.pop()
+        raws = call(branches, x_in, t)
+        if k in job.program.firsts:
+            # The first op writes the next model input, which may be the memory that a network returned.
+            held.append(tuple(job.frame.concatenate([raw]) for raw in raws) if read else raws)
+        return raws
+
+    return once
 
 
 class _Rounds:
     def __init__(self, job: Job, cond: Condition) -> None:
         self.job = job
-        self.ops: Iterator[int] = iter(range(len(job.tables)))
+        self.ops: Iterator[int] = iter(job.program.calling)
         self.inputs: list[tuple[Array, Array]] = []  # of the round's calls
         self.outputs: list[tuple[Array, ...]] = []  # those that are still to be handed out, the next one last
         self.groups = {k: self._groups(k) for k in job.program.leads if k + 1 not in job.program.leads}
         conds = job.denoiser.conditions(cond)
         check_arrays(conds, job.frame, job.batch, hint="leave parallel=True out")
         widths = {1, *(len(places) for groups in self.groups.values() for places in groups.values())}
-        self.calls = {
-            n: job.denoiser.bind(
-                job.frame, n * job.batch, conds if n == 1 else spread(conds, job.frame, [*range(job.batch)] * n)
-            )
-            for n in widths
-        }
+        self.calls = {n: job.denoiser.bind(job.frame, n * job.batch, self._wide(conds, n)) for n in widths}
+
+    def _wide(self, conds: Sequence[Cond], n: int) -> Sequence[Cond]:
+        """The conditions of n calls side by side: by an operation that a graph records, on memory that changes."""
+        frame, batch = self.job.frame, self.job.batch
+
+        def own(value: Leaf) -> Leaf:
+            whole = n > 1 and frame.is_array(value) and value.shape[0] == batch
+            return frame.concatenate([value] * n) if whole else value
+
+        return [mapped(own, one) for one in conds]
 
     def _groups(self, k: int) -> Groups:
         """Of the round whose last lead is op k: as many ops lead it as follow."""
-        first = k
-        while first - 1 in self.job.program.leads:
+        program, first = self.job.program, k
+        while first - 1 in program.leads:
             first -= 1
+        after = program.calling.index(k) + 1
         groups: Groups = {}
-        for place in range(k + 1 - first):
-            groups.setdefault(self.job.tables[k + 1 + place].branches, []).append(place)
+        for place, op in enumerate(program.calling[after : after + k + 1 - first]):
+            groups.setdefault(self.job.tables[op].branches, []).append(place)
         return groups
 
     def __call__(self, branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:

@@ -9,10 +9,10 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, function, named
+from fewstep.solvers.options import flag, function, named, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, dtype_name, frame_of, running
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
 from fewstep.solvers.run.checks import (
     BACKENDS,
     check_latent,
@@ -59,7 +59,7 @@ class Sampler:
               makes every call wait for the device
     parallel  make calls that do not depend on each other (`Plan.rounds`) in one call of the network, on their samples
               side by side, with t per sample and the conditions repeated: for plans such as "epd", where the network
-              takes a larger batch in about the same time. Not with edits or CUDA graphs
+              takes a larger batch in about the same time. Not with edits after every stage; of CUDA graphs "loop" alone
 
     Memory is allocated when the sampler is made and reused by every call; a call allocates only its result, and
     nothing with `out`. Concurrent calls from several threads are safe: each uses its own workspace.
@@ -83,9 +83,7 @@ class Sampler:
     ) -> None:
         check_denoiser(denoiser)
         self.shape = check_shape(shape)
-        self.dtype = dtype_name("float32" if dtype is None else dtype)
-        if self.dtype not in ("float32", "float64"):
-            raise ValueError(f"dtype is the state's, float32 or float64, got {self.dtype}; 16-bit belongs to the model")
+        self.dtype = state_dtype(dtype)
         named("backend", backend, BACKENDS)
         named("graph mode", graph, MODES)
         self.frame = model_frame(denoiser, device)
@@ -97,20 +95,26 @@ class Sampler:
                 f"graph={graph!r} needs a CUDA device and the triton backend; "
                 f"this sampler runs {self.backend} on {self.frame.device}"
             )
-        if isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 0:
-            raise ValueError(f"capacity must be an int >= 0, the denoiser calls of the longest plan, got {capacity!r}")
+        capacity = whole("capacity", capacity, 0)
         if check is not None:
             flag("check", check)
         flag("parallel", parallel)
-        if parallel and graph not in ("auto", "off"):
-            raise ValueError(f"parallel=True makes its calls outside of CUDA graphs: use graph='off', not {graph!r}")
-        for network in {id(network): network for network in denoiser.networks}.values():
-            warn_if_training(network)
+        if parallel and graph in ("step", "while"):
+            raise ValueError(
+                f"graph={graph!r} records one call and its update, and parallel=True makes the calls of a round at "
+                "once: use graph='loop' or 'off'"
+            )
+        if parallel and capacity:
+            raise ValueError(
+                f"capacity={capacity} lets plans of other lengths replay one graph, and with parallel=True a graph is "
+                "that of its plan's rounds: leave one of them out"
+            )
+        warn_if_training(denoiser.networks)
         self.graph, self.capacity, self.parallel = graph, capacity, parallel
         self.check = self.frame.device == "cpu" if check is None else check
         self._options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype, "graph": graph}
         self._options |= {"capacity": capacity, "check": check, "parallel": parallel}
-        self._mode = GraphMode("off" if parallel else graph)
+        self._mode = GraphMode(graph)
         self._compiler = Compiler(self.backend, self.frame, self.shape, self.dtype, capacity, parallel)
         self._torch: Any = self.frame.torch if isinstance(self.frame, TorchFrame) else None
         self._is_plain = self.frame.plain_test(self.shape, self.dtype)
@@ -272,9 +276,10 @@ class Sampler:
             outer, dtype = self._checked(x)
         if out is not None:
             check_out(out, outer, self.shape, self.frame)
-        if self.parallel and (edit is not None or edit_x0 is not None):
+        if self.parallel and edit is not None and every == "stage":
             raise ValueError(
-                "edit and edit_x0 act between calls, and parallel=True makes several at once: leave it out"
+                "every='stage' edits x after each call, and parallel=True makes the calls of a round at once, before "
+                "it: use every='step' or edit_x0, or leave parallel=True out"
             )
         if callback is not None:
             function("callback", callback)

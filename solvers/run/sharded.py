@@ -20,7 +20,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.files import read_whole, shown, write_whole
-from fewstep.solvers.options import function, instance
+from fewstep.solvers.options import function, instance, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import dumps, plan_as_json
 from fewstep.solvers.reprs import short_repr
@@ -129,7 +129,8 @@ def sample_sharded(
     Returns this process's `Shards`. Raises ValueError or TypeError that names the argument before the model is called,
     FileNotFoundError if the folder has no parent, OSError if a file cannot be written.
     """
-    _check_counts(n, chunk)
+    n = whole("n", n, 1, 1 << 32)
+    chunk = None if chunk is None else whole("chunk", chunk, 1, 1 << 32)
     rank, world_size = place(rank, world_size)
     instance("job", job, (Mapping, type(None)), "a mapping of names to plain values")
     function("progress", progress, optional=True)
@@ -180,14 +181,6 @@ def sample_sharded(
 
 
 # --- arguments ---
-
-
-def _check_counts(n: object, chunk: object) -> None:
-    for name, value, high in (("n", n, 1 << 32), ("chunk", chunk, 1 << 32)):
-        if value is None and name == "chunk":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-            raise ValueError(f"{name} must be an int >= 1 and <= {high}, got {value!r:.80}")
 
 
 def _environment(name: str, default: int) -> int:
@@ -268,12 +261,18 @@ def _manifest(
         "nfe": plan.nfe,
         "plan": _digest(dumps(plan_as_json(plan))),
         "denoiser": settings,
-        "weights": weights_digest(denoiser.model),
+        "weights": _weights(denoiser),
         "cond": "a function" if callable(cond) else _digest_of_tree([cond, denoiser.null], sampler.frame),
         "backend": sampler.backend,
         "device": sampler.frame.device.partition(":")[0],
         "job": dict(job or {}),
     }
+
+
+def _weights(denoiser: DenoiserLike) -> str | list[str | None] | None:
+    """The digest of the network, or those of all networks of the guidance."""
+    found = [weights_digest(network) for network in {id(network): network for network in denoiser.networks}.values()]
+    return found[0] if len(found) == 1 else found
 
 
 def _digest(text: str) -> str:

@@ -26,7 +26,7 @@ from fewstep.solvers.plans.stages import NOISE
 from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
-from fewstep.solvers.run.checks import check_latent, check_shape, device_of_inputs, model_frame
+from fewstep.solvers.run.checks import check_latent, check_plan, check_shape, device_of_inputs, model_frame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.run.draws import check_form, check_policy, log_density, std
 from fewstep.solvers.run.loop import StepInfo
@@ -164,8 +164,7 @@ def log_prob(
     """
     check_policy(plan)
     check_denoiser(denoiser)
-    if plan.grid.process != denoiser.process:
-        raise ValueError(f"plan was made on {plan.grid.process!r}, the denoiser was trained on {denoiser.process!r}")
+    check_plan(plan, denoiser)
     check_form(reduce, unnormalised)
     wanted = _steps(steps, plan.steps)
     frame, outer, dtype = _libraries(denoiser, plan, states, cond, device)
@@ -255,7 +254,7 @@ def _libraries(
         raise TypeError(f"states must be NumPy arrays or torch tensors, got {type(states[0]).__name__}")
     shape = check_shape(tuple(states[0].shape))
     dtype = "float64" if outer.dtype_of(states[0]) == "float64" else "float32"
-    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond) if device is None else device)
+    frame = model_frame(denoiser, device_of_inputs(denoiser, outer, cond, device))
     for k, state in enumerate(states):
         try:
             check_latent(state, frame_of(state), shape, frame, dtype)

@@ -71,7 +71,8 @@ class BrownianTree:
         low, high = map(number, log_snr_range) if pair else (math.nan, math.nan)
         if not (math.isfinite(low) and math.isfinite(high) and low < high and max(-low, high) <= 300.0):
             raise ValueError(f"log_snr_range must be (low, high) with -300 <= low < high <= 300, got {log_snr_range}")
-        if not (0.0 < number(tolerance) < math.inf and (high - low) / tolerance <= 2.0**_MAX_DEPTH):
+        tolerance = number(tolerance)
+        if not (0.0 < tolerance < math.inf and (high - low) / tolerance <= 2.0**_MAX_DEPTH):
             least = (high - low) / 2.0**_MAX_DEPTH
             raise ValueError(f"tolerance must be at least {least:.3g} for this range, got {tolerance}")
         if np.ndim(seed) == 0:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.field_names import spacing_hint
-from fewstep.solvers.options import between, flag, named, number, one_of
+from fewstep.solvers.options import between, flag, named, number, one_of, plain, whole
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, check_process, numbers
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -204,8 +204,7 @@ class Grid:
 
         Raises ValueError for an argument out of range, or if a step from alpha = 0 has an infinite level (VP).
         """
-        if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"steps = {steps!r}: extend takes an int >= 1 and <= {MAX_STEPS}")
+        steps = whole("steps", steps, 1, MAX_STEPS)
         between("start_at_sigma", start_at_sigma, -math.inf, math.inf)
         between("end_at_sigma", end_at_sigma, -math.inf, math.inf)
         one_of("spacing", spacing, tuple(_DIVISIONS))
@@ -386,8 +385,7 @@ def grid(
     """
     spacing = process.spacing if spacing is None else spacing
     check_spacing(spacing)
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps = {steps!r}: a grid takes an int >= 1 and <= {MAX_STEPS}")
+    steps = whole("steps", steps, 1, MAX_STEPS)
     axis, rule, own = SPACINGS[spacing]
     others = sorted(set(options) - set(own))
     if others:
@@ -395,6 +393,8 @@ def grid(
 
     check_process(process)
     flag("final_zero", final_zero)
+    sigma_min, sigma_max, shift, shift_terminal = map(plain, (sigma_min, sigma_max, shift, shift_terminal))
+    options = {name: plain(value) for name, value in options.items()}
     ends = {"sigma_min": sigma_min, "sigma_max": sigma_max, "shift": shift, "shift_terminal": shift_terminal}
     given = {name: value for name, value in ends.items() if value is not None} | options
     for name, value in given.items():
@@ -411,7 +411,7 @@ def grid(
     if options.get("round_times") and process.timesteps is None:
         raise ValueError(f"round_times = True: {process!r} has no discrete times to round to")
     _check_ends(process, sigma_min, sigma_max)
-    layout = axis.layout(process, int(steps), bool(final_zero), sigma_min, sigma_max)
+    layout = axis.layout(process, steps, final_zero, sigma_min, sigma_max)
     try:
         with np.errstate(all="ignore"):  # an option out of range gives NaN or inf, which are not below their neighbours
             coordinates = rule(layout, **options)

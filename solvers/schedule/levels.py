@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.solvers.options import between, named
+from fewstep.solvers.options import between, named, whole
 
 Levels = NDArray[np.int64]
 
@@ -20,8 +20,9 @@ _MOST = 1 << 24  # entries of a schedule
 
 def uniform(steps: int, tokens: int) -> Levels:
     """All tokens together, as in plain sampling: steps + 1 rows."""
-    _counts(steps, tokens)
-    return _lagged(steps, np.zeros(_fits(steps, tokens, 0, "steps, tokens")), 0)
+    steps, tokens = _counts(steps, tokens)
+    _check_size(steps, tokens, 0, "steps, tokens")
+    return _lagged(steps, np.zeros(tokens), 0)
 
 
 def staircase(steps: int, tokens: int, offset: int | None = None, width: int = 1) -> Levels:
@@ -30,13 +31,12 @@ def staircase(steps: int, tokens: int, offset: int | None = None, width: int = 1
     offset  None is `steps`: a block starts when the block before it is finished, as autoregressive models sample
     width   tokens side by side in a block
     """
-    _counts(steps, tokens)
-    _count("width", width)
-    offset = steps if offset is None else offset
-    _count("offset", offset, 0)
-    lag = int(offset) * ((int(tokens) - 1) // int(width))
-    tokens = _fits(steps, tokens, lag, "steps, tokens, offset, width")
-    return _lagged(steps, int(offset) * (np.arange(tokens) // min(int(width), tokens)), lag)
+    steps, tokens = _counts(steps, tokens)
+    width = whole("width", width, 1, _MOST)
+    offset = steps if offset is None else whole("offset", offset, 0, _MOST)
+    lag = offset * ((tokens - 1) // width)
+    _check_size(steps, tokens, lag, "steps, tokens, offset, width")
+    return _lagged(steps, offset * (np.arange(tokens) // width), lag)
 
 
 def pyramid(steps: int, tokens: int, scale: float = 1.0) -> Levels:
@@ -44,10 +44,10 @@ def pyramid(steps: int, tokens: int, scale: float = 1.0) -> Levels:
 
     scale  the paper's uncertainty scale: 0 is `uniform`, `steps` is `staircase`
     """
-    _counts(steps, tokens)
+    steps, tokens = _counts(steps, tokens)
     between("scale", scale, 0.0, _MOST)
-    lag = int(float(scale) * (int(tokens) - 1))
-    tokens = _fits(steps, tokens, lag, "steps, tokens, scale")
+    lag = int(float(scale) * (tokens - 1))
+    _check_size(steps, tokens, lag, "steps, tokens, scale")
     return _lagged(steps, np.floor(float(scale) * np.arange(tokens)), lag)
 
 
@@ -81,22 +81,15 @@ def matrix(levels: object, steps: int, tokens: int) -> Levels:
 
 
 def _lagged(steps: int, lags: NDArray[np.number], longest: int) -> Levels:
-    rows = np.arange(int(steps) + longest + 1)
+    rows = np.arange(steps + longest + 1)
     return np.clip(rows[:, None] - lags.astype(np.int64), 0, steps)
 
 
-def _counts(steps: int, tokens: int) -> None:
-    _count("steps", steps)
-    _count("tokens", tokens)
+def _counts(steps: object, tokens: object) -> tuple[int, int]:
+    return whole("steps", steps, 1, _MOST), whole("tokens", tokens, 1, _MOST)
 
 
-def _count(name: str, value: object, low: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= _MOST:
-        raise ValueError(f"{name} must be an int >= {low}, at most {_MOST}, got {value!r:.80}")
-
-
-def _fits(steps: int, tokens: int, lag: int, names: str) -> int:
-    """The number of tokens. Raises ValueError for a schedule that is too large to be meant."""
-    if (int(steps) + int(lag) + 1) * int(tokens) > _MOST:
+def _check_size(steps: int, tokens: int, lag: int, names: str) -> None:
+    """Raises ValueError for a schedule that is too large to be meant."""
+    if (steps + lag + 1) * tokens > _MOST:
         raise ValueError(f"{names} make a schedule of more than {_MOST} entries")
-    return int(tokens)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import bisect
 import math
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fewstep.solvers.options import between, number, one_of
+from fewstep.solvers.options import between, number, one_of, plain_fields
 
 FloatArray = NDArray[np.float64]
 
@@ -155,14 +155,6 @@ def _plain(value: ArrayLike) -> Any:
     return float(array) if array.ndim == 0 else array
 
 
-def _plain_fields(process: VE | Flow) -> None:
-    """Make NumPy's numbers Python's: arithmetic in float16 or float32 would overflow or round."""
-    for each in fields(process):
-        value = getattr(process, each.name)
-        if isinstance(value, np.generic):
-            object.__setattr__(process, each.name, value.item())
-
-
 def _ends(values: FloatArray) -> tuple[float, float]:
     """The least and the largest value, in a third of the time of `min` and `max`; NaN if there is one."""
     return values.item(values.argmin()), values.item(values.argmax())
@@ -170,14 +162,14 @@ def _ends(values: FloatArray) -> tuple[float, float]:
 
 def _within(name: str, value: ArrayLike, low: float, high: float, owner: object) -> Any:
     """`value` as a float or a float64 array. Raises ValueError that names the first entry outside [low, high]."""
-    floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
     given: object = value
-    if isinstance(given, float) and floor <= given <= ceiling:
-        return min(max(float(given), low), high)
     if isinstance(given, np.ndarray) and given.dtype == np.float64 and given.ndim and given.size:
         least, most = _ends(given)
         if low <= least and most <= high:
             return given.copy()
+    floor, ceiling = low - min(_SLACK * abs(low), 1.0), high + min(_SLACK * abs(high), 1.0)
+    if isinstance(given, float) and floor <= given <= ceiling:
+        return min(max(float(given), low), high)
     array = numbers(name, value)
     # NaN fails both comparisons, so it counts as out of range.
     bad = np.flatnonzero(~((array >= floor) & (array <= ceiling)))
@@ -186,6 +178,15 @@ def _within(name: str, value: ArrayLike, low: float, high: float, owner: object)
         value = float(array.flat[bad[0]])
         raise ValueError(f"{where} = {value} is outside {low:.10g} <= {name} <= {high:.10g} of {owner!r}")
     return _plain(np.clip(array, low, high))
+
+
+def _ve(sigma: Any) -> Point:
+    """The variance-exploding point, alpha = 1."""
+    if isinstance(sigma, float):
+        return Point(sigma, 1.0, sigma)
+    alpha = np.empty(sigma.shape)  # a third of the time of `ones_like`
+    alpha.fill(1.0)
+    return points(sigma, alpha, sigma)
 
 
 def _vp(t: Any, ratio: Any) -> Point:
@@ -274,15 +275,16 @@ class VP(_Unwarped):
         _count(timesteps)
         if not (0.0 < number(s) < math.inf and 0.0 < number(max_beta) < 1.0):
             raise ValueError(f"s = {s} and max_beta = {max_beta}: VP.cosine takes 0 < s < inf and 0 < max_beta < 1")
+        s = float(s)
         bar = np.cos((np.arange(timesteps + 1) / timesteps + s) / (1.0 + s) * (math.pi / 2.0)) ** 2
-        betas = np.minimum(1.0 - bar[1:] / bar[:-1], max_beta)
+        betas = np.minimum(1.0 - bar[1:] / bar[:-1], float(max_beta))
         return cls._of(betas, timesteps=timesteps, s=s, max_beta=max_beta)
 
     @classmethod
     def _of(cls, betas: FloatArray, **given: float) -> VP:
         """The process of these betas. Raises ValueError that names what they were made from."""
         try:
-            return cls(np.cumprod(1.0 - betas).astype(np.float64))
+            return cls(np.cumprod(1.0 - betas, dtype=np.float64))
         except ValueError as error:
             made_from = ", ".join(f"{name} = {value}" for name, value in given.items())
             raise ValueError(f"{made_from}: a beta is lost in rounding ({error})") from None
@@ -414,7 +416,7 @@ def _betas(start: float, end: float, timesteps: int) -> tuple[float, float, int]
     _count(timesteps)
     if not 0.0 < number(start) <= number(end) < 1.0:
         raise ValueError(f"beta_start = {start}, beta_end = {end}: VP takes 0 < beta_start <= beta_end < 1")
-    return start, end, timesteps
+    return float(start), float(end), timesteps
 
 
 @dataclass(frozen=True)
@@ -438,7 +440,7 @@ class VE(_Unwarped):
                 f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
                 f"{type(self).__name__} takes 0 < sigma_min < sigma_max < inf"
             )
-        _plain_fields(self)
+        plain_fields(self)
 
     @property
     def t_first(self) -> float:
@@ -458,13 +460,11 @@ class VE(_Unwarped):
 
     def point(self, t: ArrayLike) -> Point:
         """The marginal at t = sigma, any shape, 0 <= t < inf. Raises ValueError outside that."""
-        sigma = _within("t", t, 0.0, sys.float_info.max, self)
-        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
+        return _ve(_within("t", t, 0.0, sys.float_info.max, self))
 
     def point_at_sigma(self, ratio: ArrayLike) -> Point:
         """The point with sigma / alpha = ratio, any shape, 0 <= ratio < inf. Raises ValueError outside that."""
-        sigma = _within("ratio", ratio, 0.0, sys.float_info.max, self)
-        return Point(sigma, 1.0 if isinstance(sigma, float) else np.ones_like(sigma), sigma)
+        return _ve(_within("ratio", ratio, 0.0, sys.float_info.max, self))
 
 
 @dataclass(frozen=True)
@@ -505,7 +505,7 @@ class Flow:
     def __post_init__(self) -> None:
         if not 1e-30 <= number(self.shift) <= 1e30:
             raise ValueError(f"shift = {self.shift!r}: Flow takes 1e-30 <= shift <= 1e30")
-        _plain_fields(self)
+        plain_fields(self)
 
     @classmethod
     def dynamic(cls, mu: float, kind: str = "exponential") -> Flow:
@@ -537,8 +537,10 @@ class Flow:
             raise ValueError(f"max_image_seq_len must exceed base_image_seq_len, got {max_image_seq_len!r}")
         for name, shift in (("base_shift", base_shift), ("max_shift", max_shift)):
             between(name, shift, -700.0, 700.0)
-        slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
-        return base_shift + slope * (image_seq_len - base_image_seq_len)
+        length, low, high, first, last = map(
+            float, (image_seq_len, base_image_seq_len, max_image_seq_len, base_shift, max_shift)
+        )
+        return first + (last - first) / (high - low) * (length - low)
 
     @property
     def t_first(self) -> float:

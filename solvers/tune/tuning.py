@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +28,7 @@ import numpy as np
 
 from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.files import write_whole
-from fewstep.solvers.options import function, named, number, one_of
+from fewstep.solvers.options import function, named, number, one_of, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -239,8 +238,8 @@ def identity_of(
         "guidance": guidance_as_json(denoiser.guidance),
         "features": None if features is None else getattr(features, "__name__", type(features).__name__),
         "shape": list(shape),
-        "seed": seed,
-        "seeds": dict(splits),
+        "seed": int(seed),
+        "seeds": {name: int(count) for name, count in splits.items()},  # JSON has no numbers of NumPy
     }
 
 
@@ -262,9 +261,11 @@ def difference_step(denoiser: DenoiserLike) -> float:
     return _DIFFERENCE[denoiser.model_dtype("float64")]
 
 
-def speaker(progress: bool | Callable[[str], None], who: str = "tune") -> Callable[[str], None]:
-    """Where lines of progress go: to the caller's function, to the standard error after the name `who`, or nowhere."""
-    return progress if callable(progress) else partial(_to_stderr, who) if progress else _silent
+def speaker(progress: bool | Callable[[str], None], name: str = "tune") -> Callable[[str], None]:
+    """What takes lines of progress: the caller's function, the standard error or nothing."""
+    if callable(progress):
+        return progress
+    return (lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)) if progress else lambda text: None
 
 
 def _as_bytes(ensemble: Ensemble, cond: Condition) -> list[dict[str, object]]:
@@ -540,8 +541,7 @@ def check_arguments(
 ) -> tuple[Rule, Array] | None:
     """Raises ValueError for what needs no denoiser to be wrong. Returns the rule of a plan to resume."""
     for name, value, low, high in (("nfe", nfe, 2, 1000), ("seeds", seeds, 12, 10**6), ("batch", batch, 1, 10**6)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise ValueError(f"{name} must be an integer >= {low} and <= {high}, got {value!r}")
+        whole(name, value, low, high)
     one_of("what", what, WHAT)
     one_of("objective", objective, tuple(OBJECTIVES))
     if isinstance(base, Plan):
@@ -752,7 +752,7 @@ def fit_plan(
         },
         "reference_error": made.reference_error,
         "objective": objective,
-        "relax": relax,
+        "relax": float(relax),
         "fitted": best is not None or plan is fewer,
         "complete": complete,
         "calls": made.ensemble.calls,
@@ -761,11 +761,3 @@ def fit_plan(
         assert best is not None
         return best.rule.plan(best.numbers, record)
     return replace(plan, options={**plan.options, "tuning": record})
-
-
-def _silent(text: str) -> None:
-    return
-
-
-def _to_stderr(who: str, text: str) -> None:
-    print(f"{who}: {text}", file=sys.stderr, flush=True)

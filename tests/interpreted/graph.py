@@ -292,6 +292,62 @@ def test_new_numbers_of_a_guidance_need_no_new_graph(make: Any, mode: str, cuda:
     assert cuda.log.count("record") == 1  # one kind of stage
 
 
+def in_rounds(net: torch.nn.Module, plan: fs.Plan, graph: str, guidance: Any = None) -> fs.Sampler:
+    return fs.Sampler(
+        fs.Denoiser(net, VP, guidance=guidance), plan, SHAPE, backend="triton", graph=graph, parallel=True
+    )
+
+
+def test_the_calls_of_a_round_in_a_loop(cuda: FakeCuda) -> None:
+    """Other seeds, conditions, schedules and scales by one recording; a plan of other rounds by another one."""
+    net, first = Net(), plan(2, "epd")
+    made = in_rounds(net, first, "loop", 2.0)
+    for seed, cond in ((1, conditions(0.1, 0.5)), (2, conditions(-0.3, 0.2))):
+        assert torch.equal(made(seed=seed, cond=cond), oracle(first, 2.0)(seed=seed, cond=cond))
+    assert net.calls == 3 * len(first.rounds) == 9  # two warm-ups and the recording
+    later = plan(2, "epd", rho=3.0)
+    made.update(later, guidance=4.5)
+    assert torch.equal(made(seed=1, cond=cond), oracle(later, 4.5)(seed=1, cond=cond))
+    assert (cuda.log.count("record"), cuda.log.count("replay"), net.calls) == (1, 3, 9)
+    wide = fs.plan("epd", later.grid, places=(0.2, 0.5, 0.8), weights=(0.3, 0.4, 0.3))
+    made.update(wide)
+    assert torch.equal(made(seed=1, cond=cond), oracle(wide, 4.5)(seed=1, cond=cond))
+    assert cuda.log.count("record") == 2
+
+
+def test_rounds_with_edits_in_a_loop(cuda: FakeCuda) -> None:
+    def edits() -> dict[str, Any]:
+        return {"edit": lambda info: 0.9 * info.x + 0.1 * info.k, "edit_x0": lambda info: info.x0.clamp(-0.8, 0.6)}
+
+    first, cond, given = plan(2, "epd"), {"c": torch.tensor([0.1, 0.5])}, edits()
+    made = in_rounds(Net(), first, "loop")
+    for seed in (1, 2):
+        assert torch.equal(made(seed=seed, cond=cond, **given), oracle(first)(seed=seed, cond=cond, **edits()))
+    assert (cuda.log.count("record"), cuda.log.count("replay")) == (1, 2)
+
+
+def test_which_graphs_take_rounds(cuda: FakeCuda) -> None:
+    """Mode "auto" records a loop, and runs without graphs what a loop cannot do, or what takes long by itself."""
+    first = plan(2, "epd")
+    for mode in ("step", "while"):
+        with pytest.raises(ValueError, match=f"graph='{mode}' records one call and its update.*graph='loop' or 'off'"):
+            in_rounds(Net(), first, mode)
+    with pytest.raises(ValueError, match=r"graph='loop' runs a whole sample in one launch.*use graph='off'"):
+        in_rounds(Net(), first, "loop")(seed=0, callback=lambda info: None)
+    cuda.log.clear()
+    auto, want = in_rounds(Net(), first, "auto"), oracle(first)(seed=0)
+    assert torch.equal(auto(seed=0), want)
+    assert cuda.log.count("replay") == 1
+    assert torch.equal(auto(seed=0, callback=lambda info: None), want)
+    assert cuda.log.count("replay") == 1
+    cuda.milliseconds = 1.1 * first.nfe  # of a whole sample
+    assert torch.equal(in_rounds(Net(), first, "auto")(seed=0), want)
+    assert (cuda.log.count("record"), cuda.log.count("replay")) == (1, 1)
+    cuda.milliseconds = 0.5
+    with pytest.warns(RuntimeWarning, match=r"falls back to 'off'.*not permitted"):
+        assert torch.equal(in_rounds(Syncing(), first, "auto")(seed=0), want)
+
+
 GUIDE = Net()
 
 
@@ -624,7 +680,7 @@ def test_one_graph_for_any_number_of_steps(mode: str, cuda: FakeCuda) -> None:
     made.update(plan(5, "unipc"))
     assert torch.equal(made(seed=0), oracle(plan(5, "unipc"))(seed=0))
     assert cuda.log.count("record") == 1
-    with pytest.raises(ValueError, match=r"capacity must be an int >= 0, .* got -1"):
+    with pytest.raises(ValueError, match="capacity must be an int >= 0, got -1"):
         fs.Sampler(denoiser, plan(), SHAPE, backend="triton", capacity=-1)
 
 

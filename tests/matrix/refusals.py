@@ -82,12 +82,16 @@ RULES: list[Absent | Refusal] = [
     Refusal(
         "each call depends on the one before it",
         "each call of this plan of solver",
-        {"feature": [PARALLEL], "solver": [s for s in SOLVERS if s not in ("epd", *EMBEDDED)], "graph": ["off"]},
+        {
+            "feature": [PARALLEL],
+            "solver": [s for s in SOLVERS if s not in ("epd", *EMBEDDED)],
+            "graph": ["off", "loop"],
+        },
     ),
     Refusal(
-        "the calls of a round are made outside of graphs",
-        "makes its calls outside of CUDA graphs",
-        {"feature": [PARALLEL], "graph": ["step", "loop"]},
+        "the calls of a round are made at once",
+        "records one call and its update",
+        {"feature": [PARALLEL], "graph": ["step"]},
     ),
     Refusal("the plan draws no noise", "draws no noise", {"feature": [POLICY], "solver": NO_NOISE}),
     Refusal("noise inside of a step", "draws noise inside of a step", {"feature": [POLICY], "solver": INSIDE}),
