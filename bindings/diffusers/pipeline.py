@@ -146,7 +146,7 @@ def restore(pipe: object) -> Report:
     done = []
     for name, scheduler in _schedulers(components).items():
         # A scheduler made from this one's configuration keeps the entry "replaces", and replaces nothing.
-        if isinstance(scheduler, PlanScheduler) and scheduler.config["replaces"] is not None:
+        if issubclass(type(scheduler), PlanScheduler) and scheduler.config["replaces"] is not None:
             replaced = scheduler_of(scheduler.config["replaces"])
             setattr(pipe, name, replaced)
             done.append((name, f"{type(replaced).__name__} is diffusers' own again"))

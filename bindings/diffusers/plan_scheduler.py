@@ -176,7 +176,7 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
 def described(scheduler: Scheduler) -> dict[str, Any]:
     """A scheduler's class and configuration, from which `scheduler_of` makes it again."""
     # A scheduler made from the configuration of a PlanScheduler keeps its entries, and has no plan.
-    foreign = _HIDDEN if isinstance(scheduler, PlanScheduler) else (*_HIDDEN, "plan", "replaces")
+    foreign = _HIDDEN if issubclass(type(scheduler), PlanScheduler) else (*_HIDDEN, "plan", "replaces")
     own = {key: value for key, value in dict(scheduler.config).items() if key not in foreign}
     plain = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in own.items()}
     return {**plain, "_class_name": type(scheduler).__name__}
