@@ -194,7 +194,7 @@ def compile_plan(
         ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
         if alone:
-            # Before the first call nothing holds a prediction, and nothing asks for one.
+            # Before the first call there is no prediction, and none is read.
             x0.append(where.get(X0_SLOT, -1) if lasting else where.pop(X0_SLOT))
             slots.append({slot: buffer for slot, buffer in where.items() if slot not in ("x", X0_SLOT)})
     kept = tuple(x0), in_place, tuple(slots), 2 if halves else 1, calls, leads

@@ -165,8 +165,8 @@ class _Run:
             if todo:
                 attempts.first_calls(todo)
             attempts.run()
-            told = o.edits is not None or (o.noise is not None and fresh is not None)
-            starts = self._starts() if told else []
+            needs_starts = o.edits is not None or (o.noise is not None and fresh is not None)
+            starts = self._starts() if needs_starts else []
             norms = attempts.finish(o.control, report)
             problem, at, accepted, finished = report.tolist()
             if problem:
