@@ -69,8 +69,8 @@ class Measured(Recommendation):
     ranking          the best plans, best first; each solver's best is among them
     confidence       fraction of resampled seeds in which no plan of the ranking is more than 5% better than this one
     tuning_gain      this plan's median error over that of a plan by `fewstep.tune` with as many seeds, on latents that
-                     were not fitted to; None without SciPy. The median, because a few latents decide the RMSE, too few
-                     to foretell it
+                     were not fitted to; None without SciPy. The median, because the RMSE depends on too few latents to
+                     be predicted
     seeds            latents that were ranked on
     seconds          wall clock
     calls            denoiser calls, counted per sample

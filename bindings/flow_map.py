@@ -1,4 +1,4 @@
-"""A network that is told where its step ends, as a denoiser: flow maps, MeanFlow, shortcut and trajectory models."""
+"""A network that takes the end of its step as an input, as a denoiser: flow maps, MeanFlow, shortcut models ..."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class FlowMapDenoiser(Denoiser):
         return self.time(to)
 
     def for_plan(self, plan: Plan) -> Self:
-        """The denoiser that is told the end of each step of this plan; samplers call it.
+        """The denoiser with the ends of this plan's steps; samplers call this.
 
         Raises ValueError for a solver whose steps are no jumps by one prediction, and for a plan that calls the network
         at one time for steps to different ends.
@@ -93,7 +93,7 @@ class FlowMapDenoiser(Denoiser):
 
 
 class WithEnds(Around):
-    """A network of two times as one of t alone, which looks the end of its step up: model(x, t, s=ends[t])."""
+    """A network of two times as a function of t alone: model(x, t, s=ends[t]), the end of the step looked up by t."""
 
     def __init__(self, network: Callable[..., Array], name: str, ends: dict[float, float]) -> None:
         super().__init__(network)
@@ -109,7 +109,7 @@ class WithEnds(Around):
         tables = self._tables.get(key)
         if tables is None:
             tables = where.array(self.table[0], where.dtype_of(t)), where.array(self.table[1], where.dtype_of(t))
-            if type(tables[0]).__name__ != "FakeTensor":  # of an export, in which alone it is of use
+            if type(tables[0]).__name__ != "FakeTensor":  # made during an export, and of no use after it
                 self._tables[key] = tables
         times, ends = tables
         return self.network(x, t, **{**cond, self.name: ends[abs(t[:, None] - times).argmin(1)]})

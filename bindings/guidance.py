@@ -1,9 +1,9 @@
 """How the outputs of a network's branches become one: guidance as data.
 
 Every guidance here is linear in the branches' outputs, with coefficients in a plan's tables. Those of guidance rescale,
-APG and CFG-Zero* depend on whole samples: they are blends (`kernels.naive.blend`), made by one reduction a call.
+APG and CFG-Zero* depend on whole samples: they are blends (`kernels.naive.blend`), made by one reduction per call.
 
-A scale is a number; an array, (B,) for the samples of a batch or (1 or B, steps) for the steps, too; or a function
+A scale is a number; an array, (B,) for the samples of a batch or (1 or B, steps) for the steps as well; or a function
 scale(progress, at) of the fraction of the steps that are finished and the `Point`, which returns a number or (B,).
 """
 
@@ -121,7 +121,7 @@ def _side_by_side(columns: Sequence[Floats]) -> Floats:
 
 
 class _Guided:
-    """What all guidances share: where they are on, and what a denoiser asks of them.
+    """The base of all guidances: the interval in which they are on, and the interface that a denoiser uses.
 
     branches        the number of branches, the conditional one last
     reduces         whether coefficients depend on whole samples
@@ -217,7 +217,7 @@ def _plain(name: str, value: object) -> Any:
 
 def _cfg(scales: Sequence[Floats]) -> Floats:
     """raw_0 + s1 (raw_1 - raw_0) + s2 (raw_2 - raw_1) ... as weights of the branches."""
-    if all(len(s) == 1 for s in scales):  # as usual: a table of many stages would notice NumPy's broadcasting
+    if all(len(s) == 1 for s in scales):  # the usual case, without NumPy's slower broadcasting
         numbers = [1.0, *(float(s[0]) for s in scales), 0.0]
         return np.array([[a - b for a, b in pairwise(numbers)]])
     ends = _side_by_side([np.ones(1), *scales, np.zeros(1)])
@@ -311,7 +311,7 @@ class APG(_Guided):
     scale           as for `CFG`, of two branches
     eta             of the part that saturates, 0 to 1; 1 keeps all of it, which is CFG
     norm_threshold  the largest norm of d, in units of x0 over the whole sample; inf for none
-    momentum        of the running average, which moves once a call; negative values are the paper's
+    momentum        of the running average, updated once per call; the paper's values are negative
     start, stop, sigma_lo, sigma_hi  as for `CFG`
     """
 
@@ -346,7 +346,7 @@ class APG(_Guided):
         if not self.on(moment):
             return self._alone()
         weights = _cfg([_value("guidance scale", self.scale, moment)])
-        # A scale of 0 needs the conditional output, too; the average moves even where the scale is 1.
+        # A scale of 0 still needs the conditional output; the average is updated even where the scale is 1.
         return Shares(weights, (0, 1)) if weights[:, 0].any() or self.momentum else self._alone()
 
     def blend(self, weights: Floats, a: float, b: float, momentum: float) -> Floats:

@@ -639,7 +639,7 @@ def save_loop(
     path    ends in ".onnx"; the file is written atomically
     noise   of plans that draw: "streams" computes the normals of `Sampler` in the graph (Philox; needs ONNX Runtime
             1.23 or newer), "input" takes them as an input
-    shape   of one sample, (1, 8, 8) say: the latent is drawn, too, and there is no input "x"
+    shape   of one sample, such as (1, 8, 8): the file then draws the latent, and has no input "x"
     unroll  True writes one call of the network after the other; False a `Loop`, whose file and start do not grow with
             the number of steps
     dtype   of the state: float32 or float64

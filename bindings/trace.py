@@ -34,7 +34,7 @@ SMALL = 0.05
 class Span:
     """A stretch of one thread's time, in seconds of `time.perf_counter`.
 
-    kind  "denoiser", "step" or "host"; recorded as well: "loop", a call of a fewstep sampler
+    kind  "denoiser", "step", "host" or, before `timeline`, "loop": a call of a fewstep sampler
     """
 
     kind: str
@@ -81,7 +81,7 @@ def recording(recorder: Recorder, *, denoisers: bool = True, classes: Collection
     """Record what runs inside.
 
     denoisers  also calls of fewstep's Denoisers and of diffusers' models
-    classes    names of torch modules that are denoisers, too
+    classes    names of further torch modules to count as denoisers
     """
     from fewstep.bindings.denoiser import Denoiser
     from fewstep.solvers.run.sampler import Sampler

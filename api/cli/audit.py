@@ -26,7 +26,7 @@ def audit(
     trace: Annotated[
         Path | None, typer.Option(help="Also write the timeline, Chrome trace events, to a .json.")
     ] = None,
-    denoiser: Annotated[str | None, typer.Option(help="Classes of torch modules that are denoisers, too.")] = None,
+    denoiser: Annotated[str | None, typer.Option(help="More classes of torch modules to count as denoisers.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a program and report the denoiser's, the sampler's and the host's share of its steps.

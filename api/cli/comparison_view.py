@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MISSING = "—"
-FEW = 8  # solvers that can be told apart as lines of a figure; more are shown as a ranking
+FEW = 8  # solvers that a figure can show as lines; more are shown as a ranking
 
 
 @dataclass(frozen=True)

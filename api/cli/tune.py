@@ -24,7 +24,8 @@ def tune(
     nfe: Annotated[int, typer.Option(help="Denoiser calls; under guidance each makes two evaluations.")] = 6,
     guidance: Guidance = None,
     seeds: Annotated[
-        int, typer.Option(help="Latents to fit to; half as many more for validation, as many again for the test.")
+        int,
+        typer.Option(help="Latents to fit to; validation takes half that number more, the test that number."),
     ] = 64,
     base: Annotated[str, typer.Option(help="A solver to start from; auto: the three best.")] = "auto",
     what: Annotated[str, typer.Option(help="all, or times to fit the times only.")] = "all",
@@ -36,7 +37,7 @@ def tune(
     ] = "both",
     relax: Annotated[float, typer.Option(help="How far a training latent may move, as a fraction of its RMS.")] = 0.0,
     rounds: Annotated[
-        int | None, typer.Option(help="Number of rounds of parallel calls, for Sampler(parallel=True).")
+        int | None, typer.Option(help="Number of rounds of parallel calls, see Sampler(parallel=True).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[

@@ -123,7 +123,7 @@ class LatentAdversarial(OwnRecipe):
         at = self.levels(self.generator(0, 3), len(x0))
         if self.problem.features is None:
             self.layers = teacher_layers(self, x0, at, cond)
-        # The heads are told the level.
+        # The heads take the noise level as an input.
         self.modules["heads"] = heads_of(self, self.seen(x0, at, cond), 1)
         self.new_optimiser("heads", (0.5, 0.99))
 

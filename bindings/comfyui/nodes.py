@@ -285,7 +285,7 @@ def add_samplers() -> list[str]:
     added = list_samplers()
     for name, function in added.items():
         setattr(functions, f"sample_{name}", function)  # where ComfyUI looks a name up
-    # KSampler.SAMPLERS is the longer list itself, or a copy in a custom node's hands.
+    # KSampler.SAMPLERS is the longer list itself, or a copy that a custom node has made.
     for names in (samplers.KSAMPLER_NAMES, samplers.SAMPLER_NAMES, samplers.KSampler.SAMPLERS):
         names += [name for name in added if name not in names]
     samplers.KSampler.DISCARD_PENULTIMATE_SIGMA_SAMPLERS |= {PREFIX + name for name in _SHORTENED}

@@ -153,7 +153,7 @@ def _refused(why: str) -> ValueError:
     return ValueError(f"pipe cannot be tuned: {why}")
 
 
-# --- what the calls tell ---
+# --- what the recorded calls show ---
 
 
 class Layout(NamedTuple):

@@ -241,7 +241,7 @@ class PlanScheduler(Base):
         laid = lay_out(made, prediction_type)
         count = process.timesteps if isinstance(process, VP) else 1000
         own = {"plan": fields, "prediction_type": prediction_type, "num_train_timesteps": count}
-        # So that a scheduler made of this configuration by a caller who swaps it has the betas that were trained with.
+        # A caller may swap the scheduler for one made from this configuration, which must have the trained betas.
         shared = {name: value for name, value in (replaces or {}).items() if name[0] != "_"}
         self.register_to_config(**{**shared, **own, "replaces": None if replaces is None else dict(replaces)})
         if isinstance(process, VP):

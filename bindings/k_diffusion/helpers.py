@@ -1,4 +1,4 @@
-"""What scripts import from k-diffusion's sampling module beside its samplers."""
+"""Other names that scripts import from k-diffusion's sampling module."""
 
 from __future__ import annotations
 
@@ -185,10 +185,10 @@ class DPMSolver:
             self.eps_callback()
         return denoised
 
-    def _info(self, told: Mapping[str, Any]) -> None:
+    def _info(self, info: Mapping[str, Any]) -> None:
         if self.info_callback is not None:
-            rest = {key: value for key, value in told.items() if key not in ("sigma", "sigma_hat")}
-            self.info_callback({**rest, "t": self.t(told["sigma"]), "t_up": self.t(told["sigma_hat"])})
+            rest = {key: value for key, value in info.items() if key not in ("sigma", "sigma_hat")}
+            self.info_callback({**rest, "t": self.t(info["sigma"]), "t_up": self.t(info["sigma_hat"])})
 
     def dpm_solver_fast(
         self,

@@ -120,12 +120,12 @@ def velocity_along(
     """
     frame = TorchFrame(x.device)
     model_dtype = student.model_dtype(frame.dtype_of(x))
-    told = with_end(student, cond, to, x)
-    t, s = frame.array(inputs_at(student, at).t, time_dtype(student, model_dtype)), told[student.end]
+    given = with_end(student, cond, to, x)
+    t, s = frame.array(inputs_at(student, at).t, time_dtype(student, model_dtype)), given[student.end]
     rate = student.time(student.process.point(1.0)) - student.time(student.process.point(0.0))  # of the time input
 
     def call(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        out: Tensor = student.bind(frame, len(x), {**told, student.end: s})((0,), x, t)[0]
+        out: Tensor = student.bind(frame, len(x), {**given, student.end: s})((0,), x, t)[0]
         return out
 
     dx, dt, ds = direction

@@ -1,4 +1,4 @@
-"""Where each step of a plan ends: the second time of a network that is told the start and the end of its step."""
+"""Where each step of a plan ends: the second time input of networks that take the start and the end of a step."""
 
 from __future__ import annotations
 

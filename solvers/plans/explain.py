@@ -60,7 +60,7 @@ def _branches(table: StageTable) -> str:
 
 
 def _guidance_bytes(table: StageTable, model_bytes: int, state_bytes: int) -> int:
-    """Bytes per element that a call moves for a blend: its reduction reads the sources; an average is one row more."""
+    """Bytes per element that a call moves for a blend: the reduction reads the sources, an average adds a row."""
     if table.blend is None:
         return 0
     x = bool(table.blend[:, [layout.MIX_A, layout.MIX_B]].any())

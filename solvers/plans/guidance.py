@@ -1,4 +1,4 @@
-"""What a guidance tells a plan's tables of one call of the network: which branches, and their weights."""
+"""The branches of guidance that one call of the network needs, and their weights."""
 
 from __future__ import annotations
 

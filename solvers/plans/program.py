@@ -211,7 +211,7 @@ def compile_plan(
         ops.append(Op(reads, tuple(target.values()), w))
         where = {**renamed, **carried, **target}
         if alone:
-            # Before the first call nothing holds a prediction, and nothing asks for one.
+            # Before the first call there is no prediction, and none is read.
             x0.append(where.get(X0_SLOT, -1) if lasting else where.pop(X0_SLOT))
             hidden = {"x", X0_SLOT, *map(kept_input, range(plan.nfe if parallel else 0))}
             slots.append({slot: buffer for slot, buffer in where.items() if slot not in hidden})

@@ -33,11 +33,11 @@ UNIT_ROUNDOFF: Mapping[str, float] = {"float32": 2.0**-24, "float64": 2.0**-53}
 # A builder's coefficients may be this many roundings off, which the plan then amplifies.
 _BUILDERS = 2000.0 * UNIT_ROUNDOFF["float64"]
 _BUILDERS_SHARE = 3e-7  # ... but no more than a float64 result may be wrong
-# How wrong rounding may make a result, and what a call is shown, as a share of the marginal. A float32 call may be far
-# off where later steps lose that again, as first-order steps to data do, but rounding must not be all that it sees.
+# The largest error by rounding of a result, and of the input of a call, as a share of the marginal. In float32 an input
+# may be far off where later steps lose the error again, as first-order steps to data do, but not rounding alone.
 RESULT_LIMIT: Mapping[str, float] = {"float32": 1e-2, "float64": 1e-6}
 CALL_LIMIT: Mapping[str, float] = {"float32": 1.0, "float64": 1e-6}
-_DEVIATIONS = 3.0  # of a result's elements all but a few in a thousand are nearer
+_DEVIATIONS = 3.0  # standard deviations: all but a few in a thousand elements of a result are nearer
 
 # An inexact stage may miss the signal by this, of the largest alpha in its step, times min(1, h)^2, h the step in
 # log-SNR. EDM's Heun with s(t) of VP needs 2.75 on four steps ...
@@ -48,7 +48,7 @@ _NOISE_GAP = 12.0
 # Stands for an overflow: larger than any amplification, and still finite in products with 0.
 _HUGE = 1e150
 _LARGE = 1e30  # below this no product of two can overflow
-_TOGETHER = 256  # stages whose rows are matrices at a time
+_TOGETHER = 256  # stages whose rows are made into matrices together
 
 
 Marginal = tuple[float, float]  # alpha and sigma
@@ -309,7 +309,7 @@ def check(plan: UncheckedPlan) -> None:
     usable = min(RESULT_LIMIT[plan.dtype], CALL_LIMIT[plan.dtype]) / (_DEVIATIONS * UNIT_ROUNDOFF[plan.dtype])
     for end in follow(plan):
         if not end.amplification <= usable:
-            # First: coefficients that amplify rounding so much leave the marginal, too, and this says why.
+            # First: coefficients that amplify rounding so much also leave the marginal, and this message says why.
             _check_rounding(plan, end, plan.dtype)
         (signal, noise), bound = end.gap, end.bound
         if not (abs(signal) <= end.tolerance + bound[0] and abs(noise) <= end.tolerance + bound[1]):

@@ -54,7 +54,7 @@ class StageTable(NamedTuple):
 
 
 class X0Prediction(Protocol):
-    """How a network's outputs make the x0 prediction a x + b sum_j weights_j raw_j: what a table takes of a denoiser.
+    """How a network's outputs make the x0 prediction a x + b sum_j weights_j raw_j: the interface that tables use.
 
     clip      of the x0 prediction, None where there is none
     reduces   whether the coefficients of the branches depend on whole samples: the guidance is a blend
@@ -146,7 +146,7 @@ def stage_tables(
         weights = shares.weights if len(called) == shares.weights.shape[1] else shares.weights[:, list(called)]
         p[k, :, 0], p[k, :, 1 : 1 + len(called)] = a, b * weights
         null[k, :2] = a, b
-        # With one branch nothing is left to a reduction, and the second half of a call has its prediction in a slot.
+        # One branch needs no reduction, and the second half of a call reads its prediction from a slot.
         blended = denoiser.reduces and len(called) > 1 and k - 1 not in program.firsts
         momentum = denoiser.momentum if averages else 0.0  # the average is not read before it is written
         blends.append(denoiser.blend(weights, a, b, momentum) if blended else None)

@@ -1,4 +1,4 @@
-"""A plan begun in the middle, for image-to-image."""
+"""A plan that begins in the middle, for image-to-image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fewstep.solvers.schedule.grid import Grid
 # What a slot holds when the denoiser is perfect: its shares of x0 and of the noise in x.
 _Shares = tuple[float, float]
 
-# Slots with the prediction and the sample of the first call, for as long as a stage reads what is missing.
+# Slots with the prediction and the sample of the first call, in place of what earlier calls would have left.
 FIRST_M, FIRST_X = "first prediction", "first sample"
 
 

@@ -28,7 +28,6 @@ from fewstep.solvers.run.arrays import Array, Device, DType, no_grad, state_dtyp
 from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
-    BACKENDS,
     check_finite,
     check_latent,
     check_shape,
@@ -170,8 +169,8 @@ class _Run:
             if todo:
                 attempts.first_calls(todo)
             attempts.run()
-            told = o.edits is not None or (o.noise is not None and fresh is not None)
-            starts = self._starts() if told else []
+            needs_starts = o.edits is not None or (o.noise is not None and fresh is not None)
+            starts = self._starts() if needs_starts else []
             norms = attempts.finish(o.control, report)
             problem, at, accepted, finished = report.tolist()
             if problem:
@@ -446,12 +445,11 @@ def sample_adaptive(
     if x is not None and outer is not None:
         check_latent(x, outer, sizes, model, state)
         check_finite("x", x, outer)
-    named("backend", backend, BACKENDS)
-    wide = "float64" in (state, denoiser.model_dtype(state))
-    if wide and backend == "triton":
+    dtypes = state, denoiser.model_dtype(state)
+    if backend == "triton" and "float64" in dtypes:
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
     warn_if_training(denoiser.networks)
-    batch = Batch(denoiser, model, pick_backend(backend, model, triton=not wide), state, sizes, cond)
+    batch = Batch(denoiser, model, pick_backend(backend, model, *dtypes), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 
     order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)

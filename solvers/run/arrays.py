@@ -113,7 +113,7 @@ class Frame(Protocol):
     def is_array(self, value: object) -> bool: ...
 
     def plain_test(self, shape: tuple[int, ...], dtype: str) -> Callable[[Array], bool]:
-        """What tells an ordinary array of that shape and dtype on this device, which records no gradients."""
+        """A test for ordinary arrays of that shape and dtype on this device that record no gradients."""
 
     def device_of(self, array: Array) -> str: ...
 

@@ -163,7 +163,7 @@ class Batch:
         """The network bound to the conditions of `samples`."""
         key = tuple(samples)
         if key not in self._bound:
-            self._bound.clear()  # samples only leave: an earlier subset is never needed again
+            self._bound.clear()  # samples only leave the batch: an earlier subset is never needed again
             self._bound[key] = self.denoiser.bind(self.frame, len(key), self.conditions_of(key))
         return self._bound[key]
 

@@ -175,10 +175,14 @@ def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
     return own
 
 
-def pick_backend(backend: str, frame: Frame, *, triton: bool = False) -> str:
-    """The backend for a name and a device; `triton`: whether the GPU kernels support the request."""
+def pick_backend(backend: str, frame: Frame, *dtypes: str) -> str:
+    """The backend for a name and a device.
+
+    dtypes  of the state and of the model: "auto" takes the GPU kernels, which have no float64, only where it knows them
+    """
     named("backend", backend, BACKENDS)
-    if backend == "triton" or (backend == "auto" and triton and frame.device.startswith("cuda")):
+    able = bool(dtypes) and "float64" not in dtypes
+    if backend == "triton" or (backend == "auto" and able and frame.device.startswith("cuda")):
         reason = why_unavailable(frame)
         if reason is None:
             return "triton"

@@ -111,7 +111,7 @@ def check_denoiser(denoiser: object) -> None:
 
 
 def for_plan(denoiser: DenoiserLike, plan: Plan) -> DenoiserLike:
-    """The denoiser as this plan calls it: one that is told the end of each step (`bindings.flow_map`) gets it."""
+    """The denoiser for this plan, with the ends of its steps for networks that take them (`bindings.flow_map`)."""
     own = getattr(denoiser, "for_plan", None)
     return denoiser if own is None else own(plan)
 

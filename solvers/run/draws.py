@@ -127,7 +127,7 @@ def check_policy(plan: object) -> None:
     elif plan.init is not None:
         why = "changes the latent before its first call (churn), which is no step of a policy"
     elif any(reads(row, NOISE) for stage in plan.stages if not stage.done for row in stage.rows.values()):
-        why = "draws noise inside of a step, between two calls: use a solver that draws once a step"
+        why = "draws noise inside of a step, between two calls: use a solver that draws once per step"
     elif any(reads(row, NOISE) and not reads(s.rows["x"], NOISE) for s in plan.stages for row in s.rows.values()):
         why = "draws noise that x does not get in the same step"
     elif any(stage.variance is not None for stage in plan.stages):

@@ -31,7 +31,7 @@ FIXED = 1 << 20  # added to the domain of a draw that all calls share
 
 @dataclass(repr=False)
 class EditInfo:
-    """The argument of an edit. Its arrays are the run's memory, of the model's library and on its device.
+    """The argument of an edit. Its arrays are the run's memory, in the model's library and on its device.
 
     What the edit returns, or assigns or writes to `x` (at the door "x0": to `x0`), takes its place.
 
@@ -194,7 +194,7 @@ class Edits:
         for place, edit in enumerate(edits, first):
             if at_start and not getattr(edit, "start", False):
                 continue
-            # A copy costs as much as a small edit, and only another edit can tell it from the info itself.
+            # A copy costs as much as a small edit, and is only needed where another edit sees the info.
             own, now = info if len(edits) == 1 else replace(info), getattr(info, info.door)
             own._place = place
             finite = self.check and not vars(type(edit)).get("finite") and _finite(now)

@@ -34,7 +34,7 @@ class _Form:
     words    (1 + stages, WORDS); in place of the raws' addresses, the branches of guidance that they come from
     called   the branches of each stage, as bits
     times    the network's t of each stage, as `Frame.bits` stores it
-    tables   keep the memory alive that the addresses name, besides that of the places
+    tables   the other memory that the addresses point to, kept alive here
     """
 
     job: Job
@@ -65,7 +65,7 @@ class FusedColumns(LoneRuns):
         places, elements, stages = self.batch, jobs[0].elements, max(len(job.tables) for job in jobs)
         self._elements, self._stages = elements, stages
         self._buffers = max(job.buffers for job in jobs)
-        # One buffer more for an output that nobody reads, and one place more, without a request, to pad a call with.
+        # An extra buffer for outputs that nothing reads, and an extra place without a request, which pads calls.
         self._state = aligned((places, self._buffers + 1, elements), np.dtype(dtype))
         self._entry = frame.shared(self._state[:, 0].reshape(places, *self.sample))
         self._inputs = np.zeros((places + 1, elements), frame.bits(self._empty).dtype)

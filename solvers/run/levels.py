@@ -16,13 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import function, named, number, warn, whole
+from fewstep.solvers.options import function, number, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.tables import branch_calls
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
 from fewstep.solvers.run.checks import (
-    BACKENDS,
     check_finite,
     check_latent,
     check_plan,
@@ -95,7 +94,6 @@ class _Window:
         dtype: str,
     ) -> None:
         check_plan(plan, denoiser)
-        named("backend", backend, BACKENDS)
         self.shape = check_shape(shape)
         if len(self.shape) < 3:
             raise ValueError(f"shape must be (B, T, ...), a batch of samples of T tokens, got {self.shape}")
@@ -105,8 +103,7 @@ class _Window:
         if denoiser.variance is not None:
             raise ValueError("denoiser has a learned variance, whose axis would be that of the tokens: leave it out")
         self.denoiser, self.plan, self.frame = denoiser, plan, model_frame(denoiser, device)
-        able = backend == "triton" or (dtype == "float32" and denoiser.model_dtype(dtype) != "float64")
-        self.backend = pick_backend(backend, self.frame, triton=able)
+        self.backend = pick_backend(backend, self.frame, dtype, denoiser.model_dtype(dtype))
         lone = compile_plan(plan, in_place=self.backend == "triton")
         if any(len(shares.weights) > 1 for shares, _ in branch_calls(lone, denoiser)):
             raise ValueError("the guidance scale holds one number per sample: with levels, give one for all of them")

@@ -86,7 +86,7 @@ class MixedRun:
         one_of("graph", graph, ("auto", "step", "off"))
         self.shape = check_shape(shape)
         self.denoiser, self.frame = denoiser, model_frame(denoiser, device)
-        self.backend = pick_backend(backend, self.frame, triton=denoiser.model_dtype("float32") != "float64")
+        self.backend = pick_backend(backend, self.frame, denoiser.model_dtype("float32"))
         instance("plans", plans, Sequence, "a sequence of Plans")
         for plan in plans:
             instance("plans", plan, Plan, "a sequence of Plans")

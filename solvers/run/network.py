@@ -1,4 +1,4 @@
-"""The torch network behind a callable, which decides on the arrays that the callable wants."""
+"""The torch network behind a callable: its library and device, its training mode, a digest of its weights."""
 
 from __future__ import annotations
 

@@ -87,9 +87,7 @@ class Sampler:
         named("backend", backend, BACKENDS)
         named("graph mode", graph, MODES)
         self.frame = model_frame(denoiser, device)
-        # "auto" avoids the GPU kernels where they do not support the dtypes; an explicit "triton" raises.
-        able = backend == "triton" or (self.dtype == "float32" and denoiser.model_dtype(self.dtype) != "float64")
-        self.backend = pick_backend(backend, self.frame, triton=able)
+        self.backend = pick_backend(backend, self.frame, self.dtype, denoiser.model_dtype(self.dtype))
         if graph not in ("auto", "off") and (self.backend != "triton" or capture_api(self.frame) is None):
             raise ValueError(
                 f"graph={graph!r} needs a CUDA device and the triton backend; "

@@ -96,7 +96,7 @@ def report(
 ) -> None:
     """Warn of a result that is not usual, and name the call: the run is made again, which calls the network again.
 
-    Raises ValueError instead if every sample holds NaN or inf: there is no result of use to return.
+    Raises ValueError instead if every sample holds NaN or inf: no result is worth returning.
 
     x                      the result, in memory that the second run does not use
     latent, streams, cond  of the first run

@@ -317,7 +317,7 @@ class _Loop:
         try:
             if request.entered.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
                 return
-        except BaseException:  # an interrupt: nobody gets the future
+        except BaseException:  # an interrupt: the caller does not get the future
             request.future.cancel()
             raise
         with self.changed:
@@ -349,7 +349,7 @@ class _Loop:
     def _settle(
         self, request: Request, value: Array = None, error: BaseException | None = None, outcome: str = ""
     ) -> None:
-        """Give a request its sample or its error; tell those who wait for it if it was cancelled."""
+        """Give a request its sample or its error, or notify the waiters of a cancelled one."""
         if request.entered is not None:
             request.entered.set()
         if not request.future.set_running_or_notify_cancel():
@@ -370,7 +370,7 @@ class _Loop:
             with no_grad(self.run.frame):
                 while self._admit():
                     self._tick()
-        except BaseException as found:  # beyond repair, such as a device that is lost: nobody may wait for ever
+        except BaseException as found:  # beyond repair, such as a lost device: no caller may wait for ever
             error = found
         with self.changed:
             self.closing = True
@@ -432,7 +432,7 @@ class _Loop:
         size = self.sizes[len(places)]
         try:
             self.run.move(self._conditions(requests, size), places=places, size=size)
-        except BaseException as error:  # a SystemExit, too, belongs to those who wait
+        except BaseException as error:  # a SystemExit is also passed to the waiting callers
             for place, request in zip(places, requests, strict=True):
                 self._vacate(place)
                 self._settle(request, None, error)

@@ -63,7 +63,7 @@ class Metrics:
         )
         self._queue = seconds("queue", "From arrival to a place")
         self._latency = seconds("request", "From arrival to the sample")
-        self._tick = seconds("tick", "A tick, all told")
+        self._tick = seconds("tick", "A whole tick")
         self._network = seconds("network", "The network's part of a tick")
         self._step = seconds("step", "The rest of a tick: solver, conditions, results")
         self._places = places

@@ -1,7 +1,7 @@
 """`sample_sharded`: one large set of samples, drawn by any number of processes into numbered files.
 
 The job is cut into chunks of samples, and each chunk into batches, by the job's own numbers alone. Process r of N makes
-chunks r, r + N, r + 2 N ... The processes need not speak to each other: they all write the same manifest, a file
+chunks r, r + N, r + 2 N ... The processes need not communicate: they all write the same manifest, a file
 appears whole or not at all, and sample i draws from stream (seed, i) in whichever process.
 """
 
@@ -174,7 +174,7 @@ def sample_sharded(
         if progress is not None:
             progress(k, len(own))
     left = sum(not chunks.done(number) for number in range(chunks.count) if number % world_size != rank)
-    if not left:  # nobody writes here any more
+    if not left:  # no process writes here any more
         for part in chunks.folder.glob(".fewstep-*"):
             part.unlink(missing_ok=True)
     return Shards(tuple(map(chunks.file, range(chunks.count))), made, left)

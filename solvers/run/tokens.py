@@ -219,7 +219,7 @@ class FusedTokens:
         self._now = 1 - self._now
 
     def _draw(self, rows: Rows, z: np.ndarray) -> None:
-        """The noise of each column's row, a call for each draw number. Rows without one leave theirs unread."""
+        """The noise of each column's row, a call for each draw number. Rows that draw nothing do not read it."""
         draws = self.steps.draws[rows]
         order = np.argsort(draws, kind="stable")
         draws, streams = draws[order], self.streams[order]

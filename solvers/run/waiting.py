@@ -53,7 +53,7 @@ class Request:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Who goes first: the earliest arrival after the head start, so that nobody waits for ever."""
+        """The order of service: by arrival minus head start, so that no request waits for ever."""
         return self.arrived - self.priority, self.ticket
 
     @property

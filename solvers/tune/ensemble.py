@@ -61,7 +61,7 @@ class Unrolled:
 
 
 def unroll(plan: Plan, noisy: bool = False) -> Unrolled:
-    """The unrolled form of a plan. Raises ValueError if it reads the unguided prediction, or draws noise it may not.
+    """The unrolled form of a plan. Raises ValueError if it reads the unguided prediction, or draws unless `noisy`.
 
     noisy  whether its stages may draw noise
     """

@@ -66,17 +66,17 @@ def fingerprint(
         with no_grad(frame):
             try:
                 outputs = batch.call(range(_SAMPLES), u, [point] * _SAMPLES, [0.5] * _SAMPLES)
-            except (RuntimeError, IndexError) as error:  # its first call, on what no check of ours can know
+            except (RuntimeError, IndexError) as error:  # the first call, on inputs that cannot be checked
                 raise ValueError(
-                    f"the network fails on samples of shape = {tuple(shape)} (without the batch){_told(conds, frame)}: "
-                    f"{type(error).__name__}: {error!s:.300}"
+                    f"the network fails on samples of shape = {tuple(shape)} (without the batch){_inputs(conds, frame)}"
+                    f": {type(error).__name__}: {error!s:.300}"
                 ) from error
             found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
         values += frame.to_numpy(found)[:, chosen].ravel().tolist()
     return [float(f"{value:.7g}") for value in values]
 
 
-def _told(conds: Sequence[Mapping[str, Any]], frame: Frame) -> str:
+def _inputs(conds: Sequence[Mapping[str, Any]], frame: Frame) -> str:
     """The arrays that the network is given for the probes, as text for an error message; empty if there are none."""
     given = {name_of(path): value for one in conds for path, value in leaves(one) if frame.is_array(value)}
     if not given:

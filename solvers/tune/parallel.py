@@ -106,7 +106,7 @@ class ParallelRule(Rule):
             levels.append(Point(*process.point_at_sigma(float(form.w[k, 0] / alpha[k]))))
         scales = [1.0, *(form.w[k, 0] / levels[k].sigma for k in range(1, rounds)), 1.0]
         u = [_FLOW.time(p) for p in levels]
-        told = [_FLOW.time(p) for p in form.points]
+        seen = [_FLOW.time(p) for p in form.points]
         levels.append(last)
         mains = [*accumulate(calls)]
         numbers: dict[str, list[float]] = {name: [] for name in made.sizes}
@@ -123,7 +123,7 @@ class ParallelRule(Rule):
             width = calls[r]
             numbers["c"] += [0.0] * len(increments) * (width - 1) + increments
             numbers["place"] += [e / width for e in range(1, width)]
-            numbers["shift"] += [math.log(told[r] / u[r])] * width
+            numbers["shift"] += [math.log(seen[r] / u[r])] * width
             numbers["scale"] += [0.0] * (width - 1) + [math.log(scales[r])]
         found = np.array([value for values in numbers.values() for value in values])
         made.stages(found)
@@ -159,8 +159,8 @@ class ParallelRule(Rule):
 
         def call(u: float, level: Point | None = None) -> Call:
             # A process may have no noisier level than its first.
-            told = point(min(u * math.exp(next(shift)), top))
-            return Call(told, level or point(min(u, top)), math.exp(next(scale)))
+            seen = point(min(u * math.exp(next(shift)), top))
+            return Call(seen, level or point(min(u, top)), math.exp(next(scale)))
 
         stages: list[Stage] = []
         newest, here = 0, [Call(self.first, self.first, 1.0)]
