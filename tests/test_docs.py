@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("model", ["ring", "digits-exact"])
+@pytest.mark.parametrize("model", ["digits", "ring", "digits-exact"])
 def test_every_solver_is_ranked(model):
     """By both measures, but for the one that starts from data."""
     text = (ROOT / "docs" / "ranking" / f"{model}.md").read_text(encoding="utf-8")
