@@ -54,6 +54,15 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     assert (tmp_path / "digits.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("model", ["digits", "ring", "digits-exact"])
+def test_every_solver_is_ranked(model):
+    """By both measures, but for the one that starts from data."""
+    text = (ROOT / "docs" / "ranking" / f"{model}.md").read_text(encoding="utf-8")
+    ranked = re.findall(r"^\| (\w+) \|", text, re.MULTILINE)
+    names = {*fs.list_solvers()} - {"ddim_inverse"}
+    assert {name: ranked.count(name) for name in names} == dict.fromkeys(names, 2)
+
+
 def test_the_counts_are_true():
     solvers, spacings = map(int, re.search(r"(\d+) solvers, (\d+) spacings", README).groups())
     assert (solvers, spacings) == (len(fs.list_solvers()), len(fs.list_spacings()))
