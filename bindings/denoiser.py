@@ -17,7 +17,7 @@ from fewstep.solvers.options import between, flag, number, one_of, plain_fields,
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
-from fewstep.solvers.run.denoising import OneNetwork, check_output
+from fewstep.solvers.run.denoising import OneNetwork
 from fewstep.solvers.run.network import without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
 
@@ -384,7 +384,7 @@ class Denoiser:
             (own,) = conds = self.conditions(cond)
             check_arrays(conds, frame, batch, nested=False)
             network = functools.partial(network, **own)
-        return OneNetwork(network)
+        return OneNetwork(lambda branches: network, frame, batch)
 
     def _bind_branches(
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None
@@ -397,52 +397,38 @@ class Denoiser:
             models = tuple(map(without_own_graph, models))
         conds = self.conditions(cond)
         check_arrays(conds, frame, batch, nested=False)
-        together: dict[tuple[int, ...], Cond] = {}
         networks = self.networks
 
-        def batched(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
-            """One call of the one network of these branches."""
-            model = models[branches[0]]
-            if len(branches) == 1:
-                return (model(x_in, t, **conds[branches[0]]),)
-            if branches not in together:
-                together[branches] = stacked([conds[j] for j in branches], frame, batch)
-            raw = model(x_in, t, **together[branches])
-            if not frame.is_array(raw):
-                check_output(raw, x_in.shape, frame)
-            if raw.ndim == 0 or raw.shape[0] != len(branches) * batch:
-                raise ValueError(
-                    f"the model returned shape {tuple(raw.shape)} for a batch of {len(branches)} branches of {batch}: "
-                    "model(x, t) must return an array like x, or use Denoiser(batched=False)"
-                )
-            return tuple(raw[i * batch : (i + 1) * batch] for i in range(len(branches)))
+        def bound(branches: tuple[int, ...]) -> Callable[[Any, Any], Any]:
+            """The one network of these branches, with their conditions."""
+            if not branches:
+                return lambda x_in, t: None
+            own = [conds[j] for j in branches]
+            return functools.partial(models[branches[0]], **(stacked(own, frame, batch) if len(own) > 1 else own[0]))
 
         def by_network(branches: tuple[int, ...]) -> list[tuple[int, ...]]:
             return [tuple(own) for _, own in groupby(branches, key=lambda j: id(networks[j]))]
 
         def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
-            if not branches:
-                return ()
             if not self.batched and len(branches) > 1:
                 # A model may modify or return its arguments: all calls but the last get copies.
                 copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
                 calls = zip([*copies, (x_in, t)], branches, strict=True)
                 return tuple(models[j](*own, **conds[j]) for own, j in calls)
-            if one_network or len(branches) == 1:
-                return batched(branches, x_in, t)
+            if len(branches) <= 1:
+                return together(branches, x_in, t)
             raws: list[Any] = []
             for own in by_network(branches):
                 part = slice(len(raws) * batch, (len(raws) + len(own)) * batch)
-                raws += batched(own, x_in[part], t[part])
+                raws += together(own, x_in[part], t[part])
             return tuple(raws)
 
-        full = tuple(range(len(conds)))
-        one_network = len(by_network(full)) == 1
-        if self.batched:
-            for alike in by_network(full):
-                if len(alike) > 1:
-                    together[alike] = stacked([conds[j] for j in alike], frame, batch)
-        return call
+        together, groups = OneNetwork(bound, frame, batch), by_network(tuple(range(len(conds))))
+        if not self.batched:
+            return call
+        for alike in groups:
+            together.network(alike)
+        return together if len(groups) == 1 else call
 
 
 class Around:

@@ -23,6 +23,7 @@ from oracles.rows import run_plan
 
 import fewstep as fs
 from fewstep.kernels import launch, philox
+from fewstep.solvers.run.denoising import OneNetwork
 
 VP = fs.VP.linear()
 GRID = fs.grid(VP, 5, "karras", sigma_max=6.0)
@@ -841,3 +842,55 @@ def test_a_run_calls_its_network_without_a_function_in_between() -> None:
     assert set(callers[10:]) == {"__call__"}  # the general loop
     assert same(ends[0], ends[1])
     assert same(ends[0], ends[2])
+
+
+WHOLE, LESS = ("float32",) * 5, ("float32", "float64", "float32", "float32", "float64")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "dtypes"),
+    [
+        (2.0, WHOLE),
+        (fs.CFG(np.array([0.5, 3.0])), WHOLE),  # by sample
+        (fs.CFG(3.0, start=0.3, stop=0.8), LESS),
+        # A call that leaves branches out tells nothing of their dtype.
+        (fs.Branches((np.array([[1.0, 1.0, 0.0, 1.0, 1.0]]), np.array([[-1.0, 0.0, 0.0, -1.0, 1.0]]), 1.0)), LESS),
+    ],
+)
+def test_branches_in_one_output_are_found_by_their_addresses(
+    guidance: Any, dtypes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bits of slices, which a run takes of an output that is not contiguous."""
+    splits, plain_split = [], OneNetwork.split
+    monkeypatch.setattr(OneNetwork, "split", lambda *args: (splits.append(len(args[1])), plain_split(*args))[1])
+    calls: list[int] = []
+    contiguous = False
+
+    def network(x: Any, t: Any, shift: Any) -> Any:
+        raw = (model(x, t) + shift[:, :, None]).to(getattr(torch, dtypes[len(calls) % 5]))
+        calls.append(len(x) // 2)
+        return raw if contiguous else raw.transpose(1, 2).contiguous().transpose(1, 2)
+
+    denoiser = fs.Denoiser(network, VP, guidance=guidance)
+    sampler = make((2, 3, 7), "ddim", denoiser=denoiser, device="cpu", backend="numba")
+    cond = [{"shift": torch.full((2, 3), 0.1 * j)} for j in range(denoiser.branches)]
+    want = sampler(seed=0, cond=cond)
+    contiguous = True
+    assert same(sampler(seed=0, cond=cond), want)
+    del splits[:]
+    assert same(sampler(seed=1, cond=cond), sampler(seed=1, cond=cond))
+    if dtypes == WHOLE:
+        assert calls == [2] * 20
+        assert splits == [2, 2]  # of the last outputs, for the check of the result
+    else:
+        assert len(set(calls)) > 1
+
+
+def test_a_wrong_output_of_batched_branches_is_refused_in_a_later_call() -> None:
+    answers: list[Callable[[Any], Any]] = [lambda x: x, lambda x: x[:2], lambda x: x[:, :2], lambda x: None]
+    texts = [r"returned shape \(2, 3\) for a batch of 2 branches of 2", r"shape \(2, 2\) for x of shape \(2, 3\)"]
+    for answer, text in zip(answers[1:], [*texts, "returned NoneType, not an array of torch"], strict=True):
+        calls = iter([answers[0], answers[0], answer])
+        denoiser = fs.Denoiser(lambda x, t, calls=calls: next(calls)(model(x, t)), VP, guidance=2.0)
+        with pytest.raises(ValueError, match=text):
+            make((2, 3), "ddim", denoiser=denoiser, device="cpu", backend="numba")(seed=0, cond=({}, {}))

@@ -20,16 +20,37 @@ Call = Callable[[tuple[int, ...], Array, Array], tuple[Array, ...]]
 
 
 class OneNetwork:
-    """The `Call` of one network, without guidance.
+    """The `Call` of one network, which takes the branches of guidance as one batch.
 
-    network  network(x_in, t) -> raw, with its conditions bound: for loops to call without this object in between
+    bound  bound(branches) -> network(x_in, t), with the conditions of these branches, which returns their outputs one
+           after the other in one array: for loops to call without this object in between
     """
 
-    def __init__(self, network: Callable[[Array, Array], Array]) -> None:
-        self.network = network
+    def __init__(self, bound: Callable[[tuple[int, ...]], Callable[[Array, Array], Array]], frame: Frame, batch: int):
+        self._bound, self._frame, self._batch = bound, frame, batch
+        self.networks: dict[tuple[int, ...], Callable[[Array, Array], Array]] = {}  # those asked for so far
+
+    def network(self, branches: tuple[int, ...]) -> Callable[[Array, Array], Array]:
+        if branches not in self.networks:
+            self.networks[branches] = self._bound(branches)
+        return self.networks[branches]
 
     def __call__(self, branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
-        return (self.network(x_in, t),)
+        return self.split(branches, self.network(branches)(x_in, t))
+
+    def split(self, branches: tuple[int, ...], raw: Array) -> tuple[Array, ...]:
+        """The outputs of the branches. Raises ValueError unless the network returned an array of their batch."""
+        n, batch = len(branches), self._batch
+        if n <= 1:
+            return (raw,)[:n]
+        if not self._frame.is_array(raw):
+            check_output(raw, (), self._frame)
+        if raw.ndim == 0 or raw.shape[0] != n * batch:
+            raise ValueError(
+                f"the model returned shape {tuple(raw.shape)} for a batch of {n} branches of {batch}: "
+                "model(x, t) must return an array like x, or use Denoiser(batched=False)"
+            )
+        return tuple(raw[i * batch : (i + 1) * batch] for i in range(n))
 
 
 class Threshold(Protocol):

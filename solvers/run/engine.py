@@ -193,8 +193,18 @@ class FusedRun:
         # A tensor of one element can be the negative of what it holds.
         self._kind = type(self._like) if job.frame.name == "torch" and self.size > 1 else None
         direct = [self._kind if plain and self.serial else None for plain in self.plain]
+        # With the shape of a network's output, and for each branch of guidance in it but the first the word of its
+        # address and the numbers before it.
         self._direct = [
-            (k, table.branches, direct[k], launch.memory, launch.units)
+            (
+                k,
+                table.branches,
+                (job.copies(k) * batch, *job.shape[1:]),
+                [(RAW + i, i * self.size) for i in range(1, job.copies(k))],
+                direct[k],
+                launch.memory,
+                launch.units,
+            )
             for k, (table, launch) in enumerate(zip(job.tables, self.launches, strict=True))
         ]
 
@@ -295,21 +305,23 @@ class FusedRun:
     def through(self, call: Call) -> Sequence[Array]:
         # Between two calls of a network that fills the caches, a Python call takes 2 us and an attribute up to 1: the
         # common case of one network and its whole output needs no function but the network, torch's and the kernel's.
+        # Branches of guidance in one output are found by their addresses: two slices of a tensor take 4 us.
         inputs, times = self._ready
-        places, kinds, shape = self.places, self.raw_dtypes, self.shape
-        stage = self.stage.run
-        network = call.network if isinstance(call, OneNetwork) else None
+        places, kinds = self.places, self.raw_dtypes
+        stage, set_word = self.stage.run, cpu.WORD.run
+        one = call if isinstance(call, OneNetwork) else None
+        networks = {} if one is None else one.networks
         raws: Sequence[Array] = ()
-        for k, branches, kind, memory, units in self._direct:
+        raw: Array = None
+        for k, branches, shape, others, kind, memory, units in self._direct:
             x_in, t = inputs[k], times[k]
             if x_in is not None and (places is None or x_in.data_ptr() == places[k]):
                 inputs[k] = times[k] = None
             else:
                 x_in, t = self.model_input(k)
                 (inputs, times), places = self._ready, self.places
-            if network is not None:
-                raw = network(x_in, t)
-                raws = (raw,)
+            if one is not None:
+                raw = (networks.get(branches) or one.network(branches))(x_in, t)
             else:
                 raws = call(branches, x_in, t)
                 raw = raws[0] if len(raws) == 1 else None
@@ -320,10 +332,16 @@ class FusedRun:
                 and raw.is_cpu
                 and raw.is_contiguous()
             ):
-                stage(memory, 0, units, raw.data_ptr())
-            else:
-                self.advance(k, raws)
-        return raws
+                address = raw.data_ptr()  # `raw` holds the memory until the stage has run
+                for j, before in others:
+                    if kinds[j] is not kinds[RAW]:
+                        break
+                    set_word(memory, j, address + before * raw.itemsize)
+                else:
+                    stage(memory, 0, units, address)
+                    continue
+            self.advance(k, raws if one is None else one.split(branches, raw))
+        return raws if one is None else one.split(branches, raw)
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
