@@ -125,6 +125,11 @@ class OnnxModel:
         self.frame = NumpyFrame()
         self._local = threading.local()
 
+    def __repr__(self) -> str:
+        name = "" if isinstance(self.graph, bytes) else f"{os.fspath(self.graph)!r}, "
+        cond = f", cond={sorted(self.cond)}" if self.cond else ""
+        return f"OnnxModel({name}x={self.x.name!r}, t={self.t.name!r}, output={self.output.name!r}{cond})"
+
     def __call__(self, x: np.ndarray, t: np.ndarray, /, **cond: Any) -> np.ndarray:
         """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
         given = by_name(cond)

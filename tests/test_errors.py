@@ -139,7 +139,8 @@ def name_of(value):
         ({"start": math.nan}, ValueError, "start = nan"),
         ({"backend": "cuda"}, ValueError, "unknown backend 'cuda'"),
         ({"dtype": "float16"}, ValueError, "dtype is the state's, float32 or float64, got float16"),
-        ({"dtype": "flaot32"}, ValueError, "dtype 'flaot32' is not one of float64, float32"),
+        ({"dtype": "flaot32"}, ValueError, "dtype 'flaot32' is not one of float32, float64$"),
+        ({"dtype": "int8"}, ValueError, "dtype 'int8' is not one of float32, float64$"),
         ({"device": "gpu"}, ValueError, "device 'gpu' cannot be used"),
         (
             {"denoiser": never},

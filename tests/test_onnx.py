@@ -77,6 +77,7 @@ def test_a_graph_samples_like_its_expression(guidance, batched):
 @pytest.mark.parametrize(("kind", "dtype"), [(TensorProto.FLOAT16, np.float16), (TensorProto.DOUBLE, np.float64)])
 def test_arrays_are_cast_to_the_graphs_dtype(kind, dtype):
     model = OnnxModel(shifted(kind))
+    assert repr(model).startswith("OnnxModel(x='x', t='t', output='")
     raw = model(latent(), np.full(4, 100.0, np.float32), shift=SHIFT)
     assert raw.dtype == dtype
     want = numpy_shifted(latent(), np.full(4, 100.0), SHIFT)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fewstep as fs
 from fewstep.solvers.reprs import short
@@ -65,6 +66,17 @@ def test_results() -> None:
         "StepInfo(step=1, steps=2, calls=2, at=Point(t=0, alpha=0.99995, sigma=0.01), "
         "to=Point(t=-1, alpha=1, sigma=0), x=float32 (2, 3), x0=float32 (2, 3))"
     )
+
+
+def test_engines_trainers_and_graphs() -> None:
+    plans = [fs.plan("ddim", fs.grid(VP, n)) for n in range(2, 7)]
+    with fs.Engine(DENOISER, (2, 3), plans, metrics=False) as engine:
+        named = "'ddim' in 2 steps, 'ddim' in 3 steps, 'ddim' in 4 steps and 2 more"
+        assert repr(engine) == f"Engine({named}, shape=(2, 3), backend='numba': 0 active, 0 waiting)"
+    assert repr(engine).endswith(": closed)")
+    net = torch.nn.Linear(3, 3)
+    made = fs.Trainer("mean_flow", data=torch.zeros(8, 3), student=fs.Denoiser(net, fs.Flow(), "flow"), device="cpu")
+    assert repr(made) == "Trainer('mean_flow', 2000 steps, batch=64, on cpu, out=None)"
 
 
 @pytest.mark.parametrize(

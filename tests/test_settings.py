@@ -17,6 +17,7 @@ import torch
 import fewstep as fs
 from fewstep.solvers.options import warn
 from fewstep.solvers.plans.registry import get_solver, solver
+from fewstep.solvers.run.sanity import middle_start
 from reports import default_spacings
 
 VP = fs.VP.linear()
@@ -170,6 +171,39 @@ def test_a_draw_is_no_start_in_the_middle(part: dict[str, float]) -> None:
         fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0, **part)
     whole = fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0)
     np.testing.assert_array_equal(fs.sample(fs.Denoiser(half, VP), shape=(2, 2), seed=0, strength=1.0), whole)
+
+
+def test_a_draw_in_the_middle_of_a_grid_is_warned_of() -> None:
+    """Times that were meant as sigmas, and the tail of a grid: neither is a start for noise alone."""
+    denoiser = fs.Denoiser(half, VP)
+    meant_as_sigmas = fs.Grid.from_times(VP, [14.6, 7, 1, 0.03])
+    tail = fs.plan("ddim", fs.grid(VP, 10, "trailing").tail(strength=0.4))
+    found = r"the grid starts at t = 399.*x = 0.44\d* \* data .*: pass such an x, or start at t = 999"
+    with pytest.warns(RuntimeWarning, match=r"the grid starts at t = 14.6, where x = 0.99.*Grid.from_sigmas takes"):
+        fs.Sampler(denoiser, fs.plan("euler", meant_as_sigmas), shape=(2, 2))(seed=0)
+    sampler = fs.Sampler(denoiser, tail, shape=(2, 2))
+    with pytest.warns(RuntimeWarning, match=found):
+        drawn = sampler(seed=0)
+    with pytest.warns(RuntimeWarning, match=found):
+        fs.MixedRun(denoiser, [tail], (2, 2)).admit(0, tail, seed=0)
+    with pytest.warns(RuntimeWarning, match=r"the grid starts at t = .*, where x = 0.7"):
+        fs.sample_adaptive(denoiser, shape=(2, 2), sigma_max=1.0, seed=0)
+    # Asked for, or given: no warning.
+    np.testing.assert_array_equal(fs.Sampler(denoiser, tail, shape=(2, 2), check=False)(seed=0), drawn)
+    sampler(tail.start.alpha + tail.start.sigma * np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32))
+
+
+@pytest.mark.parametrize("process", [VP, fs.VP.cosine(), fs.EDM(), fs.VE(0.01, 50.0), fs.Flow(), fs.Flow(shift=3.0)])
+@pytest.mark.parametrize("steps", [2, 5, 30])
+def test_a_grid_of_its_own_spacing_is_no_start_in_the_middle(process: Any, steps: int) -> None:
+    for spacing in fs.list_spacings():
+        try:
+            grid = fs.grid(process, steps, spacing)
+        except (ValueError, TypeError):  # not on this process
+            continue
+        assert middle_start(process, grid.points[0], steps) is None, spacing
+    low = fs.grid(fs.EDM(), steps, "karras", sigma_max=10.0)
+    assert middle_start(fs.EDM(), low.points[0], steps) is None
 
 
 # --- given latents ---
@@ -384,7 +418,7 @@ def test_every_way_to_sample_warns_of_every_network_in_training_mode() -> None:
             lambda denoiser: fs.sample(denoiser, shape=(4, 3), steps=2, seed=0),
             lambda denoiser: fs.sample(denoiser, shape=(4, 3), steps=2, seed=0),  # by the sampler that was kept
             lambda denoiser: fs.MixedRun(denoiser, [plan], (4, 3)),
-            lambda denoiser: fs.sample_adaptive(denoiser, shape=(4, 3), seed=0, rtol=0.5, sigma_min=0.5, sigma_max=2.0),
+            lambda denoiser: fs.sample_adaptive(denoiser, shape=(4, 3), seed=0, rtol=0.5, sigma_min=0.5, sigma_max=3.0),
             lambda denoiser: fs.log_likelihood(denoiser, torch.zeros(4, 3), steps=2, solver="euler"),
         ):
             with pytest.warns(RuntimeWarning, match="Dropped is in training mode.* its Dropout") as caught:

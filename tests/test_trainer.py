@@ -724,6 +724,14 @@ def test_the_command_trains_on_ones_own_and_sample_uses_the_folder(
     printed = capsys.readouterr()
     assert "6 steps of consistency on cpu: about" in printed.err
     assert "fewstep sample --model run --steps 4" in printed.out
+    # A folder that is refused is refused before the estimate, which takes steps.
+    for more, error, text in (
+        ([], ValueError, "--out run holds a checkpoint of another run"),
+        (["--out", "empty", "--resume"], FileNotFoundError, "no checkpoint at empty.*: start without --resume"),
+    ):
+        with pytest.raises(error, match=text):
+            app([*words, "--network", "mine.py:make_student", *more], standalone_mode=False)
+        assert "about" not in capsys.readouterr().err
     assert {p.name for p in Path("run").glob("samples_*.png")} == {f"samples_{n}.png" for n in (1, 2, 4)}
     draw = ["sample", "--model", "run", "--steps", "2", "--n", "5", "--seed", "3", "--out", "x.npz"]
     app(draw, standalone_mode=False)

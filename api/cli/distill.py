@@ -90,6 +90,11 @@ def distill(
         raise ValueError(f"--out {out}: that is a file; name a folder")
     from fewstep.distill_runs import training
 
+    held = (out / training.CHECKPOINT).exists()
+    if held and not resume:
+        raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")
+    if resume and not held:
+        raise FileNotFoundError(f"no checkpoint at {out / training.CHECKPOINT}: start without --resume")
     if data is not None:
         given: dict[str, Any] = {
             "steps": 2000 if steps is None else steps, "batch": 64 if batch is None else batch,
@@ -106,8 +111,6 @@ def distill(
         raise ValueError(f"{', '.join(alone)} without --data: give your data, a folder or FILE.py:FUNCTION")
     from fewstep.distill_runs.methods import make_recipe
 
-    if not resume and (out / training.CHECKPOINT).exists():
-        raise ValueError(f"--out {out} holds a checkpoint of another run: --resume it, or name another folder")
     with training.processes():
         first = training.rank() == 0
         if first:

@@ -159,6 +159,13 @@ class Trainer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
 
+    def __repr__(self) -> str:
+        out = None if self.out is None else str(self.out)
+        kept = self._settings
+        return (
+            f"Trainer({self.method!r}, {kept['steps']} steps, batch={kept['batch']}, on {kept['device']}, out={out!r})"
+        )
+
     @property
     def settings(self) -> RunSettings:
         """The settings that a checkpoint must match. They are checked against the number of processes."""

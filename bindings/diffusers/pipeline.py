@@ -136,7 +136,8 @@ def _run_plan(
 def restore(pipe: object) -> Report:
     """Undo `accelerate`: put back diffusers' schedulers, with the state of the twins, and the networks' own calls.
 
-    Raises TypeError if `pipe` is not a pipeline, ValueError if it was not accelerated.
+    What is not accelerated is left as it is. Raises TypeError if `pipe` is not a pipeline, ValueError if it has no
+    scheduler.
     """
     from diffusers import schedulers
 
@@ -153,12 +154,14 @@ def restore(pipe: object) -> Report:
         elif is_twin(scheduler) and hasattr(schedulers, kind := type(scheduler).__name__):
             setattr(pipe, name, _moved(scheduler, getattr(schedulers, kind), {}))
             done.append((name, f"{kind} is diffusers' own again"))
+        else:
+            done.append((name, f"{type(scheduler).__name__} was not fused"))
     for name, module in components.items():
         if isinstance(getattr(module, "__dict__", {}).get("forward"), GraphedCall):
             del module.forward
             done.append((name, "calls its own forward again"))
     if not done:
-        raise ValueError(f"nothing to restore: {type(pipe).__name__} was not accelerated")
+        raise ValueError(f"nothing to restore in {type(pipe).__name__}: it has no scheduler")
     return Report(tuple(done))
 
 
@@ -198,6 +201,12 @@ def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | Non
         return "it is fused"
     if kind.__name__ not in SCHEDULERS:
         reason = REFUSED.get(kind.__name__)
+        base = next((base.__name__ for base in kind.__mro__ if base.__name__ in SCHEDULERS), None)
+        if reason is None and base is not None:
+            reason = (
+                f"its step may differ from that of {base}, its base; if it does not, set "
+                f"{base}.from_config(scheduler.config) in its place"
+            )
         return f"there is no fused {kind.__name__}" + (f": {reason}" if reason else "")
     if kind is not getattr(schedulers, kind.__name__):
         return f"{kind.__module__}.{kind.__name__} is not diffusers' own class, so its step may differ"

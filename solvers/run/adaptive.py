@@ -43,6 +43,7 @@ from fewstep.solvers.run.edits import Edit, Edits
 from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.run.network import warn_if_training
+from fewstep.solvers.run.sanity import warn_of_middle
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point, points
 
@@ -449,6 +450,8 @@ def sample_adaptive(
     if backend == "triton" and "float64" in dtypes:
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
     warn_if_training(denoiser.networks)
+    if x is None:
+        warn_of_middle(process, ends.points[0])
     batch = Batch(denoiser, model, pick_backend(backend, model, *dtypes), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 

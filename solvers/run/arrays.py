@@ -26,24 +26,28 @@ Device = Union[str, "torch.device"]
 DType = Union[str, type, np.dtype[Any], "torch.dtype"]
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+STATES = ("float32", "float64")  # of a run's state
 
 
-def dtype_name(dtype: Any, argument: str = "dtype") -> str:
-    """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32. Raises ValueError for others."""
+def dtype_name(dtype: Any, argument: str = "dtype", known: Sequence[str] = FLOATS) -> str:
+    """'float32' for np.float32, 'float32', np.dtype('float32') and torch.float32. Raises ValueError for others.
+
+    known  what the error names; the caller refuses the rest
+    """
     try:
         name = str(dtype).rpartition(".")[2]
         name = name if "torch" in str(dtype) or name == "bfloat16" else np.dtype(dtype).name
     except (TypeError, ValueError, SyntaxError):  # NumPy parses strings as structured dtypes
         name = ""
     if name not in (*FLOATS, "int64", "int32"):
-        raise ValueError(f"{argument} {dtype!r} is not one of {', '.join(FLOATS)}")
+        raise ValueError(f"{argument} {dtype!r} is not one of {', '.join(known)}")
     return name
 
 
 def state_dtype(dtype: Any, default: str = "float32") -> str:
     """The dtype of a run's state, `default` for None. Raises ValueError for any but float32 and float64."""
-    state = dtype_name(default if dtype is None else dtype)
-    if state not in ("float32", "float64"):
+    state = dtype_name(default if dtype is None else dtype, known=STATES)
+    if state not in STATES:
         raise ValueError(f"dtype is the state's, float32 or float64, got {state}; 16-bit belongs to the model")
     return state
 

@@ -17,7 +17,7 @@ from fewstep.solvers.run.denoising import DenoiserLike, for_plan, time_dtype
 from fewstep.solvers.run.engine import FusedRun, Job, NaiveRun, Run
 from fewstep.solvers.run.gpu import TritonJob, TritonRun
 from fewstep.solvers.run.graph import Graphs, capture_api
-from fewstep.solvers.run.sanity import Limits
+from fewstep.solvers.run.sanity import Limits, middle_start
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Prepared:
     @cached_property
     def limits(self) -> Limits:
         return Limits.of(self.plan, self.compiler.shape)
+
+    @cached_property
+    def middle(self) -> str | None:
+        """What is wrong with a drawn latent, see `middle_start`."""
+        return middle_start(self.plan.grid.process, self.plan.start, self.plan.steps)
 
     def job(self, kind: int) -> Job:
         job = self.jobs.get(kind)

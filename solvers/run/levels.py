@@ -34,7 +34,7 @@ from fewstep.solvers.run.compiled import Compiler
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Call, Condition, DenoiserLike, check_denoiser, check_output, copies
 from fewstep.solvers.run.network import warn_if_training
-from fewstep.solvers.run.sanity import Limits
+from fewstep.solvers.run.sanity import Limits, warn_of_middle
 from fewstep.solvers.run.tokens import INIT, Steps, tokens_of
 from fewstep.solvers.schedule.levels import matrix
 
@@ -281,6 +281,8 @@ def sample_levels(
     if rest:
         if latent is not None and limits is not None:
             limits.check_latent(window.part(latent, rest))
+        if latent is None:
+            warn_of_middle(plan.grid.process, plan.start, plan.steps)
         window.enter(rest, None if latent is None else window.part(latent, rest), addresses)
     for row in schedule[1:]:
         window.advance(network, row)
@@ -361,6 +363,7 @@ def rolling(
             )
         data, outer = window.inside("known", known, count)
     network = window.bind(cond(-count) if callable(cond) else cond)
+    warn_of_middle(plan.grid.process, plan.start, plan.steps)
     return _roll(window, network, cond, streams, offset, context, count, data, outer, frames)
 
 

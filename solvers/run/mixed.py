@@ -27,7 +27,7 @@ from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.graph import CaptureError, capture_api
 from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
 from fewstep.solvers.run.network import warn_if_training
-from fewstep.solvers.run.sanity import Limits
+from fewstep.solvers.run.sanity import Limits, warn_of_middle
 
 
 class Admission(NamedTuple):
@@ -199,6 +199,8 @@ class MixedRun:
             check_latent(latent, outer, (1, *self.shape[1:]), self.frame, "float32")
             assert outer is not None
             x = self._convert.latent(latent, outer)
+        else:
+            warn_of_middle(plan.grid.process, plan.start, plan.steps)
         return Admission(job, x, philox.streams(seed, 1, sample), edits, conds)
 
     def start(self, place: int, admission: Admission) -> None:

@@ -17,7 +17,7 @@ from fewstep.solvers.options import named, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
-from fewstep.solvers.run.arrays import Array, Device, DType, Frame, dtype_name, inference
+from fewstep.solvers.run.arrays import Array, Device, DType, Frame, inference, state_dtype
 from fewstep.solvers.run.checks import BACKENDS, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike
 from fewstep.solvers.run.dlpack import any_library
@@ -184,7 +184,7 @@ def sample(
     named("backend", backend, BACKENDS)
     if backend == "auto" and getattr(x, "requires_grad", False):
         backend = "naive"  # the fused kernels record no gradients
-    kind = None if dtype is None else dtype_name(dtype)
+    kind = None if dtype is None else state_dtype(dtype)
     state = "float64" if kind == "float64" else "float32"
     where = (process, steps, spacing) if grid is None else (grid,)
     layout, plan = laid_out(solver, points, (*where, start, strength), state, solver_options)

@@ -9,7 +9,7 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, function, named, whole
+from fewstep.solvers.options import flag, function, named, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
@@ -56,7 +56,8 @@ class Sampler:
     check     warn of a given latent of another level than the plan's start, refuse one that is not finite, and warn of
               a result that is not finite or far too large, and of such outputs of the network in the first call; if no
               sample is finite, raise ValueError. On by default on a CPU, where each is one reduction; on a GPU True
-              makes every call wait for the device
+              makes every call wait for the device. Unless it is False, a latent drawn where x would be mostly data
+              is warned of as well
     parallel  make calls that do not depend on each other (`Plan.rounds`) in one call of the network, on their samples
               side by side, with t per sample and the conditions repeated: for plans such as "epd", where the network
               takes a larger batch in about the same time. Not with edits after every stage; of CUDA graphs "loop" alone
@@ -303,6 +304,8 @@ class Sampler:
                 f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
                 "give x, the data to encode"
             )
+        if x is None and now.middle is not None and self._options["check"] is not False:
+            warn(now.middle)
         streams = None
         if x is None or (plan.stochastic and noise is None) or edits is not None:
             streams = philox.streams(secrets.randbits(63) if seed is None else seed, self.shape[0], first_sample)

@@ -19,6 +19,7 @@ from fewstep.solvers.run.arrays import Array, no_grad
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.engine import LOOK, Run
 from fewstep.solvers.run.rounds import bind_calls
+from fewstep.solvers.schedule.process import Point, Process
 
 # Data are taken to have a standard deviation of at most this (or this many times EDM's sigma_data).
 _DATA = 5.0
@@ -27,6 +28,34 @@ _BELOW, _ABOVE = 1.6, 1.15
 _DEVIATIONS = 5.0  # of a sample variance from its mean, as chance
 # Samples and network outputs are about 1; this is far too much for either.
 _LARGE = 5e3
+
+
+def middle_start(process: Process, at: Point, steps: int = 2) -> str | None:
+    """What to say of a latent drawn at a point where x is mostly data; None where a draw is a fair start.
+
+    steps  of the grid that starts there. The spacings start at most one of their steps below the noisy end, so a point
+           within 1 / steps of it is the grid's own design. Any is fair where data make up less than a sixth of x's
+           variance
+    """
+    data = at.alpha * getattr(process, "sigma_data", 1.0)
+    if at.sigma * at.sigma >= 5.0 * data * data:
+        return None
+    here, first, last = (float(process.unwarp(t)) for t in (at.t, process.t_first, process.t_last))
+    # A rounded step may be lower by a little (diffusers' leading spacing).
+    if here >= last + (first - last) * (1.0 - 1.1 / max(2, steps)):
+        return None
+    return (
+        f"the grid starts at t = {at.t:.6g}, where x = {at.alpha:.4g} * data + {at.sigma:.4g} * noise, but the latent "
+        f"drawn there is noise alone: pass such an x, or start at t = {process.t_first:.6g}"
+        " (Grid.from_sigmas takes sigma / alpha, from_times takes times)"
+    )
+
+
+def warn_of_middle(process: Process, at: Point, steps: int = 2) -> None:
+    """A latent is drawn at this point, see `middle_start`."""
+    message = middle_start(process, at, steps)
+    if message is not None:
+        warn(message)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,13 @@ class Engine:
         self._end = weakref.finalize(self, loop.close, False, 10.0)
         loop.thread.start()
 
+    def __repr__(self) -> str:
+        loop, run = self._loop, self._loop.run
+        plans = ", ".join(f"{plan.solver!r} in {plan.steps} steps" for plan in run.plans[:3])
+        plans += f" and {len(run.plans) - 3} more" * (len(run.plans) > 3)
+        state = "closed" if loop.closing else f"{len(loop.active)} active, {len(loop.waiting)} waiting"
+        return f"Engine({plans}, shape={run.shape}, backend={run.backend!r}: {state})"
+
     # --- requests ---
 
     def submit(

@@ -31,6 +31,7 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoise
 from fewstep.solvers.run.draws import check_form, check_policy, log_density, std
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
+from fewstep.solvers.run.sanity import warn_of_middle
 
 
 class Rollout(NamedTuple):
@@ -117,6 +118,7 @@ def rollout(
     sampler = Sampler(denoiser, plan, shape, backend=backend, device=device, dtype=dtype)
     seed = secrets.randbits(63) if seed is None else seed
     streams = philox.streams(seed, sampler.shape[0], first_sample)
+    warn_of_middle(plan.grid.process, plan.start, plan.steps)
     batch = Batch(denoiser, sampler.frame, sampler.backend, sampler.dtype, sampler.shape, cond)
     with no_grad(sampler.frame):
         latent = batch.outside(batch.latents(streams) * plan.start.sigma)
