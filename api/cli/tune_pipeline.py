@@ -40,7 +40,7 @@ def tune_pipeline(
     dtype: Annotated[str, typer.Option(help=f"Of its weights: {', '.join(DTYPES)}.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Fit a plan to a diffusers pipeline, for the same images in fewer calls. Ctrl-C during the fit keeps the best so far."""
+    """Fit a plan to a diffusers pipeline, for the same images in fewer calls. Ctrl-C while fitting keeps the best."""
     check_out(out, (".json",))
     check_seed(seed, "--seed")
     one_of("--dtype", dtype, DTYPES)
