@@ -357,6 +357,18 @@ def test_usage_errors_exit_2(cli):
     assert cli("nonsense")[0] == 2
 
 
+def test_tune_says_that_an_interrupted_ranking_leaves_no_plan(cli, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.solvers.tune.tuning.rank", interrupted)
+    words = ["tune", "--model", "ring", "--nfe", "2", "--seeds", "12", "--cache", str(tmp_path / "cache")]
+    code, _, errors = cli(*words, "--out", str(tmp_path / "plan.json"))
+    assert code == 130
+    assert "interrupted outside of the fit: there is no plan to keep" in " ".join(errors.split())
+    assert not (tmp_path / "plan.json").exists()
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, failure):
     from fewstep.solvers.files import write_whole

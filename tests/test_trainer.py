@@ -908,3 +908,24 @@ def test_two_processes_train_as_one_and_refuse_to_differ(tmp_path: Path, monkeyp
     for key, value in files[0].items():
         torch.testing.assert_close(files[1][key], value, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(files[2][key], files[1][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("predicts", "process"), [("flow", fs.Flow()), ("edm", fs.EDM())])
+def test_data_of_another_scale_are_warned_of(predicts: str, process: Any) -> None:
+    """Latents that a VAE's factor has not scaled train without an error, to nothing."""
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = torch.nn.Linear(3, 3)
+
+        def forward(self, x: Any, t: Any) -> Any:
+            return self.map(x)
+
+    student = fs.Denoiser(Net(), process, predicts)
+    for scale in (0.02, 20.0):
+        with pytest.warns(RuntimeWarning, match=r"data has a standard deviation of .*: scale it as the teacher's data"):
+            fs.Trainer("consistency", data=scale * x, teacher=student, device="cpu", steps=1, batch=8).recipe()
+    for scale in (0.2, 1.0):
+        fs.Trainer("consistency", data=scale * x, teacher=student, device="cpu", steps=1, batch=8).recipe()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,16 @@ from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, comm
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
+
+
+@contextlib.contextmanager
+def saying_when_interrupted() -> Iterator[None]:
+    """Say that Ctrl-C left no plan. The fit itself is not interrupted: it returns the best so far."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        ERR.print("interrupted outside of the fit: there is no plan to keep, and nothing is written", markup=False)
+        raise
 
 
 def tune(
@@ -46,7 +58,7 @@ def tune(
     cache: Annotated[Path | None, typer.Option(help="Folder for reference solutions.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C keeps the best plan so far."""
+    """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C during the fit keeps the best so far."""
     from fewstep.solvers.plans.plan import Plan
     from fewstep.solvers.plans.plan_file import save_plan
     from fewstep.solvers.tune.fingerprint import check_plan, load_plan
@@ -67,22 +79,23 @@ def tune(
     denoiser = chosen.denoiser(guidance)
     if isinstance(start, Plan):
         check_plan(start, denoiser, where=str(resume))
-    plan = fit(
-        denoiser,
-        nfe,
-        shape=chosen.shape,
-        cond=chosen.all_classes(),
-        seeds=seeds,
-        base=start,
-        what=what,
-        objective=objective,
-        relax=relax,
-        rounds=rounds,
-        decouple=decouple and what == "all",
-        seed=seed,
-        cache="auto" if cache is None else cache,
-        progress=(lambda text: ERR.print(text, style="dim", markup=False)) if not as_json else False,
-    )
+    with saying_when_interrupted():
+        plan = fit(
+            denoiser,
+            nfe,
+            shape=chosen.shape,
+            cond=chosen.all_classes(),
+            seeds=seeds,
+            base=start,
+            what=what,
+            objective=objective,
+            relax=relax,
+            rounds=rounds,
+            decouple=decouple and what == "all",
+            seed=seed,
+            cache="auto" if cache is None else cache,
+            progress=(lambda text: ERR.print(text, style="dim", markup=False)) if not as_json else False,
+        )
     save_plan(plan, out)
     record = plan.options["tuning"]
     if as_json:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fewstep.cli.app import OUT, AsJson
 from fewstep.cli.output import check_out
+from fewstep.cli.tune import saying_when_interrupted
 from fewstep.kernels.philox import check_seed
 from fewstep.solvers.files import shown
 from fewstep.solvers.options import needs, one_of
@@ -39,7 +40,7 @@ def tune_pipeline(
     dtype: Annotated[str, typer.Option(help=f"Of its weights: {', '.join(DTYPES)}.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Fit a plan to a diffusers pipeline, for the same images in fewer calls. Ctrl-C keeps the best plan so far."""
+    """Fit a plan to a diffusers pipeline, for the same images in fewer calls. Ctrl-C while fitting keeps the best."""
     check_out(out, (".json",))
     check_seed(seed, "--seed")
     one_of("--dtype", dtype, DTYPES)
@@ -62,20 +63,21 @@ def tune_pipeline(
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{pipeline!r} cannot be loaded as a diffusers pipeline: {error!s:.300}") from error
     size = {name: value for name, value in (("height", height), ("width", width)) if value is not None}
-    fit(
-        pipe,
-        texts,
-        nfe,
-        guidance=guidance,
-        out=out,
-        quick=quick,
-        resume=resume,
-        batch=batch,
-        seed=seed,
-        cache="auto" if cache is None else cache,
-        progress=not as_json,
-        **size,
-    )
+    with saying_when_interrupted():
+        fit(
+            pipe,
+            texts,
+            nfe,
+            guidance=guidance,
+            out=out,
+            quick=quick,
+            resume=resume,
+            batch=batch,
+            seed=seed,
+            cache="auto" if cache is None else cache,
+            progress=not as_json,
+            **size,
+        )
     plan = pipe.scheduler.plan
     record = plan.options["tuning"]
     if as_json:

@@ -21,6 +21,7 @@ from fewstep.solvers.distill.boundary import ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy, update_ema
 from fewstep.solvers.distill.losses import Weight, edm_weight, truncated_snr
 from fewstep.solvers.distill.network import points_of, predict, with_model
+from fewstep.solvers.options import warn
 from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
@@ -255,10 +256,23 @@ class OwnRecipe(Recipe):
             )
         if _described(cond) != _described(more):
             raise ValueError(f"data: conditions differ, {_described(cond)} and {_described(more)}: make them one")
+        self._warn_of_scale(torch.cat([x0, other]))
         x, own = x0.float().to(self.device), on_device(cond, self.device)
         if self.teacher is not None:
             self._try("teacher", self.teacher, x, own)
         self._try("student", self.denoiser("student"), x, self.sampling_cond(own, len(x)))
+
+    def _warn_of_scale(self, x0: Tensor) -> None:
+        """Warn of data far from the scale of the network's: pixels from 0 to 255, latents that were not scaled."""
+        student, std = self.problem.student, float(x0.double().std())
+        # Without a sigma_data of its own a network has data of about 1/2 (pixels in -1 .. 1) to 1 (scaled latents).
+        low, high = (student.sigma_data, student.sigma_data) if student.predicts == "edm" else (0.5, 1.0)
+        if x0.numel() >= 16 and std > 0.0 and not low / 5.0 <= std <= 5.0 * high:
+            usual = f"sigma_data = {low:g}" if low == high else f"{low:g} to {high:g}"
+            warn(
+                f"data has a standard deviation of {std:.3g}, which for this network is usually {usual}: scale it as "
+                "the teacher's data were (a VAE's latents by its scaling_factor, pixels to -1 .. 1)"
+            )
 
     def attempt(self, denoiser: Denoiser, x: Tensor, at: Point, cond: Cond) -> Tensor:
         """One call of the teacher or the student."""
