@@ -36,6 +36,7 @@ from fewstep.solvers.tune.candidates import candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, latents, spread_conditions, unroll
 from fewstep.solvers.tune.tuned import SOLVER, rule_of
 from fewstep.solvers.tune.tuning import (
+    OBJECTIVES,
     Fit,
     Study,
     all_starts,
@@ -181,10 +182,12 @@ def measure(
     return row, plan
 
 
-def refine(row: dict[str, Any], plan: Plan, seeds: int, say: Callable[[str], None]) -> tuple[dict[str, Any], Plan]:
+def refine(
+    row: dict[str, Any], plan: Plan, seeds: int, objective: str, say: Callable[[str], None]
+) -> tuple[dict[str, Any], Plan]:
     """The row and the plan fitted further on more latents, of seed 0 as well; never worse on their validation latents.
 
-    What is measured of the hand-made plans and of diffusers on the test latents stays.
+    What is measured of the hand-made plans, of diffusers and of fits to the test latents stays.
     """
     name, nfe = row["problem"], row["nfe"]
     model_name, guidance, _ = PROBLEMS[name]
@@ -202,10 +205,10 @@ def refine(row: dict[str, Any], plan: Plan, seeds: int, say: Callable[[str], Non
     ranked = rank(ensemble, named, target, parts["train"])
     made = Study(ensemble, target, parts, ranked, len(named), error, identity)
     rule, numbers = rule_of(plan)
-    found = fit_plan(made, [rule.widen(numbers)], say, REFINE, fewer=plan)
+    found = fit_plan(made, [rule.widen(numbers)], say, REFINE, objective=objective, fewer=plan)
     tested, goal, _, real = held_out(name, made.identity["fingerprint"], row["test"])
     tuned = score(tested.ends([unroll(found)], range(row["test"]))[0], goal, real)
-    kept = {key: value for key, value in row.items() if key not in ("bound", "tail")}
+    kept = {key: value for key, value in row.items() if key != "tail"}
     if "tail" in row:
         kept["tail"] = tail(row, found)
     return {
@@ -494,6 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="a minute: few seeds and iterations, one check",
     )
     parser.add_argument("--seeds", type=int, default=MORE_SEEDS, help="latents that --refine fits to")
+    parser.add_argument("--objective", default="both", choices=sorted(OBJECTIVES), help="what --refine makes small")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--again", action="store_true", help="also measure what has results")
     how.add_argument("--refine", action="store_true", help="fit the plans that are there further, on more latents")
@@ -520,7 +524,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if done and (args.refine or args.bounds or args.tail):
                 path = args.out / f"{name}-{nfe}.json"
                 if args.refine:
-                    row, plan = refine(done[0], read_plan(path), args.seeds, partial(say, f"{name} {nfe}"))
+                    own = partial(say, f"{name} {nfe}")
+                    row, plan = refine(done[0], read_plan(path), args.seeds, args.objective, own)
                     save_plan(plan, path)
                 elif args.tail:
                     row = {**done[0], "tail": tail(done[0], read_plan(path))}
