@@ -815,7 +815,7 @@ def test_the_shipped_curve_never_steps_back():
 
 
 def test_the_shipped_plans_of_four_calls_beside_twelve():
-    """On latents that no fit saw, beside diffusers' default: below it but for a few latents in another mode."""
+    """On latents that no fit saw, beside diffusers' default: below it by every measure."""
     pytest.importorskip("matplotlib")
     from reports.tune_report import FAR_ENTRY, FEW, NETWORKS
 
@@ -824,9 +824,9 @@ def test_the_shipped_plans_of_four_calls_beside_twelve():
     for name in NETWORKS:
         (tail,) = (r["tail"] for r in rows if (r["problem"], r["nfe"]) == (name, FEW))
         ratios = {kind: tail["tuned"][kind] / tail[FAR_ENTRY][kind] for kind in ("rmse", "median", "trimmed")}
-        assert ratios["median"] < 0.65
-        assert ratios["trimmed"] < 0.75
-        assert ratios["rmse"] < (1.1 if name == "digits" else 1.0)
+        assert ratios["median"] < 0.75
+        assert ratios["trimmed"] < 0.8
+        assert ratios["rmse"] < 0.95
 
 
 def test_the_tables_are_those_of_the_committed_results():
