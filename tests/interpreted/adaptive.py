@@ -93,7 +93,7 @@ def test_an_attempt_copies_its_numbers_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(TorchFrame, "array", lambda self, *given: (copied.append(1), array(self, *given))[1])
     counts = []
     denoiser = fs.Denoiser(lambda x, t: 0.1 * x, VP, "v")
-    options = {"shape": SHAPE, "seed": 4, "device": "cpu", "backend": "triton", "final_zero": False}
+    options = {"x": torch.ones(SHAPE), "device": "cpu", "backend": "triton", "final_zero": False}
     fs.sample_adaptive(
         denoiser, h_init=0.05, sigma_max=2.0, sigma_min=1.0, callback=lambda info: counts.append(len(copied)), **options
     )
