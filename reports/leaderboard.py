@@ -119,7 +119,7 @@ ENTRIES = (
     Entry("Flow map (AYF)", "flow_maps", 1100),
     Entry("IMM", "moment_matching", 1200, data=True),
     Entry("DMD2, one step", "distribution_matching", 250),
-    Entry("DMD2, four steps", "distribution_matching", 250, (("calls", 4.0),)),
+    Entry("DMD2, four steps", "distribution_matching", 250, (("calls", 4.0), ("last", 0.75))),
     Entry("SiD", "score_identity", 250),
     Entry("f-distill", "f_distill", 200),
     Entry("ADD", "adversarial", 800),

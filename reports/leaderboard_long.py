@@ -38,7 +38,7 @@ LONG: tuple[tuple[Entry, int, float], ...] = (
     (Entry("Progressive distillation", "progressive", 12000, (("teacher_steps", 512.0),)), 512, 3e-3),
     (Entry("DMD2, one step", "distribution_matching", 2000, (("gan", 5.0),)), 512, 3e-3),
     (
-        Entry("DMD2, four steps", "distribution_matching", 2000, (("calls", 4.0), ("last", 0.5), ("gan", 5.0))),
+        Entry("DMD2, four steps", "distribution_matching", 2500, (("calls", 4.0), ("last", 0.75), ("gan", 5.0))),
         1024,
         3e-3,
     ),
@@ -108,7 +108,7 @@ def page(rows: Mapping[str, Mapping[str, Kept]]) -> str:
         "Batches and peak learning rates: "
         + "; ".join(f"{entry.title} {batch}, {lr:g}" for entry, batch, lr in LONG if entry.title in rows)
         + ".",
-        "DMD2 has a head of weight 5 on its critic, and its last of four steps has half of the batch.",
+        "DMD2 has a head of weight 5 on its critic, and its last of four steps has three quarters of the batch.",
         "",
     ]
     return "\n".join(lines)
