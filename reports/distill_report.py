@@ -118,7 +118,7 @@ def page(results: Mapping[PlannedRun, Mapping[str, Any]]) -> str:
         if dict(options).get("deaf"):
             lines += ["The control, without the guidance strength as an input: it must miss its bound.", ""]
         if dict(options).get("calls"):
-            lines += ["The critic takes the step of the student that made a sample as an input.", ""]
+            lines += ["Each step of the student has a critic of its own.", ""]
         lines += _ring_rows(own)
         lines += _checks(own, seeds)
         if method == "adversarial":
