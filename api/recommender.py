@@ -279,7 +279,7 @@ def _measure(
         function("progress", progress)
     seeds = whole("seeds", seeds, 12)
     middle = denoiser.process.point_at_sigma(1.0)
-    branches = max(1, *(len(denoiser.shares(Moment(middle, progress)).called) for progress in (0.0, 0.5)))
+    branches = max(1, *(len(denoiser.shares(Moment(middle, done)).called) for done in (0.0, 0.5)))
     calls = nfe // branches
     if calls < 1:
         raise ValueError(

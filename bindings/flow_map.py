@@ -1,4 +1,4 @@
-"""A network that takes the end of its step as an input, as a denoiser: flow maps, MeanFlow, shortcut models ..."""
+"""A network that takes the end of its step as an input, as a denoiser: flow maps, MeanFlow, shortcut models."""
 
 from __future__ import annotations
 
