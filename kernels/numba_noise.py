@@ -17,7 +17,7 @@ import math
 import numpy as np
 
 from fewstep.kernels import philox as ref
-from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit
+from fewstep.kernels.numba_bits import bits_from_f32, f32_from_bits, jit, widest_vectors
 
 CHUNK = 2048  # elements: 8 KiB, a quarter of the smallest L1 in use
 SMALL = 32  # up to this many elements, samples share a loop
@@ -157,6 +157,7 @@ def _transform(out, groups, words):
 
     The polynomial of the logarithm and those of sine and cosine are chains, too: they advance in turn.
     """
+    widest_vectors()
     for g in range(groups):
         part, first, second = out[WHOLE * g :], words[WHOLE // 2 * g :], words[2 * SECOND + WHOLE // 2 * g :]
         for i in range(16):
@@ -228,6 +229,7 @@ def fill_words(words, blocks, lo, seed_lo, seed_hi, sample, draw, domain):
 
     The others are arguments of `fill_blocks`.
     """
+    widest_vectors()
     first = np.uint64(lo) >> np.uint64(2)
     k0, k1 = np.uint64(seed_lo), np.uint64(seed_hi)
     w_draw, w_sample, w_domain = np.uint64(draw), np.uint64(sample), np.uint64(domain)
@@ -310,6 +312,7 @@ def fill_rows(out, n, lo, streams, draw, domain, scratch):
 @jit()
 def _fill_samples(out, n, streams, draw, domain, scratch):
     """`fill_rows` for samples of at most SMALL elements, which share vectors."""
+    widest_vectors()
     w_draw, w_domain, blocks = np.uint64(draw), np.uint64(domain), (n + 3) // 4
     spare, most = scratch[_SPARE:].view(np.float32), CHUNK // 4 // blocks // 8 * 8  # whole vectors of samples at a time
     columns = np.empty((3, most), np.uint64)  # what is behind the last sample is not used
