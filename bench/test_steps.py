@@ -17,6 +17,7 @@ from fewstep.kernels.numba_bits import widest_vectors
 from fewstep.kernels.numba_noise import normal_batch
 from fewstep.kernels.threads import threads
 from fewstep.solvers.plans.registry import get_solver
+from fewstep.solvers.run.arrays import aligned
 
 REPEATS = 60
 
@@ -98,8 +99,11 @@ def test_fused_step_beside_a_parallel_copy(benchmark, report):
     """DPM-Solver++ 2M at 2^24 elements on all threads: read x, history and raw, write x, history and model input."""
     n = 1 << 24
     rng = np.random.default_rng(0)
-    x, h, raw = (rng.standard_normal((1, n), dtype=np.float32) for _ in range(3))
-    out, new, model = (np.full((1, n), np.nan, np.float32) for _ in range(3))
+    x, h, raw, out, new, model = (aligned((1, n), np.dtype(np.float32)) for _ in range(6))  # as a run's arrays are
+    for array in (x, h, raw):
+        rng.standard_normal(out=array, dtype=np.float32)
+    for array in (out, new, model):
+        array.fill(np.nan)
     w = np.zeros((1, 2, layout.COLUMNS), np.float32)
     w[0, 0, [0, 1, layout.RAW]] = 0.7, -0.2, 0.5
     w[0, 1, [0, layout.RAW]] = 1.1, -0.4

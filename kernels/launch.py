@@ -28,7 +28,7 @@ STREAMS, P, LIMIT, W, C_IN, FREE, HELD = range(NOISE + 1, NOISE + 8)
 OUTPUT = HELD + 1
 INPUT = OUTPUT + layout.OUTPUTS
 ADDRESSES = INPUT + layout.INPUTS
-SAMPLES, ELEMENTS, CHUNK, GROUP, ROWS, DRAW = range(ADDRESSES, ADDRESSES + 6)
+SAMPLES, ELEMENTS, CHUNK, GROUP, STREAMED, ROWS, DRAW = range(ADDRESSES, ADDRESSES + 7)
 OWN_P, OWN_LIMIT, OWN_W, OWN_C_IN = range(DRAW + 1, DRAW + 5)  # lengths of the tables' first axes
 STATE, MODEL, X_KIND = range(OWN_C_IN + 1, OWN_C_IN + 4)  # dtypes: of the state, of the model inputs, of x
 RAW_KIND = X_KIND + 1  # and of each raw
@@ -47,6 +47,10 @@ SERIAL_ELEMENTS = 1 << 17
 
 # Up to this many, the arrays of a stage stay in the last cache.
 CACHED_ELEMENTS = 1 << 19
+
+# From this many on, the arrays of a stage leave the last cache before anyone reads them again, so that its results go
+# past the caches: a plain store first reads from memory what it overwrites.
+STREAMED_ELEMENTS = 1 << 21
 
 
 def kind_of(array: np.ndarray) -> int:
@@ -180,10 +184,11 @@ def resize(memory: np.ndarray, samples: int, elements: int) -> int:
     suit better. A small state has a chunk of its own size: a stage's scratch is a multiple of it.
     """
     size = max(1, samples * elements)
-    chunk = min(2048, -(-size // 64) * 64) if size <= CACHED_ELEMENTS else 16384
+    streamed = size >= STREAMED_ELEMENTS and (samples == 1 or elements % 32 == 0)  # samples begin cache lines
+    chunk = min(2048, -(-size // 64) * 64) if size <= CACHED_ELEMENTS or streamed else 16384
     own = max(memory[OWN_P : OWN_C_IN + 1].tolist()) > 1
     group = 1 if own else max(1, chunk // elements)
-    memory[SAMPLES : GROUP + 1] = samples, elements, chunk, group
+    memory[SAMPLES : STREAMED + 1] = samples, elements, chunk, group, streamed
     return -(-samples // group) * -(-elements // chunk)
 
 

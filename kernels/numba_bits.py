@@ -196,6 +196,33 @@ def _widest_vectors(typingctx):
 widest_vectors: Kernel = cast(Kernel, _widest_vectors)
 
 
+@intrinsic
+def _stream_line(typingctx, target, source):
+    def codegen(context, builder, signature, args):
+        line = ir.VectorType(ir.IntType(64), 8).as_pointer()
+        target, source = (builder.inttoptr(address, line) for address in args)
+        store = builder.store(builder.load(source, align=64), target, align=64)
+        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _fence(typingctx):
+    def codegen(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+# stream_line(target, source): copy 64 bytes between addresses of cache lines past the caches, which a plain store fills
+# from memory first. Another thread sees them after a fence().
+stream_line: Kernel = cast(Kernel, _stream_line)
+fence: Kernel = cast(Kernel, _fence)
+
+
 @jit(forceinline=True)
 def f32_from_bf16(code):
     """bfloat16 code (uint16) -> float32, exact."""

@@ -19,7 +19,17 @@ from numba.np.numpy_support import carray
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.launch import _pool  # noqa: F401  the threads of a stage, beside its code
-from fewstep.kernels.numba_bits import bf16_from_f32, f16_from_f32, f32_from_bf16, f32_from_f16, jit, on_stack, pointer
+from fewstep.kernels.numba_bits import (
+    bf16_from_f32,
+    f16_from_f32,
+    f32_from_bf16,
+    f32_from_f16,
+    fence,
+    jit,
+    on_stack,
+    pointer,
+    stream_line,
+)
 from fewstep.kernels.numba_noise import SCRATCH, aligned, fill_rows
 from fewstep.kernels.philox import STEP
 from fewstep.kernels.threads import threads as _workers  # noqa: F401
@@ -28,7 +38,7 @@ _FLOAT32, _FLOAT64, _BFLOAT16 = 0, 1, 2  # positions in launch.KINDS
 _COLUMNS, _SLOTS, _RAWS, _PREDICTION = layout.COLUMNS, layout.SLOTS, layout.RAWS, layout.PREDICTION
 _OUTPUTS, _INPUTS = layout.OUTPUTS, layout.INPUTS
 _ON_STACK = 256  # elements of a chunk up to which a stage allocates nothing
-_INTEGERS, _COEFFICIENTS, _SCRATCH = (_OUTPUTS + 4) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS, (_RAWS + 3) * _ON_STACK
+_INTEGERS, _COEFFICIENTS, _SCRATCH = (_OUTPUTS + 5) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS, (_RAWS + 3) * _ON_STACK
 
 
 @jit()
@@ -248,6 +258,17 @@ def prediction_terms(p, b, present, counts, c, source):
     counts[row] = count
 
 
+@jit()
+def _stream(target, source, size):
+    """Copy bytes past the caches, from the start of a cache line to that of another."""
+    lines = size // 64 * 64
+    for i in range(0, lines, 64):
+        stream_line(target + i, source + i)
+    a, b = carray(pointer(target, np.uint8), (size,)), carray(pointer(source, np.uint8), (size,))
+    for i in range(lines, size):
+        a[i] = b[i]
+
+
 def _stage(dtype, size):
     """`fused` for states of a dtype of `size` bytes."""
     own_kind = _FLOAT32 if size == 4 else _FLOAT64
@@ -282,15 +303,23 @@ def _stage(dtype, size):
             converts |= memory[words.RAW + j] != 0 and memory[words.RAW_KIND + j] != own_kind
         converts |= memory[0] != 0 and memory[words.X_KIND] != own_kind
         room = chunk if converts or predicts or (draws and size == 8) else 0
-        small = chunk <= _ON_STACK or not (room or draws)
-        scratch = carray(on_stack(dtype, _SCRATCH), (_SCRATCH,)) if small else aligned((_RAWS + 3) * room, dtype)
+        streamed = memory[words.STREAMED] != 0  # through the scratch, if all arrays begin cache lines
+        for j in range(words.OUTPUT, words.INPUT + _INPUTS):
+            streamed &= memory[j] % 64 == 0
+        written = (rows + _INPUTS) * chunk * 8 // size if streamed else 0  # a model input may be wider than the state
+        small = chunk <= _ON_STACK or not (room or draws or streamed)
+        scratch = (
+            carray(on_stack(dtype, _SCRATCH), (_SCRATCH,)) if small else aligned((_RAWS + 3) * room + written, dtype)
+        )
         normals = carray(on_stack(np.float32, _ON_STACK), (_ON_STACK,)) if small else aligned(chunk * draws, np.float32)
         bits = carray(on_stack(np.uint64, SCRATCH), (SCRATCH,))
         kept = scratch.ctypes.data
-        integers = carray(on_stack(np.int64, _INTEGERS), (_OUTPUTS + 4, _COLUMNS))
+        first_written = kept + (_RAWS + 3) * room * size
+        integers = carray(on_stack(np.int64, _INTEGERS), (_OUTPUTS + 5, _COLUMNS))
         integers[:] = 0
         source, counts = integers[: _OUTPUTS + 1], integers[_OUTPUTS + 1]
         at, present = integers[_OUTPUTS + 2], integers[_OUTPUTS + 3]  # the sources' addresses
+        to = integers[_OUTPUTS + 4]  # those of the outputs, then of the model inputs
         c = carray(on_stack(dtype, _COEFFICIENTS), (_OUTPUTS + 1, _COLUMNS))
         for j in range(_PREDICTION):
             present[j] = memory[j]
@@ -351,21 +380,35 @@ def _stage(dtype, size):
                     for i in range(m):
                         x0[i] = free[i] * x0[i] + held[i]
             scale, done = c_in[b if own_c_in > 1 else 0], 0
-            new, scaled = memory[words.OUTPUT] + offset * size, memory[words.INPUT] + offset * size
+            for k in range(rows + _INPUTS):
+                to[k] = first_written + k * chunk * 8
+            if not streamed:
+                for k in range(rows):
+                    to[k] = memory[words.OUTPUT + k] + offset * size
+                for j in range(_INPUTS):
+                    to[rows + j] = memory[words.INPUT + j] + offset * width
+            new, scaled = to[0], to[rows]
             if scales and 0 < counts[0] <= 6:  # the first row with the first model input
                 done = 1
                 if twin > 0:
-                    other = memory[words.OUTPUT + twin] + offset * size
-                    _combine_pair(new, other, scaled, scale, m, twin, counts, c, source, at)
+                    _combine_pair(new, to[twin], scaled, scale, m, twin, counts, c, source, at)
                 else:
                     _combine_scaled(new, scaled, scale, m, counts, c, source, at)
             for k in range(done, rows):
                 if k != twin or done == 0:
-                    combine(memory[words.OUTPUT + k] + offset * size, m, k, counts, c, source, at)
+                    combine(to[k], m, k, counts, c, source, at)
             x = carray(pointer(new, dtype), (m,))
             for j in range(done, _INPUTS):
                 if memory[words.INPUT + j] != 0:
-                    _store(x, scale, memory[words.INPUT + j] + offset * width, model)
+                    _store(x, scale, to[rows + j], model)
+            if streamed:
+                for k in range(rows):
+                    _stream(memory[words.OUTPUT + k] + offset * size, to[k], m * size)
+                for j in range(_INPUTS):
+                    if memory[words.INPUT + j] != 0:
+                        _stream(memory[words.INPUT + j] + offset * width, to[rows + j], m * width)
+        if streamed:
+            fence()
         # The addresses do not keep the memory: Numba frees an array after its last use.
         _alive(scratch, normals)
 

@@ -288,6 +288,33 @@ def test_the_split_over_threads_changes_no_bit(
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize(("batch", "n"), [(1, 4099), (5, 2080), (40, 96)])
+@pytest.mark.parametrize("offset", [0, 16])
+def test_results_past_the_caches_have_the_same_bits(
+    structure: Structure, batch: int, n: int, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """offset: of the outputs from the start of a cache line; only from 0 on they go past the caches."""
+    own = {"w": batch == 5, "p": batch == 5, "limit": True, "c_in": batch == 5}
+    results = []
+    for streamed in (False, True):
+        monkeypatch.setattr(cpu_launch, "STREAMED_ELEMENTS", 1 if streamed else 1 << 40)
+        case = make(structure, 5, batch, n, own, 0.8)
+        for name in ("outputs", "inputs"):
+            case.kernel[name] = [at_offset(a, offset) for a in case.kernel[name]]
+        assert Launch(**case.kernel).memory[cpu_launch.STREAMED] == streamed
+        launch(case.kernel)
+        results.append([a.tobytes() for a in [*case.kernel["outputs"], *case.kernel["inputs"]]])
+    assert results[0] == results[1]
+
+
+def at_offset(like: np.ndarray, offset: int) -> np.ndarray:
+    """An array of zeros, `offset` bytes behind the start of a cache line."""
+    memory = np.zeros(like.nbytes + 128, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_a_sample_is_the_same_alone_and_in_its_batch(structure: Structure) -> None:
     own = {"w": True, "p": True, "limit": True, "c_in": True}
     case = make(structure, 3, 4, 2049, own, 0.8)
