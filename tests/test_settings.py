@@ -343,6 +343,21 @@ def test_a_torch_closure_gets_tensors_without_device(name: str) -> None:
     assert isinstance(adaptive.x, torch.Tensor)
 
 
+def test_a_variable_of_the_closure_may_get_its_value_later() -> None:
+    def model(x: Any, t: Any) -> Any:
+        return later(net(x))
+
+    net = NET
+    denoiser = fs.Denoiser(model, VP)
+    sampler = fs.Sampler(denoiser, fs.plan("ddim", fs.grid(VP, 3)), (2, 3))
+
+    def later(raw: Any) -> Any:
+        return 0.5 * raw
+
+    want = fs.sample(fs.Denoiser(lambda x, t: 0.5 * NET(x), VP), shape=(2, 3), solver="ddim", steps=3, seed=0)
+    assert torch.equal(sampler(seed=0), want)  # tensors: the network was found beside what had no value
+
+
 def test_a_function_that_converts_arrays_itself_keeps_numpy() -> None:
     out = fs.sample(fs.Denoiser(converting(), VP), shape=(2, 3), steps=4, seed=0)
     assert isinstance(out, np.ndarray)
