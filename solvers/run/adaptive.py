@@ -1,7 +1,7 @@
 """Adaptive sampling: every sample of a batch chooses its own step sizes from its own error estimate.
 
-A step is one attempt of an embedded pair (`fewstep.solvers.run.embedded`); its size is measured in log-SNR. A finished
-sample leaves the batch, so that the network is called only for the rest. A rejected step keeps its first call.
+A step is one attempt of an embedded pair (`fewstep.solvers.families.embedded`); its size is measured in log-SNR. A
+finished sample leaves the batch, so that the network is called only for the rest. A rejected step keeps its first call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
+from fewstep.solvers.families.embedded import PAIRS, Pair
 from fewstep.solvers.families.exponential_rk import EPS
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.field_names import pair_name
@@ -40,7 +41,6 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, inputs_of
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.edits import Edit, Edits
-from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import warn_of_middle
