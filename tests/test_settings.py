@@ -229,7 +229,7 @@ def test_a_latent_of_another_level_is_named_with_the_right_scale(backend: str) -
     grid = fs.grid(fs.EDM(), 2, "ddim_uniform")
     run = functools.partial(fs.sample, RING.denoiser(fs.EDM()), grid=grid, backend=backend)
     for scale in (80.0, 1.0):
-        found = r"standard deviation of [\d.]+, but the plan starts at sigma = 40\.\d+: pass x = 40\.\d+ \* standard"
+        found = r"standard deviation of [\d.]+, but the run starts at sigma = 40\.\d+: pass x = 40\.\d+ \* standard"
         with pytest.warns(RuntimeWarning, match=found):
             run(scale * unit(500, 2))
     x = unit(500, 2)
@@ -241,6 +241,44 @@ def test_a_latent_of_another_level_is_named_with_the_right_scale(backend: str) -
     exact = fs.sample(RING.denoiser(fs.EDM()), 80.0 * x, solver="heun", steps=200, dtype="float64")
     errors = [float(np.sqrt(np.mean((got - exact) ** 2))) for got in (right, wrong)]
     assert errors[0] < 0.2 < 2.0 * errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_adaptive_steps_name_a_latent_of_another_level(backend: str, library: str) -> None:
+    def run(x: np.ndarray, **options: Any) -> Any:
+        given: Any = torch.from_numpy(x) if library == "torch" else x
+        denoiser = fs.Denoiser(half, options.pop("process", fs.EDM()), "sample")
+        return fs.sample_adaptive(denoiser, given, backend=backend, rtol=0.2, **options)
+
+    x = unit(64, 2)
+    run(80.0 * x)  # warnings are errors here
+    run(3.0 * x, sigma_max=3.0)
+    with pytest.warns(
+        RuntimeWarning, match=r"0\.\d+, but the run starts at sigma = 80: pass x = 80 \* standard"
+    ) as caught:
+        run(x)
+    assert caught[0].filename == __file__
+    assert "(process.point_at_sigma(sigma_max).sigma)" in str(caught[0].message)
+    with pytest.warns(
+        RuntimeWarning, match=r"at sigma = 0\.707107, alpha = 0\.707107: pass x = 0\.707107 \* data \+ 0\.7"
+    ):
+        run(0.1 * x, process=VP, sigma_max=1.0)
+    assert VP.point_at_sigma(1.0).sigma == pytest.approx(0.5**0.5)
+    x[3] = math.nan
+    with pytest.raises(ValueError, match="x holds NaN or inf"):
+        run(x)
+
+
+def test_requests_name_a_latent_of_another_level() -> None:
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 3))
+    run = fs.MixedRun(fs.Denoiser(half, fs.EDM(), "sample"), [plan], (2, 64))
+    x = unit(1, 64)[0]
+    run.admit(0, plan, seed=0, x=80.0 * x)  # warnings are errors here
+    with pytest.warns(RuntimeWarning, match=r"but the run starts at sigma = 80: pass x = 80 \* standard_normal"):
+        run.admit(1, plan, seed=0, x=x)
+    with pytest.raises(ValueError, match="x holds NaN or inf"):
+        run.admission(plan, seed=0, x=x * math.nan)
 
 
 @pytest.mark.parametrize("n", [2, 8, 64, 1000])

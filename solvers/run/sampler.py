@@ -357,7 +357,7 @@ class Sampler:
                 self._tried = now
             else:
                 values = values * 1  # the run is made again, in the same memory
-                report(limits, values, run, latent, streams, cond, noise is not None, edits is not None)
+                report(limits, plan, values, run, latent, streams, cond, noise is not None, edits is not None)
             if result is None:
                 result = self._convert.result(values, outer, dtype, out)
             return result if draws is None else draws.sampled(result, streams)
