@@ -50,10 +50,11 @@ class FlowMapDenoiser(Denoiser):
         self.end = end
 
     def end_time(self, to: Point) -> float:
-        """The network's second time input for a step that ends at `to`."""
+        """The network's second time input for a step that ends at `to`, one point or arrays of points."""
         low = self.process.sigma_min
-        if self.predicts == "edm" and to.sigma < low * to.alpha:
-            to = self.process.point_at_sigma(low)
+        if self.predicts == "edm" and np.any(below := to.sigma < low * to.alpha):
+            least = self.process.point_at_sigma(low)
+            to = Point(*(np.where(below, *pair)[()] for pair in zip(least, to, strict=True)))
         return self.time(to)
 
     def for_plan(self, plan: Plan) -> Self:

@@ -264,6 +264,19 @@ def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point,
     return together if np.allclose(found, want, rtol=1e-9, atol=0.0) else alone
 
 
+def at_points(function: Callable[[Point], Any], at: Point) -> NDArray[np.float64]:
+    """function at points of arrays (n,): all at once, or one by one where a subclass takes one point only."""
+    points = np.stack(at)
+    ends = [function(Point(*points[:, i].tolist())) for i in (0, -1)]
+    try:
+        found = np.asarray(function(at), np.float64)
+        if found.shape == points.shape[1:] and np.allclose(found[[0, -1]], ends, rtol=1e-9, atol=0.0):
+            return found
+    except (TypeError, ValueError):
+        pass
+    return np.array([function(Point(*point)) for point in points.T.tolist()], np.float64)
+
+
 def call_at(
     denoiser: DenoiserLike,
     frame: Frame,
