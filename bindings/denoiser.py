@@ -414,7 +414,7 @@ class Denoiser:
                 # A model may modify or return its arguments: all calls but the last get copies.
                 copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
                 calls = zip([*copies, (x_in, t)], branches, strict=True)
-                return tuple(models[j](*own, **conds[j]) for own, j in calls)
+                return tuple(together((j,), *own)[0] for own, j in calls)
             if len(branches) <= 1:
                 return together(branches, x_in, t)
             raws: list[Any] = []

@@ -403,6 +403,69 @@ def test_a_function_that_converts_arrays_itself_keeps_numpy() -> None:
     np.testing.assert_allclose(out, want.detach(), atol=1e-5)
 
 
+class Conditioned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.own, self.label = torch.nn.Linear(3, 3), torch.nn.Linear(4, 3), torch.nn.Embedding(5, 3)
+
+    def forward(self, x: Any, t: Any, c: Any = None, y: Any = None, more: Any = None) -> Any:
+        shift = 0.0 if c is None else self.own(c)
+        shift = shift if y is None else shift + self.label(y)
+        return self.out(x) + (shift if more is None else shift + self.own(more["layers"][1]))
+
+
+ZEROS = np.zeros((2, 4), np.float32)
+GIVEN: dict[str, tuple[Any, str, Any]] = {
+    "channels": (None, r"x \(2, 7\) float32, t \(2,\) float32$", (2, 7)),
+    "NumPy": (
+        {"c": ZEROS},
+        r"t \(2,\) float32, c \(2, 4\) float32; c is an array of numpy, x of torch: convert it$",
+        (2, 3),
+    ),
+    "labels": (
+        {"y": np.zeros(2, np.int64)},
+        r"y \(2,\) int64; y is an array of numpy, x of torch: convert it$",
+        (2, 3),
+    ),
+    "float64": ({"c": torch.zeros(2, 4).double()}, r"c \(2, 4\) float64; c is float64, x float32$", (2, 3)),
+    "list": ({"y": [1, 2]}, r"float32, y\[0\] int, y\[1\] int$", (2, 3)),
+    "nested": (
+        {"more": {"layers": [None, ZEROS]}},
+        r"\['layers'\]\[0\] NoneType, more\['layers'\]\[1\] \(2, 4\) float32; more\['layers'\]\[1\] is an array of numpy",
+        (2, 3),
+    ),
+}
+
+
+def mixed(denoiser: fs.Denoiser, shape: tuple[int, ...], cond: Any, **options: Any) -> None:
+    run = fs.MixedRun(denoiser, [plan := fs.plan("ddim", fs.grid(VP, 2))], shape)
+    run.admit(0, plan, seed=0)
+    run.step(cond)
+
+
+RUNS: dict[str, Any] = {
+    "numba": functools.partial(fs.sample, backend="numba"),
+    "naive": functools.partial(fs.sample, backend="naive"),
+    "callback": functools.partial(fs.sample, callback=lambda info: None),
+    "adaptive": fs.sample_adaptive,
+    "mixed": mixed,
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("how", [*RUNS, "separate branches"])
+def test_a_network_s_own_error_says_what_it_was_called_with(name: str, how: str) -> None:
+    cond, found, shape = GIVEN[name]
+    branches: dict[str, Any] = {} if how in RUNS else {"guidance": 2.0, "null": cond or {}, "batched": False}
+    denoiser = fs.Denoiser(Conditioned(), VP, **branches)
+    run = RUNS.get(how, fs.sample)
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        run(denoiser, shape=shape, seed=0, cond=cond)
+    (note,) = caught.value.__notes__
+    assert note.startswith("the network was called with x (")
+    assert re.search(found, note), note
+
+
 def test_the_conditions_tell_the_library_too() -> None:
     def model(x: Any, t: Any, y: Any) -> Any:
         return x.to(torch.float64) * y[:, None]

@@ -20,7 +20,7 @@ from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
-from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, predictions
+from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, explain, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
@@ -321,7 +321,12 @@ class FusedRun:
                 x_in, t = self.model_input(k)
                 (inputs, times), places = self._ready, self.places
             if one is not None:
-                raw = (networks.get(branches) or one.network(branches))(x_in, t)
+                network = networks.get(branches) or one.network(branches)
+                try:
+                    raw = network(x_in, t)
+                except Exception as error:
+                    explain(error, x_in, t, network)
+                    raise
             else:
                 raws = call(branches, x_in, t)
                 raw = raws[0] if len(raws) == 1 else None
