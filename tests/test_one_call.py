@@ -209,6 +209,23 @@ def test_every_call_looks_at_the_network_s_outputs() -> None:
             fs.sample(denoiser, shape=SHAPE, steps=2, seed=0)
 
 
+@pytest.mark.parametrize("branch", [0, 1])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_outputs_of_all_branches_are_looked_at(branch: int, backend: str, library: str) -> None:
+    denoiser = fs.Denoiser(lambda x, t, k: k[:, None, None] * x, VP, "sample", guidance=2.0, clip=1.0)
+    cond = [{"k": np.full(SHAPE[0], 0.1, np.float32)} for _ in range(2)]
+    given = [{"k": torch.from_numpy(own["k"])} for own in cond] if library == "torch" else cond
+    sampler = fs.Sampler(
+        denoiser, fs.plan("ddim", fs.grid(VP, 2)), SHAPE, backend=backend, device="cpu" if library == "torch" else None
+    )
+    sampler(seed=0, cond=given)  # warnings are errors here
+    cond[branch]["k"][:] = 1e9
+    sampler.update(guidance=3.0)  # in a sampler's first call, that is
+    with pytest.warns(RuntimeWarning, match="the network's output has an RMS of"):
+        sampler(seed=0, cond=given)
+
+
 def test_a_subclass_with_settings_of_its_own() -> None:
     class Doubled(fs.Denoiser):
         def __init__(self, *args: Any, factor: Any) -> None:

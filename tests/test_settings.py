@@ -431,7 +431,7 @@ GIVEN: dict[str, tuple[Any, str, Any]] = {
     "list": ({"y": [1, 2]}, r"float32, y\[0\] int, y\[1\] int$", (2, 3)),
     "nested": (
         {"more": {"layers": [None, ZEROS]}},
-        r"\['layers'\]\[0\] NoneType, more\['layers'\]\[1\] \(2, 4\) float32; more\['layers'\]\[1\] is an array of numpy",
+        r"\['layers'\]\[0\] NoneType, more\['layers'\]\[1\] \(2, 4\) float32; more\['layers'\]\[1\] is an array of",
         (2, 3),
     ),
 }

@@ -116,9 +116,11 @@ class Limits:
             warn(f"{given}: pass x = {at.sigma:.6g} * standard_normal ({self.sigma}), or shape= to draw it")
 
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
-        """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
-        most = self.square
-        return _mean_square(x) <= most and all(_mean_square(_flat(raw)[:LOOK]) <= most for raw in outputs)
+        """Whether a run's result is finite and not far too large. outputs: the network's last ones, of any batch."""
+        most, size = self.square, math.prod(x.shape)
+        return _mean_square(x) <= most and all(
+            _mean_square(branch[:LOOK]) <= most for raw in outputs for branch in _flat(raw).reshape(-1, size)
+        )
 
 
 def report(
