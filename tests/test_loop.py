@@ -537,6 +537,33 @@ def test_separate_guidance_calls_see_one_input(library: str, backend: str) -> No
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("guidance", [3.0, "a guide between"])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_separate_guidance_calls_may_return_the_same_memory(library: str, backend: str, guidance: Any) -> None:
+    """A network may own its output: a captured graph, an engine with static buffers."""
+    lib: Any = torch if library == "torch" else np
+    held = lib.zeros((2, 9), dtype=lib.float32)
+
+    def static(x: Any, t: Any, c: float) -> Any:
+        held[...] = c * x
+        return held
+
+    device, scale = "cpu" if library == "torch" else None, -2.0 * 0.25 + 3.0 * 0.5
+    conds: Any = ({"c": 0.25}, {"c": 0.5})
+    if guidance != 3.0:  # the first and the last call are of one network
+        guidance = fs.Branches((0.4, 0.9, -0.3), models=(static, lambda x, t, c: c * x, static))
+        conds, scale = ({"c": 0.25}, {"c": 1.0}, {"c": 0.5}), 0.4 * 0.25 + 0.9 * 1.0 - 0.3 * 0.5
+    denoiser = fs.Denoiser(static, VP, "sample", guidance=guidance, batched=False)
+    x = np.random.default_rng(1).standard_normal((2, 9)).astype(np.float32)
+    for batched in (False, True) if len(conds) == 3 else (False,):
+        denoiser.batched = batched
+        sampler = make((2, 9), "dpmpp_2m", denoiser=denoiser, backend=backend, device=device)
+        want, _ = run_plan(sampler.plan, lambda v, at: scale * v, x.astype(np.float64))
+        found = sampler(torch.from_numpy(x) if library == "torch" else x, cond=conds)
+        np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
+
+
 def test_a_broadcast_output() -> None:
     sampler = make(
         (2, 9),
