@@ -410,17 +410,17 @@ class Denoiser:
             return [tuple(own) for _, own in groupby(branches, key=lambda j: id(networks[j]))]
 
         def call(branches: tuple[int, ...], x_in: Any, t: Any) -> tuple[Any, ...]:
-            if not self.batched and len(branches) > 1:
-                # A model may modify or return its arguments: all calls but the last get copies.
-                copies = [(frame.concatenate([x_in]), frame.concatenate([t])) for _ in branches[1:]]
-                calls = zip([*copies, (x_in, t)], branches, strict=True)
-                return tuple(models[j](*own, **conds[j]) for own, j in calls)
             if len(branches) <= 1:
                 return together(branches, x_in, t)
             raws: list[Any] = []
-            for own in by_network(branches):
-                part = slice(len(raws) * batch, (len(raws) + len(own)) * batch)
-                raws += together(own, x_in[part], t[part])
+            for own in by_network(branches) if self.batched else [(j,) for j in branches]:
+                part = slice(len(raws) * batch, (len(raws) + len(own)) * batch) if self.batched else slice(None)
+                inputs, last = (x_in[part], t[part]), len(raws) + len(own) == len(branches)
+                # A model may modify or return its arguments, and return the same memory in each call.
+                if not (self.batched or last):
+                    inputs = frame.concatenate([x_in]), frame.concatenate([t])
+                found = together(own, *inputs)
+                raws += found if last else [frame.concatenate([r]) if frame.is_array(r) else r for r in found]
             return tuple(raws)
 
         together, groups = OneNetwork(bound, frame, batch), by_network(tuple(range(len(conds))))

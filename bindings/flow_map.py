@@ -30,7 +30,8 @@ class FlowMapDenoiser(Denoiser):
 
     end  the name of s, the network's keyword
 
-    s is in the units of the network's time input t. Under predicts="edm", where clean data would be -inf, s is at least
+    A `Sampler` keeps the network and `null` that the denoiser has when it is made; `fewstep.sample` takes those of each
+    call. s is in the units of the network's time input t. Under predicts="edm", where clean data would be -inf, s is at least
     the process's sigma_min. Other arguments as for `Denoiser`.
     """
 
@@ -50,10 +51,11 @@ class FlowMapDenoiser(Denoiser):
         self.end = end
 
     def end_time(self, to: Point) -> float:
-        """The network's second time input for a step that ends at `to`."""
+        """The network's second time input for a step that ends at `to`, one point or arrays of points."""
         low = self.process.sigma_min
-        if self.predicts == "edm" and to.sigma < low * to.alpha:
-            to = self.process.point_at_sigma(low)
+        if self.predicts == "edm" and np.any(below := to.sigma < low * to.alpha):
+            least = self.process.point_at_sigma(low)
+            to = Point(*(np.where(below, *pair)[()] for pair in zip(least, to, strict=True)))
         return self.time(to)
 
     def for_plan(self, plan: Plan) -> Self:

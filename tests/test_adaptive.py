@@ -14,7 +14,7 @@ from oracles import adaptive as oracle
 
 import fewstep as fs
 from fewstep.kernels import attempts, cpu, interpreted, philox
-from fewstep.solvers.run.embedded import PAIRS
+from fewstep.solvers.families.embedded import PAIRS
 
 SOLVERS = tuple(PAIRS)
 PROCESSES = {"edm": fs.EDM(), "vp": fs.VP.linear(), "flow": fs.Flow()}

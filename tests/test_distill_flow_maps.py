@@ -13,7 +13,7 @@ from fewstep.bindings.export.sampler_module import SamplerModule
 from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.solvers.distill import flow_maps, mean_flow, shortcut
 from fewstep.solvers.distill.network import points_of
-from fewstep.solvers.distill.two_times import average_velocity, jump, logit_normal_times
+from fewstep.solvers.distill.two_times import average_velocity, jump, logit_normal_times, with_end
 from fewstep.solvers.plans.ends import step_ends
 from reports import mean_flow_weight
 
@@ -53,6 +53,40 @@ def wrong(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
 
 def student(net: Any, process: Any = FLOW, predicts: str = "flow", **options: Any) -> FlowMapDenoiser:
     return FlowMapDenoiser(net, process, predicts, time_dtype="float64", **options)
+
+
+@pytest.mark.parametrize(
+    ("process", "predicts", "scale", "kind"),
+    [
+        (FLOW, "flow", 1e3, "float32"),
+        (EDM, "edm", 1.0, "float32"),
+        (VP, "v", 1.0, "float32"),
+        (FLOW, "flow", 1e3, "int64"),  # `Denoiser.time` then takes one point only
+        (VP, "v", 1.0, "int64"),
+    ],
+)
+def test_the_ends_of_a_batch_are_those_of_each_point_alone(
+    process: Any, predicts: str, scale: float, kind: str
+) -> None:
+    calls = []
+
+    class Own(FlowMapDenoiser):
+        def end_time(self, to: fs.Point) -> float:
+            calls.append(np.ndim(to.t))
+            return super().end_time(to)
+
+    net = Own(wrong, process, predicts, time_dtype=kind, time_scale=scale)
+    times = {FLOW: 1.0, EDM: 80.0, VP: 999.0}[process] * np.random.default_rng(0).uniform(size=512)
+    if kind == "int64":
+        times = np.round(times * scale) / scale
+    to = points_of(process, times)
+    if process is not VP:  # clean data, where EDM's times end before
+        to = fs.Point(*(np.append(own[:-1], end) for own, end in zip(to, process.clean, strict=True)))
+    found = with_end(net, None, to, torch.zeros(512, 2))["s"]
+    assert calls == [0, 0, 1, *[0] * (512 if kind == "int64" else 0)]
+    want = [FlowMapDenoiser.end_time(net, fs.Point(*map(float, point))) for point in zip(*to, strict=True)]
+    assert torch.equal(found, torch.tensor(want, dtype=getattr(torch, kind)))
+    assert np.isfinite(want).all()
 
 
 def teacher() -> fs.Denoiser:

@@ -18,6 +18,7 @@ from pages import run_page
 
 import fewstep as fs
 from fewstep.kernels import philox
+from fewstep.solvers.plans.plan import make_plan
 
 VP = fs.VP.linear()
 SHAPE = (3, 2, 5, 4)
@@ -113,6 +114,54 @@ def test_an_edit_of_x0_against_a_plain_loop(backend: str) -> None:
         ahead = t.alpha * (x / s.alpha + h * d)
         x = ahead if t.sigma == 0.0 else t.alpha * (x / s.alpha + h / 2 * (d + slope(ahead, t)))
     np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
+
+
+WEIGHTS = [1.4, -0.5, 0.05, -0.04, 0.03, 0.02, -0.01, 0.05]  # of the latest prediction and of seven older ones
+
+
+def weights(k: int) -> np.ndarray:
+    own = np.array(WEIGHTS[: k + 1])
+    return own / own.sum()
+
+
+def widest(grid: fs.Grid) -> Any:
+    """As many slots as the kernels read, x and seven older predictions, beside the prediction of the call."""
+    for k, (s, t) in enumerate(pairwise(grid.points)):
+        r = t.sigma / s.sigma
+        row = {"x": r} | {f"m{j}" if j else "m": (t.alpha - s.alpha * r) * w for j, w in enumerate(weights(k))}
+        kept = {f"m{j + 1}": {f"m{j}" if j else "m": 1.0} for j in range(min(k + 1, 7))}
+        yield fs.Stage(s, {"x": row, **kept}, t)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_an_edit_of_x0_where_a_stage_reads_as_many_slots_as_it_may(backend: str, guidance: float | None) -> None:
+    grid = fs.grid(VP, 10, "karras", sigma_max=6.0)
+    plan = make_plan("widest", grid, widest(grid), {}, 1.0, "float64")
+    denoiser = fs.Denoiser(model, VP, guidance=guidance, null={"c": np.zeros(1)})
+    how = {**BACKENDS[backend], "dtype": "float64"}
+    cond = None if guidance is None else {"c": torch.ones(3, dtype=torch.float64) if "device" in how else np.ones(3)}
+    if cond is not None and "device" in how:
+        denoiser.null = {"c": torch.zeros(1, dtype=torch.float64)}
+    sampler = fs.Sampler(denoiser, plan, SHAPE, **how)
+    seen = []
+
+    def pulled(info: fs.EditInfo) -> Any:
+        seen.append({*info.slots})
+        return 0.8 * info.x0 + 0.02 * info.x
+
+    found = np.asarray(sampler(seed=11, cond=cond, edit_x0=pulled))
+    x, history = grid.points[0].sigma * drawn(SHAPE, 11, 0, philox.LATENT), []
+    for k, (s, t) in enumerate(pairwise(grid.points)):
+        eps = model(x, None) + (0.0 if guidance is None else 0.1 * guidance)
+        history = [0.8 * (x - s.sigma * eps) / s.alpha + 0.02 * x, *history][:8]
+        mixed = sum(w * m for w, m in zip(weights(k), history, strict=True))
+        x = t.sigma / s.sigma * x + (t.alpha - s.alpha * t.sigma / s.sigma) * mixed
+    np.testing.assert_allclose(found, x, rtol=0, atol=1e-11)
+    # A slot that the step has read by then could not be changed in time.
+    assert seen[6:] == [{f"m{j}" for j in range(1, 7)}, *[{f"m{j}" for j in range(1, 6)}] * 3]
+    nothing = np.asarray(sampler(seed=11, cond=cond, edit_x0=lambda info: None))
+    np.testing.assert_allclose(nothing, np.asarray(sampler(seed=11, cond=cond)), rtol=0, atol=1e-11)
 
 
 def turning(info: fs.EditInfo) -> Any:

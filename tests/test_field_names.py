@@ -10,8 +10,8 @@ import pytest
 import fewstep as fs
 from fewstep.distill_runs.methods import PROBLEMS, make_recipe
 from fewstep.distill_runs.own_methods import METHODS as OWN
+from fewstep.solvers.families.embedded import PAIRS as ADAPTIVE
 from fewstep.solvers.field_names import METHODS, PAIRS, SOLVERS, SPACINGS, method_name, solver_hint
-from fewstep.solvers.run.embedded import PAIRS as ADAPTIVE
 
 GRID = fs.grid(fs.VP.linear(), 4)
 FLOW = fs.grid(fs.Flow(), 4)

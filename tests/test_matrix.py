@@ -15,7 +15,7 @@ from matrix.refusals import RULES, Absent, Refusal, check, covering_set, expecte
 from pages import DOCS
 
 import fewstep as fs
-from fewstep.solvers.run.embedded import PAIRS
+from fewstep.solvers.families.embedded import PAIRS
 
 CELLS = covering_set()
 

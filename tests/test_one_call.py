@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import fewstep as fs
+from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.solvers.cache import Cache
 from fewstep.solvers.plans import registry
 from fewstep.solvers.run import one_call
@@ -209,6 +211,23 @@ def test_every_call_looks_at_the_network_s_outputs() -> None:
             fs.sample(denoiser, shape=SHAPE, steps=2, seed=0)
 
 
+@pytest.mark.parametrize("branch", [0, 1])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_the_outputs_of_all_branches_are_looked_at(branch: int, backend: str, library: str) -> None:
+    denoiser = fs.Denoiser(lambda x, t, k: k[:, None, None] * x, VP, "sample", guidance=2.0, clip=1.0)
+    cond = [{"k": np.full(SHAPE[0], 0.1, np.float32)} for _ in range(2)]
+    given = [{"k": torch.from_numpy(own["k"])} for own in cond] if library == "torch" else cond
+    sampler = fs.Sampler(
+        denoiser, fs.plan("ddim", fs.grid(VP, 2)), SHAPE, backend=backend, device="cpu" if library == "torch" else None
+    )
+    sampler(seed=0, cond=given)  # warnings are errors here
+    cond[branch]["k"][:] = 1e9
+    sampler.update(guidance=3.0)  # in a sampler's first call, that is
+    with pytest.warns(RuntimeWarning, match="the network's output has an RMS of"):
+        sampler(seed=0, cond=given)
+
+
 def test_a_subclass_with_settings_of_its_own() -> None:
     class Doubled(fs.Denoiser):
         def __init__(self, *args: Any, factor: Any) -> None:
@@ -399,6 +418,34 @@ assert len(SAMPLERS) == 12
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_flow_map_s_network_and_null_condition_are_those_of_the_call() -> None:
+    """Its samplers hold a copy of it, which knows the ends of the plan's steps."""
+
+    def network(factor: float) -> Any:
+        return lambda x, t, s, k: factor * x + 0.1 * s[:, None, None] + k
+
+    def made(factor: float, null: float) -> Any:
+        return FlowMapDenoiser(network(factor), fs.Flow(), guidance=2.0, null={"k": null}, batched=False)
+
+    denoiser, run = made(0.5, 0.0), functools.partial(fs.sample, shape=SHAPE, solver="euler", steps=3, seed=0)
+    found = [run(denoiser, cond={"k": 1.0})]
+    assert len(SAMPLERS) == 1
+    denoiser.model = network(0.1)
+    found.append(run(denoiser, cond={"k": 1.0}))
+    denoiser.null = {"k": 0.5}
+    found.append(run(denoiser, cond={"k": 1.0}))
+    denoiser.null["k"] = 0.25
+    found.append(run(denoiser, cond={"k": 1.0}))
+    for own, (factor, null) in zip(found, [(0.5, 0.0), (0.1, 0.0), (0.1, 0.5), (0.1, 0.25)], strict=True):
+        x = fs.sample(made(factor, null), shape=SHAPE, solver="euler", steps=3, seed=0, cond={"k": 1.0})
+        np.testing.assert_array_equal(own, x)
+    assert len({own.tobytes() for own in found}) == 4
+    kept = len(SAMPLERS)
+    del denoiser
+    gc.collect()
+    assert len(SAMPLERS) < kept
 
 
 def test_a_replaced_network_is_not_kept() -> None:

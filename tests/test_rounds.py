@@ -147,6 +147,39 @@ def test_the_samples_are_those_of_one_call_after_the_other(backend: str, name: s
             assert len(nets[1].sizes) < len(nets[0].sizes)
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_a_round_of_two_calls_may_get_the_same_memory(library: str, backend: str) -> None:
+    """Of a round of which some calls are guided, for each of which a static buffer of the network holds the output."""
+    torch = pytest.importorskip("torch")
+    plan, held = fs.plan("epd", fs.grid(VP, 4)), np.zeros(64 * 8, np.float32)
+    lib: Any = torch.from_numpy if library == "torch" else np.asarray
+
+    def static(x: Any, t: Any, c: Any) -> Any:
+        out = lib(held)[: x.size if library == "numpy" else x.numel()].reshape(x.shape)
+        out[...] = network(x, t, c)
+        return out
+
+    conds = [{"c": lib(np.array([v, 0.5, 2.0], np.float32))} for v in (-1.0, 1.0)]
+    mixed = 0
+    for level in sorted(stage.at.ratio for stage in plan.stages)[:4]:
+        runs = []
+        for net in (network, static):
+            calls: list[int] = []
+
+            def counted(x: Any, t: Any, c: Any, net: Any = net, calls: list[int] = calls) -> Any:
+                calls.append(len(x))
+                return net(x, t, c)
+
+            denoiser = fs.Denoiser(counted, VP, "v", guidance=fs.CFG(2.0, sigma_lo=1.001 * level))
+            device = "cpu" if library == "torch" else None
+            sampler = fs.Sampler(denoiser, plan, SHAPE, backend=backend, parallel=True, device=device)
+            runs.append(np.asarray(sampler(seed=1, cond=conds)))
+        mixed += len(calls) > len(plan.rounds)
+        np.testing.assert_array_equal(*runs)
+    assert mixed
+
+
 def test_steps_without_a_call() -> None:
     """CFG-Zero*'s first steps call no branch, so that a round has nothing to ask for."""
     for zero_steps in (1, 2):

@@ -229,7 +229,7 @@ def test_a_latent_of_another_level_is_named_with_the_right_scale(backend: str) -
     grid = fs.grid(fs.EDM(), 2, "ddim_uniform")
     run = functools.partial(fs.sample, RING.denoiser(fs.EDM()), grid=grid, backend=backend)
     for scale in (80.0, 1.0):
-        found = r"standard deviation of [\d.]+, but the plan starts at sigma = 40\.\d+: pass x = 40\.\d+ \* standard"
+        found = r"standard deviation of [\d.]+, but the run starts at sigma = 40\.\d+: pass x = 40\.\d+ \* standard"
         with pytest.warns(RuntimeWarning, match=found):
             run(scale * unit(500, 2))
     x = unit(500, 2)
@@ -241,6 +241,44 @@ def test_a_latent_of_another_level_is_named_with_the_right_scale(backend: str) -
     exact = fs.sample(RING.denoiser(fs.EDM()), 80.0 * x, solver="heun", steps=200, dtype="float64")
     errors = [float(np.sqrt(np.mean((got - exact) ** 2))) for got in (right, wrong)]
     assert errors[0] < 0.2 < 2.0 * errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_adaptive_steps_name_a_latent_of_another_level(backend: str, library: str) -> None:
+    def run(x: np.ndarray, **options: Any) -> Any:
+        given: Any = torch.from_numpy(x) if library == "torch" else x
+        denoiser = fs.Denoiser(half, options.pop("process", fs.EDM()), "sample")
+        return fs.sample_adaptive(denoiser, given, backend=backend, rtol=0.2, **options)
+
+    x = unit(64, 2)
+    run(80.0 * x)  # warnings are errors here
+    run(3.0 * x, sigma_max=3.0)
+    with pytest.warns(
+        RuntimeWarning, match=r"0\.\d+, but the run starts at sigma = 80: pass x = 80 \* standard"
+    ) as caught:
+        run(x)
+    assert caught[0].filename == __file__
+    assert "(process.point_at_sigma(sigma_max).sigma)" in str(caught[0].message)
+    with pytest.warns(
+        RuntimeWarning, match=r"at sigma = 0\.707107, alpha = 0\.707107: pass x = 0\.707107 \* data \+ 0\.7"
+    ):
+        run(0.1 * x, process=VP, sigma_max=1.0)
+    assert VP.point_at_sigma(1.0).sigma == pytest.approx(0.5**0.5)
+    x[3] = math.nan
+    with pytest.raises(ValueError, match="x holds NaN or inf"):
+        run(x)
+
+
+def test_requests_name_a_latent_of_another_level() -> None:
+    plan = fs.plan("ddim", fs.grid(fs.EDM(), 3))
+    run = fs.MixedRun(fs.Denoiser(half, fs.EDM(), "sample"), [plan], (2, 64))
+    x = unit(1, 64)[0]
+    run.admit(0, plan, seed=0, x=80.0 * x)  # warnings are errors here
+    with pytest.warns(RuntimeWarning, match=r"but the run starts at sigma = 80: pass x = 80 \* standard_normal"):
+        run.admit(1, plan, seed=0, x=x)
+    with pytest.raises(ValueError, match="x holds NaN or inf"):
+        run.admission(plan, seed=0, x=x * math.nan)
 
 
 @pytest.mark.parametrize("n", [2, 8, 64, 1000])
@@ -343,11 +381,89 @@ def test_a_torch_closure_gets_tensors_without_device(name: str) -> None:
     assert isinstance(adaptive.x, torch.Tensor)
 
 
+def test_a_variable_of_the_closure_may_get_its_value_later() -> None:
+    def model(x: Any, t: Any) -> Any:
+        return later(net(x))
+
+    net = NET
+    denoiser = fs.Denoiser(model, VP)
+    sampler = fs.Sampler(denoiser, fs.plan("ddim", fs.grid(VP, 3)), (2, 3))
+
+    def later(raw: Any) -> Any:
+        return 0.5 * raw
+
+    want = fs.sample(fs.Denoiser(lambda x, t: 0.5 * NET(x), VP), shape=(2, 3), solver="ddim", steps=3, seed=0)
+    assert torch.equal(sampler(seed=0), want)  # tensors: the network was found beside what had no value
+
+
 def test_a_function_that_converts_arrays_itself_keeps_numpy() -> None:
     out = fs.sample(fs.Denoiser(converting(), VP), shape=(2, 3), steps=4, seed=0)
     assert isinstance(out, np.ndarray)
     want = fs.sample(fs.Denoiser(closure(), VP), shape=(2, 3), steps=4, seed=0)
     np.testing.assert_allclose(out, want.detach(), atol=1e-5)
+
+
+class Conditioned(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.own, self.label = torch.nn.Linear(3, 3), torch.nn.Linear(4, 3), torch.nn.Embedding(5, 3)
+
+    def forward(self, x: Any, t: Any, c: Any = None, y: Any = None, more: Any = None) -> Any:
+        shift = 0.0 if c is None else self.own(c)
+        shift = shift if y is None else shift + self.label(y)
+        return self.out(x) + (shift if more is None else shift + self.own(more["layers"][1]))
+
+
+ZEROS = np.zeros((2, 4), np.float32)
+GIVEN: dict[str, tuple[Any, str, Any]] = {
+    "channels": (None, r"x \(2, 7\) float32, t \(2,\) float32$", (2, 7)),
+    "NumPy": (
+        {"c": ZEROS},
+        r"t \(2,\) float32, c \(2, 4\) float32; c is an array of numpy, x of torch: convert it$",
+        (2, 3),
+    ),
+    "labels": (
+        {"y": np.zeros(2, np.int64)},
+        r"y \(2,\) int64; y is an array of numpy, x of torch: convert it$",
+        (2, 3),
+    ),
+    "float64": ({"c": torch.zeros(2, 4).double()}, r"c \(2, 4\) float64; c is float64, x float32$", (2, 3)),
+    "list": ({"y": [1, 2]}, r"float32, y\[0\] int, y\[1\] int$", (2, 3)),
+    "nested": (
+        {"more": {"layers": [None, ZEROS]}},
+        r"\['layers'\]\[0\] NoneType, more\['layers'\]\[1\] \(2, 4\) float32; more\['layers'\]\[1\] is an array of",
+        (2, 3),
+    ),
+}
+
+
+def mixed(denoiser: fs.Denoiser, shape: tuple[int, ...], cond: Any, **options: Any) -> None:
+    run = fs.MixedRun(denoiser, [plan := fs.plan("ddim", fs.grid(VP, 2))], shape)
+    run.admit(0, plan, seed=0)
+    run.step(cond)
+
+
+RUNS: dict[str, Any] = {
+    "numba": functools.partial(fs.sample, backend="numba"),
+    "naive": functools.partial(fs.sample, backend="naive"),
+    "callback": functools.partial(fs.sample, callback=lambda info: None),
+    "adaptive": fs.sample_adaptive,
+    "mixed": mixed,
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("how", [*RUNS, "separate branches"])
+def test_a_network_s_own_error_says_what_it_was_called_with(name: str, how: str) -> None:
+    cond, found, shape = GIVEN[name]
+    branches: dict[str, Any] = {} if how in RUNS else {"guidance": 2.0, "null": cond or {}, "batched": False}
+    denoiser = fs.Denoiser(Conditioned(), VP, **branches)
+    run = RUNS.get(how, fs.sample)
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        run(denoiser, shape=shape, seed=0, cond=cond)
+    (note,) = caught.value.__notes__
+    assert note.startswith("the network was called with x (")
+    assert re.search(found, note), note
 
 
 def test_the_conditions_tell_the_library_too() -> None:

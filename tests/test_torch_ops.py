@@ -64,6 +64,31 @@ def test_compiled_without_a_graph_break():
         assert torch.equal(compiled(x, streams(3, 3)), loop(x, streams(3, 3)))
 
 
+class Nested(torch.nn.Module):
+    """Reads its conditions from a mapping and a list inside of a mapping."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor, added: dict) -> torch.Tensor:
+        move = shift + added["pooled"] - added["layers"][0]
+        return 0.5 * x + move[:, None, None, None]
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_guided_with_nested_conditions_it_compiles_without_a_graph_break(batched):
+    denoiser = fs.Denoiser(Nested(), VP, "v", guidance=2.5, batched=batched)
+    loop = SamplerModule(denoiser, plan := fs.plan("dpmpp_2m", fs.grid(VP, 3)))
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def cond(value):
+        own = torch.full((3,), value)
+        return {"shift": own, "added": {"pooled": 2.0 * own, "layers": [own[:1], "text"]}}
+
+    both = cond(0.1), cond(0.4)
+    compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(found := compiled(x, cond=both), loop(x, cond=both))
+    assert torch.equal(found, fs.Sampler(denoiser, plan, x.shape)(x, cond=both))
+
+
 def test_exported_program_runs_without_the_solvers_python():
     loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("unipc", fs.grid(VP, 4)))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fewstep.solvers.distill.network import derivative_along, inputs_at, noised, points_of, predict, raw_outputs, spread
 from fewstep.solvers.run.arrays import TorchFrame
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, time_dtype
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, at_points, time_dtype
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
@@ -46,13 +46,12 @@ def with_end(student: FlowMapLike, cond: Cond, to: Point, like: Tensor) -> dict[
             f"the student is a {type(student).__name__}: a network of two times is a "
             "fewstep.bindings.flow_map.FlowMapDenoiser"
         )
-    points = [Point(*values) for values in zip(*(np.atleast_1d(v).tolist() for v in to), strict=True)]
-    known = {p: student.end_time(p) for p in dict.fromkeys(points)}
-    if len(points) != len(like):
-        raise ValueError(f"end holds {len(points)} points for a batch of {len(like)}: give one for each sample")
+    to = Point(*map(np.atleast_1d, to))
+    if len(to.t) != len(like):
+        raise ValueError(f"end holds {len(to.t)} points for a batch of {len(like)}: give one for each sample")
     frame = TorchFrame(like.device)
     dtype = time_dtype(student, student.model_dtype(frame.dtype_of(like)))
-    return {**(cond or {}), student.end: frame.array(np.array([known[p] for p in points]), dtype)}
+    return {**(cond or {}), student.end: frame.array(at_points(student.end_time, to), dtype)}
 
 
 def jump(student: FlowMapLike, x: Tensor, at: Point, to: Point, cond: Cond = None) -> Tensor:

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fewstep.kernels import layout
 from fewstep.solvers.plans.rounds import in_rounds, kept_input
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, SOURCES, UNGUIDED, Row, Stage, UncheckedPlan
 
@@ -77,13 +78,14 @@ class Program:
 
 
 X0_SLOT = "x0 prediction"
+PART_SLOT = "part of x"
 
 
 def halved(plan: UncheckedPlan, leads: frozenset[int]) -> tuple[UncheckedPlan, list[int], frozenset[int]]:
     """Two stages for each with a prediction: the first writes it to a slot, which the second reads as "m".
 
     Between them the prediction may be edited. Both have the outputs of one call of the network; the second needs them
-    only for "u".
+    only for "u". Where the second would read more slots than the kernels take, the first adds some of them up.
 
     leads  the stages without a prediction
 
@@ -92,19 +94,32 @@ def halved(plan: UncheckedPlan, leads: frozenset[int]) -> tuple[UncheckedPlan, l
     stages: list[Stage] = []
     were: list[int] = []
     firsts: set[int] = set()
-    for k, stage in enumerate(plan.stages):
-        if k not in leads:
-            firsts.add(len(stages))
-            were.append(k)
-            stages.append(Stage(stage.at, {"x": {"x": 1.0}, X0_SLOT: {PREDICTION: 1.0}}, stage.at, done=False))
+    for k, (stage, live) in enumerate(zip(plan.stages, live_rows(plan), strict=True)):
         rows = {
             slot: {X0_SLOT if source == PREDICTION else source: c for source, c in row.items()}
             for slot, row in stage.rows.items()
         }
+        if k not in leads:
+            firsts.add(len(stages))
+            were.append(k)
+            first: dict[str, Row] = {"x": {"x": 1.0}, X0_SLOT: {PREDICTION: 1.0}}
+            summed = _beyond(live)
+            if summed:
+                first[PART_SLOT] = {source: rows["x"][source] for source in summed}
+                rows["x"] = {PART_SLOT: 1.0, **{source: c for source, c in rows["x"].items() if source not in summed}}
+            stages.append(Stage(stage.at, first, stage.at, done=False))
         were.append(k)
         stages.append(replace(stage, rows=rows))
     made = UncheckedPlan(plan.solver, plan.grid, tuple(stages), plan.init, plan.options, plan.noise_scale, plan.dtype)
     return made, were, frozenset(firsts)
+
+
+def _beyond(live: Mapping[str, Row]) -> list[str]:
+    """Slots that only the row of x reads, whose sum leaves room for the prediction in a slot; none if it has some."""
+    computed = [row for slot, row in live.items() if not is_rename(slot, row)]
+    alone = [source for source in live["x"] if sum(source in row for row in computed) == 1 and source not in SOURCES]
+    excess = len({"x", X0_SLOT}.union(*computed).difference(SOURCES)) - layout.SLOTS
+    return [source for source in alone if source != "x"][-excess - 1 :] if excess > 0 else []
 
 
 def x0_shares(plan: UncheckedPlan) -> list[dict[str, float]]:
@@ -213,7 +228,8 @@ def compile_plan(
         if alone:
             # Before the first call there is no prediction, and none is read.
             x0.append(where.get(X0_SLOT, -1) if lasting else where.pop(X0_SLOT))
-            hidden = {"x", X0_SLOT, *map(kept_input, range(plan.nfe if parallel else 0))}
+            hidden = {"x", X0_SLOT, PART_SLOT, *map(kept_input, range(plan.nfe if parallel else 0))}
+            hidden.update(stage.rows.get(PART_SLOT, ()))  # this step has read them already
             slots.append({slot: buffer for slot, buffer in where.items() if slot not in hidden})
     kept = tuple(x0), in_place, tuple(slots), firsts, calls, leads
     return Program(plan, init, tuple(ops), buffers, where["x"], *kept)

@@ -90,8 +90,8 @@ def list_solvers() -> tuple[str, ...]:
     return tuple(sorted(_SOLVERS))
 
 
-# Of `sample_adaptive`, which has no plan.
-EMBEDDED = ("dpm_solver_12", "dpm_solver_23", "dormand_prince")
+# The names of the pairs in `families.embedded`: of `sample_adaptive`, which has no plan.
+EMBEDDED: list[str] = []
 
 
 def get_solver(name: str) -> Solver:

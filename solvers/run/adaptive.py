@@ -1,7 +1,7 @@
 """Adaptive sampling: every sample of a batch chooses its own step sizes from its own error estimate.
 
-A step is one attempt of an embedded pair (`fewstep.solvers.run.embedded`); its size is measured in log-SNR. A finished
-sample leaves the batch, so that the network is called only for the rest. A rejected step keeps its first call.
+A step is one attempt of an embedded pair (`fewstep.solvers.families.embedded`); its size is measured in log-SNR. A
+finished sample leaves the batch, so that the network is called only for the rest. A rejected step keeps its first call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, philox
 from fewstep.solvers.families.coordinates import COORDINATES
+from fewstep.solvers.families.embedded import PAIRS, Pair
 from fewstep.solvers.families.exponential_rk import EPS
 from fewstep.solvers.families.renoise import ancestral_split
 from fewstep.solvers.field_names import pair_name
@@ -28,7 +29,6 @@ from fewstep.solvers.run.arrays import Array, Device, DType, no_grad, state_dtyp
 from fewstep.solvers.run.attempts import Attempts, FusedAttempts, written
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch, Outputs
 from fewstep.solvers.run.checks import (
-    check_finite,
     check_latent,
     check_shape,
     check_source,
@@ -40,10 +40,9 @@ from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, inputs_of
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.edits import Edit, Edits
-from fewstep.solvers.run.embedded import PAIRS, Pair
 from fewstep.solvers.run.engine import NoiseSource, outside_noise
 from fewstep.solvers.run.network import warn_if_training
-from fewstep.solvers.run.sanity import warn_of_middle
+from fewstep.solvers.run.sanity import Limits, warn_of_middle
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point, points
 
@@ -445,13 +444,15 @@ def sample_adaptive(
     edits = Edits.of(edit, edit_x0, every, sizes, check=True)
     if x is not None and outer is not None:
         check_latent(x, outer, sizes, model, state)
-        check_finite("x", x, outer)
     dtypes = state, denoiser.model_dtype(state)
     if backend == "triton" and "float64" in dtypes:
         raise ValueError("backend='triton' keeps float32 and takes models of 16 or 32 bits: use backend='naive'")
     warn_if_training(denoiser.networks)
-    if x is None:
-        warn_of_middle(process, ends.points[0])
+    first, last = ends.points
+    if x is None or outer is None:
+        warn_of_middle(process, first)
+    elif outer.device == "cpu":
+        Limits.between(process, first, last, sizes, "process.point_at_sigma(sigma_max).sigma").check_latent(x)
     batch = Batch(denoiser, model, pick_backend(backend, model, *dtypes), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
 
@@ -463,12 +464,12 @@ def sample_adaptive(
     options = _Options(pair, ends, eta, s_noise, control, noise, callback, own_edits)
     with no_grad(model):
         if x is None or outer is None:
-            start = batch.latents(streams) * ends.points[0].sigma
+            start = batch.latents(streams) * first.sigma
         else:
             start = batch.latent(x, outer)
         if own_edits is not None:
             start = start * 1.0
-            own_edits.at_start(start, ends.points[0])
+            own_edits.at_start(start, first)
         run = _Run(batch, options, start, h_init, streams)
         result = run(start)
         if final_zero:

@@ -16,11 +16,11 @@ from fewstep.kernels import attempts as rows
 from fewstep.kernels import cpu, layout, naive
 from fewstep.kernels import launch as words
 from fewstep.kernels.launch import Launch
+from fewstep.solvers.families.embedded import Pair
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.run.arrays import Array, aligned
 from fewstep.solvers.run.batch import BEFORE_END, Batch, weighed
 from fewstep.solvers.run.denoising import Call, check_output, copies, predictions, time_dtype
-from fewstep.solvers.run.embedded import Pair
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

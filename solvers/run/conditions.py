@@ -68,6 +68,8 @@ def mapped(function: Callable[..., object], *trees: Any, path: Keys | None = Non
 
 def _like(tree: Any, items: Any) -> Any:
     """A container of the type of `tree` with these items, of the same keys."""
+    if type(tree) is dict:  # torch.compile traces no `copy.copy` of one
+        return {**tree, **items}
     if isinstance(tree, MutableMapping):
         made = copy.copy(tree)
         made.update(items)

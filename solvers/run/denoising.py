@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -12,6 +13,7 @@ from fewstep.kernels import naive
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.tables import X0Prediction
 from fewstep.solvers.run.arrays import FLOATS, Array, Frame, frame_of
+from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.schedule.process import Point, Process
 
 Cond = Mapping[str, Any]
@@ -36,7 +38,13 @@ class OneNetwork:
         return self.networks[branches]
 
     def __call__(self, branches: tuple[int, ...], x_in: Array, t: Array) -> tuple[Array, ...]:
-        return self.split(branches, self.network(branches)(x_in, t))
+        network = self.network(branches)
+        try:
+            raw = network(x_in, t)
+        except Exception as error:
+            explain(error, x_in, t, network)
+            raise
+        return self.split(branches, raw)
 
     def split(self, branches: tuple[int, ...], raw: Array) -> tuple[Array, ...]:
         """The outputs of the branches. Raises ValueError unless the network returned an array of their batch."""
@@ -51,6 +59,33 @@ class OneNetwork:
                 "model(x, t) must return an array like x, or use Denoiser(batched=False)"
             )
         return tuple(raw[i * batch : (i + 1) * batch] for i in range(n))
+
+
+def explain(error: Exception, x_in: Array, t: Array, network: object) -> None:
+    """Add a note to a network's own error: what it was called with, and what is unlike x.
+
+    network  with its conditions, if it has any, as the keywords of a partial
+    """
+    conditions = leaves(network.keywords) if isinstance(network, functools.partial) else ()
+    library, dtype = _kind(x_in)
+    given, unlike = [], []
+    for path, value in [(("x",), x_in), (("t",), t), *conditions]:
+        name = str(path[0]) + "".join(f"[{key!r}]" for key in path[1:])
+        own, kind = _kind(value)
+        given.append(f"{name} {tuple(value.shape)} {kind}" if own else f"{name} {kind}")
+        if own not in ("", library):
+            unlike.append(f"{name} is an array of {own}, x of {library}: convert it")
+        elif name != "t" and kind in FLOATS and kind != dtype:
+            unlike.append(f"{name} is {kind}, x {dtype}")
+    error.add_note(f"the network was called with {'; '.join([', '.join(given), *unlike])}")
+
+
+def _kind(value: object) -> tuple[str, str]:
+    """The library and dtype of an array; no library and the type of anything else."""
+    frame = frame_of(value)
+    if frame is None or not frame.is_array(value):
+        return "", type(value).__name__
+    return frame.name, frame.dtype_of(value)
 
 
 class Threshold(Protocol):
@@ -262,6 +297,19 @@ def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point,
     except (TypeError, ValueError):
         return alone
     return together if np.allclose(found, want, rtol=1e-9, atol=0.0) else alone
+
+
+def at_points(function: Callable[[Point], Any], at: Point) -> NDArray[np.float64]:
+    """function at points of arrays (n,): all at once, or one by one where a subclass takes one point only."""
+    points = np.stack(at)
+    ends = [function(Point(*points[:, i].tolist())) for i in (0, -1)]
+    try:
+        found = np.asarray(function(at), np.float64)
+        if found.shape == points.shape[1:] and np.allclose(found[[0, -1]], ends, rtol=1e-9, atol=0.0):
+            return found
+    except (TypeError, ValueError):
+        pass
+    return np.array([function(Point(*point)) for point in points.T.tolist()], np.float64)
 
 
 def call_at(

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fewstep.solvers.families.embedded import FOURTH
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, Tableau
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch
 from fewstep.solvers.run.denoising import network_inputs
 from fewstep.solvers.run.divergence import Trace
-from fewstep.solvers.run.embedded import FOURTH
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
 

@@ -20,7 +20,7 @@ from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
-from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, predictions
+from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, explain, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
 
@@ -121,7 +121,8 @@ class Run(Editable, Protocol):
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
     through      all stages with these calls of the network and nothing between them, in the fewest steps that Python
-                 can take; returns the last outputs. None where `model_input` and `advance` are as good
+                 can take; returns the last outputs, those of branches in one array as the network returned them. None
+                 where `model_input` and `advance` are as good
     z            of both, the caller's own normals (B, ...) in place of those that the run would draw
     release      drop references that later runs do not need
     """
@@ -321,7 +322,12 @@ class FusedRun:
                 x_in, t = self.model_input(k)
                 (inputs, times), places = self._ready, self.places
             if one is not None:
-                raw = (networks.get(branches) or one.network(branches))(x_in, t)
+                network = networks.get(branches) or one.network(branches)
+                try:
+                    raw = network(x_in, t)
+                except Exception as error:
+                    explain(error, x_in, t, network)
+                    raise
             else:
                 raws = call(branches, x_in, t)
                 raw = raws[0] if len(raws) == 1 else None
@@ -341,7 +347,7 @@ class FusedRun:
                     stage(memory, 0, units, address)
                     continue
             self.advance(k, raws if one is None else one.split(branches, raw))
-        return raws if one is None else one.split(branches, raw)
+        return raws if one is None else (raw,) if branches else ()
 
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
@@ -407,24 +413,31 @@ class FusedRun:
         """Drop what an interrupted run has not used. A run keeps no array of the network."""
         self._ready = self._used
 
-    def copied(self) -> tuple[Array, float]:
-        """A new array of the model's library with the sample after the last stage, and its mean square."""
-        if self.places is None:
-            new = np.empty(self.shape, self._dtypes[0])
-            address, _ = self._address(new)
+    def copied(self, out: Array | None = None) -> tuple[Array, float]:
+        """A new array of the model's library with the sample after the last stage, and its mean square.
+
+        out  an array of the sample's shape and dtype, in place of a new one; (None, inf) if it is not contiguous
+        """
+        if out is not None:
+            new = out
         else:
-            new = self._like.new_empty(self.shape)
-            address = new.data_ptr()
+            new = np.empty(self.shape, self._dtypes[0]) if self.places is None else self._like.new_empty(self.shape)
+        address, kept = self._address(new)
+        if kept is not new:
+            return None, math.inf
         return new, self.transfer.run(address, self._place, self.size, 0, 0, 0, 0) / self.size
 
     def small(self, outputs: Sequence[Array], most: float) -> bool:
-        """Whether the mean squares of the first numbers of network outputs are at most that; False if it is unknown."""
+        """Whether the mean squares of the first numbers of each branch are at most that; False if it is unknown."""
         n = min(self.size, LOOK)
         return all(
             type(raw) is self._kind
             and raw.dtype is self._dtypes[1]
             and raw.is_contiguous()
-            and self.transfer.run(0, raw.data_ptr(), n, 0, 0, 0, 0) <= most * n
+            and all(
+                self.transfer.run(0, raw.data_ptr() + start * raw.itemsize, n, 0, 0, 0, 0) <= most * n
+                for start in range(0, raw.numel(), self.size)
+            )
             for raw in outputs
         )
 

@@ -198,6 +198,8 @@ class MixedRun:
             latent = x[None] if outer is not None else x
             check_latent(latent, outer, (1, *self.shape[1:]), self.frame, "float32")
             assert outer is not None
+            if outer.device == "cpu":
+                self._limits[id(plan)].check_latent(latent)
             x = self._convert.latent(latent, outer)
         else:
             warn_of_middle(plan.grid.process, plan.start, plan.steps)

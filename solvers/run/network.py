@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import CellType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.solvers.options import warn
@@ -121,13 +122,22 @@ def _reached(value: object) -> list[object]:
     if inspect.ismethod(value):
         return [value.__self__, value.__func__]
     if inspect.isfunction(value):
-        closed = inspect.getclosurevars(value)
+        named = (value.__globals__.get(name) for name in value.__code__.co_names)
         defaults = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        return [*closed.nonlocals.values(), *closed.globals.values(), *defaults]
+        return [*_contents(value.__closure__ or ()), *named, *defaults]
     if inspect.isclass(value) or inspect.ismodule(value):
         return []
     own = getattr(value, "__dict__", {})
     return [*own.values()] if isinstance(own, dict) else []
+
+
+def _contents(closure: Iterable[CellType]) -> Iterator[object]:
+    """The variables that a function takes from around it, without those that have no value yet."""
+    for cell in closure:
+        try:
+            yield cell.cell_contents
+        except ValueError:
+            continue
 
 
 def _converts(model: object) -> bool:

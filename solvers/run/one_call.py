@@ -2,8 +2,9 @@
 
 A plan is known by its solver, options, grid and dtype. A sampler is known by its denoiser, by what its tables and
 memory take from that denoiser, and by the plan, shape, dtype, device and backend: an edited denoiser has another
-sampler. The network and its null condition are read in each call. A sampler refers weakly to its denoiser and is
-forgotten with it. Arguments that can change, such as lists and functions, are not compared: their calls keep nothing.
+sampler. The network and its null condition are read in each call; a sampler that holds a copy of its denoiser for a
+plan is known by them, too. A sampler refers weakly to its denoiser and is forgotten with it. Arguments that can change,
+such as lists and functions, are not compared: their calls keep nothing.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ def _key(denoiser: DenoiserLike, state: str, frame: Frame, layout: Hashable, *ot
         reference = weakref.ref(denoiser)  # once its denoiser is gone, it equals no other
         hash(reference)
         made_for = frame.name, frame.device, denoiser.model_dtype(state), inference(frame)
+        if hasattr(denoiser, "for_plan"):  # the sampler keeps both alive, and with them their identities
+            made_for = (*made_for, id(denoiser.model), id(denoiser.null))
         return layout, id(denoiser), reference, type(denoiser), *settings, *own, *made_for, state, *exactly(others)
     except TypeError:
         return None

@@ -104,6 +104,8 @@ class _Rounds:
             for raw in raws:
                 if not (job.frame.is_array(raw) and raw.ndim and raw.shape[0] == shape[0]):
                     check_output(raw, shape, job.frame)
+            if len(groups) > 1:  # a network may return the same memory in each call
+                raws = tuple(job.frame.concatenate([raw]) for raw in raws)
             for n, place in enumerate(places):
                 own = slice(n * job.batch, (n + 1) * job.batch)
                 found[place] = tuple(raw[own] for raw in raws)

@@ -347,8 +347,9 @@ class Sampler:
             )
             fine, tried = False, self._tried is now
             values: Array = None
-            if fused is not None and out is None:
-                result, square = fused.copied()
+            # The report of an unusual result reads the latent again, which `out` may not overwrite before.
+            if fused is not None and (out is None or (out is not x and self._is_plain(out))):
+                result, square = fused.copied(out)
                 # By compiled code where it can.
                 fine = limits is None or (square <= limits.square and (tried or fused.small(outputs, limits.square)))
             if result is None or not fine:
@@ -357,7 +358,7 @@ class Sampler:
                 self._tried = now
             else:
                 values = values * 1  # the run is made again, in the same memory
-                report(limits, values, run, latent, streams, cond, noise is not None, edits is not None)
+                report(limits, plan, values, run, latent, streams, cond, noise is not None, edits is not None)
             if result is None:
                 result = self._convert.result(values, outer, dtype, out)
             return result if draws is None else draws.sampled(result, streams)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,15 @@ def warn_of_middle(process: Process, at: Point, steps: int = 2) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """What is usual for the runs of a plan.
+    """What is usual for a run.
 
-    low, high  between them lies the mean square of a latent at the plan's start
+    start      the point of its latent, None where that is data; its sigma as an expression of the caller's names
+    low, high  between them lies the mean square of a latent at the start
     result     above it is no RMS of a result, or of a network's output; square: its square
     """
 
-    plan: UncheckedPlan
+    start: Point | None
+    sigma: str
     low: float
     high: float
     result: float
@@ -74,47 +76,56 @@ class Limits:
 
     @classmethod
     def of(cls, plan: UncheckedPlan, shape: Sequence[int]) -> Limits:
-        """shape: of the latent, (B, ...)."""
-        at, process = plan.start, plan.grid.process
+        """Of the runs of a plan. shape: of the latent, (B, ...)."""
+        grid, at = plan.grid, plan.start
+        found = cls.between(grid.process, at, plan.stages[-1].to, shape, "plan.start.sigma")
+        return found if at == grid.points[0] and not grid.rising else replace(found, start=None)
+
+    @classmethod
+    def between(cls, process: Process, at: Point, end: Point, shape: Sequence[int], sigma: str) -> Limits:
+        """Of runs from noise at one point to another."""
         # Wilson and Hilferty's quantiles of a chi-squared variable with one degree of freedom per element.
         spread = 2.0 / (9.0 * math.prod(shape))
         low, high = (max(0.0, 1.0 - spread + z * math.sqrt(spread)) ** 1.5 for z in (-_DEVIATIONS, _DEVIATIONS))
         data = at.alpha * _DATA * max(1.0, getattr(process, "sigma_data", 1.0))
-        largest = max(_LARGE, process.sigma_max, 10.0 * plan.stages[-1].to.sigma)
+        largest = max(_LARGE, process.sigma_max, 10.0 * end.sigma)
         # By products: a power of a huge level would raise OverflowError, where a product is inf.
         least, most = at.sigma * low / _BELOW, high * _ABOVE
-        return cls(plan, least * least, (at.sigma * at.sigma + data * data) * most * most, largest, largest * largest)
+        highest = (at.sigma * at.sigma + data * data) * most * most
+        return cls(at, sigma, least * least, highest, largest, largest * largest)
 
     def check_latent(self, x: Array) -> None:
-        """Refuse a latent that is not finite, and warn of one whose level is not that of the plan's start.
+        """Refuse a latent that is not finite, and warn of one whose level is not that of the run's start.
 
         x  the latent as a run takes it, NumPy or torch
         """
         if self.low <= _mean_square(x) <= self.high:
             return
-        flat, plan = _flat(x), self.plan
+        flat, at = _flat(x), self.start
         if not bool((abs(flat) < math.inf).all()):
             raise ValueError("x holds NaN or inf: no sample can come of it")
-        at = plan.start
-        if at != plan.grid.points[0] or plan.grid.rising:
-            return  # it starts from data
+        if at is None:
+            return
         std = float(flat.std())
         if std <= 1e-3 * _rms(x):
             return  # a constant is a probe, not a draw
-        given = f"x has a standard deviation of {std:.4g}, but the plan starts at sigma = {at.sigma:.6g}"
+        given = f"x has a standard deviation of {std:.4g}, but the run starts at sigma = {at.sigma:.6g}"
         if at.alpha > 0.05 * at.sigma:
             warn(f"{given}, alpha = {at.alpha:.6g}: pass x = {at.alpha:.6g} * data + {at.sigma:.6g} * standard_normal")
         else:
-            warn(f"{given}: pass x = {at.sigma:.6g} * standard_normal (plan.start.sigma), or shape= to draw it")
+            warn(f"{given}: pass x = {at.sigma:.6g} * standard_normal ({self.sigma}), or shape= to draw it")
 
     def usual(self, x: Array, outputs: Sequence[Array]) -> bool:
-        """Whether a run's result is finite and not far too large. outputs: the network's last ones."""
-        most = self.square
-        return _mean_square(x) <= most and all(_mean_square(_flat(raw)[:LOOK]) <= most for raw in outputs)
+        """Whether a run's result is finite and not far too large. outputs: the network's last ones, of any batch."""
+        most, size = self.square, math.prod(x.shape)
+        return _mean_square(x) <= most and all(
+            _mean_square(branch[:LOOK]) <= most for raw in outputs for branch in _flat(raw).reshape(-1, size)
+        )
 
 
 def report(
     limits: Limits,
+    plan: UncheckedPlan,
     x: Array,
     run: Run,
     latent: Array | None,
@@ -127,6 +138,7 @@ def report(
 
     Raises ValueError instead if every sample holds NaN or inf: no result is worth returning.
 
+    plan                   of the run
     x                      the result, in memory that the second run does not use
     latent, streams, cond  of the first run
     outside                whether the caller's `noise` gave its draws; the second run has zeros instead
@@ -136,7 +148,7 @@ def report(
     what = f"{bad} of {len(x)} samples hold NaN or inf" if bad else f"the samples have an RMS of {_rms(x):.3g}"
     try:
         where = "a run with edits is not made again" if edited else None
-        where = where or _first_unusual(limits, run, latent, streams, cond, outside)
+        where = where or _first_unusual(limits, plan, run, latent, streams, cond, outside)
     except Exception:  # a network that cannot be called twice
         where = None
     message = f"{what}: " + (where or "calling the network again did not show where they came from")
@@ -146,10 +158,16 @@ def report(
 
 
 def _first_unusual(
-    limits: Limits, run: Run, latent: Any, streams: np.ndarray | None, cond: Condition, outside: bool
+    limits: Limits,
+    plan: UncheckedPlan,
+    run: Run,
+    latent: Any,
+    streams: np.ndarray | None,
+    cond: Condition,
+    outside: bool,
 ) -> str | None:
     """The first call whose output, or whose step, is not finite or above the limit."""
-    job, plan, limit = run.job, limits.plan, limits.result
+    job, limit = run.job, limits.result
     with no_grad(job.frame):
         call = bind_calls(job, cond)
         zeros = np.zeros(job.shape)

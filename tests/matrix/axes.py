@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import fewstep as fs
+from fewstep.solvers.plans.registry import EMBEDDED
 
 # One solver of each kind, with the options that bring out what is special about it.
 KINDS: dict[str, str] = {
@@ -29,7 +30,6 @@ KINDS: dict[str, str] = {
     "ddim_inverse": "from data to noise",
     "dpm_solver_23": "an embedded pair, for adaptive steps",
 }
-EMBEDDED = ("dpm_solver_12", "dpm_solver_23", "dormand_prince")
 SOLVERS = (*fs.list_solvers(), *EMBEDDED)
 OPTIONS: dict[str, dict[str, object]] = {"edm": {"s_churn": 1.5}, "unipc": {"order": 3}}
 

@@ -21,6 +21,7 @@ from fewstep.solvers.families.exponential_rk import (
     third_order,
 )
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE
+from fewstep.solvers.plans.registry import EMBEDDED
 
 _STEP = (-1, 1.0)  # the step itself, beside the moments M_k(c z) as (k, c)
 
@@ -107,3 +108,4 @@ PAIRS = {
     "dpm_solver_23": exponential_pair(3, second_order(1 / 3, "midpoint"), third_order(1 / 3, 2 / 3, "dpmsolver")),
     "dormand_prince": dormand_prince(),
 }
+EMBEDDED.extend(PAIRS)
