@@ -443,14 +443,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot RMSE against calls, one panel per problem."""
     pyplot = plotting()
     names = [n for n in PROBLEMS if any(r["problem"] == n for r in rows)]
-    figure, axes = pyplot.subplots(1, len(names), figsize=(3.6 * len(names), 3.8), layout="constrained", squeeze=False)
+    columns = min(2, len(names))  # a page is too narrow for more
+    lines = -(-len(names) // columns)
+    size = (4.8 * columns, 3.0 * lines + 0.9)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     styles = {
         "diffusers 2M Karras": ("diffusers DPM-Solver++ 2M Karras", "#999999", "v"),
         "diffusers UniPC": ("diffusers UniPC", "#E69F00", "^"),
         "oracle": ("best hand-made", "#0072B2", "o"),
         "tuned": ("tuned", "#D55E00", "s"),
     }
-    for axis, name in zip(axes[0], names, strict=True):
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
         own = sorted((r for r in rows if r["problem"] == name), key=lambda r: int(r["nfe"]))
         for key, (label, colour, marker) in styles.items():
             for field, line in (("rmse", "-"), ("median", ":")):
@@ -461,9 +466,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xticks([r["nfe"] for r in own])
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("error to the ODE's end point")
-    lines, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=2, frameon=False, title="RMSE; dotted: median")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("error to the ODE's end point")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, title="RMSE; dotted: median")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
 
