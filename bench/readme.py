@@ -136,20 +136,23 @@ def cpu_table(results=RESULTS):
             for row in (rows[f"{solver} {shape}"] for shape in SHAPES)
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    others = (*CPU, *OWN_TABLES)
+    listed = [row for row in told["rows"] if row["budget"] and row["case"].partition(" ")[0] not in others]
+    lines += ["", "Other figures of the same run. A budget is for the ratio, or for the figure where there is none:"]
+    lines += ["", "| case | fewstep | peer | ratio | budget |", "|---|---:|---:|---:|---|"]
+    for row in listed:
+        (sense, bound), unit, missed = row["budget"], row["unit"], "" if row["met"] else ", missed"
+        peer = "" if row["peer"] == 1.0 else f"{row['peer']:.3g} {unit}"
+        ratio = "" if row["ratio"] == row["ours"] else f"{row['ratio']:.2f}"
+        lines.append(f"| {row['case']} | {row['ours']:.3g} {unit} | {peer} | {ratio} | {sense} {bound:g}{missed} |")
+    lines += ["", dropins_line(told)]
     missed = [
         f"{row['case']} ({row['ratio']:.1f}, budget {row['budget'][0]} {row['budget'][1]:g})"
         for row in told["rows"]
-        if row["met"] is False and not row["case"].startswith(OWN_TABLES)
+        if row["met"] is False and row not in listed and not row["case"].startswith(OWN_TABLES)
     ]
-    lines += ["", "Other figures of the same run:", ""]
-    for row in told["rows"]:
-        if row["budget"] and row["case"].partition(" ")[0] not in (*CPU, *OWN_TABLES):
-            ours, unit, (sense, bound) = row["ours"], row["unit"], row["budget"]
-            beside = "" if row["peer"] == 1.0 else f" beside {row['peer']:.3g} {unit}, ratio {row['ratio']:.2f}"
-            lines.append(f"- {row['case']}: {ours:.3g} {unit}{beside} (budget {sense} {bound:g})")
-    lines.append(dropins_line(told))
     if missed:
-        lines += ["", "Budgets missed: " + "; ".join(missed) + "."]
+        lines += ["", "Budgets of steps that were missed: " + "; ".join(missed) + "."]
     return lines
 
 
@@ -162,7 +165,7 @@ def dropins_line(told):
             shapes += [shape] if shape not in shapes else []
             found.setdefault(name, []).append(f"{row['ratio']:.1f}")
     ratios = "; ".join(f"{name} {' / '.join(values)}" for name, values in found.items())
-    return f"- drop-in schedulers, ratio of whole runs at {' / '.join(shapes)}: {ratios} (docs/diffusers.md has all)"
+    return f"Drop-in schedulers, ratio of whole runs at {' / '.join(shapes)}: {ratios} ([all](diffusers.md#speed))."
 
 
 def dropin_table(results=RESULTS):

@@ -34,22 +34,25 @@ def stage() -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.6))
     data = problem.draw(1500, seed=0)
     axes.scatter(data[:, 0], data[:, 1], s=3, color="0.8", linewidths=0, label="data", zorder=0)
-    for k, (start, mean, after) in enumerate(zip(states, means, states[1:], strict=False)):
+    calls = range(1, 4)  # from 1: x0 is the clean sample everywhere else
+    for k, start, mean, after in zip(calls, states, means, states[1:], strict=False):
         axes.plot(*np.transpose([start, mean]), "--", color=ORANGE, lw=0.9, zorder=1)
         axes.annotate(
             "", after, start, arrowprops={"arrowstyle": "-|>", "color": BLUE, "lw": 1.8, "shrinkA": 3, "shrinkB": 3}
         )
-        axes.plot(*mean, "o", color=ORANGE, ms=6, label="m: what the network predicts" if k == 0 else None)
-        beside = (5, 6) if k < 1 else (4, -13)
+        axes.plot(*mean, "o", color=ORANGE, ms=6, label="m: what the network predicts" if k == 1 else None)
+        beside = {1: (6, 4), 2: (6, -10), 3: (-3, -15)}[k]
         axes.annotate(f"$m_{k}$", mean, beside, textcoords="offset points", color=ORANGE)
-    for k, state in enumerate(states[:-1]):
-        axes.plot(*state, "o", color=BLUE, ms=7, label="x: the sample" if k == 0 else None)
-        axes.annotate(f"$x_{k}$", state, (8, 2), textcoords="offset points", color=BLUE)
+    for k, state, sigma in zip(calls, states, grid.sigma, strict=False):
+        axes.plot(*state, "o", color=BLUE, ms=7, label="x: the sample" if k == 1 else None)
+        text = f"$x_{k}$ at $\\sigma = {sigma:g}$"
+        axes.annotate(text, state, (8, 2), textcoords="offset points", color=BLUE)
     axes.set_aspect("equal")
     axes.legend(loc="upper right", frameon=False)
     axes.set_xlim(-1.05, 0.75)
     axes.set_ylim(0.1, 1.45)
     axes.set_title("Euler in three calls: $x' = r\\,x + (1 - r)\\,m$,  $r = \\sigma' / \\sigma$")
+    figure.tight_layout()
     save(figure, "stage.png")
 
 
@@ -65,8 +68,8 @@ def processes() -> None:
         fine = fs.grid(process, 300, "linspace" if name[0] != "E" else "exponential")
         coarse = fs.grid(process, 10)
         for values, points, colour, text in (
-            (fine.alpha, coarse.alpha, BLUE, "alpha: the share of data"),
-            (fine.sigma, coarse.sigma, ORANGE, "sigma: the share of noise"),
+            (fine.alpha, coarse.alpha, BLUE, "alpha, times the data"),
+            (fine.sigma, coarse.sigma, ORANGE, "sigma, times the noise"),
         ):
             axes.plot(fine.t[:-1], values[:-1], color=colour, label=text)
             axes.plot(coarse.t[:-1], points[:-1], "o", ms=4, color=colour)

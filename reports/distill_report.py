@@ -226,10 +226,11 @@ def _digits_section(results: Mapping[PlannedRun, Mapping[str, Any]]) -> list[str
             rows.append([str(row["nfe"]), "student", *(f"{row[k]:.4g}" for k in DIGITS_MEASURES)])
             rows.append(["", f"teacher, {row['teacher']}", *(f"{row[f'teacher {k}']:.4g}" for k in DIGITS_MEASURES)])
         lines += _table(head, rows)
-        missed = [c["name"] for c in r["checks"] if not c["met"]]
+        missed = [c["name"].removesuffix(", against the teacher's best") for c in r["checks"] if not c["met"]]
         lines += ["Not better than the teacher's best: " + ("; ".join(missed) if missed else "nothing") + ".", ""]
+        heads = [f"{row['nfe']} call{'s' * (row['nfe'] > 1)}" for row in r["rows"]]
         names = [f"digits-{run.method}-{row['nfe']}.png" for row in r["rows"]]
-        lines += [" ".join(f"![{title}, {n.split('-')[-1][:-4]} calls]({n})" for n in names), ""]
+        lines += _table(heads, [[f"![{title}, {head}]({name})" for head, name in zip(heads, names, strict=True)]])
     return lines
 
 

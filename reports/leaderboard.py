@@ -304,7 +304,7 @@ def _goal(found: Mapping[str, Mapping[str, Kept]], entries: Sequence[Entry]) -> 
     closest = sorted(ratios, key=lambda name: max(ratios[name]))[:5]
     text = "; ".join(f"{name} {' and '.join(f'{v:.2f}' for v in ratios[name])}" for name in closest)
     named = found.get("names", {})
-    plans = "; ".join(f"{key} calls: {next(iter(own[1]))}" for key, own in named.items())
+    plans = "; ".join(f"{key} call{'s' * (key != '1')}: {next(iter(own[1]))}" for key, own in named.items())
     what = "both" if len(measures) > 1 else "the SWD (its energy distance is 0 but for the draws)"
     return [
         f"The teacher's best plan in {REFERENCE} calls has an SWD of {1e3 * bound['swd']:.1f} and an energy distance",

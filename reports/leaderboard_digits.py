@@ -167,14 +167,14 @@ def write_picture(folder: Path, titles: Sequence[str]) -> None:
     pyplot = plotting()
     columns = 4
     lines = -(-len(rows) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(12, 0.92 * lines), squeeze=False)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(12, 0.98 * lines), squeeze=False)
     for panel in axes.flat:
         panel.axis("off")
     for panel, (title, calls) in zip(axes.flat, rows, strict=False):
         x = np.load(kept_file(title, calls), allow_pickle=False).reshape(-1, 1, 8, 8)
         sheet = contact_sheet(x, CLASSES, enlarge=1)
         panel.imshow(sheet, cmap="gray_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
-        panel.set_title(f"{title}, {calls} call{'s' * (calls > 1)}", fontsize=8)
+        panel.set_title(f"{title}, {calls} call{'s' * (calls > 1)}", fontsize=10)
     figure.tight_layout(pad=0.4, h_pad=0.8)
     write_whole(folder / PICTURE, lambda to: figure.savefig(to, dpi=90))
     pyplot.close(figure)

@@ -200,11 +200,29 @@ def test_no_text_of_a_picture_covers_another(compared: Figure, tmp_path: Path, m
         write_picture(figure, tmp_path / "x.png")
     for made in drawn:
         axes = [axis for axis in made.axes if axis.get_visible()]
-        legends = [axis.get_legend() for axis in axes if axis.get_legend() is not None and not axis.get_xlabel()]
+        legends = [axis.get_legend() for axis in axes if axis.get_legend() is not None]
         titles = [axis._left_title for axis in axes]
         boxes = [thing.get_window_extent() for thing in (made._suptitle, made._supxlabel, *titles, *legends)]
+        boxes += [axis.bbox for axis in axes]  # with the marks
         for i, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:i])
+    close("all")
+
+
+def test_the_letters_of_a_picture_are_legible_in_a_page(
+    compared: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest are at least 8.5 pixels high where the site shows the picture 850 pixels wide."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn: list[Any] = []
+    close = pyplot.close
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    for figure in (batches.figure(), compared, ode.figure()):
+        write_picture(figure, tmp_path / "x.png")
+    for made in drawn:
+        texts = [text for axis in made.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
+        scale = 850.0 / (72.0 * made.get_size_inches()[0])
+        assert min(text.get_fontsize() for text in [*texts, made._supxlabel]) * scale >= 8.5
     close("all")
 
 

@@ -134,7 +134,10 @@ def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
     """Error against calls, unless every solver is stochastic; distance against calls; samples."""
     kinds = ["distance", "samples"] if all(e.rmse is None for e in result.entries) else ["error", "distance", "samples"]
     figure: Figure
-    figure, found = pyplot.subplots(1, len(kinds), figsize=(5.0 * len(kinds), 5.0), layout="constrained")
+    widths = [1.25 if kind == "samples" else 1.0 for kind in kinds]
+    figure, found = pyplot.subplots(
+        1, len(kinds), figsize=(3.7 * sum(widths), 4.4), width_ratios=widths, layout="constrained"
+    )
     axes = dict(zip(kinds, found, strict=True))
     for j, pair in enumerate(result.pairs()):
         mine = result.of(pair)
@@ -185,7 +188,7 @@ def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
         ("energy distance to the data", lambda e: e.energy),
     )
     figure: Figure
-    figure, axes = pyplot.subplots(1, 2, figsize=(13.0, 1.6 + 0.21 * len(result.pairs())), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 1.6 + 0.21 * len(result.pairs())), layout="constrained")
     for axis, (label, value) in zip(axes, panels, strict=True):
         order = [p for p in ranked(result, value) if any(value(e) is not None for e in result.of(p))]
         for j, budget in enumerate(budgets):
@@ -220,9 +223,8 @@ def _samples(axis: Axes, result: Comparison) -> None:
         for e in result.entries
         if e.budget == min((b.budget for b in result.entries), key=lambda b: abs(b - 8))
     }
-    names = [
-        f"{name}, {calls[name]} calls" if name in calls else f"reference, {REFERENCE_CALLS}" for name in result.shown
-    ]
+    shown = {name: (name, calls[name]) if name in calls else ("reference", REFERENCE_CALLS) for name in result.shown}
+    names = [f"{name}, {n} calls" for name, n in shown.values()]
     axis.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
     axis.set_xticks([])
     axis.tick_params(left=False)

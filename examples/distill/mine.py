@@ -131,10 +131,11 @@ def compare(folder: str, picture: str | None, count: int = 2000) -> dict[str, fl
         figure, axes = pyplot.subplots(2, 4, figsize=(12, 6), layout="constrained", sharex=True, sharey=True)
         for ax, (name, x) in zip(axes.flat, sets.items(), strict=False):
             ax.scatter(*x.T, c=(arms if name == "data" else cond)["arm"], s=2, cmap="tab10", vmax=9)
-            ax.set_title(f"{name}{' calls' if ',' in name else ''}: SWD {distances[name]:.3f}", fontsize=10)
+            calls = "" if name == "data" else " call" if name.endswith(" 1") else " calls"
+            ax.set_title(f"{name}{calls}: SWD {distances[name]:.3f}", fontsize=12)
             ax.set_aspect("equal")
         axes[0, 0].set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-        figure.savefig(picture, dpi=80)
+        figure.savefig(picture, dpi=90)
     return distances
 
 

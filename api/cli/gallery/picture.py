@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SIZES = (5.0, 16.0, 60.0)  # areas of dots, by `Layer.strong`
 WIDTHS = (0.7, 1.3, 2.2)
+WIDEST = 11.5  # inches: a page shows wider pictures with letters too small to read
 
 
 def write_picture(figure: Figure, target: Path) -> None:
@@ -27,9 +28,9 @@ def write_picture(figure: Figure, target: Path) -> None:
     pyplot = plotting()
     columns = min(figure.columns, len(figure.picture))
     rows = -(-len(figure.picture) // columns)
-    made, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, 4.5 * rows + 1.3), layout="compressed", squeeze=False
-    )
+    wide = min(4.2, WIDEST / columns)
+    size = (wide * columns, (wide + 1.4) * rows + 1.1)
+    made, axes = pyplot.subplots(rows, columns, figsize=size, layout="compressed", squeeze=False)
     for axis, cell in zip(axes.flat, figure.picture, strict=False):
         _draw(axis, figure.panels[cell.panel], cell)
     for axis in axes.flat[len(figure.picture) :]:
@@ -41,8 +42,8 @@ def write_picture(figure: Figure, target: Path) -> None:
         for layer in panel.layers if shown(layer, cell.state, cell.groups)
     ]  # fmt: skip
     facts = figure.facts(drawn).replace("`", "")
-    made.supxlabel(textwrap.fill(facts, 52 * columns), fontsize="small", x=0.01, ha="left", color="0.35")
-    write_whole(target, lambda to: made.savefig(to, dpi=100))
+    made.supxlabel(textwrap.fill(facts, int(13.5 * wide * columns)), fontsize="small", x=0.01, ha="left", color="0.35")
+    write_whole(target, lambda to: made.savefig(to, dpi=130, bbox_inches="tight"))
     pyplot.close(made)
 
 
@@ -55,6 +56,7 @@ def shown(layer: Layer, state: State, groups: tuple[str, ...] | None) -> bool:
 
 def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
     from matplotlib.collections import PathCollection
+    from matplotlib.transforms import ScaledTranslation
 
     for layer in panel.layers:
         if shown(layer, cell.state, cell.groups):
@@ -76,12 +78,15 @@ def _draw(axis: Axes, panel: Panel, cell: Cell) -> None:
     if panel.x.label:
         axis.grid(alpha=0.25)
     if axis.get_legend_handles_labels()[0]:
-        if panel.square:  # points may be anywhere in it
-            legend = axis.legend(
-                fontsize="small", frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=2
-            )
-        else:
-            legend = axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
+        # Below, where it covers no mark and is no wider than the panel; an axis' numbers and label take 0.5 inches.
+        below = ScaledTranslation(0.0, -0.5 if panel.x.label else 0.0, axis.figure.dpi_scale_trans)
+        legend = axis.legend(
+            fontsize="small",
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(0.0, 0.0),
+            bbox_transform=axis.transAxes + below,
+        )
         for handle in legend.legend_handles:
             if isinstance(handle, PathCollection):  # dots too faint to be seen alone
                 handle.set_sizes([max(20.0, float(handle.get_sizes()[0]))])
