@@ -445,6 +445,19 @@ def test_bad_extend():
         g.extend(2, 1.0, spacing="cubic")
 
 
+def test_grids_are_equal_where_all_of_their_numbers_are():
+    g = grid(EDM(), 4)
+    assert g == Grid(g.process, g.t.copy(), g.alpha.copy(), g.sigma.copy())
+    half = 0.5 * np.ones(5)
+    others = [
+        Grid(EDM(0.1), g.t, g.alpha, g.sigma),
+        Grid(g.process, g.t + half, g.alpha, g.sigma),
+        Grid(g.process, g.t, g.alpha + half, g.sigma),
+        Grid(g.process, g.t, g.alpha, g.sigma + half),
+    ]
+    assert all(g != other for other in [*others, g.points, None])
+
+
 def test_flip():
     g = grid(VP.linear(), 4)
     up = g.flip()
