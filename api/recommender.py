@@ -269,7 +269,9 @@ def _measure(
 ) -> Measured:
     from fewstep.solvers.run.checks import check_sample_shape
     from fewstep.solvers.tune.ensemble import unroll
-    from fewstep.solvers.tune.tuning import all_starts, fit_plan, speaker, statistics, study
+    from fewstep.solvers.tune.starts import all_starts
+    from fewstep.solvers.tune.study import speaker, statistics, study
+    from fewstep.solvers.tune.tuning import fit_plan
 
     begin = time.perf_counter()
     if shape is None:

@@ -55,7 +55,7 @@ class _NodeArg(Protocol):
 
 
 @dataclass(frozen=True)
-class _Port:
+class Port:
     """An input or output of the graph. shape: ints, and names or None for free axes."""
 
     name: str
@@ -63,7 +63,7 @@ class _Port:
     shape: tuple[int | str | None, ...]
 
     @classmethod
-    def of(cls, found: _NodeArg) -> _Port:
+    def of(cls, found: _NodeArg) -> Port:
         if found.type not in DTYPES:
             raise ValueError(f"{found.name!r} of the graph is a {found.type}; the loop supports {', '.join(DTYPES)}")
         return cls(found.name, np.dtype(DTYPES[found.type]), tuple(found.shape))
@@ -112,8 +112,8 @@ class OnnxModel:
             self.session = onnxruntime.InferenceSession(source, options, providers=list(providers))
         except Exception as error:  # ONNX Runtime's error classes share no narrower base
             raise ValueError(f"ONNX Runtime cannot load the graph: {str(error).splitlines()[0]}") from error
-        inputs = {port.name: port for port in map(_Port.of, self.session.get_inputs())}
-        outputs = {port.name: port for port in map(_Port.of, self.session.get_outputs())}
+        inputs = {port.name: port for port in map(Port.of, self.session.get_inputs())}
+        outputs = {port.name: port for port in map(Port.of, self.session.get_outputs())}
         names = list(inputs)
         if len(names) < 2:
             raise ValueError(f"the graph has the inputs {names}: a denoiser needs at least x and t")
@@ -177,7 +177,7 @@ class _Work:
         self.casts: dict[str, np.ndarray] = {}
         self.held: list[np.ndarray] = []  # until the run
 
-    def bind(self, port: _Port, value: ArrayLike) -> None:
+    def bind(self, port: Port, value: ArrayLike) -> None:
         array = np.asarray(value)
         if array.dtype != port.dtype or not array.flags.c_contiguous:
             if port.dtype.kind == "i" and array.dtype.kind == "f" and not np.all(array == np.rint(array)):

@@ -23,10 +23,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.flow_map import FlowMapDenoiser
-from fewstep.bindings.onnx import OnnxModel, _Port, by_name
+from fewstep.bindings.onnx import OnnxModel, Port, by_name
+from fewstep.bindings.onnx_graph import Graph, Network, normals, tensor_type
 from fewstep.kernels import layout, philox
 from fewstep.solvers.files import check_target, write_whole
-from fewstep.solvers.options import flag, instance, needs, one_of
+from fewstep.solvers.options import flag, instance, one_of
 from fewstep.solvers.plans.ends import step_ends
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import compile_plan
@@ -35,181 +36,14 @@ from fewstep.solvers.run.arrays import DType, state_dtype
 from fewstep.solvers.run.checks import check_plan
 from fewstep.solvers.run.denoising import Threshold, check_denoiser, time_dtype
 
-needs("fewstep.bindings.onnx_loop", "onnx", extra="onnx")
-
-import onnx  # noqa: E402
-from onnx import helper, numpy_helper, version_converter  # noqa: E402
+# After `onnx_graph`, which says how to install it.
+import onnx  # isort: skip
+from onnx import helper  # isort: skip
 
 # Draws of noise that are made at once: fewer nodes than one by one, and less memory than all of them.
 _DRAWS = 8
 # Noise needs BitwiseXor, and reductions ReduceMean over given axes; everything else here is older.
 _OPSET, _NEWER = 13, 18
-
-
-class _Graph:
-    """Nodes in order, and the constants that they read. A body of a `Loop` shares the constants of its parent."""
-
-    def __init__(self, parent: _Graph | None = None) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: list[onnx.TensorProto] = [] if parent is None else parent.initializers
-        self.known: dict[tuple[str, tuple[int, ...], bytes], str] = {} if parent is None else parent.known
-        self.counter: list[int] = [0] if parent is None else parent.counter
-
-    def name(self, kind: str) -> str:
-        self.counter[0] += 1
-        return f"fewstep/{kind.lower()}_{self.counter[0]}"
-
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """A node of one output; returns the output's name."""
-        out = self.name(kind)
-        self.nodes.append(helper.make_node(kind, list(inputs), [out], **attributes))
-        return out
-
-    def const(self, values: ArrayLike, dtype: str) -> str:
-        array = np.ascontiguousarray(np.asarray(values, dtype))
-        array = array.reshape(np.shape(values))  # ascontiguousarray gives a number an axis
-        key = (dtype, array.shape, array.tobytes())
-        if key not in self.known:
-            self.known[key] = self.name("const")
-            self.initializers.append(numpy_helper.from_array(array, self.known[key]))
-        return self.known[key]
-
-    def ints(self, *values: int) -> str:
-        return self.const(values, "int64")
-
-    def cast(self, value: str, dtype: str, known: str = "") -> str:
-        """The value in another dtype; as it is if it is `known` to have it."""
-        return value if dtype == known else self.op("Cast", value, to=_type(dtype))
-
-    def joined(self, *parts: str, axis: int = 0) -> str:
-        return parts[0] if len(parts) == 1 else self.op("Concat", *parts, axis=axis)
-
-    def combine(self, sources: Mapping[int, str], w: NDArray[Any], shape: str) -> str:
-        """sum_j w[j] sources[j], left to right, over the coefficients that are not 0."""
-        total = ""
-        for j, source in sources.items():
-            if w[j] == 0.0:
-                continue
-            term = source if w[j] == 1.0 else self.op("Mul", source, self.const(w[j], w.dtype.name))
-            total = self.op("Add", total, term) if total else term
-        return total or self.op("Expand", self.const(0.0, w.dtype.name), shape)
-
-
-def _type(dtype: str) -> int:
-    return int(helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
-
-
-def _normals(g: _Graph, streams: str, draws: str, domain: int, shape: str) -> str:
-    """Standard normals (draws, *shape) at the addresses of `kernels.philox`: its words to the bit, in uint64.
-
-    streams  (B, 3) int64, rows (seed low, seed high, sample); draws (D,) uint64; shape of x, int64
-
-    The transform differs from the kernels' in the rounding of Log, Sin and Cos.
-    """
-
-    def u64(values: ArrayLike) -> str:
-        return g.const(values, "uint64")
-
-    mask, half = u64(philox.MASK), u64(32)
-    elements = g.op("ReduceProd", g.op("Slice", shape, g.ints(1), g.ints(2**31)), keepdims=0)
-    count = g.op("Div", g.op("Add", elements, g.const(3, "int64")), g.const(4, "int64"))
-    blocks = g.cast(g.op("Range", g.const(0, "int64"), count, g.const(1, "int64")), "uint64")
-    stream = g.op("Transpose", g.cast(streams, "uint64"), perm=[1, 0])  # (3, B)
-    batch = g.op("Slice", shape, g.ints(0), g.ints(1))
-    sizes = g.joined(g.op("Shape", draws), batch, g.op("Reshape", count, g.ints(1)))
-    low_high = g.op("Slice", stream, g.ints(0), g.ints(2), g.ints(0))
-    key = g.op("Reshape", low_high, g.ints(2, 1, -1, 1))
-    sample = g.op("Reshape", g.op("Gather", stream, g.const(2, "int64"), axis=0), g.ints(-1, 1))
-    # The counter's words 0 and 2, and 1 and 3, as pairs on the first axis.
-    even = g.joined(*(g.op("Unsqueeze", g.op("Expand", c, sizes), g.ints(0)) for c in (blocks, sample)))
-    draw = g.op("Reshape", draws, g.ints(1, -1, 1, 1))
-    odd = g.joined(draw, g.op("Expand", u64(domain), g.op("Shape", draw)))
-    for k in range(philox.ROUNDS):
-        step = [[[[k * philox.W0]]], [[[k * philox.W1]]]]
-        own = g.op("BitwiseAnd", g.op("Add", key, u64(step)), mask) if k else key
-        product = g.op("Mul", g.op("Gather", even, g.ints(1, 0), axis=0), u64([[[[philox.M1]]], [[[philox.M0]]]]))
-        high = g.op("BitShift", product, half, direction="RIGHT")
-        even = g.op("BitwiseXor", g.op("BitwiseXor", high, odd), own)
-        odd = g.op("BitwiseAnd", product, mask)
-
-    def f32(value: float) -> str:
-        return g.const(value, "float32")
-
-    u = g.op("Add", g.op("Mul", g.cast(even, "float32"), f32(philox.U_SCALE)), f32(philox.U_HALF))
-    radius = g.op("Sqrt", g.op("Mul", g.op("Log", u), f32(-2.0)))
-    nearest = g.op("BitwiseAnd", g.op("Add", odd, u64(1 << 29)), mask)
-    quarter = g.cast(g.op("BitShift", nearest, u64(30), direction="RIGHT"), "int64")
-    rest = g.op("Sub", g.cast(g.op("BitwiseAnd", nearest, u64(0x3FFFFFFF)), "int64"), g.const(1 << 29, "int64"))
-    angle = g.op("Mul", g.cast(rest, "float32"), f32(philox.TURN))
-    s, c = g.op("Sin", angle), g.op("Cos", angle)
-    turned_c, turned_s = (g.op("Gather", g.const(t, "float32"), quarter) for t in ([1, 0, -1, 0], [0, 1, 0, -1]))
-    cos = g.op("Sub", g.op("Mul", turned_c, c), g.op("Mul", turned_s, s))
-    sin = g.op("Add", g.op("Mul", turned_s, c), g.op("Mul", turned_c, s))
-    pairs = g.joined(*(g.op("Unsqueeze", g.op("Mul", radius, v), g.ints(4)) for v in (cos, sin)), axis=4)
-    rows = g.op("Transpose", pairs, perm=[1, 2, 3, 0, 4])  # (D, B, blocks, 2 pairs, 2)
-    flat = g.op("Reshape", rows, g.joined(g.op("Shape", draws), batch, g.ints(-1)))
-    own = g.op("Slice", flat, g.ints(0), g.op("Reshape", elements, g.ints(1)), g.ints(2))
-    return g.op("Reshape", own, g.joined(g.op("Shape", draws), shape))
-
-
-class _Network:
-    """An ONNX network whose nodes are copied for each call; the weights are there once."""
-
-    def __init__(self, model: OnnxModel, proto: onnx.ModelProto, number: int, opset: int, g: _Graph) -> None:
-        self.model, self.prefix, self.calls = model, f"network{number}", 0
-        own = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 1)
-        if own != opset:
-            try:
-                proto = version_converter.convert_version(proto, opset)
-            except Exception as error:  # of C++, without a narrower class
-                raise ValueError(
-                    f"the network's file has opset {own}, the loop needs {opset}, and onnx cannot convert it "
-                    f"({str(error).splitlines()[0]:.200}): export the network with opset={opset}"
-                ) from error
-        self.proto = proto
-        self.shared: dict[str, str] = {}
-        for tensor in (*proto.graph.initializer, *proto.graph.sparse_initializer):
-            name = tensor.name if isinstance(tensor, onnx.TensorProto) else tensor.values.name
-            self.shared[name] = f"{self.prefix}/{name}"
-        for tensor in proto.graph.initializer:
-            kept = onnx.TensorProto()
-            kept.CopyFrom(tensor)
-            kept.name = self.shared[tensor.name]
-            g.initializers.append(kept)
-        if proto.graph.sparse_initializer:
-            raise ValueError("the network's file holds sparse weights: save them as dense ones")
-
-    def __call__(self, g: _Graph, x: str, t: str, cond: Mapping[str, str]) -> str:
-        """The raw output's name, of one more call."""
-        self.calls += 1
-        here = f"{self.prefix}/{self.calls}"
-        names = {**self.shared, self.model.x.name: x, self.model.t.name: t, **cond, "": ""}
-
-        def renamed(name: str) -> str:
-            return names.get(name) or (f"{here}/{name}" if name else "")
-
-        def copied(node: onnx.NodeProto) -> onnx.NodeProto:
-            new = onnx.NodeProto()
-            new.CopyFrom(node)
-            new.name = f"{here}/{node.name}" if node.name else ""
-            new.ClearField("doc_string")  # exporters keep a stack trace in each node
-            del new.metadata_props[:]
-            new.input[:] = map(renamed, node.input)
-            new.output[:] = map(renamed, node.output)
-            for attribute in new.attribute:
-                for graph in (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs:
-                    inner(graph)
-            return new
-
-        def inner(graph: onnx.GraphProto) -> None:
-            nodes = [copied(node) for node in graph.node]
-            del graph.node[:], graph.value_info[:]
-            graph.node.extend(nodes)
-            for port in (*graph.input, *graph.output, *graph.initializer):
-                port.name = renamed(port.name)
-
-        g.nodes += [copied(node) for node in self.proto.graph.node]
-        return renamed(self.model.output.name)
 
 
 class _Loop:
@@ -226,7 +60,7 @@ class _Loop:
             raise ValueError("the guidance has a scale for each sample, and the file's batch is free: use one number")
         self.draws = [0] * self.program.init.noisy + [table.draw for table in self.tables if table.draw is not None]
         self.drawn = shape is not None or (bool(self.draws) and noise == "streams")
-        self.main = g = _Graph()
+        self.main = g = Graph()
         self.models: list[OnnxModel] = []  # of each branch
         for network in denoiser.networks:
             if not isinstance(network, OnnxModel):
@@ -250,7 +84,7 @@ class _Loop:
         self.functions = [function for proto in protos for function in proto.functions]
         self.ir_version = max(8, *(proto.ir_version for proto in protos))
         self.networks = {
-            key: _Network(models[key], proto, i, self.opset, g)
+            key: Network(models[key], proto, i, self.opset, g)
             for i, (key, proto) in enumerate(zip(models, protos, strict=True))
         }
         self.inputs: list[onnx.ValueInfoProto] = []
@@ -271,7 +105,7 @@ class _Loop:
             raise ValueError(
                 f"the network's condition {name!r} has the name of an input or output of the loop: rename it"
             )
-        self.inputs.append(helper.make_tensor_value_info(name, _type(dtype), list(shape)))
+        self.inputs.append(helper.make_tensor_value_info(name, tensor_type(dtype), list(shape)))
         return name
 
     def _open(self, noise: str, shape: Sequence[int] | None) -> None:
@@ -293,7 +127,7 @@ class _Loop:
                 raise ValueError(f"shape = {tuple(shape)} is not a sample of the network, whose axes are {wanted}")
             batch = g.op("Slice", g.op("Shape", self.streams), g.ints(0), g.ints(1))
             self.shape = g.joined(batch, g.ints(*shape))
-            latent = _normals(g, self.streams, g.const([0], "uint64"), philox.LATENT, self.shape)
+            latent = normals(g, self.streams, g.const([0], "uint64"), philox.LATENT, self.shape)
             latent = g.cast(g.op("Reshape", latent, self.shape), self.dtype, "float32")
             self.x = g.op("Mul", latent, g.const(start.sigma, self.dtype))
         if self.draws and noise == "input":
@@ -326,7 +160,7 @@ class _Loop:
             found.append(own)
         return found
 
-    def call(self, g: _Graph, x_in: str, times: Sequence[str], branches: Sequence[int]) -> list[str]:
+    def call(self, g: Graph, x_in: str, times: Sequence[str], branches: Sequence[int]) -> list[str]:
         """The raw outputs of these branches in the state's dtype.
 
         x_in   in the model's dtype
@@ -369,14 +203,14 @@ class _Loop:
             raws += [g.op("Gather", apart, g.const(i, "int64"), axis=0) for i in range(wide)]
         return raws
 
-    def _full(self, g: _Graph, value: str, name: str, axes: int) -> str:
+    def _full(self, g: Graph, value: str, name: str, axes: int) -> str:
         """A condition with the batch as its first axis, if it had 1 there."""
         if axes == 0:
             raise ValueError(f"the condition {name!r} has no batch axis: use Denoiser(batched=False)")
         rest = g.op("Slice", g.op("Shape", value), g.ints(1), g.ints(2**31))
         return g.op("Expand", value, g.joined(g.op("Slice", self.shape, g.ints(0), g.ints(1)), rest))
 
-    def _for_all(self, g: _Graph, value: str, port: _Port, batch: str) -> str:
+    def _for_all(self, g: Graph, value: str, port: Port, batch: str) -> str:
         """A number (1,) for every sample of a call, or as the one number that a port without an axis takes."""
         return g.op("Expand", value, batch) if port.shape else g.op("Reshape", value, self.main.const([], "int64"))
 
@@ -396,7 +230,7 @@ class _Loop:
             found.append((value, port.dtype.name))
         return found
 
-    def draw(self, g: _Graph, number: int) -> str:
+    def draw(self, g: Graph, number: int) -> str:
         """The normals of a draw, like x."""
         if self.noise:
             return g.op("Gather", self.noise, g.const(self.draws.index(number), "int64"), axis=0)
@@ -404,7 +238,7 @@ class _Loop:
         first = at - at % _DRAWS
         group = self.draws[first : first + _DRAWS]
         if first == at:
-            self._group = _normals(g, self.streams, g.const(group, "uint64"), philox.STEP, self.shape)
+            self._group = normals(g, self.streams, g.const(group, "uint64"), philox.STEP, self.shape)
         own = g.op("Gather", self._group, g.const(at - first, "int64"), axis=0)
         return g.cast(own, self.dtype, "float32")
 
@@ -437,7 +271,7 @@ class _Loop:
             buffers.update(zip(table.writes, new, strict=True))
         return buffers[self.program.result]
 
-    def _prediction(self, g: _Graph, table: StageTable, sources: Mapping[int, str]) -> str:
+    def _prediction(self, g: Graph, table: StageTable, sources: Mapping[int, str]) -> str:
         """The x0 prediction, clipped."""
         places = [0, *range(layout.RAW, layout.RAW + layout.RAWS)]
         own = {i: sources[j] for i, j in enumerate(places) if j in sources}
@@ -447,7 +281,7 @@ class _Loop:
         terms = [g.op("Mul", own[i], c) for i, c in self._blended(g, table.blend[0], own).items()]
         return self.clipped(g, reduce(lambda a, b: g.op("Add", a, b), terms))
 
-    def _blended(self, g: _Graph, blend: NDArray[np.float64], own: Mapping[int, str]) -> dict[int, str]:
+    def _blended(self, g: Graph, blend: NDArray[np.float64], own: Mapping[int, str]) -> dict[int, str]:
         """The coefficients of the prediction that depend on whole samples, (B, 1, ...): `kernels.naive.blend`."""
 
         def number(value: float) -> str:
@@ -488,7 +322,7 @@ class _Loop:
             found[i] = g.op("Reshape", g.cast(c, self.dtype, "float64"), axes)
         return found
 
-    def clipped(self, g: _Graph, m: str) -> str:
+    def clipped(self, g: Graph, m: str) -> str:
         bound, threshold = self.denoiser.bound, self.denoiser.threshold
         if threshold is not None:
             return self._thresholded(g, m, threshold)
@@ -496,7 +330,7 @@ class _Loop:
             return m
         return g.op("Clip", m, g.const(-bound, self.dtype), g.const(bound, self.dtype))
 
-    def _thresholded(self, g: _Graph, m: str, threshold: Threshold) -> str:
+    def _thresholded(self, g: Graph, m: str, threshold: Threshold) -> str:
         """clip(m, -s, s) / s, s the quantile of |m| over a sample, between 1 and the maximum."""
         batch = g.op("Slice", self.shape, g.ints(0), g.ints(1))
         rows = g.op("Reshape", g.op("Abs", m), g.joined(batch, g.ints(-1)))
@@ -515,7 +349,7 @@ class _Loop:
         s = g.op("Reshape", s, self._per_sample(g))
         return g.op("Div", g.op("Min", g.op("Max", m, g.op("Neg", s)), s), s)
 
-    def _per_sample(self, g: _Graph) -> str:
+    def _per_sample(self, g: Graph) -> str:
         """The shape (B, 1, ...) of a number for each sample."""
         batch, inner = g.op("Slice", self.shape, g.ints(0), g.ints(1)), g.op("Shape", self.shape)
         return g.op("Concat", batch, g.op("Expand", g.ints(1), g.op("Sub", inner, g.ints(1))), axis=0)
@@ -535,31 +369,13 @@ class _Loop:
                 "unroll=False has no guidance rescale, APG or CFGZero, which reduce whole samples: unroll=True"
             )
         branches, clip, noisy = self.tables[0].branches, self.tables[0].p is not None, bool(self.draws)
-        raws = len(branches)
-        w = np.zeros((len(self.tables), size, size + raws + clip + noisy))
-        p, read = np.zeros((len(self.tables), 1, size + raws)), np.zeros((len(self.tables), 1, size))
-        for k, table in enumerate(self.tables):
-            w[k, :, :size] = np.eye(size)  # what no row writes stays
-            for row, buffer in zip(table.w[0], table.writes, strict=True):
-                w[k, buffer] = 0.0
-                for j, b in enumerate(table.slots):
-                    if b is not None:
-                        w[k, buffer, b] += row[j]
-                w[k, buffer, size : size + raws] = row[layout.RAW : layout.RAW + raws]
-                if clip:
-                    w[k, buffer, size + raws] = row[layout.PREDICTION]
-                if noisy:
-                    w[k, buffer, -1] = row[layout.NOISE]
-            x = self.program.buffer_of_x(k - 1)
-            read[k, 0, x] = table.c_in
-            if table.p is not None:
-                p[k, 0, x], p[k, 0, size:] = table.p[0, 0], table.p[0, 1 : 1 + raws]
+        w, p, read = self._matrices(len(branches), clip, noisy)
         times = [self.times(k) for k in range(len(self.tables))]
         flat = g.ints(1, -1)
         begun = g.op("Reshape", self.start(), flat)
         zero = g.op("Mul", begun, g.const(0.0, dtype)) if size > 1 else ""
         first = g.joined(*(begun if b == self.program.init.writes[0] else zero for b in range(size)))
-        body = _Graph(g)
+        body = Graph(g)
         i, going, state = (body.name(part) for part in ("iteration", "going", "state"))
 
         def at(table: ArrayLike, kind: str = dtype) -> str:
@@ -583,7 +399,7 @@ class _Loop:
             else:
                 numbers = [0 if t.draw is None else t.draw for t in self.tables]
                 own = body.op("Reshape", at(numbers, "uint64"), g.ints(1))
-                z = body.cast(_normals(body, self.streams, own, philox.STEP, self.shape), dtype, "float32")
+                z = body.cast(normals(body, self.streams, own, philox.STEP, self.shape), dtype, "float32")
             sources.append(body.op("Reshape", z, flat))
         new = body.op("MatMul", at(w), body.joined(*sources))
         on = body.op("Identity", going)
@@ -596,13 +412,40 @@ class _Loop:
         graph = helper.make_graph(
             body.nodes,
             "stage",
-            [value(i, _type("int64"), []), value(going, _type("bool"), []), value(state, _type(dtype), axes)],
-            [value(on, _type("bool"), []), value(new, _type(dtype), axes)],
+            [
+                value(i, tensor_type("int64"), []),
+                value(going, tensor_type("bool"), []),
+                value(state, tensor_type(dtype), axes),
+            ],
+            [value(on, tensor_type("bool"), []), value(new, tensor_type(dtype), axes)],
             [tensor for tensor in g.initializers if tensor.name not in outside],
         )
         g.initializers[:] = [tensor for tensor in g.initializers if tensor.name in outside]
         last = g.op("Loop", count, true, first, body=graph)
         return g.op("Reshape", g.op("Gather", last, result, axis=0), self.shape)
+
+    def _matrices(self, raws: int, clip: bool, noisy: bool) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Of each stage: buffers from sources, the prediction from (buffers, raw outputs), x_in from buffers."""
+        size, stages = self.program.buffers, len(self.tables)
+        w = np.zeros((stages, size, size + raws + clip + noisy))
+        p, read = np.zeros((stages, 1, size + raws)), np.zeros((stages, 1, size))
+        for k, table in enumerate(self.tables):
+            w[k, :, :size] = np.eye(size)  # what no row writes stays
+            for row, buffer in zip(table.w[0], table.writes, strict=True):
+                w[k, buffer] = 0.0
+                for j, b in enumerate(table.slots):
+                    if b is not None:
+                        w[k, buffer, b] += row[j]
+                w[k, buffer, size : size + raws] = row[layout.RAW : layout.RAW + raws]
+                if clip:
+                    w[k, buffer, size + raws] = row[layout.PREDICTION]
+                if noisy:
+                    w[k, buffer, -1] = row[layout.NOISE]
+            x = self.program.buffer_of_x(k - 1)
+            read[k, 0, x] = table.c_in
+            if table.p is not None:
+                p[k, 0, x], p[k, 0, size:] = table.p[0, 0], table.p[0, 1 : 1 + raws]
+        return w, p, read
 
     def model_of(self, sample: str) -> onnx.ModelProto:
         g = self.main
@@ -611,7 +454,7 @@ class _Loop:
             g.nodes,
             f"{self.plan.solver} sampling loop",
             self.inputs,
-            [helper.make_tensor_value_info("sample", _type(self.dtype), self.free)],
+            [helper.make_tensor_value_info("sample", tensor_type(self.dtype), self.free)],
             g.initializers,
         )
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, v) for d, v in self.domains.items())]

@@ -31,8 +31,8 @@ from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.tune.ensemble import Ensemble, latents, unroll
 from fewstep.solvers.tune.parallel import ParallelRule
+from fewstep.solvers.tune.study import cache_folder, reference_ends, reference_grid
 from fewstep.solvers.tune.tuned import Rule
-from fewstep.solvers.tune.tuning import cache_folder, reference_ends, reference_grid
 
 Array = NDArray[np.float64]
 

@@ -34,21 +34,20 @@ from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.tune.candidates import candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, latents, spread_conditions, unroll
-from fewstep.solvers.tune.tuned import SOLVER, rule_of
-from fewstep.solvers.tune.tuning import (
-    OBJECTIVES,
-    Fit,
+from fewstep.solvers.tune.fit import Fit
+from fewstep.solvers.tune.starts import all_starts
+from fewstep.solvers.tune.study import (
     Study,
-    all_starts,
     best_hand_made,
     cache_folder,
-    fit_plan,
     identity_of,
     reference_ends,
     reference_of,
     statistics,
     study,
 )
+from fewstep.solvers.tune.tuned import SOLVER, rule_of
+from fewstep.solvers.tune.tuning import OBJECTIVES, fit_plan
 
 TEST_SEED = 1
 TAIL_SEED, TAIL = 3, 384  # of more latents, for the tail of a network's errors

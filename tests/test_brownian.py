@@ -63,11 +63,14 @@ def test_refinement_keeps_the_path() -> None:
     np.testing.assert_allclose(total, on_fine[-1] - on_fine[0], rtol=1e-12, atol=1e-9)
 
 
-@pytest.mark.parametrize("log_snr", [-50.0, -7.3, 0.0, 2.1, 50.0])
-def test_the_path_is_the_tree_of_bridges_written_out(log_snr: float) -> None:
-    """The textbook recursion on the clock itself: 64 leaves over log-SNR -8 .. 8, numbered as a heap."""
-    log_snr = 0.16 * log_snr
-    n = 50
+@pytest.mark.parametrize("end", [8.0, 0.25])
+@pytest.mark.parametrize("share", [-1.0, -0.146, 0.0, 0.042, 1.0])
+def test_the_path_is_the_tree_of_bridges_written_out(share: float, end: float) -> None:
+    """The textbook recursion on the clock itself: 64 leaves over log-SNR -end .. end, numbered as a heap.
+
+    On a narrow range W at its noisiest level is a large part of W at its cleanest.
+    """
+    log_snr, n = share * end, 50
 
     def z(draw: int) -> NDArray[np.float64]:
         return philox.normals(n, 12, 0, draw, philox.BROWNIAN).astype(np.float64)
@@ -76,7 +79,7 @@ def test_the_path_is_the_tree_of_bridges_written_out(log_snr: float) -> None:
         mean = w_a + (t - t_a) / (t_b - t_a) * (w_b - w_a)
         return np.asarray(mean + math.sqrt(max(0.0, (t - t_a) * (t_b - t) / (t_b - t_a))) * z(draw))
 
-    low, high, node = -8.0, 8.0, 1
+    low, high, node = -end, end, 1
     t_a, t_b = math.exp(low), math.exp(high)
     w_a = math.sqrt(t_a) * z(0)
     w_b = w_a + math.sqrt(t_b - t_a) * z(2**32 - 2)
@@ -88,7 +91,7 @@ def test_the_path_is_the_tree_of_bridges_written_out(log_snr: float) -> None:
         else:
             low, t_a, w_a, node = middle, math.exp(middle), w, 2 * node + 1
     want = bridge(math.exp(log_snr), node)
-    tree = BrownianTree(12, log_snr_range=(-8.0, 8.0), tolerance=0.25)
+    tree = BrownianTree(12, log_snr_range=(-end, end), tolerance=2.0 * end / 64)
     got = tree.path(level(log_snr), (1, n))[0]
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * math.exp(0.5 * log_snr))
 
@@ -210,10 +213,11 @@ def test_errors() -> None:
             tree.path(bad, shape)
     with pytest.raises(ValueError, match="seed must be"):
         BrownianTree(-1)
-    with pytest.raises(ValueError, match="log_snr_range must be"):
-        BrownianTree(0, log_snr_range=(3.0, -3.0))
+    for ends in ((3.0, -3.0), (1.0, 1.0), (-301.0, 0.0), (0.0, 301.0), (0.0, math.nan), (0.0,), 3.0):
+        with pytest.raises(ValueError, match="log_snr_range must be"):
+            BrownianTree(0, log_snr_range=ends)  # type: ignore[arg-type]
     for tolerance in (0.0, -1.0, math.nan, 1e-12):
-        with pytest.raises(ValueError, match="tolerance must be at least"):
+        with pytest.raises(ValueError, match=r"tolerance must be at least 9.31e-08 for this range"):  # 100 / 2^30
             BrownianTree(0, tolerance=tolerance)
     with pytest.raises(ValueError, match="2 entries for a batch of 3"):
         BrownianTree([1, 2])(0, level(0.0), level(1.0), (3, 4))

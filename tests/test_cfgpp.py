@@ -37,6 +37,7 @@ FROM_ONE = [
     ("euler_cfg_pp", {}),
     ("euler_ancestral_cfg_pp", {"eta": 0.7}),
     ("euler_ancestral_cfg_pp", {"eta": 0.7, "released": True}),
+    ("euler_ancestral_cfg_pp", {"eta": 0.0, "released": True}),
     ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5}),
     ("dpmpp_2s_ancestral_cfg_pp", {"eta": 0.5, "released": True}),
     ("gradient_estimation_cfg_pp", {}),

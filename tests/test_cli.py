@@ -361,7 +361,7 @@ def test_tune_says_that_an_interrupted_ranking_leaves_no_plan(cli, tmp_path, mon
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fewstep.solvers.tune.tuning.rank", interrupted)
+    monkeypatch.setattr("fewstep.solvers.tune.study.rank", interrupted)
     words = ["tune", "--model", "ring", "--nfe", "2", "--seeds", "12", "--cache", str(tmp_path / "cache")]
     code, _, errors = cli(*words, "--out", str(tmp_path / "plan.json"))
     assert code == 130

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles.rows import run_plan
 
 from fewstep.solvers.options import whole
 from fewstep.solvers.schedule.grid import Grid, grid, list_spacings
@@ -444,6 +445,19 @@ def test_bad_extend():
         g.extend(2, 1.0, spacing="cubic")
 
 
+def test_grids_are_equal_where_all_of_their_numbers_are():
+    g = grid(EDM(), 4)
+    assert g == Grid(g.process, g.t.copy(), g.alpha.copy(), g.sigma.copy())
+    half = 0.5 * np.ones(5)
+    others = [
+        Grid(EDM(0.1), g.t, g.alpha, g.sigma),
+        Grid(g.process, g.t + half, g.alpha, g.sigma),
+        Grid(g.process, g.t, g.alpha + half, g.sigma),
+        Grid(g.process, g.t, g.alpha, g.sigma + half),
+    ]
+    assert all(g != other for other in [*others, g.points, None])
+
+
 def test_flip():
     g = grid(VP.linear(), 4)
     up = g.flip()
@@ -480,6 +494,55 @@ def test_a_stochastic_solver_on_a_flipped_grid_is_an_error(solver):
     up = grid(VP.linear(), 6, "logsnr").flip()
     with pytest.raises(ValueError, match=rf"^{solver} cannot follow a grid whose noise rises.*ddim_inverse"):
         fs.plan(solver, up)
+
+
+@pytest.mark.parametrize(("solver", "options"), [("dpm2", {"frame": "logsnr"}), ("ddim", {"eta": -1.0})])
+def test_a_bad_option_on_a_flipped_grid_is_the_options_fault(solver, options):
+    fs = pytest.importorskip("fewstep")
+    with pytest.raises(ValueError, match=r"^(frame|eta) must be "):
+        fs.plan(solver, grid(VP.linear(), 6, "logsnr").flip(), **options)
+
+
+# With these every solver that has them converges to the ODE's solution.
+ODE = {"eta": 0.0, "s_churn": 0.0, "tau": 0.0, "noise_scale": "ode", "history": 0.0}
+# Those that draw all the same, and the one that follows the grid before flip().
+NO_ENCODERS = {"ddpm", "lcm", "tcd", "consistency", "ddim_inverse"}
+
+
+@pytest.mark.parametrize("process", [Flow(3.0), VP.linear().zero_terminal_snr()], ids=["flow", "vp"])
+@pytest.mark.parametrize("frame", [None, "sigma", "flow"])
+def test_every_ode_solver_encodes_up_to_pure_noise(process, frame):
+    """The last step, to alpha = 0, is of first order where the log-SNR or sigma / alpha is the solver's variable.
+
+    So the error falls with the first power of the steps at least: 4 times as many leave a quarter.
+    """
+    fs = pytest.importorskip("fewstep")
+    from fewstep.solvers.plans.registry import get_solver
+
+    mean, std = 0.2, 0.5
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    for solver in sorted({*fs.list_solvers()} - NO_ENCODERS):
+        takes = get_solver(solver).options
+        if frame is not None and "frame" not in takes:
+            continue
+        given = {name: value for name, value in {**ODE, "frame": frame}.items() if name in takes}
+        errors = []
+        for steps in (16, 64):
+            up = Grid.from_times(process, np.linspace(process.t_first, 0.4 * process.t_first, steps + 1)).flip()
+            plan = fs.plan(solver, up, dtype="float64", **given)
+            found, _ = run_plan(plan, lambda v, at: posterior_mean(v, at, mean, std), x)
+            s, t = up.points[0], up.points[-1]
+            assert t.alpha == 0.0
+            # The ODE of Gaussian data keeps the place in the marginal.
+            exact = t.alpha * mean + t.sigma * (x - s.alpha * mean) / math.hypot(s.alpha * std, s.sigma)
+            errors.append(np.abs(found - exact).max())
+        # Of latents of order 1; below 1e-4 the parts of an error of several orders may cancel at one number of steps.
+        assert errors[1] < max(0.35 * errors[0], 1e-4), (solver, errors)
+
+
+def posterior_mean(x, at, mean, std):
+    gain = at.alpha * std**2 / ((at.alpha * std) ** 2 + at.sigma**2)
+    return mean + gain * (x - at.alpha * mean)
 
 
 def test_eta_0_follows_a_flipped_grid():

@@ -27,6 +27,7 @@ CORE = {"numpy", "numba", "llvmlite"}
 # Files and folders about one library, never imported without it: what they may load beyond the core.
 ABOUT = {
     "bindings/unet.py": {"torch", "safetensors"},
+    "bindings/onnx_graph.py": {"onnx"},
     "bindings/onnx_loop.py": {"onnx"},
     "bindings/export/": {"torch"},
     "bindings/export/sampler_module.py": {"torch"},

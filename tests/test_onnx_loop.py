@@ -19,7 +19,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra fewstep
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from fewstep.bindings import onnx_loop  # noqa: E402
+from fewstep.bindings import onnx_graph  # noqa: E402
 from fewstep.bindings.flow_map import FlowMapDenoiser  # noqa: E402
 from fewstep.bindings.onnx import OnnxModel  # noqa: E402
 from fewstep.bindings.onnx_loop import save_loop  # noqa: E402
@@ -348,9 +348,9 @@ def test_a_network_with_inner_graphs_and_functions(tmp_path):
 
 def test_normals_have_the_packages_addresses():
     """The words to the bit (any other would be another normal), the transform to a few roundings."""
-    g = onnx_loop._Graph()
+    g = onnx_graph.Graph()
     draws, domain = [0, 1, 7, 2**31], philox.STEP
-    out = onnx_loop._normals(g, "streams", g.const(draws, "uint64"), domain, g.const([4, 5, 1001], "int64"))
+    out = onnx_graph.normals(g, "streams", g.const(draws, "uint64"), domain, g.const([4, 5, 1001], "int64"))
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         g.nodes, "normals", [value("streams", INT, ["batch", 3])], [value(out, FLOAT, None)], g.initializers

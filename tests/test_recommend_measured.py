@@ -11,7 +11,7 @@ import fewstep as fs
 from fewstep.recommender import _confidence
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors
 from fewstep.solvers.tune.ensemble import Ensemble, latents, unroll
-from fewstep.solvers.tune.tuning import reference_grid
+from fewstep.solvers.tune.study import reference_grid
 
 RING = fs.problems.Mixture.ring()
 PROCESS = fs.VP.linear()

@@ -267,6 +267,17 @@ def test_tables_can_be_stretched(name, n):
     np.testing.assert_allclose((a - a[-1]) / (a[0] - a[-1]), (b - b[-1]) / (b[0] - b[-1]), atol=1e-9)
 
 
+@pytest.mark.parametrize("given", [{"sigma_min": 0.05}, {"sigma_max": 9.0}])
+def test_one_end_of_a_table_can_be_set(given):
+    """The other is the table's own."""
+    own = grid(EDM(), 10, "ays", final_zero=False).ratio
+    wanted = [given.get("sigma_max", own[0]), given.get("sigma_min", own[-1])]
+    g = grid(EDM(), 10, "ays", final_zero=False, **given)
+    assert g.ratio[[0, -1]] == pytest.approx(wanted, rel=1e-12)
+    share = np.log(own / own[-1]) / math.log(own[0] / own[-1])
+    np.testing.assert_allclose(g.ratio, wanted[1] * (wanted[0] / wanted[1]) ** share, rtol=1e-12)
+
+
 def test_bad_tables():
     with pytest.raises(ValueError, match="variant must be one of 'sd15', 'sdxl', 'svd', got 'sd3'"):
         grid(SD, 10, "ays", variant="sd3")

@@ -15,6 +15,7 @@ from table import label, rows
 
 import fewstep as fs
 from fewstep.problems import Gaussian, Mixture
+from fewstep.solvers.plans.registry import get_solver
 
 GAUSSIAN = Gaussian(np.array([0.3, -0.5, 0.1]), np.array([0.3, 0.5, 0.8]))
 MIXTURE = Mixture(np.array([[0.6, 0.1], [-0.5, 0.3], [0.1, -0.6]]), 0.35, np.array([0.5, 0.3, 0.2]))
@@ -319,6 +320,47 @@ def test_bad_options_say_what_would_work(solver, options, message):
         fs.plan(solver, fs.grid(VP, 5), **options)
 
 
+# The highest order of a multistep solver with its default options.
+HIGHEST = {
+    "deis": 3, "dpm_solver_2m": 2, "dpm_solver_3m": 3, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "dpmpp_3m": 3,
+    "dpmpp_3m_sde": 3, "er_sde": 3, "ipndm": 4, "ipndm_v": 4, "lms": 4, "res_2m": 2, "res_3m": 3, "res_multistep": 2,
+    "res_multistep_cfg_pp": 2, "sa_solver": 3, "unipc": 2,
+}  # fmt: skip
+
+
+def test_the_final_order_is_at_most_the_solvers():
+    """A higher one would limit nothing. Adams-Bashforth takes all of its orders whatever `order` is."""
+    limited = {name for name in fs.list_solvers() if "final_order" in get_solver(name).options}
+    assert limited == HIGHEST.keys()
+    for solver, highest in HIGHEST.items():
+        assert fs.plan(solver, GRIDS["vp-karras-8"], final_order=highest).nfe == 8
+        with pytest.raises(ValueError, match="final_order must be one of"):
+            fs.plan(solver, GRIDS["vp-karras-8"], final_order=highest + 1)
+
+
+@pytest.mark.parametrize(("solver", "options"), [pytest.param(*p.values[:2], id=p.id) for p in WEAK])
+def test_draws_cover_the_steps(solver, options):
+    """`noise=` is asked for the stretches of a step's draws, which together are the step."""
+    if solver == "dpm_solver_fast" or options.get("s_churn"):
+        pytest.skip("steps of its own, or noise before the step")
+    grid = GRIDS["edm-7-open"]
+    steps, drawn = iter(grid.pairs), []
+    for stage in fs.plan(solver, grid, **options).stages:
+        drawn += [stage.drawn_over] if any(row.get("z") for row in stage.rows.values()) else []
+        if stage.done:
+            s, t = next(steps)
+            assert not drawn or (max(a.ratio for a, _ in drawn), min(b.ratio for _, b in drawn)) == (s.ratio, t.ratio)
+            drawn = []
+
+
+def test_independent_draws_each_cover_all_that_they_noise():
+    (s, t), *_ = GRIDS["edm-7-open"].pairs
+    own, on_path = (fs.plan("dpmpp_sde", GRIDS["edm-7-open"], path=path).stages for path in (None, "snr"))
+    p = own[0].to
+    assert [stage.drawn_over for stage in own[:2]] == [(s, p), (s, t)]
+    assert [stage.drawn_over for stage in on_path[:2]] == [(s, p), (p, t)]
+
+
 @pytest.mark.parametrize("process", [VP, VP.zero_terminal_snr(), fs.EDM(), fs.VE(0.01, 50.0), fs.Flow(3.0)], ids=str)
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row.solver)
 def test_every_solver_on_every_process_spacing_and_small_n(row, process):
@@ -336,8 +378,6 @@ def test_every_solver_on_every_process_spacing_and_small_n(row, process):
 
 
 def test_registered_solvers_explain_themselves():
-    from fewstep.solvers.plans.registry import get_solver
-
     for name in fs.list_solvers():
         assert re.search(r"\((.*)(18|19|20)\d\d", get_solver(name).summary), name  # names its dated source
 

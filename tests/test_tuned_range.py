@@ -8,8 +8,8 @@ import pytest
 
 import fewstep as fs
 from fewstep.solvers.tune.ensemble import Ensemble, latents, unroll
+from fewstep.solvers.tune.study import reference_ends
 from fewstep.solvers.tune.tuned_range import PlanRange, between, load_range, tune_range
-from fewstep.solvers.tune.tuning import reference_ends
 
 PROCESS = fs.VP.linear()
 MEANS = np.array([[0.5, 0.2], [-0.4, 0.3], [0.0, -0.6]])

@@ -18,16 +18,10 @@ from fewstep.solvers.tune import tuned
 from fewstep.solvers.tune.candidates import candidates, fit_steps, rank
 from fewstep.solvers.tune.ensemble import Ensemble, latents, spread_conditions, unroll
 from fewstep.solvers.tune.fingerprint import TOLERANCE, check_plan, difference, fingerprint, keep_conditions
+from fewstep.solvers.tune.fit import Fit
+from fewstep.solvers.tune.study import reference_ends, reference_grid, statistics, study
 from fewstep.solvers.tune.tuned import Rule, bases, rule_of
-from fewstep.solvers.tune.tuning import (
-    OBJECTIVES,
-    Fit,
-    choose,
-    reference_ends,
-    reference_grid,
-    statistics,
-    study,
-)
+from fewstep.solvers.tune.tuning import OBJECTIVES, choose
 
 PROCESSES = {"vp": fs.VP.linear(), "edm": fs.EDM(), "ve": fs.VE(0.02, 50.0), "flow": fs.Flow(2.0)}
 MIXTURE = fs.problems.Mixture([[0.6, 0.0], [-0.5, 0.4], [-0.1, -0.6]], [0.1, 0.2, 0.15])

@@ -15,9 +15,10 @@ import fewstep as fs
 from fewstep.kernels import layout
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.tune.ensemble import latents, unroll
+from fewstep.solvers.tune.fit import Fit
 from fewstep.solvers.tune.parallel import WIDEST, ParallelRule
+from fewstep.solvers.tune.study import reference_grid
 from fewstep.solvers.tune.tuned import Rule
-from fewstep.solvers.tune.tuning import Fit, reference_grid
 
 PROCESSES = {"vp": fs.VP.linear(), "edm": fs.EDM(), "ve": fs.VE(0.02, 50.0), "flow": fs.Flow(2.0)}
 MIXTURE = fs.problems.Mixture([[0.6, 0.0], [-0.5, 0.4], [-0.1, -0.6]], [0.1, 0.2, 0.15])

@@ -21,7 +21,8 @@ from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.fingerprint import digest
-from fewstep.solvers.tune.tuning import check_arguments, reference_grid, speaker, tune
+from fewstep.solvers.tune.study import reference_grid, speaker
+from fewstep.solvers.tune.tuning import check_arguments, tune
 
 if TYPE_CHECKING:
     from fewstep.bindings.diffusers.collect import Collected

@@ -111,7 +111,8 @@ def _multistep(
         if k == grid.steps - 1 and final_order is not None:
             p = min(p, final_order)
         finite = math.isfinite(us[k])
-        if p == 1 or not finite or (t.sigma == 0.0 and not to_zero):
+        # On a grid that rises to alpha = 0, its last u is the infinite one.
+        if p == 1 or not finite or not math.isfinite(us[k + 1]) or (t.sigma == 0.0 and not to_zero):
             row = first_order(s, t)
         else:
             c = weights([us[k - j] for j in range(p)], us[k + 1])
@@ -210,7 +211,7 @@ def pndm(grid: Grid, skip_prk: bool = False, frame: str | None = None) -> Iterat
     us = [coords.time(p) for p in grid.points]
     warm, known = (1 if skip_prk else 3), 0
     for k, (s, t) in enumerate(grid.pairs):
-        if not math.isfinite(us[k]):
+        if not (math.isfinite(us[k]) and math.isfinite(us[k + 1])):
             yield Stage(s, {"x": first_order(s, t)}, t)
             continue
         rows = history(coords, s, known)

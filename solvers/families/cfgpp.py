@@ -165,7 +165,7 @@ def cfgpp_ud10_ab(grid: Grid, history: float = 0.1, frame: str | None = None) ->
         step = u_t - u
         e: Row = {"x": 1.0 / s.sigma, UNGUIDED: -s.alpha / s.sigma}
         smooth, ratio = e, 0.0
-        if k > 0:
+        if k > 0 and math.isfinite(u_t):
             ratio = step / (u - coords.time(grid.points[k - 1]))
             smooth = plus(scaled(e, 1.0 + history * ratio), -history * ratio, {"e": 1.0})
         # At alpha = 0 the step in sigma / alpha is infinite. Then u' E is sigma' / scale' E, and d is e itself.

@@ -6,7 +6,8 @@ prediction), y = x / alpha or z = -h, F = eps, y = x / sigma,
 
     y_i = exp(-c_i z) y + sum_j a_ij(z) F_j,    sum_j a_ij(z) = M_0(c_i z) = 1 - exp(-c_i z)
 
-A step to sigma 0 or from alpha 0 has an infinite h, for which only the first-order row has a limit: it is one call.
+A step to sigma 0 or from or to alpha 0 has an infinite h, for which only the first-order row has a limit: it is one
+call.
 """
 
 from __future__ import annotations
@@ -160,7 +161,8 @@ class Target(NamedTuple):
 
 def step_size(s: Point, t: Point) -> float:
     """h; infinite at either end of the log-SNR axis."""
-    return math.log(s.ratio / t.ratio) if s.alpha > 0.0 and t.sigma > 0.0 else math.inf
+    inside = s.alpha > 0.0 and t.sigma > 0.0 and t.alpha > 0.0  # a grid that rises may end at alpha 0
+    return math.log(s.ratio / t.ratio) if inside else math.inf
 
 
 def node(grid: Grid, s: Point, t: Point, c: float) -> Point:

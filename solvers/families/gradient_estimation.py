@@ -30,9 +30,9 @@ def gradient_estimation(
     for k, (s, t) in enumerate(grid.pairs):
         scale, scale_t = coords.scale(s), coords.scale(t)
         row = first_order(s, t)
-        # At alpha = 0 sigma / alpha is infinite, but d = x / sigma is not.
+        # At alpha = 0 sigma / alpha is infinite, but d = x / sigma is not. Only a grid that rises ends there.
         d: Row = {"x": 1.0 / s.sigma, "m": -scale / s.sigma}
-        if k > 0 and scale > 0.0 and (to_zero or t.sigma > 0.0):
+        if k > 0 and scale_t > 0.0 and (to_zero or t.sigma > 0.0):
             change = scale_t * (t.sigma / scale_t - s.sigma / scale) * (gamma - 1.0)
             row = plus(row, change, d) | {"d": -change}
         yield Stage(s, {"x": row, "d": d}, t)

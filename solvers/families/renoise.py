@@ -32,9 +32,9 @@ def ancestral_split(s: Point, t: Point, eta: float, frame: str) -> tuple[float, 
     "flow"   ComfyUI's for rectified flow: down to u_t (1 + (u_t / u_s - 1) eta), u = sigma / (alpha + sigma), then
              scaled to alpha_t and noised up to sigma_t
     """
+    if eta == 0.0:
+        return 1.0, 0.0  # also on a rising grid, where no draw is possible
     if frame == "sigma":
-        if eta == 0.0:
-            return 1.0, 0.0  # also on a rising grid, where no draw is possible
         shrink = t.sigma * s.alpha / (t.alpha * s.sigma)  # rho_t / rho_s, finite at alpha = 0
         fresh = min(1.0, eta * math.sqrt((1.0 - shrink) * (1.0 + shrink)))
         # keep^2 = 1 - fresh^2 without its cancellation on a long step at eta = 1.

@@ -42,7 +42,7 @@ def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) 
     for k, (s, t) in enumerate(grid.pairs):
         row = ancestral_row(s, t, eta)
         end = row["x"] * s.sigma  # sigma at the end of the step, before its fresh noise
-        down = math.log(end / t.alpha) if end > 0.0 else -math.inf
+        down = math.log(end / t.alpha) if end > 0.0 < t.alpha else math.inf
         h = -grid.lams[k] - down
         finite = math.isfinite(h) and math.isfinite(down_before)
         if usable_order(grid, k, 2, final_order) == 2 and finite:

@@ -252,7 +252,7 @@ def dpm2_ancestral(grid: Grid, eta: float = 1.0, frame: str | None = None) -> It
     for s, t in grid.pairs:
         keep, fresh = ancestral_split(s, t, eta, name)
         down = Point(t.t, t.alpha, keep * t.sigma)
-        if down.sigma == 0.0 or not math.isfinite(coords.time(s)):
+        if down.sigma == 0.0 or not (math.isfinite(coords.time(s)) and math.isfinite(coords.time(down))):
             yield Stage(s, {"x": renoised(s, t, keep, fresh)}, t)
             continue
         tableau, mid = _midpoint(grid, coords, s, down)

@@ -116,6 +116,14 @@ def _given(options: Mapping[str, object], error: Exception) -> str:
     return f" (options: {', '.join(f'{name} = {value!r}' for name, value in options.items())})"
 
 
+def _lays_out(entry: Solver, grid: Grid, options: Mapping[str, object]) -> bool:
+    """Whether the builder takes these options on that grid."""
+    try:
+        return bool(list(entry.build(grid, **options)))
+    except (ValueError, TypeError, ArithmeticError):
+        return False
+
+
 def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32", **options: object) -> Plan:
     """Lay a solver out on a grid.
 
@@ -147,12 +155,12 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
             f"{solver}: points of the grid coincide to rounding in the variable of the solver's polynomial, so that it "
             f"has no coefficients ({error}): take steps of more equal length, or a lower order"
         ) from error
-    except ValueError as error:
-        if grid.rising:
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if grid.rising and _lays_out(entry, grid.flip(), options):
             why = "" if "math domain error" in str(error) else f" ({error})"  # a root of a falling variance
             raise ValueError(f"{solver} {RISING}{why}") from error
-        raise ValueError(f"{error}{_given(options, error)}") from None
-    except (TypeError, ArithmeticError) as error:
+        if isinstance(error, ValueError):
+            raise ValueError(f"{error}{_given(options, error)}") from None
         raise ValueError(f"{solver} does not take these options: {error}{_given(options, error)}") from error
     if grid.rising and made.stochastic:
         raise ValueError(f"{solver} {RISING}")

@@ -39,15 +39,9 @@ from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Candidate, candidates, grids, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, latents, step_noise, unroll, unroll_stages
-from fewstep.solvers.tune.tuning import (
-    check_arguments,
-    check_times,
-    difference_step,
-    identity_of,
-    reference_of,
-    scipy_optimize,
-    speaker,
-)
+from fewstep.solvers.tune.fit import difference_step, scipy_optimize
+from fewstep.solvers.tune.study import check_times, identity_of, reference_of, speaker
+from fewstep.solvers.tune.tuning import check_arguments
 
 SOLVER = "tuned_sde"
 LAWS = ("energy", "moments")

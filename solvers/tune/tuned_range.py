@@ -34,8 +34,9 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoise
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.ensemble import unroll
 from fewstep.solvers.tune.fingerprint import check_plan, check_record
+from fewstep.solvers.tune.study import best_hand_made, study
 from fewstep.solvers.tune.tuned import Rule, rule_of
-from fewstep.solvers.tune.tuning import best_hand_made, study, tune
+from fewstep.solvers.tune.tuning import tune
 
 FORMAT, VERSION = "fewstep plan range", 1
 

@@ -16,7 +16,7 @@ ROWS = [
         weak=[({"eta": 1.0}, 1), ({"eta": 0.5}, 1)],
         variants=[{"eta": 0.0}, {"eta": 0.4}, {"eta": 1.0}],
     ),
-    # Its order, from the clean end to the noisy one, is measured in test_first_order.py.
+    # Its order, from the clean end to the noisy one, is measured in test_inverse.py.
     Row(
         "ddim_inverse",
         paper.ddim_inverse,

@@ -19,7 +19,7 @@ UNIC_AFTER = [
 ]
 ENDS = [{"final_order": rule} for rule in (1, "unipc", "diffusers", "dpm_solver", "sa_solver")]
 TAU = [{"tau": 0.0}, {"tau": 0.6}, {"tau": (1.0, 0.05, 2.0)}, {"tau": lambda t: t.sigma}]
-NOISE_SCALES = [{"noise_scale": n} for n in ("ode", "sde", "sde_1", "sde_2", "sde_3", "sde_5")]
+NOISE_SCALES = [{"noise_scale": n} for n in ("ode", "sde", "sde_1", "sde_2", "sde_3", "sde_4", "sde_5")]
 
 ROWS = [
     Row(
