@@ -54,7 +54,7 @@ def load(address, kind, out):
 
 
 @jit()
-def _store(x, scale, address, kind):
+def store(x, scale, address, kind):
     """scale x, rounded once to launch.KINDS[kind], to an address."""
     n = len(x)
     if kind == _FLOAT32:
@@ -365,7 +365,7 @@ def _stage(dtype, size):
             x = carray(pointer(new, dtype), (m,))
             for j in range(done, _INPUTS):
                 if memory[words.INPUT + j] != 0:
-                    _store(x, scale, memory[words.INPUT + j] + offset * width, model)
+                    store(x, scale, memory[words.INPUT + j] + offset * width, model)
         # The addresses do not keep the memory: Numba frees an array after its last use.
         _alive(scratch, normals)
 
