@@ -374,7 +374,7 @@ class Bound:
         self.ready: list[_Short] = []
         # The addresses of three of each are arguments of the short stage, from places 8 and 11 on.
         self.slots = tuple((7 + slot, j) for slot, j in self.memory[:3])
-        self.targets = tuple((11 + k, *kind) for k, (_, *kind) in enumerate(self.outputs[:3]))
+        self.targets = tuple((place, dtype, kept) for place, (_, dtype, kept) in enumerate(self.outputs[:3], 11))
         self.more = len(self.memory) > 3 or len(self.outputs) > 3
 
     def run(
