@@ -2,9 +2,9 @@
 
 A table goes between two marks, <!-- name --> and <!-- /name -->. Most come from `make bench SAVE=1`: README.md has
 a summary ("costs"), docs/bench.md what a step adds to a real network ("latency"), steps without one ("cpu") and other
-ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins") and those of single models
-("single-models"). The "gpu" table of docs/bench.md is that of `make gpu`, or "not measured" if no results match the
-current kernels.
+ways to write the loop ("rivals"), docs/diffusers.md the drop-in schedulers ("drop-ins"), also in 16 bits
+("sixteen-bits"), and those of single models ("single-models"). The "gpu" table of docs/bench.md is that of `make gpu`,
+or "not measured" if no results match the current kernels.
 
 `python bench/readme.py FILE` prints the budgets of a GPU's results instead, those that were missed last.
 """
@@ -31,7 +31,7 @@ CPU = {
     "unipc": "UniPC",
 }
 SHAPES = ("1x4x8x8", "1x4x64x64", "1x4x128x128")
-OWN_TABLES = ("drop-in", "latency", "single-model")  # their rows are in no list of figures
+OWN_TABLES = ("drop-in", "latency", "single-model", "sixteen-bit")  # their rows are in no list of figures
 
 
 def kernels_sha256():
@@ -168,24 +168,30 @@ def dropins_line(told):
     return f"Drop-in schedulers, ratio of whole runs at {' / '.join(shapes)}: {ratios} ([all](diffusers.md#speed))."
 
 
-def dropin_table(results=RESULTS):
+def dropin_table(results=RESULTS, kind="drop-in", dtype="fp32"):
     told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
     found, shapes = {}, []
     for row in told["rows"]:
-        if row["case"].startswith("drop-in "):
-            name, _, shape = row["case"].removeprefix("drop-in ").rpartition(" ")
+        if row["case"].startswith(f"{kind} "):
+            name, _, shape = row["case"].removeprefix(f"{kind} ").rpartition(" ")
             shapes += [shape] if shape not in shapes else []
             missed = "" if row["met"] is not False else f", wanted {row['budget'][1]:g}x"
             cell = f"{row['ours']:.0f} / {row['peer']:.0f} ({row['ratio']:.1f}x{missed})"
             found.setdefault(f"{name}, {row['unit'].split()[-1]} steps", {})[shape] = cell
+    if not found:
+        return ["Not measured: `make bench SAVE=1` writes this table."]
     return [
-        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), fp32, one thread, "
+        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), {dtype}, one thread, "
         f"{told['date']}:",
         "",
         "| | " + " | ".join(shapes) + " |",
         "|---|" + "---:|" * len(shapes),
         *(f"| {name} | " + " | ".join(cells.get(s, "") for s in shapes) + " |" for name, cells in found.items()),
     ]
+
+
+def sixteen_bit_table(results=RESULTS):
+    return dropin_table(results, "sixteen-bit", "16 bits")
 
 
 def single_model_table(results=RESULTS):
@@ -267,6 +273,7 @@ TABLES = (
     (BENCH, "rivals", rivals_table),
     (BENCH, "gpu", gpu_table),
     (DIFFUSERS, "drop-ins", dropin_table),
+    (DIFFUSERS, "sixteen-bits", sixteen_bit_table),
     (DIFFUSERS, "single-models", single_model_table),
 )
 

@@ -120,7 +120,7 @@ STAGE = {
 # The same in less code, for the steps of schedulers: see `numba_short`.
 SHORT = {
     dtype: Kernel(
-        "numba_short", "SHORT", interpreted.short, f"void({', '.join(['int64'] * 12)})", key=dtype, direct=True
+        "numba_short", "SHORT", interpreted.short, f"void({', '.join(['int64'] * 14)})", key=dtype, direct=True
     )
     for dtype in ("float32", "float64")
 }

@@ -65,18 +65,33 @@ def stage(memory: np.ndarray, first: int, last: int, raw: int) -> None:
 
 
 def short(
-    memory: int, places: int, n: int, x: int, raw: int, z: int,
+    memory: int, places: int, n: int, first: int, last: int, x: int, raw: int, z: int,
     slot1: int, slot2: int, slot3: int, output0: int, output1: int, output2: int,
 ) -> None:  # fmt: skip
-    """One stage of n numbers with the tables of a launch; see `numba_short` for the arguments."""
-    m, at = _at(memory, np.int64, words.WORDS).copy(), _at(places, np.int64, words.SHORT_WORDS)
+    """Units first .. last - 1 of one stage of n numbers with the tables of a launch; see `numba_short`."""
+    m = _at(memory, np.int64, words.WORDS).copy()
+    at, kinds = _at(places, np.int64, 2, words.SHORT_KIND).tolist()
     at[:4] = x, slot1, slot2, slot3
     at[layout.RAW], at[layout.NOISE] = raw, z
     at[words.SHORT_OUTPUT : words.SHORT_OUTPUT + 3] = output0, output1, output2
-    m[: layout.SLOTS] = at[: layout.SLOTS]
-    m[words.RAW], m[words.NOISE], m[words.STREAMS] = raw, z, 0
-    m[words.OUTPUT : words.OUTPUT + layout.OUTPUTS] = at[words.SHORT_OUTPUT :]
+    state, lo = words.KINDS[m[words.STATE]], first * words.SHORT_CHUNK
+    n = min(n, last * words.SHORT_CHUNK) - lo
+    given = {
+        j: _at(address + lo * np.dtype(words.KINDS[kind]).itemsize, words.KINDS[kind], n)
+        for j, (address, kind) in enumerate(zip(at, kinds, strict=True))
+        if address and j != layout.PREDICTION
+    }
+    # In the state's dtype; of an output, the memory.
+    wide = {j: array if array.dtype == state else _floats(array).astype(state) for j, array in given.items()}
+    own = {layout.NOISE: words.NOISE} | {words.SHORT_OUTPUT + k: words.OUTPUT + k for k in range(layout.OUTPUTS)}
+    m[: words.STREAMS + 1] = m[words.OUTPUT : words.ADDRESSES] = 0
+    for j, array in wide.items():
+        m[own.get(j, j)] = array.ctypes.data
+    m[words.X_KIND] = m[words.RAW_KIND] = m[words.STATE]
     stage(m, 0, words.resize(m, 1, n), 0)
+    for j in range(words.SHORT_OUTPUT, words.SHORT_KIND):
+        if j in given and wide[j] is not given[j]:
+            given[j][...] = _stored(wide[j], kinds[j])
 
 
 def _transfer(

@@ -34,10 +34,12 @@ STATE, MODEL, X_KIND = range(OWN_C_IN + 1, OWN_C_IN + 4)  # dtypes: of the state
 RAW_KIND = X_KIND + 1  # and of each raw
 WORDS = RAW_KIND + layout.RAWS
 
-# The memory of a short stage, see `numba_short`: the addresses of its sources by column, then of its outputs.
+# The memory of a short stage, see `numba_short`: the addresses of its sources by column and of its outputs, then the
+# dtypes of all of them in the same order.
 SHORT_OUTPUT = layout.COLUMNS
-SHORT_WORDS = SHORT_OUTPUT + layout.OUTPUTS
-SHORT_CHUNK = 2048  # numbers at a time, which stay in L1
+SHORT_KIND = SHORT_OUTPUT + layout.OUTPUTS
+SHORT_WORDS = 2 * SHORT_KIND
+SHORT_CHUNK = 2048  # numbers of a unit, which stay in L1
 
 # The dtypes of arrays; a position here stands for one. bfloat16 as uint16 and float16 as int16, their bits.
 KINDS = (np.float32, np.float64, np.uint16, np.int16)

@@ -64,7 +64,7 @@ def load(address, kind, out):
 
 
 @jit()
-def _store(x, scale, address, kind):
+def store(x, scale, address, kind):
     """scale x, rounded once to launch.KINDS[kind], to an address."""
     n = len(x)
     if kind == _FLOAT32:
@@ -400,7 +400,7 @@ def _stage(dtype, size):
             x = carray(pointer(new, dtype), (m,))
             for j in range(done, _INPUTS):
                 if memory[words.INPUT + j] != 0:
-                    _store(x, scale, to[rows + j], model)
+                    store(x, scale, to[rows + j], model)
             if streamed:
                 for k in range(rows):
                     _stream(memory[words.OUTPUT + k] + offset * size, to[k], m * size)

@@ -14,13 +14,26 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers_cases import GENERAL, PRESENT, SHAPE, SPECIAL, compare, make, only_fused, pair, run, without_compiler
+from diffusers_cases import (
+    GENERAL,
+    PRESENT,
+    SHAPE,
+    SPECIAL,
+    compare,
+    make,
+    only_fused,
+    pair,
+    run,
+    updated_by,
+    without_compiler,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers import scheduler as twins_scheduler
 from fewstep.bindings.diffusers.transition import State
+from fewstep.bindings.diffusers.update import Update
 from fewstep.kernels import launch
 
 # diffusers hands tensors to NumPy.
@@ -230,6 +243,49 @@ def test_sixteen_bits_are_nearer_to_the_truth(name: str, config: dict[str, Any],
             x = low[0].to(dtype)
     assert worst[1] <= 1.05 * worst[0] + 1e-6
     assert worst[1] <= 4 * torch.finfo(dtype).eps
+
+
+# Their pipelines pass more tensors to a step, or a time for each sample: every step of theirs is searched for.
+SEARCHED = {"CogVideoXDPMScheduler", "DDPMWuerstchenScheduler"}
+
+
+@pytest.mark.parametrize("noise", ["torch", "fewstep"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in PRESENT if name not in SEARCHED])
+def test_known_steps_in_sixteen_bits(
+    name: str, dtype: torch.dtype, noise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch, without a conversion of torch's, gives the bits of the first run's step, which converts in torch."""
+    own = {} if noise == "torch" else {"noise": noise}
+    with updated_by(Update._fused):
+        expected, drawn = run(make(twins, name, **own), dtype=dtype)
+    twin, converted = make(twins, name, **own), []
+    run(twin, dtype=dtype)
+    monkeypatch.setattr(Update, "run", lambda *args: converted.append(args))
+    found, drawn_too = run(twin, dtype=dtype)
+    assert not converted
+    assert torch.equal(drawn, drawn_too)
+    for a, b in zip(expected, found, strict=True):
+        assert list(a) == list(b)
+        for field, value in a.items():
+            assert b[field].dtype == value.dtype
+            assert torch.equal(b[field], value), field
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "LCMScheduler", "UniPCMultistepScheduler"])
+def test_large_known_steps_in_sixteen_bits(name: str, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are shared by threads."""
+    monkeypatch.setattr(launch, "_workers", lambda: workers)
+    shape = (2, 3, 160, 150 + workers)  # bound by this count of workers
+    with updated_by(Update._fused):
+        expected, _ = run(make(twins, name), 12, dtype=torch.bfloat16, shape=shape)
+    twin = make(twins, name)
+    run(twin, 12, dtype=torch.bfloat16, shape=shape)
+    found, _ = run(twin, 12, dtype=torch.bfloat16, shape=shape)
+    for a, b in zip(expected, found, strict=True):
+        for field, value in a.items():
+            assert torch.equal(b[field], value), field
 
 
 def test_every_scheduler_of_diffusers_has_a_twin_or_a_reason() -> None:
@@ -831,19 +887,20 @@ def test_a_known_step_with_one_tensor_twice(name: str, monkeypatch: pytest.Monke
 HOLD: dict[str, Callable[[torch.Tensor], object]] = {
     "tensor": lambda t: t,
     "view": lambda t: t[1:],
-    "array": lambda t: t.numpy()[0],
+    "array": lambda t: t.view(torch.int16).numpy()[0],
     "storage": lambda t: t.untyped_storage(),
     "graph": lambda t: (torch.ones((), requires_grad=True) * t).grad_fn,
     "detached": lambda t: t.detach().view(-1),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", HOLD)
 @pytest.mark.parametrize("name", ["DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"])
-def test_memory_that_the_caller_holds_is_not_used_again(name: str, how: str) -> None:
-    """Large results take the memory of earlier ones, but only once nobody can see these."""
+def test_memory_that_the_caller_holds_is_not_used_again(name: str, how: str, dtype: torch.dtype) -> None:
+    """Large results take the memory of earlier ones of their dtype, but only once nobody can see these."""
     twin, places = make(twins, name), []
-    x = torch.linspace(-1.0, 1.0, 2 * 128 * 160).reshape(2, 1, 128, 160)
+    x = torch.linspace(-1.0, 1.0, 2 * 256 * 160, dtype=dtype).reshape(2, 1, 256, 160)
     for k, hold in enumerate((lambda t: None, lambda t: None, HOLD[how])):
         held, copies, places = [], [], []
         twin.set_timesteps(12)

@@ -70,7 +70,7 @@ def test_the_counts_are_true():
 
 def test_the_tables_are_those_of_the_committed_results(generator):
     names = [name for _, name, _ in generator.TABLES]
-    assert names == ["costs", "latency", "cpu", "rivals", "gpu", "drop-ins", "single-models"]
+    assert names == ["costs", "latency", "cpu", "rivals", "gpu", "drop-ins", "sixteen-bits", "single-models"]
     for path, name, table in generator.TABLES:
         text = path.read_text(encoding="utf-8")
         assert generator.filled(text, name, table()) == text, "run python bench/readme.py"

@@ -500,46 +500,57 @@ def test_a_word_is_set() -> None:
 SHORT_COLUMNS = [([0, 8], [0, 8]), ([0], [8, 11, 12]), ([], [0, 1, 2, 3, 8]), ([0, 1, 2, 3, 4, 8, 11, 12], [11])]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("state", ["f32", "f64"])
+@pytest.mark.parametrize("other", ["f32", "f64", "bf16", "f16"])
 @pytest.mark.parametrize("columns", SHORT_COLUMNS, ids=str)
 @pytest.mark.parametrize("bound", [None, 0.0, 0.8])
 @pytest.mark.parametrize(("shape", "rows"), [((1, 1), 5), ((3, 7), 1), ((1, 2049), 2), ((2, 2500), 4)])
 def test_the_short_stage_gives_the_bits_of_the_stage(
-    dtype: str, columns: tuple[list[int], ...], bound: float | None, shape: tuple[int, int], rows: int
+    state: str, other: str, columns: tuple[list[int], ...], bound: float | None, shape: tuple[int, int], rows: int
 ) -> None:
-    """bound: of the prediction; it does not act at 0, and at None there is no prediction."""
-    rng = np.random.default_rng(rows)
+    """The stage is given all arrays in the state's dtype, and torch rounds what it returns.
 
-    def array() -> np.ndarray:
-        made = rng.standard_normal(shape).astype(dtype)
-        made.flat[:2] = (np.inf, -0.0)[: made.size]
-        return made
-
-    *slots, raw, z = (array() for _ in range(7))
+    other  the dtype of the short stage's raw, noise, last slot, and even rows
+    bound  of the prediction; it does not act at 0, and at None there is no prediction
+    """
+    rng, dtype = np.random.default_rng(rows), NUMPY[state]
+    kinds = {j: other if j in (4, layout.RAW, layout.NOISE) else state for j in (0, 1, 2, 3, 4, 8, 12)}
+    kinds |= {cpu_launch.SHORT_OUTPUT + k: state if k % 2 else other for k in range(rows)}
+    sources = {}
+    for j in (0, 1, 2, 3, 4, layout.RAW, layout.NOISE):
+        made = torch.from_numpy(rng.standard_normal(shape))
+        made.view(-1)[:2] = torch.tensor([torch.inf, -0.0])[: made.numel()]
+        sources[j] = made.to(TORCH[state]).to(TORCH[kinds[j]])
+    *slots, raw, z = (source.to(TORCH[state]).numpy() for source in sources.values())
     w = np.zeros((1, rows, layout.COLUMNS), dtype)
     for k in range(rows):
         used = [j for j in columns[k % 2] if j != layout.PREDICTION or bound is not None]
         w[0, k, used] = rng.standard_normal(len(used))
     p = None if bound is None else np.array([[1.3, -0.7, 0.0, 0.0]], dtype)
     limit = np.array([[bound, 1.5, 0.0, 0.0]], dtype) if bound else None
-    whole = [np.empty((rows, *shape), dtype) for _ in range(3)]
-    launch, short = (
-        Launch(slots, [raw], w, list(whole[0]), c_in=np.ones(1, dtype), z=z, p=p, limit=limit),
-        cpu.SHORT[dtype],
-    )
-    cpu.STAGE[dtype].compile()
+    whole = np.empty((rows, *shape), dtype)
+    launch = Launch(slots, [raw], w, list(whole), c_in=np.ones(1, dtype), z=z, p=p, limit=limit)
+    stage, short = cpu.STAGE[np.dtype(dtype).name], cpu.SHORT[np.dtype(dtype).name]
+    stage.compile()
     short.compile()
-    launch(cpu.STAGE[dtype].run)
-    for run, outputs in zip((short.run, interpreted.short), whole[1:], strict=True):
-        scratch, places = np.empty(cpu_launch.SHORT_CHUNK, dtype), np.zeros(cpu_launch.SHORT_WORDS, np.int64)
-        places[layout.PREDICTION], places[4] = scratch.ctypes.data, slots[4].ctypes.data
-        targets = [output.ctypes.data for output in outputs] + [0] * 3
-        if rows > 3:
-            places[cpu_launch.SHORT_OUTPUT + 3 :][: rows - 3] = targets[3:rows]
-        sources = [source.ctypes.data for source in (slots[0], raw, z, *slots[1:4])]
-        before = launch.memory.copy()
+    launch(stage.run)
+    for run in (short.run, interpreted.short):
+        outputs = [torch.full(shape, 7.0, dtype=TORCH[kinds[cpu_launch.SHORT_OUTPUT + k]]) for k in range(rows)]
+        table = np.zeros((2, cpu_launch.SHORT_KIND), np.int64)
+        for j, array in (*sources.items(), *enumerate(outputs, cpu_launch.SHORT_OUTPUT)):
+            table[:, j] = array.data_ptr(), cpu_launch.kind_of(bits(array))
+        table[1, layout.PREDICTION] = cpu_launch.KINDS.index(dtype)
+        given_ = table[0, [0, 8, 12, 1, 2, 3, 13, 14, 15]].tolist()
+        table[0, [0, 8, 12, 1, 2, 3, 13, 14, 15]] = -1  # the arguments stand for these
+        before, begin = (launch.memory.copy(), table.copy()), (launch.memory.ctypes.data, table.ctypes.data, raw.size)
         with np.errstate(all="ignore"):
-            run(launch.memory.ctypes.data, places.ctypes.data, raw.size, *sources, *targets[:3])
-        np.testing.assert_array_equal(outputs, whole[0])
-        np.testing.assert_array_equal(np.signbit(outputs), np.signbit(whole[0]))
-        assert launch.memory.tolist() == before.tolist()
+            run(*begin, 0, 1, *given_)
+            if raw.size > cpu_launch.SHORT_CHUNK:  # the rest, as another thread may do
+                run(*begin, 1, 3, *given_)
+        for output, row in zip(outputs, whole, strict=True):
+            want = torch.from_numpy(row).to(output.dtype)
+            torch.testing.assert_close(output, want, rtol=0.0, atol=0.0, equal_nan=True)
+            number = ~want.isnan()  # torch gives a NaN of 16 bits no sign
+            assert torch.equal(output.signbit()[number], want.signbit()[number])
+        assert launch.memory.tolist() == before[0].tolist()
+        assert table.tolist() == before[1].tolist()

@@ -875,10 +875,10 @@ def _fused_step(
         return None
     if not (x.is_cpu or transition.update.anywhere):
         return None
-    if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
-        state.usual[offset] = Usual(transition, x, raw, timestep, memory, options)
     if transition.draw is not None:
         z = _draw(self, cursor, transition.draw, raw, x, generator)
+    if tokens_at is None and predicted is None and given is None and (offset := cursor.offset(timestep)) is not None:
+        state.usual[offset] = Usual(transition, x, raw, z, timestep, memory, options)
     if tokens_at is None:
         rows = transition.update.run(x, raw, z, memory)
     else:
@@ -914,6 +914,7 @@ class Usual:
         transition: Transition,
         x: Tensor,
         raw: Tensor,
+        z: Tensor | None,
         timestep: Timestep,
         memory: Sequence[Tensor],
         options: Mapping[str, Any],
@@ -925,11 +926,13 @@ class Usual:
         self.moves = transition if transition.moves else None
         self.wrap, self.draw = transition.wrap, transition.draw
         self.update = update = transition.update
-        self.bound = Bound(update, x, raw) if update.binds(x, raw, memory) else None
+        self.bound: Bound | None = None
+        if update.binds(x, raw, memory):
+            self.bound = Bound(update, x, raw, memory, update.dtype if z is None else z.dtype)
         self.draws = False
         self.normal: tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None = None
         if self.draw is not None and self.draw.interval is None and self.bound is not None:
-            self.draws = NOISE not in transition.sources
+            self.draws = NOISE not in transition.sources and self.bound.draws
             if not self.draw.wasted:
                 self.normal = self.bound.shape, self.bound.strides, self.draw.dtype
 

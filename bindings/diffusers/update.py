@@ -28,6 +28,10 @@ from fewstep.solvers.run.functional import stage
 
 _bits, _address = TorchFrame().bits, TorchFrame().address
 _RAW = words.RAW
+_KINDS = {
+    dtype: words.kind_of(_bits(torch.zeros((1, 1), dtype=dtype, device="cpu")))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 _empty_like = torch.empty_like
 # Parts of torch's compiler, which a later torch may not have: without them a step takes longer.
 _holders: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
@@ -58,9 +62,9 @@ class Update:
     call    the dtypes of x and raw
     clip    of the x0 prediction, or None
 
-    Attributes: `memory`, the remembered tensors that the rows read, in the order of the slots after x; `noisy`, whether
-    a row reads z; `anywhere`, whether it runs on any device (a per-sample quantile is reduced on the CPU); `compiled`,
-    whether the CPU kernels can run.
+    Attributes: `dtypes`, of all rows; `memory`, the remembered tensors that the rows read, in the order of the slots
+    after x; `noisy`, whether a row reads z; `anywhere`, whether it runs on any device (a per-sample quantile is reduced
+    on the CPU); `compiled`, whether the CPU kernels can run.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Update:
         self.compiled = pick_backend("auto", TorchFrame("cpu")) == "numba"
         self.narrow = dtypes[0] if dtypes[0].itemsize == 2 else None
         self.casts = [(i, dtype) for i, dtype in enumerate(dtypes) if dtype != self.dtype]
+        self.dtypes = [*dtypes, *[self.dtype] * (len(rows) - len(dtypes))]
         # The kernel writes a few rows at a time: one launch suffices for all but the longest memories.
         self.launches = [
             _Launch(self, call, np.ascontiguousarray(w[:, i : i + layout.OUTPUTS], state), i)
@@ -165,9 +170,10 @@ class Update:
         return results
 
     def binds(self, x: Tensor, raw: Tensor, memory: Sequence[Tensor]) -> bool:
-        """Whether one launch makes it of tensors like these without copying one, and of noise drawn in the kernel."""
-        special = self.casts or self.narrow or not self.anywhere or len(self.launches) > 1
-        if special or not self.compiled or any(memory[j].dtype is not self.dtype for j in self.memory):
+        """Whether one launch makes it of tensors like these without copying one."""
+        if not self.compiled or not self.anywhere or len(self.launches) > 1:
+            return False
+        if any(memory[j].dtype not in _KINDS for j in self.memory):
             return False
         return all(t.is_cpu and t.is_contiguous() and not t.is_neg() for t in (x, raw, *memory))
 
@@ -309,11 +315,11 @@ class Pool:
 
     def empty(self, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A new tensor."""
-        kind = shape, strides, dtype, torch.is_inference_mode_enabled()
+        kind = shape, strides, torch.is_inference_mode_enabled()
         if self.kind != kind:
             self.kind, self.kept = kind, []
         for kept in self.kept:
-            if kept.is_alone():
+            if kept.tensor.dtype is dtype and kept.is_alone():
                 unused: Tensor = kept.tensor.data
                 return unused
         tensor = empty_strided(shape, strides, dtype)
@@ -331,72 +337,86 @@ class Pool:
 class Bound:
     """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
 
-    short   the short stage, where it can make the update
-    idle    launches' words that no call is using; several calls may run at once, in several threads
+    draws   whether the whole stage can make it, which draws noise itself but keeps to the state's dtype
+    idle    launches' words for that, which no call is using; several calls may run at once, in several threads
     ready   the same for the short stage
     """
 
     __slots__ = (
-        "dtype", "idle", "memory", "more", "noisy", "outputs", "ready", "recycles", "serial", "shape", "short", "size",
-        "slots", "stage", "strides", "targets", "units", "update", "words",
+        "draws", "idle", "kinds", "memory", "more", "noise", "noisy", "outputs", "ready", "serial", "shape", "short",
+        "size", "slots", "stage", "strides", "targets", "units", "update", "words",
     )  # fmt: skip
 
-    def __init__(self, update: Update, x: Tensor, raw: Tensor) -> None:
+    def __init__(
+        self, update: Update, x: Tensor, raw: Tensor, memory: Sequence[Tensor], noise: torch.dtype = torch.float32
+    ) -> None:
+        """noise: the dtype of the noise that calls are given."""
         (launch,) = update.launches
-        self.update, self.dtype, self.stage, self.noisy = update, update.dtype, update.stage, update.noisy
-        self.shape, self.strides, self.size = tuple(x.shape), x.stride(), x.numel()
-        self.recycles = Pool.LEAST <= self.size * self.dtype.itemsize <= Pool.MOST
+        self.update, self.stage, self.short, self.noisy = update, update.stage, update.short, update.noisy
+        self.noise, self.shape, self.strides, self.size = noise, tuple(x.shape), x.stride(), x.numel()
         self.words = launch.words.copy()
         self.units = words.resize(self.words, len(x), x.shape[1:].numel())
         self.serial = words.workers(self.size, self.units) == 1
+        self.memory = tuple(enumerate(update.memory, 1))
+        # Of each row: the word of its address, its dtype, and whether its memory is kept.
+        self.outputs = tuple(
+            (j, dtype, Pool.LEAST <= self.size * dtype.itemsize <= Pool.MOST)
+            for j, dtype in zip(launch.outputs, update.dtypes, strict=True)
+        )
+        self.draws = not update.casts and all(memory[j].dtype is update.dtype for j in update.memory)
+        self.kinds = np.full(words.SHORT_KIND, _KINDS[update.dtype])
+        self.kinds[[0, layout.RAW, layout.NOISE]] = _KINDS[x.dtype], _KINDS[raw.dtype], _KINDS[noise]
+        for slot, j in self.memory:
+            self.kinds[slot] = _KINDS[memory[j].dtype]
+        for k, (_, dtype, _) in enumerate(self.outputs, words.SHORT_OUTPUT):
+            self.kinds[k] = _KINDS[dtype]
         self.idle: list[np.ndarray] = []
-        self.memory, self.outputs = tuple(enumerate(update.memory, 1)), tuple(launch.outputs)
-        self.short = update.short if self.serial and x.dtype is raw.dtype is self.dtype else None
         self.ready: list[_Short] = []
-        # The addresses of three of each are arguments of the short stage, from places 6 and 9 on.
-        self.slots = tuple((5 + slot, j) for slot, j in self.memory[:3])
-        self.targets = tuple(range(9, 9 + len(self.outputs[:3])))
+        # The addresses of three of each are arguments of the short stage, from places 8 and 11 on.
+        self.slots = tuple((7 + slot, j) for slot, j in self.memory[:3])
+        self.targets = tuple((place, dtype, kept) for place, (_, dtype, kept) in enumerate(self.outputs[:3], 11))
         self.more = len(self.memory) > 3 or len(self.outputs) > 3
 
     def run(
         self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, memory: Sequence[Tensor], pool: Pool
     ) -> list[Tensor]:
-        """The rows as new tensors. z: the noise, or what the kernel draws it from."""
+        """The rows as new tensors. z: the noise, or, if it `draws`, what it draws it from."""
+        if type(z) is Streams:
+            return self._launch(x, raw, z, memory, pool)
         noise = 0
-        if self.noisy and type(z) is not Streams:
+        if self.noisy:
             assert isinstance(z, Tensor)
-            if z.dtype is not self.dtype or not z.is_contiguous():
+            if z.dtype is not self.noise or not z.is_contiguous():
                 return self.update.run(x, raw, z, memory)
             noise = z.data_ptr()
-        if self.short is None or type(z) is Streams:
-            return self._launch(x, raw, z, noise, memory, pool)
         try:
             ready = self.ready.pop()
         except IndexError:  # another thread may have taken the last one just now
-            ready = _Short(self.words, self.update.state, self.size)
+            ready = _Short(self.words, self.kinds, self.size)
         given = ready.given
-        given[3], given[4], given[5] = x.data_ptr(), raw.data_ptr(), noise
+        given[5], given[6], given[7] = x.data_ptr(), raw.data_ptr(), noise
         for place, j in self.slots:
             given[place] = memory[j].data_ptr()
-        rows, empty = [], pool.empty if self.recycles else empty_strided
-        for place in self.targets:
-            row = empty(self.shape, self.strides, self.dtype)
+        rows = []
+        for place, dtype, kept in self.targets:
+            row = (pool.empty if kept else empty_strided)(self.shape, self.strides, dtype)
             given[place] = row.data_ptr()
             rows.append(row)
         if self.more:
             for slot, j in self.memory[3:]:
                 ready.table[slot] = memory[j].data_ptr()
-            for k in range(3, len(self.outputs)):
-                row = empty(self.shape, self.strides, self.dtype)
-                ready.table[words.SHORT_OUTPUT + k] = row.data_ptr()
+            for k, (_, dtype, _) in enumerate(self.outputs[3:], words.SHORT_OUTPUT + 3):
+                row = empty_strided(self.shape, self.strides, dtype)
+                ready.table[k] = row.data_ptr()
                 rows.append(row)
-        self.short.run(*given)
+        if self.serial:
+            self.short.run(*given)
+        else:
+            words.launch(ready.share(self.short.run), ready.table, given[4], self.size, (x, raw, z, memory, rows))
         self.ready.append(ready)
         return rows
 
-    def _launch(
-        self, x: Tensor, raw: Tensor, z: Tensor | Streams | None, noise: int, memory: Sequence[Tensor], pool: Pool
-    ) -> list[Tensor]:
+    def _launch(self, x: Tensor, raw: Tensor, z: Streams, memory: Sequence[Tensor], pool: Pool) -> list[Tensor]:
         """The rows by the whole stage."""
         try:
             vector = self.idle.pop()
@@ -405,14 +425,11 @@ class Bound:
         vector[0], vector[_RAW] = x.data_ptr(), raw.data_ptr()
         for slot, j in self.memory:
             vector[slot] = memory[j].data_ptr()
-        if type(z) is Streams:
-            vector[words.DRAW] = z.count()
-            vector[words.STREAMS] = z.address if self.noisy else 0
-        elif self.noisy:
-            vector[words.NOISE], vector[words.STREAMS] = noise, 0
-        rows, empty = [], pool.empty if self.recycles else empty_strided
-        for output in self.outputs:
-            row = empty(self.shape, self.strides, self.dtype)
+        vector[words.DRAW] = z.count()
+        vector[words.STREAMS] = z.address if self.noisy else 0
+        rows = []
+        for output, dtype, kept in self.outputs:
+            row = (pool.empty if kept else empty_strided)(self.shape, self.strides, dtype)
             vector[output] = row.data_ptr()
             rows.append(row)
         if self.serial:
@@ -427,17 +444,21 @@ class _Short:
     """The memory of one call of the short stage for `size` numbers.
 
     given  the stage's arguments, of which each call sets its addresses
-    table  the words of its other addresses
+    table  the words of its other addresses, and of all dtypes
     """
 
     __slots__ = ("given", "held", "table")
 
-    def __init__(self, vector: np.ndarray, dtype: np.dtype, size: int) -> None:
-        scratch = np.empty(min(size, words.SHORT_CHUNK), dtype)
-        self.table = np.zeros(words.SHORT_WORDS, np.int64)
-        self.table[layout.PREDICTION] = scratch.ctypes.data
-        self.given = [vector.ctypes.data, self.table.ctypes.data, size, *[0] * 9]
-        self.held = vector, scratch  # their addresses are in use
+    def __init__(self, vector: np.ndarray, kinds: np.ndarray, size: int) -> None:
+        self.table = np.concatenate([np.zeros(words.SHORT_KIND, np.int64), kinds])
+        units = -(-size // words.SHORT_CHUNK)
+        self.given = [vector.ctypes.data, self.table.ctypes.data, size, 0, units, *[0] * 9]
+        self.held = vector  # its address is in use
+
+    def share(self, run: Callable[..., None]) -> words.Stage:
+        """The short stage as `launch` runs one."""
+        begin, rest = self.given[:3], self.given[5:]
+        return lambda table, first, last, _: run(*begin, first, last, *rest)
 
 
 class _Launch:
