@@ -6,10 +6,11 @@ there) are not on the tape, so that a replay with other seeds, schedules or cond
 read from memory that the recorded operations share. What a capture computes is not computed yet: its tensors are NaN
 until the first replay.
 
-It refuses what CUDA and torch refuse: a wait for the device, work and allocations on a stream that has not joined the
-capture, a stream that does not join again, a second capture at once, a pool whose graphs are all gone. A refused
+It refuses what CUDA and torch refuse: a wait for the device or for work outside of the capture, a stream that does not
+join again, a graph that is freed meanwhile, a second capture at once, a pool whose graphs are all gone. A refused
 operation breaks the capture, and `capture_end` then fails as torch does: before 2.12 the allocator and the random
-generator are left in the capture (`FakeCuda.poisoned`).
+generator are left in the capture (`FakeCuda.poisoned`). Work on a stream that has not joined the capture is neither
+refused nor recorded: it runs at once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default, torch.ops.aten.nonzero.default)
 REFUSED = "CUDA error: operation not permitted when stream is capturing"
+ISOLATED = "CUDA error: dependency created on uncaptured work in another stream"
 
 
 class Tape(TorchDispatchMode):
@@ -45,9 +47,10 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.cuda is not None:
-            self.cuda.allow(func not in WAITS)
+        recorded = self.cuda is None or self.cuda.allow(func not in WAITS)
         out = func(*args, **kwargs)
+        if not recorded:
+            return out
         self.operations.append((func, args, kwargs, out))
         given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for tensor in tree_leaves(out):
@@ -94,6 +97,9 @@ class FakeStream:
         self.cuda.log.append(f"{self.name} waits for {other.name}")
         capture = self.cuda.capture
         if capture is not None and capture.thread == threading.get_ident():
+            if self in capture.joined and other not in capture.joined:
+                capture.broken = True
+                raise RuntimeError(ISOLATED)
             if other in capture.joined:
                 capture.joined.add(self)
             if self is capture.stream:
@@ -164,7 +170,8 @@ class FakeGraph:
         self.tape.not_yet_computed()
 
     def raw_cuda_graph(self) -> int:
-        return self.cuda.raw.index(self)
+        self.cuda.raw.append(self)
+        return len(self.cuda.raw) - 1
 
     def replay(self) -> None:
         assert self.recorded
@@ -175,7 +182,13 @@ class FakeGraph:
         self.cuda.log.append("reset")
         if self.recorded:
             self.cuda.release(self.pool)
+            with contextlib.suppress(RuntimeError):  # torch warns
+                self.cuda.allow(False)
         self.recorded = False
+
+    def __del__(self) -> None:
+        if self.recorded:
+            self.reset()
 
 
 class FakeCuda:
@@ -196,7 +209,7 @@ class FakeCuda:
         self.released: set[Any] = set()
         self.open_pools: list[Any] = []
         self.generator_captures = False
-        self.raw: list[FakeGraph] = []  # all graphs, by `raw_cuda_graph`
+        self.raw: list[FakeGraph] = []  # by their number, `raw_cuda_graph`
         self._streams = threading.local()
         self._pools = itertools.count(1)
 
@@ -205,14 +218,19 @@ class FakeCuda:
         """Whether `empty_cache` and random draws would raise."""
         return self.capture is None and (bool(self.open_pools) or self.generator_captures)
 
-    def allow(self, allowed: bool) -> None:
-        """Called for each operation. Raises RuntimeError, and breaks the capture, for one that is refused."""
+    def allow(self, allowed: bool) -> bool:
+        """Called for each operation. Returns whether a capture records it.
+
+        Raises RuntimeError, and breaks the capture, for one that is refused.
+        """
         capture = self.capture
         if capture is None or capture.thread != threading.get_ident():
-            return
-        if not allowed or capture.broken or self.current not in capture.joined:
+            return True
+        joined = self.current in capture.joined
+        if not allowed or (capture.broken and joined):
             capture.broken = True
             raise RuntimeError(REFUSED)
+        return joined
 
     @property
     def current(self) -> FakeStream:
@@ -229,8 +247,7 @@ class FakeCuda:
         return FakeEvent(self)
 
     def CUDAGraph(self, keep_graph: bool = False) -> FakeGraph:  # noqa: N802
-        self.raw.append(FakeGraph(self))
-        return self.raw[-1]
+        return FakeGraph(self)
 
     @contextlib.contextmanager
     def stream(self, stream: FakeStream) -> Iterator[None]:
@@ -377,8 +394,7 @@ class Launcher:
 
         def launch(*args: Any, **kwargs: Any) -> None:
             tape = torch.utils._python_dispatch._get_current_dispatch_mode()
-            if isinstance(tape, Tape):
-                self.cuda.allow(True)
+            if isinstance(tape, Tape) and self.cuda.allow(True):
                 tape.operations.append((run, args, kwargs, None))
             run(*args, **kwargs)
 

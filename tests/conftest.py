@@ -56,11 +56,15 @@ SWEEPS = frozenset(
 )
 
 
-def pytest_sessionstart() -> None:
-    """Every test meets compiled kernels; those of the interpreted ones ask for them."""
-    from fewstep.kernels import cpu
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Every test meets compiled kernels; those of the interpreted ones ask for them.
 
-    cpu.warmup()
+    A GPU's tests use none: on its machine, where no cache holds them, compiling them takes half of the tests' time.
+    """
+    if session.config.getoption("markexpr") != "gpu":
+        from fewstep.kernels import cpu
+
+        cpu.warmup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

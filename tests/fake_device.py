@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,22 +42,10 @@ class OnCPU(TorchFunctionMode):
         return func(*map(_on_cpu, args), **{name: _on_cpu(value) for name, value in kwargs.items()})
 
 
-class FakeDevice(FakeCuda):
-    @contextlib.contextmanager
-    def graph(self, graph: Any, **options: Any) -> Iterator[None]:
-        with self.stream(self.Stream()):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                yield
-            finally:
-                graph.capture_end()
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    cuda, patch = FakeDevice(), pytest.MonkeyPatch()
+    cuda, patch = FakeCuda(), pytest.MonkeyPatch()
     cuda.install(patch, torch.cuda)
-    for name in ("graph", "synchronize"):
-        patch.setattr(torch.cuda, name, getattr(cuda, name))
+    patch.setattr(torch.cuda, "synchronize", cuda.synchronize)
     properties = SimpleNamespace(total_memory=1 << 30, multi_processor_count=132)
     for name, value in {
         "is_available": lambda: True,
@@ -90,8 +77,7 @@ def pytest_configure(config: pytest.Config) -> None:
             with INTERPRETER, _disable_current_modes():
                 interpreted(kernel, *args, **options)
 
-        if isinstance(tape, Tape):
-            cuda.allow(True)
+        if isinstance(tape, Tape) and cuda.allow(True):
             tape.operations.append((run, (), {}, None))
         run()
 
@@ -114,7 +100,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if getattr(module, "__name__", "") != "test_gpu":
             continue
         if not hasattr(module, "shortened"):
-            small = {"LARGE": (2, 4, 5, 5), "SMALL": (1, 4, 4, 4), "REPEATS": 1, "STEPS": 2, "NODES": 2}
+            small: dict[str, Any] = dict.fromkeys(("LARGE", "LIKE_LARGE"), (2, 4, 5, 5))
+            small |= {"SMALL": (1, 4, 4, 4), "REPEATS": 1, "STEPS": 2, "NODES": 2}
             vars(module).update(small, shortened=True)
             turns = module.turns
             module.turns = lambda sides, repeats=1, turns=turns: turns(sides, 1)

@@ -438,10 +438,10 @@ def test_new_numbers_need_no_new_capture(mode: str, monkeypatch: pytest.MonkeyPa
     cond = conditions(0.1, 0.4)
     assert torch.equal(graphed(seed=1, cond=cond), eager(seed=1, cond=cond))
 
-    def recorded(self: Any, body: Any) -> None:
+    def recorded(self: Any, body: Any, **options: Any) -> None:
         raise AssertionError("recorded again")
 
-    monkeypatch.setattr(graph.Graphs, "_record", recorded)
+    monkeypatch.setattr(graph.Recorder, "record", recorded)
     plan = fs.plan("dpmpp_2m_sde", fs.grid(VP, 5, "karras", rho=3.0))
     for made in (graphed, eager):
         made.update(plan, guidance=4.0)
@@ -562,12 +562,13 @@ def test_a_failed_capture_leaves_torch_usable() -> None:
     other = torch.cuda.Stream()
 
     def elsewhere(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with torch.cuda.stream(other):  # which has not joined the capture
+        other.wait_stream(torch.cuda.current_stream())  # it joins the capture, and does not join again
+        with torch.cuda.stream(other):
             return 0.5 * x
 
     from fewstep.solvers.run.graph import CaptureError
 
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match="unjoined"):
         sampler(model=elsewhere, graph="loop")(seed=0)
     torch.randn(3, device=GPU)
     torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 import time
 import traceback
@@ -119,7 +120,7 @@ class Recorder:
         Raises CaptureError if it fails. Unlike `torch.cuda.graph`, this neither waits for the device nor empties the
         allocator's cache, which would disturb other threads.
         """
-        with _RECORDING, _uncached_autocast(), self._aside():
+        with _RECORDING, _uncached_autocast(), _uncollected(), self._aside():
             self._pool = self._pool or self.cuda.graph_pool_handle()
             graph: torch.cuda.CUDAGraph = self.cuda.CUDAGraph(keep_graph=True) if keep else self.cuda.CUDAGraph()
             try:
@@ -235,6 +236,21 @@ def _uncached_autocast() -> Iterator[None]:
     finally:
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(cached)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Let Python's garbage collector wait: CUDA refuses to free a graph, as of a lost sampler, where a thread records.
+
+    The capture would fail (pytorch/pytorch#161037).
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def settings(device: str) -> Hashable:

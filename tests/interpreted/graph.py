@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import threading
 import time
@@ -101,22 +102,31 @@ def test_the_tape_tells_memory_from_host_values(cuda: FakeCuda) -> None:
 
 def test_the_stand_in_refuses_what_cuda_refuses(cuda: FakeCuda) -> None:
     ended = pytest.raises(RuntimeError, match="due to a previous error during capture")
-    a, other = torch.ones(2), cuda.Stream()
+    a, out, other = torch.ones(2), torch.zeros(2), cuda.Stream()
 
     def on_another_stream(*, fork: bool, join: bool) -> None:
         here = cuda.current
         if fork:
             other.wait_stream(here)
         with cuda.stream(other):
-            torch.zeros(2)  # an allocation outside the pool, unless the stream belongs to the capture
+            out.copy_(a)
         if join:
             here.wait_stream(other)
 
-    for refused in (lambda: a.sum().item(), cuda.Event().synchronize, lambda: on_another_stream(fork=False, join=True)):
-        with ended, capturing(cuda), pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-            refused()
+    waits = (lambda: a.sum().item()), cuda.Event().synchronize, lambda: on_another_stream(fork=False, join=True)
+    refused = "not permitted when stream is capturing|dependency created on uncaptured work"
+    for wait in waits:
+        with ended, capturing(cuda), pytest.raises(RuntimeError, match=refused):
+            wait()
         assert cuda.poisoned
         cuda.open_pools.clear()
+    out.zero_()
+    with capturing(cuda) as g:
+        on_another_stream(fork=False, join=False)
+    assert torch.equal(out, a)  # not a part of the graph
+    out.zero_()
+    g.replay()
+    assert not out.any()
     with pytest.raises(RuntimeError, match="unjoined"), capturing(cuda):
         on_another_stream(fork=True, join=False)
     cuda.open_pools.clear()
@@ -421,12 +431,14 @@ def test_a_failed_capture_leaves_nothing_behind(mends: bool, cuda: FakeCuda) -> 
 
     class Elsewhere(Net):
         def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+            for stream in streams:
+                stream.wait_stream(cuda.current)  # which does not join again
             with cuda.stream(streams[0]) if streams else contextlib.nullcontext():
                 return super().forward(x, t, c)
 
     made = sampler(Elsewhere(), plan(), "loop")
     for _ in range(2):
-        with pytest.raises(graph_module.CaptureError, match="not permitted"):
+        with pytest.raises(graph_module.CaptureError, match="unjoined work"):
             made(seed=0)
         assert not cuda.poisoned
         assert not +cuda.graphs
@@ -434,6 +446,34 @@ def test_a_failed_capture_leaves_nothing_behind(mends: bool, cuda: FakeCuda) -> 
     streams.clear()
     assert torch.equal(made(seed=0), oracle(plan())(seed=0))
     assert not cuda.poisoned
+
+
+def test_no_garbage_is_collected_while_recording(cuda: FakeCuda) -> None:
+    """A graph that is freed there would break the capture."""
+    with capturing(cuda) as graph:
+        torch.zeros(2)
+    lost = [graph]
+    del graph
+
+    class Littering(Net):
+        def forward(self, x: torch.Tensor, t: torch.Tensor, c: Any = 0.0) -> torch.Tensor:
+            if cuda.capture is not None and lost:
+                cycle: list[Any] = [lost.pop()]
+                cycle.append(cycle)
+                del cycle
+                _ = [[] for _ in range(1000)]  # enough to set off the collector
+            return super().forward(x, t, c)
+
+    made, before = sampler(Littering(), plan(2), "loop"), gc.get_threshold()
+    gc.set_threshold(10)
+    try:
+        found = made(seed=0)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+    gc.collect()
+    assert cuda.log.count("reset") == 1
+    assert torch.equal(found, oracle(plan(2))(seed=0))
 
 
 def test_first_calls_from_two_threads(cuda: FakeCuda) -> None:
