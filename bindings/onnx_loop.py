@@ -38,7 +38,7 @@ from fewstep.solvers.run.denoising import Threshold, check_denoiser, time_dtype
 needs("fewstep.bindings.onnx_loop", "onnx", extra="onnx")
 
 import onnx  # noqa: E402
-from onnx import helper, numpy_helper, version_converter  # noqa: E402
+from onnx import helper, inliner, numpy_helper, version_converter  # noqa: E402
 
 # Draws of noise that are made at once: fewer nodes than one by one, and less memory than all of them.
 _DRAWS = 8
@@ -212,6 +212,14 @@ class _Network:
         return renamed(self.model.output.name)
 
 
+def _inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A network without functions of its own.
+
+    Two exports of one architecture name theirs alike, and the version converter drops them.
+    """
+    return inliner.inline_local_functions(proto, convert_version=True) if proto.functions else proto
+
+
 class _Loop:
     """What both forms of the loop need: the denoiser's networks, conditions, tables and noise, as names of a graph."""
 
@@ -236,7 +244,7 @@ class _Loop:
                 )
             self.models.append(network)
         models = {id(model): model for model in self.models}
-        protos = [model.proto() for model in models.values()]
+        protos = [_inlined(model.proto()) for model in models.values()]
         imports = [{o.domain: o.version for o in proto.opset_import} for proto in protos]
         self.opset = max(
             _NEWER if self.drawn or denoiser.reduces else _OPSET,
@@ -247,7 +255,6 @@ class _Loop:
             raise ValueError(
                 "the networks of the guidance use different versions of an operator set: export them alike"
             )
-        self.functions = [function for proto in protos for function in proto.functions]
         self.ir_version = max(8, *(proto.ir_version for proto in protos))
         self.networks = {
             key: _Network(models[key], proto, i, self.opset, g)
@@ -615,9 +622,7 @@ class _Loop:
             g.initializers,
         )
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, v) for d, v in self.domains.items())]
-        model = helper.make_model(
-            graph, opset_imports=imports, ir_version=self.ir_version, functions=self.functions, producer_name="fewstep"
-        )
+        model = helper.make_model(graph, opset_imports=imports, ir_version=self.ir_version, producer_name="fewstep")
         start = self.plan.start
         facts = {"solver": self.plan.solver, "calls": self.plan.nfe, "alpha": start.alpha, "sigma": start.sigma}
         helper.set_model_props(model, {name: str(fact) for name, fact in facts.items()})
