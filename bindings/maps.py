@@ -90,11 +90,11 @@ def from_diffusers(
         latents = fewstep.sample(unet, shape=..., cond=({"encoder_hidden_states": null}, {"encoder_hidden_states": c}))
 
     scheduler   one with alphas_cumprod, or a flow-matching one with its shift
-    time_scale  multiplies the model's time input; by default 1 for timesteps and 1000 for flow models, which take
-                0 .. 1000 (Flux takes 0 .. 1: time_scale=1)
+    time_scale  multiplies the model's time input; by default 1 for timesteps and the scheduler's num_train_timesteps
+                for flow models, which usually take 0 .. 1000 (Flux takes 0 .. 1: time_scale=1)
 
     x goes to the model's first argument and t to `timestep`; `return_dict` is not needed. Raises ValueError for any
-    other scheduler.
+    other scheduler, and for one with invert_sigmas.
     """
     process, predicts = process_of(scheduler)
     by_name = "timestep" in inspect.signature(getattr(model, "forward", model)).parameters
@@ -104,8 +104,10 @@ def from_diffusers(
         raw: Tensor = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
         return raw
 
-    scale = (1000.0 if isinstance(process, Flow) else 1.0) if time_scale is None else time_scale
-    return Denoiser(Mapped(model, call), process, predicts, time_scale=scale, **options)
+    if time_scale is None:
+        trained = getattr(scheduler.config, "num_train_timesteps", 1000)
+        time_scale = float(trained) if isinstance(process, Flow) else 1.0
+    return Denoiser(Mapped(model, call), process, predicts, time_scale=time_scale, **options)
 
 
 def process_of(scheduler: Scheduler) -> tuple[Process, str]:
@@ -114,7 +116,15 @@ def process_of(scheduler: Scheduler) -> tuple[Process, str]:
     bars: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
     predicted = getattr(config, "prediction_type", None)
     if "FlowMatch" in type(scheduler).__name__ or predicted == "flow_prediction":
-        return Flow(float(getattr(config, "shift", 1.0) or 1.0)), "flow"
+        if getattr(config, "invert_sigmas", False):
+            raise ValueError(
+                f"{type(scheduler).__name__} has invert_sigmas=True, for a network whose time rises from noise to "
+                "data: use Denoiser(model, Flow(), 'flow') with a model that calls it at 1 - t and returns minus its "
+                "output"
+            )
+        # A configuration keeps entries of other schedulers: only the constructor tells which shift acts.
+        taken = inspect.signature(type(scheduler)).parameters
+        return Flow(float(getattr(config, "flow_shift" if "flow_shift" in taken else "shift", 1.0) or 1.0)), "flow"
     if bars is None or predicted not in PREDICTION_TYPES:
         raise ValueError(
             f"{type(scheduler).__name__} has no alphas_cumprod with a prediction type of {', '.join(PREDICTION_TYPES)}"

@@ -15,7 +15,7 @@ from fewstep.solvers.options import needs
 needs("fewstep.bindings.onnx_loop", "onnx", extra="onnx")
 
 import onnx  # noqa: E402
-from onnx import helper, numpy_helper, version_converter  # noqa: E402
+from onnx import helper, inliner, numpy_helper, version_converter  # noqa: E402
 
 
 class Graph:
@@ -182,3 +182,11 @@ class Network:
 
         g.nodes += [copied(node) for node in self.proto.graph.node]
         return renamed(self.model.output.name)
+
+
+def inlined(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A network without functions of its own.
+
+    Two exports of one architecture name theirs alike, and the version converter drops them.
+    """
+    return inliner.inline_local_functions(proto, convert_version=True) if proto.functions else proto

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.flow_map import FlowMapDenoiser
 from fewstep.bindings.onnx import OnnxModel, Port, by_name
-from fewstep.bindings.onnx_graph import Graph, Network, normals, tensor_type
+from fewstep.bindings.onnx_graph import Graph, Network, inlined, normals, tensor_type
 from fewstep.kernels import layout, philox
 from fewstep.solvers.files import check_target, write_whole
 from fewstep.solvers.options import flag, instance, one_of
@@ -70,7 +70,7 @@ class _Loop:
                 )
             self.models.append(network)
         models = {id(model): model for model in self.models}
-        protos = [model.proto() for model in models.values()]
+        protos = [inlined(model.proto()) for model in models.values()]
         imports = [{o.domain: o.version for o in proto.opset_import} for proto in protos]
         self.opset = max(
             _NEWER if self.drawn or denoiser.reduces else _OPSET,
@@ -81,7 +81,6 @@ class _Loop:
             raise ValueError(
                 "the networks of the guidance use different versions of an operator set: export them alike"
             )
-        self.functions = [function for proto in protos for function in proto.functions]
         self.ir_version = max(8, *(proto.ir_version for proto in protos))
         self.networks = {
             key: Network(models[key], proto, i, self.opset, g)
@@ -458,9 +457,7 @@ class _Loop:
             g.initializers,
         )
         imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, v) for d, v in self.domains.items())]
-        model = helper.make_model(
-            graph, opset_imports=imports, ir_version=self.ir_version, functions=self.functions, producer_name="fewstep"
-        )
+        model = helper.make_model(graph, opset_imports=imports, ir_version=self.ir_version, producer_name="fewstep")
         start = self.plan.start
         facts = {"solver": self.plan.solver, "calls": self.plan.nfe, "alpha": start.alpha, "sigma": start.sigma}
         helper.set_model_props(model, {name: str(fact) for name, fact in facts.items()})

@@ -161,6 +161,45 @@ def test_flow_transformer_in_diffusers_own_loop(diffusers):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler", "FlowMatchLCMScheduler"])
+@pytest.mark.parametrize("trained", [1000, 1])
+def test_the_shift_and_the_times_of_any_flow_scheduler(diffusers, name, trained):
+    """Their own sigmas are those of the process's grid, and their timesteps what the network is given."""
+    from fewstep.bindings import diffusers as twins
+
+    own = {"shift": 3.0, "flow_shift": 7.0}
+    if name == "FlowMatchLCMScheduler":
+        parts, shift = {}, 3.0
+    else:
+        parts, shift = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, 7.0
+    for library in (diffusers, twins):
+        # Entries of a configuration that a class does not take are kept, and do nothing.
+        scheduler = getattr(library, name).from_config({**own, **parts, "num_train_timesteps": trained})
+        assert {**scheduler.config}.items() >= own.items()
+        seen = []
+
+        def network(x, timestep, seen=seen):
+            seen.append(float(timestep[0]))
+            return 0.0 * x
+
+        denoiser = from_diffusers(network, scheduler)
+        assert denoiser.process == fs.Flow(shift)
+        if name == "UniPCMultistepScheduler" and trained > 1:  # whose grid is uniform before the shift
+            scheduler.set_timesteps(4)
+            given = scheduler.sigmas[:-1].tolist()
+            assert given == pytest.approx(
+                [shift * u / (1.0 + (shift - 1.0) * u) for u in (1.0, 0.75, 0.5, 0.25)], rel=2e-3
+            )
+        fs.sample(denoiser, latent(1, 4), solver="euler", grid=fs.Grid.from_times(denoiser.process, [0.75, 0.25, 0.0]))
+        assert seen == pytest.approx([0.75 * trained, 0.25 * trained], rel=1e-6)
+
+
+def test_a_flow_whose_time_rises_is_refused(diffusers):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    with pytest.raises(ValueError, match="has invert_sigmas=True, for a network whose time rises"):
+        from_diffusers(lambda x, timestep: x, scheduler)
+
+
 def test_a_scheduler_that_tells_no_process():
     scheduler = SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon"))
     with pytest.raises(ValueError, match="SimpleNamespace has no alphas_cumprod"):

@@ -346,6 +346,47 @@ def test_a_network_with_inner_graphs_and_functions(tmp_path):
         agree(got, want)
 
 
+@pytest.mark.parametrize("opset", [17, 18])
+def test_two_networks_whose_functions_have_one_name(opset, tmp_path):
+    """As two exports of one architecture have; a function calls another one, also from within an If."""
+    value = helper.make_tensor_value_info
+
+    def exported(scale):
+        number = helper.make_tensor("scale", FLOAT, [], [scale])
+        scaled = [helper.make_node("Constant", [], ["c"], value=number), helper.make_node("Mul", ["a", "c"], ["b"])]
+        branches = [
+            helper.make_graph(
+                [helper.make_node(kind, ["a"], ["y"], domain=domain)], "branch", [], [value("y", FLOAT, None)]
+            )
+            for kind, domain in (("Scaled", "own"), ("Neg", ""))
+        ]
+        chosen = [
+            helper.make_node("Constant", [], ["zero"], value=helper.make_tensor("zero", FLOAT, [], [0.0])),
+            helper.make_node("ReduceMax", ["t"], ["top"], keepdims=0),
+            helper.make_node("Greater", ["top", "zero"], ["above"]),
+            helper.make_node("If", ["above"], ["b"], then_branch=branches[0], else_branch=branches[1]),
+        ]
+        imports = [helper.make_opsetid("", opset), helper.make_opsetid("own", 1)]
+        functions = [
+            helper.make_function("own", "Scaled", ["a"], ["b"], scaled, imports[:1]),
+            helper.make_function("own", "Chosen", ["a", "t"], ["b"], chosen, imports),
+        ]
+        graph = helper.make_graph(
+            [helper.make_node("Chosen", ["x", "t"], ["raw"], domain="own")],
+            "network",
+            [value("x", FLOAT, ["batch", 2, 3]), value("t", FLOAT, ["batch"])],
+            [value("raw", FLOAT, ["batch", 2, 3])],
+        )
+        made = helper.make_model(graph, opset_imports=imports, functions=functions, ir_version=8)
+        return OnnxModel(made.SerializeToString(), threads=1)
+
+    denoiser = fs.Denoiser(exported(0.1), FLOW, "flow", guidance=fs.AutoGuidance(exported(0.4), 1.7))
+    plan = fs.plan("heun", fs.grid(FLOW, 3))
+    run = session(save_loop(denoiser, plan, tmp_path / "loop.onnx", shape=SHAPE))
+    (got,) = run.run(["sample"], {"streams": streams(1, 2)})
+    agree(got, fs.Sampler(denoiser, plan, (2, *SHAPE))(seed=1))
+
+
 def test_normals_have_the_packages_addresses():
     """The words to the bit (any other would be another normal), the transform to a few roundings."""
     g = onnx_graph.Graph()

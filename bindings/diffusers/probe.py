@@ -71,6 +71,7 @@ class Probe:
     outputs     rows of the returned tensors, in order; dtypes: the parent's, one per output
     wrap        makes the call's return value from the outputs
     memory      place -> row of each remembered tensor after the call
+    kept        the parent's dtype of each of them
     aliases     place -> source, where the scheduler keeps that source itself and not a copy
     attributes  the scheduler's attributes after the call
     """
@@ -79,6 +80,7 @@ class Probe:
     dtypes: list[torch.dtype]
     wrap: Callable[[Sequence[Tensor]], object]
     memory: dict[Place, np.ndarray]
+    kept: list[torch.dtype]
     aliases: dict[Place, int]
     attributes: dict[str, Any]
     draw: Draw | None
@@ -193,8 +195,16 @@ def unshared(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, list) else v for name, v in attributes.items()}
 
 
-def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place], call: Call) -> Probe:
+def probe(
+    cls: type[Scheduler],
+    attributes: Mapping[str, Any],
+    memory: Sequence[Place],
+    held: Sequence[torch.dtype],
+    call: Call,
+) -> Probe:
     """The effect of `call` on a scheduler with these attributes and its memory at these places. Changes neither.
+
+    held  the dtypes of the memory in the parent, which may cast its results to them
 
     Raises NotAffineError if the effect is not an affine map, and whatever the call itself raises.
     """
@@ -206,8 +216,8 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
     except DrawsTwiceError:
         wasted = 1
         run = _Trial(cls, attributes, memory, call, wide, basis, wasted)
-    # A second call, in the caller's dtypes, shows the dtypes of the results and what is kept without a copy.
-    dtypes = [call.raw_dtype] * width
+    # A second call, in the caller's dtypes and the memory's, shows the results' and what is kept without a copy.
+    dtypes = [*[call.raw_dtype] * MEMORY, *held]
     dtypes[X] = call.x_dtype
     if call.noise is not None:
         dtypes[NOISE] = call.noise[1]
@@ -226,6 +236,7 @@ def probe(cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[
         dtypes=[v.dtype for v in _unwrap(typed.result)[0]],
         wrap=wrap,
         memory=rows,
+        kept=[get(typed.after, place).dtype for place in kept],
         aliases=aliases,
         attributes=run.after,
         draw=typed.watch.draw,

@@ -26,7 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from fewstep.bindings.diffusers import added, tokens
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_noise
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
-from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
+from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, get, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
 from fewstep.bindings.diffusers.update import Bound, Lone, Pool, empty_strided, guard
@@ -351,8 +351,11 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parent_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A twin's attributes without its own bookkeeping, copied for another object."""
+    """A scheduler's attributes without a twin's own bookkeeping, copied for another object."""
     own = unshared(_plain(values))
+    cursor: Cursor | None = values.get(CURSOR)
+    if cursor is not None and cursor.state is not None:
+        cursor.state.hand_over(own)
     if "_internal_dict" in own:  # some schedulers write into it
         own["_internal_dict"] = copy.copy(own["_internal_dict"])
     return own
@@ -405,7 +408,8 @@ class Cursor:
 
     def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
-        self.state = self.lone = None
+        self.let_go(attributes)
+        self.lone = None
         values = _plain(attributes)
         if self.given is not None:
             self.digests.know(*self.given)  # so that the search reads nothing from a device
@@ -414,7 +418,8 @@ class Cursor:
             for name in _leftovers(parent):
                 values.pop(name, None)
             values |= unshared(self.new)
-        state = STATES.find(parent, values, places(values), self.digests)
+        memory = places(values)
+        state = STATES.find(parent, values, memory, [get(values, place).dtype for place in memory], self.digests)
         times, listed = values["timesteps"], self.listed
         if not isinstance(times, Tensor):
             self.follow(state, values, [])
@@ -426,6 +431,12 @@ class Cursor:
         if self.fresh and self.origin is not None and begins is not None and self.origin.is_intact(values):
             self.origin.begun[begins] = state
         return state
+
+    def let_go(self, attributes: dict[str, Any]) -> None:
+        """Forget the state, and leave the memory as the parent would hold it: the state alone knows its dtypes."""
+        if self.state is not None:
+            self.state.hand_over(attributes)
+            self.state = None
 
     def take(self, schedule: Schedule, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Take up the state of a known schedule, which has set these attributes to its `own`."""
@@ -567,6 +578,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         if done is None:
             attributes, shared = self.__dict__, self._shared  # another's if the run has just begun
             cursor = shared.begin(attributes)
+            cursor.let_go(attributes)
             done = _by_parent(cursor, parent.step, self, model_output, timestep, sample, *args, **kwargs)
             if is_over(attributes, timestep):
                 shared.end(attributes)
@@ -697,7 +709,8 @@ def _set(self: PerThread, name: str, value: object) -> None:
     threading.local.__setattr__(self, name, value)
     if cursor is not None:
         begins = cursor.fresh and name == "_begin_index"  # set between the schedule and the first step
-        cursor.state, cursor.fresh = None, begins
+        cursor.let_go(attributes)
+        cursor.fresh = begins
         if not begins or not isinstance(value, int):
             cursor.origin = cursor.lone = None
         elif cursor.origin is not None and cursor.origin.is_intact(attributes):
@@ -717,6 +730,7 @@ def _schedule(
 ) -> Schedule | None:
     """Have the parent set the timesteps. Returns the schedule, or None if it cannot be kept."""
     cursor: Cursor = attributes[CURSOR]
+    cursor.let_go(attributes)
     before = _plain(attributes)
     edits = contents(before)
     try:
@@ -724,7 +738,7 @@ def _schedule(
             trace.run(args, kwargs)
     finally:
         attributes.update(trace.attributes)
-        cursor.state = cursor.origin = None
+        cursor.origin = None
     cursor.fresh = True
     with contextlib.suppress(NotAffineError, KeyError):  # a state now rather than in the first step
         state = cursor.locate(parent, attributes)
@@ -1041,7 +1055,7 @@ def _draw(self: Scheduler, cursor: Cursor, draw: Draw, raw: Tensor, sample: Tens
     with HOST:
         sampler = self.noise_sampler
         if sampler is None:  # made in the first step, when the sample is known
-            sampler = self.__dict__["noise_sampler"] = _path(self, sample, generator, own)
+            sampler = self.__dict__["noise_sampler"] = _path(self, raw, sample, generator, own)
         return sampler(*draw.interval)
 
 
@@ -1058,7 +1072,7 @@ def _normals(like: Tensor, dtype: torch.dtype, generator: Generator) -> Tensor:
     return z
 
 
-def _path(self: Scheduler, sample: Tensor, generator: Generator, own: bool) -> Callable[..., Tensor]:
+def _path(self: Scheduler, raw: Tensor, sample: Tensor, generator: Generator, own: bool) -> Callable[..., Tensor]:
     """A new Brownian path, the parent's or fewstep's own."""
     parent: Any = type(self).__bases__[1]
     if hasattr(self, "noise_sampler_seed"):
@@ -1070,6 +1084,7 @@ def _path(self: Scheduler, sample: Tensor, generator: Generator, own: bool) -> C
         initial = [g.initial_seed() for g in seeds if g is not None]
         seed = initial if isinstance(generator, list) else initial[0] if initial else None
         low, high = float(self.config.sigma_min), float(self.config.sigma_max)
+        sample = sample.to(torch.promote_types(sample.dtype, raw.dtype))  # a path like the x0 prediction
     if own:
         return brownian_noise(sample, take_seed(None, HOST) if seed is None else seed)
     sampler: Any = sys.modules[parent.__module__].BrownianTreeNoiseSampler(sample, low, high, seed)

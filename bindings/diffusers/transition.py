@@ -32,14 +32,21 @@ class State:
 
     attributes  on the CPU, with None in place of the memory and of a Brownian path, so that no image is kept alive
     memory      the places of the memory's tensors
+    dtypes      in which the parent holds them; a twin's own are wider
     calls       key of a call -> its transition, or why it has none
     usual       offset of a timestep in its tensor -> the latest step made there
     scaled      the same -> the latest call of scale_model_input
     added       what `added` has read from it, by method, and its tables, by device and dtype
     """
 
-    def __init__(self, cls: type[Scheduler], attributes: Mapping[str, Any], memory: Sequence[Place]) -> None:
-        self.cls, self.memory = cls, tuple(memory)
+    def __init__(
+        self,
+        cls: type[Scheduler],
+        attributes: Mapping[str, Any],
+        memory: Sequence[Place],
+        dtypes: Sequence[torch.dtype],
+    ) -> None:
+        self.cls, self.memory, self.dtypes = cls, tuple(memory), tuple(dtypes)
         self.attributes = dict(attributes)
         self._holders: dict[str, tuple[int, list[int]]] = {}  # length, and where the memory is; 0 if it is no list
         for name, i in memory:
@@ -67,7 +74,15 @@ class State:
     def describes(self, attributes: Mapping[str, Any]) -> bool:
         """Whether these attributes, once of this state, still hold memory in its places."""
         found = self.remembered(attributes)
-        return found is not None and all(type(tensor) is Tensor for tensor in found)
+        return found is not None and all(isinstance(tensor, Tensor) for tensor in found)
+
+    def hand_over(self, attributes: dict[str, Any]) -> None:
+        """Round the memory in these attributes to the parent's dtypes, for code that does not know this state."""
+        for (name, i), dtype in zip(self.memory, self.dtypes, strict=True):
+            holder = attributes.get(name)
+            tensor = holder if i is None else holder[i] if isinstance(holder, list) and i < len(holder) else None
+            if isinstance(tensor, Tensor) and tensor.dtype != dtype:
+                put(attributes, (name, i), tensor.to(dtype))
 
     def probe(self, key: Hashable, call: Call) -> Transition | NotAffineError:
         """The transition of a new call, kept under `key`; or the reason why the parent must make this call."""
@@ -100,7 +115,7 @@ class Transition:
     """
 
     def __init__(self, before: State, call: Call) -> None:
-        found = probe(before.cls, before.attributes, before.memory, call)
+        found = probe(before.cls, before.attributes, before.memory, before.dtypes, call)
         self.wrap, self.draw, self.before = found.wrap, found.draw, before
         rows = list(found.outputs)
         self.sources: list[int] = []
@@ -116,7 +131,7 @@ class Transition:
         kind = torch.promote_types(self.scale_dtype, torch.float32)
         with torch.inference_mode(False):  # it may be saved for a backward pass
             self.factor = None if scale == 1.0 else torch.tensor(scale, dtype=kind)
-        self.after = after = STATES.find(before.cls, found.attributes, list(found.memory))
+        self.after = after = STATES.find(before.cls, found.attributes, list(found.memory), found.kept)
         self.last = call.method == "step" and is_over(after.attributes, call.time)
         self.changed = {
             name: value
@@ -185,9 +200,10 @@ class _States:
         cls: type[Scheduler],
         attributes: Mapping[str, Any],
         memory: Sequence[Place],
+        dtypes: Sequence[torch.dtype],
         digests: Digests | None = None,
     ) -> State:
-        """The state of a scheduler with these attributes and its memory at the places `memory`.
+        """The state of a scheduler with these attributes and its memory, of these dtypes, at the places `memory`.
 
         digests  of a scheduler in use; its tensors are copied, because they may be edited in place
 
@@ -200,11 +216,11 @@ class _States:
             plain[name] = plain[name].copy()
         for place in memory:
             put(plain, place, None)
-        key = (digests or Digests()).of(cls, plain, memory)
+        key = repr(dtypes) + (digests or Digests()).of(cls, plain, memory)
 
         def make() -> State:
             own = plain if digests is None else {name: _copy(value) for name, value in plain.items()}
-            return State(cls, own, memory)
+            return State(cls, own, memory, dtypes)
 
         return self.known.get(key, make)
 
