@@ -40,9 +40,7 @@ def recommend(
     cache: Annotated[Path | None, typer.Option(help="With --model: folder for reference solutions.")] = None,
     process: Annotated[str | None, typer.Option(help="Without --model: vp (default), ve, edm or flow.")] = None,
     guidance: Guidance = None,
-    guidance_distilled: Annotated[
-        bool, typer.Option("--guidance-distilled", help="Without --model: it takes the scale as an input.")
-    ] = False,
+    guidance_distilled: Annotated[bool, typer.Option(help="Without --model: it takes the scale as an input.")] = False,
     distilled: Annotated[
         str | None,
         typer.Option(help="Without --model: consistency, lcm, tcd, add, dmd2, progressive or rectified."),

@@ -30,6 +30,7 @@ from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.files import write_whole
 from fewstep.solvers.options import function, named, number, one_of, whole
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
 from fewstep.solvers.run.arrays import Array as ModelArray
@@ -551,6 +552,11 @@ def check_arguments(
         if base.nfe < nfe and rule.what != "all":
             raise ValueError(f"base has only its times fitted (what={rule.what!r}): no call can be inserted into it")
         return rule, numbers
+    if base in list_solvers() and base not in bases():
+        raise ValueError(
+            f"base {base!r} is no deterministic rule of one call per step whose memory is known: choose from auto, "
+            f"{', '.join(bases())}"
+        )
     named("base", base, ("auto", *bases()), solver_hint(base, tuple(bases()), ()))
     return None
 
