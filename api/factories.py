@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,9 @@ def made_by(text: str, flag: str) -> Any:
         have = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise ValueError(f"{flag}: {shown(path)} has no function {name!r}; it has: {have}")
     try:
-        result = function()
-    except Exception as error:
+        with _importing_from(Path(path)):
+            result = function()
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{flag}: {name}() of {shown(path)} raised {type(error).__name__}: {error}") from error
     if result is None:
         raise ValueError(f"{flag}: {name}() of {shown(path)} returned None: is its return missing?")
@@ -45,8 +48,20 @@ def digest(text: str) -> str:
     return hashlib.sha256(Path(text.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
+@contextlib.contextmanager
+def _importing_from(path: Path) -> Iterator[None]:
+    """The folder of a file on the import path, as where Python runs that file."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the file's own code may have taken it off
+            sys.path.remove(folder)
+
+
 def _module(path: Path, flag: str) -> ModuleType:
-    """The file as a module, loaded once, with its own folder on the import path while it is loaded."""
+    """The file as a module, loaded once."""
     real = path.resolve()
     if not real.is_file():
         raise ValueError(f"{flag}: there is no file {shown(path)}")
@@ -58,12 +73,10 @@ def _module(path: Path, flag: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles look their module up
-    sys.path.insert(0, str(real.parent))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with _importing_from(real):
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(f"{flag}: {shown(path)} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(real.parent))
     return module

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from fewstep.factories import is_factory, made_by
 from fewstep.problems import Digits, Gaussian, Mixture, Problem
 from fewstep.solvers.files import shown
 from fewstep.solvers.options import needs, unknown
-from fewstep.solvers.run.arrays import NumpyFrame
+from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.conditions import spread
-from fewstep.solvers.schedule.process import VP
+from fewstep.solvers.schedule.process import VP, Process
+from fewstep.solvers.tune.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
 Condition: TypeAlias = "Mapping[str, Tensor] | None"
 
-PROCESS = VP.linear()  # of every model here
+PROCESS = VP.linear()  # of every model with a name here
 CLASSES = {"digits": 10}  # the others have none
 ELSE = (
     "There is no folder of that name either: fewstep sample takes that of a student, which holds student.json and "
-    "weights; sample, sample-plan and tune also take FILE.py:FUNCTION"
+    "weights; every command with --model also takes FILE.py:FUNCTION"
 )
 DRAWN = 4096  # samples that stand for the data of an exact problem
 POINTS = 1000  # of them in a picture
@@ -44,8 +45,9 @@ class Model:
     shape     of one sample, without the batch axis
     denoiser  guidance scale or None -> the denoiser
     cond      classes (n,) -> the denoiser's condition
-    data      seed -> real samples (M, *shape) and their classes (M,)
+    data      seed -> real samples (M, *shape) and their classes (M,); M is 0 where none are known
     classes   how many; 0 for an unconditional model
+    process   of the denoiser
     """
 
     name: str
@@ -54,6 +56,7 @@ class Model:
     cond: Callable[[np.ndarray], Condition]
     data: Callable[[int], tuple[np.ndarray, np.ndarray]]
     classes: int = 0
+    process: Process = PROCESS
 
     def labels(self, n: int) -> np.ndarray:
         """Classes of n samples, all in turn; zeros for an unconditional model."""
@@ -79,38 +82,55 @@ class OwnModel(Model):
         return self.cond(np.zeros(0, int))
 
 
-def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
-    """The model of FILE.py:FUNCTION, of samples of that shape.
+def own_denoiser(name: str) -> tuple[Any, Condition]:
+    """What FILE.py:FUNCTION returns, its network in evaluation mode, and the conditions if it returns a pair.
 
-    Raises ValueError or TypeError that names --model.
+    Raises ValueError that names --model.
     """
     made = made_by(name, "--model")
     given: Condition = None
     if isinstance(made, tuple) and len(made) == 2:
         made, given = made
-    if not isinstance(made, Denoiser):
+    network = made.model if isinstance(made, Denoiser) else made
+    if callable(getattr(network, "eval", None)):
+        network.eval()
+    return made, given
+
+
+def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
+    """The model of FILE.py:FUNCTION, of samples of that shape.
+
+    Each denoiser that it makes is called a few times first, so that one that does not fit fails here.
+
+    Raises ValueError or TypeError that names --model.
+    """
+    own, given = own_denoiser(name)
+    if not isinstance(own, Denoiser):
         raise TypeError(
             f"--model {shown(name)}: it must return a fewstep.Denoiser, or one and the conditions of its samples, got "
-            f"{type(made).__name__}"
+            f"{type(own).__name__}"
         )
-    own: Denoiser = made
-    if callable(getattr(own.model, "eval", None)):
-        own.model.eval()  # type: ignore[attr-defined]
 
     def denoiser(scale: float | None) -> Denoiser:
-        return own if scale is None else own.with_guidance(scale)
+        found = own if scale is None else own.with_guidance(scale)
+        try:
+            fingerprint(found, shape, given)
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"--model {shown(name)}: {kind}{error}") from error
+        return found
 
     def cond(labels: np.ndarray) -> Condition:
         if given is None or not len(labels):
             return given
         branches = [given] if isinstance(given, Mapping) else list(given)
-        rows = tuple(spread(branches, own.frame or NumpyFrame(), range(len(labels))))
+        rows = tuple(spread(branches, model_frame(own, None), range(len(labels))))
         return rows[0] if isinstance(given, Mapping) else rows
 
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((0, *shape)), np.zeros(0, int)
 
-    return OwnModel(name, shape, denoiser, cond, data)
+    return OwnModel(name, shape, denoiser, cond, data, process=own.process)
 
 
 def is_student(name: str) -> bool:
@@ -148,7 +168,8 @@ def student_model(name: str, calls: int | None = None, network: str | None = Non
     def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((0, *student.shape)), np.zeros(0, int)
 
-    return Model(name, student.shape, lambda scale: denoiser, cond, data, student.classes or 0), plan
+    classes = student.classes or 0
+    return Model(name, student.shape, lambda scale: denoiser, cond, data, classes, denoiser.process), plan
 
 
 def check_model(

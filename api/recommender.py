@@ -174,7 +174,7 @@ DISTILLED = {
 }
 
 SPACINGS = {"vp": "quadratic", "ve": "karras", "edm": "karras", "flow": "linspace"}
-_FAMILIES = {VP: "vp", EDM: "edm", VE: "ve", Flow: "flow"}
+_FAMILIES: dict[type, str] = {VP: "vp", EDM: "edm", VE: "ve", Flow: "flow"}
 _EXAMPLES: dict[str, Callable[[], Process]] = {"vp": VP.linear, "ve": lambda: VE(0.01, 50.0), "edm": EDM, "flow": Flow}
 
 
@@ -287,6 +287,7 @@ def _measure(
         raise ValueError(
             f"nfe={nfe} leaves no call: under guidance each makes {branches} evaluations; use nfe >= {branches}"
         )
+    say = speaker(progress, "recommend")
     made = study(
         denoiser,
         calls,
@@ -298,12 +299,13 @@ def _measure(
         device=device,
         batch=512,
         cache=cache,
-        say=speaker(progress, "recommend"),
+        say=say,
     )
     best = made.ranked[0].candidate
     gain = None
     try:
         # Above four calls the first start is the one grown from four: with the others the fit would take twice as long.
+        say("a fit, to tell what tuning would gain")
         starts = all_starts(made, None, "auto", calls, "all", True)
         fitted = unroll(fit_plan(made, list(islice(starts, 1 if calls > 4 else None))))
         # The fit is that of `tune` on as many latents. All others judge it: half of them are too few for a median.
@@ -356,6 +358,12 @@ def _confidence(ranked: Sequence[Ranked], resamples: int = 1000) -> float:
     chosen = np.random.default_rng(0).integers(squares.shape[1], size=(resamples, squares.shape[1]))
     means = squares[:, chosen].mean(axis=2)
     return float(np.mean(means[0] <= 1.05**2 * means.min(axis=0)))
+
+
+def usual_spacing(process: Process) -> str:
+    """The guide's spacing for a process; the process's own for a kind that the guide does not know."""
+    known = (SPACINGS[family] for kind, family in _FAMILIES.items() if isinstance(process, kind))
+    return next(known, process.spacing)
 
 
 def _family(process: str | Process) -> tuple[str, Process]:

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.trace import SMALL, UNMEASURED, Recorder, Span, recording, timeline, write_trace
 from fewstep.solvers.files import check_target
 from fewstep.solvers.options import needs
+from fewstep.solvers.run.network import torch_parts
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -119,8 +121,10 @@ def audit(
 
         print(fewstep.audit(pipe, "a cat", num_inference_steps=20))
 
-    pipe_or_fn  called as pipe_or_fn(*args, **kwargs): a diffusers pipeline, or a function that samples
-    denoiser    the torch module called once per step; by default a pipeline's unet, transformer, prior or decoder
+    pipe_or_fn  called as pipe_or_fn(*args, **kwargs): a diffusers pipeline, a `fewstep.Sampler`, or a function that
+                samples
+    denoiser    the torch module called once per step; by default a pipeline's unet, transformer, prior or decoder, or
+                the network of a `fewstep.Sampler`
     trace       a .json file for the timeline of the timed run, as Chrome trace events: the denoiser's calls, the steps
                 of diffusers' schedulers and of fewstep's samplers, and the host's work between them
 
@@ -261,7 +265,11 @@ def _has_twin(scheduler: object) -> bool:
 def _denoiser(pipe: object) -> object:
     from fewstep.bindings.diffusers.pipeline import DENOISERS
 
-    return next((m for name in DENOISERS if (m := getattr(pipe, name, None)) is not None), None)
+    found = next((m for name in DENOISERS if (m := getattr(pipe, name, None)) is not None), None)
+    own = getattr(pipe, "denoiser", None)
+    if found is None and isinstance(own, Denoiser):  # of a `fewstep.Sampler`
+        found = next((part for part in torch_parts(own.model) if callable(part)), None)
+    return found
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked
 from fewstep.solvers.run.denoising import OneNetwork
-from fewstep.solvers.run.network import without_own_graph
+from fewstep.solvers.run.network import dtype_reached, without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
 
 if TYPE_CHECKING:
@@ -132,7 +132,8 @@ class Denoiser:
     null        the condition of the null branch, so that `cond` holds only the other one
     batched     True runs the branches of guidance as one batch of 2 B, False as separate calls
     time_scale  multiplies the network's time input (1000 for flow networks trained on 0 .. 1000)
-    dtype       of x_in; by default that of the module's parameters, else the state's
+    dtype       of x_in; by default that of the module's parameters, else the state's (for a float64 state of `tune`
+                that of the weights which a plain callable reaches)
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
     variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
@@ -325,7 +326,10 @@ class Denoiser:
         parameters = getattr(self.model, "parameters", None)
         floating = (p for p in parameters() if p.is_floating_point()) if callable(parameters) else iter(())
         first = next(floating, None)
-        return state if first is None else dtype_name(first.dtype)
+        if first is not None:
+            return dtype_name(first.dtype)
+        # A function of a float32 network takes the float32 states of samplers as they are; not those of `fewstep.tune`.
+        return (dtype_reached(self.model) or state) if state == "float64" else state
 
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
         """One mapping of keyword arguments per branch, the null branch first."""

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import os
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import check_target, write_whole
 from fewstep.solvers.run.arrays import NumpyFrame
 from fewstep.solvers.run.conditions import Keys, leaves, mapped
 
@@ -242,6 +243,7 @@ def export_onnx(
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}: call it in a module's forward")
     if any(weights.dtype == torch.bfloat16 for weights in module.parameters()):
         raise ValueError("OnnxModel takes no bfloat16 network: export copy.deepcopy(module).float(), or .half()")
+    check_target(Path(path), (".onnx",))
     given = by_name(cond or {})
     t = torch.zeros(len(x), dtype=x.dtype, device=x.device)
     names = ["x", "t", *given]
@@ -275,4 +277,8 @@ def export_onnx(
             dynamo=False,
         )
 
-    write_whole(Path(path), write)
+    with warnings.catch_warnings():
+        # Of torch, about the exporter that this function has chosen.
+        for text in ("You are using the legacy TorchScript-based ONNX export", "The feature will be removed"):
+            warnings.filterwarnings("ignore", text, DeprecationWarning)
+        write_whole(Path(path), write)

@@ -7,7 +7,7 @@ import importlib
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from types import NoneType
@@ -104,6 +104,16 @@ def named(what: str, value: object, known: Sequence[str], hint: str | None = Non
     """Raises ValueError, with what to write instead, unless the value is one of the known ones."""
     if not isinstance(value, str) or value not in known:
         raise ValueError(unknown(what, value, known, hint))
+
+
+def check_free(what: str, name: str, held: Callable[..., object] | None, new: Callable[..., object]) -> None:
+    """Raises ValueError where a function would replace one of the package under its name.
+
+    A module may replace its own, as a notebook does when a cell runs again.
+    """
+    package = __name__.partition(".")[0] + "."
+    if held is not None and held.__module__.startswith(package) and held.__module__ != new.__module__:
+        raise ValueError(f"{what} {name!r} is one of fewstep's: register yours under another name")
 
 
 def unknown(what: str, name: object, known: Sequence[str], hint: str | None = None) -> str:

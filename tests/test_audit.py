@@ -233,6 +233,22 @@ def test_reports() -> None:
         assert word in text
 
 
+def test_a_sampler_knows_its_network() -> None:
+    class Network(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).cos()
+
+    network, plan = Network(4, 4), fs.plan("euler", fs.grid(fs.Flow(), 3))
+    for model in (network, lambda x, t: network(x, t)):
+        sampler = fs.Sampler(fs.Denoiser(model, fs.Flow(), "flow"), plan, (1, 4), device="cpu")
+        found = fs.audit(sampler, seed=0)
+        assert found.steps == 3
+        assert found.denoiser_launches == 2.0  # addmm and cos
+    on_arrays = fs.Sampler(fs.Denoiser(lambda x, t: x, fs.Flow(), "flow"), plan, (1, 4))
+    with pytest.raises(TypeError, match="found none in Sampler: pass denoiser="):
+        fs.audit(on_arrays, seed=0)
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="pipe_or_fn must be a pipeline or a function, got int"):
         fs.audit(3)

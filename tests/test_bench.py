@@ -285,6 +285,8 @@ def denoiser():
     return fs.Denoiser(lambda x, t: torch.tanh(x), fs.EDM(), "sample")
 def guided():
     return fs.Denoiser(lambda x, t: x, fs.EDM(), guidance=2.0)
+def conditions():
+    return denoiser(), {"label": torch.arange(2)}
 def halved():
     return lambda x, t: x[:, :2]
 def number():
@@ -336,6 +338,7 @@ def test_a_model_of_ones_own_gets_one_time_per_sample_in_every_loop(mine):
             r"its call at \(1, 4, 8, 8\): .*must return the shape of its input, \(1, 4, 8, 8\), got .*\[1, 2, 8, 8\]",
         ),
         (":guided", r"the bench has no conditions for guidance"),
+        (":conditions", r"the bench gives no conditions: return a denoiser that needs none"),
     ],
 )
 def test_a_model_that_cannot_be_timed(mine, name, message):

@@ -14,6 +14,7 @@ import pytest
 import fewstep as fs
 from fewstep.cli import main
 from fewstep.cli.bench_report import Files, Wanted
+from fewstep.kernels import philox
 
 pytest.importorskip("typer")
 
@@ -119,6 +120,209 @@ def test_a_model_of_ones_own_is_sampled_and_tuned(cli, tmp_path, monkeypatch):
     with np.load("y.npz") as file:
         wanted = fs.Sampler(denoiser, plan, (5, 1))(seed=0, cond={"centre": cond["centre"][[0, 1, 0, 1, 0]]})
         np.testing.assert_array_equal(file["x"], wanted)
+
+
+def end_points(z):
+    """Of the flow of `OWN`, in closed form: z at noise is centre + 0.5 z at the data, classes in turn."""
+    return np.where(np.arange(len(z)) % 2, 2.0, -2.0) + 0.5 * z
+
+
+def test_a_model_of_ones_own_is_compared_with_its_own_ode(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    words = ("compare", "--model", "own.py:make", "--shape", "1", "--solvers", "euler,ddim", "--nfe", "4,9", "--n", 40)
+    code, printed, _ = cli(*words, "--json")
+    assert code == 0
+    told = json.loads(printed)
+    assert (told["own"], told["samples"]) == (True, 40)
+    assert {e["spacing"] for e in told["entries"]} == {"linspace"}  # the usual one of a flow
+    denoiser, cond = runpy.run_path("own.py")["make"]()
+    cond = {"centre": cond["centre"][np.arange(40) % 2]}
+    z, other = (
+        np.array([philox.normals(1, 0, first + i, 0, philox.LATENT)[0] for i in range(40)], float) for first in (0, 40)
+    )
+    for entry in told["entries"]:
+        grid = fs.grid(denoiser.process, entry["steps"], "linspace")
+        x = fs.sample(denoiser, shape=(40, 1), solver=entry["solver"], grid=grid, seed=0, cond=cond)[:, 0]
+        assert entry["rmse"] == pytest.approx(np.sqrt(np.mean((x - end_points(z)) ** 2)), rel=1e-3, abs=1e-4)
+        energy = fs.problems.energy_distance(x[:, None], end_points(other)[:, None], unbiased=False)
+        assert entry["energy"] == pytest.approx(energy, rel=1e-3, abs=1e-4)
+    # Of 16 halves of all 80, for the exact ends: of the order of the chance distance of two sets of 40.
+    pool, halves = np.concatenate([end_points(z), end_points(other)])[:, None], np.random.default_rng(3)
+    order = [halves.permutation(80) for _ in range(16)]
+    chance = [fs.problems.energy_distance(pool[o[:40]], pool[o[40:]], unbiased=False) for o in order]
+    assert told["floor"] == pytest.approx(np.mean(chance), abs=3 * np.std(chance))
+    assert told["reference_error"] < 1e-4
+    _, printed, _ = cli(*words)
+    text = " ".join(printed.split())
+    assert "own.py:make, 40 samples: energy distance to the model's own samples" in text
+    assert "40 samples from other latents, which UniPC-3 draws in 100 calls, stand for them" in text
+    assert "fewstep sample --model own.py:make --shape 1 --solver" in text
+    assert "real samples" not in text
+
+
+def test_a_sampler_is_recommended_for_a_model_of_ones_own(cli, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    words = ("recommend", "--nfe", 4, "--model", "own.py:make", "--shape", "1", "--seeds", 12, "--cache", "cache")
+    code, printed, _ = cli(*words, "--out", "plan.json", "--json")
+    assert code == 0
+    told = json.loads(printed)
+    denoiser, cond = runpy.run_path("own.py")["make"]()
+    r = fs.recommend(4, denoiser=denoiser, shape=(1,), cond=cond, seeds=12, cache=None, progress=False)
+    assert told["ranking"][0] == {**vars(r.ranking[0]), "options": dict(r.ranking[0].options), "spacing_options": {}}
+    assert (told["solver"], told["spacing"], told["steps"], told["seeds"]) == (r.solver, r.spacing, r.steps, 12)
+    found, wanted = fs.load_plan("plan.json", denoiser), r.plan
+    x, y = (fs.Sampler(denoiser, p, (2, 1))(seed=5, cond=cond) for p in (found, wanted))
+    np.testing.assert_array_equal(x, y)
+    code, printed, _ = cli(*words)
+    assert code == 0
+    assert f"{told['ranking'][0]['rmse']:.4g}" in printed
+    command = printed.rstrip().splitlines()[-1].removeprefix("try it: ")
+    assert command.startswith("fewstep sample --model own.py:make --shape 1 --solver ")
+    assert cli(*f"{command} --n 2 --seed 5 --out x.npz".split()[1:])[0] == 0
+    with np.load("x.npz") as file:
+        np.testing.assert_array_equal(file["x"], y)
+
+
+def test_a_measured_recommendation_with_options_names_a_command_that_runs(cli, tmp_path, monkeypatch):
+    """Also one whose spacing has options, which `fewstep sample` does not take."""
+    from fewstep.recommender import Measured, RankedPlan
+
+    grid = fs.grid(fs.VP.linear(), 3, "karras", rho=3.0)
+    line = RankedPlan("ddim", "karras", 3, {"eta": 0.0}, {"rho": 3.0}, 0.5, float("inf"))
+    r = Measured(
+        "ddim",
+        "karras",
+        3,
+        "so",
+        {"eta": 0.0},
+        plan=fs.plan("ddim", grid),
+        spacing_options={"rho": 3.0},
+        ranking=(line,),
+    )
+    monkeypatch.setattr("fewstep.recommender.recommend", lambda nfe, **given: r)
+    monkeypatch.chdir(tmp_path)
+    words = ("recommend", "--nfe", "3", "--model", "ring")
+    printed = cli(*words)[1]
+    assert "karras rho=3" in printed
+    assert "fewstep recommend --nfe 3 --model ring --out plan.json" in printed
+    printed = cli(*words, "--out", "plan.json")[1]
+    command = printed.rstrip().splitlines()[-1].removeprefix("try it: ")
+    assert command == "fewstep sample-plan plan.json --model ring --out samples.png"
+    assert cli(*command.split()[1:], "--n", 4)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--model", "ring", "--process", "flow"), "--process: a model has its own process and kind"),
+        (("--model", "ring", "--distilled", "lcm", "--guidance-distilled"), "--guidance-distilled, --distilled: a mod"),
+        (("--shape", "2"), "--shape without --model: name one to measure on"),
+        (("--out", "plan.json"), "--out without --model"),
+        (("--model", "rings"), "did you mean 'ring'"),
+        (("--model", "ring", "--seeds", 3), "--seeds must be at least 12"),
+        (("--model", "ring", "--out", "plan.png"), "must end in .json"),
+        (("--model", "ring", "--guidance", 2), "has no classes"),
+        (("--model", "own.py:make"), "--model own.py:make needs --shape"),
+    ],
+)
+def test_recommend_refuses_what_does_not_go_together(cli, words, text):
+    code, printed, errors = cli("recommend", "--nfe", 4, *words)
+    assert (code, printed) == (1, "")
+    assert text in errors
+    assert errors.count("\n") == 1
+
+
+TORCH_OWN = """
+import sys
+
+import torch
+import fewstep as fs
+
+network = torch.nn.Conv2d(1, 1, 3, padding=1)
+
+
+def call(x, t, label):  # a function hides its network's library, device and dtype
+    return 0.1 * network(x) + label[:, None, None, None]
+
+
+def make():
+    return fs.Denoiser(call, fs.Flow(), "flow"), {"label": torch.tensor([-1.0, 1.0])}
+
+
+def guided():
+    label = torch.tensor([-1.0, 1.0])
+    return fs.Denoiser(call, fs.Flow(), "flow", guidance=2.0), ({"label": 0 * label}, {"label": label})
+
+
+def imports():  # when it is called
+    from neighbour import network
+
+    return fs.Denoiser(network, fs.Flow(), "flow")
+
+
+def leaves():
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("name", ["make", "guided"])
+def test_every_command_runs_a_function_of_a_torch_network(cli, tmp_path, monkeypatch, name):
+    pytest.importorskip("torch")
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(TORCH_OWN)
+    own = ("--model", f"own.py:{name}", "--shape", "1x4x4")
+    for words in (
+        ("sample", "--steps", 2, "--n", 3, "--out", "x.npz"),
+        ("sample", "--steps", 2, "--n", 3, "--backend", "naive", "--out", "y.npz"),
+        ("compare", "--nfe", 2, "--n", 5, "--solvers", "ddim", "--plot", "c.png"),
+        ("tune", "--nfe", 2, "--seeds", 12, "--what", "times", "--base", "ddim", "--cache", "c", "--out", "p.json"),
+        ("sample-plan", "p.json", "--n", 3, "--out", "z.npz"),
+    ):
+        code, _, errors = cli(*words, *own)
+        assert code == 0, errors
+    with np.load("x.npz") as x, np.load("y.npz") as y:
+        np.testing.assert_allclose(x["x"], y["x"], atol=1e-5)
+        # The classes in turn: with guidance 2 the label counts twice, and a flow moves by -1 over the time.
+        means = x["x"].mean(axis=(1, 2, 3))
+    assert np.all(np.sign(means) == [1, -1, 1])
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("own.py:make", "--shape", "2x4x4"), "own.py:make: the network fails on samples of shape = (2, 4, 4)"),
+        (("own.py:leaves", "--shape", "1x4x4"), "leaves() of own.py raised SystemExit: 3"),
+    ],
+)
+@pytest.mark.parametrize("command", ["sample", "compare"])
+def test_a_network_that_fails_is_named_with_its_input(cli, tmp_path, monkeypatch, command, words, text):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(TORCH_OWN)
+    out = ("--out", "x.npz") if command == "sample" else ()
+    code, printed, errors = cli(command, "--model", *words, "--n", 4, *out)
+    assert (code, printed) == (1, "")
+    assert text in errors
+    assert errors.startswith("error: --model")
+    assert errors.count("\n") == 1
+
+
+def test_a_function_may_import_the_files_beside_it(cli, tmp_path, monkeypatch):
+    pytest.importorskip("torch")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "own.py").write_text(TORCH_OWN)
+    (tmp_path / "folder" / "neighbour.py").write_text("def network(x, t):\n    return 0.5 * x\n")
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    words = ("--model", "folder/own.py:imports", "--shape", "2", "--steps", 2, "--n", 2, "--out", "x.npz")
+    code, _, errors = cli("sample", *words)
+    sys.modules.pop("neighbour", None)
+    assert code == 0, errors
+    assert sys.path == before
 
 
 @pytest.mark.parametrize(

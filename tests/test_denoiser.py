@@ -6,6 +6,7 @@ test says otherwise.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import Any
@@ -489,3 +490,23 @@ def test_the_first_parameter_is_torchs_own() -> None:
     first = Sparse()
     first.insert = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     assert fs.Denoiser(first, fs.Flow(), "flow").model_dtype("float32") == "float64"
+
+
+def test_a_function_is_given_a_float64_state_in_the_dtype_of_its_network() -> None:
+    """Of `tune` and `recommend`, whose states are float64: a float32 network takes no float64 input."""
+    network = torch.nn.Linear(2, 2)
+
+    def plain(x: Any, t: Any) -> Any:
+        return network(x)
+
+    def converts(x: Any, t: Any) -> Any:
+        return network(torch.as_tensor(x, dtype=torch.float32)).numpy()
+
+    found = {f: fs.Denoiser(f, fs.Flow(), "flow") for f in (plain, converts, functools.partial(plain))}
+    assert [d.model_dtype("float64") for d in found.values()] == ["float32", "float64", "float32"]
+    assert [d.model_dtype("float32") for d in found.values()] == ["float32"] * 3
+    assert fs.Denoiser(plain, fs.Flow(), "flow", dtype="float64").model_dtype("float64") == "float64"
+    network.double()
+    assert found[plain].model_dtype("float64") == "float64"
+    network.bfloat16()  # in float32 states a function takes the state's: it may cast itself
+    assert found[plain].model_dtype("float32") == "float32"

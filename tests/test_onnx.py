@@ -214,7 +214,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, that it has another exporter
 def test_a_nested_condition_is_inputs_of_its_leaves(tmp_path):
     torch = pytest.importorskip("torch")
     from fewstep.bindings.onnx import export_onnx
@@ -243,7 +242,6 @@ def test_a_nested_condition_is_inputs_of_its_leaves(tmp_path):
         model(latent(), np.zeros(4), added={"pooled": latent()})
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's, that it has another exporter
 def test_what_cannot_be_exported_is_named(tmp_path):
     torch = pytest.importorskip("torch")
     from fewstep.bindings.onnx import export_onnx
@@ -262,6 +260,10 @@ def test_what_cannot_be_exported_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no bfloat16 network: export copy.deepcopy\(module\).float\(\)"):
         export_onnx(torch.nn.Linear(3, 3).bfloat16(), path, x)
     assert not path.exists()
+    with pytest.raises(FileNotFoundError, match=r"path .*missing.net.onnx: there is no folder .*missing"):
+        export_onnx(Wrapped(), tmp_path / "missing" / "net.onnx", x)
+    with pytest.raises(ValueError, match=r"net.pt: the file must end in .onnx"):
+        export_onnx(Wrapped(), tmp_path / "net.pt", x)
 
 
 def test_export_leaves_one_whole_file(digits):

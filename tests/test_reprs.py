@@ -46,6 +46,12 @@ def test_plans_and_grids() -> None:
     assert repr(tuned) == f"Plan('ddim', 4 calls, tuned, {GRID!r})"
 
 
+def test_a_prepared_plan_shows_no_machinery() -> None:
+    plan = fs.plan("ddim", GRID)
+    prepared = fs.Sampler(DENOISER, plan, (1, 3)).prepare(plan)
+    assert repr(prepared) == f"Prepared(denoiser={DENOISER!r}, plan={plan!r})"
+
+
 def test_denoisers() -> None:
     class Net:
         def __call__(self, x: Any, t: Any, label: Any = None) -> Any:

@@ -18,6 +18,7 @@ import fewstep as fs
 from fewstep.solvers.options import warn
 from fewstep.solvers.plans.registry import get_solver, solver
 from fewstep.solvers.run.sanity import middle_start
+from fewstep.solvers.schedule import spacings
 from reports import default_spacings
 
 VP = fs.VP.linear()
@@ -65,6 +66,37 @@ def test_a_builder_declares_its_spacing_by_kind_of_process() -> None:
         assert found == {"vp": VP.spacing, "edm": "vp", "ve": "vp", "flow": "linspace"}
     finally:
         registry._SOLVERS.pop("test_spacing")
+
+
+def test_a_name_of_the_package_is_not_replaced() -> None:
+    def build(grid: fs.Grid) -> Any:
+        """Nothing (2025)."""
+
+    ddim, karras = get_solver("ddim"), spacings.SPACINGS["karras"]
+    with pytest.raises(ValueError, match="solver 'ddim' is one of fewstep's: register yours under another name"):
+        solver("ddim")(build)
+    with pytest.raises(ValueError, match="spacing 'karras' is one of fewstep's"):
+        spacings.spacing("karras", karras.axis)(lambda a: a.last)
+    assert get_solver("ddim") is ddim
+    assert spacings.SPACINGS["karras"] is karras
+
+
+def test_a_builder_without_stages_is_named_and_may_be_written_again() -> None:
+    from fewstep.solvers.plans import registry
+
+    try:
+        solver("test_again")(lambda grid: None)  # type: ignore[arg-type, return-value]
+        with pytest.raises(
+            fs.PlanError, match="builder of solver 'test_again' returned NoneType: it must yield stages"
+        ):
+            fs.plan("test_again", fs.grid(VP, 3))
+        solver("test_again")(get_solver("ddim").build)
+        solver("test_once_more")(lambda grid: get_solver("ddim").build(grid))
+        want = fs.plan("ddim", fs.grid(VP, 3))
+        assert fs.plan("test_once_more", fs.grid(VP, 3)).stages == want.stages
+    finally:
+        for name in ("test_again", "test_once_more"):
+            registry._SOLVERS.pop(name, None)
 
 
 @pytest.mark.slow

@@ -698,7 +698,11 @@ def test_conditions_go_round_the_samples():
         ({"nfe": True}, "nfe"),
         ({"seeds": 4}, "seeds must be an int >= 12"),
         ({"batch": 0}, "batch"),
-        ({"base": "heun"}, "unknown base 'heun'"),
+        (
+            {"base": "heun"},
+            "base 'heun' is no deterministic rule of one call per step whose memory is known: choose from",
+        ),
+        ({"base": "dpmpp_2n"}, "unknown base 'dpmpp_2n': did you mean 'dpmpp_2m'"),
         ({"base": "DPM++ 2M"}, "did you mean solver 'dpmpp_2m'"),
         ({"what": "shape"}, "what must be one of 'all', 'times'"),
         ({"decouple": "yes"}, "decouple"),

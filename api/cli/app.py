@@ -16,7 +16,6 @@ ERR = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
-ModelName = Annotated[str, typer.Option(help="digits, digits-exact, ring or gaussian.")]
 AnyModel = Annotated[
     str,
     typer.Option(

@@ -10,15 +10,22 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
+from fewstep.cli.output import draw, drawable
+from fewstep.kernels import cpu
 from fewstep.models import Condition, Model
 from fewstep.problems import energy_distance
+from fewstep.recommender import usual_spacing
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
+from fewstep.solvers.run.arrays import Device
+from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.candidates import fit_steps
+from fewstep.solvers.tune.tuning import check_times, reference_grid
 
+REFERENCE_SOLVER = "UniPC-3"
 REFERENCE_CALLS = 100  # of the reference solution; half as many give its own error
 SHOWN = 10  # images per solver in the plot
 FLOOR_DRAWS = 16  # sets of real samples that give the distance due to chance alone
@@ -29,7 +36,7 @@ class Entry:
     """One solver at one budget.
 
     rmse     to the model's own ODE end point; None for a stochastic solver
-    energy   energy distance to the data
+    energy   energy distance to the data, or to what stands for them
     step_us  microseconds per step without the network
     seconds  of the whole run
     """
@@ -52,8 +59,10 @@ class Comparison:
     reference_error  RMSE of the reference against itself at half the calls
     floor, spread    mean and standard deviation of the energy distance of equally many real samples to the rest of the
                      data; a solver within them is indistinguishable from the data
+    own              whether the model's data are not known: as many samples of its own stand for them, which the
+                     reference solver draws from other latents
     left_out         solver -> why it has no entry
-    shown            solver -> its samples in the plot
+    shown            solver -> its samples in the plot; none of what cannot be drawn
     data             points of the data in the plot, None for images
     """
 
@@ -63,16 +72,22 @@ class Comparison:
     reference_error: float
     floor: float
     spread: float
+    own: bool = False
     entries: list[Entry] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     shown: dict[str, np.ndarray] = field(default_factory=dict)
     data: np.ndarray | None = None
 
     def best(self) -> dict[str, Entry]:
-        """The entries of least error and of least distance to the data, by what they are best at."""
+        """The entries of least error and of least distance, by what they are best at."""
         exact = [(e.rmse, k) for k, e in enumerate(self.entries) if e.rmse is not None]
         found = {"lowest error": self.entries[min(exact)[1]]} if exact else {}
-        return found | {"nearest to the data": min(self.entries, key=lambda e: e.energy)}
+        return found | {f"nearest to {self.goal}": min(self.entries, key=lambda e: e.energy)}
+
+    @property
+    def goal(self) -> str:
+        """What `energy` is a distance to."""
+        return "the model's own samples" if self.own else "the data"
 
     @property
     def title(self) -> str:
@@ -99,21 +114,26 @@ def compare(
     solvers: Sequence[str],
     budgets: Sequence[int],
     *,
-    spacings: Sequence[str],
+    spacings: Sequence[str] | None,
     guidance: float | None,
     n: int,
     seed: int,
-    advance: Callable[[str], None] = lambda what: None,
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Comparison:
     """Run every solver at every budget of denoiser calls, from the same latents.
 
     A solver takes as many steps as fit the budget. It has no entry if not even one step fits, or if it starts from
     data instead of noise. The samples take all classes in turn.
 
-    advance  called once per unit of work with its description
+    spacings  None for the one that is usual for the model's process
+    advance   called with what is done next, the number of denoiser calls so far and that of all
+
+    Raises ValueError if the reference solution is not finite.
     """
     denoiser = model.denoiser(guidance)
+    check_times(denoiser)
     process = denoiser.process
+    spacings = [usual_spacing(process)] if spacings is None else spacings
     shape = (n, *model.shape)
     labels = model.labels(n)
     cond = model.cond(labels)
@@ -124,38 +144,59 @@ def compare(
         for spacing in spacings
         for budget in budgets
     }
-    advance("the reference solution")
-
-    def run(plan: Plan) -> np.ndarray:
-        return np.asarray(Sampler(denoiser, plan, shape)(seed=seed, cond=cond), dtype=np.float64)
-
-    reference, check = (
-        run(make_plan("unipc", make_grid(process, steps, "logsnr"), order=3))
+    exact, halved = (
+        make_plan("unipc", reference_grid(denoiser, steps), order=3)
         for steps in (REFERENCE_CALLS, REFERENCE_CALLS // 2)
     )
     data, classes = model.data(seed)
-    floor = real_to_real(data, classes, labels, seed)
-    points = model.points(seed)
-    result = Comparison(model.name, n, guidance, _rmse(reference, check), *floor, data=points)
+    own = not len(data)
+    total = sum(p.nfe for p in (exact, halved, *([exact] if own else []), *plans.values()) if isinstance(p, Plan))
+    done = 0
+
+    def run(plan: Plan, what: str, first: int = 0, stepwise: bool = False) -> tuple[np.ndarray, float]:
+        """The samples, from sample `first` of the seed on, and the seconds that they took."""
+        nonlocal done
+        advance(what, done, total)
+        sampler = compiled_sampler(denoiser, plan, shape)
+        # A callback takes time, and the entries' runs are timed.
+        watch = (lambda info: advance(what, done + info.calls, total)) if stepwise else None
+        begin = time.perf_counter()
+        x = draw(sampler, seed=seed, first_sample=first, cond=cond, callback=watch)
+        seconds = time.perf_counter() - begin
+        done += plan.nfe
+        return x.astype(np.float64), seconds
+
+    reference, check = (run(plan, "the reference solution", stepwise=True)[0] for plan in (exact, halved))
+    error = _rmse(reference, check)
+    if not np.isfinite(error):
+        raise ValueError(
+            "the reference solution is not finite: the model returns NaN or inf, or the integration diverges"
+        )
+    if own:
+        data = run(exact, "samples that stand for the data", first=n, stepwise=True)[0]
+        # As for real data: the floor is of sets of n samples, here out of both.
+        floor = real_to_real(np.concatenate([reference, data]), np.zeros(2 * n), np.zeros(n), seed)
+    else:
+        floor = real_to_real(data, classes, labels, seed)
+    points = (data if len(model.shape) == 1 else None) if own else model.points(seed)
+    result = Comparison(model.name, n, guidance, error, *floor, own=own, data=points)
     middle = min(budgets, key=lambda b: abs(b - 8))
     for (solver, spacing, budget), plan in plans.items():
-        advance(f"{solver}, {budget} calls")
         if isinstance(plan, str):
             result.left_out[solver] = plan
             continue
-        begin = time.perf_counter()
-        x = run(plan)
-        seconds = time.perf_counter() - begin
+        x, seconds = run(plan, f"{solver}, {budget} calls")
         rmse = None if plan.stochastic else _rmse(x, reference)
         energy = energy_distance(x, data, unbiased=False)
         cost = step_cost(denoiser, plan, shape, cond)
         entry = Entry(solver, spacing, budget, plan.nfe, plan.steps, rmse, energy, cost, seconds)
         result.entries.append(entry)
-        if budget == middle and solver not in result.shown:
+        if drawable(model.shape) and budget == middle and solver not in result.shown:
             result.shown[solver] = x[:SHOWN] if points is None else x
     for solver in {e.solver for e in result.entries}:
         result.left_out.pop(solver, None)  # it ran at a larger budget
-    result.shown["reference"] = reference[:SHOWN]
+    if drawable(model.shape):
+        result.shown["reference"] = reference[:SHOWN]
     return result
 
 
@@ -193,6 +234,14 @@ def real_to_real(data: np.ndarray, classes: np.ndarray, labels: np.ndarray, seed
     return float(np.mean(found)), float(np.std(found, ddof=1))
 
 
+def compiled_sampler(denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], device: Device | None = None) -> Sampler:
+    """A sampler to be timed: not while NumPy stands in for kernels that are still being compiled."""
+    sampler = Sampler(denoiser, plan, shape, device=device)
+    if sampler.backend == "numba":
+        cpu.warmup()
+    return sampler
+
+
 def step_cost(
     denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], cond: Condition = None, repeats: int = 15
 ) -> float:
@@ -203,8 +252,9 @@ def step_cost(
     free = copy.copy(denoiser)
     free.model = lambda x, t, **cond: x
     free.dtype = denoiser.model_dtype("float32")
-    device = None if denoiser.frame is None or denoiser.frame.name == "numpy" else denoiser.frame.device
-    sampler = Sampler(free, plan, shape, device=device)
+    frame = model_frame(denoiser, None)
+    device = None if frame.name == "numpy" else frame.device
+    sampler = compiled_sampler(free, plan, shape, device)
     out = sampler(seed=0, cond=cond)
     times = []
     for _ in range(repeats):

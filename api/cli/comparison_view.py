@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.cli.comparison import REFERENCE_CALLS, SHOWN, Comparison, Entry
-from fewstep.cli.output import contact_sheet, plotting, scatter
+from fewstep.cli.comparison import REFERENCE_CALLS, REFERENCE_SOLVER, SHOWN, Comparison, Entry
+from fewstep.cli.output import contact_sheet, plotting, scatter, shades_of
 from fewstep.solvers.files import write_whole
 
 if TYPE_CHECKING:
@@ -48,11 +48,22 @@ def listings(result: Comparison) -> tuple[Listing, Listing]:
         ),
         _listing(
             result,
-            f"{what}: energy distance to the data",
+            f"{what}: energy distance to {result.goal}",
             lambda e: e.energy,
-            f"Equally many real samples are {result.floor:.4f} ± {result.spread:.4f} from the rest of the data.",
+            f"{_floor_of(result)} {result.floor:.4f} ± {result.spread:.4f} from the rest"
+            + (" of them." if result.own else " of the data."),
             False,
         ),
+    )
+
+
+def _floor_of(result: Comparison) -> str:
+    """The start of the sentence that says what the floor is, and what stands for the data of a model without any."""
+    if not result.own:
+        return "Equally many real samples are"
+    return (
+        f"The model has no data here: {result.samples} samples from other latents, which {REFERENCE_SOLVER} draws in "
+        f"{REFERENCE_CALLS} calls, stand for them. Equally many such samples are"
     )
 
 
@@ -131,14 +142,15 @@ def plot(result: Comparison, path: Path) -> None:
 
 
 def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
-    """Error against calls, unless every solver is stochastic; distance against calls; samples."""
-    kinds = ["distance", "samples"] if all(e.rmse is None for e in result.entries) else ["error", "distance", "samples"]
+    """Error against calls, unless every solver is stochastic; distance against calls; samples that can be drawn."""
+    kinds = [] if all(e.rmse is None for e in result.entries) else ["error"]
+    kinds += ["distance", "samples"] if result.shown else ["distance"]
     figure: Figure
     widths = [1.25 if kind == "samples" else 1.0 for kind in kinds]
     figure, found = pyplot.subplots(
-        1, len(kinds), figsize=(3.7 * sum(widths), 4.4), width_ratios=widths, layout="constrained"
+        1, len(kinds), figsize=(3.7 * sum(widths), 4.4), width_ratios=widths, layout="constrained", squeeze=False
     )
-    axes = dict(zip(kinds, found, strict=True))
+    axes = dict(zip(kinds, found[0], strict=True))
     for j, pair in enumerate(result.pairs()):
         mine = result.of(pair)
         style = {"color": COLOURS[j], "marker": MARKERS[j], "markersize": 5}
@@ -149,7 +161,7 @@ def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
     if "error" in axes:
         axes["error"].set_ylabel("RMSE to the model's own ODE end point")
         axes["error"].set_yscale("log")
-    axes["distance"].set_ylabel("energy distance to the data")
+    axes["distance"].set_ylabel(f"energy distance to {result.goal}")
     # A diverged solver would flatten all others: the axis ends above those that converged.
     energies = sorted(e.energy for e in result.entries)
     high, low = result.floor + result.spread, result.floor - result.spread
@@ -157,12 +169,17 @@ def _lines(pyplot: ModuleType, result: Comparison) -> Figure:
     low = min(low, energies[0])
     axes["distance"].set_ylim(low - 0.08 * (top - low), top + 0.08 * (top - low))
     band = (result.floor - result.spread, result.floor + result.spread)
-    axes["distance"].axhspan(*band, color="0.85", zorder=0, label="real data to the rest")
-    for kind in kinds[:-1]:
+    axes["distance"].axhspan(*band, color="0.85", zorder=0, label=_band(result))
+    for kind in [kind for kind in kinds if kind != "samples"]:
         _calls_axis(axes[kind], sorted({e.nfe for e in result.entries}))
     figure.legend(loc="outside lower center", ncols=FEW, frameon=False)
-    (_samples if result.data is None else _points)(axes["samples"], result)
+    if result.shown:
+        (_samples if result.data is None else _points)(axes["samples"], result)
     return figure
+
+
+def _band(result: Comparison) -> str:
+    return "such samples to the rest" if result.own else "real data to the rest"
 
 
 def _calls_axis(axis: Axes, calls: list[int]) -> None:
@@ -185,7 +202,7 @@ def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
     budgets = sorted({e.budget for e in result.entries})
     panels: tuple[tuple[str, Callable[[Entry], float | None]], ...] = (
         ("RMSE to the model's own ODE end point", lambda e: e.rmse),
-        ("energy distance to the data", lambda e: e.energy),
+        (f"energy distance to {result.goal}", lambda e: e.energy),
     )
     figure: Figure
     figure, axes = pyplot.subplots(1, 2, figsize=(10.0, 1.6 + 0.21 * len(result.pairs())), layout="constrained")
@@ -206,7 +223,7 @@ def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
         result.floor + result.spread,
         color="0.85",
         zorder=0,
-        label="real data to the rest",
+        label=_band(result),
     )
     axes[1].set_xscale("symlog", linthresh=max(2.0 * result.spread, 1e-6))
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=FEW, frameon=False)
@@ -217,7 +234,7 @@ def _samples(axis: Axes, result: Comparison) -> None:
     """One row of samples per solver at the budget nearest to 8, then the reference."""
     strips = [contact_sheet(x, columns=SHOWN, enlarge=4) for x in result.shown.values()]
     height = strips[0].shape[0]
-    axis.imshow(np.concatenate(strips), cmap="gray_r", vmin=-1, vmax=1)
+    axis.imshow(shades_of(np.concatenate(strips)), cmap="gray_r", vmin=-1, vmax=1)
     calls = {
         e.solver: e.nfe
         for e in result.entries
@@ -239,4 +256,4 @@ def _points(axis: Axes, result: Comparison) -> None:
     budget = min({e.budget for e in shown}, key=lambda b: abs(b - 8))
     best = min((e for e in shown if e.budget == budget), key=lambda e: e.energy)
     scatter(axis, result.shown[best.solver], result.data)
-    axis.set_title(f"{best.solver}, {best.nfe} calls, nearest to the data (grey)", fontsize="medium")
+    axis.set_title(f"{best.solver}, {best.nfe} calls, nearest to {result.goal} (grey)", fontsize="medium")

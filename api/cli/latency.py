@@ -25,7 +25,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.microbench import PROCESS, Array, Case, GateError, Predict, as_float64, close, parse_shape
 from fewstep.cli.timing import Side, has, keep_freed_memory, no_grad, quartiles, torch_threads
-from fewstep.factories import made_by
+from fewstep.models import own_denoiser
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.run.one_call import sample
@@ -112,14 +112,14 @@ def load(spec: str, shapes: Sequence[tuple[int, ...]]) -> Denoiser:
 
     Raises ValueError or TypeError that starts with --model, also for what fails in the file or in the network's call.
     """
-    what, made = f"--model {shown(spec)}", made_by(spec, "--model")
+    what, (made, conditions) = f"--model {shown(spec)}", own_denoiser(spec)
+    if conditions is not None:
+        raise ValueError(f"{what}: the bench gives no conditions: return a denoiser that needs none")
     if not isinstance(made, Denoiser) and (not callable(made) or isinstance(made, type)):
         raise TypeError(f"{what}: it must return a network or a Denoiser, got {type(made).__name__}")
     denoiser = made if isinstance(made, Denoiser) else Denoiser(made, PROCESS, "epsilon")
     if denoiser.branches > 1:
         raise ValueError(f"{what}: the bench has no conditions for guidance: return the denoiser without it")
-    if callable(getattr(denoiser.model, "eval", None)):
-        denoiser.model.eval()  # type: ignore[attr-defined]
     for shape in shapes:
         try:
             with no_grad():

@@ -1,4 +1,4 @@
-"""The files that the command line writes: pictures and archives of samples."""
+"""Samples of the command line: drawn as NumPy arrays, and written to pictures and archives."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewstep.solvers.files import check_target, write_whole
+from fewstep.solvers.run.arrays import no_grad
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from fewstep.solvers.run.sampler import Sampler
 
 NO_MATPLOTLIB = "pictures and plots need matplotlib: pip install 'fewstep[plot]'"
 SUFFIXES = (".png", ".npz")
@@ -28,13 +31,24 @@ def check_out(path: Path, suffixes: tuple[str, ...] = SUFFIXES, flag: str = "--o
         raise ImportError(NO_MATPLOTLIB)
 
 
+def draw(sampler: Sampler, **given: Any) -> np.ndarray:
+    """A batch of a sampler as a NumPy array, from any device and without a graph of gradients."""
+    with no_grad(sampler.frame):
+        x = sampler(**given)
+    return x if isinstance(x, np.ndarray) else np.asarray(x.cpu())
+
+
+def drawable(shape: Sequence[int]) -> bool:
+    """Whether samples of that shape are images or points in a plane."""
+    return (len(shape) == 3 and shape[0] in (1, 3)) or (len(shape) == 1 and shape[0] <= 2)
+
+
 def check_drawable(path: Path, shape: Sequence[int]) -> None:
     """Raises ValueError for a picture of what is neither an image nor a point in a plane.
 
     shape  of one sample
     """
-    images, points = len(shape) == 3 and shape[0] in (1, 3), len(shape) == 1 and shape[0] <= 2
-    if path.suffix == ".png" and not (images or points):
+    if path.suffix == ".png" and not drawable(shape):
         raise ValueError(
             f"--out {path}: samples of shape {tuple(shape)} are neither images, (1, H, W) or (3, H, W), nor points in "
             "a plane: write them to an .npz archive"
@@ -61,8 +75,7 @@ def write_samples(
         return
     pyplot = plotting()
     if x.ndim == 4:
-        sheet = contact_sheet(x)
-        shades = sheet if sheet.ndim == 2 else (sheet + 1.0) / 2.0  # colours take no map
+        shades = shades_of(contact_sheet(x))
         write_whole(path, lambda to: pyplot.imsave(to, shades, cmap="gray_r", vmin=-1.0, vmax=1.0))
         return
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
@@ -104,6 +117,11 @@ def contact_sheet(x: np.ndarray, columns: int | None = None, enlarge: int = 8) -
         sheet[top : top + height, left : left + width] = np.clip(image, -1.0, 1.0)
     large = sheet.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
     return large[..., 0] if channels == 1 else large
+
+
+def shades_of(sheet: np.ndarray) -> np.ndarray:
+    """A contact sheet as matplotlib takes it: colours, which take no map, in 0 .. 1."""
+    return sheet if sheet.ndim == 2 else (sheet + 1.0) / 2.0
 
 
 def plotting() -> ModuleType:

@@ -24,7 +24,7 @@ from fewstep.cli.app import (
     parse_sample_shape,
 )
 from fewstep.cli.folder import check_one_process, write_folder
-from fewstep.cli.output import check_drawable, check_out, write_samples
+from fewstep.cli.output import check_drawable, check_out, draw, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import MODELS, PROCESS, check_model, is_student, load_model, student_model
 from fewstep.solvers.options import unknown
@@ -103,7 +103,7 @@ def sample(
         check_model(model, guidance, label, shape)
         solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps
         own = None if shape is None else load_model(model, shape)
-        process = PROCESS if own is None else own.denoiser(None).process
+        process = PROCESS if own is None else own.process
         spacing = spacing or get_solver(solver).spacing(process)
         plan = make_plan(solver, make_grid(process, steps, spacing), **options)
         chosen = load_model(model) if own is None else own
@@ -132,7 +132,7 @@ def sample(
         return
     sampler = Sampler(denoiser, plan, (n, *chosen.shape), backend=backend)
     begin = time.perf_counter()
-    x = np.asarray(sampler(seed=seed, cond=cond, progress=ERR.is_terminal and not as_json))
+    x = draw(sampler, seed=seed, cond=cond, progress=ERR.is_terminal and not as_json)
     seconds = time.perf_counter() - begin
     write_samples(out_path, x, known, settings, chosen.points(seed))
     if as_json:

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AnyModel, AsJson, Guidance, OwnShape, check_count, parse_sample_shape
-from fewstep.cli.output import check_drawable, check_out, write_samples
+from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, check_count, parse_sample_shape
+from fewstep.cli.output import check_drawable, check_out, draw, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
 
@@ -43,7 +42,8 @@ def sample_plan(
     if not force:
         check_plan(plan, denoiser, where=str(plan_path))
     labels = chosen.labels(n)
-    x = np.asarray(Sampler(denoiser, plan, (n, *chosen.shape))(seed=seed, cond=chosen.cond(labels)))
+    sampler = Sampler(denoiser, plan, (n, *chosen.shape))
+    x = draw(sampler, seed=seed, cond=chosen.cond(labels), progress=ERR.is_terminal and not as_json)
     settings = {
         "model": model,
         "plan": str(plan_path),

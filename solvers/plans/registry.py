@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import plain, unknown
+from fewstep.solvers.options import check_free, plain, unknown
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import PlanError, Row, Stage, Start
 from fewstep.solvers.schedule.grid import Grid, list_spacings
@@ -76,9 +76,12 @@ def solver(
 
     memory   see `Solver`
     spacing  kind of process -> default spacing, where the process's own does not suit the solver
+
+    Raises ValueError for a name of one of fewstep's solvers.
     """
 
     def register(build: Builder) -> Builder:
+        check_free("solver", name, _SOLVERS[name].build if name in _SOLVERS else None, build)
         _SOLVERS[name] = Solver(name, build, memory, spacing or {})
         return build
 
@@ -147,7 +150,11 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
     options = {name: plain(value) for name, value in options.items()}
     try:
-        made = make_plan(solver, grid, entry.build(grid, **options), {**entry.options, **options}, s_noise, dtype)
+        stages = entry.build(grid, **options)
+        if not isinstance(stages, Iterable):
+            kind = type(stages).__name__
+            raise PlanError(f"the builder of solver {solver!r} returned {kind}: it must yield stages, or return some")
+        made = make_plan(solver, grid, stages, {**entry.options, **options}, s_noise, dtype)
     except PlanError as error:
         raise PlanError(f"{error}{_given(options, error)}") from None
     except np.linalg.LinAlgError as error:

@@ -86,11 +86,11 @@ class Prepared:
     A sampler uses one at a time. `update` replaces it as a whole and never edits it.
     """
 
-    compiler: Compiler
+    compiler: Compiler = field(repr=False)
     denoiser: DenoiserLike
     plan: Plan
-    idle: tuple[deque[Workspace], ...] = field(default_factory=lambda: tuple(deque() for _ in KINDS))
-    jobs: dict[int, Job] = field(default_factory=dict)  # by kind, compiled on first use
+    idle: tuple[deque[Workspace], ...] = field(default_factory=lambda: tuple(deque() for _ in KINDS), repr=False)
+    jobs: dict[int, Job] = field(default_factory=dict, repr=False)  # by kind, compiled on first use
 
     @cached_property
     def limits(self) -> Limits:

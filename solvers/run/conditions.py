@@ -106,7 +106,7 @@ def check_arrays(
             if value.ndim == 0 or (value.shape[0] != batch and value.shape[0] != 1):
                 raise ValueError(
                     f"{name_of(path)} of branch {j} has shape {tuple(value.shape)}; its first axis must be the "
-                    f"batch of {batch} (or 1){hint and ', or ' + hint}"
+                    f"batch of {batch}{' (or 1)' if batch != 1 else ''}{hint and ', or ' + hint}"
                 )
             if frame.device_of(value) != frame.device:
                 raise ValueError(

@@ -11,7 +11,7 @@ from types import CellType
 from typing import TYPE_CHECKING, Any
 
 from fewstep.solvers.options import warn
-from fewstep.solvers.run.arrays import Frame, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import Frame, TorchFrame, dtype_name, first_parameter, frame_of
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,15 @@ def frame_reached(model: object) -> Frame | None:
         return None
     found = (frame_of(part) for part in torch_parts(model))
     return next((frame for frame in found if isinstance(frame, TorchFrame)), None)
+
+
+def dtype_reached(model: object) -> str | None:
+    """The dtype of the first weights that a plain callable reaches (`frame_reached`), None if there are none."""
+    if frame_reached(model) is None:
+        return None
+    modules = (part for part in torch_parts(model) if isinstance(part, sys.modules["torch"].nn.Module))
+    weights = (first_parameter(module) for module in modules)
+    return next((dtype_name(w.dtype) for w in weights if w is not None and w.is_floating_point()), None)
 
 
 def warn_if_training(networks: Iterable[object]) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fewstep.solvers.options import between, number, one_of
+from fewstep.solvers.options import between, check_free, number, one_of
 from fewstep.solvers.schedule.process import FloatArray, Point, Process
 from fewstep.solvers.schedule.schedule_tables import AYS
 
@@ -127,9 +127,10 @@ SPACINGS: dict[str, Spacing] = {}
 
 
 def spacing(name: str, axis: Axis) -> Callable[[Rule], Rule]:
-    """Register the rule of a `Spacing`."""
+    """Register the rule of a `Spacing`. Raises ValueError for a name of one of fewstep's spacings."""
 
     def register(rule: Rule) -> Rule:
+        check_free("spacing", name, SPACINGS[name].rule if name in SPACINGS else None, rule)
         SPACINGS[name] = Spacing(axis, rule, tuple(inspect.signature(rule).parameters)[1:])
         return rule
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.options import function, named, number, one_of, whole
 from fewstep.solvers.plans.plan import Plan
+from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.run.arrays import Device
 from fewstep.solvers.run.checks import check_sample_shape
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
@@ -171,6 +172,11 @@ def check_arguments(
         if base.nfe < nfe and rule.what != "all":
             raise ValueError(f"base has only its times fitted (what={rule.what!r}): no call can be inserted into it")
         return rule, numbers
+    if base in list_solvers() and base not in bases():
+        raise ValueError(
+            f"base {base!r} is no deterministic rule of one call per step whose memory is known: choose from auto, "
+            f"{', '.join(bases())}"
+        )
     named("base", base, ("auto", *bases()), solver_hint(base, tuple(bases()), ()))
     return None
 
