@@ -30,9 +30,9 @@ class FlowMapDenoiser(Denoiser):
 
     end  the name of s, the network's keyword
 
-    A `Sampler` keeps the network and `null` that the denoiser has when it is made; `fewstep.sample` takes those of each
-    call. s is in the units of the network's time input t. Under predicts="edm", where clean data would be -inf, s is at least
-    the process's sigma_min. Other arguments as for `Denoiser`.
+    s is in the units of the network's time input t. Under predicts="edm", where clean data would be -inf, s is at least
+    the process's sigma_min. Other arguments as for `Denoiser`. A `Sampler` keeps the network and `null` that the
+    denoiser has when it is made; `fewstep.sample` takes those of each call.
     """
 
     def __init__(

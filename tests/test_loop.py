@@ -564,6 +564,28 @@ def test_separate_guidance_calls_may_return_the_same_memory(library: str, backen
         np.testing.assert_allclose(found, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_tensors_that_torch_negates_lazily(backend: str, dtype: str, shape: tuple[int, ...]) -> None:
+    """Latents, noise and outputs: the imaginary parts of conjugates, as of a network in Fourier space."""
+
+    def lazy(x: Any) -> Any:
+        return torch.complex(torch.zeros_like(x), -x).conj().imag
+
+    x, z = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape)).astype(dtype))
+    assert lazy(x).is_neg()
+    for device in (None, "cpu"):  # of NumPy's and of torch's networks
+        both = []
+        for own in (lambda v: v, lazy):
+            answer = own if device else np.asarray
+            denoiser = fs.Denoiser(lambda x, t, answer=answer: answer(0.5 * x), VP, "sample")
+            sampler = make(shape, "ddpm", denoiser=denoiser, backend=backend, device=device, dtype=dtype)
+            both.append((sampler(own(x), seed=1), sampler(own(x), noise=lambda *where, own=own: own(z))))
+        for plain, found in zip(*both, strict=True):
+            assert torch.equal(found, plain)
+
+
 def test_a_broadcast_output() -> None:
     sampler = make(
         (2, 9),

@@ -302,6 +302,17 @@ def test_adaptive_steps_name_a_latent_of_another_level(backend: str, library: st
         run(x)
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_the_level_of_a_latent_that_torch_negates_lazily(backend: str) -> None:
+    x = torch.from_numpy(unit(16, 2))
+    lazy = torch.complex(torch.zeros(16, 2), -x).conj().imag
+    assert lazy.is_neg()
+    denoiser = fs.Denoiser(half, fs.EDM(), "sample")
+    for run in (fs.sample, lambda *args, **more: fs.sample_adaptive(*args, **more).x):
+        with pytest.warns(RuntimeWarning, match="but the run starts at sigma = 80"):
+            assert torch.equal(run(denoiser, lazy, backend=backend), run(denoiser, x, backend=backend))
+
+
 def test_requests_name_a_latent_of_another_level() -> None:
     plan = fs.plan("ddim", fs.grid(fs.EDM(), 3))
     run = fs.MixedRun(fs.Denoiser(half, fs.EDM(), "sample"), [plan], (2, 64))

@@ -221,6 +221,7 @@ class TorchFrame:
     def bits(self, array: Array) -> np.ndarray:
         if array.requires_grad:
             array = array.detach()
+        array = array.resolve_neg()  # NumPy has no lazy negatives, which the imaginary part of a conjugate is
         stored = self._bits.get(array.dtype)
         bits: np.ndarray = (array if stored is None else array.view(stored)).contiguous().numpy()
         return bits
@@ -245,7 +246,7 @@ class TorchFrame:
         return self.torch.from_numpy(memory).view(getattr(self.torch, dtype))
 
     def to_numpy(self, array: Array) -> np.ndarray:
-        return np.array(array.detach().cpu().double().numpy())
+        return np.array(array.detach().cpu().double().resolve_neg().numpy())
 
     def detached(self, array: Array) -> Array:
         return array.detach()

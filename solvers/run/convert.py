@@ -29,7 +29,7 @@ class Converter:
                 return x
             return x if isinstance(self.model, TorchFrame) else self.model.array(outer.to_numpy(x), self.dtype)
         if isinstance(outer, TorchFrame) and isinstance(self.model, TorchFrame):
-            return x.to(getattr(outer.torch, self.dtype))
+            return x.to(getattr(outer.torch, self.dtype)).resolve_neg()
         return self.model.array(outer.to_numpy(x), self.dtype)
 
     def outside(self, values: Array, outer: Frame | None) -> Array:

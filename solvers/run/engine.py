@@ -19,7 +19,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
-from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned
+from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned, frame_of
 from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, explain, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
@@ -591,7 +591,8 @@ def outside_noise(noise: NoiseSource, draw: int, at: Point, to: Point, shape: tu
     Ask for it before the network is called: `noise` may write to the network's outputs, or resize them.
     """
     z = noise(draw, at, to, shape)
-    z = np.array(z.detach().cpu().double().numpy() if hasattr(z, "detach") else z)
+    frame = frame_of(z)
+    z = np.array(z) if frame is None else frame.to_numpy(z)
     if z.shape != shape:
         raise ValueError(f"noise returned shape {z.shape} for draw {draw}; the sample has shape {shape}")
     return z

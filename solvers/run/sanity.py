@@ -196,7 +196,7 @@ def _flat(x: Array) -> Array:
             x = x.float()
         if not x.is_cpu:
             return x.reshape(-1)
-        x = x.numpy()
+        x = x.resolve_neg().numpy()
     return x.reshape(-1) if x.itemsize >= 4 else x.reshape(-1).astype(np.float32)
 
 
