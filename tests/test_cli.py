@@ -644,6 +644,24 @@ def test_a_stochastic_solver_has_no_ode_end_point(comparison):
     assert all(e.step_us > 0 and e.seconds > 0 and np.isfinite(e.energy) for e in comparison.entries)
 
 
+@pytest.mark.parametrize("words", [("--model", "digits-exact", "--solvers", "ddim"), ("--model", "ring", "--all")])
+def test_the_letters_of_a_comparison_are_legible_in_a_page(cli, tmp_path, monkeypatch, words):
+    """At least 8.5 pixels high where the site shows the figure 850 pixels wide; the samples' rows say their calls."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from matplotlib.text import Text
+
+    figures, close = [], pyplot.close
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    assert cli("compare", *words, "--nfe", 8, "--n", 20, "--plot", tmp_path / "c.png")[0] == 0
+    (figure,) = figures
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    scale = 850.0 / (72.0 * figure.get_size_inches()[0])
+    assert min(text.get_fontsize() for text in texts) * scale >= 8.5
+    rows = list(dict.fromkeys(text.get_text() for text in texts if ", " in text.get_text()))
+    assert rows == ([] if "ring" in words else ["ddim, 8 calls", "reference, 100 calls"])
+    close("all")
+
+
 def test_compare_prints_a_table_writes_a_plot_and_json(cli, tmp_path):
     pytest.importorskip("matplotlib")
     words = ("compare", "--model", "gaussian", "--solvers", "ddim,ddpm", "--nfe", "4,8", "--n", 20)
