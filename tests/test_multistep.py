@@ -250,6 +250,14 @@ def test_the_order_of_each_step(rule, steps, zero, orders):
     assert [usable_order(grid, k, 3, rule) for k in range(steps)] == orders
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "bh1"}, {"order": 3, "variant": "vary_coeff"}])
+def test_a_first_step_from_alpha_0_is_not_corrected(options):
+    """Its h is infinite, for which the corrector's equations have no limit."""
+    grid = fs.grid(fs.Flow(3.0), 5, "linspace")
+    every, but_the_first = (fs.plan("unipc", grid, corrector=k, **options).stages for k in (True, range(1, 5)))
+    assert [stage.rows["x"] for stage in every] == [stage.rows["x"] for stage in but_the_first]
+
+
 def test_steps_from_alpha_0_are_no_history():
     grid = fs.grid(fs.Flow(3.0), 5, "linspace")
     assert grid.alpha[0] == 0.0

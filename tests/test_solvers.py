@@ -312,6 +312,8 @@ def test_strong_order_on_one_brownian_path(solver, options):
         ("dpmpp_2m", {"final_order": 3}, "final_order must be one of None, 1, 2, 'unipc', 'diffusers',"),
         ("heun", {"frame": "time"}, "frame must be one of 'sigma', 'flow', 'logsnr', got 'time'"),
         ("edm", {"s_churn": float("nan")}, "s_churn must be a number >= 0, got nan"),
+        ("gradient_estimation", {"gamma": math.inf}, "gamma must be a finite number, got inf"),
+        ("gradient_estimation", {"gamma": "2"}, "gamma must be a finite number, got '2'"),
         ("consistency", {"sigma_min": 1e9}, "sigma_min must be a number from 0 to"),
     ],
 )

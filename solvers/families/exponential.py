@@ -32,9 +32,6 @@ from fewstep.solvers.schedule.process import VP, Flow, Point
 
 History = dict[str, Row]
 
-# --- x0 prediction ---
-
-
 # --- what fits may add increments over ---
 
 PREDICTIONS = Memory(
@@ -49,6 +46,9 @@ NOISES = Memory(
     lambda grid, k, known, depth: shift_noise_history(grid.points[k], k, depth),
     lambda grid, k: -grid.points[k].sigma / grid.points[k].alpha,
 )
+
+
+# --- x0 prediction ---
 
 
 @solver("dpmpp_2m", memory=PREDICTIONS, spacing={VP: "logsnr"})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from fewstep.solvers.families.coordinates import pick_coordinates
 from fewstep.solvers.families.rows import plus
-from fewstep.solvers.options import flag
+from fewstep.solvers.options import flag, number
 from fewstep.solvers.plans.registry import solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
@@ -23,7 +24,7 @@ def gradient_estimation(
              flow models, sigma for others
     to_zero  True uses d_old in a step to sigma 0 too (the paper's code), False takes Euler's step (ComfyUI)
     """
-    if not (isinstance(gamma, int | float) and abs(gamma) < float("inf")):
+    if not math.isfinite(number(gamma)):
         raise ValueError(f"gamma must be a finite number, got {gamma!r}")
     flag("to_zero", to_zero)
     coords = pick_coordinates(grid, frame)
