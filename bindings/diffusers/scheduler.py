@@ -28,7 +28,7 @@ from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_nois
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
-from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
+from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over, move, remembered
 from fewstep.bindings.diffusers.update import Bound, Lone, Pool, empty_strided, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
@@ -868,7 +868,7 @@ def _fused_step(
         return None
     cursor, transition = found
     state = transition.before
-    memory = state.remembered(attributes)
+    memory = remembered(state.holders, attributes)
     if memory is None or any(type(tensor) is not Tensor or tensor.shape != shape for tensor in memory):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *memory)):
@@ -884,7 +884,9 @@ def _fused_step(
     else:
         cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
         rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
-    transition.apply(attributes, (x, raw, z, None, *memory, *rows))
+    attributes.update(transition.changed)
+    if transition.moves is not None:
+        move(transition.moves, attributes, (x, raw, z, None, *memory, *rows))
     cursor.state, cursor.fresh = transition.after, False
     if transition.last:
         self._shared.end(attributes)
@@ -898,15 +900,13 @@ class Usual:
     has what it needs of its transition.
 
     alike   tells whether other tensors (sample, output, timestep, memory) are like those of that step
-    before  the state, if it has a memory
     draws   whether the update draws fewstep's noise itself
     normal  shape, strides and dtype of torch's noise, where a step draws one contiguous tensor on the CPU
-    moves   the transition, if it changes the memory
     """
 
     __slots__ = (
-        "after", "alike", "before", "bound", "changed", "draw", "draws", "last", "moves", "normal", "options", "update",
-        "wrap",
+        "after", "alike", "bound", "changed", "draw", "draws", "holders", "last", "moves", "normal", "options",
+        "update", "wrap",
     )  # fmt: skip
 
     def __init__(
@@ -921,9 +921,8 @@ class Usual:
     ) -> None:
         assert isinstance(timestep, Tensor)
         self.options, self.alike = dict(options), guard((x, raw, timestep, *memory))
-        self.before = transition.before if memory else None
+        self.holders, self.moves = transition.before.holders, transition.moves
         self.after, self.changed, self.last = transition.after, transition.changed, transition.last
-        self.moves = transition if transition.moves else None
         self.wrap, self.draw = transition.wrap, transition.draw
         self.update = update = transition.update
         self.bound: Bound | None = None
@@ -947,15 +946,9 @@ class Usual:
         generator: Generator,
     ) -> object:
         """The result of a step; None if its tensors are not alike."""
-        memory: Sequence[Tensor] = ()
-        if self.before is None:
-            if not self.alike(x, raw, timestep):
-                return None
-        else:
-            held = self.before.remembered(attributes)
-            if held is None or not self.alike(x, raw, timestep, *held):
-                return None
-            memory = held
+        memory = remembered(self.holders, attributes) if self.holders else ()
+        if memory is None or not self.alike(x, raw, timestep, *memory):
+            return None
         z = None
         noise: Tensor | Streams | None = None
         if self.draw is not None:
@@ -972,10 +965,10 @@ class Usual:
             rows = self.bound.run(x, raw, noise, memory, cursor.pool)
         else:
             rows = self.update.run(x, raw, z, memory)
-        if self.moves is not None:
-            self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
-        elif self.changed:
+        if self.changed:
             attributes.update(self.changed)
+        if self.moves is not None:
+            move(self.moves, attributes, (x, raw, z, None, *memory, *rows))
         cursor.state, cursor.fresh = self.after, False
         if self.last:
             cursor.shared().end(attributes)
