@@ -639,13 +639,12 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             state = cursor.state
             if state is not None and cursor.live and type(timestep) is Tensor and type(sample) is Tensor:
                 usual = state.scaled.get(timestep.data_ptr() - cursor.first)
-                if (
-                    usual is not None
-                    and usual.scale_dtype is sample.dtype
-                    and not timestep.ndim
-                    and cursor.is_unedited()
-                ):
-                    return _scale(attributes, cursor, usual, sample)
+                if usual is not None and usual.scale_dtype is sample.dtype and not timestep.ndim:
+                    for tensor, version in cursor.schedule:  # `is_unedited` without a call
+                        if tensor._version != version:
+                            break
+                    else:
+                        return _scale(attributes, cursor, usual, sample)
             found = None
             self._shared.follow(attributes, timestep)
             if not attributes[CURSOR].live:
