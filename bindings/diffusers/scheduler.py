@@ -28,7 +28,7 @@ from fewstep.bindings.diffusers.interface import Scheduler, Timestep, check_nois
 from fewstep.bindings.diffusers.noise import Generator, Streams, take_seed
 from fewstep.bindings.diffusers.probe import NOISE, PREDICTED, Call, Draw, NotAffineError, get, places, put, unshared
 from fewstep.bindings.diffusers.schedules import Schedule, Trace, arguments, contents, noting, watched
-from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over
+from fewstep.bindings.diffusers.transition import STATES, Digests, State, Transition, is_over, move, remembered
 from fewstep.bindings.diffusers.update import Bound, Lone, Pool, empty_strided, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
 from fewstep.solvers.cache import Cache
@@ -651,13 +651,12 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
             state = cursor.state
             if state is not None and cursor.live and type(timestep) is Tensor and type(sample) is Tensor:
                 usual = state.scaled.get(timestep.data_ptr() - cursor.first)
-                if (
-                    usual is not None
-                    and usual.scale_dtype is sample.dtype
-                    and not timestep.ndim
-                    and cursor.is_unedited()
-                ):
-                    return _scale(attributes, cursor, usual, sample)
+                if usual is not None and usual.scale_dtype is sample.dtype and not timestep.ndim:
+                    for tensor, version in cursor.schedule:  # `is_unedited` without a call
+                        if tensor._version != version:
+                            break
+                    else:
+                        return _scale(attributes, cursor, usual, sample)
             found = None
             self._shared.follow(attributes, timestep)
             if not attributes[CURSOR].live:
@@ -882,7 +881,7 @@ def _fused_step(
         return None
     cursor, transition = found
     state = transition.before
-    memory = state.remembered(attributes)
+    memory = remembered(state.holders, attributes)
     if memory is None or any(type(tensor) is not Tensor or tensor.shape != shape for tensor in memory):
         return None
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, raw, *memory)):
@@ -898,7 +897,9 @@ def _fused_step(
     else:
         cursor.levels = levels = tokens.Levels.of(self.sigmas, cursor.levels)
         rows = [tokens.step(self, levels, tokens_at, raw, x, z)]
-    transition.apply(attributes, (x, raw, z, None, *memory, *rows))
+    attributes.update(transition.changed)
+    if transition.moves is not None:
+        move(transition.moves, attributes, (x, raw, z, None, *memory, *rows))
     cursor.state, cursor.fresh = transition.after, False
     if transition.last:
         self._shared.end(attributes)
@@ -912,15 +913,13 @@ class Usual:
     has what it needs of its transition.
 
     alike   tells whether other tensors (sample, output, timestep, memory) are like those of that step
-    before  the state, if it has a memory
     draws   whether the update draws fewstep's noise itself
     normal  shape, strides and dtype of torch's noise, where a step draws one contiguous tensor on the CPU
-    moves   the transition, if it changes the memory
     """
 
     __slots__ = (
-        "after", "alike", "before", "bound", "changed", "draw", "draws", "last", "moves", "normal", "options", "update",
-        "wrap",
+        "after", "alike", "bound", "changed", "draw", "draws", "holders", "last", "moves", "normal", "options",
+        "update", "wrap",
     )  # fmt: skip
 
     def __init__(
@@ -935,9 +934,8 @@ class Usual:
     ) -> None:
         assert isinstance(timestep, Tensor)
         self.options, self.alike = dict(options), guard((x, raw, timestep, *memory))
-        self.before = transition.before if memory else None
+        self.holders, self.moves = transition.before.holders, transition.moves
         self.after, self.changed, self.last = transition.after, transition.changed, transition.last
-        self.moves = transition if transition.moves else None
         self.wrap, self.draw = transition.wrap, transition.draw
         self.update = update = transition.update
         self.bound: Bound | None = None
@@ -961,15 +959,9 @@ class Usual:
         generator: Generator,
     ) -> object:
         """The result of a step; None if its tensors are not alike."""
-        memory: Sequence[Tensor] = ()
-        if self.before is None:
-            if not self.alike(x, raw, timestep):
-                return None
-        else:
-            held = self.before.remembered(attributes)
-            if held is None or not self.alike(x, raw, timestep, *held):
-                return None
-            memory = held
+        memory = remembered(self.holders, attributes) if self.holders else ()
+        if memory is None or not self.alike(x, raw, timestep, *memory):
+            return None
         z = None
         noise: Tensor | Streams | None = None
         if self.draw is not None:
@@ -986,10 +978,10 @@ class Usual:
             rows = self.bound.run(x, raw, noise, memory, cursor.pool)
         else:
             rows = self.update.run(x, raw, z, memory)
-        if self.moves is not None:
-            self.moves.apply(attributes, (x, raw, z, None, *memory, *rows))
-        elif self.changed:
+        if self.changed:
             attributes.update(self.changed)
+        if self.moves is not None:
+            move(self.moves, attributes, (x, raw, z, None, *memory, *rows))
         cursor.state, cursor.fresh = self.after, False
         if self.last:
             cursor.shared().end(attributes)

@@ -27,11 +27,30 @@ from fewstep.solvers.cache import MIB, Cache
 PLAIN = frozenset({bool, int, float, str, bytes, type(None), torch.dtype, torch.device, Size})
 
 
+# The attributes that hold the memory: the name, the length of the list, 0 if it is none, and the places in the list.
+Holders = tuple[tuple[str, int, tuple[int, ...]], ...]
+
+
+def remembered(holders: Holders, attributes: Mapping[str, Any]) -> list[Tensor] | None:
+    """What these attributes hold in the places of the memory; None if a list of theirs has another length."""
+    found: list[Tensor] = []
+    for name, length, places in holders:
+        value = attributes[name]
+        if not length:
+            found.append(value)
+        elif len(value) != length:
+            return None
+        else:
+            for i in places:
+                found.append(value[i])
+    return found
+
+
 class State:
     """A scheduler's state, and the transitions known from it.
 
     attributes  on the CPU, with None in place of the memory and of a Brownian path, so that no image is kept alive
-    memory      the places of the memory's tensors
+    memory      the places of the memory's tensors; holders: the same by attribute
     dtypes      in which the parent holds them; a twin's own are wider
     calls       key of a call -> its transition, or why it has none
     usual       offset of a timestep in its tensor -> the latest step made there
@@ -48,32 +67,19 @@ class State:
     ) -> None:
         self.cls, self.memory, self.dtypes = cls, tuple(memory), tuple(dtypes)
         self.attributes = dict(attributes)
-        self._holders: dict[str, tuple[int, list[int]]] = {}  # length, and where the memory is; 0 if it is no list
+        holders: dict[str, tuple[int, list[int]]] = {}
         for name, i in memory:
-            holder = self._holders.setdefault(name, (0 if i is None else len(self.attributes[name]), []))
+            holder = holders.setdefault(name, (0 if i is None else len(self.attributes[name]), []))
             holder[1].extend([] if i is None else [i])
+        self.holders: Holders = tuple((name, length, tuple(places)) for name, (length, places) in holders.items())
         self.calls: dict[Hashable, Transition | NotAffineError] = {}
         self.usual: dict[int, Any] = {}
         self.scaled: dict[int, Transition] = {}
         self.added: dict[Hashable, Any] = {}
 
-    def remembered(self, attributes: Mapping[str, Any]) -> list[Tensor] | None:
-        """What these attributes hold in the places of the memory; None if a list of theirs has another length."""
-        found: list[Tensor] = []
-        for name, (length, places) in self._holders.items():
-            value = attributes[name]
-            if not length:
-                found.append(value)
-            elif len(value) != length:
-                return None
-            else:
-                for i in places:
-                    found.append(value[i])
-        return found
-
     def describes(self, attributes: Mapping[str, Any]) -> bool:
         """Whether these attributes, once of this state, still hold memory in its places."""
-        found = self.remembered(attributes)
+        found = remembered(self.holders, attributes)
         return found is not None and all(isinstance(tensor, Tensor) for tensor in found)
 
     def hand_over(self, attributes: dict[str, Any]) -> None:
@@ -100,6 +106,10 @@ class State:
         return 4096 + sum(v.nbytes for v in held if isinstance(v, (Tensor, np.ndarray)))
 
 
+# Names of lists to copy; names of attributes to set and their indices in a pool; the same in lists: name, place, index.
+Moves = tuple[list[str], list[tuple[str, int]], list[tuple[str, int, int]]]
+
+
 class Transition:
     """One call from one state: a map from [x, raw, z, m, *memory] to the call's results and the memory afterwards.
 
@@ -108,8 +118,7 @@ class Transition:
     after    the state after the call
     sources  for each tensor of the memory afterwards, its index in [x, raw, z, m, *memory before, *new rows]
     changed  the attributes, other than memory, that the call changes
-    lists    the changed attributes that are lists
-    moves    whether it changes the memory or lists
+    moves    what it does to the memory and to lists, see `move`; None if nothing
     last     whether it is the last step of the schedule
     factor   that of scale_model_input, None if it is 1; scale_dtype is the dtype of its result
     """
@@ -139,28 +148,27 @@ class Transition:
             if not isinstance(value, Size)  # the shape of the basis vectors, not of the sample
             and not (_places(name, before) == _places(name, after) and _equal(value, before.attributes.get(name, ...)))
         }
-        self.lists = [name for name, value in self.changed.items() if isinstance(value, list)]
+        lists = [name for name, value in self.changed.items() if isinstance(value, list)]
         stays = set(zip(before.memory, count(MEMORY), strict=False))
         moved = [pair for pair in zip(after.memory, self.sources, strict=True) if pair not in stays]
-        self._single = [(name, i) for (name, at), i in moved if at is None]
-        self._listed = [
-            (place, i)
-            for place, i in zip(after.memory, self.sources, strict=True)
-            if place[1] is not None and ((place, i) in moved or place[0] in self.changed)
+        single = [(name, i) for (name, at), i in moved if at is None]
+        listed = [
+            (name, at, i)
+            for (name, at), i in zip(after.memory, self.sources, strict=True)
+            if at is not None and (((name, at), i) in moved or name in self.changed)
         ]
-        self.moves = bool(self.lists or self._single or self._listed)
+        self.moves = (lists, single, listed) if lists or single or listed else None
 
-    def apply(self, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
-        """Set a scheduler's attributes as the call leaves them. pool: the sources and the new rows, as tensors."""
-        attributes.update(self.changed)
-        if not self.moves:
-            return
-        for name in self.lists:
-            attributes[name] = attributes[name].copy()
-        for name, i in self._single:
-            attributes[name] = pool[i]
-        for (name, at), i in self._listed:
-            attributes[name][at] = pool[i]
+
+def move(moves: Moves, attributes: dict[str, Any], pool: Sequence[Any]) -> None:
+    """Set the memory of a scheduler as a call leaves it. pool: the sources and the new rows, as tensors."""
+    lists, single, listed = moves
+    for name in lists:
+        attributes[name] = attributes[name].copy()
+    for name, i in single:
+        attributes[name] = pool[i]
+    for name, at, i in listed:
+        attributes[name][at] = pool[i]
 
 
 def is_over(attributes: Mapping[str, Any], time: Timestep) -> bool:
