@@ -14,7 +14,7 @@ from fewstep.solvers.plans.ends import step_ends
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, TorchFrame, frame_of
 from fewstep.solvers.run.denoising import Call, Condition, time_dtype
-from fewstep.solvers.schedule.process import Point, Process
+from fewstep.solvers.schedule.process import Point, Process, points
 
 
 class FlowMapDenoiser(Denoiser):
@@ -55,7 +55,7 @@ class FlowMapDenoiser(Denoiser):
         low = self.process.sigma_min
         if self.predicts == "edm" and np.any(below := to.sigma < low * to.alpha):
             least = self.process.point_at_sigma(low)
-            to = Point(*(np.where(below, *pair)[()] for pair in zip(least, to, strict=True)))
+            to = points(*(np.where(below, *pair)[()] for pair in zip(least, to, strict=True)))
         return self.time(to)
 
     def for_plan(self, plan: Plan) -> Self:

@@ -19,7 +19,7 @@ from fewstep.solvers.distill.network import derivative_along, inputs_at, noised,
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, at_points, time_dtype
 from fewstep.solvers.schedule.process import FloatArray as Array
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import Point, points
 
 Cond = Mapping[str, Any] | None
 
@@ -46,9 +46,9 @@ def with_end(student: FlowMapLike, cond: Cond, to: Point, like: Tensor) -> dict[
             f"the student is a {type(student).__name__}: a network of two times is a "
             "fewstep.bindings.flow_map.FlowMapDenoiser"
         )
-    to = Point(*map(np.atleast_1d, to))
-    if len(to.t) != len(like):
-        raise ValueError(f"end holds {len(to.t)} points for a batch of {len(like)}: give one for each sample")
+    to = points(*map(np.atleast_1d, to))
+    if np.size(to.t) != len(like):
+        raise ValueError(f"end holds {np.size(to.t)} points for a batch of {len(like)}: give one for each sample")
     frame = TorchFrame(like.device)
     dtype = time_dtype(student, student.model_dtype(frame.dtype_of(like)))
     return {**(cond or {}), student.end: frame.array(at_points(student.end_time, to), dtype)}

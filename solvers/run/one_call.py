@@ -79,7 +79,7 @@ def _key(denoiser: DenoiserLike, state: str, frame: Frame, layout: Hashable, *ot
         own = exactly([value for name, value in settings.items() if name not in ("model", "null")])
         reference = weakref.ref(denoiser)  # once its denoiser is gone, it equals no other
         hash(reference)
-        made_for = frame.name, frame.device, denoiser.model_dtype(state), inference(frame)
+        made_for: tuple[Hashable, ...] = frame.name, frame.device, denoiser.model_dtype(state), inference(frame)
         if hasattr(denoiser, "for_plan"):  # the sampler keeps both alive, and with them their identities
             made_for = (*made_for, id(denoiser.model), id(denoiser.null))
         return layout, id(denoiser), reference, type(denoiser), *settings, *own, *made_for, state, *exactly(others)
