@@ -40,7 +40,7 @@ $(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
 
 test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
 	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
-		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py
+		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py tests/test_device_script.py
 
 # No part of `test`: the emulator is in tinygrad's repository and in no package, and needs clang.
 TINYGRAD ?= ../tinygrad

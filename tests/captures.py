@@ -180,15 +180,14 @@ class FakeGraph:
 
     def reset(self) -> None:
         self.cuda.log.append("reset")
-        if self.recorded:
-            self.cuda.release(self.pool)
-            with contextlib.suppress(RuntimeError):  # torch warns
-                self.cuda.allow(False)
-        self.recorded = False
+        self.__del__()
 
     def __del__(self) -> None:
         if self.recorded:
-            self.reset()
+            self.recorded = False
+            self.cuda.release(self.pool)
+            with contextlib.suppress(RuntimeError):  # torch warns
+                self.cuda.allow(False)
 
 
 class FakeCuda:

@@ -89,7 +89,12 @@ def test_all_of_it_runs(tree: Path, tmp_path: Path) -> None:
     out, wheels = tmp_path / "out", tmp_path / "wheels"
     wheels.mkdir()
     wheel(wheels)
-    tests = ["test_other_strides", "test_replays_are_the_eager_bits[dpmpp_2m_sde-loop]"]
+    # With those that replace or read the package's own parts, which break without notice where no GPU runs them.
+    tests = [
+        "test_other_strides", "test_replays_are_the_eager_bits[dpmpp_2m_sde-loop]",
+        "test_new_numbers_need_no_new_capture[loop]", "test_one_graph_for_plans_of_any_length",
+        "test_a_failed_capture_leaves_torch_usable",
+    ]  # fmt: skip
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -115,4 +120,4 @@ def test_all_of_it_runs(tree: Path, tmp_path: Path) -> None:
     assert f"of {sum(row['budget'] is not None for row in told['rows'])} budgets met" in done.stdout
     for name in ("small", "large", "tests", "sanitizer"):
         assert (out / f"{name}.log").stat().st_size > 0
-    assert "2 passed" in (out / "tests.log").read_text()
+    assert f"{len(tests)} passed" in (out / "tests.log").read_text()
