@@ -761,3 +761,22 @@ def test_arguments_of_other_types_are_named_before_any_call(name, change, messag
     arguments = {"model": model, "x": 3.0 * torch.ones(2, 3), "sigmas": torch.tensor([3.0, 1.0, 0.0]), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         getattr(kd, name)(**arguments)
+
+
+def test_an_ancestral_step_down_to_zero_is_noised_up_again():
+    """At eta = 1.5 both steps go down to 0: x is the first prediction at noise level 3, then the second at level 1."""
+    x = torch.full((1, 3), 10.0, dtype=torch.float64)
+    sigmas = torch.tensor([10.0, 3.0, 1.0], dtype=torch.float64)
+    predictions = []
+
+    def model(x, sigma):
+        predictions.append(0.5 * torch.tanh(x))
+        return predictions[-1]
+
+    for name in ("euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral"):
+        predictions.clear()
+        ones = lambda sigma, sigma_next: torch.ones_like(x)  # noqa: E731
+        found = getattr(kd, f"sample_{name}")(model, x, sigmas, eta=1.5, noise_sampler=ones)
+        first = 0.5 * math.tanh(10.0) + 3.0
+        torch.testing.assert_close(found, torch.full_like(x, 0.5 * math.tanh(first) + 1.0))
+        assert len(predictions) == 2

@@ -406,7 +406,7 @@ class Cursor:
         self.taken = 0
         self.new, self.shared = new, shared
 
-    def locate(self, parent: type[Scheduler], attributes: Mapping[str, Any]) -> State:
+    def locate(self, parent: type[Scheduler], attributes: dict[str, Any]) -> State:
         """The state that the attributes describe. Raises NotAffineError for an attribute of unreadable content."""
         self.let_go(attributes)
         self.lone = None
