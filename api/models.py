@@ -95,7 +95,7 @@ def own_denoiser(name: str) -> tuple[Any, Condition]:
     given: Condition = None
     if isinstance(made, tuple) and len(made) == 2:
         made, given = made
-    network = made.model if isinstance(made, Denoiser) else made
+    network: Any = made.model if isinstance(made, Denoiser) else made
     if callable(getattr(network, "eval", None)):
         network.eval()
     return made, given
