@@ -34,6 +34,10 @@ ELSE = (
     "There is no folder of that name either: fewstep sample takes that of a student, which holds student.json and "
     "weights; every command with --model also takes FILE.py:FUNCTION"
 )
+STUDENTS = (
+    "is a folder. Only fewstep sample takes that of a student, which samples by its own plans; its teacher is a model "
+    "for every command, as FILE.py:FUNCTION"
+)
 DRAWN = 4096  # samples that stand for the data of an exact problem
 POINTS = 1000  # of them in a picture
 
@@ -91,7 +95,7 @@ def own_denoiser(name: str) -> tuple[Any, Condition]:
     given: Condition = None
     if isinstance(made, tuple) and len(made) == 2:
         made, given = made
-    network = made.model if isinstance(made, Denoiser) else made
+    network: Any = made.model if isinstance(made, Denoiser) else made
     if callable(getattr(network, "eval", None)):
         network.eval()
     return made, given
@@ -186,6 +190,8 @@ def check_model(
         raise ValueError(f"--model {shown(name)}: name the function that makes the denoiser, FILE.py:FUNCTION")
     if not own and shape is not None:
         raise ValueError(f"--shape: --model {shown(name)} has its own; only FILE.py:FUNCTION takes one")
+    if is_student(name):
+        raise ValueError(f"--model {shown(name)} {STUDENTS}")
     if not own and name not in MODELS:
         text = unknown("model", name, tuple(MODELS))
         raise ValueError(f"{text.removesuffix('?')}{'?' if text.endswith('?') else '.'} {ELSE}")

@@ -325,7 +325,7 @@ class Denoiser:
                 return state if parameter is None else dtype_name(parameter.dtype)
         parameters = getattr(self.model, "parameters", None)
         floating = (p for p in parameters() if p.is_floating_point()) if callable(parameters) else iter(())
-        first = next(floating, None)
+        first: Any = next(floating, None)
         if first is not None:
             return dtype_name(first.dtype)
         # A function of a float32 network takes the float32 states of samplers as they are; not those of `fewstep.tune`.

@@ -445,6 +445,23 @@ def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("command", ["compare", "recommend", "tune", "sample-plan"])
+def test_a_students_folder_is_no_unknown_name(cli, tmp_path, command):
+    """`fewstep sample` takes it; the others say so, instead of that there is none and of a name like it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "plan.json").write_text("{}")
+    words = {
+        "recommend": ("--nfe", 4),
+        "tune": ("--out", tmp_path / "p.json"),
+        "sample-plan": (tmp_path / "plan.json",),
+    }
+    code, printed, errors = cli(command, *words.get(command, ()), "--model", tmp_path / "run")
+    assert (code, printed) == (1, "")
+    assert f"--model {tmp_path / 'run'} is a folder. Only fewstep sample takes that of a student" in errors
+    assert "did you mean" not in errors
+    assert errors.count("\n") == 1
+
+
 def test_a_folder_without_a_students_record_is_refused(cli, tmp_path):
     (tmp_path / "run").mkdir()
     code, _, errors = cli("sample", "--model", tmp_path / "run", "--out", tmp_path / "x.npz")

@@ -127,7 +127,7 @@ def measure(
                       str(line.steps), *errors)  # fmt: skip
     OUT.print(table)
     say(r)
-    given = {"model": model, "shape": own_shape, "guidance": guidance}
+    given: dict[str, Any] = {"model": model, "shape": own_shape, "guidance": guidance}
     file = "samples.png" if drawable(chosen.shape) else "samples.npz"
     if out is not None:
         words = command_line("fewstep sample-plan", shlex.quote(str(out)), **given, out=file)
@@ -159,7 +159,7 @@ def shown_value(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def command_of(r: Recommendation, *, guidance: float | None, out: str | None = None, **model: str | None) -> str:
+def command_of(r: Recommendation, guidance: float | None, *, out: str | None = None, **model: str | None) -> str:
     """The command that samples by a recommendation."""
     words = [command_line("fewstep sample", **model, solver=r.solver, steps=r.steps, spacing=r.spacing)]
     words += [f"--option {k}={shown_value(v)}" for k, v in r.options.items()]

@@ -150,7 +150,7 @@ def plan(solver: str, grid: Grid, *, s_noise: float = 1.0, dtype: str = "float32
             raise TypeError(f"solver {solver!r} has no option {name!r}; it takes: {takes}")
     options = {name: plain(value) for name, value in options.items()}
     try:
-        stages = entry.build(grid, **options)
+        stages: object = entry.build(grid, **options)
         if not isinstance(stages, Iterable):
             kind = type(stages).__name__
             raise PlanError(f"the builder of solver {solver!r} returned {kind}: it must yield stages, or return some")
