@@ -23,7 +23,7 @@ from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.candidates import fit_steps
-from fewstep.solvers.tune.tuning import check_times, reference_grid
+from fewstep.solvers.tune.study import check_times, reference_grid
 
 REFERENCE_SOLVER = "UniPC-3"
 REFERENCE_CALLS = 100  # of the reference solution; half as many give its own error
