@@ -222,6 +222,7 @@ def test_a_draw_in_the_middle_of_a_grid_is_warned_of() -> None:
         fs.sample_adaptive(denoiser, shape=(2, 2), sigma_max=1.0, seed=0)
     # Asked for, or given: no warning.
     np.testing.assert_array_equal(fs.Sampler(denoiser, tail, shape=(2, 2), check=False)(seed=0), drawn)
+    fs.sample_adaptive(denoiser, shape=(2, 2), sigma_max=1.0, seed=0, check=False)
     sampler(tail.start.alpha + tail.start.sigma * np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32))
 
 
@@ -286,6 +287,7 @@ def test_adaptive_steps_name_a_latent_of_another_level(backend: str, library: st
     x = unit(64, 2)
     run(80.0 * x)  # warnings are errors here
     run(3.0 * x, sigma_max=3.0)
+    run(x, check=False)
     with pytest.warns(
         RuntimeWarning, match=r"0\.\d+, but the run starts at sigma = 80: pass x = 80 \* standard"
     ) as caught:

@@ -783,7 +783,7 @@ def test_the_report_in_its_short_version(tmp_path, capsys):
     arguments = ["--quick", "--only", "digits", "--out", str(tmp_path)]
     assert tune_report.main(arguments) == 0
     text = capsys.readouterr().out
-    assert "### digits U-Net" in text
+    assert "## digits U-Net" in text
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     (row,) = rows
     found = {name: row["entries"][name] for name in ("tuned", "oracle", "diffusers 2M Karras", "diffusers UniPC")}

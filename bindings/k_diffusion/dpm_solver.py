@@ -142,5 +142,6 @@ def sample_dpm_adaptive(
             final_zero=False,
             noise=noise,
             callback=after,
+            check=False,  # as for the other names
         )
     return (result.x[0], info) if return_info else result.x[0]

@@ -372,6 +372,7 @@ def sample_adaptive(
     edit_x0: Edit | Sequence[Edit] | None = None,
     every: str = "step",
     callback: Callable[[AttemptInfo], object] | None = None,
+    check: bool | None = None,
 ) -> AdaptiveResult:
     """Draw samples with adaptive steps, chosen for each sample to meet a tolerance.
 
@@ -396,6 +397,8 @@ def sample_adaptive(
     edit, edit_x0  as for `Sampler`, called for one sample at a time, which stands at a point of its own: `edit` after
               each accepted step, `edit_x0` after each call. every="stage" is refused: an attempt may be rejected
     callback  called with an `AttemptInfo` after each attempt; may raise to stop
+    check     warn of a given latent of another level than sigma_max, and refuse one that is not finite: by default on
+              the CPU only. False also keeps quiet of a latent drawn in the middle of the process
 
     The error is controlled per step. On Gaussian mixtures the end point is within 5 tolerances of the exact one
     for DPM-Solver, within 100 for dormand_prince, whose long steps pay off at tolerances of 1e-5 and below.
@@ -420,6 +423,8 @@ def sample_adaptive(
     flag("final_zero", final_zero)
     function("noise", noise, optional=True)
     function("callback", callback, optional=True)
+    if check is not None:
+        flag("check", check)
     if every == "stage":
         raise ValueError(
             "every='stage' edits inside of an attempt, which may be rejected: use every='step', called after each "
@@ -450,8 +455,9 @@ def sample_adaptive(
     warn_if_training(denoiser.networks)
     first, last = ends.points
     if x is None or outer is None:
-        warn_of_middle(process, first)
-    elif outer.device == "cpu":
+        if check is not False:
+            warn_of_middle(process, first)
+    elif outer.device == "cpu" if check is None else check:
         Limits.between(process, first, last, sizes, "process.point_at_sigma(sigma_max).sigma").check_latent(x)
     batch = Batch(denoiser, model, pick_backend(backend, model, *dtypes), state, sizes, cond)
     streams = philox.streams(secrets.randbits(63) if seed is None else seed, sizes[0], first_sample)
