@@ -100,6 +100,7 @@ def test_the_loops_compile_to_one_graph_and_agree(solver: str, student: fs.Denoi
     """No data-dependent control flow, so that a CUDA graph can capture it."""
     plan = fs.plan(solver, grid)
     module = SamplerModule(student, plan)
+    torch._dynamo.reset()  # a function has eight graphs at most, those of other tests included
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = grid.sigma[0] * torch.randn((3, 2), generator=torch.Generator().manual_seed(0))
     streams = torch.from_numpy(philox.streams(5, 3).astype(np.int64))
@@ -155,6 +156,7 @@ def test_parallel_and_compiled_students_have_the_plain_ones_gradient(
             torch.testing.assert_close(p.grad, g, rtol=1e-5, atol=1e-7)
     finally:
         torch.distributed.destroy_process_group()
+    torch._dynamo.reset()  # a function has eight graphs at most, those of other tests included
     compiled = torch.compile(plain, backend="aot_eager")
     for p in plain.parameters():
         p.grad = None

@@ -59,6 +59,7 @@ def test_module_gives_the_samplers_bits(solver, dtype, clip, guidance):
 def test_compiled_without_a_graph_break():
     loop = SamplerModule(fs.Denoiser(Net(), VP, "v"), fs.plan("dpmpp_2m_sde", fs.grid(VP, 4)))
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch._dynamo.reset()  # a function has eight graphs at most, those of other tests included
     compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x, streams(3, 3)), loop(x, streams(3, 3)))
@@ -83,6 +84,7 @@ def test_guided_with_nested_conditions_it_compiles_without_a_graph_break(batched
         return {"shift": own, "added": {"pooled": 2.0 * own, "layers": [own[:1], "text"]}}
 
     both = cond(0.1), cond(0.4)
+    torch._dynamo.reset()  # a function has eight graphs at most, those of other tests included
     compiled = torch.compile(loop, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(found := compiled(x, cond=both), loop(x, cond=both))
