@@ -190,9 +190,9 @@ def _widest_vectors(typingctx):
     return types.none(), codegen
 
 
-# widest_vectors() in a function: its loops become code with the widest vectors that the processor has. LLVM takes half
-# of them on Intel's with 512 bits, on which Philox and Box-Muller then take 1.7 times as long (loops that wait for L1,
-# as those of a stage do, are a tenth faster so).
+# widest_vectors() in a function: its loops become code with the widest vectors that the processor has. On Intel's with
+# 512 bits LLVM takes half of each, with which Philox and Box-Muller take 1.7 times as long. Loops that wait for L1, as
+# those of a stage do, are a tenth faster with half.
 widest_vectors: Kernel = cast(Kernel, _widest_vectors)
 
 

@@ -16,7 +16,7 @@ from fewstep.kernels import layout
 from fewstep.kernels.interpreted import LANES
 from fewstep.kernels.numba_bits import jit
 from fewstep.kernels.numba_noise import CHUNK, SCRATCH, aligned, fill_blocks
-from fewstep.kernels.numba_step import combine, load, prediction_terms
+from fewstep.kernels.numba_step import bytes_of, combine, load, prediction_terms
 
 _SLOTS, _RAWS = layout.SLOTS, layout.RAWS
 _MIX_A, _MIX_B, _FIXED, _SCALED, _PROJECTED = (
@@ -27,7 +27,7 @@ _MIX_A, _MIX_B, _FIXED, _SCALED, _PROJECTED = (
     layout.PROJECTED,
 )
 _PHI, _RADIUS = layout.PHI, layout.RADIUS
-_BYTES = (4, 8, 2, 2)  # of launch.KINDS
+
 _PART = 256  # elements of a sample whose errors are computed before they are summed
 
 
@@ -66,7 +66,7 @@ def blend(memory, blends, p):
                 if row[_MIX_A + j] != 0.0 or row[_MIX_B + j] != 0.0:
                     place = 0 if j == 0 else words.RAW + j - 1
                     kind = memory[words.X_KIND if j == 0 else words.RAW_KIND + j - 1]
-                    load(memory[place] + (b * n + start) * _BYTES[kind], kind, scratch[j, :m])
+                    load(memory[place] + (b * n + start) * bytes_of(kind), kind, scratch[j, :m])
             for k in range(2):
                 combine(mixes.ctypes.data + k * LANES * 8, m, k, counts, numbers, source, at)
             if start == 0:

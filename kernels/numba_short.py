@@ -18,7 +18,7 @@ from numba.np.numpy_support import carray
 from fewstep.kernels import launch as words
 from fewstep.kernels import layout
 from fewstep.kernels.numba_bits import jit, on_stack, pointer
-from fewstep.kernels.numba_step import load, store
+from fewstep.kernels.numba_step import bytes_of, load, store
 
 _COLUMNS, _RAW, _PREDICTION, _NOISE = layout.COLUMNS, layout.RAW, layout.PREDICTION, layout.NOISE
 _OUTPUT, _PLACES, _CHUNK = words.SHORT_OUTPUT, words.SHORT_KIND, words.SHORT_CHUNK
@@ -64,7 +64,7 @@ def _short(dtype, size):
                 source[j] = at[j] if j == _PREDICTION else at[j] + lo * size
                 if converts and at[j] != 0 and kind != own_kind:
                     source[j] = scratch + j * _PART * size
-                    load(at[j] + lo * _width(kind), kind, carray(pointer(source[j], dtype), (length,)))
+                    load(at[j] + lo * bytes_of(kind), kind, carray(pointer(source[j], dtype), (length,)))
             for row in range(-1 if m[words.P] != 0 else 0, rows):  # row -1 is the prediction
                 kind = own_kind if row < 0 else given[_PLACES + _OUTPUT + row]
                 target = source[_PREDICTION] if row < 0 else at[_OUTPUT + row] + lo * size
@@ -110,15 +110,9 @@ def _short(dtype, size):
                         v = -bound if v < -bound else v
                         out[i] = v * gain
                 if kind != own_kind:
-                    store(out, dtype(1.0), at[_OUTPUT + row] + lo * _width(kind), kind)
+                    store(out, dtype(1.0), at[_OUTPUT + row] + lo * bytes_of(kind), kind)
 
     return short
-
-
-@jit(forceinline=True)
-def _width(kind):
-    """Bytes of a number of launch.KINDS[kind]."""
-    return 8 if kind == 1 else (4 if kind == 0 else 2)
 
 
 # By the state's dtype.

@@ -41,6 +41,12 @@ _ON_STACK = 256  # elements of a chunk up to which a stage allocates nothing
 _INTEGERS, _COEFFICIENTS, _SCRATCH = (_OUTPUTS + 5) * _COLUMNS, (_OUTPUTS + 1) * _COLUMNS, (_RAWS + 3) * _ON_STACK
 
 
+@jit(forceinline=True)
+def bytes_of(kind):
+    """Of a number of launch.KINDS[kind]."""
+    return 8 if kind == _FLOAT64 else (4 if kind == _FLOAT32 else 2)
+
+
 @jit()
 def load(address, kind, out):
     """The numbers at an address, of launch.KINDS[kind], in the dtype of `out`."""
@@ -296,7 +302,7 @@ def _stage(dtype, size):
         limit = carray(pointer(memory[words.LIMIT], dtype), (own_limit * 4,))
         streams = carray(pointer(memory[words.STREAMS], np.uint32), (samples, 3))
         draws, predicts, model = memory[words.STREAMS] != 0, own_p > 0, memory[words.MODEL]
-        width = 8 if model == _FLOAT64 else (4 if model == _FLOAT32 else 2)
+        width = bytes_of(model)
         # Chunks of what is not in memory in the state's dtype: of raws and x, of the prediction, of the noise.
         converts = False
         for j in range(_RAWS):
@@ -349,8 +355,7 @@ def _stage(dtype, size):
                     kind, column = memory[words.X_KIND + (j + 1) % (_RAWS + 1)], _SLOTS + j if j < _RAWS else 0
                     if memory[column] != 0 and kind != own_kind:
                         at[column] = kept + j * room * size
-                        width_in = 8 if kind == _FLOAT64 else (4 if kind == _FLOAT32 else 2)
-                        load(memory[column] + offset * width_in, kind, carray(pointer(at[column], dtype), (m,)))
+                        load(memory[column] + offset * bytes_of(kind), kind, carray(pointer(at[column], dtype), (m,)))
             at[_PREDICTION] = kept + (_RAWS + 1) * room * size
             at[_PREDICTION + 1] = memory[words.NOISE] + offset * size
             if draws:

@@ -210,6 +210,32 @@ def inside(a: np.ndarray, b: np.ndarray, bound: np.ndarray) -> None:
     assert (np.abs(a.astype(np.float64) - b.astype(np.float64)) <= bound).all()
 
 
+def meets_its_definition(case: Case) -> None:
+    """The outputs are those of the equation and of the naive stage, the model inputs those of the first output.
+
+    Nothing beside them was written.
+    """
+    structure, kernel = case.structure, case.kernel
+    exact, sums = definition(case)
+    eps = float(np.finfo(NUMPY[structure.state]).eps)
+    limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
+    edit = None if kernel["edit"] is None else [*map(torch.from_numpy, kernel["edit"])]
+    twin = naive.step(case.slots, case.raws, kernel["w"], z=case.z, p=kernel["p"], limit=limit, edit=edit)
+    for out, other, true, size in zip(kernel["outputs"], twin, exact, sums, strict=True):
+        assert other.dtype == TORCH[structure.state]
+        inside(out, other.numpy(), 4.0 * eps * size)
+        inside(out, true, (layout.COLUMNS + 6) / 2.0 * eps * size)
+
+    x = kernel["outputs"][0]
+    scaled = torch.from_numpy(x * np.broadcast_to(kernel["c_in"], len(x))[:, None])
+    rounded = bits(scaled.to(TORCH[structure.model]))
+    for copy in kernel["inputs"]:
+        assert copy.tobytes() == rounded.tobytes()
+    for whole in case.backing:
+        edge = np.concatenate([whole[:GUARD], whole[-GUARD:]])
+        assert edge.tobytes() == b"\xa5" * edge.nbytes
+
+
 def contents() -> Any:
     flags = st.fixed_dictionaries({k: st.booleans() for k in ("w", "p", "limit", "c_in")})
     return given(
@@ -233,25 +259,7 @@ def test_a_stage(structure: Structure, seed: int, batch: int, n: int, own: dict[
     before = [a.tobytes() for a in read]
     launch(kernel)
     assert [a.tobytes() for a in read] == before
-
-    exact, sums = definition(case)
-    eps = float(np.finfo(NUMPY[structure.state]).eps)
-    limit = None if kernel["limit"] is None else kernel["limit"][:, :2]
-    edit = None if kernel["edit"] is None else [*map(torch.from_numpy, kernel["edit"])]
-    twin = naive.step(case.slots, case.raws, kernel["w"], z=case.z, p=kernel["p"], limit=limit, edit=edit)
-    for out, other, true, size in zip(kernel["outputs"], twin, exact, sums, strict=True):
-        assert other.dtype == TORCH[structure.state]
-        inside(out, other.numpy(), 4.0 * eps * size)
-        inside(out, true, (layout.COLUMNS + 6) / 2.0 * eps * size)
-
-    x = kernel["outputs"][0]
-    scaled = torch.from_numpy(x * np.broadcast_to(kernel["c_in"], (batch,))[:, None])
-    rounded = bits(scaled.to(TORCH[structure.model]))
-    for copy in kernel["inputs"]:
-        assert copy.tobytes() == rounded.tobytes()
-    for whole in case.backing:
-        edge = np.concatenate([whole[:GUARD], whole[-GUARD:]])
-        assert edge.tobytes() == b"\xa5" * edge.nbytes
+    meets_its_definition(case)
 
 
 @pytest.mark.parametrize("structure", [s for s in STRUCTURES if s.raw != "bf16" and s.slots], ids=str)
@@ -300,18 +308,23 @@ def test_results_past_the_caches_have_the_same_bits(
         monkeypatch.setattr(cpu_launch, "STREAMED_ELEMENTS", 1 if streamed else 1 << 40)
         case = make(structure, 5, batch, n, own, 0.8)
         for name in ("outputs", "inputs"):
-            case.kernel[name] = [at_offset(a, offset) for a in case.kernel[name]]
+            placed = [at_offset(a, offset) for a in case.kernel[name]]
+            case.kernel[name] = [middle for _, middle in placed]
+            case.backing.extend(whole for whole, _ in placed)
         assert Launch(**case.kernel).memory[cpu_launch.STREAMED] == streamed
         launch(case.kernel)
+        meets_its_definition(case)
         results.append([a.tobytes() for a in [*case.kernel["outputs"], *case.kernel["inputs"]]])
     assert results[0] == results[1]
 
 
-def at_offset(like: np.ndarray, offset: int) -> np.ndarray:
-    """An array of zeros, `offset` bytes behind the start of a cache line."""
-    memory = np.zeros(like.nbytes + 128, np.uint8)
+def at_offset(like: np.ndarray, offset: int) -> tuple[np.ndarray, np.ndarray]:
+    """A guarded array like another one, `offset` bytes behind the start of a cache line, within its whole memory."""
+    guard = GUARD * like.itemsize
+    memory = np.full(like.nbytes + 2 * guard + 128, 0xA5, np.uint8)
     start = -memory.ctypes.data % 64 + offset
-    return memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+    whole = memory[start : start + like.nbytes + 2 * guard].view(like.dtype)
+    return whole, whole[GUARD:-GUARD].reshape(like.shape)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
