@@ -132,8 +132,8 @@ class Denoiser:
     null        the condition of the null branch, so that `cond` holds only the other one
     batched     True runs the branches of guidance as one batch of 2 B, False as separate calls
     time_scale  multiplies the network's time input (1000 for flow networks trained on 0 .. 1000)
-    dtype       of x_in; by default that of the module's parameters, else the state's (for a float64 state of `tune`
-                that of the weights which a plain callable reaches)
+    dtype       of x_in; by default that of the module's parameters, else the state's (of a float64 state, that of the
+                weights which a plain callable reaches)
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
     variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
@@ -328,7 +328,7 @@ class Denoiser:
         first: Any = next(floating, None)
         if first is not None:
             return dtype_name(first.dtype)
-        # A function of a float32 network takes the float32 states of samplers as they are; not those of `fewstep.tune`.
+        # A function of a network takes float32 states as they are and may cast itself. Few take `tune`'s float64.
         return (dtype_reached(self.model) or state) if state == "float64" else state
 
     def conditions(self, cond: Cond | Sequence[Cond] | None) -> list[Cond]:
