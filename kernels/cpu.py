@@ -111,7 +111,7 @@ _BACKGROUND = _Background()
 
 _BATCH = "float32[:,::1], uint32[:,::1]"
 _OUTPUTS = "int64[::1], int64[::1], int64[::1], int64"
-_STAGE = "void(int64[::1], int64, int64, int64)"
+_STAGE = "void(int64, int64, int64, int64)"
 
 STAGE = {
     dtype: Kernel("numba_step", "STAGE", interpreted.stage, _STAGE, key=dtype, direct=True)
@@ -136,7 +136,7 @@ TRANSFER = {
     )
     for dtype, twin in (("float32", interpreted.transfer_float32), ("float64", interpreted.transfer_float64))
 }
-WORD = Kernel("numba_transfer", "set_word", interpreted.set_word, "void(int64[::1], int64, int64)", direct=True)
+WORD = Kernel("numba_transfer", "set_word", interpreted.set_word, "void(int64, int64)", direct=True)
 _NORMALS = Kernel("numba_noise", "normal_batch", interpreted.normal_batch, f"void({_BATCH}, int64, int64)")
 _BRIDGES = Kernel(
     "numba_noise",

@@ -46,9 +46,9 @@ def _stored(x: np.ndarray, kind: int) -> np.ndarray:
     return np.where(np.isnan(x), quiet, rounded).astype(np.uint16)
 
 
-def stage(memory: np.ndarray, first: int, last: int, raw: int) -> None:
-    """Units first .. last - 1 of a launch, see `launch.Launch`; raw is the address of its first raw, if not 0."""
-    m = memory.tolist()
+def stage(address: int, first: int, last: int, raw: int) -> None:
+    """Units first .. last - 1 of the launch at an address, see `launch.Launch`; raw is that of its first raw, or 0."""
+    m = _at(address, np.int64, words.WORDS).tolist()
     m[words.RAW] = raw or m[words.RAW]
     samples, n, chunk, group = m[words.SAMPLES], m[words.ELEMENTS], m[words.CHUNK], m[words.GROUP]
     chunks = -(-n // chunk) if group == 1 else 1
@@ -88,7 +88,7 @@ def short(
     for j, array in wide.items():
         m[own.get(j, j)] = array.ctypes.data
     m[words.X_KIND] = m[words.RAW_KIND] = m[words.STATE]
-    stage(m, 0, words.resize(m, 1, n), 0)
+    stage(m.ctypes.data, 0, words.resize(m, 1, n), 0)
     for j in range(words.SHORT_OUTPUT, words.SHORT_KIND):
         if j in given and wide[j] is not given[j]:
             given[j][...] = _stored(wide[j], kinds[j])
@@ -116,8 +116,8 @@ def transfer_float64(target: int, source: int, n: int, block: int, origin: int, 
     return _transfer(np.float64, target, source, n, block, origin, rows, width)
 
 
-def set_word(memory: np.ndarray, j: int, value: int) -> None:
-    memory[j] = value
+def set_word(address: int, value: int) -> None:
+    _at(address, np.int64, 1)[0] = value
 
 
 def _part(m: list[int], b0: int, b1: int, lo: int, hi: int) -> None:

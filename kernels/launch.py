@@ -18,7 +18,7 @@ import numpy as np
 from fewstep.kernels import layout
 from fewstep.kernels.threads import threads as _workers
 
-Stage = Callable[[np.ndarray, int, int, int], None]
+Stage = Callable[[int, int, int, int], None]
 
 # The memory of a launch is one int64 vector: the addresses of slots, raws, noise, tables, outputs and model inputs, 0
 # where absent; then the numbers of the launch.
@@ -60,7 +60,7 @@ def kind_of(array: np.ndarray) -> int:
 
 
 class Launch:
-    """One stage bound to its memory, for `stage(memory, 0, units, 0)`; addresses may be replaced between calls.
+    """One stage bound to its memory, for `stage(address, 0, units, 0)`; addresses may be replaced between calls.
 
     Arrays are (B, elements), C-contiguous; an output must not share memory with an input.
 
@@ -81,8 +81,10 @@ class Launch:
              name an address
 
     Attributes:
-    memory  the vector that the stage takes; an address written to `memory[RAW + j]` binds another array of the same
+    memory  the vector that the stage reads; an address written to `memory[RAW + j]` binds another array of the same
             shape, which the caller keeps alive until the call returns, and of dtype KINDS[memory[RAW_KIND + j]]
+    address  of `memory`: between two calls of a network that fills the caches, to take an array costs compiled code up
+            to 5 us more than a number
     units   of the stage, which may run in any order and on any thread
 
     Raises ValueError for more arrays than `layout` has room for, or of a dtype that the stage does not read.
@@ -118,6 +120,7 @@ class Launch:
             if array is not None and array.dtype != w.dtype:
                 raise ValueError(f"a fused stage on {w.dtype} got a slot, an output or a table of {array.dtype}")
         self.memory = np.zeros(WORDS, np.int64)
+        self.address = self.memory.ctypes.data
         self.held: list[np.ndarray | None] = [None] * ADDRESSES
         self._known = {} if known is None else known
         tables = {P: p, LIMIT: limit, W: w, C_IN: c_in}
@@ -148,6 +151,7 @@ class Launch:
         """A launch with other arrays at these addresses, of any dtype or None; it shares the rest."""
         other = copy.copy(self)
         other.memory, other.held, other._known = self.memory.copy(), self.held.copy(), {}
+        other.address = other.memory.ctypes.data
         for j, array in arrays.items():
             other._hold(j, array)
         return other
@@ -161,7 +165,7 @@ class Launch:
 
     def __call__(self, stage: Stage, keep: object = None) -> None:
         """keep: what holds the arrays alive that `memory` was pointed to."""
-        launch(stage, self.memory, self.units, self.size, (self.held, keep))
+        launch(stage, self.address, self.units, self.size, (self.memory, self.held, keep))
 
 
 def sources(x: np.ndarray | None, raws: Sequence[np.ndarray]) -> np.ndarray:
@@ -199,21 +203,21 @@ def workers(size: int, count: int) -> int:
     return 1 if size <= SERIAL_ELEMENTS else min(_workers(), count)
 
 
-def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object = None) -> None:
-    """Run a stage of `count` units over `size` elements, on all cores if it is large.
+def launch(run: Stage, address: int, count: int, size: int, keep: object) -> None:
+    """Run the launch at an address, a stage of `count` units over `size` elements, on all cores if it is large.
 
     Each element is computed from its own inputs only, so the split does not change a bit of the result. No share of the
     work is running after the return, whatever interrupts it.
 
-    keep  what holds the arrays alive; every share holds it, too
+    keep  what holds the launch's memory and its arrays alive; every share holds it, too
     """
     n = workers(size, count)
     if n == 1:
-        run(memory, 0, count, 0)
+        run(address, 0, count, 0)
         return
     cuts = [count * i // n for i in range(n + 1)]
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
-    shares = [_Share(run, memory, a, b, keep) for a, b in pairwise(cuts)]
+    shares = [_Share(run, address, a, b, keep) for a, b in pairwise(cuts)]
     try:
         for share in shares[1:]:
             _pool().submit(share)
@@ -229,8 +233,8 @@ def launch(run: Stage, memory: np.ndarray, count: int, size: int, keep: object =
 class _Share:
     """A range of units, for the thread that claims it first."""
 
-    def __init__(self, run: Stage, memory: np.ndarray, first: int, last: int, keep: object) -> None:
-        self._run, self._memory, self._first, self._last, self._keep = run, memory, first, last, keep
+    def __init__(self, run: Stage, address: int, first: int, last: int, keep: object) -> None:
+        self._run, self._address, self._first, self._last, self._keep = run, address, first, last, keep
         self._claims: list[str] = []
         self._done = threading.Event()
         self.error: BaseException | None = None
@@ -243,7 +247,7 @@ class _Share:
         """In the pool, whose threads no signal interrupts."""
         if self._claim("pool"):
             try:
-                self._run(self._memory, self._first, self._last, 0)
+                self._run(self._address, self._first, self._last, 0)
             except BaseException as error:
                 self.error = error
             finally:
@@ -251,7 +255,7 @@ class _Share:
 
     def run_here(self) -> None:
         if self._claim("here"):
-            self._run(self._memory, self._first, self._last, 0)
+            self._run(self._address, self._first, self._last, 0)
 
     def settle(self) -> None:
         """Wait for the pool if it runs this share; otherwise nobody will."""

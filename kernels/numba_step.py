@@ -280,11 +280,13 @@ def _stage(dtype, size):
     own_kind = _FLOAT32 if size == 4 else _FLOAT64
 
     @jit()
-    def fused(memory, first, last, raw):
+    def fused(address, first, last, raw):
         """Units first .. last - 1 of one stage, see `launch.Launch`. Each writes its own elements of the outputs.
 
-        raw  the address of the first network output, which is written to the memory; 0 where it is there already
+        address  of the launch's memory
+        raw      the address of the first network output, which is written to the memory; 0 where it is there already
         """
+        memory = carray(pointer(address, np.int64), (words.WORDS,))
         if raw != 0:
             memory[words.RAW] = raw
         samples, n, rows, chunk = memory[words.SAMPLES], memory[words.ELEMENTS], memory[words.ROWS], memory[words.CHUNK]

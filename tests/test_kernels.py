@@ -366,7 +366,7 @@ def test_the_interpreted_stage_gives_the_compiled_ones_bits(
         for a in arrays:
             a[...] = 0
         for first, last in parts:
-            interpreted.stage(bound.memory, first, last, 0)
+            interpreted.stage(bound.address, first, last, 0)
         assert [a.tobytes() for a in arrays] == want
 
 
@@ -383,7 +383,7 @@ def test_a_stage_takes_the_first_raw_as_an_address(name: str) -> None:
     for a in arrays:
         a[...] = 0
     stage = cpu.STAGE[case.kernel["w"].dtype.name].run if name == "compiled" else interpreted.stage
-    stage(bound.memory, 0, bound.units, raw)
+    stage(bound.address, 0, bound.units, raw)
     assert [a.tobytes() for a in arrays] == want
 
 
@@ -492,7 +492,7 @@ def test_a_transfer_copies_bits_and_sums_squares(dtype: str, compiled: bool, n: 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in cpu.KERNELS if kernel._direct], ids=repr)
 def test_kernels_that_trust_their_callers_have_one_signature(kernel: cpu.Kernel) -> None:
-    """And none of their arguments is an array but a launch's memory, which is int64 and contiguous.
+    """And none of their arguments is an array, whose layout would be trusted.
 
     Of adaptive attempts `test_adaptive` checks the arrays.
     """
@@ -500,13 +500,13 @@ def test_kernels_that_trust_their_callers_have_one_signature(kernel: cpu.Kernel)
     if kernel in cpu.ATTEMPTS:
         return
     arrays = [part for part in signature.replace(" ", "").partition("(")[2].split(",") if "[" in part]
-    assert arrays in ([], ["int64[::1]"])
+    assert not arrays
 
 
 def test_a_word_is_set() -> None:
     for run in (cpu.WORD.run, interpreted.set_word):
         memory = np.zeros(4, np.int64)
-        run(memory, 2, 1 << 40)
+        run(memory[2:].ctypes.data, 1 << 40)
         assert memory.tolist() == [0, 0, 1 << 40, 0]
 
 

@@ -283,7 +283,7 @@ def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> No
     launch, _ = two_workers
     begun, written = threading.Event(), []
 
-    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
+    def run(address: int, first: int, last: int, raw: int) -> None:
         if first == 0:
             begun.wait()
             raise KeyboardInterrupt
@@ -292,7 +292,7 @@ def test_an_interrupted_launch_waits_for_its_other_share(two_workers: Any) -> No
         written.append(first)
 
     with pytest.raises(KeyboardInterrupt):
-        launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
+        launch.launch(run, 0, 4, launch.SERIAL_ELEMENTS + 1, None)
     assert written == [2]
 
 
@@ -302,20 +302,20 @@ def test_a_share_that_has_not_begun_never_does(two_workers: Any) -> None:
     free, ran = threading.Event(), []
     busy = pool.submit(free.wait)
 
-    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
+    def run(address: int, first: int, last: int, raw: int) -> None:
         ran.append((first, last))
-        if memory[0]:
+        if address:
             raise KeyboardInterrupt
 
     kept = np.ones(4)
     freed = weakref.ref(kept)
-    launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1, [kept])
+    launch.launch(run, 0, 4, launch.SERIAL_ELEMENTS + 1, [kept])
     assert ran == [(0, 2), (2, 4)]
     del kept
     assert freed() is None  # the pool's queue does not hold what the launch has used
     ran.clear()
     with pytest.raises(KeyboardInterrupt):
-        launch.launch(run, np.ones(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
+        launch.launch(run, 1, 4, launch.SERIAL_ELEMENTS + 1, None)
     free.set()
     busy.result()
     pool.submit(lambda: None).result()  # everything submitted before has had its turn
@@ -326,14 +326,14 @@ def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
     launch, _ = two_workers
     begun = threading.Event()
 
-    def run(memory: np.ndarray, first: int, last: int, raw: int) -> None:
+    def run(address: int, first: int, last: int, raw: int) -> None:
         if first:
             begun.set()
             raise MemoryError("in the pool")
         begun.wait()
 
     with pytest.raises(MemoryError, match="in the pool"):
-        launch.launch(run, np.zeros(1, np.int64), 4, launch.SERIAL_ELEMENTS + 1)
+        launch.launch(run, 0, 4, launch.SERIAL_ELEMENTS + 1, None)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -234,7 +234,7 @@ class Case:
             draw=table.draw or 0,
         )
         kernel = cpu.stage(self.state)
-        return Side("empty launch", lambda: kernel.run(launch.memory, 0, 0, 0))
+        return Side("empty launch", lambda: kernel.run(launch.address, 0, 0, 0))
 
     # --- the gate ---
 

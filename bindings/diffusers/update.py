@@ -166,7 +166,7 @@ class Update:
             if launch.narrow is not None:
                 wide, results[0] = results[0], _empty_like(x, dtype=launch.narrow)  # the kernel writes both
                 vector[words.INPUT] = results[0].data_ptr()
-            words.launch(self.stage.run, vector, units, size, (sources, results, wide))
+            words.launch(self.stage.run, vector.ctypes.data, units, size, (vector, sources, results, wide))
         return results
 
     def binds(self, x: Tensor, raw: Tensor, memory: Sequence[Tensor]) -> bool:
@@ -338,7 +338,8 @@ class Bound:
     """An update bound to a shape, for tensors like those that it `binds`: the caller checks that with a `guard`.
 
     draws   whether the whole stage can make it, which draws noise itself but keeps to the state's dtype
-    idle    launches' words for that, which no call is using; several calls may run at once, in several threads
+    idle    launches' words for that, with their addresses, which no call is using; several calls may run at once, in
+            several threads
     ready   the same for the short stage
     """
 
@@ -370,7 +371,7 @@ class Bound:
             self.kinds[slot] = _KINDS[memory[j].dtype]
         for k, (_, dtype, _) in enumerate(self.outputs, words.SHORT_OUTPUT):
             self.kinds[k] = _KINDS[dtype]
-        self.idle: list[np.ndarray] = []
+        self.idle: list[tuple[np.ndarray, int]] = []
         self.ready: list[_Short] = []
         # The addresses of three of each are arguments of the short stage, from places 8 and 11 on.
         self.slots = tuple((7 + slot, j) for slot, j in self.memory[:3])
@@ -412,16 +413,17 @@ class Bound:
         if self.serial:
             self.short.run(*given)
         else:
-            words.launch(ready.share(self.short.run), ready.table, given[4], self.size, (x, raw, z, memory, rows))
+            words.launch(ready.share(self.short.run), given[0], given[4], self.size, (ready, x, raw, z, memory, rows))
         self.ready.append(ready)
         return rows
 
     def _launch(self, x: Tensor, raw: Tensor, z: Streams, memory: Sequence[Tensor], pool: Pool) -> list[Tensor]:
         """The rows by the whole stage."""
         try:
-            vector = self.idle.pop()
+            vector, address = self.idle.pop()
         except IndexError:
             vector = self.words.copy()
+            address = vector.ctypes.data
         vector[0], vector[_RAW] = x.data_ptr(), raw.data_ptr()
         for slot, j in self.memory:
             vector[slot] = memory[j].data_ptr()
@@ -433,10 +435,10 @@ class Bound:
             vector[output] = row.data_ptr()
             rows.append(row)
         if self.serial:
-            self.stage.run(vector, 0, self.units, 0)
+            self.stage.run(address, 0, self.units, 0)
         else:
-            words.launch(self.stage.run, vector, self.units, self.size, (x, raw, z, memory, rows))
-        self.idle.append(vector)
+            words.launch(self.stage.run, address, self.units, self.size, (vector, x, raw, z, memory, rows))
+        self.idle.append((vector, address))
         return rows
 
 
@@ -458,7 +460,7 @@ class _Short:
     def share(self, run: Callable[..., None]) -> words.Stage:
         """The short stage as `launch` runs one."""
         begin, rest = self.given[:3], self.given[5:]
-        return lambda table, first, last, _: run(*begin, first, last, *rest)
+        return lambda _, first, last, __: run(*begin, first, last, *rest)
 
 
 class _Launch:

@@ -371,7 +371,7 @@ class FusedAttempts(Attempts):
 
     def _run(self, launch: Launch, keep: object = None) -> None:
         if self.serial:  # at small sizes a Python call matters
-            self.kernel.run(launch.memory, 0, launch.units, 0)
+            self.kernel.run(launch.address, 0, launch.units, 0)
         else:
             launch(self.kernel.run, keep)
 
@@ -387,7 +387,7 @@ class FusedAttempts(Attempts):
                 self._expect(0, raw)
             address, held = self._address(raw)
             if self.serial:
-                self.kernel.run(launch.memory, 0, launch.units, address)
+                self.kernel.run(launch.address, 0, launch.units, address)
                 return
             launch.memory[words.RAW] = address
         else:

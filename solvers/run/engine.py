@@ -203,7 +203,7 @@ class FusedRun:
                 (job.copies(k) * batch, *job.shape[1:]),
                 [(RAW + i, i * self.size) for i in range(1, job.copies(k))],
                 direct[k],
-                launch.memory,
+                launch.address,
                 launch.units,
             )
             for k, (table, launch) in enumerate(zip(job.tables, self.launches, strict=True))
@@ -286,7 +286,7 @@ class FusedRun:
             self.latent_square = self.transfer.run(self._entry, source, self.size, *self._times) / self.size
             del kept
         if z is None and self.serial:
-            self.stage.run(self.init.memory, 0, self.init.units, 0)
+            self.stage.run(self.init.address, 0, self.init.units, 0)
         else:
             (self.init if z is None else self._with_noise(self.init, z))(self.stage.run)
         return buffer
@@ -314,7 +314,7 @@ class FusedRun:
         networks = {} if one is None else one.networks
         raws: Sequence[Array] = ()
         raw: Array = None
-        for k, branches, shape, others, kind, memory, units in self._direct:
+        for k, branches, shape, others, kind, address, units in self._direct:
             x_in, t = inputs[k], times[k]
             if x_in is not None and (places is None or x_in.data_ptr() == places[k]):
                 inputs[k] = times[k] = None
@@ -338,13 +338,13 @@ class FusedRun:
                 and raw.is_cpu
                 and raw.is_contiguous()
             ):
-                address = raw.data_ptr()  # `raw` holds the memory until the stage has run
+                output = raw.data_ptr()  # `raw` holds the memory until the stage has run
                 for j, before in others:
                     if kinds[j] is not kinds[RAW]:
                         break
-                    set_word(memory, j, address + before * raw.itemsize)
+                    set_word(address + 8 * j, output + before * raw.itemsize)
                 else:
-                    stage(memory, 0, units, address)
+                    stage(address, 0, units, output)
                     continue
             self.advance(k, raws if one is None else one.split(branches, raw))
         return raws if one is None else (raw,) if branches else ()
@@ -352,7 +352,6 @@ class FusedRun:
     def advance(self, k: int, raws: Sequence[Array], z: np.ndarray | None = None) -> None:
         """One fused stage."""
         launch, variance = self.launches[k], None
-        memory = launch.memory
         if self.variance:
             raws, variance = self.job.predictions(raws)
         held = raws  # keeps the outputs, or their copies, alive until the launch has finished
@@ -361,14 +360,14 @@ class FusedRun:
             if getattr(raw, "dtype", None) is not self.raw_dtypes[j] or raw.shape != self.shape:
                 check_output(raw, self.shape, self.job.frame)
                 self._expect(j, raw)
-            address, kept = self._address(raw)
-            set_word(memory, j, address)
+            output, kept = self._address(raw)
+            set_word(launch.address + 8 * j, output)
             if kept is not raw:
                 held = (*held, kept)
             j += 1
         if z is None and self.plain[k]:
             if self.serial:  # at small sizes a Python call matters
-                self.stage.run(memory, 0, launch.units, 0)
+                self.stage.run(launch.address, 0, launch.units, 0)
                 return
         else:
             launch = self._special(k, raws, z, variance)

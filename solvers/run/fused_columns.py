@@ -153,12 +153,14 @@ class FusedColumns(LoneRuns):
 
     def _run(self, launches: np.ndarray, keep: object) -> None:
         run, units = self._kernel.run, self._units
+        first, step = launches.ctypes.data, launches.strides[0]
+        addresses = range(first, first + step * len(launches), step)
         if self._elements <= words.SERIAL_ELEMENTS:  # at small sizes a Python call matters
-            for memory in launches:
-                run(memory, 0, units, 0)
+            for address in addresses:
+                run(address, 0, units, 0)
         else:
-            for memory in launches:
-                words.launch(run, memory, units, self._elements, (self, keep))
+            for address in addresses:
+                words.launch(run, address, units, self._elements, (self, launches, keep))
 
     def drop(self, place: int) -> None:
         if self._here[place] is not None:
