@@ -41,6 +41,7 @@ USES = {
     "fewstep.solvers.run.": "loop",
     "fewstep.bindings.export.sampler_module": "loop",
     "fewstep.bindings.diffusers.scheduler": "scheduler",
+    "fewstep.bindings.diffusers.threads": "scheduler",
 }
 
 

@@ -187,7 +187,7 @@ def _schedulers(components: dict[str, Any]) -> dict[str, Scheduler]:
 
 
 def is_twin(scheduler: object) -> bool:
-    from fewstep.bindings.diffusers.scheduler import PerThread
+    from fewstep.bindings.diffusers.threads import PerThread
 
     return isinstance(scheduler, PerThread)
 
@@ -226,7 +226,7 @@ def _twin(scheduler: Scheduler, corrected: bool, noise: str) -> Scheduler:
 
 def _moved(scheduler: Scheduler, cls: type[Scheduler], options: Mapping[str, object]) -> Scheduler:
     """A scheduler of another class with this one's attributes; to or from a corrected one, only its configuration."""
-    from fewstep.bindings.diffusers.scheduler import adopt, parent_attributes
+    from fewstep.bindings.diffusers.threads import adopt, parent_attributes
 
     ours = ("corrected", "noise")
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k not in ours}, **options)
