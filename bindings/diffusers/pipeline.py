@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -187,9 +188,9 @@ def _schedulers(components: dict[str, Any]) -> dict[str, Scheduler]:
 
 
 def is_twin(scheduler: object) -> bool:
-    from fewstep.bindings.diffusers.threads import PerThread
-
-    return isinstance(scheduler, PerThread)
+    # If it is not loaded there is no twin, and perhaps no diffusers.
+    threads: Any = sys.modules.get("fewstep.bindings.diffusers.threads")
+    return threads is not None and isinstance(scheduler, threads.PerThread)
 
 
 def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
