@@ -990,3 +990,28 @@ def test_a_comparison_names_what_each_command_is_best_at(cli):
     assert f"lowest error: fewstep sample --model ring --solver {least['solver']} --steps {least['steps']}" in told
     if nearest != least:
         assert f"nearest to the data: fewstep sample --model ring --solver {nearest['solver']}" in told
+
+
+def test_what_is_counted_agrees_in_number(cli, tmp_path):
+    """The singular, wherever a command or what it prints of the library counts to one."""
+    one = ("--model", "ring", "--solver", "euler", "--steps", 1, "--n", 1)
+    code, printed, _ = cli("sample", *one, "--out", tmp_path / "folder")
+    assert code == 0
+    assert "1 sample of ring by euler, 1 file in" in printed
+    code, printed, _ = cli("sample", *one, "--out", tmp_path / "x.npz")
+    assert code == 0
+    assert "1 sample of ring by euler: 1 call, 1 evaluation per sample" in printed
+    fs.save_plan(plan := fs.plan("euler", fs.grid(fs.VP.linear(), 1)), tmp_path / "plan.json")
+    code, printed, _ = cli(
+        "sample-plan", tmp_path / "plan.json", "--model", "ring", "--n", 1, "--out", tmp_path / "x.npz"
+    )
+    assert code == 0
+    assert ": 1 call, in" in printed
+    assert "1 sample of ring by" in printed
+    assert repr(plan).startswith("Plan('euler', 1 call, Grid(1 step, ")
+    assert plan.explain().startswith("euler: 1 step, 1 denoiser call, 2 buffers\n")
+    assert "over 1 call" in plan.explain().splitlines()[-1]
+    code, printed, _ = cli("compare", "--model", "gaussian", "--solvers", "euler", "--nfe", "1,2", "--n", 8)
+    assert code == 0
+    assert "1 call " in printed
+    assert "2 calls" in printed

@@ -21,6 +21,7 @@ from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_o
 from fewstep.cli.output import check_out, write_samples
 from fewstep.models import load_model
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
     from fewstep.distill_runs.evaluate import Outcome
@@ -122,7 +123,8 @@ def distill(
                 training.train(recipe, out, resume=resume, every=every, watch=watch)
             except training.Stopped as stopped:
                 if first:
-                    ERR.print(f"stopped after {stopped.done} of {recipe.settings.steps} steps; continue with --resume")
+                    steps = counted(recipe.settings.steps, "step")
+                    ERR.print(f"stopped after {stopped.done} of {steps}; continue with --resume")
                 raise
         if not first:
             return
@@ -171,14 +173,15 @@ def distill_own(
         )  # fmt: skip
         quiet = as_json or not first
         seconds = trainer.estimate()
+        steps = counted(given["steps"], "step")
         if not quiet:
-            ERR.print(f"{given['steps']} steps of {method} on {device}: about {shown_time(seconds)}")
+            ERR.print(f"{steps} of {method} on {device}: about {shown_time(seconds)}")
         with progress(given["steps"], quiet=quiet) as watch:
             try:
                 student = trainer.fit(resume=resume, watch=watch)
             except training.Stopped as stopped:
                 if first:
-                    ERR.print(f"stopped after {stopped.done} of {given['steps']} steps; continue with --resume")
+                    ERR.print(f"stopped after {stopped.done} of {steps}; continue with --resume")
                 raise
     if not first:
         return

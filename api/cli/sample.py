@@ -27,7 +27,7 @@ from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_drawable, check_out, draw, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import MODELS, PROCESS, check_model, is_student, load_model, student_model
-from fewstep.solvers.options import unknown
+from fewstep.solvers.options import counted, unknown
 
 BACKENDS = ("auto", "numba", "naive")
 
@@ -139,7 +139,8 @@ def sample(
         typer.echo(json.dumps({**settings, "seconds": seconds, "out": str(out_path)}))
         return
     OUT.print(
-        f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations per sample, "
+        f"{counted(n, 'sample')} of {model} by {solver}: {counted(plan.nfe, 'call')}, "
+        f"{counted(settings['evaluations'], 'evaluation')} per sample, "
         f"{seconds:.2f} s, in [bold]{escape(str(out_path))}[/]"
     )
     if model in MODELS:

@@ -17,6 +17,7 @@ from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, comm
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
+from fewstep.solvers.options import counted
 
 
 @contextlib.contextmanager
@@ -117,5 +118,7 @@ def tune(
     if not record["fitted"]:
         OUT.print("no fit was better on the validation latents: this is the hand-made plan")
     use = command_line("fewstep sample-plan", shlex.quote(str(out)), **given)
-    OUT.print(f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{escape(str(out))}[/]; sample with it:")
+    OUT.print(
+        f"{counted(plan.nfe, 'call')}, {record['seconds']:.0f} s, in [bold]{escape(str(out))}[/]; sample with it:"
+    )
     OUT.print(f"[bold]{escape(use)}[/]", soft_wrap=True)

@@ -15,7 +15,7 @@ from fewstep.cli.output import check_out
 from fewstep.cli.tune import saying_when_interrupted
 from fewstep.kernels.philox import check_seed
 from fewstep.solvers.files import shown
-from fewstep.solvers.options import needs, one_of
+from fewstep.solvers.options import counted, needs, one_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -89,5 +89,6 @@ def tune_pipeline(
         table.add_row(f"test, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
     OUT.print(table)
     OUT.print(
-        f'{plan.nfe} calls, in [bold]{escape(str(out))}[/]; run it: fewstep.accelerate(pipe, plan="{escape(str(out))}")'
+        f"{counted(plan.nfe, 'call')}, in [bold]{escape(str(out))}[/]; "
+        f'run it: fewstep.accelerate(pipe, plan="{escape(str(out))}")'
     )

@@ -27,7 +27,7 @@ from fewstep.kernels import cpu
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import lora
 from fewstep.solvers.field_names import method_name
-from fewstep.solvers.options import function, named
+from fewstep.solvers.options import counted, function, named
 from fewstep.solvers.run.sampler import Sampler
 
 Metric = Callable[[NDArray[np.float32]], float]
@@ -162,9 +162,8 @@ class Trainer:
     def __repr__(self) -> str:
         out = None if self.out is None else str(self.out)
         kept = self._settings
-        return (
-            f"Trainer({self.method!r}, {kept['steps']} steps, batch={kept['batch']}, on {kept['device']}, out={out!r})"
-        )
+        steps = counted(kept["steps"], "step")
+        return f"Trainer({self.method!r}, {steps}, batch={kept['batch']}, on {kept['device']}, out={out!r})"
 
     @property
     def settings(self) -> RunSettings:

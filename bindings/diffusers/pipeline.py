@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.bindings.diffusers import REFUSED, SCHEDULERS
 from fewstep.bindings.diffusers.fitted import check_fitted
 from fewstep.bindings.diffusers.interface import check_noise
+from fewstep.solvers.options import counted
 from fewstep.solvers.run.graphed_call import GraphedCall
 
 if TYPE_CHECKING:
@@ -127,7 +128,8 @@ def _run_plan(
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
     replaced = old.config["replaces"] if isinstance(old, PlanScheduler) else None  # of an earlier plan
     kind = type(old).__name__ if replaced is None else replaced["_class_name"]
-    what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
+    calls = counted(made.nfe, "call")
+    what = f"PlanScheduler runs {made.solver} in {calls}, in place of {kind}: num_inference_steps={made.nfe}"
     what += f"; {fitted}" if fitted else ""
     clips = [name for name in ("clip_sample", "thresholding") if (replaced or old.config).get(name)]
     what += f"; without the {clips[0]} of {kind}" if clips else ""
