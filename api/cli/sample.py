@@ -22,6 +22,7 @@ from fewstep.cli.app import (
     command_line,
     parse_options,
     parse_sample_shape,
+    path,
 )
 from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_drawable, check_out, draw, write_samples
@@ -52,7 +53,8 @@ def sample(
     # torchrun takes --n for an abbreviation of its own options, wherever it stands.
     n: Annotated[int, typer.Option("--n", "-n", help="Number of samples.")] = 64,
     out_path: Annotated[
-        Path, typer.Option("--out", help="A .png picture, an .npz archive, or a folder of numbered .npy files.")
+        Path,
+        typer.Option("--out", parser=path, help="A .png picture, an .npz archive, or a folder of numbered .npy files."),
     ] = Path("samples.png"),
     batch: Annotated[int, typer.Option(help="Samples per batch, for a folder.")] = 64,
     chunk: Annotated[int | None, typer.Option(help="Samples per file of a folder; default: one batch.")] = None,
@@ -80,6 +82,8 @@ def sample(
     if not folder:
         check_one_process("--out", out_path)
         check_out(out_path)
+        if chunk is not None:
+            raise ValueError(f"--chunk {chunk} divides the files of a folder, and --out {out_path} is one file")
     check_count("--n", n)
     check_count("--batch", batch)
     check_seed(seed, "--seed")
@@ -101,10 +105,10 @@ def sample(
     else:
         shape = parse_sample_shape(own_shape)
         check_model(model, guidance, label, shape)
-        solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps
+        solver, steps = "dpmpp_2m" if solver is None else solver, 15 if steps is None else steps
         own = None if shape is None else load_model(model, shape)
         process = PROCESS if own is None else own.process
-        spacing = spacing or get_solver(solver).spacing(process)
+        spacing = get_solver(solver).spacing(process) if spacing is None else spacing
         plan = make_plan(solver, make_grid(process, steps, spacing), **options)
         chosen = load_model(model) if own is None else own
     check_drawable(out_path, chosen.shape)
