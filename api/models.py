@@ -139,7 +139,7 @@ def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
 
 def is_student(name: str) -> bool:
     """Whether a model's name is a folder, as a student's is, rather than one of `MODELS`."""
-    return name not in MODELS and Path(name).is_dir()
+    return name not in ("", *MODELS) and Path(name).is_dir()
 
 
 def student_model(name: str, calls: int | None = None, network: str | None = None) -> tuple[Model, Plan]:

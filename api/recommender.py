@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import flag, function, number, one_of, unknown, whole
+from fewstep.solvers.options import counted, flag, function, number, one_of, unknown, whole
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -236,7 +236,8 @@ def recommend(
         raise ValueError(
             "nfe=1 leaves no call: under guidance each makes two evaluations; use nfe >= 2, or guidance_distilled=True"
         )
-    budget = f"{nfe} evaluations are {calls} calls, because under guidance each makes two. " if guided else ""
+    in_calls = counted(calls, "call")
+    budget = f"{nfe} evaluations are {in_calls}, because under guidance each makes two. " if guided else ""
     if distilled is not None:
         solver, spacing, most, why = DISTILLED[distilled]
         steps = min(calls, most)
@@ -247,7 +248,7 @@ def recommend(
     solver, options, spacing = choice.solver, choice.options, SPACINGS[family]
     steps = fit_steps(solver, example, spacing, int(min(calls, choice.used)), options)
     made = make_plan(solver, make_grid(example, steps, spacing), **options).nfe
-    more = f"{steps} steps make {made} calls. " if made != steps else ""
+    more = f"This is {counted(made, 'call')} in {counted(steps, 'step')}. " if made != steps else ""
     own = " A flow model uses its own grid, with its shift." if family == "flow" else ""
     if family == "vp" and 4 < calls <= 30:
         own = (
@@ -324,9 +325,9 @@ def _measure(
         else f" A fit makes the median error {gain:.1f} times smaller: see fewstep.tune."
     )
     why = (
-        f"Measured on {seeds} latents: RMSE {made.ranked[0].rmse:.4g} to this denoiser's own ODE end points in {calls} "
-        f"calls, the best of {made.tried} plans; in {confidence:.0%} of resamplings of the latents none is more than "
-        f"5% better. This ranks the error of the ODE, not the quality of images.{worth}"
+        f"Measured on {seeds} latents: RMSE {made.ranked[0].rmse:.4g} to this denoiser's own ODE end points in "
+        f"{counted(calls, 'call')}, the best of {made.tried} plans; in {confidence:.0%} of resamplings of the latents "
+        f"none is more than 5% better. This ranks the error of the ODE, not the quality of images.{worth}"
     )
     ranking = tuple(
         RankedPlan(

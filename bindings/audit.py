@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.trace import SMALL, UNMEASURED, Recorder, Span, recording, timeline, write_trace
 from fewstep.solvers.files import check_target
-from fewstep.solvers.options import needs
+from fewstep.solvers.options import counted, needs
 from fewstep.solvers.run.network import torch_parts
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ USES = {
     "fewstep.solvers.run.": "loop",
     "fewstep.bindings.export.sampler_module": "loop",
     "fewstep.bindings.diffusers.scheduler": "scheduler",
+    "fewstep.bindings.diffusers.threads": "scheduler",
 }
 
 
@@ -85,7 +86,8 @@ class Audit:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        table = Table(title=f"{self.steps} steps on {self.device}", title_justify="left", caption=self.verdict)
+        title = f"{counted(self.steps, 'step')} on {self.device}"
+        table = Table(title=title, title_justify="left", caption=self.verdict)
         table.caption_justify = "left"
         table.add_column("per step", justify="left")
         table.add_column("denoiser", justify="right")

@@ -105,7 +105,7 @@ def from_diffusers(
         return raw
 
     if time_scale is None:
-        trained = getattr(scheduler.config, "num_train_timesteps", 1000)
+        trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         time_scale = float(trained) if isinstance(process, Flow) else 1.0
     return Denoiser(Mapped(model, call), process, predicts, time_scale=time_scale, **options)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -237,7 +238,7 @@ class Program:
     def __rich__(self) -> Table:
         from rich.table import Table
 
-        title = f"{self.calls} call{'s' * (self.calls != 1)} of the denoiser in {self.seconds:.2f} s"
+        title = f"{counted(self.calls, 'call')} of the denoiser in {self.seconds:.2f} s"
         table = Table(title=title, title_justify="left", caption=self.verdict, caption_justify="left")
         table.add_column("per call")
         for name in ("ms", "share"):
@@ -249,7 +250,7 @@ class Program:
             table.add_row(name, shown, f"{value / whole:.1%}" if known else "-")
         table.add_row("outside the loops", f"{1e3 * self.rest_s:.0f} in all", "")
         for name, count in self.samplers.items():
-            table.add_row(f"  {name}", f"{count} step{'s' * (count != 1)}", "")
+            table.add_row(f"  {name}", counted(count, "step"), "")
         return table
 
 

@@ -67,6 +67,7 @@ BOUND = (12, 3)  # evaluations and rounds of the fit to the test latents
 NETWORKS = ("digits", "digits-guided")
 OUT = Path("docs/tuning")
 PAGE = Path("docs/tuning.md")
+DRAWN = ("digits", 4)  # whose samples the page shows
 # A peer and its calls, which tuned plans of FEW calls are compared with.
 FAR, FEW = ("diffusers 2M Karras", 12), 4
 FAR_ENTRY = "{}, {} calls".format(*FAR)
@@ -567,10 +568,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out == OUT:
         write_text(PAGE, page(PAGE.read_text(encoding="utf-8"), rows))
     plot(rows, args.out / "error.png")
-    for name, nfe in (("digits", 4), ("digits", 6), ("digits-guided", 4)):
-        chosen = [r for r in rows if r["problem"] == name and r["nfe"] == nfe]
-        if chosen:
-            grid_of_samples(name, nfe, args.out / f"{name}-{nfe}.json", chosen[0], args.out / f"{name}-{nfe}.png")
+    drawn = next((r for r in rows if (r["problem"], r["nfe"]) == DRAWN), None)
+    if drawn is not None:
+        path = args.out / "{}-{}.json".format(*DRAWN)
+        grid_of_samples(*DRAWN, path, drawn, path.with_suffix(".png"))
     found = misses(rows) if not args.quick else [m for m in misses(rows) if "validation" in m]
     found += [] if args.quick else steps_back(rows)
     for miss in found:

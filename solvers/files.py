@@ -68,6 +68,25 @@ def check_target(path: Path, suffixes: Sequence[str], name: str = "path") -> Non
         raise OSError(f"{what} cannot be written: {error.strerror}") from None
 
 
+def make_folder(path: Path, name: str = "folder", *, parents: bool = True) -> None:
+    """Make a folder, and those above it, where they are missing.
+
+    Raises an error that starts with `name` and the path: FileNotFoundError for a missing one above it without
+    `parents`, else ValueError.
+    """
+    what = f"{name} {shown(path)}"
+    if "\0" in str(path):
+        raise ValueError(f"{what}: the name holds a null character")
+    try:
+        path.mkdir(parents=parents, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{what}: that is a file; name a folder") from None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise FileNotFoundError(f"{what}: there is no folder {shown(path.parent)}; create it first") from None
+        raise ValueError(f"{what} cannot be made: {error.strerror}") from None
+
+
 def read_whole(path: str | Path, limit: int) -> bytes:
     """The bytes of a regular file. Raises FileNotFoundError; ValueError for anything else, or above `limit` bytes."""
     what = shown(path)

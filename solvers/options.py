@@ -29,6 +29,11 @@ def needs(what: str, *modules: str, extra: str) -> None:
             raise ImportError(f"{what} needs {module}{why}: pip install 'fewstep[{extra}]'") from None
 
 
+def counted(count: object, noun: str) -> str:
+    """ "1 step", "2 steps": a number with its noun, for a noun whose plural is an s."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
     try:

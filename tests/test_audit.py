@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -247,6 +249,23 @@ def test_a_sampler_knows_its_network() -> None:
     on_arrays = fs.Sampler(fs.Denoiser(lambda x, t: x, fs.Flow(), "flow"), plan, (1, 4))
     with pytest.raises(TypeError, match="found none in Sampler: pass denoiser="):
         fs.audit(on_arrays, seed=0)
+
+
+def test_a_sampler_needs_no_diffusers() -> None:
+    code = """if True:
+        import sys
+        sys.modules["diffusers"] = None  # as if it were not installed
+        import torch
+        import fewstep as fs
+
+        network = torch.nn.Identity()
+        network.forward = lambda x, t: 0.5 * x
+        denoiser = fs.Denoiser(network, fs.VP.linear())
+        sampler = fs.Sampler(denoiser, fs.plan("ddim", fs.grid(denoiser.process, 3)), (2, 4))
+        print(fs.audit(sampler, torch.ones(2, 4)).steps)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.returncode) == (["3"], 0), done.stderr
 
 
 def test_what_is_refused() -> None:

@@ -51,7 +51,7 @@ def test_schedulers_under_fresh_values(vary: str, monkeypatch: pytest.MonkeyPatc
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     import fewstep.bindings.diffusers as twins
-    from fewstep.bindings.diffusers import scheduler as module
+    from fewstep.bindings.diffusers import threads as module
     from fewstep.bindings.diffusers import transition
 
     states = transition._States(room=24, size=1 << 20)

@@ -432,6 +432,10 @@ def test_sample_writes_a_picture_and_names_the_next_command(cli, tmp_path):
         (("--option", "eta=1"), "no option 'eta'"),
         (("--solver", "ddim", "--option", "eta=oops"), "'oops'"),
         (("--backend", "numbra"), "did you mean 'numba'"),
+        (("--model", ""), "unknown model ''"),
+        (("--solver", ""), "unknown solver ''"),
+        (("--spacing", ""), "unknown spacing ''"),
+        (("--chunk", "2"), "--chunk 2 divides the files of a folder, and --out"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
@@ -524,6 +528,62 @@ def test_a_place_that_takes_no_file_is_named_at_once(cli, tmp_path, monkeypatch,
     os.mkfifo(tmp_path / "pipe.npz")
     code, _, errors = cli("sample", "--model", "ring", "--out", tmp_path / name)
     assert code == 1
+    assert text in errors
+    assert errors.count("\n") == 1
+
+
+FOLDERS = {
+    "sample": ("--model", "ring", "--out"),
+    "gallery": ("--figures", "ode", "--out"),
+    "distill": ("progressive", "--out"),
+    "tune": ("--model", "ring", "--nfe", 2, "--seeds", 12, "--out", "plan.json", "--cache"),
+}
+
+
+@pytest.mark.parametrize("command", FOLDERS)
+def test_a_place_that_takes_no_folder_is_named(cli, tmp_path, monkeypatch, command):
+    """Before anything is made there, and without the number of an error; an empty name is no name of this folder."""
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    for name, text in (("file", "that is a file; name a folder"), ("file/x", "cannot be made: Not a directory")):
+        code, printed, errors = cli(command, *FOLDERS[command], name)
+        assert (code, printed) == (1, ""), name
+        line = errors.splitlines()[-1]
+        assert line.startswith("error: ")
+        assert line.endswith(text)
+        assert f" {name}" in line
+    code, printed, errors = cli(command, *FOLDERS[command], "")
+    assert (code, printed) == (2, "")
+    assert "the name is empty" in errors
+    assert os.listdir() == ["file"]
+
+
+def test_an_unknown_method_leaves_no_folder(cli, tmp_path):
+    pytest.importorskip("torch")
+    code, _, errors = cli("distill", "progresive", "--out", tmp_path / "run")
+    assert code == 1
+    assert "progresive" in errors
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("--nfe", 1), "nfe must be an int >= 2"),
+        (("--batch", 0), "batch must be an int >= 1"),
+        (("--guidance", "nan"), "--guidance must be a finite number, got nan"),
+        (("--resume", "absent.json"), "no file absent.json"),
+        (("--prompts", "latin.txt"), "--prompts latin.txt is no text in UTF-8"),
+    ],
+)
+def test_tune_pipeline_checks_its_arguments_before_the_pipeline_is_loaded(cli, tmp_path, monkeypatch, words, text):
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    Path("latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    code, printed, errors = cli("tune-pipeline", "mine", "--out", "plan.json", "--prompt", "a", *words)
+    assert (code, printed) == (1, "")
     assert text in errors
     assert errors.count("\n") == 1
 
@@ -635,6 +695,30 @@ def comparison():
         n=64,
         seed=0,
     )
+
+
+DROPPED = """
+import ctypes, signal, sys, time
+import fewstep.cli.commands as commands
+from fewstep.cli import main
+
+def app(argv):
+    ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()
+    {then}
+
+commands.app = app
+sys.argv = ["fewstep", "solvers"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    "then", ["raise RuntimeError('no compiled object yet')", "for _ in range(2000): time.sleep(0.01)"]
+)
+def test_ctrl_c_inside_a_callback_of_c_exits_130(then):
+    """Python drops the exception there, as in the middle of Numba's compilation: the command ends all the same."""
+    done = python(DROPPED.format(then=then))
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_compare_measures_the_error_to_the_exact_ode(comparison):
@@ -990,3 +1074,28 @@ def test_a_comparison_names_what_each_command_is_best_at(cli):
     assert f"lowest error: fewstep sample --model ring --solver {least['solver']} --steps {least['steps']}" in told
     if nearest != least:
         assert f"nearest to the data: fewstep sample --model ring --solver {nearest['solver']}" in told
+
+
+def test_what_is_counted_agrees_in_number(cli, tmp_path):
+    """The singular, wherever a command or what it prints of the library counts to one."""
+    one = ("--model", "ring", "--solver", "euler", "--steps", 1, "--n", 1)
+    code, printed, _ = cli("sample", *one, "--out", tmp_path / "folder")
+    assert code == 0
+    assert "1 sample of ring by euler, 1 file in" in printed
+    code, printed, _ = cli("sample", *one, "--out", tmp_path / "x.npz")
+    assert code == 0
+    assert "1 sample of ring by euler: 1 call, 1 evaluation per sample" in printed
+    fs.save_plan(plan := fs.plan("euler", fs.grid(fs.VP.linear(), 1)), tmp_path / "plan.json")
+    code, printed, _ = cli(
+        "sample-plan", tmp_path / "plan.json", "--model", "ring", "--n", 1, "--out", tmp_path / "x.npz"
+    )
+    assert code == 0
+    assert ": 1 call, in" in printed
+    assert "1 sample of ring by" in printed
+    assert repr(plan).startswith("Plan('euler', 1 call, Grid(1 step, ")
+    assert plan.explain().startswith("euler: 1 step, 1 denoiser call, 2 buffers\n")
+    assert "over 1 call" in plan.explain().splitlines()[-1]
+    code, printed, _ = cli("compare", "--model", "gaussian", "--solvers", "euler", "--nfe", "1,2", "--n", 8)
+    assert code == 0
+    assert "1 call " in printed
+    assert "2 calls" in printed

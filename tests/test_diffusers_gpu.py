@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.bindings import diffusers as twins
-from fewstep.bindings.diffusers import scheduler, transition
+from fewstep.bindings.diffusers import scheduler, threads, transition
 from fewstep.bindings.diffusers.update import Update
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
@@ -99,10 +99,11 @@ def test_a_step_on_cuda_is_one_operator(
 
     monkeypatch.setattr(Update, "_upload", uploaded)
     monkeypatch.setattr(scheduler, "randn_tensor", lambda *args, **kwargs: z)
-    monkeypatch.setattr(scheduler, "Tensor", FakeTensor)  # a step leaves subclasses of Tensor to the parent
+    for module in (scheduler, threads):
+        monkeypatch.setattr(module, "Tensor", FakeTensor)  # a step leaves subclasses of Tensor to the parent
     states = transition._States()  # they hold fake tables, which no other test must find
     monkeypatch.setattr(transition, "STATES", states)
-    monkeypatch.setattr(scheduler, "STATES", states)
+    monkeypatch.setattr(threads, "STATES", states)
 
     twin = make(twins, name, **config)
     for known in (False, True):

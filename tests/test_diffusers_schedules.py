@@ -144,7 +144,7 @@ def test_two_settings_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_schedules_of_one_scheduler_are_bounded() -> None:
-    from fewstep.bindings.diffusers.scheduler import SCHEDULES, VARIANTS
+    from fewstep.bindings.diffusers.threads import SCHEDULES, VARIANTS
 
     twin = make(twins, FLOW, use_dynamic_shifting=True)
     for k in range(2 * SCHEDULES):

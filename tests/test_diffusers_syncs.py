@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewstep.bindings import diffusers as twins
-from fewstep.bindings.diffusers import noise, scheduler, transition
+from fewstep.bindings.diffusers import noise, threads, transition
 from fewstep.bindings.diffusers.added import method_of
 
 pytestmark = [
@@ -110,7 +110,7 @@ def suspended(mode: Device) -> Iterator[None]:
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     states = transition._States()  # what is learned of these tensors no other test must find
     monkeypatch.setattr(transition, "STATES", states)
-    monkeypatch.setattr(scheduler, "STATES", states)
+    monkeypatch.setattr(threads, "STATES", states)
     mode = Device()
     base = {name: getattr(torch.Tensor, name) for name in ("device", "is_cuda", "is_cpu")}
 

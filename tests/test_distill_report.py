@@ -73,7 +73,7 @@ def test_the_page_and_pictures_come_from_the_runs_folders(tmp_path: Path) -> Non
     run = next(r for r in runs if r.problem == "digits")
     keys = ("energy_distance", "accuracy", "feature_distance", "taught_accuracy")
     row = {"nfe": 1, **dict.fromkeys(keys, 0.5), "teacher": "ddim, trailing", **{f"teacher {k}": 0.25 for k in keys}}
-    check = {"name": "accuracy, 1 calls", "value": 0.5, "bound": 0.25, "least": True, "met": True}
+    check = {"name": "accuracy, 1 call", "value": 0.5, "bound": 0.25, "least": True, "met": True}
     folder = tmp_path / "work" / run.name
     folder.mkdir(parents=True)
     settings = {"steps": 5, "batch": 8, "seed": 0}

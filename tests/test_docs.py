@@ -126,6 +126,22 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
+def test_every_picture_is_shown():
+    """On a page or in the README: one that is drawn and shown nowhere is never looked at."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    shown = {
+        (page.parent / target).resolve()
+        for page in pages
+        for target in re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img[^>]* src=\"([^\"]+)", page.read_text(encoding="utf-8"))
+        for target in filter(None, target)
+    }
+    pictures = {
+        path for kind in ("png", "svg", "gif", "jpg", "webp") for path in (ROOT / "docs").resolve().rglob(f"*.{kind}")
+    }
+    assert len(pictures) > 10
+    assert sorted(pictures - shown) == []
+
+
 def test_the_design_names_every_module():
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     named = {word.rpartition("/")[2] for word in re.findall(r"`([\w/]+)`", page)}

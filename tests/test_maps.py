@@ -206,6 +206,14 @@ def test_a_scheduler_that_tells_no_process():
         from_diffusers(lambda x, timestep: x, scheduler)
 
 
+def test_a_flow_scheduler_without_a_configuration():
+    class FlowMatchOfMine:
+        pass
+
+    denoiser = from_diffusers(lambda x, timestep: x, FlowMatchOfMine())
+    assert (denoiser.process.shift, denoiser.time_scale) == (1.0, 1000.0)
+
+
 def test_tuples_and_plain_outputs():
     bars = torch.linspace(0.99, 0.01, 10)
     scheduler = SimpleNamespace(alphas_cumprod=bars, config=SimpleNamespace(prediction_type="sample"))

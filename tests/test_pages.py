@@ -6,12 +6,14 @@ import ast
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from browser import browser, chromium
 from pages import DOCS, ROOT, all_pages, blocks, run_page
 
 import fewstep as fs
@@ -116,18 +118,48 @@ def test_the_names_in_the_tables_of_other_libraries_exist() -> None:
     assert named <= known | {"dormand_prince", "encoder_hidden_states", "cond", "class_labels", "comfyui"}
 
 
-@pytest.mark.slow
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
-    """No dead link or anchor, no page outside the menu, no unknown name, nothing loaded from elsewhere."""
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the site, built strictly: no dead link or anchor, no page outside the menu, no unknown name."""
     pytest.importorskip("mkdocs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages = sorted(tmp_path.rglob("*.html"))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
     assert len(pages) >= len(list(DOCS.rglob("*.md")))
     for page in pages:
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]* src=\"?([^\" >]+)|<link[^>]* href=\"?([^\" >]+)", text)
         assert not [url for pair in loaded for url in pair if url.startswith(("http:", "https:", "//"))], page
-    api = (tmp_path / "reference" / "sampling.html").read_text(encoding="utf-8")
+    api = (site / "reference" / "sampling.html").read_text(encoding="utf-8")
     assert re.search(r"<td><code>solver</code></td>\s*<td>a name from", api)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="needs chromium")
+def test_the_search_finds_pages_from_disk(site: Path, tmp_path: Path) -> None:
+    """A page far from the root, opened as a file, finds the page on inpainting, and its link leads there."""
+    with browser(tmp_path / "profile") as page:
+        page.call("Emulation.setFocusEmulationEnabled", enabled=True)
+        page.open(site / "reference" / "sampling.html")
+        page.evaluate("document.querySelector('#__search').click()")
+        page.evaluate(
+            "const field = document.querySelector('.md-search__input'); field.focus(); field.value = 'inpainting'"
+        )
+        page.evaluate("field.dispatchEvent(new Event('keyup'))")
+        end, link = time.monotonic() + 30.0, None
+        while link is None:
+            assert time.monotonic() < end, page.evaluate(
+                "document.querySelector('.md-search-result__meta').textContent"
+            )
+            time.sleep(0.05)
+            link = page.evaluate("document.querySelector('.md-search-result__link')?.href")
+        assert link == f"{(site / 'edits.html').as_uri()}?h=inpainting"
+        errors = [e for e in page.events if e[0] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        assert errors == []

@@ -7,6 +7,7 @@ import pytest
 
 import fewstep as fs
 from fewstep.recommender import DISTILLED
+from fewstep.solvers.options import counted
 from fewstep.solvers.tune.candidates import fit_steps
 
 PROCESSES = {
@@ -37,7 +38,7 @@ def test_the_recommended_plan_fits_the_budget(name, guidance, distilled):
         assert steps == r.steps
         assert calls * each <= nfe
         if distilled is None:  # solvers with several calls per step state the number of calls
-            assert (f"{r.steps} steps make {calls} calls" in r.why) == (calls != r.steps)
+            assert (f"This is {counted(calls, 'call')} in {counted(r.steps, 'step')}." in r.why) == (calls != r.steps)
 
 
 @pytest.mark.parametrize("nfe", [5, 7, 8, 15, 20, 30])

@@ -272,7 +272,7 @@ def test_tensors_and_progress(tmp_path):
         ({"folder": "a\0b"}, ValueError, "folder"),
         ({"folder": 3}, TypeError, "folder must be a path"),
         ({"folder": "x" * 300}, ValueError, "too long"),
-        ({"folder": "no/such"}, FileNotFoundError, "there is no folder no; create it"),
+        ({"folder": "no/such"}, FileNotFoundError, "there is no folder no; create it first"),
         ({"folder": "file"}, ValueError, "folder file: that is a file"),
         ({"job": 3}, TypeError, "job must be a mapping"),
         ({"job": {"f": print}}, ValueError, "job = .* cannot be written"),

@@ -19,7 +19,7 @@ from test_plan_scheduler import WRAPPED, normals, wrapped_sd
 
 import fewstep as fs
 from fewstep.bindings.diffusers import tune_pipeline as module
-from fewstep.bindings.diffusers.collect import collect
+from fewstep.bindings.diffusers.collect import _explain, collect
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")
 
@@ -268,6 +268,48 @@ def test_bad_arguments_are_refused_before_the_network_runs() -> None:
     refused(TypeError, "pipe must be a diffusers pipeline", object(), [arguments], 4)
     refused(ValueError, "quick must be True or False", pipe, [arguments], 4, quick=1)
     refused(ValueError, "unknown argument 'heigth': did you mean 'height'", pipe, [arguments], 4, heigth=16)
+
+
+def test_a_pipeline_that_lacks_what_its_prompts_need() -> None:
+    """Each is one error that names what is missing, before the network runs; other errors stay as they are."""
+    pipe, arguments, *_ = wrapped_sd("epsilon")
+    called: list[object] = []
+    hook = pipe.unet.register_forward_pre_hook(lambda *args: called.append(args))
+    with pytest.raises(ValueError, match=r"it has no text_encoder, tokenizer; load it .*mappings .* prompt_embeds"):
+        fs.tune_pipeline(pipe, ["a cat"], 4, quick=True, progress=False)
+    rest = {**pipe.components, **{n: object() for n in ("text_encoder", "tokenizer", "safety_checker")}}
+    with pytest.raises(ValueError, match=r"it has no feature_extractor, image_encoder"):
+        _explain(pipe, rest, TypeError("'NoneType' object is not callable"))
+    with pytest.raises(AttributeError, match="has no attribute 'shape'"):
+        collect(pipe, [{**arguments, "prompt_embeds": 3, "negative_prompt_embeds": 4}])
+    assert not called
+    hook.remove()
+    assert collect(pipe, [arguments]).scale == 4.0
+
+
+def test_a_pipeline_whose_call_takes_fewer_arguments() -> None:
+    pipe, arguments, *_ = wrapped_sd("epsilon")
+    kind = type(pipe)
+
+    class Latents(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, prompt_embeds: Any, num_inference_steps: int = 50, generator: Any = None) -> Any:
+            given = {**arguments, "prompt_embeds": prompt_embeds, "num_inference_steps": num_inference_steps}
+            return kind.__call__(self, **given, generator=generator, output_type="latent")
+
+    class OneStep(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, prompt_embeds: Any) -> Any:
+            raise AssertionError("it was called")
+
+    given = {"prompt_embeds": arguments["prompt_embeds"]}
+    expected = collect(pipe, [arguments])
+    pipe.__class__ = Latents
+    made = collect(pipe, [given])
+    assert (made.scale, made.shape) == (expected.scale, expected.shape)
+    for null_or_not in range(2):
+        torch.testing.assert_close(made.cond[null_or_not], expected.cond[null_or_not], rtol=0.0, atol=0.0)
+    pipe.__class__ = OneStep
+    with pytest.raises(ValueError, match="cannot be tuned: a call of OneStep takes no num_inference_steps and no g"):
+        collect(pipe, [given])
 
 
 @pytest.mark.parametrize("resumed", [False, True])

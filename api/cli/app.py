@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,6 +57,13 @@ def options(
     ] = False,
 ) -> None:
     """Sample diffusion and flow models in few steps, and measure the error and the cost."""
+
+
+def path(text: str | Path) -> Path:
+    """Parses the name of a folder. An empty one, as of a shell's unset variable, would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
 
 
 def check_count(flag: str, value: int, low: int = 1, high: int = 1_000_000) -> None:

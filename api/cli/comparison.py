@@ -15,6 +15,7 @@ from fewstep.kernels import cpu
 from fewstep.models import Condition, Model
 from fewstep.problems import energy_distance
 from fewstep.recommender import usual_spacing
+from fewstep.solvers.options import counted
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import Device
@@ -185,7 +186,7 @@ def compare(
         if isinstance(plan, str):
             result.left_out[solver] = plan
             continue
-        x, seconds = run(plan, f"{solver}, {budget} calls")
+        x, seconds = run(plan, f"{solver}, {counted(budget, 'call')}")
         rmse = None if plan.stochastic else _rmse(x, reference)
         energy = energy_distance(x, data, unbiased=False)
         cost = step_cost(denoiser, plan, shape, cond)
@@ -211,7 +212,7 @@ def _longest_plan(solver: str, process: Process, spacing: str, budget: int) -> P
     except ValueError as error:
         if "needs more than" not in str(error):
             raise
-        return f"one step takes more than {budget} calls"
+        return f"one step takes more than {counted(budget, 'call')}"
     plan = make_plan(solver, make_grid(process, steps, spacing))
     return "starts from data, not from noise" if plan.start.sigma < plan.stages[-1].to.sigma else plan
 

@@ -13,6 +13,7 @@ import numpy as np
 from fewstep.cli.comparison import REFERENCE_CALLS, REFERENCE_SOLVER, SHOWN, Comparison, Entry
 from fewstep.cli.output import contact_sheet, plotting, scatter, shades_of
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ class Listing:
 
 def listings(result: Comparison) -> tuple[Listing, Listing]:
     """The error and the distance to the data of every solver at every budget, best solver first."""
-    what = f"{result.title}, {result.samples} samples"
+    what = f"{result.title}, {counted(result.samples, 'sample')}"
     return (
         _listing(
             result,
@@ -98,7 +99,7 @@ def _listing(
         costs = (f"{np.median([e.step_us for e in mine]):.1f}", f"{max(e.seconds for e in mine):.2f}")
         rows.append((result.name(pair), *cells, *(costs if cost else ())))
     best = {(int(i), j + 1) for j, i in enumerate(numbers.argmin(axis=0)) if np.isfinite(numbers[i, j])}
-    heads = ("solver", *(f"{b} calls" for b in budgets), *(("µs per step", "s") if cost else ()))
+    heads = ("solver", *(counted(b, "call") for b in budgets), *(("µs per step", "s") if cost else ()))
     return Listing(title, heads, tuple(rows), frozenset(best), caption)
 
 
@@ -136,7 +137,7 @@ def plot(result: Comparison, path: Path) -> None:
     draw = _lines if len(result.pairs()) <= FEW else _ranking
     pyplot = plotting()
     figure = draw(pyplot, result)
-    figure.suptitle(f"{result.title}: {result.samples} samples from the same latents")
+    figure.suptitle(f"{result.title}: {counted(result.samples, 'sample')} from the same latents")
     write_whole(path, lambda to: figure.savefig(to, dpi=130))
     pyplot.close(figure)
 
@@ -211,7 +212,8 @@ def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
         for j, budget in enumerate(budgets):
             dots = [(value(e), i) for i, p in enumerate(order) for e in result.of(p) if e.budget == budget]
             dots = [(v, i) for v, i in dots if v is not None]
-            axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=f"{budget} calls")
+            label = counted(budget, "call")
+            axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=label)
         axis.set_yticks(range(len(order)), [result.name(p) for p in order], fontsize="small")
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlabel(label)
@@ -241,7 +243,7 @@ def _samples(axis: Axes, result: Comparison) -> None:
         if e.budget == min((b.budget for b in result.entries), key=lambda b: abs(b - 8))
     }
     shown = {name: (name, calls[name]) if name in calls else ("reference", REFERENCE_CALLS) for name in result.shown}
-    names = [f"{name}, {n} calls" for name, n in shown.values()]
+    names = [f"{name}, {counted(n, 'call')}" for name, n in shown.values()]
     axis.set_yticks([(i + 0.5) * height for i in range(len(names))], names)
     axis.set_xticks([])
     axis.tick_params(left=False)
@@ -256,4 +258,4 @@ def _points(axis: Axes, result: Comparison) -> None:
     budget = min({e.budget for e in shown}, key=lambda b: abs(b - 8))
     best = min((e for e in shown if e.budget == budget), key=lambda e: e.energy)
     scatter(axis, result.shown[best.solver], result.data)
-    axis.set_title(f"{best.solver}, {best.nfe} calls, nearest to {result.goal} (grey)", fontsize="medium")
+    axis.set_title(f"{best.solver}, {counted(best.nfe, 'call')}, nearest to {result.goal} (grey)", fontsize="medium")

@@ -17,10 +17,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_options
+from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_options, path
 from fewstep.cli.output import check_out, write_samples
 from fewstep.models import load_model
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import make_folder, write_whole
+from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
     from fewstep.distill_runs.evaluate import Outcome
@@ -36,7 +37,9 @@ def distill(
             "score_identity, f_distill, latent_adversarial, regularised or trajectory_matching."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the student, checkpoint, log, results and samples.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="Folder for the student, checkpoint, log, results and samples.")
+    ],
     problem: Annotated[str, typer.Option(help="ring, pinwheel or digits; with --data, your own.")] = "ring",
     data: Annotated[
         str | None, typer.Option(help="Your data: a folder, a .npy, .npz or .safetensors file, or FILE.py:FUNCTION.")
@@ -66,7 +69,9 @@ def distill(
     ] = False,
     look_every: Annotated[int, typer.Option(help="With --data: steps between measured samples; 0: none.")] = 0,
     samples: Annotated[int, typer.Option(help="With --data: samples that are drawn and measured.")] = 64,
-    tensorboard: Annotated[Path | None, typer.Option(help="With --data: folder of a TensorBoard log.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(parser=path, help="With --data: folder of a TensorBoard log.")
+    ] = None,
     wandb: Annotated[str | None, typer.Option(help="With --data: project of a Weights & Biases run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
@@ -113,16 +118,17 @@ def distill(
 
     with training.processes():
         first = training.rank() == 0
-        if first:
-            out.mkdir(parents=True, exist_ok=True)
-            check_out(out / training.CHECKPOINT, (".safetensors",))
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, options)
+        if first:
+            make_folder(out, "--out")
+            check_out(out / training.CHECKPOINT, (".safetensors",))
         with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
             try:
                 training.train(recipe, out, resume=resume, every=every, watch=watch)
             except training.Stopped as stopped:
                 if first:
-                    ERR.print(f"stopped after {stopped.done} of {recipe.settings.steps} steps; continue with --resume")
+                    whole = counted(recipe.settings.steps, "step")
+                    ERR.print(f"stopped after {stopped.done} of {whole}; continue with --resume")
                 raise
         if not first:
             return
@@ -171,14 +177,15 @@ def distill_own(
         )  # fmt: skip
         quiet = as_json or not first
         seconds = trainer.estimate()
+        whole = counted(given["steps"], "step")
         if not quiet:
-            ERR.print(f"{given['steps']} steps of {method} on {device}: about {shown_time(seconds)}")
+            ERR.print(f"{whole} of {method} on {device}: about {shown_time(seconds)}")
         with progress(given["steps"], quiet=quiet) as watch:
             try:
                 student = trainer.fit(resume=resume, watch=watch)
             except training.Stopped as stopped:
                 if first:
-                    ERR.print(f"stopped after {stopped.done} of {given['steps']} steps; continue with --resume")
+                    ERR.print(f"stopped after {stopped.done} of {whole}; continue with --resume")
                 raise
     if not first:
         return

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from fewstep.cli.app import OUT, bars
 from fewstep.solvers.files import write_whole
+from fewstep.solvers.options import counted
 from fewstep.solvers.run.sharded import Shards, place
 
 
@@ -50,6 +51,7 @@ def write_folder(
         return
     waiting = f"; {shards.left} are still to come from the other processes" if shards.left else ""
     OUT.print(
-        f"{settings['n']} samples of {settings['model']} by {settings['solver']}, {len(shards.files)} files in "
-        f"[bold]{escape(str(folder))}[/]: {shards.made} made by this process in {seconds:.2f} s{waiting}"
+        f"{counted(settings['n'], 'sample')} of {settings['model']} by {settings['solver']}, "
+        f"{counted(len(shards.files), 'file')} in [bold]{escape(str(folder))}[/]: "
+        f"{shards.made} made by this process in {seconds:.2f} s{waiting}"
     )

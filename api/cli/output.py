@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewstep.solvers.files import check_target, write_whole
+from fewstep.solvers.options import counted
 from fewstep.solvers.run.arrays import no_grad
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def write_samples(
     figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
     scatter(axes, x, data)
     beneath = "" if data is None else "; grey: data"
-    axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {settings.get('nfe')} calls{beneath}")
+    calls = counted(settings["nfe"], "call")
+    axes.set_title(f"{settings.get('model')}, {settings.get('solver')}, {calls}{beneath}")
     write_whole(path, lambda to: figure.savefig(to, dpi=120))
     pyplot.close(figure)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from fewstep.cli.app import ERR, OUT, AsJson, Guidance, OwnShape, check_count, command_line, parse_sample_shape
 from fewstep.cli.output import check_out, drawable
 from fewstep.models import check_model, load_model
+from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
     from fewstep.recommender import Measured, Recommendation
@@ -146,7 +147,7 @@ def say(r: Recommendation) -> None:
     """The plan in a line, and the reason."""
     options = [f"{k}={shown_value(v)}" for k, v in r.options.items()]
     spacing = with_options(r.spacing, getattr(r, "spacing_options", {}))
-    steps = f"{r.steps} step{'s' * (r.steps > 1)}"
+    steps = counted(r.steps, "step")
     OUT.print(f"[bold]{r.solver}[/], {', '.join([f'{steps} on the [bold]{spacing}[/] spacing', *options])}")
     OUT.print(r.why, soft_wrap=True)
 

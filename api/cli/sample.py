@@ -22,12 +22,13 @@ from fewstep.cli.app import (
     command_line,
     parse_options,
     parse_sample_shape,
+    path,
 )
 from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_drawable, check_out, draw, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import MODELS, PROCESS, check_model, is_student, load_model, student_model
-from fewstep.solvers.options import unknown
+from fewstep.solvers.options import counted, unknown
 
 BACKENDS = ("auto", "numba", "naive")
 
@@ -52,7 +53,8 @@ def sample(
     # torchrun takes --n for an abbreviation of its own options, wherever it stands.
     n: Annotated[int, typer.Option("--n", "-n", help="Number of samples.")] = 64,
     out_path: Annotated[
-        Path, typer.Option("--out", help="A .png picture, an .npz archive, or a folder of numbered .npy files.")
+        Path,
+        typer.Option("--out", parser=path, help="A .png picture, an .npz archive, or a folder of numbered .npy files."),
     ] = Path("samples.png"),
     batch: Annotated[int, typer.Option(help="Samples per batch, for a folder.")] = 64,
     chunk: Annotated[int | None, typer.Option(help="Samples per file of a folder; default: one batch.")] = None,
@@ -80,6 +82,8 @@ def sample(
     if not folder:
         check_one_process("--out", out_path)
         check_out(out_path)
+        if chunk is not None:
+            raise ValueError(f"--chunk {chunk} divides the files of a folder, and --out {out_path} is one file")
     check_count("--n", n)
     check_count("--batch", batch)
     check_seed(seed, "--seed")
@@ -101,10 +105,10 @@ def sample(
     else:
         shape = parse_sample_shape(own_shape)
         check_model(model, guidance, label, shape)
-        solver, steps = solver or "dpmpp_2m", 15 if steps is None else steps
+        solver, steps = "dpmpp_2m" if solver is None else solver, 15 if steps is None else steps
         own = None if shape is None else load_model(model, shape)
         process = PROCESS if own is None else own.process
-        spacing = spacing or get_solver(solver).spacing(process)
+        spacing = get_solver(solver).spacing(process) if spacing is None else spacing
         plan = make_plan(solver, make_grid(process, steps, spacing), **options)
         chosen = load_model(model) if own is None else own
     check_drawable(out_path, chosen.shape)
@@ -139,7 +143,8 @@ def sample(
         typer.echo(json.dumps({**settings, "seconds": seconds, "out": str(out_path)}))
         return
     OUT.print(
-        f"{n} samples of {model} by {solver}: {plan.nfe} calls, {settings['evaluations']} evaluations per sample, "
+        f"{counted(n, 'sample')} of {model} by {solver}: {counted(plan.nfe, 'call')}, "
+        f"{counted(settings['evaluations'], 'evaluation')} per sample, "
         f"{seconds:.2f} s, in [bold]{escape(str(out_path))}[/]"
     )
     if model in MODELS:

@@ -13,6 +13,7 @@ from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, chec
 from fewstep.cli.output import check_drawable, check_out, draw, write_samples
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
+from fewstep.solvers.options import counted
 
 
 def sample_plan(
@@ -57,4 +58,7 @@ def sample_plan(
     if as_json:
         typer.echo(json.dumps({**settings, "out": str(out)}))
         return
-    OUT.print(f"{n} samples of {model} by {escape(str(plan_path))}: {plan.nfe} calls, in [bold]{escape(str(out))}[/]")
+    OUT.print(
+        f"{counted(n, 'sample')} of {model} by {escape(str(plan_path))}: {counted(plan.nfe, 'call')}, "
+        f"in [bold]{escape(str(out))}[/]"
+    )

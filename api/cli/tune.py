@@ -13,10 +13,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, parse_sample_shape
+from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, parse_sample_shape, path
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
+from fewstep.solvers.options import counted
 
 
 @contextlib.contextmanager
@@ -55,7 +56,7 @@ def tune(
     resume: Annotated[
         Path | None, typer.Option(help="A tuned plan to continue from, of as many calls or fewer.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for reference solutions.")] = None,
+    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for reference solutions.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C during the fit keeps the best so far."""
@@ -117,5 +118,7 @@ def tune(
     if not record["fitted"]:
         OUT.print("no fit was better on the validation latents: this is the hand-made plan")
     use = command_line("fewstep sample-plan", shlex.quote(str(out)), **given)
-    OUT.print(f"{plan.nfe} calls, {record['seconds']:.0f} s, in [bold]{escape(str(out))}[/]; sample with it:")
+    OUT.print(
+        f"{counted(plan.nfe, 'call')}, {record['seconds']:.0f} s, in [bold]{escape(str(out))}[/]; sample with it:"
+    )
     OUT.print(f"[bold]{escape(use)}[/]", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import OUT, AsJson
+from fewstep.cli.app import OUT, AsJson, path
 from fewstep.cli.output import check_out
 from fewstep.cli.tune import saying_when_interrupted
 from fewstep.kernels.philox import check_seed
 from fewstep.solvers.files import shown
-from fewstep.solvers.options import needs, one_of
+from fewstep.solvers.options import counted, needs, one_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -35,12 +36,16 @@ def tune_pipeline(
     batch: Annotated[int, typer.Option(help="The most samples per network call.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[Path | None, typer.Option(help="A plan of an earlier fit to continue from.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Folder for solutions.")] = None,
+    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for solutions.")] = None,
     device: Annotated[str, typer.Option(help="Where the pipeline runs, such as cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of its weights: {', '.join(DTYPES)}.")] = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a diffusers pipeline, for the same images in fewer calls. Ctrl-C while fitting keeps the best."""
+    from fewstep.bindings.diffusers.tune_pipeline import SEEDS
+    from fewstep.solvers.plans.plan_file import read_plan
+    from fewstep.solvers.tune.tuning import check_arguments
+
     check_out(out, (".json",))
     check_seed(seed, "--seed")
     one_of("--dtype", dtype, DTYPES)
@@ -48,9 +53,15 @@ def tune_pipeline(
     if prompts is not None:
         if not prompts.is_file():
             raise ValueError(f"--prompts: there is no file {shown(prompts)}")
-        texts += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            texts += [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompts {shown(prompts)} is no text in UTF-8: {error.reason}") from None
     if not texts:
         raise ValueError("give prompts by --prompt or --prompts: a plan is fitted to the network's conditions")
+    check_arguments("auto" if resume is None else read_plan(resume), nfe, SEEDS, "all", batch)  # loading takes long
+    if guidance is not None and not math.isfinite(guidance):
+        raise ValueError(f"--guidance must be a finite number, got {guidance}")
     needs("fewstep tune-pipeline", "torch", "diffusers", extra="diffusers")
     import diffusers
     import torch
@@ -89,5 +100,6 @@ def tune_pipeline(
         table.add_row(f"test, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
     OUT.print(table)
     OUT.print(
-        f'{plan.nfe} calls, in [bold]{escape(str(out))}[/]; run it: fewstep.accelerate(pipe, plan="{escape(str(out))}")'
+        f"{counted(plan.nfe, 'call')}, in [bold]{escape(str(out))}[/]; "
+        f'run it: fewstep.accelerate(pipe, plan="{escape(str(out))}")'
     )

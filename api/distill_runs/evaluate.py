@@ -18,6 +18,7 @@ from fewstep.distill_runs import ring_teachers as teachers
 from fewstep.distill_runs.metrics import distance_to_modes, mode_masses, planar_energy_distance, sliced_wasserstein
 from fewstep.distill_runs.pinwheel import ARMS, draw_pinwheel
 from fewstep.distill_runs.training import Recipe
+from fewstep.solvers.options import counted
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -243,5 +244,6 @@ def _evaluate_digits(recipe: Recipe) -> Outcome:
             continue
         for key, sign in zip(DIGITS_MEASURES, (1, -1, 1, -1), strict=True):
             what = key.replace("_", " ")
-            checks.append(Check(f"{what}, {nfe} calls, against the teacher's best", own[key], best[key], sign < 0))
+            compared = f"{what}, {counted(nfe, 'call')}, against the teacher's best"
+            checks.append(Check(compared, own[key], best[key], sign < 0))
     return Outcome(rows, checks, samples)

@@ -27,7 +27,8 @@ from fewstep.kernels import cpu
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import lora
 from fewstep.solvers.field_names import method_name
-from fewstep.solvers.options import function, named
+from fewstep.solvers.files import make_folder
+from fewstep.solvers.options import counted, function, named
 from fewstep.solvers.run.sampler import Sampler
 
 Metric = Callable[[NDArray[np.float32]], float]
@@ -162,9 +163,8 @@ class Trainer:
     def __repr__(self) -> str:
         out = None if self.out is None else str(self.out)
         kept = self._settings
-        return (
-            f"Trainer({self.method!r}, {kept['steps']} steps, batch={kept['batch']}, on {kept['device']}, out={out!r})"
-        )
+        steps = counted(kept["steps"], "step")
+        return f"Trainer({self.method!r}, {steps}, batch={kept['batch']}, on {kept['device']}, out={out!r})"
 
     @property
     def settings(self) -> RunSettings:
@@ -199,7 +199,7 @@ class Trainer:
         with training.processes(self._settings["device"]):
             main = training.rank() == 0
             if self.out is not None:
-                self.out.mkdir(parents=True, exist_ok=True)
+                make_folder(self.out, "out")
                 if not resume and (self.out / CHECKPOINT).exists():
                     raise ValueError(
                         f"out = {self.out} holds a checkpoint: continue it with resume=True (--resume), or use another"

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fewstep.bindings.diffusers.interface import Scheduler, Timestep
-from fewstep.bindings.diffusers.scheduler import CURSOR, fused
+from fewstep.bindings.diffusers.scheduler import fused
+from fewstep.bindings.diffusers.threads import CURSOR
 
 
 class _EarlierPrediction(Scheduler):

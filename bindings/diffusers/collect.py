@@ -10,6 +10,7 @@ must give the recorded predictions again, or the pipeline is refused.
 from __future__ import annotations
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,12 +85,14 @@ def collect(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> Collected:
     prompts  the pipeline's arguments, one mapping per prompt, each for one image
 
     Raises ValueError for a pipeline whose prediction is not a linear combination of one or two branches of one network
-    on the latents, such as one with guidance rescale, extra input channels or a ControlNet.
+    on the latents, such as one with guidance rescale, extra input channels or a ControlNet, and for one that lacks a
+    component, such as a tokenizer, that these arguments need.
     """
     components = _components(pipe)
     old = components.get("scheduler")
     if old is None:
         raise ValueError(f"pipe must have a component 'scheduler', {type(pipe).__name__} has {sorted(components)}")
+    asked = _asked(pipe)
     process, predicts = process_of(old)
     flow = isinstance(process, Flow)
     times = (1.0, 0.5, 0.0) if flow else (process.t_first, round(0.5 * process.t_first), -1.0)
@@ -113,8 +116,13 @@ def collect(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> Collected:
             seen.clear()
             calls.clear()
             generator = torch.Generator().manual_seed(len(steps))
-            with torch.no_grad():
-                pipe(**{"num_inference_steps": 2, "output_type": "latent", "generator": generator, **given})
+            try:
+                with torch.no_grad():
+                    pipe(**{**asked, "generator": generator, **given})
+            except (AttributeError, TypeError) as error:
+                if not calls and not seen:
+                    _explain(pipe, components, error)
+                raise
             if len(seen) != 2:
                 raise ValueError(f"pipe made {len(seen)} scheduler steps in a run of 2 calls: its loop cannot be tuned")
             steps.append(list(seen))
@@ -123,6 +131,35 @@ def collect(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> Collected:
         for hook in hooks:
             hook.remove()
     return _made(networks, steps, process, predicts)
+
+
+def _asked(pipe: Any) -> dict[str, Any]:
+    """What every run is asked for, of what the pipeline's call takes.
+
+    Raises ValueError for a pipeline whose runs cannot be cut to two steps of known noise.
+    """
+    parameters = inspect.signature(pipe).parameters if callable(pipe) else {}
+    every = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    needed = () if every else [n for n in ("num_inference_steps", "generator") if n not in parameters]
+    if needed:
+        raise _refused(f"a call of {type(pipe).__name__} takes no {' and no '.join(needed)}")
+    latent = every or "output_type" in parameters
+    return {"num_inference_steps": 2, **({"output_type": "latent"} if latent else {})}
+
+
+def _explain(pipe: Any, components: Mapping[str, Any], error: Exception) -> None:
+    """Raises ValueError where a pipeline used a component that it has not got, such as the tokenizer of a text."""
+    absent = [name for name, component in components.items() if component is None]
+    optional = getattr(pipe, "_optional_components", ())
+    missing = [name for name in absent if name not in optional] or absent
+    if not missing or "'NoneType' object" not in str(error):
+        return
+    made = [name for name in inspect.signature(pipe).parameters if name.endswith("embeds")]
+    instead = f", or give mappings of arguments that need none of it, such as {', '.join(made)}" if made else ""
+    raise ValueError(
+        f"prompts need a component that {type(pipe).__name__} lacks ({error}): it has no {', '.join(missing)}; load it "
+        f"with its components{instead}"
+    ) from error
 
 
 def _recording(seen: list[Seen], calls: list[Called]) -> Any:
@@ -341,7 +378,7 @@ def predict(made: Collected, x: Tensor, t: Tensor, prompts: Sequence[int]) -> Te
 def seconds_per_prediction(made: Collected, batch: int) -> float:
     """The time of one guided prediction in batches of this size, from a few calls."""
     dtype = getattr(torch, made.denoiser.model_dtype("float32"))
-    device = next(made.network.parameters()).device
+    device = next((p.device for p in made.network.parameters()), torch.device("cpu"))
     x = torch.zeros(batch, *made.shape, dtype=dtype, device=device)
     point = made.denoiser.process.point(0.5 * made.denoiser.process.t_first)
     t = torch.full((batch,), made.denoiser.time(point), device=device)

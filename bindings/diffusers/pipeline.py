@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fewstep.bindings.diffusers import REFUSED, SCHEDULERS
 from fewstep.bindings.diffusers.fitted import check_fitted
 from fewstep.bindings.diffusers.interface import check_noise
+from fewstep.solvers.options import counted
 from fewstep.solvers.run.graphed_call import GraphedCall
 
 if TYPE_CHECKING:
@@ -126,7 +128,8 @@ def _run_plan(
     twin: Scheduler = PlanScheduler.from_config(described(old), plan=made, noise=noise)
     replaced = old.config["replaces"] if isinstance(old, PlanScheduler) else None  # of an earlier plan
     kind = type(old).__name__ if replaced is None else replaced["_class_name"]
-    what = f"PlanScheduler runs {made.solver} in {made.nfe} calls, in place of {kind}: num_inference_steps={made.nfe}"
+    calls = counted(made.nfe, "call")
+    what = f"PlanScheduler runs {made.solver} in {calls}, in place of {kind}: num_inference_steps={made.nfe}"
     what += f"; {fitted}" if fitted else ""
     clips = [name for name in ("clip_sample", "thresholding") if (replaced or old.config).get(name)]
     what += f"; without the {clips[0]} of {kind}" if clips else ""
@@ -187,9 +190,9 @@ def _schedulers(components: dict[str, Any]) -> dict[str, Scheduler]:
 
 
 def is_twin(scheduler: object) -> bool:
-    from fewstep.bindings.diffusers.scheduler import PerThread
-
-    return isinstance(scheduler, PerThread)
+    # If it is not loaded there is no twin, and perhaps no diffusers.
+    threads: Any = sys.modules.get("fewstep.bindings.diffusers.threads")
+    return threads is not None and isinstance(scheduler, threads.PerThread)
 
 
 def _why_no_twin(scheduler: Scheduler, corrected: bool, noise: str) -> str | None:
@@ -226,7 +229,7 @@ def _twin(scheduler: Scheduler, corrected: bool, noise: str) -> Scheduler:
 
 def _moved(scheduler: Scheduler, cls: type[Scheduler], options: Mapping[str, object]) -> Scheduler:
     """A scheduler of another class with this one's attributes; to or from a corrected one, only its configuration."""
-    from fewstep.bindings.diffusers.scheduler import adopt, parent_attributes
+    from fewstep.bindings.diffusers.threads import adopt, parent_attributes
 
     ours = ("corrected", "noise")
     made = cls.from_config({k: v for k, v in scheduler.config.items() if k not in ours}, **options)

@@ -26,7 +26,7 @@ from fewstep.bindings.diffusers.interface import Timestep
 from fewstep.bindings.maps import PREDICTION_TYPES, process_of
 from fewstep.kernels import layout
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import one_of
+from fewstep.solvers.options import counted, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, read_plan
 from fewstep.solvers.plans.program import compile_plan
@@ -312,8 +312,8 @@ class PlanScheduler(Base):
             given = len(values) if given is None and values is not None else given
         if given != calls:
             raise ValueError(
-                f"num_inference_steps = {given}, and the plan of this scheduler makes {calls} calls: pass "
-                f"num_inference_steps={calls}, or a plan of {given} calls"
+                f"num_inference_steps = {given}, and the plan of this scheduler makes {counted(calls, 'call')}: pass "
+                f"num_inference_steps={calls}, or a plan of {counted(given, 'call')}"
             )
         ramp = np.linspace(1.0, 1.0 / calls, calls)
         own_sigmas = self.sigmas[:-1].numpy()

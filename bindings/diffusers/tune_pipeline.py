@@ -15,7 +15,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers.fitted import FIELD, weights_of
 from fewstep.solvers.files import check_target
-from fewstep.solvers.options import flag, unknown
+from fewstep.solvers.options import counted, flag, unknown
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -96,7 +96,7 @@ def tune_pipeline(
     seconds = seconds_per_prediction(made, batch)
     branches = len(made.cond)
     say(
-        f"{type(pipe).__name__}: {made.name} on {len(given)} prompts, latents {made.shape}, "
+        f"{type(pipe).__name__}: {made.name} on {counted(len(given), 'prompt')}, latents {made.shape}, "
         + ("no guidance" if made.scale is None else f"guidance {made.scale:g}")
     )
     say(

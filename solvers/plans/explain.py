@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fewstep.kernels import layout
+from fewstep.solvers.options import counted
 from fewstep.solvers.plans.program import Program, compile_plan, is_rename, live_rows
 from fewstep.solvers.plans.rounds import rounds
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, UncheckedPlan
@@ -45,9 +46,10 @@ def explain(
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     lines.insert(1, "  ".join("-" * width for width in widths))
     count = len(rounds(plan))
-    within = f" in {count} rounds" if count < plan.nfe else ""
-    title = f"{plan.solver}: {plan.steps} steps, {plan.nfe} denoiser calls{within}, {program.buffers} buffers"
-    end = [f"total: {total} bytes per element over {plan.nfe} calls"]
+    within = f" in {counted(count, 'round')}" if count < plan.nfe else ""
+    calls, buffers = counted(plan.nfe, "denoiser call"), counted(program.buffers, "buffer")
+    title = f"{plan.solver}: {counted(plan.steps, 'step')}, {calls}{within}, {buffers}"
+    end = [f"total: {total} bytes per element over {counted(plan.nfe, 'call')}"]
     if tables is not None:
         end.append(_cost_of_guidance(program, tables, model_bytes, state_bytes))
     return "\n".join([title, *lines, *end])
@@ -74,6 +76,6 @@ def _cost_of_guidance(program: Program, tables: list[StageTable], model_bytes: i
     reductions = sum(table.blend is not None for table in tables)
     moved = sum(_guidance_bytes(table, model_bytes, state_bytes) for table in tables)
     more = max((b + 1 for table in tables for b in table.writes), default=0) - program.buffers
-    text = f"guidance: {evaluations} network evaluations in {len(tables)} calls; "
-    text += f"{reductions} reductions over whole samples, {moved} of the bytes"
-    return text + (f"; {more} buffers more for the running average" if more > 0 else "")
+    text = f"guidance: {counted(evaluations, 'network evaluation')} in {counted(len(tables), 'call')}; "
+    text += f"{counted(reductions, 'reduction')} over whole samples, {moved} of the bytes"
+    return text + (f"; {counted(more, 'buffer')} more for the running average" if more > 0 else "")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from fewstep.solvers.options import counted
 from fewstep.solvers.reprs import short
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import Point
@@ -122,7 +123,7 @@ class UncheckedPlan:
             if not (value is None or name == "tuning")
         )
         tuned = ", tuned" * ("tuning" in self.options)
-        return f"{type(self).__name__}({self.solver!r}, {self.nfe} calls{tuned}, {self.grid!r}{options})"
+        return f"{type(self).__name__}({self.solver!r}, {counted(self.nfe, 'call')}{tuned}, {self.grid!r}{options})"
 
     @property
     def nfe(self) -> int:

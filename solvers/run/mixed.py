@@ -12,7 +12,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import flag, instance, one_of, warn
+from fewstep.solvers.options import counted, flag, instance, one_of, warn
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, running
 from fewstep.solvers.run.checks import check_latent, check_plan, check_shape, model_frame, pick_backend
@@ -316,7 +316,8 @@ class MixedRun:
         sample = self.columns.result(place, job)
         plan = job.program.plan
         if self.frame.device == "cpu" and not self._limits[id(plan)].usual(sample, ()):
-            where = f"Sampler on the same plan ({plan.solver!r}, {plan.steps} steps) names the call that it came from"
+            steps = counted(plan.steps, "step")
+            where = f"Sampler on the same plan ({plan.solver!r}, {steps}) names the call that it came from"
             if not bool((abs(sample) < math.inf).all()):
                 raise ValueError(f"the sample of place {place} holds NaN or inf: {where}")
             warn(f"the sample of place {place} is far too large: {where}")

@@ -9,7 +9,7 @@ from types import EllipsisType
 from typing import Any
 
 from fewstep.kernels import philox
-from fewstep.solvers.options import flag, function, named, warn, whole
+from fewstep.solvers.options import counted, flag, function, named, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, running, state_dtype
@@ -177,7 +177,8 @@ class Sampler:
         self._mode.recapture()
 
     def __repr__(self) -> str:
-        text = f"Sampler({self.plan.solver!r}, {self.plan.steps} steps, shape={self.shape}, backend={self.backend!r}"
+        steps = counted(self.plan.steps, "step")
+        text = f"Sampler({self.plan.solver!r}, {steps}, shape={self.shape}, backend={self.backend!r}"
         found = self.recorded
         if found.graphs:
             text += f", graph={self.graph!r}: {found.graphs} in {found.nbytes / 2**20:.1f} MiB, {found.seconds:.2f} s"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fewstep.solvers.options import at_least, flag, function, instance, number
+from fewstep.solvers.options import at_least, counted, flag, function, instance, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
 from fewstep.solvers.run.conditions import check_arrays, leaves, replaced, structure
@@ -85,7 +85,7 @@ class Engine:
 
     def __repr__(self) -> str:
         loop, run = self._loop, self._loop.run
-        plans = ", ".join(f"{plan.solver!r} in {plan.steps} steps" for plan in run.plans[:3])
+        plans = ", ".join(f"{plan.solver!r} in {counted(plan.steps, 'step')}" for plan in run.plans[:3])
         plans += f" and {len(run.plans) - 3} more" * (len(run.plans) > 3)
         state = "closed" if loop.closing else f"{len(loop.active)} active, {len(loop.waiting)} waiting"
         return f"Engine({plans}, shape={run.shape}, backend={run.backend!r}: {state})"

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from fewstep.kernels import philox
-from fewstep.solvers.files import read_whole, shown, write_whole
+from fewstep.solvers.files import make_folder, read_whole, shown, write_whole
 from fewstep.solvers.options import function, instance, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import dumps, plan_as_json
@@ -212,14 +212,7 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
     if not str(folder) or "\0" in str(folder):
         raise ValueError(f"folder {str(folder)!r} is not the name of a folder")
     path = Path(folder)
-    try:
-        path.mkdir(exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"folder {shown(path)}: that is a file; name a folder for the samples") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"folder {shown(path)}: there is no folder {shown(path.parent)}; create it") from None
-    except OSError as error:
-        raise ValueError(f"folder {shown(path)} cannot be made: {error.strerror}") from None
+    make_folder(path, parents=False)
     return path
 
 

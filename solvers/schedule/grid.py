@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fewstep.solvers.field_names import spacing_hint
-from fewstep.solvers.options import between, flag, named, number, one_of, plain, whole
+from fewstep.solvers.options import between, counted, flag, named, number, one_of, plain, whole
 from fewstep.solvers.schedule.process import FloatArray, Flow, Point, Process, check_process, numbers
 from fewstep.solvers.schedule.spacings import SPACINGS
 
@@ -69,7 +69,7 @@ class Grid:
 
     def __repr__(self) -> str:
         ends = f"sigma / alpha {self.ratio[0]:.4g} .. {self.ratio[-1]:.4g}"
-        return f"Grid({self.steps} steps, {ends}, {self.process!r})"
+        return f"Grid({counted(self.steps, 'step')}, {ends}, {self.process!r})"
 
     @classmethod
     def from_sigmas(cls, process: Process, ratios: ArrayLike) -> Grid:

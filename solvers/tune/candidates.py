@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fewstep.solvers.options import counted
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -110,7 +111,7 @@ def fit_steps(solver: str, process: Process, spacing: str, calls: int, options: 
             continue
         if made.nfe <= calls:
             return steps
-    raise ValueError(f"solver {solver!r} needs more than {calls} calls for one step")
+    raise ValueError(f"solver {solver!r} needs more than {counted(calls, 'call')} for one step")
 
 
 def candidates(process: Process, calls: int, noisy: bool = False) -> list[Candidate]:

@@ -234,7 +234,7 @@ def check_plan(
     record = plan.options.get("tuning")
     if record is None:
         return
-    force = "tune a plan for it, or load with force=True (a tuned plan can be far worse on another denoiser)"
+    force = "tune a plan for it, or load with force=True or --force (a tuned plan can be far worse on another denoiser)"
     check_record(plan, where)
     guidance = guidance_as_json(denoiser.guidance)
     if guidance != record["guidance"]:

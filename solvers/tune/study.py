@@ -12,7 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fewstep.solvers.files import write_whole
+from fewstep.solvers.files import make_folder, write_whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -69,6 +69,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fewstep"
 
 
+def folder_of(cache: str | Path | None) -> Path | None:
+    """The folder that an argument `cache` names, made where it is missing; None for none."""
+    folder = cache_folder() if cache == "auto" else None if cache is None else Path(cache)
+    if folder is not None:
+        make_folder(folder, "cache")
+    return folder
+
+
 def reference_ends(
     ensemble: Ensemble, reference: Reference | None, key: Sequence[Any], cache: Path | None
 ) -> tuple[Array, float | None]:
@@ -100,7 +108,7 @@ def reference_ends(
         error = float(np.sqrt(np.mean((ends[0] - ends[-1]) ** 2))) if len(ends) > 1 else np.nan
         kept = ends[0], error
         if path is not None and np.all(np.isfinite(ends[0])):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent, "cache")
             write_whole(path, lambda to: np.savez(to, ends=ends[0], error=np.array(error)))
     if not np.all(np.isfinite(kept[0])):
         raise ValueError(
@@ -167,6 +175,7 @@ def study(
 ) -> Study:
     """Draw latents, solve the ODE from them, and rank every hand-made plan of at most nfe calls."""
     check_times(denoiser)
+    folder_of(cache)  # before the network is called
     total = sum(splits.values())
     ensemble = Ensemble(denoiser, latents(total, shape, seed), cond, device=device, batch=batch, features=features)
     found = usable(denoiser, candidates(denoiser.process, nfe))
@@ -219,7 +228,7 @@ def reference_of(
     reference: Reference | None = None,
 ) -> tuple[Array, float | None]:
     """`reference_ends`, stored under the denoiser's fingerprint, guidance, process, device and conditions."""
-    folder = cache_folder() if cache == "auto" else None if cache is None else Path(cache)
+    folder = folder_of(cache)
     denoiser, conds = ensemble.denoiser, _as_bytes(ensemble, cond)
     key = (identity["fingerprint"], identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
     return reference_ends(ensemble, reference, key, folder)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, bars, parse_list
+from fewstep.cli.app import OUT, AsJson, bars, parse_list, path
 from fewstep.cli.output import check_out
+from fewstep.solvers.files import make_folder
 from fewstep.solvers.options import needs, unknown
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ TORCH = {name for name, students in FIGURES.items() if students} | {"guidance"}
 
 
 def gallery(
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and the page, index.html.")],
+    out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures and the page, index.html.")],
     figures: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(FIGURES)}.")] = ",".join(FIGURES),
     train: Annotated[bool, typer.Option("--train", help="Train the students anew, into --out.")] = False,
     as_json: AsJson = False,
@@ -49,12 +50,10 @@ def gallery(
     for name in chosen:
         if name not in FIGURES:
             raise ValueError(unknown("figure", name, tuple(FIGURES)))
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: that is a file; name a folder")
     needs("the gallery", "scipy", extra="cli")
     if train or TORCH & {*chosen}:
         needs("the gallery", "torch", "safetensors", extra="torch")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     for name in (PAGE, *(f"{name}.png" for name in chosen)):
         check_out(out / name, (Path(name).suffix,))
     from fewstep.cli.gallery import students

@@ -10,6 +10,7 @@ from fewstep.cli.gallery.figure import Control, Figure
 from fewstep.cli.gallery.precision import measured, nearest_error
 from fewstep.cli.recommend import command_of
 from fewstep.recommender import DISTILLED, Recommendation, recommend
+from fewstep.solvers.options import counted
 
 BUDGETS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)
 PROCESSES = {"vp": "VP", "ve": "VE", "edm": "EDM", "flow": "flow matching"}
@@ -27,7 +28,7 @@ def lines(
     except ValueError as error:
         return [f"No plan: {error}"]
     options = "".join(f", {k}={v:g}" for k, v in r.options.items())
-    first = f"{r.solver}, {r.steps} step{'s' * (r.steps > 1)} on the {r.spacing} spacing{options}"
+    first = f"{r.solver}, {counted(r.steps, 'step')} on the {r.spacing} spacing{options}"
     if process == "vp" and distilled is None and not own:
         command = command_of(r, scale)
     else:  # the command line has no such model
@@ -46,8 +47,8 @@ def expected(r: Recommendation, calls: int, distilled: str | None, result: Compa
     made, rmse, energy = found
     error = f"RMSE {rmse:.2g} to the ODE's end points, " if rmse == rmse else ""
     return (
-        f"Expected error: on the exact ring (VP, unguided) {r.solver} with {made} calls has {error}energy distance "
-        f"{energy:.2g} to the data; real samples have {result.floor:.2g}. Measure your own model with "
+        f"Expected error: on the exact ring (VP, unguided) {r.solver} with {counted(made, 'call')} has {error}energy "
+        f"distance {energy:.2g} to the data; real samples have {result.floor:.2g}. Measure your own model with "
         "fewstep.recommend(nfe, denoiser=...)."
     )
 
