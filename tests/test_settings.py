@@ -622,6 +622,16 @@ def test_a_result_without_a_finite_sample_is_an_error(backend: str) -> None:
     assert np.isnan(out[:, 0]).all()
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_sample_whose_square_overflows_is_one_warning(backend: str) -> None:
+    factor = 1e22
+    with pytest.warns(RuntimeWarning) as caught:
+        fs.sample(
+            fs.Denoiser(lambda x, t: factor * x, VP), shape=(2, 8), solver="ddim", steps=1, seed=0, backend=backend
+        )
+    assert [str(one.message)[:31] for one in caught] == ["the samples have an RMS of inf:"]
+
+
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v", "flow", "edm"])
 def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
     process = fs.EDM() if predicts == "edm" else VP

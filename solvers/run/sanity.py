@@ -214,7 +214,8 @@ def _mean_square(x: Array) -> float:
     if type(x) is not np.ndarray or x.itemsize < 4:
         x = _flat(x)
     flat = x.reshape(-1)
-    return float(flat.dot(flat)) / len(flat)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is said in words of this module
+        return float(flat.dot(flat)) / len(flat)
 
 
 def _rms(x: Array) -> float:
