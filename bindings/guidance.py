@@ -158,7 +158,7 @@ class _Guided:
         """The network of each branch, None for the denoiser's."""
         return (None,) * self.branches
 
-    def with_models(self, models: Sequence[Callable[..., Any] | None]) -> Self:
+    def with_models(self, models: Sequence[Any]) -> Self:
         """The same rule with other networks in the place of its `models`, which are None for the denoiser's."""
         return self
 
@@ -442,7 +442,7 @@ class AutoGuidance(_Guided):
     def models(self) -> tuple[Callable[..., Any] | None, ...]:
         return self.guide, None
 
-    def with_models(self, models: Sequence[Callable[..., Any] | None]) -> Self:
+    def with_models(self, models: Sequence[Any]) -> Self:
         return replace(self, guide=models[0])
 
     def _weights(self, moment: Moment) -> Floats:
@@ -490,7 +490,7 @@ class Branches(_Guided):
     def branches(self) -> int:
         return len(self.weights)
 
-    def with_models(self, models: Sequence[Callable[..., Any] | None]) -> Self:
+    def with_models(self, models: Sequence[Any]) -> Self:
         return replace(self, models=tuple(models))
 
     @property

@@ -78,8 +78,9 @@ class Engine:
     ) -> None:
         instance("queue", queue, (int, np.integer), "an int")
         at_least("queue", queue, 1)
-        own = {"backend": backend, "device": device, "previews": previews, "graph": graph, "check": check}
-        run = MixedRun(denoiser, plans, shape, **own)
+        run = MixedRun(
+            denoiser, plans, shape, backend=backend, device=device, previews=previews, graph=graph, check=check
+        )
         self._loop = loop = _Loop(run, Waiting(int(queue)), _sizes(buckets, run), metrics)
         # Also when the engine is dropped, and at exit: the thread holds the loop, never the engine.
         self._end = weakref.finalize(self, loop.close, False, 10.0)
