@@ -19,7 +19,7 @@ from fewstep.solvers.options import needs, unknown
 from fewstep.solvers.run.checks import model_frame
 from fewstep.solvers.run.conditions import spread
 from fewstep.solvers.schedule.process import VP, Process
-from fewstep.solvers.tune.fingerprint import fingerprint
+from fewstep.solvers.tune.fingerprint import fingerprints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,7 +118,7 @@ def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
     def denoiser(scale: float | None) -> Denoiser:
         found = own if scale is None else own.with_guidance(scale)
         try:
-            fingerprint(found, shape, given)
+            fingerprints(found, shape, given)
         except Exception as error:
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             raise ValueError(f"--model {shown(name)}: {kind}{error}") from error

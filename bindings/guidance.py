@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, Self, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -157,6 +157,10 @@ class _Guided:
     def models(self) -> tuple[Callable[..., Any] | None, ...]:
         """The network of each branch, None for the denoiser's."""
         return (None,) * self.branches
+
+    def with_models(self, models: Sequence[Any]) -> Self:
+        """The same rule with other networks in the place of its `models`, which are None for the denoiser's."""
+        return self
 
     @property
     def by_step(self) -> str | None:
@@ -438,6 +442,9 @@ class AutoGuidance(_Guided):
     def models(self) -> tuple[Callable[..., Any] | None, ...]:
         return self.guide, None
 
+    def with_models(self, models: Sequence[Any]) -> Self:
+        return replace(self, guide=models[0])
+
     def _weights(self, moment: Moment) -> Floats:
         return _cfg([_value("guidance scale", self.scale, moment)])
 
@@ -482,6 +489,9 @@ class Branches(_Guided):
     @property
     def branches(self) -> int:
         return len(self.weights)
+
+    def with_models(self, models: Sequence[Any]) -> Self:
+        return replace(self, models=tuple(models))
 
     @property
     def reduces(self) -> bool:

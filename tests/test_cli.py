@@ -837,6 +837,12 @@ def test_a_step_costs_the_same_whatever_the_network():
     denoiser = fs.Denoiser(Network(2, 2), fs.VP.linear(), guidance=2.0, null={"label": torch.tensor([0])})
     cond = {"label": torch.ones(4, dtype=torch.long)}
     assert step_cost(denoiser, plan, shape, cond, repeats=3) > 0
+    own, other = Network(2, 2), Network(2, 2)
+    for guidance in (fs.AutoGuidance(other, 2.0), fs.Branches((-1.0, -0.5, 2.5), models=(own, other, None))):
+        guided = fs.Denoiser(own, fs.VP.linear(), guidance=guidance)
+        conds = (cond,) * guidance.branches
+        assert step_cost(guided, plan, shape, conds, repeats=3) > 0
+        assert guided.networks[-2:] == (other, own)  # the denoiser itself is as it was
 
 
 @pytest.mark.slow

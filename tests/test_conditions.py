@@ -13,7 +13,7 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.solvers.run.arrays import NumpyFrame
 from fewstep.solvers.run.conditions import leaves, mapped, name_of, spread, stacked
 from fewstep.solvers.tune.ensemble import Ensemble
-from fewstep.solvers.tune.fingerprint import check_plan, fingerprint, keep_conditions, kept_conditions
+from fewstep.solvers.tune.fingerprint import check_plan, fingerprints, keep_conditions, kept_conditions
 
 VP, FRAME = fs.VP.linear(), NumpyFrame()
 X = np.random.default_rng(0).standard_normal((3, 5))
@@ -164,9 +164,9 @@ def test_tuning_takes_them_and_keeps_them() -> None:
     other = Denoiser(unnamed, VP, guidance=2.0)
     kept = keep_conditions(other, FRAME, plain)
     assert kept is not None
-    assert fingerprint(other, (5,), kept_conditions(kept, FRAME)) == fingerprint(other, (5,), plain)
+    assert fingerprints(other, (5,), kept_conditions(kept, FRAME)) == fingerprints(other, (5,), plain)
     plain[1]["added"]["pooled"] = plain[1]["added"]["pooled"] + 1.0
-    assert fingerprint(other, (5,), kept_conditions(kept, FRAME)) != fingerprint(other, (5,), plain)
+    assert fingerprints(other, (5,), kept_conditions(kept, FRAME)) != fingerprints(other, (5,), plain)
     check_plan(plan, other)
 
 

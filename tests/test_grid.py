@@ -474,7 +474,9 @@ def test_flip():
         Grid(g.process, up.t, up.alpha[[0, 2, 1, 3, 4]], up.sigma[[0, 2, 1, 3, 4]])
 
 
-@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)])
+@pytest.mark.parametrize(
+    ("solver", "order"), [("euler", 1), ("heun", 2), ("heunpp2", 1), ("dpmpp_2m", 2), ("dpm_solver_3s", 3)]
+)
 def test_ode_solvers_encode_along_a_flipped_grid(solver, order):
     """From data to the latent, with the solver's order."""
     fs = pytest.importorskip("fewstep")

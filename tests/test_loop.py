@@ -362,6 +362,59 @@ def test_an_unusual_result_is_named_whatever_it_is_written_to(library: str) -> N
 
 
 @pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_after_an_error_out_is_undefined_and_all_else_as_before(backend: str, library: str) -> None:
+    good = [False]
+
+    def model(x: Any, t: Any) -> Any:
+        return (0.3 if good[0] or t[0] > 500 else math.nan) * x
+
+    denoiser, plan = fs.Denoiser(model, VP), fs.plan("ddim", fs.grid(VP, 4, "linspace"))
+    sampler = fs.Sampler(denoiser, plan, (2, 9), backend=backend, device="cpu" if library == "torch" else None)
+    x: Any = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
+    x = torch.from_numpy(x) if library == "torch" else x
+    kept, out = x * 1, x * 0
+    with pytest.raises(ValueError, match="not finite at call 3 of 4"):
+        sampler(x, out=out)
+    assert same(x, kept)
+    good[0] = True
+    assert same(sampler(x, out=out), fs.sample(denoiser, x, grid=plan.grid, solver="ddim", backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("view", ["whole", "flipped"])
+def test_no_call_is_named_for_a_latent_that_the_network_writes_to(backend: str, library: str, view: str) -> None:
+    x: Any = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
+    x = torch.from_numpy(x) if library == "torch" else x
+
+    def model(given: Any, t: Any) -> Any:  # its one output array is the latent of the run
+        x[...] = (0.3 if t[0] > 500 else math.nan) * given
+        return x if view == "whole" else x[:, [*range(8, -1, -1)]] if library == "torch" else x[:, ::-1]
+
+    plan = fs.plan("ddim", fs.grid(VP, 4, "linspace"))
+    sampler = fs.Sampler(
+        fs.Denoiser(model, VP), plan, (2, 9), backend=backend, device="cpu" if library == "torch" else None
+    )
+    given = x if library == "torch" or backend == "numba" else x * 1
+    with pytest.raises(ValueError, match="2 of 2 samples hold NaN or inf: ") as found:
+        sampler(given)
+    named = "at call 3 of 4" if given is not x else "the latent has been written to since"
+    assert named in str(found.value)
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_no_call_is_named_if_out_is_another_view_of_the_latent(library: str) -> None:
+    denoiser = fs.Denoiser(lambda x, t: (0.3 if t[0] > 500 else math.nan) * x, VP)
+    plan = fs.plan("ddim", fs.grid(VP, 4))
+    sampler = fs.Sampler(denoiser, plan, (2, 9), device="cpu" if library == "torch" else None)
+    x: Any = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
+    x = torch.from_numpy(x) if library == "torch" else x
+    with pytest.raises(ValueError, match="the latent has been written to since"):
+        sampler(x, out=x[:])
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_the_latent_is_not_written_to(backend: str) -> None:
     x = np.random.default_rng(0).standard_normal((2, 9)).astype(np.float32)
     kept = x.copy()

@@ -142,6 +142,7 @@ def tuned(**change):
         (tuned(shape="abc"), "shape must be sizes"),
         (tuned(fingerprint=[0.0]), "fingerprint must be"),
         (tuned(fingerprint=["a"] * 16), r"fingerprint\[0\] must be a finite number"),
+        (tuned(fingerprint_low=[0.0] * 16), "fingerprint_low must be"),
         (tuned(cond="x"), "cond must be objects"),
         (tuned(cond=[{"a": {"dtype": "S2000000000", "values": ["a"]}}] * 2), r"cond\['a'\] must be an array"),
         (tuned(cond=[{"a": {"dtype": "float32"}}] * 2), r"cond\['a'\] must be an array"),

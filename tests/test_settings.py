@@ -622,6 +622,16 @@ def test_a_result_without_a_finite_sample_is_an_error(backend: str) -> None:
     assert np.isnan(out[:, 0]).all()
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+def test_a_sample_whose_square_overflows_is_one_warning(backend: str) -> None:
+    factor = 1e22
+    with pytest.warns(RuntimeWarning) as caught:
+        fs.sample(
+            fs.Denoiser(lambda x, t: factor * x, VP), shape=(2, 8), solver="ddim", steps=1, seed=0, backend=backend
+        )
+    assert [str(one.message)[:31] for one in caught] == ["the samples have an RMS of inf:"]
+
+
 @pytest.mark.parametrize("predicts", ["epsilon", "sample", "v", "flow", "edm"])
 def test_an_output_ten_thousand_times_too_large_is_named(predicts: str) -> None:
     process = fs.EDM() if predicts == "edm" else VP
@@ -646,6 +656,48 @@ def test_a_place_whose_sample_is_not_finite_is_named(backend: str) -> None:
     assert np.isfinite(run.result(0)).all()
     with pytest.raises(ValueError, match="the sample of place 1 holds NaN or inf"):
         run.result(1)
+
+
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("kind", ["MixedRun", "Engine"])
+def test_requests_are_taken_unchecked(kind: str, backend: str) -> None:
+    """A latent of another level, one drawn in the middle, and results that are too large or not finite."""
+    whole, tail = (fs.plan("euler", grid) for grid in (fs.grid(VP, 4), fs.grid(VP, 8).tail(0.5)))
+    factor = [0.5]
+    denoiser = fs.Denoiser(lambda x, t: factor[0] * x, VP)
+
+    def run(plan: fs.Plan, check: bool | None, x: Any = None) -> Any:
+        if kind == "Engine":
+            with fs.Engine(denoiser, (2, 64), [whole, tail], backend=backend, check=check) as engine:
+                return engine.submit(plan, seed=0, x=x).result(60.0)
+        mixed = fs.MixedRun(denoiser, [whole, tail], (2, 64), backend=backend, check=check)
+        mixed.admit(0, plan, seed=0, x=x)
+        while not mixed.done(0):
+            mixed.step()
+        return mixed.result(0)
+
+    def alone(plan: fs.Plan, x: Any = None) -> Any:
+        sampler = fs.Sampler(denoiser, plan, (1, 64), backend=backend, check=False)
+        return sampler(None if x is None else x[None], seed=0)[0]
+
+    small = 0.1 * unit(1, 64)[0]
+    assert np.array_equal(run(whole, False, small), alone(whole, small))
+    assert np.array_equal(run(tail, False), alone(tail))
+    for check in (None, True):
+        with pytest.warns(RuntimeWarning, match="but the run starts at sigma = "):
+            run(whole, check, small)
+        with pytest.warns(RuntimeWarning, match="the latent drawn there is noise alone"):
+            run(tail, check)
+    factor[0] = 1e6
+    assert np.array_equal(run(whole, False), alone(whole))
+    for check in (None, True):
+        with pytest.warns(RuntimeWarning, match="far too large"):
+            run(whole, check)
+    factor[0] = math.nan
+    assert np.isnan(run(whole, False)).all()
+    for check in (None, True):
+        with pytest.raises(ValueError, match="holds NaN or inf"):
+            run(whole, check)
 
 
 def test_the_second_run_asks_nobody_again() -> None:

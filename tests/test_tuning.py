@@ -17,7 +17,7 @@ from fewstep.solvers.tune import candidates as hand_made
 from fewstep.solvers.tune import tuned
 from fewstep.solvers.tune.candidates import candidates, fit_steps, rank
 from fewstep.solvers.tune.ensemble import Ensemble, latents, spread_conditions, unroll
-from fewstep.solvers.tune.fingerprint import TOLERANCE, check_plan, difference, fingerprint, keep_conditions
+from fewstep.solvers.tune.fingerprint import TOLERANCE, check_plan, difference, fingerprints, keep_conditions
 from fewstep.solvers.tune.fit import Fit
 from fewstep.solvers.tune.study import reference_ends, reference_grid, statistics, study
 from fewstep.solvers.tune.tuned import Rule, bases, rule_of
@@ -294,7 +294,7 @@ def test_references_are_kept_whole_and_under_what_they_depend_on(tmp_path):
     def run(scale, seed=0):
         denoiser = fs.Denoiser(lambda x, t: calls.append(1) or scale * x, PROCESSES["edm"], "sample", dtype="float64")
         ensemble = Ensemble(denoiser, latents(2, (3,), seed))
-        key = (fingerprint(denoiser, (3,)),)
+        key = (fingerprints(denoiser, (3,)),)
         before = len(calls)
         ends, _ = reference_ends(ensemble, None, key, tmp_path)
         return ends, len(calls) - before
@@ -638,7 +638,7 @@ def test_a_fingerprint_sees_weights_and_not_dtypes():
     def of(network, guidance=None):
         null = {"label": torch.tensor([10])}
         denoiser = fs.Denoiser(network, fs.VP.linear(), "v", guidance=guidance, null=null)
-        return fingerprint(denoiser, (1, 8, 8), {"label": torch.arange(10)})
+        return fingerprints(denoiser, (1, 8, 8), {"label": torch.arange(10)})
 
     kept = of(digits_model())
     assert difference(of(digits_model()), kept) == 0.0
@@ -651,7 +651,67 @@ def test_a_fingerprint_sees_weights_and_not_dtypes():
             parameter.mul_(1.0 + 0.05 * torch.randn(parameter.shape, generator=generator))
     assert difference(of(moved), kept) > 2.0 * TOLERANCE
     assert difference(of(digits_model(), guidance=2.0), kept) > 2.0 * TOLERANCE
-    assert difference(kept[:-1], kept) == math.inf
+    assert difference({"fingerprint": kept["fingerprint"][:-1]}, kept) == math.inf
+
+
+def ring_of(modes, kind):
+    """A ring: plain, under a condition (how many modes), or that guided away from a ring of three."""
+    import functools
+
+    process = PROCESSES["vp"]
+    if kind == "plain":
+        return fs.problems.Mixture.ring(modes).denoiser(process), None
+
+    @functools.cache
+    def of(count):
+        return fs.problems.Mixture.ring(count).denoiser(process)
+
+    def model(x, t, extra):
+        rows = [of(modes if n else 3).model(x[i : i + 1], t[i : i + 1]) for i, n in enumerate(extra)]
+        return np.concatenate(rows)
+
+    guided = kind == "guided"
+    denoiser = fs.Denoiser(
+        model,
+        process,
+        of(modes).predicts,
+        guidance=1.5 if guided else None,
+        null={"extra": np.zeros(1)} if guided else None,
+    )
+    return denoiser, {"extra": np.ones(2)}
+
+
+@pytest.mark.parametrize("kind", ["plain", "condition", "guided"])
+def test_a_plan_keeps_to_a_ring_of_as_many_modes(kind, tmp_path):
+    (own, cond), path = ring_of(8, kind), tmp_path / "plan.json"
+    fs.save_plan(fs.tune(own, 2, shape=(2,), cond=cond, seeds=12, progress=False, cache=None), path)
+    assert fs.load_plan(path, ring_of(8, kind)[0]).nfe == 2
+    for modes in (6, 7, 9, 10):
+        with pytest.raises(ValueError, match="tuned on another denoiser"):
+            fs.load_plan(path, ring_of(modes, kind)[0])
+    # A file of an earlier version is judged by what it holds, which the modes do not change.
+    data = json.loads(path.read_text())
+    del data["options"]["tuning"]["fingerprint_low"]
+    path.write_text(json.dumps(data))
+    assert fs.load_plan(path, ring_of(7, kind)[0]).nfe == 2
+    with pytest.raises(ValueError, match="tuned on another denoiser"):
+        fs.load_plan(path, ring_of(3, kind)[0])
+
+
+def test_fingerprints_stay_within_the_levels_of_the_process():
+    seen = []
+
+    def model(x, t):
+        seen.append(float(t[0]))
+        return 0.1 * x
+
+    fingerprints(fs.Denoiser(model, fs.VE(0.1, 50.0)), (2,))
+    assert min(seen) == 0.1
+    assert len(seen) == 7
+    seen.clear()
+    fingerprints(fs.Denoiser(model, fs.VP.linear(timesteps=20)), (2,))
+    assert max(seen) == 19.0
+    assert set(seen) <= set(range(20))
 
 
 def test_the_probes_condition_travels_with_the_plan():
@@ -663,7 +723,7 @@ def test_the_probes_condition_travels_with_the_plan():
         ({"label": torch.tensor([0.2, 0.4, 0.9])}, "cpu"),
     ):
         identity = {
-            "fingerprint": fingerprint(denoiser, (3,), cond, device),
+            **fingerprints(denoiser, (3,), cond, device),
             "cond": keep_conditions(denoiser, Ensemble(denoiser, latents(2, (3,), 0), cond, device=device).frame, cond),
             "guidance": None,
             "shape": [3],

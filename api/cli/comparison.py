@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -243,15 +244,23 @@ def compiled_sampler(denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], dev
     return sampler
 
 
+def _unchanged() -> Callable[..., Any]:
+    """A network that returns its input, like no other one: networks that differ get calls of their own."""
+    return lambda x, t, **cond: x
+
+
 def step_cost(
     denoiser: Denoiser, plan: Plan, shape: tuple[int, ...], cond: Condition = None, repeats: int = 15
 ) -> float:
-    """Microseconds per step without the network, which is replaced by one that returns its input.
+    """Microseconds per step without the networks, each of which is replaced by one that returns its input.
 
-    The array library, the dtype and the guidance branches stay the network's.
+    The array library, the dtype and the calls for the guidance branches stay those of the networks.
     """
-    free = copy.copy(denoiser)
-    free.model = lambda x, t, **cond: x
+    free, guidance = copy.copy(denoiser), denoiser.guidance
+    stand_ins = {id(network): _unchanged() for network in (denoiser.model, *denoiser.networks)}
+    free.model = stand_ins[id(denoiser.model)]
+    if guidance is not None:
+        free.guidance = guidance.with_models([m if m is None else stand_ins[id(m)] for m in guidance.models])
     free.dtype = denoiser.model_dtype("float32")
     frame = model_frame(denoiser, None)
     device = None if frame.name == "numpy" else frame.device

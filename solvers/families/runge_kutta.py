@@ -272,11 +272,12 @@ def heunpp2(
     """Heun++ (ComfyUI's sample_heunpp2, 2023): the slopes of this and the next two noise levels, weighed by u / u_0.
 
     The weights w_2 = u' / (3 u_0), w_3 = u'' / (3 u_0), w_1 = 1 - w_2 - w_3 give order one. The last step but one has
-    no third call (w_2 = u' / (2 u_0)), the last is Euler's.
+    no third call (w_2 = u' / (2 u_0)), the last is Euler's. On a rising grid u_0 is the last level, not the first, for
+    weights of at most 1.
     """
     coords = pick_coordinates(grid, frame)
     us = [coords.time(p) for p in grid.points]
-    top = next(u for u in us if math.isfinite(u))
+    top = next(u for u in (reversed(us) if grid.rising else us) if math.isfinite(u))
 
     def method(k: int, s: Point, t: Point) -> tuple[Tableau, Sequence[Point]]:
         if k == grid.steps - 1:

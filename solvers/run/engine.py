@@ -116,7 +116,7 @@ class Run(Editable, Protocol):
 
     begin        set the latent x at the plan's first point (None draws it), and apply the init row; returns the
                  latent as the run holds it
-    latent_square  the mean square of a latent that was set, None where `begin` has not measured it
+    latent_square  the mean square of a latent that was set, None where it has not been measured
     model_input  (x_in, t) for the denoiser call of stage k, (copies B, ...) and (copies B,): new objects in each call,
                  so that what a model does to them (`requires_grad_`, `set_`, attributes) ends with it
     advance      stage k's update, from the network's outputs
@@ -502,7 +502,7 @@ class NaiveRun:
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
         job, op = self.job, self.job.program.init
-        self.streams = streams
+        self.streams, self.latent_square = streams, None
         if x is None:
             self.buffers[0] = self._draw(0, philox.LATENT) * job.start.sigma
         else:

@@ -365,6 +365,7 @@ class TritonRun(DeviceMemory, Samples):
         self._init_stage(None if z is None else self.frame.array(z, "float32"))
 
     def begin(self, x: Array | None, streams: np.ndarray | None, z: np.ndarray | None = None) -> Array:
+        self.latent_square = None
         self.load(x, streams)
         self.start(x is None, z)
         return x

@@ -74,7 +74,7 @@ def run_plan(
         limits = None
     if graphs is not None and mode != "step":
         if limits is not None:
-            limits.check_latent(x)
+            run.latent_square = limits.check_latent(x)
         graphs.run.load(x, streams)
         graphs.loop(x is None, edits)
         return ()
@@ -86,7 +86,9 @@ def run_plan(
     latent = run.begin(x, streams, z)
     if limits is not None:
         square = run.latent_square
-        if square is None or not limits.low <= square <= limits.high:
+        if square is None:
+            run.latent_square = limits.check_latent(latent)
+        elif not limits.low <= square <= limits.high:
             limits.check_latent(latent)
     after = None if callback is None else _after_each(run, callback, outer, convert)
     if edits is not None:

@@ -63,6 +63,10 @@ class MixedRun:
     previews  keep each stage's x0 prediction, for `x0` and for edits
     graph     "auto" captures the network in a CUDA graph for each batch size that it is called with, where there is a
               CUDA device and the network can be captured; "step" raises where it cannot; "off" never does
+    check     warn of a given latent of another level than its plan's start, and refuse one that is not finite; refuse
+              such a result, and warn of one far too large. On by default for what is on a CPU; on a GPU True makes each
+              of these wait for the device. Unless it is False, a latent drawn where x would be mostly data is warned of
+              as well
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed and backend, if the network maps
     each sample independently.
@@ -80,13 +84,18 @@ class MixedRun:
         device: Device | None = None,
         previews: bool = False,
         graph: str = "auto",
+        check: bool | None = None,
     ) -> None:
         check_denoiser(denoiser)
         flag("previews", previews)
+        if check is not None:
+            flag("check", check)
         one_of("graph", graph, ("auto", "step", "off"))
         self.shape = check_shape(shape)
         self.denoiser, self.frame = denoiser, model_frame(denoiser, device)
         self.backend = pick_backend(backend, self.frame, denoiser.model_dtype("float32"))
+        self._check_asked = check
+        self.check = self.frame.device == "cpu" if check is None else check
         instance("plans", plans, Sequence, "a sequence of Plans")
         for plan in plans:
             instance("plans", plan, Plan, "a sequence of Plans")
@@ -187,7 +196,7 @@ class MixedRun:
                 f"plan {plan.solver!r} is not among the plans given at the start: "
                 "pass one of those objects, not an equal one"
             )
-        edits = Edits.of(edit, None, every, (1, *self.shape[1:]), check=self.frame.device == "cpu")
+        edits = Edits.of(edit, None, every, (1, *self.shape[1:]), check=self.check)
         if edits is not None and not self.previews:
             raise ValueError(
                 "edit sees each stage's x0 prediction, which needs previews=True of the Engine or MixedRun"
@@ -198,10 +207,10 @@ class MixedRun:
             latent = x[None] if outer is not None else x
             check_latent(latent, outer, (1, *self.shape[1:]), self.frame, "float32")
             assert outer is not None
-            if outer.device == "cpu":
+            if outer.device == "cpu" if self._check_asked is None else self.check:
                 self._limits[id(plan)].check_latent(latent)
             x = self._convert.latent(latent, outer)
-        else:
+        elif self._check_asked is not False:
             warn_of_middle(plan.grid.process, plan.start, plan.steps)
         return Admission(job, x, philox.streams(seed, 1, sample), edits, conds)
 
@@ -308,14 +317,14 @@ class MixedRun:
     def result(self, place: int) -> Array:
         """A copy of a finished sample, (...).
 
-        Raises ValueError if it is not finished and, on a CPU, if it holds NaN or inf; warns of one far too large.
+        Raises ValueError if it is not finished and, under `check`, if it holds NaN or inf; warns of one far too large.
         """
         job = self._started[place]
         if job is None or self.left[place]:
             raise ValueError(f"place {place} holds no finished request")
         sample = self.columns.result(place, job)
         plan = job.program.plan
-        if self.frame.device == "cpu" and not self._limits[id(plan)].usual(sample, ()):
+        if self.check and not self._limits[id(plan)].usual(sample, ()):
             steps = counted(plan.steps, "step")
             where = f"Sampler on the same plan ({plan.solver!r}, {steps}) names the call that it came from"
             if not bool((abs(sample) < math.inf).all()):

@@ -261,7 +261,8 @@ class Sampler:
         edit_x0   the same for the x0 prediction of every call, before x moves
         callback  called with a `StepInfo` after each step; may raise to stop
         progress  show a progress bar
-        out       an array for the result, of x's or the model's library; it is returned
+        out       an array for the result, of x's or the model's library; it is returned. After an error its numbers
+                  are undefined
         log_prob  return a `Sampled`: x, the log-probability of each step's draw, and which steps draw. For stochastic
                   plans, as `rollout` takes them; not with `edit`, which changes x after the draw
         reduce, unnormalised  the form of the log-probabilities, as for `fewstep.log_prob`

@@ -94,20 +94,26 @@ class Limits:
         highest = (at.sigma * at.sigma + data * data) * most * most
         return cls(at, sigma, least * least, highest, largest, largest * largest)
 
-    def check_latent(self, x: Array) -> None:
+    def check_latent(self, x: Array) -> float:
         """Refuse a latent that is not finite, and warn of one whose level is not that of the run's start.
 
         x  the latent as a run takes it, NumPy or torch
+
+        Returns its mean square.
         """
-        if self.low <= _mean_square(x) <= self.high:
-            return
+        square = _mean_square(x)
+        if not self.low <= square <= self.high:
+            self._unlike(x, square)
+        return square
+
+    def _unlike(self, x: Array, square: float) -> None:
         flat, at = _flat(x), self.start
         if not bool((abs(flat) < math.inf).all()):
             raise ValueError("x holds NaN or inf: no sample can come of it")
         if at is None:
             return
         std = float(flat.std())
-        if std <= 1e-3 * _rms(x):
+        if std <= 1e-3 * math.sqrt(square):
             return  # a constant is a probe, not a draw
         given = f"x has a standard deviation of {std:.4g}, but the run starts at sigma = {at.sigma:.6g}"
         if at.alpha > 0.05 * at.sigma:
@@ -140,7 +146,7 @@ def report(
 
     plan                   of the run
     x                      the result, in memory that the second run does not use
-    latent, streams, cond  of the first run
+    latent, streams, cond  of the first run; a latent that was written to since names no call
     outside                whether the caller's `noise` gave its draws; the second run has zeros instead
     edited                 whether the run had edits, which a second one may not call: no call is named then
     """
@@ -170,8 +176,12 @@ def _first_unusual(
     job, limit = run.job, limits.result
     with no_grad(job.frame):
         call = bind_calls(job, cond)
-        zeros = np.zeros(job.shape)
-        run.begin(latent, streams, zeros if outside and job.program.init.noisy else None)
+        zeros, before = np.zeros(job.shape), run.latent_square
+        again = run.begin(latent, streams, zeros if outside and job.program.init.noisy else None)
+        if latent is not None and before is not None:
+            now = _mean_square(again) if run.latent_square is None else run.latent_square
+            if not math.isclose(now, before, rel_tol=1e-6):  # by the network, or `out` is another view of it
+                return "the latent has been written to since, so that the run could not be made again"
         for k, table in enumerate(job.tables):
             step = 1 + sum(table.done for table in job.tables[:k])
             number = job.program.calls[k] + 1
@@ -204,7 +214,8 @@ def _mean_square(x: Array) -> float:
     if type(x) is not np.ndarray or x.itemsize < 4:
         x = _flat(x)
     flat = x.reshape(-1)
-    return float(flat.dot(flat)) / len(flat)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is said in words of this module
+        return float(flat.dot(flat)) / len(flat)
 
 
 def _rms(x: Array) -> float:

@@ -49,7 +49,7 @@ class Engine:
               pads every call to the same shape
     previews  let requests have previews and edits; each stage then also writes its x0 prediction
     metrics   keep `metrics`; by default if `prometheus-client` is installed
-    backend, device, graph  as for `MixedRun`, with the same limits
+    backend, device, graph, check  as for `MixedRun`, with the same limits
 
     A sample is bit-identical to that of a `Sampler` with the same plan, guidance, seed, condition and backend, if the
     network maps each sample independently. Requests whose conditions differ in structure (keys, shapes, dtypes, values
@@ -74,10 +74,13 @@ class Engine:
         backend: str = "auto",
         device: Device | None = None,
         graph: str = "auto",
+        check: bool | None = None,
     ) -> None:
         instance("queue", queue, (int, np.integer), "an int")
         at_least("queue", queue, 1)
-        run = MixedRun(denoiser, plans, shape, backend=backend, device=device, previews=previews, graph=graph)
+        run = MixedRun(
+            denoiser, plans, shape, backend=backend, device=device, previews=previews, graph=graph, check=check
+        )
         self._loop = loop = _Loop(run, Waiting(int(queue)), _sizes(buckets, run), metrics)
         # Also when the engine is dropped, and at exit: the thread holds the loop, never the engine.
         self._end = weakref.finalize(self, loop.close, False, 10.0)

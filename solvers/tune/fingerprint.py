@@ -1,4 +1,4 @@
-"""The fingerprint of a denoiser: its predictions on fixed inputs.
+"""The fingerprints of a denoiser: its predictions on fixed inputs.
 
 A tuned plan belongs to one denoiser. The x0 predictions depend on the network's weights, the guidance and the process;
 dtype and device change them only by rounding. The predictions are stored and compared with a tolerance, because a hash
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ from fewstep.solvers.run.denoising import Condition, DenoiserLike, Guidance, che
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import latents, spread_conditions
 
-# Flow times sigma / (alpha + sigma) of the probes: the levels that decide layout to detail.
-_LEVELS = (0.9, 0.7, 0.5, 0.3)
+# Flow times sigma / (alpha + sigma) of the probes, by field of a plan's record: from layout to detail, and where the
+# data shows itself. Each is judged alone: rings of 7 and 8 modes differ at low levels only.
+PROBES = {"fingerprint": (0.9, 0.7, 0.5, 0.3), "fingerprint_low": (0.2, 0.1, 0.05)}
+# What plans of earlier versions do not hold: they are judged by the others.
+_LATER = {"fingerprint_low"}
 _SAMPLES = 2
 _ELEMENTS = 16
 _SEED = 0x66657773  # "fews"
@@ -47,10 +50,14 @@ _KEPT = 4096
 _MOST = 1 << 26
 
 
-def fingerprint(
-    denoiser: DenoiserLike, shape: Sequence[int], cond: Condition = None, device: Device | None = None
-) -> list[float]:
-    """The guided x0 predictions at fixed inputs: four levels, two samples, 16 elements of each.
+def fingerprints(
+    denoiser: DenoiserLike,
+    shape: Sequence[int],
+    cond: Condition = None,
+    device: Device | None = None,
+    fields: Iterable[str] = PROBES,
+) -> dict[str, list[float]]:
+    """The guided x0 predictions at fixed inputs, by field of `PROBES`: two samples at each level, 16 elements of each.
 
     shape  of a sample, without the batch axis
     cond   as for `Sampler`; the first two entries of its arrays are used
@@ -60,8 +67,8 @@ def fingerprint(
     batch = Batch(denoiser, frame, "naive", "float64", (_SAMPLES, *shape), conds)
     signal, noise = (latents(_SAMPLES, shape, _SEED, first).reshape(_SAMPLES, -1) for first in (0, _SAMPLES))
     chosen = np.unique(np.linspace(0, noise.shape[1] - 1, _ELEMENTS).astype(int))
-    values: list[float] = []
-    for point in _points(denoiser.process):
+
+    def predicted(point: Point) -> list[float]:
         u = batch.array(point.alpha * 0.5 * signal + point.sigma * noise)
         with no_grad(frame):
             try:
@@ -72,8 +79,12 @@ def fingerprint(
                     f": {type(error).__name__}: {error!s:.300}"
                 ) from error
             found = batch.map([{"D": {PREDICTION: 1.0}}] * _SAMPLES, {SEEN: u}, outputs)["D"]
-        values += frame.to_numpy(found)[:, chosen].ravel().tolist()
-    return [float(f"{value:.7g}") for value in values]
+        return [float(f"{value:.7g}") for value in frame.to_numpy(found)[:, chosen].ravel().tolist()]
+
+    return {
+        field: [value for level in PROBES[field] for value in predicted(_point(denoiser.process, level))]
+        for field in fields
+    }
 
 
 def _inputs(conds: Sequence[Mapping[str, Any]], frame: Frame) -> str:
@@ -88,13 +99,21 @@ def _inputs(conds: Sequence[Mapping[str, Any]], frame: Frame) -> str:
     )
 
 
-def _points(process: Process) -> list[Point]:
-    points = [Point(*process.point_at_sigma(COORDINATES["flow"].ratio(u))) for u in _LEVELS]
+def _point(process: Process, level: float) -> Point:
+    ratio = COORDINATES["flow"].ratio(level)
+    if level in PROBES["fingerprint_low"]:  # a network knows none below; the other levels stay those of earlier plans
+        ratio = max(ratio, process.sigma_min)
+    point = Point(*process.point_at_sigma(min(ratio, process.sigma_limit)))
     # A network of discrete times may support no others.
-    return points if process.timesteps is None else [Point(*process.point(float(round(p.t)))) for p in points]
+    return point if process.timesteps is None else Point(*process.point(float(round(point.t))))
 
 
-def difference(found: Sequence[float], kept: Sequence[float]) -> float:
+def difference(found: Mapping[str, Sequence[float]], kept: Mapping[str, Any]) -> float:
+    """The largest difference of the fingerprints found from those of the same name in `kept`."""
+    return max(_away(values, kept[name]) for name, values in found.items())
+
+
+def _away(found: Sequence[float], kept: Sequence[float]) -> float:
     """RMS difference over the RMS of `kept`; infinite if the lengths differ or `found` is not finite."""
     if len(found) != len(kept) or not np.all(np.isfinite(found)):
         return float("inf")
@@ -163,6 +182,11 @@ def kept_conditions(kept: Sequence[Mapping[str, Any]], frame: Frame) -> list[dic
     return [{name: value_of(value) for name, value in one.items()} for one in kept]
 
 
+def _probed(record: Mapping[str, Any]) -> list[str]:
+    """The fields of `PROBES` that a record holds."""
+    return [name for name in PROBES if name in record]
+
+
 def check_record(plan: Plan, where: str) -> None:
     """Raises ValueError unless options["tuning"], where there is one, is what `tune` records."""
     if "tuning" not in plan.options:
@@ -175,17 +199,18 @@ def check_record(plan: Plan, where: str) -> None:
 
     if not isinstance(record, dict):
         raise ValueError(f"{where} must be an object, got {type(record).__name__}")
-    for name in ("guidance", "cond", "shape", "fingerprint"):
-        if name not in record:
+    for name in ("guidance", "cond", "shape", *PROBES):
+        if name not in record and name not in _LATER:
             raise ValueError(f"{where}: the field {name!r} is missing")
-    guidance, cond, shape, values = (record[name] for name in ("guidance", "cond", "shape", "fingerprint"))
+    guidance, cond, shape = (record[name] for name in ("guidance", "cond", "shape"))
     want(guidance is None or isinstance(guidance, dict), "guidance", "an object or null")
     want(isinstance(shape, (list, tuple)) and all(type(n) is int and 0 < n <= _MOST for n in shape), "shape", "sizes")
     want(prod(shape) <= _MOST, "shape", f"of at most {_MOST} elements")
-    probes = len(_LEVELS) * _SAMPLES * min(_ELEMENTS, prod(shape))
-    want(isinstance(values, list) and len(values) == probes, "fingerprint", "the probes' numbers")
-    for i, value in enumerate(values):
-        finite(value, f"{where}: fingerprint[{i}]")
+    for name in _probed(record):
+        values, count = record[name], len(PROBES[name]) * _SAMPLES * min(_ELEMENTS, prod(shape))
+        want(isinstance(values, list) and len(values) == count, name, "the probes' numbers")
+        for i, value in enumerate(values):
+            finite(value, f"{where}: {name}[{i}]")
     want(cond is None or (isinstance(cond, list) and all(isinstance(one, dict) for one in cond)), "cond", "objects")
     for one in cond or ():
         for name, value in one.items():
@@ -245,10 +270,10 @@ def check_plan(
             raise ValueError(f"{where} does not hold the condition it was tuned with: give cond= as for fewstep.tune")
         cond = kept_conditions(record["cond"], model_frame(denoiser, device))
     try:
-        found = fingerprint(denoiser, record["shape"], cond, device)
+        found = fingerprints(denoiser, record["shape"], cond, device, _probed(record))
     except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{where}: this denoiser does not take the plan's probes ({error!s:.300}): {force}") from error
-    away = difference(found, record["fingerprint"])
+    away = difference(found, record)
     if not away <= TOLERANCE:
         raise ValueError(
             f"{where} was tuned on another denoiser: the relative difference of the predictions on the probes is "

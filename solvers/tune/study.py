@@ -24,7 +24,7 @@ from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Ranked, candidates, errors, rank, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Features, Unrolled, latents, unroll
-from fewstep.solvers.tune.fingerprint import digest, fingerprint, guidance_as_json, keep_conditions
+from fewstep.solvers.tune.fingerprint import PROBES, digest, fingerprints, guidance_as_json, keep_conditions
 
 REFERENCE_CALLS = 128
 
@@ -210,7 +210,7 @@ def identity_of(
     """What a plan's record says of its denoiser and latents, for `fingerprint.check_plan`."""
     features = ensemble.features
     return {
-        "fingerprint": fingerprint(denoiser, shape, cond, device),
+        **fingerprints(denoiser, shape, cond, device),
         "cond": keep_conditions(denoiser, ensemble.frame, cond),
         "guidance": guidance_as_json(denoiser.guidance),
         "features": None if features is None else getattr(features, "__name__", type(features).__name__),
@@ -227,10 +227,11 @@ def reference_of(
     cache: str | Path | None,
     reference: Reference | None = None,
 ) -> tuple[Array, float | None]:
-    """`reference_ends`, stored under the denoiser's fingerprint, guidance, process, device and conditions."""
+    """`reference_ends`, stored under the denoiser's fingerprints, guidance, process, device and conditions."""
     folder = folder_of(cache)
     denoiser, conds = ensemble.denoiser, _as_bytes(ensemble, cond)
-    key = (identity["fingerprint"], identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
+    probed = [identity[name] for name in PROBES]
+    key = (probed, identity["guidance"], repr(denoiser.process), ensemble.frame.device, conds)
     return reference_ends(ensemble, reference, key, folder)
 
 

@@ -33,7 +33,7 @@ from fewstep.solvers.run.arrays import Device
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.ensemble import unroll
-from fewstep.solvers.tune.fingerprint import check_plan, check_record
+from fewstep.solvers.tune.fingerprint import PROBES, check_plan, check_record
 from fewstep.solvers.tune.study import best_hand_made, study
 from fewstep.solvers.tune.tuned import Rule, rule_of
 from fewstep.solvers.tune.tuning import tune
@@ -135,7 +135,7 @@ def load_range(
 def between(low: Plan, high: Plan, a: float, b: float, scale: float) -> Plan:
     """The plan at `scale`, interpolated between two plans of one rule that were tuned at scales a and b.
 
-    The guided prediction is linear in the scale, and so is the fingerprint of the plan.
+    The guided prediction is linear in the scale, and so are the fingerprints of the plan.
     """
     (rule, first), (_, last) = rule_of(low), rule_of(high)
     share = (scale - a) / (b - a)
@@ -143,11 +143,11 @@ def between(low: Plan, high: Plan, a: float, b: float, scale: float) -> Plan:
     def mixed(x: ArrayLike, y: ArrayLike) -> Array:
         return (1.0 - share) * np.asarray(x) + share * np.asarray(y)
 
-    own = low.options["tuning"]
+    own, other = low.options["tuning"], high.options["tuning"]
     record = {
         **{name: own[name] for name in ("cond", "shape", "seed", "seeds")},
         "guidance": {**own["guidance"], "scale": [float(scale)]},
-        "fingerprint": mixed(own["fingerprint"], high.options["tuning"]["fingerprint"]).tolist(),
+        **{name: mixed(own[name], other[name]).tolist() for name in PROBES if name in own and name in other},
         "between": [float(a), float(b)],
     }
     return rule.plan(mixed(first, last), record)

@@ -94,7 +94,7 @@ def tune(
     cache      folder of reference solutions; "auto" is the user's cache folder, None stores nothing
     progress   True writes progress to the standard error; a callable gets each line
 
-    Returns a `Plan`; options["tuning"] holds the denoiser's fingerprint (checked by `load_plan`), the seeds, and the
+    Returns a `Plan`; options["tuning"] holds the denoiser's fingerprints (checked by `load_plan`), the seeds, and the
     errors of this plan and of the best hand-made plan on train, validation and test. If no fit is better on the
     validation seeds, the hand-made plan is returned, or `base` of fewer calls. Ctrl-C during the fit returns the best
     plan so far.
