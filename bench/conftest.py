@@ -32,11 +32,16 @@ def pytest_sessionstart(session):
 
 @pytest.fixture
 def report(request):
-    """report(case, ours, peer, ratio, budget, unit): one row; `budget` is (">=" or "<=", number) or None."""
+    """report(case, ours, peer, ratio, budget, unit): one row; `budget` is (">=" or "<=", number) or None.
+
+    ratio  None where the times do not tell it
+    """
     rows = request.config.fewstep_rows
 
     def add(case, ours, peer, ratio, budget=None, unit="us"):
-        met = None if budget is None else bool(ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
+        met = None
+        if budget is not None and ratio is not None:
+            met = bool(ratio >= budget[1] if budget[0] == ">=" else ratio <= budget[1])
         rows.append(
             {"case": case, "ours": ours, "peer": peer, "ratio": ratio, "budget": budget, "met": met, "unit": unit}
         )
@@ -69,7 +74,7 @@ def pytest_terminal_summary(terminalreporter, config):
             row["case"],
             f"{row['ours']:.4g} {row['unit']}",
             f"{row['peer']:.4g} {row['unit']}",
-            f"{row['ratio']:.2f}",
+            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
             budget,
             marks[row["met"]],
         )

@@ -40,6 +40,17 @@ def kernels_sha256():
     return hashlib.sha256(b"".join((ROOT / p).read_bytes() for p in paths)).hexdigest()
 
 
+def setting(told):
+    """On what a run of the benchmark was made, and when."""
+    processor = told["machine"]["processor"].replace("(R)", "")
+    return f"one thread, {processor}, {told['date']}"
+
+
+def bracket(row):
+    """Its ratio, where the times tell one."""
+    return "" if row["ratio"] is None else f" ({row['ratio']:.1f}x)"
+
+
 def costs_table(results=RESULTS):
     """A step without a network and, for two solvers, beside real ones: microseconds, diffusers' and the ratio."""
     told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
@@ -47,8 +58,8 @@ def costs_table(results=RESULTS):
     beside = sorted({float(m[1]) for case in rows if (m := re.search(r"beside a network of ([\d.]+) ms", case))})
     shape = "1x4x64x64"
     lines = [
-        f"Microseconds a step at {shape}, `Sampler` / diffusers {told['versions']['diffusers']} (ratio), fp32, one "
-        f"thread, {told['date']}:",
+        f"Microseconds a step at {shape}, `Sampler` / diffusers {told['versions']['diffusers']} (ratio), fp32, "
+        f"{setting(told)}:",
         "",
         "| | no network | " + " | ".join(f"beside one of {ms:g} ms" for ms in beside) + " |",
         "|---|" + "---:|" * (1 + len(beside)),
@@ -57,7 +68,7 @@ def costs_table(results=RESULTS):
         cases = [f"{solver} {shape}"]
         cases += [f"latency ratio sampler {solver} {shape} beside a network of {ms:g} ms" for ms in beside]
         found = [rows.get(case) for case in cases]
-        cells = ["" if r is None else f"{r['ours']:.1f} / {r['peer']:.0f} ({r['ratio']:.1f}x)" for r in found]
+        cells = ["" if r is None else f"{r['ours']:.1f} / {r['peer']:.0f}{bracket(r)}" for r in found]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
@@ -70,21 +81,22 @@ def latency_table(results=RESULTS):
     lines = [
         "Microseconds a step outside the network (diffusers' time over it), "
         f"diffusers {told['versions']['diffusers']}, "
-        f"fp32, one thread, {told['date']}:",
+        f"fp32, {setting(told)}:",
         "",
-        "| solver, shape, network | Sampler | `fs.sample` | twin | diffusers |",
-        "|---|---:|---:|---:|---:|",
+        "| solver, shape, network | one operator | Sampler | `fs.sample` | twin | diffusers |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for case, row in rows.items():
         if case.startswith("latency ratio sampler "):
             what = case.removeprefix("latency ratio sampler ")
             found = [rows[f"latency ratio {side} {what}"] for side in ("sampler", "sample", "twin")]
             solver, shape, *_, milliseconds, unit = what.split()
-            cells = [f"{r['ours']:.0f} ({r['ratio']:.1f}x)" for r in found] + [f"{row['peer']:.0f}"]
+            cells = [f"{rows[f'latency ratio operator {what}']['ours']:.0f}"]
+            cells += [f"{r['ours']:.0f}{bracket(r)}" for r in found] + [f"{row['peer']:.0f}"]
             lines.append(f"| {CPU[solver]}, {shape}, {milliseconds} {unit} | " + " | ".join(cells) + " |")
     goals: dict[str, list[bool]] = {}
     for case, row in rows.items():
-        if row.get("budget"):
+        if row.get("budget") and row["ratio"] is not None:
             kind, side = case.split()[1:3] if case.startswith("latency ratio") else ("time", case.split()[1])
             bound = f"{row['budget'][0]} {row['budget'][1]:g}" + ("x" if kind == "ratio" else " us")
             goals.setdefault(f"{side} {bound}", []).append(row["met"])
@@ -107,7 +119,7 @@ def rivals_table(results=RESULTS):
     if not found:
         return ["Not measured: `make bench SAVE=1` writes this table."]
     lines = [
-        f"Microseconds a step beside a free network (its time over a Sampler's), fp32, one thread, {told['date']}:",
+        f"Microseconds a step beside a free network (its time over a Sampler's), fp32, {setting(told)}:",
         "",
         "| solver, shape | Sampler | " + " | ".join(RIVALS) + " |",
         "|---|" + "---:|" * (1 + len(RIVALS)),
@@ -125,7 +137,7 @@ def cpu_table(results=RESULTS):
     rows = {row["case"]: row for row in told["rows"]}
     versions = told["versions"]
     lines = [
-        f"Microseconds a step, fewstep / diffusers {versions['diffusers']} (ratio), fp32, one thread, {told['date']}:",
+        f"Microseconds a step, fewstep / diffusers {versions['diffusers']} (ratio), fp32, {setting(told)}:",
         "",
         "| | " + " | ".join(SHAPES) + " |",
         "|---|" + "---:|" * len(SHAPES),
@@ -181,8 +193,7 @@ def dropin_table(results=RESULTS, kind="drop-in", dtype="fp32"):
     if not found:
         return ["Not measured: `make bench SAVE=1` writes this table."]
     return [
-        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), {dtype}, one thread, "
-        f"{told['date']}:",
+        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), {dtype}, {setting(told)}:",
         "",
         "| | " + " | ".join(shapes) + " |",
         "|---|" + "---:|" * len(shapes),
@@ -199,8 +210,7 @@ def single_model_table(results=RESULTS):
     told = json.loads((results / "cpu.json").read_text(encoding="utf-8"))
     rows = {row["case"]: row for row in told["rows"] if row["case"].startswith("single-model ")}
     lines = [
-        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), fp32, one thread, "
-        f"{told['date']}:",
+        f"Microseconds a run, the twin / diffusers {told['versions']['diffusers']} (ratio), fp32, {setting(told)}:",
         "",
         "| | torch's noise | fewstep's noise |",
         "|---|---:|---:|",

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from fewstep.cli.latency import differences
 from fewstep.cli.timing import Side, no_grad, torch_threads
@@ -47,16 +46,18 @@ def outside(
 ) -> tuple[float, dict[str, float]]:
     """Milliseconds of a call of the network, and microseconds a step that each side spends outside the network.
 
-    Medians of windows by turns, each side between two windows of the network alone, on one thread.
+    Medians of windows, each between two windows of the network alone, on one thread and of one side after the other.
 
     network  makes `calls` calls of the network, on inputs like those of the loops
     sides    whole loops of as many calls
     """
     lengths = steps if isinstance(steps, Mapping) else dict.fromkeys(sides, steps)
     with torch_threads(1), no_grad():
-        made = [Side(name, run, lengths[name]) for name, run in sides.items()]
-        lone, above = differences(network, made, repeats)
-    return 1e3 * float(np.median(lone)) / calls, dict(zip(sides, (1e6 * np.median(above, 1)).tolist(), strict=True))
+        found = {name: differences(network, Side(name, run, lengths[name]), repeats) for name, run in sides.items()}
+    alone = [seconds for lone, _ in found.values() for seconds in lone]
+    return 1e3 * statistics.median(alone) / calls, {
+        name: 1e6 * statistics.median(above) for name, (_, above) in found.items()
+    }
 
 
 def shares(milliseconds: float, above: Mapping[str, float], rival: str, calls: float = 1.0) -> list[list[str | float]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PLOTTED = ("1x4x8x8", "1x4x32x32", "1x4x64x64", "1x4x128x128", "1x4x256x256")
 LIMIT = 64 << 20  # bytes of an earlier report
 KEYS = {"latency": ("solver", "shape", "network_ms"), "results": ("solver", "shape", "model_dtype", "backend")}
-FIGURES = {"latency": ("network_us", *(f"{side}_us" for side in latency.SIDES)), "results": MEASURED}
+FIGURES = {"latency": ("network_us", *(f"{side}_us" for side in latency.TIMED)), "results": MEASURED}
 
 
 @dataclass(frozen=True)
@@ -188,18 +188,19 @@ def latency_table(records: Sequence[Mapping[str, Any]], repeats: int) -> Table:
     steps = ", ".join(sorted({str(r["steps"]) for r in records}))
     made = _table(
         f"a step between the calls of a real network, us: medians of {repeats} and quartiles",
-        f"The whole loop of {steps} steps, less the network alone, per step. In brackets: diffusers' time over it. "
-        "twin: fewstep's drop-in for diffusers' scheduler. One thread.",
+        f"The whole loop of {steps} steps, less the network alone, per step. Below: the quartiles, and diffusers' time "
+        "over it. "
+        "add: one addition of the array library after each call, the least that a loop can do. twin: fewstep's drop-in "
+        "for diffusers' scheduler. One thread.",
         ("solver, shape",),
-        ("network", "Sampler", "fs.sample", "twin", "diffusers"),
+        ("network", "add", "Sampler", "fs.sample", "twin", "diffusers"),
     )
     for r in records:
         cells = []
-        for name in latency.SIDES:
+        for name in latency.TIMED:
             text, theirs = cell(r, f"{name}_us"), r["diffusers_us"]
-            if name != "diffusers" and theirs and r[f"{name}_us"] and r[f"{name}_us"] > 0.0:
-                first, _, rest = text.partition("\n")
-                text = f"{first} ({theirs / r[f'{name}_us']:.1f}x)\n{rest}"
+            if name not in ("operator", "diffusers") and theirs and r[f"{name}_us"] and r[f"{name}_us"] > 0.0:
+                text += f"\n{theirs / r[f'{name}_us']:.1f}x"
             cells.append(text)
         failed = "FAILED" if r["failed"] else cell(r, "network_us")
         made.add_row(f"{r['solver']}\n{'x'.join(map(str, r['shape']))}", failed, *cells)

@@ -3,10 +3,12 @@
 Between two calls of a network that touches more than the caches hold, a loop's own code and data come from memory: a
 free network (`microbench`) shows the floor, this shows what a user pays. Every window of a loop stands between two of
 the network alone on the same inputs, in one process, by the wall clock on one thread of torch; the difference is taken
-window by window. A window in which the system gave the core to another process counts by its CPU time. glibc keeps
-freed memory meanwhile: otherwise the network itself takes up to a tenth longer in some windows than in others.
+window by window. One loop is timed after the other, as a program runs one: loops in turn would evict each other's code.
+A window in which the system gave the core to another process counts by its CPU time. glibc keeps freed memory
+meanwhile: otherwise the network itself takes up to a tenth longer in some windows than in others.
 
-The ends of all loops must agree, or no time is reported.
+The ends of all loops must agree, or no time is reported. Beside them stands the least that a loop can do with what a
+network returns: one operator of the array library a step.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ SOLVERS = ("ddim", "dpmpp_2m")
 NETWORKS = (0.1, 1.0)  # milliseconds
 STEPS = 10
 SIDES = ("sampler", "sample", "twin", "diffusers")
+TIMED = ("operator", *SIDES)
 END_TOLERANCE = 1e-4  # of the largest element: the network amplifies what the schedulers round
 
 EMBEDDING = 768  # a layer of 768 x 768 weights is 2.25 MiB, more than the L2 cache of a core
@@ -234,6 +237,12 @@ class Loop(Case):
         for x, t in self.inputs:
             network(x, t)
 
+    def with_operator(self) -> None:
+        """The same with one operator of the array library after each call, in the place of a solver's step."""
+        network = self.denoiser.model
+        for x, t in self.inputs:
+            _ = x + network(x, t)
+
     def sides(self) -> dict[str, Side]:
         """The loops by name: diffusers' and its twin's only where they take the same steps."""
         sampler, x, peer = self.sampler(), self.x, self.peer_options
@@ -265,25 +274,23 @@ def gate(case: Loop, sides: Mapping[str, Side]) -> None:
         close(f"{case.label}, {name} and Sampler,", end, ends["sampler"], END_TOLERANCE)
 
 
-def differences(alone: Callable[[], object], sides: Sequence[Side], repeats: int) -> tuple[list[float], np.ndarray]:
-    """Seconds of `alone`, and seconds a step of each side above it (sides, repeats).
+def differences(alone: Callable[[], object], side: Side, repeats: int) -> tuple[list[float], list[float]]:
+    """Seconds of `alone`, and seconds a step of a side above it.
 
-    A window of a side is compared with the mean of the two windows of `alone` next to it.
+    A window of the side is compared with the mean of the two windows of `alone` next to it.
     """
-    lone, above = [], np.empty((len(sides), repeats))
+    above = []
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for side in sides:
+        side.prepare()
+        side.run()
+        lone = [seconds(alone)]
+        for _ in range(repeats):
             side.prepare()
-            side.run()
-        for k in range(repeats):
+            spent = seconds(side.run)
             lone.append(seconds(alone))
-            for i, side in enumerate(sides):
-                side.prepare()
-                spent = seconds(side.run)
-                lone.append(seconds(alone))
-                above[i, k] = (spent - (lone[-2] + lone[-1]) / 2.0) / side.steps
+            above.append((spent - (lone[-2] + lone[-1]) / 2.0) / side.steps)
     finally:
         if collecting:
             gc.enable()
@@ -299,7 +306,7 @@ def measure(case: Loop, repeats: int, target: float | None = None) -> dict[str, 
 
     If the ends differ, every time is None and "failed" says why.
     """
-    figures = [f"{side}_us" for side in SIDES]
+    figures = [f"{side}_us" for side in TIMED]
     record: dict[str, Any] = {
         "solver": case.solver,
         "shape": list(case.shape),
@@ -318,11 +325,12 @@ def measure(case: Loop, repeats: int, target: float | None = None) -> dict[str, 
             gate(case, sides)
         except GateError as error:
             return record | {"failed": str(error)}
-        lone, above = differences(case.alone, list(sides.values()), repeats)
-    values = {"network_us": 1e6 * np.array(lone) / case.plan.nfe}
-    values |= {f"{name}_us": 1e6 * row for name, row in zip(sides, above, strict=True)}
-    for name, found in values.items():
-        low, record[name], high = quartiles(found.tolist())
+        sides = {"operator": Side("one operator", case.with_operator, case.plan.nfe), **sides}
+        found = {name: differences(case.alone, side, repeats) for name, side in sides.items()}
+    values = {"network_us": 1e6 * np.concatenate([lone for lone, _ in found.values()]) / case.plan.nfe}
+    values |= {f"{name}_us": 1e6 * np.array(above) for name, (_, above) in found.items()}
+    for name, row in values.items():
+        low, record[name], high = quartiles(row.tolist())
         record["spread"][name] = [low, high]
     return record
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
@@ -160,4 +161,18 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int]:
-    return {"system": platform.system(), "architecture": platform.machine(), "cores": cores()}
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores": cores(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, elsewhere what Python knows of it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.processor())
+    return platform.processor()
