@@ -435,7 +435,8 @@ def test_sample_writes_a_picture_and_names_the_next_command(cli, tmp_path):
         (("--model", ""), "unknown model ''"),
         (("--solver", ""), "unknown solver ''"),
         (("--spacing", ""), "unknown spacing ''"),
-        (("--chunk", "2"), "--chunk 2 divides the files of a folder, and --out"),
+        (("--chunk", "2"), "--chunk 2 divides the work of a folder, and --out"),
+        (("--batch", "2"), "--batch 2 divides the work of a folder, and --out"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_code_1(cli, tmp_path, words, text):
@@ -787,6 +788,7 @@ def test_compare_prints_a_table_writes_a_plot_and_json(cli, tmp_path):
     ("words", "text"),
     [
         (("--solvers", "ddim,nope"), "unknown solver 'nope'"),
+        (("--solvers", "ddim", "--all"), "--all compares every solver, and --solvers ddim some of them"),
         (("--nfe", "4,x"), "'x' is not a whole number"),
         (("--plot", "no/where.png"), "no folder"),
         (("--plot", "c.pdf"), ".png"),

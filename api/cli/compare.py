@@ -29,13 +29,13 @@ from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.registry import get_solver, list_solvers
 from fewstep.solvers.schedule.grid import check_spacing
 
+SOLVERS = "ddim,dpmpp_2m,unipc,deis,ipndm,dpmpp_2m_sde"
+
 
 def compare(
     model: AnyModel = "digits",
     own_shape: OwnShape = None,
-    solvers: Annotated[
-        str, typer.Option(help="Comma-separated names.")
-    ] = "ddim,dpmpp_2m,unipc,deis,ipndm,dpmpp_2m_sde",
+    solvers: Annotated[str | None, typer.Option(help=f"Comma-separated names; default: {SOLVERS}.")] = None,
     nfe: Annotated[str, typer.Option(help="Comma-separated budgets of denoiser calls.")] = "6,8,12,20",
     spacing: Annotated[
         str | None,
@@ -62,7 +62,9 @@ def compare(
     shape = parse_sample_shape(own_shape)
     check_model(model, guidance, shape=shape)
     check_seed(seed, "--seed")
-    names = list(list_solvers()) if every else parse_list(solvers, "--solvers")
+    if every and solvers is not None:
+        raise ValueError(f"--all compares every solver, and --solvers {solvers} some of them: leave one out")
+    names = list(list_solvers()) if every else parse_list(SOLVERS if solvers is None else solvers, "--solvers")
     for name in names:
         get_solver(name)
     budgets = parse_counts(nfe, "--nfe")

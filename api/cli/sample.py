@@ -56,7 +56,7 @@ def sample(
         Path,
         typer.Option("--out", parser=path, help="A .png picture, an .npz archive, or a folder of numbered .npy files."),
     ] = Path("samples.png"),
-    batch: Annotated[int, typer.Option(help="Samples per batch, for a folder.")] = 64,
+    batch: Annotated[int | None, typer.Option(help="Samples per batch, for a folder; default: 64.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Samples per file of a folder; default: one batch.")] = None,
     label: Annotated[int | None, typer.Option("--class", help="One class for all; default: all in turn.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="A solver option, name=value; repeatable.")] = None,
@@ -82,8 +82,10 @@ def sample(
     if not folder:
         check_one_process("--out", out_path)
         check_out(out_path)
-        if chunk is not None:
-            raise ValueError(f"--chunk {chunk} divides the files of a folder, and --out {out_path} is one file")
+        for flag, value in (("--chunk", chunk), ("--batch", batch)):
+            if value is not None:
+                raise ValueError(f"{flag} {value} divides the work of a folder, and --out {out_path} is one file")
+    batch = 64 if batch is None else batch
     check_count("--n", n)
     check_count("--batch", batch)
     check_seed(seed, "--seed")
