@@ -529,7 +529,7 @@ def test_every_ode_solver_encodes_up_to_pure_noise(process, frame):
             continue
         given = {name: value for name, value in {**ODE, "frame": frame}.items() if name in takes}
         errors = []
-        for steps in (16, 64):
+        for steps in (32, 128):
             up = Grid.from_times(process, np.linspace(process.t_first, 0.4 * process.t_first, steps + 1)).flip()
             plan = fs.plan(solver, up, dtype="float64", **given)
             found, _ = run_plan(plan, lambda v, at: posterior_mean(v, at, mean, std), x)
