@@ -388,7 +388,9 @@ class Denoiser:
             (own,) = conds = self.conditions(cond)
             check_arrays(conds, frame, batch, nested=False)
             network = functools.partial(network, **own)
-        return OneNetwork(lambda branches: network, frame, batch)
+        one = OneNetwork(lambda branches: network, frame, batch)
+        one.networks[(0,)] = network  # what nearly every call asks for
+        return one
 
     def _bind_branches(
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None

@@ -417,13 +417,14 @@ class FusedRun:
 
         out  an array of the sample's shape and dtype, in place of a new one; (None, inf) if it is not contiguous
         """
-        if out is not None:
-            new = out
+        if out is None and self.places is not None:
+            new = self._like.new_empty(self.shape)
+            address = new.data_ptr()
         else:
-            new = np.empty(self.shape, self._dtypes[0]) if self.places is None else self._like.new_empty(self.shape)
-        address, kept = self._address(new)
-        if kept is not new:
-            return None, math.inf
+            new = np.empty(self.shape, self._dtypes[0]) if out is None else out
+            address, kept = self._address(new)
+            if kept is not new:
+                return None, math.inf
         return new, self.transfer.run(address, self._place, self.size, 0, 0, 0, 0) / self.size
 
     def small(self, outputs: Sequence[Array], most: float) -> bool:
