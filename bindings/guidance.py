@@ -72,6 +72,8 @@ _WANTED = f"must be a finite number up to {LARGEST:g}, an array (B,) or (1 or B,
 
 def _scale(name: str, value: object) -> Scale:
     """A checked scale. Raises ValueError that names it."""
+    if isinstance(value, Scales):  # of another guidance, by dataclasses.replace
+        return value
     if is_number(value):
         if abs(number(value)) <= LARGEST:
             return value

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -410,6 +411,17 @@ def test_a_rescale_goes_towards_the_conditional_output_whatever_its_weight(
 # --- scales for each sample and step ---
 
 SCALES = np.array([0.0, 1.0, 4.5])
+
+
+def test_a_guidance_with_scales_can_be_replaced() -> None:
+    for made in (fs.CFG(SCALES), fs.CFG((SCALES, 2.0)), fs.APG(SCALES), fs.AutoGuidance(Network(), SCALES)):
+        other = dataclasses.replace(made, stop=0.5)
+        assert other != made
+        assert dataclasses.replace(other, stop=1.0) == made
+    free = fs.Branches((1.0, SCALES)).with_models((None, network := Network()))
+    assert free == fs.Branches((1.0, SCALES), models=(None, network))
+
+
 METHODS: dict[str, Callable[[Any], Any]] = {
     "CFG": fs.CFG,
     "rescale": lambda scale: fs.CFG(scale, rescale=0.6),
