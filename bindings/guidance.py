@@ -247,7 +247,8 @@ def _rescaled(weights: Floats, a: float, b: float, phi: float) -> Floats:
 
 def _guided(weights: Floats) -> NDArray[np.bool_]:
     """Whether the outputs of several branches are combined, for each sample."""
-    return np.count_nonzero(weights, axis=1) > 1
+    several: NDArray[np.bool_] = np.count_nonzero(weights, axis=1) > 1
+    return several
 
 
 def _blend(rows: int) -> Floats:
