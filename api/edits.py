@@ -96,7 +96,7 @@ class _Given:
 def _as_numpy(name: str, values: object) -> np.ndarray:
     try:
         found = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = np.full((), math.nan)
     if found.ndim == 0:
         raise TypeError(f"{name} must be an array, got {values!r:.80}")

@@ -72,6 +72,8 @@ _WANTED = f"must be a finite number up to {LARGEST:g}, an array (B,) or (1 or B,
 
 def _scale(name: str, value: object) -> Scale:
     """A checked scale. Raises ValueError that names it."""
+    if isinstance(value, Scales):  # of another guidance, by dataclasses.replace
+        return value
     if is_number(value):
         if abs(number(value)) <= LARGEST:
             return value
@@ -185,11 +187,13 @@ class _Guided:
         return Shares(np.array([[0.0] * last + [1.0]]), (last,))
 
     def shares(self, moment: Moment) -> Shares:
-        """The weight of each branch, and those to call: all with a weight that is not 0."""
+        """The weight of each branch, and those to call: those with a weight, and what a rescale is towards."""
         if not self.on(moment):
             return self._alone()
         weights = self._weights(moment)
         used: list[bool] = np.any(weights, axis=0).tolist()
+        if self.reduces and not used[-1]:  # a rescale: the last branch is what every guided sample is moved towards
+            used[-1] = bool(_guided(weights).any())
         return Shares(weights, tuple(j for j, own in enumerate(used) if own))
 
     def _weights(self, moment: Moment) -> Floats:
@@ -237,8 +241,14 @@ def _rescaled(weights: Floats, a: float, b: float, phi: float) -> Floats:
     blend[:, layout.FIXED] = a
     blend[:, layout.SCALED :][:, raws] = b * weights
     # Samples that are not guided in this call are not rescaled either.
-    blend[:, layout.PHI] = phi * (np.count_nonzero(weights, axis=1) > 1)
+    blend[:, layout.PHI] = phi * _guided(weights)
     return blend
+
+
+def _guided(weights: Floats) -> NDArray[np.bool_]:
+    """Whether the outputs of several branches are combined, for each sample."""
+    several: NDArray[np.bool_] = np.count_nonzero(weights, axis=1) > 1
+    return several
 
 
 def _blend(rows: int) -> Floats:
@@ -459,7 +469,8 @@ class Branches(_Guided):
     models   the network of each branch, None for the denoiser's; by default all are the denoiser's
     rescale, start, stop, sigma_lo, sigma_hi  as for `CFG`
 
-    `cond` is a sequence of one condition per branch. A branch is not called where its weight is 0.
+    `cond` is a sequence of one condition per branch. A branch is not called where its weight is 0, except for the
+    conditional one where it is what a rescale of the others goes towards.
     """
 
     weights: Any

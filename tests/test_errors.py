@@ -327,6 +327,33 @@ def test_grids(make: Callable[[], Any], text: str) -> None:
     refused(ValueError, text, make)
 
 
+@pytest.mark.parametrize("steps", [3, 0])
+def test_a_grid_of_no_process(steps: int) -> None:
+    for bad in (None, "vp", fs.VP, [0.5]):
+        with pytest.raises(TypeError, match="process must be a fewstep process"):
+            fs.grid(bad, steps)  # type: ignore[arg-type]
+
+
+def test_a_solver_by_an_array_or_a_list() -> None:
+    for bad in (np.zeros((2, 2)), np.zeros(0), ["euler"]):
+        with pytest.raises(ValueError, match="unknown solver"):
+            fs.plan(bad, fs.grid(VP, 2))  # type: ignore[arg-type]
+
+
+def test_ints_beyond_float() -> None:
+    huge: Any = 10**400
+    with pytest.raises(TypeError, match="mask must be an array"):
+        fs.edits.Inpaint(huge, np.zeros(2))
+    with pytest.raises(TypeError, match="image must be an array"):
+        fs.edits.Inpaint(np.zeros(2), huge)
+    denoiser, ends = fs.Denoiser(lambda x, t: 0.1 * x, VP), {"sigma_max": 2.0, "sigma_min": 0.5}
+    runs = [
+        fs.sample_adaptive(denoiser, np.ones((1, 3)), **ends, max_calls=most, max_attempts=most)  # type: ignore[arg-type]
+        for most in (1000, huge)
+    ]
+    assert runs[0].x.tobytes() == runs[1].x.tobytes()
+
+
 def test_an_unknown_spacing_option_is_named() -> None:
     refused(
         TypeError, "spacing 'karras' takes no option 'rh0'; it takes .*rho", lambda: fs.grid(VP, 5, "karras", rh0=7.0)

@@ -85,6 +85,17 @@ def test_exported_program_has_torchs_operators_alone(solver, options, guidance, 
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("clip", [None, 0.2])
+def test_a_stage_that_reads_the_output_alone(clip):
+    """The last step to data under a network of x0: no row and no prediction reads x."""
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "sample", clip=clip), fs.plan("ddim", fs.grid(VP, 1)))
+    x = latent()
+    m = Net()(x, torch.full((3,), loop.tables[0].t)).detach()
+    found = export_loop(loop, x).module()(x)
+    torch.testing.assert_close(found, m if clip is None else m.clamp(-clip, clip), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 @pytest.mark.parametrize(
     ("solver", "process", "options"),
     [("ddpm", VP, {}), ("dpmpp_sde", VP, {}), ("dpmpp_2m_sde", VP, {}), ("edm", fs.EDM(), {"s_churn": 4.0})],

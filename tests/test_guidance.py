@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -168,6 +169,31 @@ def test_the_average_starts_anew_and_rests_outside_the_interval(backend: str) ->
     assert np.array(sampler(X, cond=COND)).tobytes() == first.tobytes()
 
 
+@everywhere
+@pytest.mark.parametrize("clip", [None, 0.6, fs.DynamicThreshold(0.8, 1.5)], ids=["", "static", "dynamic"])
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.8), (0.5, 1.0)], ids=str)
+def test_the_average_rests_where_only_the_null_branch_is_read_beside(
+    interval: tuple[float, float], clip: Any, backend: str, library: str
+) -> None:
+    """CFG++ renoises by the null prediction, which is thus made also in the calls without guidance."""
+    plan = fs.plan("euler_cfg_pp", grid_of("v"))
+    oracle, x = released.Apg(3.0, 0.0, math.inf, 0.6), tensor(X)
+    for k, (at, to) in enumerate(itertools.pairwise(plan.grid.points)):
+        guided, null = (at.alpha * x - at.sigma * raw_of(x, tensor(c)) for c in (C, NULL))
+        m = oracle(guided, null) if interval[0] <= k / plan.steps < interval[1] else guided
+        if clip is not None:
+            m = m.clamp(-0.6, 0.6) if isinstance(clip, float) else thresholded(m, 0.8, 1.5)
+        x = to.alpha * m + to.sigma / at.sigma * (x - at.alpha * null)
+    start, stop = interval
+    denoiser = fs.Denoiser(Network(library), VP, "v", fs.APG(3.0, momentum=0.6, start=start, stop=stop), clip)
+    np.testing.assert_allclose(sample(denoiser, plan, backend, library), x, rtol=0, atol=1e-9)
+
+
+def thresholded(m: torch.Tensor, quantile: float, maximum: float) -> torch.Tensor:
+    s = torch.quantile(m.abs().flatten(1), quantile, dim=1).clamp(1.0, maximum).reshape(-1, 1, 1)
+    return m.clamp(-s, s) / s
+
+
 @pytest.mark.parametrize("clip", [0.6, fs.DynamicThreshold(0.8, 1.5)], ids=["static", "dynamic"])
 @pytest.mark.parametrize("backend", ["numba", "naive"])
 def test_the_clip_acts_on_the_projected_prediction(backend: str, clip: Any) -> None:
@@ -175,10 +201,7 @@ def test_the_clip_acts_on_the_projected_prediction(backend: str, clip: Any) -> N
     oracle = released.Apg(5.0, 0.0, math.inf, -0.5)
 
     def clipped(m: torch.Tensor) -> torch.Tensor:
-        if isinstance(clip, float):
-            return m.clamp(-clip, clip)
-        s = torch.quantile(m.abs().flatten(1), 0.8, dim=1).clamp(1.0, 1.5).reshape(-1, 1, 1)
-        return m.clamp(-s, s) / s
+        return m.clamp(-clip, clip) if isinstance(clip, float) else thresholded(m, 0.8, 1.5)
 
     want = manual(plan, "v", lambda m, x, at, k: clipped(oracle(m(C), m(NULL))))
     denoiser = fs.Denoiser(Network(), VP, "v", guidance=fs.APG(5.0, momentum=-0.5), clip=clip)
@@ -360,9 +383,45 @@ def test_rescale_of_free_weights(backend: str, library: str) -> None:
     np.testing.assert_allclose(found, manual(plan, "v", want), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("solver", ["ddim", "euler_cfg_pp"])
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        lambda s: fs.CFG((3.0, s), rescale=0.7),
+        lambda s: fs.Branches((-2.0, 3.0, s), rescale=0.7),
+        lambda s: fs.Branches((-1.0, s, 2.0), rescale=0.7),
+        lambda s: fs.CFG((1.0, s), rescale=0.7),
+    ],
+    ids=["pair", "free", "free-middle", "pair-alone"],
+)
+def test_a_rescale_goes_towards_the_conditional_output_whatever_its_weight(
+    guidance: Callable[[Any], Any], solver: str, backend: str
+) -> None:
+    """The sample at weight 0 is that of a batch whose other samples have weights of their own."""
+    plan, cond = fs.plan(solver, grid_of("v")), ({"c": NULL}, {"c": MIDDLE}, {"c": C})
+    found, beside = (
+        sample(fs.Denoiser(Network(), VP, "v", guidance=guidance(s)), plan, backend, "numpy", cond=cond)
+        for s in (0.0, np.array([0.0, 1.5, 0.0]))
+    )
+    np.testing.assert_allclose(found[[0, 2]], beside[[0, 2]], rtol=0, atol=1e-12)
+    assert np.abs(found[1] - beside[1]).max() > 1e-3
+
+
 # --- scales for each sample and step ---
 
 SCALES = np.array([0.0, 1.0, 4.5])
+
+
+def test_a_guidance_with_scales_can_be_replaced() -> None:
+    for made in (fs.CFG(SCALES), fs.CFG((SCALES, 2.0)), fs.APG(SCALES), fs.AutoGuidance(Network(), SCALES)):
+        other = dataclasses.replace(made, stop=0.5)
+        assert other != made
+        assert dataclasses.replace(other, stop=1.0) == made
+    free = fs.Branches((1.0, SCALES)).with_models((None, network := Network()))
+    assert free == fs.Branches((1.0, SCALES), models=(None, network))
+
+
 METHODS: dict[str, Callable[[Any], Any]] = {
     "CFG": fs.CFG,
     "rescale": lambda scale: fs.CFG(scale, rescale=0.6),

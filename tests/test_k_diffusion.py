@@ -745,6 +745,8 @@ def test_the_page_gives_the_same_image(monkeypatch):
         ("sample_euler", {"x": np.zeros((2, 3))}, "x must be a torch tensor"),
         ("sample_euler", {"model": 0}, "model must be callable"),
         ("sample_euler", {"callback": 0}, "callback must be callable"),
+        ("sample_euler", {"extra_args": 3}, "extra_args must be a mapping of the model's keyword arguments, got 3"),
+        ("sample_euler_ancestral", {"extra_args": "seed"}, "extra_args must be a mapping .*, got 'seed'"),
         ("sample_euler", {"sigmas": [3.0, math.nan, 0.0]}, "sigmas must be finite"),
         ("sample_euler", {"sigmas": "high"}, "sigmas must be numbers"),
         ("sample_euler", {"flow": -1}, "flow must be True or False"),

@@ -472,3 +472,10 @@ def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     )
     run_page("docs/plans-in-pipelines.md", names, "scheduler")
     assert names["pipe"].scheduler.plan == names["plan"]
+
+
+def test_a_replaced_configuration_of_another_type_is_named() -> None:
+    bad: Any
+    for bad in ("DDIMScheduler", 3, [1]):
+        with pytest.raises(TypeError, match="replaces must be the configuration of a scheduler, got "):
+            PlanScheduler(fs.plan("dpmpp_2m", fs.grid(fs.VP.linear(), 4)), replaces=bad)

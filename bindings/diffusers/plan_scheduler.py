@@ -26,7 +26,7 @@ from fewstep.bindings.diffusers.interface import Timestep
 from fewstep.bindings.maps import PREDICTION_TYPES, process_of
 from fewstep.kernels import layout
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import counted, one_of
+from fewstep.solvers.options import counted, instance, one_of
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, read_plan
 from fewstep.solvers.plans.program import compile_plan
@@ -228,6 +228,7 @@ class PlanScheduler(Base):
             prediction_type = "flow_prediction" if isinstance(process, Flow) else "epsilon"
         one_of("prediction_type", prediction_type, tuple(PREDICTION_TYPES))
         if replaces is not None:
+            instance("replaces", replaces, Mapping, "the configuration of a scheduler")
             other = scheduler_of(replaces)
             check_process(made, process_of(other)[0], type(other).__name__)
             trained = other.config.num_train_timesteps

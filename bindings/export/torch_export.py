@@ -48,7 +48,7 @@ def plain_stage(
     """`fewstep::stage` in tensor operations; arguments and results as for `kernels.torch_ops.stage`."""
     placed = dict(zip(columns, slots, strict=True))
     return stage(
-        [placed.get(j) for j in range(max(columns, default=-1) + 1)], raws, w, z=z, p=p, limit=limit, c_in=c_in,
+        [placed.get(j) for j in range(max(columns, default=0) + 1)], raws, w, z=z, p=p, limit=limit, c_in=c_in,
         copies=copies, model_dtype=model_dtype, backend="naive",
     )  # fmt: skip
 

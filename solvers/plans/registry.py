@@ -100,7 +100,7 @@ EMBEDDED: list[str] = []
 def get_solver(name: str) -> Solver:
     """The solver of that name. Raises ValueError with the closest names if it is unknown."""
     if not isinstance(name, str) or name not in _SOLVERS:
-        if name in EMBEDDED:
+        if isinstance(name, str) and name in EMBEDDED:
             raise ValueError(f"solver {name!r} is an embedded pair of adaptive steps: use fewstep.sample_adaptive")
         raise ValueError(unknown("solver", name, list_solvers(), solver_hint(name, list_solvers(), list_spacings())))
     return _SOLVERS[name]

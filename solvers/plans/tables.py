@@ -132,7 +132,7 @@ def stage_tables(
         raise ValueError(f"the guidance scale holds {own} samples, and the batch is {samples}: give one scale for each")
     p, null = np.zeros((len(ops), own, 1 + layout.RAWS)), np.zeros((len(ops), 1 + layout.RAWS))
     blends: list[np.ndarray | None] = []
-    averages = 0  # calls that moved the running average
+    moves: list[bool] = []  # which calls move the running average
     for k, (stage, (shares, called)) in enumerate(zip(stages, calls, strict=True)):
         if stage.variance is not None and stage.variance[0] != denoiser.variance:
             raise ValueError(
@@ -141,6 +141,7 @@ def stage_tables(
             )
         if k in program.leads:  # no outputs, no prediction
             blends.append(None)
+            moves.append(False)
             continue
         a, b = denoiser.prologue(stage.at)
         weights = shares.weights if len(called) == shares.weights.shape[1] else shares.weights[:, list(called)]
@@ -148,9 +149,11 @@ def stage_tables(
         null[k, :2] = a, b
         # One branch needs no reduction, and the second half of a call reads its prediction from a slot.
         blended = denoiser.reduces and len(called) > 1 and k - 1 not in program.firsts
-        momentum = denoiser.momentum if averages else 0.0  # the average is not read before it is written
+        # Where the guidance is off, a row may still read the first branch: the average then rests.
+        moved = blended and len(shares.called) > 1
+        momentum = denoiser.momentum if moved and any(moves) else 0.0  # the average is not read before it is written
         blends.append(denoiser.blend(weights, a, b, momentum) if blended else None)
-        averages += blended
+        moves.append(moved)
     w = _columns(ops, p if folded else None, null, own, room=int(denoiser.momentum != 0.0))
     read, m_reads_x = (w != 0.0).any(axis=(1, 2)).tolist(), (p[..., 0] != 0.0).any(axis=1).tolist()
     averages = 0
@@ -160,7 +163,7 @@ def stage_tables(
         if not folded and m_reads_x[k] and slots[0] is None:
             slots = (op.reads[0], *slots[1:])  # m reads x even where no row does
         rows, writes, average = len(op.writes), op.writes, None
-        if blend is not None and denoiser.momentum:
+        if blend is not None and moves[k] and denoiser.momentum:
             # The running average is one more row, over the outputs and its own last value, as mix A holds it.
             if rows == layout.OUTPUTS:
                 raise ValueError(

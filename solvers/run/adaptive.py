@@ -464,7 +464,8 @@ def sample_adaptive(
 
     order = 1.5 if eta else pair.order  # a step with noise has a smaller order (k-diffusion)
     exponents = (pcoeff + icoeff + dcoeff) / order, -(pcoeff + 2.0 * dcoeff) / order, dcoeff / order
-    limits = accept_safety, float(pair.kept), float(pair.calls), float(max_attempts), float(max_calls)
+    most = (float(min(limit, 1 << 53)) for limit in (max_attempts, max_calls))  # what float64 counts
+    limits = accept_safety, float(pair.kept), float(pair.calls), *most
     control = np.array([*exponents, *limits, rtol, atol])
     own_edits = None if edits is None else AdaptiveEdits(edits, batch, streams)
     options = _Options(pair, ends, eta, s_noise, control, noise, callback, own_edits)

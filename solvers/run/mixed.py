@@ -12,7 +12,7 @@ import numpy as np
 
 from fewstep.kernels import philox
 from fewstep.solvers.cache import Cache
-from fewstep.solvers.options import counted, flag, instance, one_of, warn
+from fewstep.solvers.options import counted, flag, instance, one_of, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, frame_of, running
 from fewstep.solvers.run.checks import check_latent, check_plan, check_shape, model_frame, pick_backend
@@ -216,9 +216,9 @@ class MixedRun:
 
     def start(self, place: int, admission: Admission) -> None:
         """Start a request of `admission` in a free place."""
-        instance("place", place, (int, np.integer), "an int")
-        if not (0 <= place < self.shape[0]) or self.left[place]:
-            raise ValueError(f"place {place} is taken or outside 0 .. {self.shape[0] - 1}")
+        place = self._place(place)
+        if self.left[place]:
+            raise ValueError(f"place {place} is taken: admit the request when it is done, or drop its request first")
         job, x, streams, edits, conds = admission
         self.columns.begin(place, job, x, streams, alone=edits is not None)
         self._started[place], self.left[place], self._edited[place] = job, len(job.tables), None
@@ -233,6 +233,7 @@ class MixedRun:
 
     def drop(self, place: int) -> None:
         """Give up the request of a place, which is free from then on."""
+        place = self._place(place)
         self.columns.drop(place)
         self._started[place] = self._edited[place] = None
         self.left[place] = 0
@@ -287,7 +288,7 @@ class MixedRun:
 
     def edit(self, place: int) -> None:
         """The edits of a place's request, after `move`. Errors are those of the edits."""
-        edited = self._edited[place]
+        edited = self._edited[self._place(place)]
         if edited is not None:
             with running(self.frame, keep_graph=self.backend == "naive"):
                 edited.after(self.calls(place)[0] - 1)
@@ -312,6 +313,7 @@ class MixedRun:
 
     def done(self, place: int) -> bool:
         """Whether a place's request is finished. False for a place without a request."""
+        place = self._place(place)
         return self._started[place] is not None and not self.left[place]
 
     def result(self, place: int) -> Array:
@@ -319,6 +321,7 @@ class MixedRun:
 
         Raises ValueError if it is not finished and, under `check`, if it holds NaN or inf; warns of one far too large.
         """
+        place = self._place(place)
         job = self._started[place]
         if job is None or self.left[place]:
             raise ValueError(f"place {place} holds no finished request")
@@ -332,14 +335,19 @@ class MixedRun:
             warn(f"the sample of place {place} is far too large: {where}")
         return self.frame.wrap(sample) if isinstance(sample, np.ndarray) else sample
 
+    def _place(self, place: object) -> int:
+        """A place's number. Raises ValueError for another, such as -1, which would be the last place's."""
+        return whole("place", place, 0, self.shape[0] - 1)
+
     def calls(self, place: int) -> tuple[int, int]:
         """How many calls of the network a place's request has had, and how many it needs: (0, 0) without a request."""
+        place = self._place(place)
         job = self._started[place]
         return (0, 0) if job is None else (len(job.tables) - self.left[place], len(job.tables))
 
     def x0(self, place: int) -> Array:
         """A copy of the x0 prediction of a place's last call, (...). Raises ValueError if there is none."""
-        job, (calls, _) = self._started[place], self.calls(place)
+        (calls, _), job = self.calls(place), self._started[place]
         if job is None or not calls or not self.previews:
             raise ValueError(f"place {place} has no x0 prediction: use MixedRun(previews=True), and step first")
         return self.columns.x0(place, job, calls - 1)

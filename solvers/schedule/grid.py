@@ -383,6 +383,7 @@ def grid(
     - ``round_times`` = False (linspace, leading, trailing, quadratic, beta, normal): True rounds to whole times, as
       diffusers' schedulers and ComfyUI's beta do; only on processes with discrete times.
     """
+    check_process(process)
     spacing = process.spacing if spacing is None else spacing
     check_spacing(spacing)
     steps = whole("steps", steps, 1, MAX_STEPS)
@@ -391,7 +392,6 @@ def grid(
     if others:
         raise TypeError(f"spacing {spacing!r} takes no option {others[0]!r}; it takes {[*own, *_COMMON]}")
 
-    check_process(process)
     flag("final_zero", final_zero)
     sigma_min, sigma_max, shift, shift_terminal = map(plain, (sigma_min, sigma_max, shift, shift_terminal))
     options = {name: plain(value) for name, value in options.items()}

@@ -45,6 +45,7 @@ GUIDANCES: dict[str, tuple[Callable[[], Any], Any]] = {
     "CFGZero with zero-init": (lambda: fs.CFGZero(3.0, zero_steps=1), TWO),
     "AutoGuidance": (lambda: fs.AutoGuidance(guide, 2.0), TWO[1]),
     "Branches": (lambda: fs.Branches((-2.0, -1.5, 4.5), rescale=0.4), THREE),
+    "Branches without the last": (lambda: fs.Branches((-1.0, 2.0, 0.0), rescale=0.4), THREE),
     "Branches by network": (lambda: fs.Branches((-2.0, -1.5, 4.5), models=(None, guide, None)), THREE),
     "CFG by sample": (lambda: fs.CFG(np.array([0.5, 3.0])), TWO),
     "CFG by sample and step": (lambda: fs.CFG(np.arange(6.0).reshape(2, 3), rescale=0.5), TWO),
@@ -66,9 +67,10 @@ def test_a_guidance(name: str) -> None:
     assert torch.equal(found(seed=1, cond=cond), first)  # nothing is left of the last run's average
 
 
-def test_cfg_pp_under_apg() -> None:
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.25, 0.75)], ids=str)
+def test_cfg_pp_under_apg(interval: tuple[float, float]) -> None:
     plan = fs.plan("dpmpp_2m_cfg_pp", fs.grid(VP, 4, "karras"))
-    denoiser = fs.Denoiser(network, VP, guidance=fs.APG(0.7, momentum=-0.5))
+    denoiser = fs.Denoiser(network, VP, guidance=fs.APG(0.7, momentum=-0.5, start=interval[0], stop=interval[1]))
     found, want = (
         fs.Sampler(denoiser, plan, SHAPE, backend=backend, device="cpu")(seed=1, cond=TWO)
         for backend in ("triton", "naive")

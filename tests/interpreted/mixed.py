@@ -142,8 +142,8 @@ def test_what_cannot_be_mixed_is_said_at_once() -> None:
     with pytest.raises(ValueError, match="'heun' is not among the plans"):
         run.admit(0, fs.plan("heun", fs.grid(VP, 2)), seed=0)
     run.admit(0, plans[0], seed=0)
-    for place in (0, 3):
-        with pytest.raises(ValueError, match=rf"place {place} is taken or outside 0 \.\. 2"):
+    for place, text in ((0, "place 0 is taken: "), (3, "place must be an int >= 0 and <= 2, got 3")):
+        with pytest.raises(ValueError, match=text):
             run.admit(place, plans[0], seed=0)
     with pytest.raises(ValueError, match="place 0 holds no finished request"):
         run.result(0)
