@@ -6,7 +6,7 @@ Between two calls of the denoiser every sampler is an affine map on a few slots:
     slots' = rows · [slots, m, u, z]               z: fresh standard normal noise
 
 u is the x0 prediction of the null branch alone, for solvers that guide one way and renoise the other
-(CFG++); without guidance it is m.
+(CFG++); without guidance it is m, before a clip, which acts on m alone.
 
 All rows of a stage read the slots as they were before it. "x" is the latent that the denoiser
 sees; other slots are history, anchors and partial sums under names that the builder picks.
