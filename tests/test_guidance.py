@@ -368,8 +368,9 @@ def test_a_branch_by_its_condition() -> None:
 
 
 @everywhere
-def test_rescale_of_free_weights(backend: str, library: str) -> None:
-    weights = (-2.0, -1.0, 4.0)
+@pytest.mark.parametrize("weights", [(-2.0, -1.0, 4.0), (-2.0, 3.0, 0.0), (-1.0, 0.0, 2.0)], ids=str)
+def test_rescale_of_free_weights(weights: tuple[float, ...], backend: str, library: str) -> None:
+    """Towards the last branch, the conditional one, also where the guided output holds nothing of it."""
     plan = fs.plan("dpmpp_2m", grid_of("v"))
 
     def want(m: Any, x: torch.Tensor, at: fs.Point, call: int) -> torch.Tensor:
