@@ -404,11 +404,13 @@ def _access(name: str, texts: list[str]) -> Step:
 
 
 def _atomic(name: str, texts: list[str]) -> Step:
-    _, *modifiers = name.split(".")
+    """`atom`, and `red`, which does not return what it found."""
+    word, *modifiers = name.split(".")
     how, kind = modifiers[-2], TYPES[modifiers[-1]]
     shared, size = "shared" in modifiers, np.dtype(kind).itemsize
     change = {"add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda old, new: new}[how]
-    address, source = _address(texts[1], np.uint32 if shared else np.uint64), _read(texts[2], kind)
+    where, operand = texts[-2:]
+    address, source = _address(where, np.uint32 if shared else np.uint64), _read(operand, kind)
 
     def step(block: Block, mask: Any) -> None:
         chosen = block.chosen(mask)
@@ -430,7 +432,7 @@ def _atomic(name: str, texts: list[str]) -> Step:
                 block.shared.store(here, thread, new, size, atomic=True)
             else:
                 block.memory.store(here, new, size)
-        if len(chosen):
+        if len(chosen) and word == "atom":
             block.put(texts[0], _spread(block, found, chosen), mask)
 
     return step
@@ -515,7 +517,8 @@ def _pack(name: str, texts: list[str]) -> Step:
 
 
 OTHERS: dict[str, Callable[[str, list[str]], Step]] = {
-    "ld": _access, "st": _access, "atom": _atomic, "shfl": _shuffle, "redux": _redux, "stmatrix": _stmatrix,
+    "ld": _access, "st": _access, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "redux": _redux,
+    "stmatrix": _stmatrix,
 }  # fmt: skip
 
 
