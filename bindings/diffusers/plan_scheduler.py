@@ -356,7 +356,7 @@ class PlanScheduler(Base):
                 f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}: a plan takes "
                 "the prediction alone, without a learned variance"
             )
-        call = self._begin(timestep) if self._step_index is None else self._step_index
+        call = self._first_call(timestep) if self._step_index is None else self._step_index
         index = call - self.first
         if index >= len(self.rows):
             raise IndexError(f"the plan's {len(self.times)} calls are made: begin the next run with set_timesteps")
@@ -409,7 +409,7 @@ class PlanScheduler(Base):
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
 
-    def _begin(self, timestep: Timestep) -> int:
+    def _first_call(self, timestep: Timestep) -> int:
         """The first call of a run, whose rows are laid out."""
         index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if index:
