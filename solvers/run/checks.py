@@ -14,7 +14,7 @@ import numpy as np
 from fewstep.kernels import cpu
 from fewstep.solvers.options import named
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.gpu import why_unavailable
@@ -101,6 +101,16 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise ValueError("x is float64 and the sampler's state float32: pass dtype='float64', or x as float32")
     if frame.device != model.device:
         raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
+
+
+def check_tensor(name: str, value: object, hint: str = "") -> None:
+    """Raises TypeError or ValueError unless this is a torch tensor of a floating dtype."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}{hint}")
+    if dtype_name(value.dtype, f"{name} of dtype") not in FLOATS:
+        raise ValueError(f"{name} must have a floating dtype, got {value.dtype}")
 
 
 def check_finite(name: str, x: Array, frame: Frame) -> None:
