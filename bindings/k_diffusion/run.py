@@ -23,7 +23,7 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
-from fewstep.solvers.options import flag, function, instance, number
+from fewstep.solvers.options import flag, function, instance, number, truth
 from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
@@ -92,6 +92,7 @@ class SamplerCall:
             instance("extra_args", self.extra_args, Mapping, "a mapping of the model's keyword arguments")
         if self.flow is not None:
             flag("flow", self.flow)
+        truth("disable", self.disable)
 
     @cached_property
     def process(self) -> Process:
