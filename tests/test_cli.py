@@ -538,6 +538,7 @@ FOLDERS = {
     "gallery": ("--figures", "ode", "--out"),
     "distill": ("progressive", "--out"),
     "tune": ("--model", "ring", "--nfe", 2, "--seeds", 12, "--out", "plan.json", "--cache"),
+    "recommend": ("--model", "ring", "--nfe", 2, "--seeds", 12, "--cache"),
 }
 
 
@@ -1043,6 +1044,14 @@ def test_help_imports_nothing_heavy():
     assert result.returncode == 0, result.stderr
     assert "compare" in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_shows_files_and_folders_alike(cli):
+    """Also those that a parser of the package's own reads."""
+    commands = ("sample", "compare", "bench", "recommend", "tune", "tune-pipeline", "sample-plan", "distill", "gallery")
+    printed = [line for name in commands for line in cli(name, "--help")[1].splitlines() if "<path>" in line.lower()]
+    assert len(printed) >= 20  # as many as there are
+    assert [line for line in printed if "<path>" not in line] == []
 
 
 def test_python_m_fewstep_is_the_same_command():

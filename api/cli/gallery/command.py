@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, bars, parse_list, path
+from fewstep.cli.app import OUT, AsJson, bars, folder, parse_list
 from fewstep.cli.output import check_out
 from fewstep.solvers.files import make_folder
 from fewstep.solvers.options import needs, unknown
@@ -40,7 +40,7 @@ TORCH = {name for name, students in FIGURES.items() if students} | {"guidance"}
 
 
 def gallery(
-    out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures and the page, index.html.")],
+    out: Annotated[Path, folder(help="Folder for the pictures and the page, index.html.")],
     figures: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(FIGURES)}.")] = ",".join(FIGURES),
     train: Annotated[bool, typer.Option("--train", help="Train the students anew, into --out.")] = False,
     as_json: AsJson = False,
