@@ -679,6 +679,35 @@ def test_ctrl_c_while_sampling_exits_130_and_writes_nothing(cli, tmp_path, monke
     assert os.listdir(tmp_path) == []
 
 
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("gallery", "--figures", "batches"), "fewstep.cli.gallery.batches.figure"),
+        (("distill", "progressive"), "fewstep.distill_runs.training.train"),
+    ],
+)
+def test_ctrl_c_leaves_no_new_folder(cli, tmp_path, monkeypatch, words, where):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(where, interrupted)
+    (tmp_path / "own").mkdir()
+    for name in ("new", "new/below", "own/below", "own"):
+        assert cli(*words, "--out", tmp_path / name)[0] == 130
+        assert [path.name for path in tmp_path.rglob("*")] == ["own"], name
+
+
+def test_ctrl_c_leaves_an_earlier_gallery_as_it_was(cli, tmp_path, monkeypatch):
+    assert cli("gallery", "--figures", "batches", "--out", tmp_path)[0] == 0
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert {"index.html", "batches.png"} <= before.keys()
+    monkeypatch.setattr("fewstep.cli.gallery.guide.figure", interrupted)
+    assert cli("gallery", "--figures", "batches,guide", "--out", tmp_path)[0] == 130
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+
+
 # --- compare ---
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, folder, parse_options
 from fewstep.cli.output import check_out, write_samples
 from fewstep.models import load_model
-from fewstep.solvers.files import make_folder, write_whole
+from fewstep.solvers.files import made_folder, write_whole
 from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ def distill(
     with training.processes():
         first = training.rank() == 0
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, options)
-        if first:
-            make_folder(out, "--out")
-            check_out(out / training.CHECKPOINT, (".safetensors",))
-        with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+        room = made_folder(out, "--out") if first else contextlib.nullcontext()
+        with room, progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+            if first:
+                check_out(out / training.CHECKPOINT, (".safetensors",))
             try:
                 training.train(recipe, out, resume=resume, every=every, watch=watch)
             except training.Stopped as stopped:
