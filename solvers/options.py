@@ -84,6 +84,14 @@ def flag(name: str, value: object) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
+def truth(name: str, value: object) -> bool:
+    """What Python takes a value for, where another library says so. Raises TypeError for an array, which it refuses."""
+    try:
+        return bool(value)
+    except (ValueError, RuntimeError):
+        raise TypeError(f"{name} must be True or False, got {value!r:.80}") from None
+
+
 def warn(message: str) -> None:
     """A RuntimeWarning at the line of the caller outside this package."""
     level, frame = 2, sys._getframe(1)

@@ -15,6 +15,19 @@ from fewstep import __version__
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
 
+
+def folder_name(text: str | Path) -> Path:
+    """Parses the name of a folder. An empty one, as of a shell's unset variable, would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
+
+
+def folder(*names: str, help: str) -> Any:
+    """The option of a folder, or of a file or folder, which `--help` shows as it shows a file's."""
+    return typer.Option(*names, parser=folder_name, metavar="<path>", help=help)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 AnyModel = Annotated[
@@ -57,13 +70,6 @@ def options(
     ] = False,
 ) -> None:
     """Sample diffusion and flow models in few steps, and measure the error and the cost."""
-
-
-def path(text: str | Path) -> Path:
-    """Parses the name of a folder. An empty one, as of a shell's unset variable, would be the current folder."""
-    if not str(text):
-        raise typer.BadParameter("the name is empty")
-    return Path(text)
 
 
 def check_count(flag: str, value: int, low: int = 1, high: int = 1_000_000) -> None:

@@ -17,10 +17,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_options, path
+from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, folder, parse_options
 from fewstep.cli.output import check_out, write_samples
 from fewstep.models import load_model
-from fewstep.solvers.files import make_folder, write_whole
+from fewstep.solvers.files import made_folder, write_whole
 from fewstep.solvers.options import counted
 
 if TYPE_CHECKING:
@@ -37,9 +37,7 @@ def distill(
             "score_identity, f_distill, latent_adversarial, regularised or trajectory_matching."
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(parser=path, help="Folder for the student, checkpoint, log, results and samples.")
-    ],
+    out: Annotated[Path, folder(help="Folder for the student, checkpoint, log, results and samples.")],
     problem: Annotated[str, typer.Option(help="ring, pinwheel or digits; with --data, your own.")] = "ring",
     data: Annotated[
         str | None, typer.Option(help="Your data: a folder, a .npy, .npz or .safetensors file, or FILE.py:FUNCTION.")
@@ -69,9 +67,7 @@ def distill(
     ] = False,
     look_every: Annotated[int, typer.Option(help="With --data: steps between measured samples; 0: none.")] = 0,
     samples: Annotated[int, typer.Option(help="With --data: samples that are drawn and measured.")] = 64,
-    tensorboard: Annotated[
-        Path | None, typer.Option(parser=path, help="With --data: folder of a TensorBoard log.")
-    ] = None,
+    tensorboard: Annotated[Path | None, folder(help="With --data: folder of a TensorBoard log.")] = None,
     wandb: Annotated[str | None, typer.Option(help="With --data: project of a Weights & Biases run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
@@ -119,10 +115,10 @@ def distill(
     with training.processes():
         first = training.rank() == 0
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, options)
-        if first:
-            make_folder(out, "--out")
-            check_out(out / training.CHECKPOINT, (".safetensors",))
-        with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+        room = made_folder(out, "--out") if first else contextlib.nullcontext()
+        with room, progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+            if first:
+                check_out(out / training.CHECKPOINT, (".safetensors",))
             try:
                 training.train(recipe, out, resume=resume, every=every, watch=watch)
             except training.Stopped as stopped:

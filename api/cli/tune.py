@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, parse_sample_shape, path
+from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, folder, parse_sample_shape
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -56,7 +56,7 @@ def tune(
     resume: Annotated[
         Path | None, typer.Option(help="A tuned plan to continue from, of as many calls or fewer.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for reference solutions.")] = None,
+    cache: Annotated[Path | None, folder(help="Folder for reference solutions.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C during the fit keeps the best so far."""

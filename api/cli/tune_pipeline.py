@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import OUT, AsJson, path
+from fewstep.cli.app import OUT, AsJson, folder
 from fewstep.cli.output import check_out
 from fewstep.cli.tune import saying_when_interrupted
 from fewstep.kernels.philox import check_seed
@@ -36,7 +36,7 @@ def tune_pipeline(
     batch: Annotated[int, typer.Option(help="The most samples per network call.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[Path | None, typer.Option(help="A plan of an earlier fit to continue from.")] = None,
-    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for solutions.")] = None,
+    cache: Annotated[Path | None, folder(help="Folder for solutions.")] = None,
     device: Annotated[str, typer.Option(help="Where the pipeline runs, such as cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of its weights: {', '.join(DTYPES)}.")] = "float32",
     as_json: AsJson = False,

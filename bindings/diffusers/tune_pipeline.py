@@ -15,7 +15,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers.fitted import FIELD, weights_of
 from fewstep.solvers.files import check_target
-from fewstep.solvers.options import counted, flag, unknown
+from fewstep.solvers.options import counted, flag, instance, unknown
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import read_plan, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -85,9 +85,8 @@ def tune_pipeline(
         base = resume if isinstance(resume, Plan) else read_plan(resume)
     check_arguments(base, nfe, count, "all", batch)
     if out is not None:
-        if not isinstance(out, (str, os.PathLike)):
-            raise TypeError(f"out must be a path, got {type(out).__name__}")
-        check_target(Path(out), (".json",))
+        instance("out", out, (str, os.PathLike), "a path such as 'plan.json'")
+        check_target(Path(out), (".json",), "out")
     say = speaker(progress, NAME)
     made = collect(pipe, given)
     denoiser = made.denoiser
