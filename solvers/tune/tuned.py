@@ -29,7 +29,7 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.registry import Memory, get_solver, list_solvers
 from fewstep.solvers.plans.stages import Stage, first_order
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, through
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import unroll_stages
@@ -59,8 +59,7 @@ def grid_of(process: Process, first: Point, last: Point, theta: Array) -> Grid:
     """The grid between two points at the times of theta."""
     u = _FLOW.time(first) * np.exp(-np.cumsum(np.exp(theta)))
     inner = [process.point_at_sigma(_FLOW.ratio(value)) for value in u.tolist()]
-    t, alpha, sigma = map(np.array, zip(first, *inner, last, strict=True))
-    return Grid(process, t, alpha, sigma)
+    return through(process, [first, *inner, last])
 
 
 def split(numbers: Array, sizes: Mapping[str, int], limits: Mapping[str, tuple[float, float]]) -> dict[str, Array]:

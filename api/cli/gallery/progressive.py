@@ -22,7 +22,6 @@ from fewstep.cli.gallery.figure import (
     paths,
     plane,
 )
-from fewstep.cli.gallery.samplers import ends
 from fewstep.cli.gallery.students import Students
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.loop import StepInfo
@@ -60,7 +59,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
     eps = np.random.default_rng(seed).standard_normal((n, 2))
     data = RING.draw(n, seed)
     floor = sliced_wasserstein(RING.draw(n, seed + 1), data)
-    exact = RING.solve(PROCESS.sigma_max * eps, ends(recipe.grids[0]), rtol=1e-8)
+    exact = RING.solve(PROCESS.sigma_max * eps, recipe.grids[-1], rtol=1e-8)
     teacher = traced(recipe.teacher, recipe.grids[0], eps)
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
     rows, gaps, distances = [], [], []

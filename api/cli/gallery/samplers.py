@@ -30,7 +30,6 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
-from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import VP
 from fewstep.solvers.schedule.process import FloatArray as Array
@@ -103,7 +102,7 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
     data = RING.draw(DATA, seed + 1)
     low, high = real_band(n, data, seed)
     top = make_grid(PROCESS, steps[-1])
-    exact = RING.solve(x * np.hypot(top.alpha[0], top.sigma[0]), ends(top), rtol=1e-8)
+    exact = RING.solve(x * np.hypot(top.alpha[0], top.sigma[0]), make_grid(PROCESS, 1), rtol=1e-8)
     middle = min(range(len(steps)), key=lambda i: abs(steps[i] - 8))
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
     flat += [replace(field_arrows(level), at={"field": i}) for i, level in enumerate(LEVELS)]
@@ -189,9 +188,3 @@ def _passed(steps: tuple[int, ...], first: list[float], second: list[float]) -> 
     if worse[-1] + 1 == len(steps):
         return "here DDIM is not passed by DPM-Solver++ 2M"
     return f"from {steps[worse[-1] + 1]} steps on DPM-Solver++ 2M is more accurate than DDIM"
-
-
-def ends(grid: Grid) -> Grid:
-    """The grid's first and last point."""
-    ends = [0, -1]
-    return Grid(grid.process, grid.t[ends], grid.alpha[ends], grid.sigma[ends])

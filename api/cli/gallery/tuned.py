@@ -22,7 +22,7 @@ from fewstep.cli.gallery.figure import (
     path,
     plane,
 )
-from fewstep.cli.gallery.samplers import PROCESS, RING, ends
+from fewstep.cli.gallery.samplers import PROCESS, RING
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
@@ -60,7 +60,7 @@ def by_hand(calls: int) -> dict[str, Plan]:
 def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> Figure:
     denoiser = RING.denoiser(PROCESS)
     eps = np.random.default_rng(seed).standard_normal((n, 2))
-    exact = RING.solve(eps, ends(make_grid(PROCESS, 1)), rtol=1e-8)  # alpha^2 + sigma^2 is 1 at every plan's start
+    exact = RING.solve(eps, make_grid(PROCESS, 1), rtol=1e-8)  # alpha^2 + sigma^2 is 1 at every plan's start
 
     def errors(plan: Plan) -> tuple[float, Array]:
         """RMSE to the ODE, and the samples."""
