@@ -30,7 +30,7 @@ OwnShape = Annotated[
 
 
 def bars(*, quiet: bool = False) -> Progress:
-    """Progress bars on stderr, with the time left; they vanish at the end. None without a terminal, or if `quiet`."""
+    """Progress bars on stderr, with the time left; they vanish at the end. No bars without a terminal, or if quiet."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     disable = quiet or not ERR.is_terminal
     return Progress(TextColumn("{task.description}"), *columns, console=ERR, transient=True, disable=disable)
