@@ -34,6 +34,13 @@ def counted(count: object, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """12 s, 3 min or 2.5 h."""
+    if seconds < 90.0:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
+
+
 def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
     try:

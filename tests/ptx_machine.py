@@ -468,6 +468,21 @@ def _redux(name: str, texts: list[str]) -> Step:
     return step
 
 
+def _vote(name: str, texts: list[str]) -> Step:
+    """Bit i of the result is the predicate of a warp's thread i."""
+    if name != "vote.sync.ballot.b32" or texts[2] != "-1":
+        raise NotImplementedError(f"PTX instruction {name} by {texts[2]}")
+    value, places = _read(texts[1], np.bool_), np.uint32(1) << np.arange(WARP, dtype=np.uint32)
+
+    def step(block: Block, mask: Any) -> None:
+        chosen = block.warps(mask)
+        own = np.broadcast_to(value(block.registers), block.threads.shape)[chosen].reshape(-1, WARP)
+        ballots = (own * places).sum(axis=1, dtype=np.uint32)
+        block.put(texts[0], _spread(block, np.repeat(ballots, WARP), chosen), mask)
+
+    return step
+
+
 def _stmatrix(name: str, texts: list[str]) -> Step:
     """Four matrices of 8 x 8 halves: the threads 8 i .. 8 i + 7 of a warp have the addresses of matrix i's rows, and
     its register i holds two neighbours of row lane / 4.
@@ -518,7 +533,7 @@ def _pack(name: str, texts: list[str]) -> Step:
 
 OTHERS: dict[str, Callable[[str, list[str]], Step]] = {
     "ld": _access, "st": _access, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "redux": _redux,
-    "stmatrix": _stmatrix,
+    "vote": _vote, "stmatrix": _stmatrix,
 }  # fmt: skip
 
 

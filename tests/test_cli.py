@@ -791,6 +791,8 @@ def test_the_letters_of_a_comparison_are_legible_in_a_page(cli, tmp_path, monkey
     assert min(text.get_fontsize() for text in texts) * scale >= 8.5
     rows = list(dict.fromkeys(text.get_text() for text in texts if ", " in text.get_text()))
     assert rows == ([] if "ring" in words else ["ddim, 8 calls", "reference, 100 calls"])
+    what = ["RMSE to the model's own ODE end point", "energy distance to the data"]
+    assert [axis.get_xlabel() for axis in figure.axes] == (what if "ring" in words else ["denoiser calls"] * 2 + [""])
     close("all")
 
 

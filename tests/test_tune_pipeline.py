@@ -376,7 +376,9 @@ def test_the_page(fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_tables_are_those_of_the_committed_results() -> None:
-    from reports.pipeline_report import PAGE, RESULTS, page
+    from reports import pipeline_report, resolution_report
 
-    text = PAGE.read_text(encoding="utf-8")
-    assert page(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
+    text = pipeline_report.PAGE.read_text(encoding="utf-8")
+    for report in (pipeline_report, resolution_report):
+        tables = report.table(json.loads(report.RESULTS.read_text(encoding="utf-8")))
+        assert pipeline_report.page(text, tables, report.MARKS) == text

@@ -43,7 +43,7 @@ OwnShape = Annotated[
 
 
 def bars(*, quiet: bool = False) -> Progress:
-    """Progress bars on stderr, with the time left; they vanish at the end. None without a terminal, or if `quiet`."""
+    """Progress bars on stderr, with the time left; they vanish at the end. No bars without a terminal, or if quiet."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     disable = quiet or not ERR.is_terminal
     return Progress(TextColumn("{task.description}"), *columns, console=ERR, transient=True, disable=disable)
@@ -131,12 +131,12 @@ def command_line(*words: str, **options: object) -> str:
     return " ".join([*words, *flags])
 
 
-def parse_counts(text: str, flag: str) -> list[int]:
-    """The positive whole numbers of a comma-separated list. Raises ValueError for anything else."""
+def parse_budgets(text: str) -> list[int]:
+    """The positive whole numbers of a comma-separated --nfe. Raises ValueError for anything else."""
     counts = []
-    for name in parse_list(text, flag):
+    for name in parse_list(text, "--nfe"):
         if not (name.isascii() and name.isdigit() and len(name) < 20 and int(name) >= 1):
-            raise ValueError(f"{flag}: {name[:40]!r} is not a whole number >= 1")
-        check_count(flag, int(name), high=10_000)
+            raise ValueError(f"--nfe: {name[:40]!r} is not a whole number >= 1")
+        check_count("--nfe", int(name), high=10_000)
         counts.append(int(name))
     return counts

@@ -80,7 +80,7 @@ def sample(
 
     folder = out_path.suffix == ""
     if not folder:
-        check_one_process("--out", out_path)
+        check_one_process(out_path)
         check_out(out_path)
         for flag, value in (("--chunk", chunk), ("--batch", batch)):
             if value is not None:

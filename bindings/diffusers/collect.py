@@ -26,7 +26,7 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers import PlanScheduler
 from fewstep.bindings.diffusers.pipeline import DENOISERS, _components
 from fewstep.bindings.diffusers.plan_scheduler import described
-from fewstep.bindings.maps import Mapped, process_of
+from fewstep.bindings.maps import Mapped, output_of, process_of
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.schedule.grid import Grid
@@ -203,12 +203,7 @@ def _recording(seen: list[Seen], calls: list[Called]) -> Any:
 def _note(calls: list[Called], name: str, module: object, args: Any, kwargs: Any, output: Any) -> None:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    calls.append(Called(name, kept, spec, _tensor_of(output).clone()))
-
-
-def _tensor_of(output: Any) -> Tensor:
-    found: Tensor = output.sample if hasattr(output, "sample") else output[0] if isinstance(output, tuple) else output
-    return found
+    calls.append(Called(name, kept, spec, output_of(output).clone()))
 
 
 def _refused(why: str) -> ValueError:
@@ -381,7 +376,7 @@ def _network(
         for i, name in layout.varying:
             leaves[i] = cond[name]
         args, kwargs = pytree.tree_unflatten(leaves, layout.spec)
-        raw: Tensor = _tensor_of(module(*args, **kwargs))[:, :channels]
+        raw: Tensor = output_of(module(*args, **kwargs))[:, :channels]
         for watch in watchers:
             watch(len(x))
         return raw

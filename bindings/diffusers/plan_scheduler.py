@@ -29,7 +29,7 @@ from fewstep.kernels import layout
 from fewstep.solvers.field_names import solver_hint
 from fewstep.solvers.options import counted, instance, number, one_of
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, read_plan
+from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, plan_of
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.plans.tables import stage_tables
@@ -130,8 +130,6 @@ def _no_network(x: Tensor, t: Tensor) -> Tensor:
 
 def read(plan: PlanLike) -> Plan:
     """A plan from a plan, a path, or the fields of a plan file."""
-    if isinstance(plan, Plan):
-        return plan
     if isinstance(plan, Mapping):
         return plan_from_json(dict(plan), f"{NAME}'s plan")
     if isinstance(plan, (str, os.PathLike)):
@@ -142,8 +140,7 @@ def read(plan: PlanLike) -> Plan:
                 "fewstep.plan(solver, fewstep.grid(process, steps, spacing)), with the pipeline's own process, "
                 "fewstep.bindings.maps.from_diffusers(network, pipe.scheduler).process"
             )
-        return read_plan(Path(plan))
-    raise TypeError(f"plan must be a Plan or the path of a plan file, got {type(plan).__name__}")
+    return plan_of(plan)
 
 
 def check_process(plan: Plan, process: Process, owner: str) -> None:

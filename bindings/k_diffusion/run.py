@@ -24,6 +24,7 @@ from fewstep.bindings.k_diffusion.noise import (
     torchsde_noise,
 )
 from fewstep.solvers.options import flag, function, instance, number, truth
+from fewstep.solvers.plans import tail
 from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
@@ -290,8 +291,7 @@ class _Tracker:
     def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None, every_step: bool) -> None:
         self.call, self.plan = call, plan
         self.every_step, self.churned = every_step, 0
-        first = [True, *(stage.done for stage in plan.stages[:-1])]
-        self.step = {k: i for i, k in enumerate(np.flatnonzero(first).tolist() if starts is None else sorted(starts))}
+        self.step = {k: i for i, k in enumerate(tail.starts(plan) if starts is None else sorted(starts))}
         # A solver with its own steps starts them at its own levels; others start at the sigmas, then churn.
         self.levels: Sequence[float] | np.ndarray
         self.levels = call.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]
