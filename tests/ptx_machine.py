@@ -146,6 +146,8 @@ def operation(name: str) -> tuple[Callable[..., Any], list[Any], Any]:
             if word == "mul":
                 return product, [kind] * 2, wide
             return lambda a, b, c: product(a, b) + c, [kind] * 2 + [wide], wide
+        case "mul", ["hi", _]:
+            return lambda a, b: (a.astype(wide) * b.astype(wide) >> 32).astype(kind), [kind] * 2, kind
         case "mul", _ if floating or modifiers[0] == "lo":
             return np.multiply, [kind] * 2, kind
         case "mad", ["lo", _]:
@@ -160,6 +162,8 @@ def operation(name: str) -> tuple[Callable[..., Any], list[Any], Any]:
             return partial(_shift, word == "shl"), [kind, np.uint32], kind
         case "bfe", [_]:
             return partial(_field, kind), [kind, np.uint32, np.uint32], kind
+        case "popc", ["b32"]:
+            return lambda a: np.bitwise_count(a).astype(kind), [kind], kind
         case "prmt", ["b32"]:
             return _permute, [kind] * 3, kind
         case "setp", [how, _]:
