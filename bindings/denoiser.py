@@ -137,7 +137,8 @@ class Denoiser:
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
     variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
-                variance; only the solver ddpm with that option uses the variance
+                variance; only the solver ddpm with that option uses the variance. Under guidance it is the last
+                branch's, which a step with noise calls whatever its weight is
 
     Conditions may nest mappings, lists and tuples of arrays; an array at any depth has the batch (or 1) as its first
     axis. What cannot be batched so, such as a list with an entry per sample, needs batched=False.

@@ -233,7 +233,7 @@ def _part(raw: object, frame: Frame) -> str:
 def predictions(
     denoiser: DenoiserLike, raws: Sequence[Array], shape: Sequence[int], frame: Frame
 ) -> tuple[Sequence[Array], Array | None]:
-    """The checked predictions (B, C, ...), and the last branch's variance output if the network returns both.
+    """The checked predictions (B, C, ...), and the variance output of the last one if the network returns both.
 
     shape  of x, (B, C, ...); a network that predicts its variance returns (B, 2 C, ...)
     """
@@ -248,7 +248,7 @@ def predictions(
             check_output(raw, both, frame)
         except ValueError as error:
             raise ValueError(f"{error}: variance={denoiser.variance!r} needs shape {both}") from None
-    return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
+    return [raw[:, :channels] for raw in raws], raws[-1][:, channels:] if raws else None
 
 
 # --- a batch in which each sample has its own point ---
