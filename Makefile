@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 EXTRAS := all,lint
 
-.PHONY: help setup demo test test-lowest test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated test-ptx leaderboard-long clean
+.PHONY: help setup demo test test-torch test-fast fuzz lint format bench gpu ranking matrix default-spacings weights distill-report tune-report docs concept-plots gallery compat leaderboard pipeline-report resolution-report test-diffusers mean-flow-report test-emulated test-ptx leaderboard-long clean
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 16
@@ -27,20 +27,23 @@ demo: setup      ## sample digits from the trained network with several solvers,
 test: setup      ## every test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# No part of `test`: torch 2.11 comes as its CUDA build, 5 GB on disk.
-LOWEST := .venv-lowest
-LOWEST_STAMP := $(LOWEST)/.installed
-$(LOWEST_STAMP): pyproject.toml setup.py constraints.txt
-	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(LOWEST)/constraints.txt
-	$(LOWEST)/bin/python -m pip install -q -c $(LOWEST)/constraints.txt "setuptools>=77,<82" wheel \
-		torch==2.11.0 triton==3.6.0 diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
-	$(LOWEST)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+# No part of `test`: these releases come as their CUDA build, 5 GB on disk. The lowest in pyproject.toml are the default.
+TORCH ?= 2.11.0
+TRITON ?= 3.6.0
+OTHER := .venv-torch-$(TORCH)
+OTHER_STAMP := $(OTHER)/.installed
+$(OTHER_STAMP): pyproject.toml setup.py constraints.txt
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install -q -c $(OTHER)/constraints.txt "setuptools>=77,<82" wheel \
+		torch==$(TORCH) triton==$(TRITON) diffusers numba safetensors tqdm pytest pytest-xdist pytest-benchmark hypothesis scipy
+	$(OTHER)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
-test-lowest: $(LOWEST_STAMP) ## the GPU kernels' tests with the lowest versions of torch and triton in pyproject.toml
-	$(LOWEST)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
-		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py tests/test_device_script.py
+test-torch: $(OTHER_STAMP) ## the GPU kernels' tests with other releases of torch and triton: TORCH=2.15.0 TRITON=3.9.0
+	$(OTHER)/bin/python -m pytest -n 2 tests/test_triton_compile.py tests/test_triton_interpreted.py \
+		tests/test_triton_launch.py tests/test_inductor.py tests/test_torch_ops.py tests/test_device_script.py \
+		tests/test_triton_ptx.py
 
 # No part of `test`: the emulator is in tinygrad's repository and in no package, and needs clang.
 TINYGRAD ?= ../tinygrad

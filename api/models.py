@@ -131,10 +131,12 @@ def own_model(name: str, shape: tuple[int, ...]) -> OwnModel:
         rows = tuple(spread(branches, model_frame(own, None), range(len(labels))))
         return rows[0] if isinstance(given, Mapping) else rows
 
-    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((0, *shape)), np.zeros(0, int)
+    return OwnModel(name, shape, denoiser, cond, _unknown_data(shape), process=own.process)
 
-    return OwnModel(name, shape, denoiser, cond, data, process=own.process)
+
+def _unknown_data(shape: tuple[int, ...]) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """`Model.data` of a model whose data are not known."""
+    return lambda seed: (np.zeros((0, *shape)), np.zeros(0, int))
 
 
 def is_student(name: str) -> bool:
@@ -169,10 +171,7 @@ def student_model(name: str, calls: int | None = None, network: str | None = Non
         given: Condition = student.conditions(len(labels), own)  # type: ignore[assignment]
         return given
 
-    def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros((0, *student.shape)), np.zeros(0, int)
-
-    classes = student.classes or 0
+    data, classes = _unknown_data(student.shape), student.classes or 0
     return Model(name, student.shape, lambda scale: denoiser, cond, data, classes, denoiser.process), plan
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.solvers.options import counted, flag, function, number, one_of, unknown, whole
+from fewstep.solvers.options import counted, flag, number, one_of, unknown, whole
 from fewstep.solvers.plans.guidance import Moment
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
@@ -278,8 +278,6 @@ def _measure(
     if shape is None:
         raise TypeError("shape is missing: the shape of one sample, without the batch axis")
     shape = check_sample_shape(shape)
-    if not isinstance(progress, bool):
-        function("progress", progress)
     seeds = whole("seeds", seeds, 12)
     middle = denoiser.process.point_at_sigma(1.0)
     branches = max(1, *(len(denoiser.shares(Moment(middle, done)).called) for done in (0.0, 0.5)))

@@ -16,7 +16,7 @@ from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
 from fewstep.solvers.options import between, flag, number, one_of, plain_fields, unknown, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
 from fewstep.solvers.run.arrays import FLOATS, Frame, TorchFrame, dtype_name, first_parameter, frame_of
-from fewstep.solvers.run.conditions import check_arrays, stacked
+from fewstep.solvers.run.conditions import check_arrays, stacked, widened
 from fewstep.solvers.run.denoising import OneNetwork
 from fewstep.solvers.run.network import dtype_reached, without_own_graph
 from fewstep.solvers.schedule.process import Flow, Point, Process, math_of
@@ -141,7 +141,9 @@ class Denoiser:
                 branch's, which a step with noise calls whatever its weight is
 
     Conditions may nest mappings, lists and tuples of arrays; an array at any depth has the batch (or 1) as its first
-    axis. What cannot be batched so, such as a list with an entry per sample, needs batched=False.
+    axis. Under guidance the network is given (1, ...) as (B, ...), in whichever calls; without it, conditions as they
+    are. What cannot be batched so, such as a list with an entry per sample, needs batched=False, which leaves what is
+    nested as it is.
 
     The network's inputs are x and the process's time t; with "edm" they are c_in x and ln(sigma) / 4.
     """
@@ -401,8 +403,11 @@ class Denoiser:
             """The one network of these branches, with their conditions."""
             if not branches:
                 return lambda x_in, t: None
-            own = [conds[j] for j in branches]
-            return functools.partial(models[branches[0]], **(stacked(own, frame, batch) if len(own) > 1 else own[0]))
+            if len(branches) > 1:
+                own = stacked([conds[j] for j in branches], frame, batch)
+            else:  # as in the batch, where there is one
+                own = widened(conds[branches[0]], frame, batch, nested=branches[0] in batched)
+            return functools.partial(models[branches[0]], **own)
 
         def by_network(branches: tuple[int, ...]) -> list[tuple[int, ...]]:
             return [tuple(own) for _, own in groupby(branches, key=lambda j: id(networks[j]))]
@@ -422,6 +427,7 @@ class Denoiser:
             return tuple(raws)
 
         together, groups = OneNetwork(bound, frame, batch), by_network(tuple(range(len(conds))))
+        batched = {j for alike in groups if self.batched and len(alike) > 1 for j in alike}
         if not self.batched:
             return call
         for alike in groups:

@@ -65,7 +65,6 @@ class ScaleFunction(Protocol):
 
 
 Scale = float | Scales | ScaleFunction
-ScaleLike = ArrayLike | ScaleFunction
 
 _WANTED = f"must be a finite number up to {LARGEST:g}, an array (B,) or (1 or B, steps) of them, or a function of them"
 

@@ -81,6 +81,13 @@ def from_k_diffusion(model: SigmaModel, *, flow: bool | None = None, **options: 
 PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
 
 
+def output_of(returned: Any) -> Tensor:
+    """The output that a network of diffusers returns, alone or in an object or a tuple."""
+    inner = returned[0] if isinstance(returned, tuple) else returned
+    found: Tensor = returned.sample if hasattr(returned, "sample") else inner
+    return found
+
+
 def from_diffusers(
     model: Callable[..., Any], scheduler: Scheduler, *, time_scale: float | None = None, **options: Any
 ) -> Denoiser:
@@ -101,8 +108,7 @@ def from_diffusers(
 
     def call(x: Tensor, t: Tensor, /, **cond: Any) -> Tensor:
         out = model(x, timestep=t, **cond) if by_name else model(x, t, **cond)
-        raw: Tensor = out.sample if hasattr(out, "sample") else out[0] if isinstance(out, tuple) else out
-        return raw
+        return output_of(out)
 
     if time_scale is None:
         trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)

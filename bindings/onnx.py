@@ -118,9 +118,9 @@ class OnnxModel:
         names = list(inputs)
         if len(names) < 2:
             raise ValueError(f"the graph has the inputs {names}: a denoiser needs at least x and t")
-        self.x = inputs[_named("x", x, names, 0)]
-        self.t = inputs[_named("t", t, [n for n in names if n != self.x.name], 0)]
-        self.output = outputs[_named("output", output, list(outputs), 0)]
+        self.x = inputs[_named("x", x, names)]
+        self.t = inputs[_named("t", t, [n for n in names if n != self.x.name])]
+        self.output = outputs[_named("output", output, list(outputs))]
         self.cond = {name: port for name, port in inputs.items() if name not in (self.x.name, self.t.name)}
         self.graph = graph
         self.frame = NumpyFrame()
@@ -212,9 +212,10 @@ def by_name(cond: Mapping[str, Any]) -> dict[str, Any]:
     return {_dotted(path): value for path, value in leaves(cond)}
 
 
-def _named(what: str, asked: str | None, names: Sequence[str], default: int) -> str:
+def _named(what: str, asked: str | None, names: Sequence[str]) -> str:
+    """The name that was asked for, by default the first."""
     if asked is None:
-        return names[default]
+        return names[0]
     if asked not in names:
         raise ValueError(f"{what} = {asked!r} is not in the graph, which has {', '.join(names)}")
     return asked

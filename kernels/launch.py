@@ -1,6 +1,6 @@
 """Launches of the fused stage on the CPU: the memory that one binds, and the threads that share it.
 
-The stage itself comes from `tiers`: compiled, or interpreted until it is.
+The stage itself comes from `cpu`: compiled, or interpreted until it is.
 """
 
 from __future__ import annotations

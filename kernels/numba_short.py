@@ -37,7 +37,7 @@ def _short(dtype, size):
         memory  address of the launch's words, see `launch.Launch`
         places  address of `launch.SHORT_WORDS` words: the addresses of the sources by column and of the outputs, then
                 their dtypes
-        others  addresses of sources and outputs in place of those words, 0 where there is none
+        x, raw, z, slot1 .. output2  addresses in place of those words, 0 where there is none
         """
         m = carray(pointer(memory, np.int64), (words.WORDS,))
         given = carray(pointer(places, np.int64), (words.SHORT_WORDS,))

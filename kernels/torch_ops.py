@@ -11,8 +11,8 @@ Both are functional: they return new tensors and never write to their arguments.
 with its table transposed, so the backward pass is the same kernel, and is itself differentiable.
 
 With triton installed each is a `torch.library.triton_op`: on a GPU torch.compile inlines the Triton kernel into its own
-code. Inductor compiles what it inlines with its own options and drops `enable_fp_fusion`; `triton_noise.times` makes
-the result independent of that. What the Triton kernels do not cover (CPUs, float64) is an operator within the operator,
+code. Before torch 2.15 Inductor drops `enable_fp_fusion` where it inlines; `triton_noise.times` makes the result
+independent of that. What the Triton kernels do not cover (CPUs, float64) is an operator within the operator,
 `fewstep::stage_elsewhere` and `fewstep::normals_elsewhere`, which torch.compile keeps as one node.
 """
 

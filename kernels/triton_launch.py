@@ -8,14 +8,13 @@ depends on dtypes, alignments and integers only, so `launch` keeps it by these.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-if TYPE_CHECKING:
-    from fewstep.kernels.triton_noise import Kernel
+from fewstep.kernels.triton_noise import Kernel, options
 
 # The compiled kernel of each launch, bound to its grid, by the launch's key; with the kernel, whose id is in the key.
 _FOUND: dict[tuple[Any, ...], tuple[Callable[..., object], Kernel]] = {}
@@ -26,7 +25,7 @@ _FREE: dict[int, tuple[bool, ...]] = {}
 
 
 def launch(kernel: Kernel, grid: tuple[int, ...], *args: Any, num_warps: int = 4) -> None:
-    """kernel[grid](*args, num_warps=num_warps), for a kernel and tensors of the current device.
+    """kernel[grid](*args, **options(num_warps)), for a kernel and tensors of the current device.
 
     kernel  a `triton.jit` function, or anything that launches as one does (it is then called as one)
     args    all arguments in order: tensors, integers, booleans and None
@@ -35,7 +34,7 @@ def launch(kernel: Kernel, grid: tuple[int, ...], *args: Any, num_warps: int = 4
     """
     # On AMD GPUs a kernel depends on the sizes of tensors as well.
     if not isinstance(kernel, JITFunction) or torch.version.hip:
-        kernel[grid](*args, num_warps=num_warps)
+        kernel[grid](*args, **options(num_warps))
         return
     free = _FREE.get(id(kernel))
     if free is None:
@@ -53,7 +52,7 @@ def launch(kernel: Kernel, grid: tuple[int, ...], *args: Any, num_warps: int = 4
     if found is not None:
         found[0](*args)
         return
-    compiled: Any = kernel[grid](*args, num_warps=num_warps)
+    compiled: Any = kernel[grid](*args, **options(num_warps))
     if len(_FOUND) >= _ROOM:
         _FOUND.clear()
     if compiled is not None:

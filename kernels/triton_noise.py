@@ -46,6 +46,15 @@ def elements(warps: int, threads: int = THREADS) -> int:
     return 8 * threads * warps
 
 
+def options(warps: int = WARPS) -> dict[str, int | bool]:
+    """What a kernel is compiled with: the keywords of its launch.
+
+    Products may be contracted with sums, as Triton does by itself up to 3.9, which warns that 3.10 will not. What must
+    round on its own goes through `times`.
+    """
+    return {"num_warps": warps, "enable_fp_fusion": True}
+
+
 # Whether `triton.jit` makes functions of Triton's interpreter, which torch.compile cannot wrap.
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -73,7 +82,7 @@ def times(a, b):
     """a b in float32, rounded before a sum: a fused multiply-add of 0, which no compiler contracts further.
 
     `enable_fp_fusion=False` would do the same, but Inductor drops that option when it compiles a kernel into its own
-    code. A product of -0 becomes +0, which makes no difference in a sum that starts from +0.
+    code (up to torch 2.14). A product of -0 becomes +0, which makes no difference in a sum that starts from +0.
     """
     return tl.fma(a, b, 0.0)
 
@@ -201,5 +210,5 @@ def fill(
     samples, n = out.shape[0], math.prod(out.shape[1:])
     with guard(out):
         (kernel or normals_kernel)[(samples * triton.cdiv(n, block),)](
-            out, streams, scale, draw, n, domain, block, num_warps=WARPS
+            out, streams, scale, draw, n, domain, block, **options()
         )  # fmt: skip

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fewstep.kernels import layout
-from fewstep.kernels.triton_noise import elements, guard
+from fewstep.kernels.triton_noise import elements, guard, options
 from fewstep.kernels.triton_step import NUMBERS, P_AT, _is_last, _padded, _prediction, _read, _stage_of
 
 WARPS = 8
@@ -404,7 +404,7 @@ def blend(
         blend_kernel[(samples, parts)](
             blends, indices, stage, counter, state, samples * n, *_padded(raws, layout.RAWS), out, scratch.partial,
             scratch.arrivals, n, span, _each(counter), rows, int(rows > 1), indices.shape[-1], lanes, BLOCK,
-            num_warps=WARPS,
+            **options(WARPS),
         )  # fmt: skip
 
 
@@ -434,11 +434,11 @@ def threshold(
     steps = _each(counter), rows, int(rows > 1), indices.shape[-1], blended
     with guard(out):
         if n <= SHORT:
-            threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, num_warps=WARPS)
+            threshold_kernel[(samples,)](*sources, n, *steps, BLOCK, **options(WARPS))
             return
         for shift, last in ((24, False), (16, False), (8, False), (0, False), (0, True)):
             digit_kernel[(samples, parts)](
-                *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK, num_warps=WARPS
+                *sources, scratch.digits, scratch.arrivals, n, span, shift, *steps, last, BLOCK, **options(WARPS)
             )
 
 
@@ -464,6 +464,6 @@ def error_norm(
     with guard(out):
         error_kernel[(samples, parts)](
             error, low, before, out, scratch.partial, scratch.arrivals, n, span, rtol, atol, lanes, BLOCK,
-            num_warps=WARPS,
+            **options(WARPS),
         )  # fmt: skip
     return out

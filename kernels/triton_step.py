@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fewstep.kernels import layout, philox
 from fewstep.kernels.triton_launch import launch
-from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, normals, quads, times
+from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, normals, options, quads, times
 
 COLUMNS, RAW = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.RAW)
 PREDICTION, NOISE = tl.constexpr(layout.PREDICTION), tl.constexpr(layout.NOISE)
@@ -403,7 +403,7 @@ def stage(
     with guard(outputs[0]):
         (kernel or stage_kernel)[grid(samples, n, width)](
             *_padded(slots, layout.SLOTS), *_padded(raws, layout.RAWS), z, w, p, limit, c_in,
-            *_padded(outputs, layout.OUTPUTS), x_in, n, size, *steps, copies, width, num_warps=warps,
+            *_padded(outputs, layout.OUTPUTS), x_in, n, size, *steps, copies, width, **options(warps),
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard
+from fewstep.kernels.triton_noise import WARPS, Kernel, elements, guard, options
 
 BLOCK = elements(WARPS)
 
@@ -77,7 +77,7 @@ def pseudo_huber(
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     grad = torch.empty_like(x)
     with guard(x):
-        (kernel or huber_kernel)[(samples,)](x, y, loss, grad, c, n, per_sample, BLOCK, num_warps=WARPS)
+        (kernel or huber_kernel)[(samples,)](x, y, loss, grad, c, n, per_sample, BLOCK, **options())
     return loss, grad
 
 
@@ -123,5 +123,5 @@ def score_difference(
     loss = torch.empty(samples, dtype=torch.float32, device=x.device)
     gradient = torch.empty_like(real)
     with guard(x):
-        (kernel or difference_kernel)[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, num_warps=WARPS)
+        (kernel or difference_kernel)[(samples,)](x, real, own, loss, gradient, floor, n, BLOCK, **options())
     return loss, gradient

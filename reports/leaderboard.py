@@ -350,6 +350,13 @@ def entries_of(problem: str) -> Sequence[Entry]:
     return DIGITS if problem == "digits" else ENTRIES
 
 
+def write(path: Path, results: object, page: str) -> None:
+    """Write results, and their page beside them."""
+    text = json.dumps(results, indent=1) + "\n"
+    write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
+    write_whole(path.with_suffix(".md"), lambda to: to.write_text(page, encoding="utf-8"))
+
+
 def execute(path: Path, problems: Iterable[str], seeds: Iterable[int], *, redo: Sequence[str] = ()) -> None:
     """Run what the file lacks, one seed of everything after another, and write the file and the page after each run.
 
@@ -360,9 +367,7 @@ def execute(path: Path, problems: Iterable[str], seeds: Iterable[int], *, redo: 
     )
 
     def keep() -> None:
-        text = json.dumps(results, indent=1) + "\n"
-        write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
-        write_whole(path.with_suffix(".md"), lambda to: to.write_text(page(results), encoding="utf-8"))
+        write(path, results, page(results))
 
     for problem in problems:
         rows = results.setdefault(problem, {})

@@ -22,10 +22,9 @@ from fewstep.distill_runs.methods import make_recipe
 from fewstep.distill_runs.pinwheel import ARMS, pinwheel_teacher
 from fewstep.distill_runs.ring import RingRecipe
 from fewstep.distill_runs.training import train
-from fewstep.solvers.files import write_whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.sampler import Sampler
-from reports.leaderboard import CALLS, REFERENCE, SEEDS, Entry, Kept, Score, best_plan, table
+from reports.leaderboard import CALLS, REFERENCE, SEEDS, Entry, Kept, Score, best_plan, table, write
 
 # A fifth for each class. With 10,000 the draws' own energy distance, 0.4 thousandths, is above the teacher's.
 SAMPLES = 100_000
@@ -123,9 +122,7 @@ def execute(path: Path, seeds: Sequence[int], *, only: Sequence[str] = (), redo:
     rows: Rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def keep() -> None:
-        text = json.dumps(rows, indent=1) + "\n"
-        write_whole(path, lambda to: to.write_text(text, encoding="utf-8"))
-        write_whole(path.with_suffix(".md"), lambda to: to.write_text(page(rows), encoding="utf-8"))
+        write(path, rows, page(rows))
 
     for seed in seeds:
         if str(seed) not in rows.get("Teacher's best plan", {}):

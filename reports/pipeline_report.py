@@ -12,6 +12,7 @@ docs/tuning/pipeline.json, and the tables in docs/plans-in-pipelines.md between 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 
 import fewstep as fs
 from fewstep.bindings.unet import NO_CLASS
+from fewstep.solvers.files import write_whole
 from reports.digits_pipeline import DigitsPipeline, digits_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,15 +112,12 @@ def table(made: dict[str, Any]) -> str:
     scales, nfe = list(next(iter(made["carry"].values()))), str(made["nfe"])
     own, classes = made["own"], list(HALF)
 
-    def row(name: str, cells: list[str]) -> str:
-        return f"| {name} | {' | '.join(cells)} |"
-
-    def cell(found: dict[str, float]) -> str:
-        return f"{found['rmse']:.3f} / {found['median']:.3f}"
+    def carried(scale: str, found: dict[str, float]) -> str:
+        return f"{cell(found)} ({calls_for(made['own']['2M Karras'][scale], found)})"
 
     lines = [row("fitted for guidance", [f"run at {s}" for s in scales]), "|---" * (1 + len(scales)) + "|"]
     for scale, found in made["carry"].items():
-        lines.append(row(scale, [f"{cell(found[s])} ({_as_many(made, s, found[s])})" for s in scales]))
+        lines.append(row(scale, [carried(s, found[s]) for s in scales]))
     hand = [cell(made["hand"][s]) if s in made["hand"] else "" for s in scales]
     lines.append(row(f"best hand-made of each fit, {nfe} calls", hand))
     for name, calls in (*((name, nfe) for name in own), ("2M Karras", "12")):
@@ -129,24 +128,37 @@ def table(made: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _as_many(made: dict[str, Any], scale: str, found: dict[str, float]) -> str:
-    """How many calls the pipeline's 2M Karras needs for that error."""
-    own = made["own"]["2M Karras"][scale]
-    enough = [int(n) for n, error in own.items() if error["rmse"] <= found["rmse"]]
-    return str(min(enough)) if enough else f"over {max(map(int, own))}"
+def row(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
 
 
-def page(text: str, made: dict[str, Any]) -> str:
-    """The page with its tables."""
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n\n{table(made)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+def cell(found: dict[str, float]) -> str:
+    return f"{found['rmse']:.3f} / {found['median']:.3f}"
+
+
+def calls_for(karras: dict[str, dict[str, float]], found: dict[str, float]) -> str:
+    """How many calls 2M Karras needs for that error."""
+    enough = [int(n) for n, error in karras.items() if error["rmse"] <= found["rmse"]]
+    return str(min(enough)) if enough else f"over {max(map(int, karras))}"
+
+
+def page(text: str, tables: str, marks: tuple[str, str] = MARKS) -> str:
+    """The page with its tables between the marks."""
+    head, rest = text.split(marks[0])
+    return f"{head}{marks[0]}\n\n{tables}\n\n{marks[1]}{rest.split(marks[1])[1]}"
+
+
+def write(made: dict[str, Any], results: Path, tables: str, marks: tuple[str, str] = MARKS) -> None:
+    """Write the results, and the tables into the page."""
+    write_whole(results, lambda to: to.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
+    text = page(PAGE.read_text(encoding="utf-8"), tables, marks)
+    write_whole(PAGE, lambda to: to.write_text(text, encoding="utf-8"))
+    print(tables)
 
 
 def main() -> None:
     made = measure()
-    RESULTS.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
-    print(table(made))
+    write(made, RESULTS, table(made))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the table in docs/plans-in-pipelines.md between its marks.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,11 @@ import fewstep as fs
 from fewstep.bindings.unet import NO_CLASS, UNet, digits_model
 from fewstep.digits_data import load_split
 from fewstep.solvers.files import write_whole
-from reports.pipeline_report import by_hand
+from reports.pipeline_report import by_hand, calls_for, cell, row, write
 from reports.train_digits import noised, stratified
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "tuning" / "resolutions.json"
-PAGE = ROOT / "docs" / "plans-in-pipelines.md"
 KEPT = ROOT / "build" / "resolutions"
 MARKS = "<!-- resolutions -->", "<!-- /resolutions -->"
 
@@ -126,37 +124,21 @@ def table(made: dict[str, Any]) -> str:
     """The table of the page."""
     sizes = list(made["hand"])
 
-    def row(name: str, cells: list[str]) -> str:
-        return f"| {name} | {' | '.join(cells)} |"
-
-    def cell(found: dict[str, float]) -> str:
-        return f"{found['rmse']:.3f} / {found['median']:.3f}"
-
-    def as_many(size: str, error: dict[str, float]) -> str:
-        enough = [int(n) for n, found in made["karras"][size].items() if found["rmse"] <= error["rmse"]]
-        return str(min(enough)) if enough else f"over {max(CALLS)}"
+    def carried(size: str, found: dict[str, float]) -> str:
+        return f"{cell(found)} ({calls_for(made['karras'][size], found)})"
 
     lines = [row("fitted at", [f"run at {s}x{s}" for s in sizes]), "|---" * (1 + len(sizes)) + "|"]
     for own, found in made["carry"].items():
-        lines.append(row(f"{own}x{own}", [f"{cell(found[s])} ({as_many(s, found[s])})" for s in sizes]))
+        lines.append(row(f"{own}x{own}", [carried(s, found[s]) for s in sizes]))
     lines.append(row(f"best hand-made of each fit, {NFE} calls", [cell(made["hand"][s]) for s in sizes]))
     for n in (NFE, 12):
         lines.append(row(f"2M Karras, {n} calls", [cell(made["karras"][s][str(n)]) for s in sizes]))
     return "\n".join(lines)
 
 
-def page(text: str, made: dict[str, Any]) -> str:
-    """The page with its table."""
-    head, rest = text.split(MARKS[0])
-    return f"{head}{MARKS[0]}\n\n{table(made)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
-
-
 def main() -> None:
     made = measure()
-    write_whole(RESULTS, lambda to: to.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8"))
-    text = page(PAGE.read_text(encoding="utf-8"), made)
-    write_whole(PAGE, lambda to: to.write_text(text, encoding="utf-8"))
-    print(table(made))
+    write(made, RESULTS, table(made), MARKS)
 
 
 if __name__ == "__main__":

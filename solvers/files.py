@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -85,6 +86,20 @@ def make_folder(path: Path, name: str = "folder", *, parents: bool = True) -> No
         if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
             raise FileNotFoundError(f"{what}: there is no folder {shown(path.parent)}; create it first") from None
         raise ValueError(f"{what} cannot be made: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def made_folder(path: Path, name: str = "folder") -> Iterator[None]:
+    """`make_folder` for a block that fills it. After an error in it, or Ctrl-C, new folders that are empty go again."""
+    new = [each for each in (path, *path.parents) if not os.path.exists(each)]
+    try:
+        make_folder(path, name)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what holds something stays
+            for each in new:
+                each.rmdir()
+        raise
 
 
 def read_whole(path: str | Path, limit: int) -> bytes:

@@ -34,6 +34,13 @@ def counted(count: object, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """12 s, 3 min or 2.5 h."""
+    if seconds < 90.0:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"
+
+
 def number(value: object) -> float:
     """A number of any library as a float; NaN, which is in no range, for anything else."""
     try:
@@ -82,6 +89,14 @@ def one_of(name: str, value: object, choices: Sequence[object]) -> None:
 def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def truth(name: str, value: object) -> bool:
+    """What Python takes a value for, where another library says so. Raises TypeError for an array, which it refuses."""
+    try:
+        return bool(value)
+    except (ValueError, RuntimeError):
+        raise TypeError(f"{name} must be True or False, got {value!r:.80}") from None
 
 
 def warn(message: str) -> None:

@@ -117,6 +117,13 @@ def inpainting() -> Case:
     )
 
 
+def _pooled() -> dict[str, Any]:
+    """Arguments with embeddings of the whole prompt beside those of its tokens."""
+    pooled = torch.randn(1, 8, generator=torch.Generator().manual_seed(6))
+    return {**_embeddings(), "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled,
+            "height": 16, "width": 16, "num_inference_steps": 5}  # fmt: skip
+
+
 def sdxl() -> Case:
     def make() -> Any:
         torch.manual_seed(0)
@@ -137,12 +144,7 @@ def sdxl() -> Case:
         )
         return _ready(pipe)
 
-    def arguments() -> dict[str, Any]:
-        pooled = torch.randn(1, 8, generator=torch.Generator().manual_seed(6))
-        return {**_embeddings(), "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled,
-                "height": 16, "width": 16, "num_inference_steps": 5}  # fmt: skip
-
-    return make, arguments
+    return make, _pooled
 
 
 def dit() -> Case:
@@ -193,12 +195,7 @@ def sd3() -> Case:
         )
         return _ready(pipe)
 
-    def arguments() -> dict[str, Any]:
-        pooled = torch.randn(1, 8, generator=torch.Generator().manual_seed(6))
-        return {**_embeddings(), "pooled_prompt_embeds": pooled, "negative_pooled_prompt_embeds": -pooled,
-                "height": 16, "width": 16, "num_inference_steps": 5}  # fmt: skip
-
-    return make, arguments
+    return make, _pooled
 
 
 def _image_unet(**options: Any) -> Any:

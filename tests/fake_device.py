@@ -13,7 +13,7 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
-import interpreter_index  # noqa: F401  (for Triton 3.6)
+import interpreter_faults  # noqa: F401  (for Triton 3.6 and 3.9)
 import pytest
 import torch
 from captures import INTERPRETER, FakeCuda, Tape

@@ -440,9 +440,9 @@ def torch_targets() -> None:
         parameters = inspect.signature(call).parameters
         levels = {"sigmas": sigmas} if "sigmas" in parameters else {"sigma_min": 0.1, "sigma_max": 3.0}
         steps = {"n": 4} if "n" in parameters else {}
-        # What extra_args holds is the model's, and a progress bar is tqdm's.
+        # What extra_args holds is the model's.
         target(f"k_diffusion/{name}", call, {"model": model, "x": x, **levels, **steps}, is_torch_sample,
-               skip=("extra_args", "disable"), x="x|latent|shape|batch", sigmas="sigmas?|level",
+               skip=("extra_args",), x="x|latent|shape|batch", sigmas="sigmas?|level",
                sigma_min="sigma_min|sigma", sigma_max="sigma_max|sigma",
                max_order="order", max_stage="order", predictor_order="order|predictor",
                corrector_order="order|corrector",

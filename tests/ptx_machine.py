@@ -404,11 +404,13 @@ def _access(name: str, texts: list[str]) -> Step:
 
 
 def _atomic(name: str, texts: list[str]) -> Step:
-    _, *modifiers = name.split(".")
+    """`atom`, and `red`, which does not return what it found."""
+    word, *modifiers = name.split(".")
     how, kind = modifiers[-2], TYPES[modifiers[-1]]
     shared, size = "shared" in modifiers, np.dtype(kind).itemsize
     change = {"add": np.add, "max": np.maximum, "min": np.minimum, "exch": lambda old, new: new}[how]
-    address, source = _address(texts[1], np.uint32 if shared else np.uint64), _read(texts[2], kind)
+    where, operand = texts[-2:]
+    address, source = _address(where, np.uint32 if shared else np.uint64), _read(operand, kind)
 
     def step(block: Block, mask: Any) -> None:
         chosen = block.chosen(mask)
@@ -430,7 +432,7 @@ def _atomic(name: str, texts: list[str]) -> Step:
                 block.shared.store(here, thread, new, size, atomic=True)
             else:
                 block.memory.store(here, new, size)
-        if len(chosen):
+        if len(chosen) and word == "atom":
             block.put(texts[0], _spread(block, found, chosen), mask)
 
     return step
@@ -462,6 +464,21 @@ def _redux(name: str, texts: list[str]) -> Step:
         chosen = block.warps(mask)
         own = np.broadcast_to(value(block.registers), block.threads.shape)[chosen].reshape(-1, WARP)
         block.put(texts[0], _spread(block, np.repeat(reduce(own, axis=1, dtype=own.dtype), WARP), chosen), mask)
+
+    return step
+
+
+def _vote(name: str, texts: list[str]) -> Step:
+    """Bit i of the result is the predicate of a warp's thread i."""
+    if name != "vote.sync.ballot.b32" or texts[2] != "-1":
+        raise NotImplementedError(f"PTX instruction {name} by {texts[2]}")
+    value, places = _read(texts[1], np.bool_), np.uint32(1) << np.arange(WARP, dtype=np.uint32)
+
+    def step(block: Block, mask: Any) -> None:
+        chosen = block.warps(mask)
+        own = np.broadcast_to(value(block.registers), block.threads.shape)[chosen].reshape(-1, WARP)
+        ballots = (own * places).sum(axis=1, dtype=np.uint32)
+        block.put(texts[0], _spread(block, np.repeat(ballots, WARP), chosen), mask)
 
     return step
 
@@ -515,7 +532,8 @@ def _pack(name: str, texts: list[str]) -> Step:
 
 
 OTHERS: dict[str, Callable[[str, list[str]], Step]] = {
-    "ld": _access, "st": _access, "atom": _atomic, "shfl": _shuffle, "redux": _redux, "stmatrix": _stmatrix,
+    "ld": _access, "st": _access, "atom": _atomic, "red": _atomic, "shfl": _shuffle, "redux": _redux,
+    "vote": _vote, "stmatrix": _stmatrix,
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ class StubDriver:
 
     compiled, launched  how often, by the kernel's name
     arguments           of the last launch
+    contracted          whether products may be contracted with sums, by the kernel's name
     """
 
     def __init__(self) -> None:
@@ -44,11 +45,13 @@ class StubDriver:
         self.compiled: collections.Counter[str] = collections.Counter()
         self.launched: collections.Counter[str] = collections.Counter()
         self.arguments: tuple[Any, ...] = ()
+        self.contracted: dict[str, bool] = {}
         stub = self
 
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
                 self.name = source.fn.__name__
+                stub.contracted[self.name] = metadata.enable_fp_fusion
 
             def __call__(self, *arguments: Any) -> None:
                 stub.launched[self.name] += 1

@@ -1,6 +1,7 @@
 """Adams-Bashforth samplers on the grids that their weights are meant for."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,6 +33,42 @@ def test_pndm_has_order_four_where_its_midpoint_is_the_clocks():
         y, _ = run_plan(fs.plan("pndm", grid), lambda v, at: GAUSSIAN.denoise(v, at.alpha, at.sigma), x)
         errors.append(np.sqrt(np.mean((y - GAUSSIAN.solve(x, grid)) ** 2)))
     assert math.log2(errors[0] / errors[1]) == pytest.approx(4.0, abs=0.25), errors
+
+
+def lagrange_integrals(us, end):
+    """Of the polynomials that are 1 at one of the points and 0 at the others, from the first point to `end`."""
+    at = [u - us[0] for u in us]
+    ones = [np.poly1d([v for v in at if v != own], r=True) for own in at]
+    return [float((one.integ()(end - us[0])) / one(own)) for one, own in zip(ones, at, strict=True)]
+
+
+def test_almost_equal_levels_cost_a_plain_float32_loop_as_much():
+    """As lms's docstring says: the loss is the method's, in the state, and not in the coefficients."""
+    levels = [10.0, 5.0, 3.0, 2.97, 2.94, 1.0, 0.3, 0.0]
+    start = 10.0 * np.random.default_rng(0).standard_normal((4, 3072))
+
+    def plain(dtype):
+        x, slopes = start.astype(dtype), []
+        for k, (s, t) in enumerate(pairwise(levels)):
+            slopes.insert(0, (x - np.tanh(x / dtype(1.0 + s**2))) / dtype(s))
+            c = lagrange_integrals(levels[max(0, k - 3) : k + 1][::-1], t)
+            x = sum((dtype(w) * d for w, d in zip(c, slopes, strict=False)), x)
+        assert x.dtype == dtype
+        return x
+
+    denoiser = fs.Denoiser(lambda x, t: np.tanh(x / (1.0 + t[:, None] ** 2)), fs.VE(0.01, 10.0), "sample")
+
+    def found(dtype):
+        plan = fs.plan("lms", fs.Grid.from_sigmas(denoiser.process, levels), dtype=dtype)
+        return fs.Sampler(denoiser, plan, start.shape, dtype=dtype)(start.astype(dtype))
+
+    exact = plain(np.float64)
+    lost = np.abs(plain(np.float32) - exact).max()
+    assert 1e-4 < lost < 1e-3
+    assert np.abs(found("float32") - exact).max() < 1.5 * lost  # both are maxima over 12,288 numbers of one law
+    assert np.abs(found("float64") - exact).max() < 1e-9
+    with pytest.raises(fs.PlanError, match="rounding in float32 grows"):
+        fs.plan("lms", fs.Grid.from_sigmas(denoiser.process, [10.0, 5.0, 3.0, 2.997, 2.994, 1.0, 0.3, 0.0]))
 
 
 @pytest.mark.parametrize("times", [[999, 900, 701, 400, 133, 10, -1], [999.5, 900.5, 701.5, 400.5, 133.5, 10.5, -1]])

@@ -538,6 +538,7 @@ FOLDERS = {
     "gallery": ("--figures", "ode", "--out"),
     "distill": ("progressive", "--out"),
     "tune": ("--model", "ring", "--nfe", 2, "--seeds", 12, "--out", "plan.json", "--cache"),
+    "recommend": ("--model", "ring", "--nfe", 2, "--seeds", 12, "--cache"),
 }
 
 
@@ -678,6 +679,35 @@ def test_ctrl_c_while_sampling_exits_130_and_writes_nothing(cli, tmp_path, monke
     assert os.listdir(tmp_path) == []
 
 
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (("gallery", "--figures", "batches"), "fewstep.cli.gallery.batches.figure"),
+        (("distill", "progressive"), "fewstep.distill_runs.training.train"),
+    ],
+)
+def test_ctrl_c_leaves_no_new_folder(cli, tmp_path, monkeypatch, words, where):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(where, interrupted)
+    (tmp_path / "own").mkdir()
+    for name in ("new", "new/below", "own/below", "own"):
+        assert cli(*words, "--out", tmp_path / name)[0] == 130
+        assert [path.name for path in tmp_path.rglob("*")] == ["own"], name
+
+
+def test_ctrl_c_leaves_an_earlier_gallery_as_it_was(cli, tmp_path, monkeypatch):
+    assert cli("gallery", "--figures", "batches", "--out", tmp_path)[0] == 0
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
+    assert {"index.html", "batches.png"} <= before.keys()
+    monkeypatch.setattr("fewstep.cli.gallery.guide.figure", interrupted)
+    assert cli("gallery", "--figures", "batches,guide", "--out", tmp_path)[0] == 130
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
+
+
 # --- compare ---
 
 
@@ -761,6 +791,8 @@ def test_the_letters_of_a_comparison_are_legible_in_a_page(cli, tmp_path, monkey
     assert min(text.get_fontsize() for text in texts) * scale >= 8.5
     rows = list(dict.fromkeys(text.get_text() for text in texts if ", " in text.get_text()))
     assert rows == ([] if "ring" in words else ["ddim, 8 calls", "reference, 100 calls"])
+    what = ["RMSE to the model's own ODE end point", "energy distance to the data"]
+    assert [axis.get_xlabel() for axis in figure.axes] == (what if "ring" in words else ["denoiser calls"] * 2 + [""])
     close("all")
 
 
@@ -1043,6 +1075,14 @@ def test_help_imports_nothing_heavy():
     assert result.returncode == 0, result.stderr
     assert "compare" in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_shows_files_and_folders_alike(cli):
+    """Also those that a parser of the package's own reads."""
+    commands = ("sample", "compare", "bench", "recommend", "tune", "tune-pipeline", "sample-plan", "distill", "gallery")
+    printed = [line for name in commands for line in cli(name, "--help")[1].splitlines() if "<path>" in line.lower()]
+    assert len(printed) >= 20  # as many as there are
+    assert [line for line in printed if "<path>" not in line] == []
 
 
 def test_python_m_fewstep_is_the_same_command():

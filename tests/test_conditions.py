@@ -71,6 +71,48 @@ def test_batched_guidance_is_separate_calls(backend: str, guidance: Any) -> None
     np.testing.assert_allclose(together, apart, rtol=1e-10, atol=1e-10)
 
 
+CALLS = {
+    "batched": {"guidance": 2.0},
+    "apart": {"guidance": 2.0, "batched": False},
+    "for a part of the run": {"guidance": fs.CFG(2.0, start=0.5)},
+    "another network": {"guidance": fs.AutoGuidance(lambda x, t, c: each(x, t, c), 2.0)},
+}
+
+
+def each(x: Any, t: Any, c: Any) -> Any:
+    """Insists on a condition for each sample."""
+    assert len(c) == len(x)
+    return 0.5 * x / (1.0 + x * x) + 0.01 * c
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+@pytest.mark.parametrize("case", CALLS)
+def test_one_condition_for_all_samples_is_one_for_each_under_guidance(case: str, library: str) -> None:
+    torch = pytest.importorskip("torch")
+    conds = [np.random.default_rng(i).standard_normal((1, 5)) for i in range(2)]
+    x, conds = (X, conds) if library == "numpy" else (torch.tensor(X), [torch.tensor(c) for c in conds])
+    whole = [{"c": c + 0.0 * x} for c in conds]
+    given: Any = [{"c": c} for c in conds]
+    if case == "another network":
+        whole, given = whole[1], given[1]
+    denoiser = Denoiser(each, VP, **CALLS[case])
+    got, want = (fs.sample(denoiser, x, steps=3, dtype="float64", cond=own) for own in (given, whole))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_nested_conditions_of_one_are_the_same_in_calls_alone_and_together() -> None:
+    """Guidance in a part of the run calls one branch alone elsewhere."""
+    lengths = []
+
+    def nested(x: np.ndarray, t: np.ndarray, added: dict[str, np.ndarray]) -> np.ndarray:
+        lengths.append((len(x), len(added["c"])))
+        return 0.1 * x + added["c"]
+
+    one = {"added": {"c": np.ones((1, 5))}}
+    fs.sample(Denoiser(nested, VP, guidance=fs.CFG(2.0, start=0.5)), X, steps=2, cond=(one, one))
+    assert lengths == [(3, 3), (6, 6)]
+
+
 def test_torch_modules_and_dlpack() -> None:
     torch = pytest.importorskip("torch")
 

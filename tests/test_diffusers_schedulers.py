@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,7 @@ from hypothesis import strategies as st
 
 from fewstep.bindings import diffusers as twins
 from fewstep.bindings.diffusers import scheduler as twins_scheduler
+from fewstep.bindings.diffusers import threads as twins_threads
 from fewstep.bindings.diffusers.transition import State
 from fewstep.bindings.diffusers.update import Update
 from fewstep.kernels import launch
@@ -350,6 +352,20 @@ def test_large_known_steps_in_sixteen_bits(name: str, workers: int, monkeypatch:
     for a, b in zip(expected, found, strict=True):
         for field, value in a.items():
             assert torch.equal(b[field], value), field
+
+
+@pytest.mark.parametrize("name", [*PRESENT, "PlanScheduler"])
+def test_a_twin_hides_no_method_that_its_parent_calls(name: str) -> None:
+    """A name of the twin's own that the parent uses for something else would be called in its place."""
+    twin = getattr(twins, name)
+    parents = [kind for kind in twin.__mro__[2:] if kind not in (twins_threads.PerThread, threading.local, object)]
+    own = {*vars(twin), *vars(twins_threads.PerThread)}
+    hidden = {method for kind in parents for method in own & set(vars(kind)) if method[:2] != "__"}
+    assert (
+        {"step", "set_timesteps"}
+        <= hidden
+        <= {"step", "set_timesteps", "scale_model_input", "add_noise", "scale_noise"}
+    )
 
 
 def test_every_scheduler_of_diffusers_has_a_twin_or_a_reason() -> None:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_distill_teachers import normals
 
 import fewstep as fs
 from fewstep.bindings.consistency import ConsistencyDenoiser
@@ -20,10 +21,6 @@ EDM, VP = fs.EDM(0.002, 80.0), fs.VP.scaled_linear()
 MEAN, STD = torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([0.5, 0.2], dtype=torch.float64)
 GAUSSIAN = fs.problems.Gaussian(MEAN.numpy(), STD.numpy())
 SIGMAS = [0.01, 0.3, 0.9, 4.0, 80.0]
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def exact(u: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_distill_teachers import normals
 
 import fewstep as fs
 from fewstep.bindings.flow_map import FlowMapDenoiser
@@ -29,10 +30,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 FLOW, EDM = fs.Flow(), fs.EDM(0.002, 80.0)
 MU, S = 0.4, 0.3
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def gaussian(mean: float, std: float) -> fs.Denoiser:

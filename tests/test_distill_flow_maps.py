@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_distill_teachers import normals
 
 import fewstep as fs
 from fewstep.bindings.export.sampler_module import SamplerModule
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 FLOW, EDM, VP = fs.Flow(), fs.EDM(0.002, 80.0), fs.VP.linear()
 MU, S = 0.4, 0.3
 TIMES, ENDS = [1.0, 0.9, 0.5, 0.3, 0.7], [0.0, 0.2, 0.5, 0.05, 0.6]
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def flow_to(x: torch.Tensor, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:

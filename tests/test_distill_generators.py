@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_distill_teachers import normals
 
 import fewstep as fs
 from fewstep.kernels import numba_train
@@ -17,10 +18,6 @@ from fewstep.solvers.distill.network import noised, points_of, predict
 EDM, FLOW = fs.EDM(0.002, 80.0), fs.Flow()
 ZERO_SNR = fs.VP.scaled_linear().zero_terminal_snr()
 MU, S = 0.4, 0.3
-
-
-def normals(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- rectified flow ---

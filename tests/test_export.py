@@ -14,24 +14,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from test_torch_ops import Net  # noqa: E402
+
 import fewstep as fs  # noqa: E402
 from fewstep.bindings.export.sampler_module import SamplerModule  # noqa: E402
 from fewstep.bindings.export.torch_export import compile_loop, export_loop, plain_stage  # noqa: E402
 from fewstep.kernels import layout, philox, torch_ops  # noqa: E402
 
 VP = fs.VP.linear()
-
-
-class Net(torch.nn.Module):
-    def __init__(self, dtype=torch.float32):
-        super().__init__()
-        torch.manual_seed(0)
-        self.c = torch.nn.Conv2d(1, 4, 3, padding=1, dtype=dtype)
-        self.d = torch.nn.Conv2d(4, 1, 3, padding=1, dtype=dtype)
-
-    def forward(self, x, t, shift=None):
-        h = self.d(torch.tanh(self.c(x))) * (1 + t.to(x.dtype).reshape(-1, 1, 1, 1) / 1000)
-        return h if shift is None else h + shift.to(x.dtype).reshape(-1, 1, 1, 1)
 
 
 def latent(batch=3):

@@ -291,7 +291,7 @@ def test_autoguidance_calls_two_networks(pair: bool, batched: bool, backend: str
     denoiser = fs.Denoiser(network, EDM, "edm", guidance=fs.AutoGuidance(guide, 2.2), batched=batched)
     found = sample(denoiser, plan, backend, library, cond=COND if pair else ({"c": C},))
     np.testing.assert_allclose(found, want, rtol=0, atol=1e-10)
-    assert guide.calls == [(3, first.ravel().tolist())] * plan.nfe
+    assert guide.calls == [(3, np.broadcast_to(first, C.shape).ravel().tolist())] * plan.nfe
     assert network.calls == [(3, C.ravel().tolist())] * plan.nfe
 
 

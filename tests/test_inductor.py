@@ -37,11 +37,13 @@ H200 = types.SimpleNamespace(
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch, compiler_for_a_gpu: None) -> None:
     """The device's properties as Inductor asks for them."""
+    from torch._dynamo import device_interface
     from torch._inductor import scheduler
     from torch._inductor.runtime.hints import DeviceProperties
 
     hints = DeviceProperties("cuda", 0, 132, 90, 9, 65536, 2048, warp_size=32)
     monkeypatch.setattr(DeviceProperties, "create", classmethod(lambda cls, device: hints))
+    monkeypatch.setitem(device_interface.caching_worker_device_properties, "cuda", [H200])
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: H200)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -93,7 +95,8 @@ def compiled(launcher: Any) -> Any:
     meta, (config,) = launcher.triton_meta, launcher.configs
     attributes = {at: options for group in meta["configs"] for at, options in group.items()}
     source = ASTSource(launcher.fn, meta["signature"], meta["constants"], attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": config.num_warps})
+    options = {"num_warps": config.num_warps, **meta.get("backend_options", {})}  # which torch has from 2.15 on
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @pytest.mark.parametrize("draw", [0, 1, 2, 16])  # torch 2.11 makes a constant of 1, and marks 16 as divisible by 16

@@ -17,6 +17,7 @@ from oracles import adaptive as adaptive_oracle
 from pages import run_page
 from recorded.comfyui_cases import SAMPLERS
 from scipy import integrate
+from tqdm import tqdm
 
 import fewstep as fs
 from fewstep.bindings import k_diffusion as kd
@@ -750,6 +751,10 @@ def test_the_page_gives_the_same_image(monkeypatch):
         ("sample_euler", {"sigmas": [3.0, math.nan, 0.0]}, "sigmas must be finite"),
         ("sample_euler", {"sigmas": "high"}, "sigmas must be numbers"),
         ("sample_euler", {"flow": -1}, "flow must be True or False"),
+        ("sample_euler", {"disable": np.ones(2)}, r"disable must be True or False, got array\(\[1., 1."),
+        ("sample_dpmpp_2m_sde", {"disable": torch.ones(2)}, r"disable must be True or False, got tensor\(\[1., 1."),
+        ("sample_seeds_2", {"r": np.ones(2)}, r"r1 must be a number .*, got array"),
+        ("sample_seeds_3", {"r_2": torch.ones(2)}, r"r2 must be a number .*, got tensor"),
         ("sample_dpmpp_2m_sde", {"noise_sampler": 0}, "noise_sampler must be callable"),
         ("sample_dpmpp_2m_sde", {"s_noise": ""}, "s_noise must be"),
         ("sample_er_sde", {"noise_scaler": 0}, "noise_scaler must be callable"),
@@ -763,6 +768,28 @@ def test_arguments_of_other_types_are_named_before_any_call(name, change, messag
     arguments = {"model": model, "x": 3.0 * torch.ones(2, 3), "sigmas": torch.tensor([3.0, 1.0, 0.0]), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         getattr(kd, name)(**arguments)
+
+
+@pytest.mark.parametrize("name", ["disable", "return_info"])
+def test_an_array_is_no_truth_value_of_adaptive_steps(name):
+    def model(x, sigma):
+        raise AssertionError("the model was called")
+
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got array"):
+        kd.sample_dpm_adaptive(model, torch.ones(2, 3), 0.1, 3.0, **{name: np.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("disable", "shown"),
+    [(False, True), (0, True), ("", True), (np.array(0), True), (None, False), (1, False), ("no", False)],
+)
+def test_the_progress_bar_is_shown_as_tqdm_takes_disable(disable, shown, capsys):
+    """None: the captured stream is no terminal."""
+    x = latent(SIGMAS)
+    kd.sample_euler(Model(), x, SIGMAS, {"a": 1.3}, disable=disable)
+    found = "%" in capsys.readouterr().err
+    list(tqdm(range(3), disable=disable))
+    assert found == ("%" in capsys.readouterr().err) == shown
 
 
 def test_an_ancestral_step_down_to_zero_is_noised_up_again():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import weakref
@@ -202,8 +203,10 @@ def test_memory_that_holds_no_result_is_refused_before_any_call(case: str, backe
     make, message = REFUSED[case]
     out = make()
     library = "torch" if isinstance(out, torch.Tensor) else "numpy"
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises((TypeError, ValueError), match=message) as refused:
         sampler(no_call, backend, library)(latent(library), out=out)
+    works = eval(re.search(r"; out=(.*) would do$", str(refused.value))[1], {"np": np, "torch": torch})
+    assert sampler(lambda x, t: 0.1 * x, backend, library)(latent(library), out=works) is works
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

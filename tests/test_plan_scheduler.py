@@ -19,7 +19,7 @@ from plan_pipelines import flux, flux_arguments, wan, wan_arguments
 from test_diffusers_gpu import test_a_step_on_cuda_is_one_operator as on_cuda
 
 import fewstep as fs
-from fewstep.bindings.diffusers import PlanScheduler
+from fewstep.bindings.diffusers import PlanScheduler, plan_scheduler
 from fewstep.bindings.maps import from_diffusers
 from fewstep.solvers.plans.tail import begun, starts
 
@@ -386,6 +386,85 @@ def test_another_number_of_steps() -> None:
         scheduler.step(normals(1, 8, 8, 8), scheduler.timesteps[0], normals(1, 4, 8, 8))
     with pytest.raises(IndexError, match="timestep = 123 is none of the plan's"):
         scheduler.add_noise(normals(*shape), normals(*shape), torch.tensor([123.0]))
+
+
+X = normals(2, 4, 8, 8)
+T = torch.tensor([999.0, 444.0])
+REFUSED = [
+    ("step", {"model_output": None}, TypeError, "model_output must be a torch tensor, got NoneType"),
+    ("step", {"model_output": X.numpy()}, TypeError, "model_output must be a torch tensor, got ndarray"),
+    ("step", {"sample": 3.0}, TypeError, "sample must be a torch tensor, got float"),
+    ("step", {"sample": X.int()}, ValueError, "sample must have a floating dtype, got torch.int32"),
+    ("step", {"model_output": X > 0}, ValueError, "model_output of dtype torch.bool is not one of float64, float32"),
+    ("step", {"sample": X + 0j}, ValueError, "sample of dtype torch.complex64 is not one of"),
+    ("step", {"timestep": None}, TypeError, r"timestep must be one of the plan's, \[999, .*, got None"),
+    ("step", {"timestep": "999"}, TypeError, r"timestep must be one of the plan's, \[999, .*, got '999'"),
+    ("step", {"timestep": T}, TypeError, r"timestep must be one of the plan's, \[999, .*, got tensor\(\[999., 444."),
+    ("step", {"variance_noise": "z"}, TypeError, "variance_noise must be a torch tensor, got str"),
+    ("step", {"variance_noise": X[:1]}, ValueError, r"variance_noise has shape \(1, 4, .*: pass torch.randn_like"),
+    ("add_noise", {"original_samples": None}, TypeError, "original_samples must be a torch tensor, got NoneType"),
+    ("add_noise", {"original_samples": X.int()}, ValueError, "original_samples must have a floating dtype"),
+    ("add_noise", {"noise": X.numpy()}, TypeError, "noise must be a torch tensor, got ndarray"),
+    ("add_noise", {"noise": X[:, :3]}, ValueError, r"noise \(2, 3, 8, 8\), .*: pass noise like the samples"),
+    ("add_noise", {"timesteps": None}, TypeError, r"timestep must be one of the plan's, \[999, .*, got None"),
+    ("add_noise", {"timesteps": T[[0, 0, 0]]}, ValueError, "timesteps length 3: .* one timestep for all or one"),
+    ("scale_noise", {"sample": None}, TypeError, "sample must be a torch tensor, got NoneType"),
+    ("scale_noise", {"timestep": None}, TypeError, r"timestep must be one of the plan's, \[999, .*, got None"),
+    ("set_timesteps", {"num_inference_steps": None}, ValueError, "give num_inference_steps, which is 4"),
+    ("set_timesteps", {"num_inference_steps": X}, ValueError, r"num_inference_steps = tensor\(.*num_inference_steps=4"),
+    ("set_timesteps", {"num_inference_steps": "4"}, ValueError, "num_inference_steps = '4', and .* makes 4 calls"),
+    ("set_timesteps", {"timesteps": 3.0}, ValueError, "timesteps = 3.0 are not the plan's own"),
+    ("set_timesteps", {"timesteps": ["a"] * 4}, ValueError, r"timesteps = \['a', .* is not a number or an array"),
+    ("set_timesteps", {"sigmas": X}, ValueError, "sigmas = tensor.* are not the plan's own"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["twin", "plain"])
+@pytest.mark.parametrize(("method", "changed", "error", "match"), REFUSED)
+def test_arguments_that_are_no_tensors(
+    method: str, changed: dict[str, Any], error: type[Exception], match: str, own: bool
+) -> None:
+    kind: Any = PlanScheduler if own else plan_scheduler.PlanScheduler
+    scheduler = kind(fs.plan("ddpm", fs.grid(fs.VP.scaled_linear(), 4)))
+    scheduler.set_timesteps(4)
+    given = {
+        "step": {"model_output": X, "timestep": scheduler.timesteps[0], "sample": X},
+        "add_noise": {"original_samples": X, "noise": X, "timesteps": T},
+        "scale_noise": {"sample": X, "timestep": T, "noise": X},
+        "set_timesteps": {"num_inference_steps": 4},
+    }
+    with pytest.raises(error, match=f"(?s){match}"):
+        getattr(scheduler, method)(**{**given[method], **changed})
+    assert (scheduler.step_index, scheduler.num_inference_steps) == (None, 4)  # nothing has begun
+    getattr(scheduler, method)(**given[method])
+
+
+def test_noise_is_added_at_one_time_alone() -> None:
+    scheduler = PlanScheduler(fs.plan("ddim", fs.grid(fs.VP.scaled_linear(), 4)))
+    expected = scheduler.add_noise(X, -X, T[[1, 1]])
+    point = fs.VP.scaled_linear().point(444.0)
+    torch.testing.assert_close(expected, (point.alpha - point.sigma) * X)
+    for times in (T[1:], T[1], 444.0, [444.0], np.float32(444.0)):
+        assert torch.equal(scheduler.add_noise(X, -X, times), expected)
+        assert torch.equal(scheduler.scale_noise(X, times, -X), expected)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_a_step_that_records_gradients_is_the_plain_schedulers(first: int) -> None:
+    plan = fs.plan("dpmpp_2m", fs.grid(fs.VP.scaled_linear(), 4))
+    results = []
+    for kind in (PlanScheduler, plan_scheduler.PlanScheduler):
+        scheduler: Any = kind(plan)
+        scheduler.set_timesteps(4)
+        scheduler.set_begin_index(first)
+        x, output = X, (0.5 * X).requires_grad_()
+        for t in scheduler.timesteps[first:]:
+            x = scheduler.step(output, t, x).prev_sample
+        x.sum().backward()
+        results.append((x.detach(), output.grad))
+    assert float(results[0][1].abs().min()) > 0.1
+    for twin, plain in zip(*results, strict=True):
+        torch.testing.assert_close(twin, plain, rtol=0, atol=0)
 
 
 def test_another_process_is_refused() -> None:

@@ -10,15 +10,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_kernels import bits
 
 from fewstep.kernels import cpu, interpreted, launch, layout, naive
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def bits(a: torch.Tensor) -> np.ndarray:
-    stored = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(a.dtype)
-    return (a if stored is None else a.view(stored)).numpy()
 
 
 def rescale_noise_cfg(cfg: torch.Tensor, text: torch.Tensor, phi: float) -> torch.Tensor:

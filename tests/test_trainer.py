@@ -563,6 +563,19 @@ def test_what_does_not_fit_is_refused_before_the_first_step(change: dict[str, An
         fs.Trainer("consistency", **simple(**change)).fit(watch=watch)
 
 
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stopped)
+    for existing in (False, True):
+        if existing:
+            (tmp_path / "run").mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            fs.Trainer("consistency", **simple(), out=tmp_path / "run").fit()
+        assert (tmp_path / "run").exists() == existing
+
+
 def test_a_method_is_named_and_its_student_fits() -> None:
     with pytest.raises(ValueError, match="did you mean 'consistency'"):
         fs.Trainer("consistancy", **simple())

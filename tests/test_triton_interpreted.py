@@ -24,7 +24,7 @@ def test_in_the_interpreter() -> None:
     files = sorted(map(str, FOLDER.glob("*.py")))
     assert len(files) >= 8
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FOLDER.parent)}
-    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "interpreter_index", "-o", "addopts="]
+    options = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "interpreter_faults", "-o", "addopts="]
     command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -19,14 +19,26 @@ import triton.language as tl  # noqa: E402
 from stub_driver import StubDriver, installed  # noqa: E402
 
 import fewstep as fs  # noqa: E402
-from fewstep.kernels import layout, philox, triton_launch, triton_noise, triton_reduce, triton_step  # noqa: E402
+from fewstep.kernels import (  # noqa: E402
+    layout,
+    philox,
+    triton_launch,
+    triton_noise,
+    triton_reduce,
+    triton_step,
+    triton_train,
+)
 from fewstep.kernels.triton_launch import launch  # noqa: E402
 from fewstep.solvers.run import checks  # noqa: E402
 
 VP = fs.VP.linear()
 SHAPE = (1, 4, 64, 64)
 STAGES = 40
-KERNELS = (triton_step.run_kernel, triton_noise.normals_kernel, triton_reduce.blend_kernel, triton_reduce.digit_kernel)
+KERNELS = (
+    triton_step.stage_kernel, triton_step.run_kernel, triton_noise.normals_kernel, triton_reduce.blend_kernel,
+    triton_reduce.threshold_kernel, triton_reduce.digit_kernel, triton_reduce.error_kernel, triton_train.huber_kernel,
+    triton_train.difference_kernel,
+)  # fmt: skip
 METADATA = 6  # the launch's argument for profilers, which each launch makes anew
 
 
@@ -57,7 +69,7 @@ def test_what_is_launched_is_what_triton_launches(stub: StubDriver) -> None:
     for grid in ((2,), (3,)):
         for case in cases:
             for _ in range(3):
-                add_kernel[grid](*case, num_warps=2)
+                add_kernel[grid](*case, **triton_noise.options(2))
                 want = stub.arguments
                 compiles = stub.compiled.total()
                 launch(add_kernel, grid, *case, num_warps=2)
@@ -179,6 +191,28 @@ def test_reductions_are_a_compilation_per_kernel(stub: StubDriver) -> None:
     assert stub.compiled == {"blend_kernel": 1, "digit_kernel": 2}
 
 
+def test_no_launch_leaves_contraction_to_triton(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default is not the same in all releases, and 3.9 warns of that."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    x, y, out, settings = zeros(2, 96), zeros(2, 96), zeros(2, 96), zeros(3, dtype=torch.float64)
+    (numbers, indices), tolerance = tables(), zeros(1, dtype=torch.float64)
+    for n in (96, 65536):
+        raws = [zeros(2, n), zeros(2, n)]
+        scratch = triton_reduce.Scratch.of(2, n, "cpu")
+        triton_reduce.threshold(
+            numbers, indices, None, None, raws, zeros(2, 8), settings, scratch, blended=True, stage=0
+        )
+    triton_reduce.blend(zeros(STAGES, 1, layout.BLEND), indices, None, None, raws, zeros(2, 8), scratch, stage=0)
+    triton_reduce.error_norm(x, y, out, tolerance, tolerance)
+    triton_noise.fill(out, zeros(2, 3, dtype=torch.int64), 0, philox.STEP)
+    triton_step.stage([x], [y], zeros(1, 1, layout.COLUMNS), [out], c_in=zeros(1))
+    clock = triton_step.Clock(zeros(STAGES, 1), zeros(2))
+    triton_step.run(triton_step.Structure(3, 2), zeros(3, 2, 96), *tables(), None, x, 1, [y], stage=0, clock=clock)
+    triton_train.pseudo_huber(x, y, 0.1, per_sample=True)
+    triton_train.score_difference(x, y, out, 1e-3)
+    assert stub.contracted == {kernel.__name__: True for kernel in KERNELS}
+
+
 @pytest.mark.slow
 def test_the_hosts_time_of_a_step(stub: StubDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least of many runs. 13 us on one core, without what CUDA's driver adds; by Triton's own launch 35."""
@@ -198,7 +232,7 @@ def test_the_hosts_time_of_a_step(stub: StubDriver, monkeypatch: pytest.MonkeyPa
 
 
 def plainly(kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int) -> None:
-    kernel[grid](*args, num_warps=num_warps)
+    kernel[grid](*args, **triton_noise.options(num_warps))
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

@@ -264,7 +264,8 @@ def test_bad_arguments_are_refused_before_the_network_runs() -> None:
     refused(ValueError, "seeds must be an int >= 12", pipe, [arguments], 4, seeds=3)
     refused(ValueError, "guidance must be a finite number", pipe, [arguments], 4, guidance="7")
     refused(ValueError, "options may not hold 'latents'", pipe, [arguments], 4, latents=None)
-    refused(ValueError, r"\.json", pipe, [arguments], 4, out="plan.txt")
+    refused(ValueError, r"out plan.txt: the file must end in \.json", pipe, [arguments], 4, out="plan.txt")
+    refused(TypeError, "out must be a path such as 'plan.json', got 3", pipe, [arguments], 4, out=3)
     refused(TypeError, "pipe must be a diffusers pipeline", object(), [arguments], 4)
     refused(ValueError, "quick must be True or False", pipe, [arguments], 4, quick=1)
     refused(ValueError, "unknown argument 'heigth': did you mean 'height'", pipe, [arguments], 4, heigth=16)
@@ -282,6 +283,9 @@ def test_a_pipeline_that_lacks_what_its_prompts_need() -> None:
         _explain(pipe, rest, TypeError("'NoneType' object is not callable"))
     with pytest.raises(AttributeError, match="has no attribute 'shape'"):
         collect(pipe, [{**arguments, "prompt_embeds": 3, "negative_prompt_embeds": 4}])
+    for prompts in ([arguments, "a cat"], [arguments, {**arguments, "prompt": "a cat"}]):
+        with pytest.raises(ValueError, match=r"no text_encoder, tokenizer|Cannot forward both `prompt`"):
+            fs.tune_pipeline(pipe, prompts, 4, quick=True, progress=False)
     assert not called
     hook.remove()
     assert collect(pipe, [arguments]).scale == 4.0
@@ -349,6 +353,18 @@ def test_real_fits_of_tiny_pipelines(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_prompts_of_several_kinds_are_seen_as_those_of_one() -> None:
+    pipe, arguments, *_ = wrapped_sd("epsilon")
+    prompts = [arguments, other(arguments)]
+    alike, mixed = (collect(pipe, [prompts[0], {**prompts[1], **more}]) for more in ({}, {"eta": 0.0}))
+    assert alike.scale == mixed.scale == 4.0
+    for a, b in zip(alike.cond, mixed.cond, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not pipe.unet._forward_pre_hooks
+    assert len(pipe.unet._forward_hooks) == 0
+
+
 def test_the_page(fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     pipe, arguments, *_ = wrapped_sd("epsilon")
@@ -360,7 +376,9 @@ def test_the_page(fits: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_tables_are_those_of_the_committed_results() -> None:
-    from reports.pipeline_report import PAGE, RESULTS, page
+    from reports import pipeline_report, resolution_report
 
-    text = PAGE.read_text(encoding="utf-8")
-    assert page(text, json.loads(RESULTS.read_text(encoding="utf-8"))) == text
+    text = pipeline_report.PAGE.read_text(encoding="utf-8")
+    for report in (pipeline_report, resolution_report):
+        tables = report.table(json.loads(report.RESULTS.read_text(encoding="utf-8")))
+        assert pipeline_report.page(text, tables, report.MARKS) == text

@@ -15,6 +15,19 @@ from fewstep import __version__
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
 
+
+def folder_name(text: str | Path) -> Path:
+    """Parses the name of a folder. An empty one, as of a shell's unset variable, would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("the name is empty")
+    return Path(text)
+
+
+def folder(*names: str, help: str) -> Any:
+    """The option of a folder, or of a file or folder, which `--help` shows as it shows a file's."""
+    return typer.Option(*names, parser=folder_name, metavar="<path>", help=help)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Guidance = Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")]
 AnyModel = Annotated[
@@ -30,7 +43,7 @@ OwnShape = Annotated[
 
 
 def bars(*, quiet: bool = False) -> Progress:
-    """Progress bars on stderr, with the time left; they vanish at the end. None without a terminal, or if `quiet`."""
+    """Progress bars on stderr, with the time left; they vanish at the end. No bars without a terminal, or if quiet."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
     disable = quiet or not ERR.is_terminal
     return Progress(TextColumn("{task.description}"), *columns, console=ERR, transient=True, disable=disable)
@@ -57,13 +70,6 @@ def options(
     ] = False,
 ) -> None:
     """Sample diffusion and flow models in few steps, and measure the error and the cost."""
-
-
-def path(text: str | Path) -> Path:
-    """Parses the name of a folder. An empty one, as of a shell's unset variable, would be the current folder."""
-    if not str(text):
-        raise typer.BadParameter("the name is empty")
-    return Path(text)
 
 
 def check_count(flag: str, value: int, low: int = 1, high: int = 1_000_000) -> None:
@@ -125,12 +131,12 @@ def command_line(*words: str, **options: object) -> str:
     return " ".join([*words, *flags])
 
 
-def parse_counts(text: str, flag: str) -> list[int]:
-    """The positive whole numbers of a comma-separated list. Raises ValueError for anything else."""
+def parse_budgets(text: str) -> list[int]:
+    """The positive whole numbers of a comma-separated --nfe. Raises ValueError for anything else."""
     counts = []
-    for name in parse_list(text, flag):
+    for name in parse_list(text, "--nfe"):
         if not (name.isascii() and name.isdigit() and len(name) < 20 and int(name) >= 1):
-            raise ValueError(f"{flag}: {name[:40]!r} is not a whole number >= 1")
-        check_count(flag, int(name), high=10_000)
+            raise ValueError(f"--nfe: {name[:40]!r} is not a whole number >= 1")
+        check_count("--nfe", int(name), high=10_000)
         counts.append(int(name))
     return counts

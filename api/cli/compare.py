@@ -18,7 +18,7 @@ from fewstep.cli.app import (
     bars,
     check_count,
     command_line,
-    parse_counts,
+    parse_budgets,
     parse_list,
     parse_sample_shape,
 )
@@ -67,7 +67,7 @@ def compare(
     names = list(list_solvers()) if every else parse_list(SOLVERS if solvers is None else solvers, "--solvers")
     for name in names:
         get_solver(name)
-    budgets = parse_counts(nfe, "--nfe")
+    budgets = parse_budgets(nfe)
     spacings = None if spacing is None else parse_list(spacing, "--spacing")
     for name in spacings or ():
         check_spacing(name)

@@ -212,8 +212,8 @@ def _ranking(pyplot: ModuleType, result: Comparison) -> Figure:
         for j, budget in enumerate(budgets):
             dots = [(value(e), i) for i, p in enumerate(order) for e in result.of(p) if e.budget == budget]
             dots = [(v, i) for v, i in dots if v is not None]
-            label = counted(budget, "call")
-            axis.plot(*zip(*dots, strict=True), MARKERS[j], color=COLOURS[j], markersize=4.5, label=label)
+            style = {"color": COLOURS[j], "markersize": 4.5, "label": counted(budget, "call")}
+            axis.plot(*zip(*dots, strict=True), MARKERS[j], **style)
         axis.set_yticks(range(len(order)), [result.name(p) for p in order], fontsize="small")
         axis.set_ylim(len(order) - 0.4, -0.6)
         axis.set_xlabel(label)

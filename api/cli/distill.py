@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, check_count, command_line, parse_options, path
-from fewstep.cli.output import check_out, write_samples
+from fewstep.cli.app import ERR, OUT, AsJson, bars, check_count, command_line, folder, parse_options
+from fewstep.cli.output import check_out, drawable, write_samples
 from fewstep.models import load_model
-from fewstep.solvers.files import make_folder, write_whole
-from fewstep.solvers.options import counted
+from fewstep.solvers.files import made_folder, write_whole
+from fewstep.solvers.options import counted, duration
 
 if TYPE_CHECKING:
     from fewstep.distill_runs.evaluate import Outcome
@@ -37,9 +36,7 @@ def distill(
             "score_identity, f_distill, latent_adversarial, regularised or trajectory_matching."
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(parser=path, help="Folder for the student, checkpoint, log, results and samples.")
-    ],
+    out: Annotated[Path, folder(help="Folder for the student, checkpoint, log, results and samples.")],
     problem: Annotated[str, typer.Option(help="ring, pinwheel or digits; with --data, your own.")] = "ring",
     data: Annotated[
         str | None, typer.Option(help="Your data: a folder, a .npy, .npz or .safetensors file, or FILE.py:FUNCTION.")
@@ -69,9 +66,7 @@ def distill(
     ] = False,
     look_every: Annotated[int, typer.Option(help="With --data: steps between measured samples; 0: none.")] = 0,
     samples: Annotated[int, typer.Option(help="With --data: samples that are drawn and measured.")] = 64,
-    tensorboard: Annotated[
-        Path | None, typer.Option(parser=path, help="With --data: folder of a TensorBoard log.")
-    ] = None,
+    tensorboard: Annotated[Path | None, folder(help="With --data: folder of a TensorBoard log.")] = None,
     wandb: Annotated[str | None, typer.Option(help="With --data: project of a Weights & Biases run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue bit for bit from --out's checkpoint.")] = False,
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
@@ -119,10 +114,10 @@ def distill(
     with training.processes():
         first = training.rank() == 0
         recipe = make_recipe(method, problem, steps, batch, lr, seed, parts, bf16, options)
-        if first:
-            make_folder(out, "--out")
-            check_out(out / training.CHECKPOINT, (".safetensors",))
-        with progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+        room = made_folder(out, "--out") if first else contextlib.nullcontext()
+        with room, progress(recipe.settings.steps, quiet=as_json or not first) as watch:
+            if first:
+                check_out(out / training.CHECKPOINT, (".safetensors",))
             try:
                 training.train(recipe, out, resume=resume, every=every, watch=watch)
             except training.Stopped as stopped:
@@ -153,6 +148,8 @@ def distill_own(
     wandb: str | None,
 ) -> None:
     """Distil on a problem of one's own; `given` are arguments of `fewstep.Trainer`."""
+    import torch
+
     from fewstep.distill_runs import training
     from fewstep.distill_runs.loggers import Logger, TensorBoardLogger, WandbLogger
     from fewstep.distill_runs.trainer import METRICS, Trainer
@@ -161,7 +158,7 @@ def distill_own(
     names = {"--teacher": teacher, "--network": network}
     made = {flag: None if name is None else made_by(name, flag) for flag, name in names.items()}
     source = made_by(data, "--data") if is_factory(data) else data
-    device = given["device"] or ("cuda" if torch_has_cuda() else "cpu")
+    device = given["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     with training.processes(device):
         first = training.rank() == 0
         loggers: list[Logger] = []
@@ -179,7 +176,7 @@ def distill_own(
         seconds = trainer.estimate()
         whole = counted(given["steps"], "step")
         if not quiet:
-            ERR.print(f"{whole} of {method} on {device}: about {shown_time(seconds)}")
+            ERR.print(f"{whole} of {method} on {device}: about {duration(seconds)}")
         with progress(given["steps"], quiet=quiet) as watch:
             try:
                 student = trainer.fit(resume=resume, watch=watch)
@@ -202,20 +199,6 @@ def distill_own(
     OUT.print(f"[bold]{escape(command_line('fewstep sample', model=out, steps=max(student.calls)))}[/]", soft_wrap=True)
 
 
-def torch_has_cuda() -> bool:
-    """Whether torch finds a GPU."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def shown_time(seconds: float) -> str:
-    """12 s, 3 min or 2.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def measured(path: Path) -> list[dict[str, float]]:
     """The last row of a run's measures, one mapping per number of calls."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -232,7 +215,7 @@ def write_pictures(out: Path, method: str, calls: Sequence[int]) -> None:
     """Pictures of the samples that a run has drawn, where they are grey images or points in a plane."""
     for n in calls:
         x = np.load(out / f"samples_{n}.npy", allow_pickle=False)
-        if (x.ndim == 4 and x.shape[1] in (1, 3)) or (x.ndim == 2 and x.shape[1] <= 2):
+        if drawable(x.shape[1:]):
             with contextlib.suppress(ImportError):
                 write_samples(out / f"samples_{n}.png", x, None, {"model": out.name, "solver": method, "nfe": n})
 
@@ -240,10 +223,7 @@ def write_pictures(out: Path, method: str, calls: Sequence[int]) -> None:
 @contextlib.contextmanager
 def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
     """A progress bar with the losses. Yields the function that `train` calls after each step."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=ERR, transient=True, disable=quiet) as bar:
+    with bars(quiet=quiet) as bar:
         task = bar.add_task("", total=total)
 
         def watch(done: int, values: Mapping[str, float]) -> None:
@@ -259,17 +239,14 @@ def finish(recipe: Recipe, out: Path) -> Outcome:
 
     The results' seconds are of training, over all resumptions, and of the evaluation.
     """
-    import safetensors.torch
-
     from fewstep.distill_runs.evaluate import evaluate
-    from fewstep.distill_runs.training import STUDENT
+    from fewstep.distill_runs.training import STUDENT, write_weights
 
     begin = time.perf_counter()
     outcome = evaluate(recipe)
     seconds = recipe.seconds + time.perf_counter() - begin
     name = "average" if "average" in recipe.modules else "student"
-    data = safetensors.torch.save({k: v.contiguous() for k, v in recipe.modules[name].state_dict().items()})
-    write_whole(out / STUDENT, lambda to: to.write_bytes(data))
+    write_weights(out / STUDENT, recipe.modules[name])
     results = {"settings": vars(recipe.settings), "seconds": round(seconds, 1), **outcome.as_json()}
     write_whole(out / "results.json", lambda to: to.write_text(json.dumps(results, indent=2) + "\n"))
     points = _data_of(recipe.settings.problem)

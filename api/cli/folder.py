@@ -17,11 +17,11 @@ from fewstep.solvers.options import counted
 from fewstep.solvers.run.sharded import Shards, place
 
 
-def check_one_process(flag: str, path: Path) -> None:
+def check_one_process(path: Path) -> None:
     """Raises ValueError under torchrun: its processes would all write that file."""
     _, processes = place()
     if processes > 1:
-        raise ValueError(f"{flag} {path}: {processes} processes cannot write one file, name a folder (--out samples/)")
+        raise ValueError(f"--out {path}: {processes} processes cannot write one file, name a folder (--out samples/)")
 
 
 def write_folder(

@@ -14,7 +14,6 @@ network returns: one operator of the array library a step.
 from __future__ import annotations
 
 import copy
-import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.microbench import PROCESS, Array, Case, GateError, Predict, as_float64, close, parse_shape
-from fewstep.cli.timing import Side, has, keep_freed_memory, no_grad, quartiles, torch_threads
+from fewstep.cli.timing import Side, has, keep_freed_memory, no_collection, no_grad, quartiles, torch_threads
 from fewstep.models import own_denoiser
 from fewstep.solvers.files import shown
 from fewstep.solvers.plans.registry import get_solver
@@ -280,9 +279,7 @@ def differences(alone: Callable[[], object], side: Side, repeats: int) -> tuple[
     A window of the side is compared with the mean of the two windows of `alone` next to it.
     """
     above = []
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         side.prepare()
         side.run()
         lone = [seconds(alone)]
@@ -291,9 +288,6 @@ def differences(alone: Callable[[], object], side: Side, repeats: int) -> tuple[
             spent = seconds(side.run)
             lone.append(seconds(alone))
             above.append((spent - (lone[-2] + lone[-1]) / 2.0) / side.steps)
-    finally:
-        if collecting:
-            gc.enable()
     return lone, above
 
 

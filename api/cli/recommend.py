@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AsJson, Guidance, OwnShape, check_count, command_line, parse_sample_shape
+from fewstep.cli.app import ERR, OUT, AsJson, Guidance, OwnShape, check_count, command_line, folder, parse_sample_shape
 from fewstep.cli.output import check_out, drawable
 from fewstep.models import check_model, load_model
 from fewstep.solvers.options import counted
@@ -38,7 +38,7 @@ def recommend(
     out: Annotated[
         Path | None, typer.Option("--out", help="With --model: also write the plan to a .json file.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(help="With --model: folder for reference solutions.")] = None,
+    cache: Annotated[Path | None, folder(help="With --model: folder for reference solutions.")] = None,
     process: Annotated[str | None, typer.Option(help="Without --model: vp (default), ve, edm or flow.")] = None,
     guidance: Guidance = None,
     guidance_distilled: Annotated[bool, typer.Option(help="Without --model: it takes the scale as an input.")] = False,

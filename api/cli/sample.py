@@ -20,9 +20,9 @@ from fewstep.cli.app import (
     OwnShape,
     check_count,
     command_line,
+    folder,
     parse_options,
     parse_sample_shape,
-    path,
 )
 from fewstep.cli.folder import check_one_process, write_folder
 from fewstep.cli.output import check_drawable, check_out, draw, write_samples
@@ -54,7 +54,7 @@ def sample(
     n: Annotated[int, typer.Option("--n", "-n", help="Number of samples.")] = 64,
     out_path: Annotated[
         Path,
-        typer.Option("--out", parser=path, help="A .png picture, an .npz archive, or a folder of numbered .npy files."),
+        folder("--out", help="A .png picture, an .npz archive, or a folder of numbered .npy files."),
     ] = Path("samples.png"),
     batch: Annotated[int | None, typer.Option(help="Samples per batch, for a folder; default: 64.")] = None,
     chunk: Annotated[int | None, typer.Option(help="Samples per file of a folder; default: one batch.")] = None,
@@ -80,7 +80,7 @@ def sample(
 
     folder = out_path.suffix == ""
     if not folder:
-        check_one_process("--out", out_path)
+        check_one_process(out_path)
         check_out(out_path)
         for flag, value in (("--chunk", chunk), ("--batch", batch)):
             if value is not None:

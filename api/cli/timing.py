@@ -76,18 +76,25 @@ def interleaved(sides: Sequence[Side], repeats: int, clock: Callable[[], float])
         return spent / (runs * side.steps)
 
     samples: list[list[float]] = [[] for _ in sides]
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with no_collection():
         for _ in range(repeats):
             for side, found in zip(sides, samples, strict=True):
                 side.prepare()
                 side.run()
                 found.append(window(side))
+    return samples
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's collector of cycles, which would run in some windows and not in others."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return samples
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, parse_sample_shape, path
+from fewstep.cli.app import ERR, OUT, AnyModel, AsJson, Guidance, OwnShape, command_line, folder, parse_sample_shape
 from fewstep.cli.output import check_out
 from fewstep.kernels.philox import check_seed
 from fewstep.models import check_model, load_model
@@ -28,6 +29,15 @@ def saying_when_interrupted() -> Iterator[None]:
     except KeyboardInterrupt:
         ERR.print("interrupted outside of the fit: there is no plan to keep, and nothing is written", markup=False)
         raise
+
+
+def errors_table(record: Mapping[str, Any], splits: Iterable[str], by_hand: str) -> Table:
+    """A plan's errors on some splits of the latents, beside those of the hand-made one of that name."""
+    table = Table("error to the ODE's end point", "tuned", by_hand, "ratio")
+    for split, kind in product(splits, ("rmse", "median")):
+        own, other = (record["errors"][name][split][kind] for name in ("tuned", "hand"))
+        table.add_row(f"{split}, {kind}", f"{own:.5f}", f"{other:.5f}", f"{own / other:.2f}")
+    return table
 
 
 def tune(
@@ -56,7 +66,7 @@ def tune(
     resume: Annotated[
         Path | None, typer.Option(help="A tuned plan to continue from, of as many calls or fewer.")
     ] = None,
-    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for reference solutions.")] = None,
+    cache: Annotated[Path | None, folder(help="Folder for reference solutions.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fit a plan to a model, to reach the same samples in fewer calls. Ctrl-C during the fit keeps the best so far."""
@@ -103,12 +113,7 @@ def tune(
         typer.echo(json.dumps({"out": str(out), "solver": plan.solver, "nfe": plan.nfe, **record}))
         return
     hand = record["hand"]
-    table = Table("error to the ODE's end point", "tuned", f"{hand['solver']} on {hand['spacing']}", "ratio")
-    for split in record["seeds"]:
-        for kind in ("rmse", "median"):
-            tuned, by_hand = (record["errors"][name][split][kind] for name in ("tuned", "hand"))
-            table.add_row(f"{split}, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
-    OUT.print(table)
+    OUT.print(errors_table(record, record["seeds"], f"{hand['solver']} on {hand['spacing']}"))
     given = {"model": model, "shape": own_shape, "guidance": guidance}
     if not record["complete"] and "rounds" in plan.options:
         OUT.print("interrupted: a plan with parallel calls is not continued, fit it again for a better one")

@@ -9,11 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from fewstep.cli.app import OUT, AsJson, path
+from fewstep.cli.app import OUT, AsJson, folder
 from fewstep.cli.output import check_out
-from fewstep.cli.tune import saying_when_interrupted
+from fewstep.cli.tune import errors_table, saying_when_interrupted
 from fewstep.kernels.philox import check_seed
 from fewstep.solvers.files import shown
 from fewstep.solvers.options import counted, needs, one_of
@@ -36,7 +35,7 @@ def tune_pipeline(
     batch: Annotated[int, typer.Option(help="The most samples per network call.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     resume: Annotated[Path | None, typer.Option(help="A plan of an earlier fit to continue from.")] = None,
-    cache: Annotated[Path | None, typer.Option(parser=path, help="Folder for solutions.")] = None,
+    cache: Annotated[Path | None, folder(help="Folder for solutions.")] = None,
     device: Annotated[str, typer.Option(help="Where the pipeline runs, such as cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"Of its weights: {', '.join(DTYPES)}.")] = "float32",
     as_json: AsJson = False,
@@ -94,11 +93,7 @@ def tune_pipeline(
     if as_json:
         typer.echo(json.dumps({"out": str(out), "solver": plan.solver, "nfe": plan.nfe, **record}))
         return
-    table = Table("error to the ODE's end point", "tuned", "best hand-made", "ratio")
-    for kind in ("rmse", "median"):
-        tuned, by_hand = (record["errors"][name]["test"][kind] for name in ("tuned", "hand"))
-        table.add_row(f"test, {kind}", f"{tuned:.5f}", f"{by_hand:.5f}", f"{tuned / by_hand:.2f}")
-    OUT.print(table)
+    OUT.print(errors_table(record, ["test"], "best hand-made"))
     OUT.print(
         f"{counted(plan.nfe, 'call')}, in [bold]{escape(str(out))}[/]; "
         f'run it: fewstep.accelerate(pipe, plan="{escape(str(out))}")'

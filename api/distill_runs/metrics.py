@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from fewstep.problems import Mixture
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 PROJECTIONS = 128
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -115,13 +116,9 @@ def as_consistency(denoiser: Denoiser) -> ConsistencyDenoiser:
 
 
 class OwnRecipe(Recipe):
-    """A method on a problem of one's own.
+    """A method on a problem of one's own. TEACHER: whether it needs one."""
 
-    TEACHER  whether the method needs one
-    LORA     whether the option lora=RANK trains adapters alone
-    """
-
-    TEACHER, LORA = True, True
+    TEACHER = True
 
     def __init__(self, settings: RunSettings, problem: Problem) -> None:
         super().__init__(settings)
@@ -197,12 +194,16 @@ class OwnRecipe(Recipe):
         """Of one sample."""
         return tuple(self.first[0].shape[1:])
 
-    @property
+    @cached_property
     def first(self) -> tuple[Tensor, Cond]:
         """Some samples, the same in every run."""
-        if not hasattr(self, "_first"):
-            self._first = self.examples(CHECKED)
-        return self._first
+        return self.examples(CHECKED)
+
+    @property
+    def placed(self) -> tuple[Tensor, Cond]:
+        """`first` in float32, on the run's device."""
+        x0, cond = self.first
+        return x0.float().to(self.device), on_device(cond, self.device)
 
     def examples(self, count: int) -> tuple[Tensor, Cond]:
         """(x0, condition) of some samples, the same in every run, on the CPU."""
@@ -257,7 +258,7 @@ class OwnRecipe(Recipe):
         if _described(cond) != _described(more):
             raise ValueError(f"data: conditions differ, {_described(cond)} and {_described(more)}: make them one")
         self._warn_of_scale(torch.cat([x0, other]))
-        x, own = x0.float().to(self.device), on_device(cond, self.device)
+        x, own = self.placed
         if self.teacher is not None:
             self._try("teacher", self.teacher, x, own)
         self._try("student", self.denoiser("student"), x, self.sampling_cond(own, len(x)))

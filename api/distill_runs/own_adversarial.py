@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill_runs.data import Cond, on_device
+from fewstep.distill_runs.data import Cond
 from fewstep.distill_runs.own import OwnRecipe, few_levels
 from fewstep.distill_runs.own_features import feature_layers, hidden
 from fewstep.distill_runs.own_teachers import Consistency
@@ -36,8 +36,7 @@ class Adversarial(Consistency):
             raise ValueError(f"warm = {share}: the share of the steps must be from 0 to below 1")
         self.steps = int(share * self.settings.steps)
         self.few = few_levels(self, 4)
-        x0, cond = self.first
-        x0, cond = x0.float().to(self.device), on_device(cond, self.device)
+        x0, cond = self.placed
         if self.problem.features is None:
             self.layers = teacher_layers(self, *self.sharp(x0), cond)
         self.modules["heads"] = heads_of(self, self.seen(x0, cond))
@@ -118,8 +117,7 @@ class LatentAdversarial(OwnRecipe):
     def start(self) -> None:
         self.new_student((0.5, 0.99))
         self.few = few_levels(self, 4)
-        x0, cond = self.first
-        x0, cond = x0.float().to(self.device), on_device(cond, self.device)
+        x0, cond = self.placed
         at = self.levels(self.generator(0, 3), len(x0))
         if self.problem.features is None:
             self.layers = teacher_layers(self, x0, at, cond)

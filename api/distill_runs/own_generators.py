@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fewstep.distill_runs.data import Cond, on_device
+from fewstep.distill_runs.data import Cond
 from fewstep.distill_runs.own import OwnRecipe, few_levels, picked, weights_of
 from fewstep.distill_runs.own_adversarial import heads_of
 from fewstep.distill_runs.own_features import feature_layers, hidden
@@ -69,8 +69,7 @@ class DistributionMatching(OwnRecipe):
 
     def add_heads(self) -> None:
         """Add heads on the critic's layers to what its optimiser trains."""
-        x0, cond = self.first
-        x0, cond = x0.float().to(self.device), on_device(cond, self.device)
+        x0, cond = self.placed
         at = points_of(self.process, [float(self.process.point_at_sigma(1.0).t)] * len(x0))
         critic = self.modules["critic"]
         one = with_model(self.critic, critic.get_submodule("nets.0") if self.several else critic)
@@ -146,8 +145,8 @@ class DistributionMatching(OwnRecipe):
         logits = [self.logits(v, noise, at, cond, p) for v in (x0, fake)]
         return loss + self.CRITIC_GAN * distribution_matching.gan_critic_loss(*logits)
 
-    def critic_step(self, lr: float, g: torch.Generator) -> float:
-        """Update the critic on samples of the student."""
+    def update(self, name: str, lr: float, g: torch.Generator, loss: Callable[..., Tensor]) -> float:
+        """Update a network by its loss on fresh inputs of the student."""
         batch, at = self.batch(g), self.levels(g)
         seed = int(torch.randint(2**31, (1,), generator=g))
         noise = torch.randn((self.settings.batch, *self.shape), generator=g)
@@ -155,29 +154,19 @@ class DistributionMatching(OwnRecipe):
         def loss_of(p: slice) -> Tensor:
             x0, latent, cond = batch[p]
             x = self.entry(latent, cond, p, seed)
-            return self.critic_loss(x, x0, noise[p].to(self.device), part_of(at, p), cond, p)
+            return loss(x, x0, noise[p].to(self.device), part_of(at, p), cond, p)
 
-        return self.descend("critic", lr, loss_of)
+        return self.descend(name, lr, loss_of)
 
     def student_step(self, k: int, lr: float) -> float:
         """Update the student."""
-        g = self.generator(k)
-        batch, at = self.batch(g), self.levels(g)
-        seed = int(torch.randint(2**31, (1,), generator=g))
-        noise = torch.randn((self.settings.batch, *self.shape), generator=g)
-
-        def loss_of(p: slice) -> Tensor:
-            _, latent, cond = batch[p]
-            x = self.entry(latent, cond, p, seed)
-            return self.student_loss(x, noise[p].to(self.device), part_of(at, p), cond, p)
-
-        return self.descend("student", lr, loss_of)
+        return self.update("student", lr, self.generator(k), lambda x, x0, *seen: self.student_loss(x, *seen))
 
     def step(self, k: int) -> dict[str, float]:
         lr = self.lr_at(k)
-        critic_loss = 0.0
+        critic_loss, critic_lr = 0.0, self.option("critic_lr", 1.0) * lr
         for turn in range(self.critic_steps):
-            critic_loss = self.critic_step(self.option("critic_lr", 1.0) * lr, self.generator(k, turn + 2))
+            critic_loss = self.update("critic", critic_lr, self.generator(k, turn + 2), self.critic_loss)
         loss = self.student_step(k, lr)
         self.follow(k)
         return {"critic": critic_loss, "generator": loss}

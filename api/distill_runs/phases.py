@@ -9,7 +9,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.solvers.distill import progressive
 from fewstep.solvers.distill.jumps import Jumps
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, cut
 
 
 def phase_at(k: int, begins: Sequence[int]) -> tuple[int, int, int]:
@@ -22,7 +22,7 @@ def halved_grids(grid: Grid) -> list[Grid]:
     """The grid, then every other point of it again and again, down to one step."""
     grids = [grid]
     while (fine := grids[-1]).steps > 1:
-        grids.append(Grid(fine.process, fine.t[::2], fine.alpha[::2], fine.sigma[::2]))
+        grids.append(cut(fine, slice(None, None, 2)))
     return grids
 
 

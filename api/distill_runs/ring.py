@@ -45,25 +45,18 @@ class RingRecipe(Recipe):
         self.classes = ARMS if settings.problem == "pinwheel" else 0
         self.teacher = pinwheel_teacher() if self.classes else RING.denoiser(PROCESS)
         self.labels: Tensor | None = None  # of the latest batch
-        self.from_teacher = False  # whether the latest new network has the teacher's weights
+        self.from_teacher = False  # whether the student starts with the teacher's weights
 
-    def new_network(
-        self,
-        name: str,
-        elements: int = 2,
-        *,
-        strength: bool = False,
-        octaves: int = OCTAVES,
-        ends: bool = False,
-    ) -> nn.Module:
-        """Add a network with weights from the seed, or, on the pinwheel, with its teacher's if the sizes agree."""
+    def new_student(
+        self, elements: int = 2, *, strength: bool = False, octaves: int = OCTAVES, ends: bool = False
+    ) -> None:
+        """Add the student's network: weights from the seed, or, on the pinwheel, its teacher's if the sizes agree."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed * 101)
-            self.modules[name] = Points(
+            student = self.modules["student"] = Points(
                 elements, self.width, self.depth, strength=strength, octaves=octaves, classes=self.classes, ends=ends
             )
-        self.from_teacher = bool(self.classes) and self._start_as_teacher(self.modules[name])
-        return self.modules[name]
+        self.from_teacher = bool(self.classes) and self._start_as_teacher(student)
 
     def _start_as_teacher(self, net: nn.Module) -> bool:
         """Load the teacher's weights if they fit. Returns whether they do."""
@@ -75,13 +68,13 @@ class RingRecipe(Recipe):
             net.load_state_dict(weights)
         return fits
 
-    def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        """Add a fresh Adam over the network of that name."""
-        self.optimisers[name] = torch.optim.Adam(self.modules[name].parameters(), self.settings.lr, betas)
+    def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999), of: str | None = None) -> None:
+        """Add a fresh Adam over the network of that name, or over `of`."""
+        self.optimisers[name] = torch.optim.Adam(self.modules[of or name].parameters(), self.settings.lr, betas)
 
-    def averaged(self, name: str = "average", of: str = "student") -> None:
-        """Add a frozen copy of a network, for its average."""
-        self.modules[name] = frozen_copy(self.modules[of])
+    def averaged(self, name: str = "average") -> None:
+        """Add a frozen copy of the student, for its average."""
+        self.modules[name] = frozen_copy(self.modules["student"])
 
     def follow(self, k: int, decay: float | None = None) -> None:
         """Update the average, with a short memory at first to forget the initial weights."""

@@ -36,7 +36,7 @@ class Rectified(RingRecipe):
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.new_network("student")
+        self.new_student()
         self.averaged()
         self.averaged("flow")
         self.averaged("reflow")
@@ -130,7 +130,7 @@ class DistributionMatching(RingRecipe):
         if calls not in (1, len(LEVELS)):
             raise ValueError(f"calls = {calls}: the student takes 1 or {len(LEVELS)}")
         self.grid = Grid.from_sigmas(PROCESS, [*LEVELS[: int(calls)], 0.0])
-        self.new_network("student")
+        self.new_student()
         critics = distribution_matching.StepCritics(self.modules["student"], self.grid.steps)
         self.modules["critic"] = critics if self.grid.steps > 1 else critics.nets[0]
         last = self.option("last") or None

@@ -37,7 +37,7 @@ class FlowMapRecipe(RingRecipe):
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.new_network("student", octaves=self.octaves, ends=True)
+        self.new_student(octaves=self.octaves, ends=True)
         self.averaged()
         self.new_optimiser("student", betas=(0.9, 0.99))
         if self.classes:

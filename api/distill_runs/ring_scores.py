@@ -64,7 +64,7 @@ class Denoising(RingRecipe):
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.new_network("student", octaves=2)
+        self.new_student(octaves=2)
         self.averaged()
         self.averaged("start")
         self.new_optimiser("student", betas=(0.9, 0.99))
@@ -104,10 +104,6 @@ class LatentAdversarial(Denoising):
             self.modules["heads"] = adversarial.Heads([self.width] * self.depth, 64, conditions=1)
         self.new_optimiser("heads", betas=(0.5, 0.999))
         self.new_optimiser("generator", of="student", betas=(0.5, 0.999))
-
-    def new_optimiser(self, name: str, betas: tuple[float, float] = (0.9, 0.999), of: str | None = None) -> None:
-        parameters = self.modules[of or name].parameters()
-        self.optimisers[name] = torch.optim.Adam(parameters, self.settings.lr, betas)
 
     def features(self, x: Tensor, at: Point, part: slice) -> list[Tensor]:
         frozen = self.modules["start"]

@@ -35,7 +35,7 @@ class RingProgressive(RingRecipe):
         steps = self.option("teacher_steps", 16)
         if steps not in {2**n for n in range(1, 14)}:
             raise ValueError(f"teacher_steps = {steps:g}: it must be a power of two from 2 to 8192")
-        self.new_network("student")
+        self.new_student()
         self.new_optimiser("student")
         self.grids = halved_grids(edm_grid(int(steps)))
         for grid in self.grids[1:]:
@@ -89,7 +89,7 @@ class Consistency(RingRecipe):
         levels = self.option("levels", 18)
         if levels not in range(2, 1281):
             raise ValueError(f"levels = {levels:g}: it must be a whole number from 2 to 1280")
-        self.new_network("student")
+        self.new_student()
         self.averaged("target")
         self.averaged()
         self.new_optimiser("student")
@@ -129,7 +129,7 @@ class ContinuousConsistency(RingRecipe):
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.new_network("student", octaves=2)
+        self.new_student(octaves=2)
         self.averaged()
         self.new_optimiser("student", betas=(0.9, 0.99))
 
@@ -163,7 +163,7 @@ class ImprovedConsistency(RingRecipe):
 
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
-        self.new_network("student")
+        self.new_student()
         self.averaged()
         self.new_optimiser("student")
         # The paper's 0.00054 sqrt(d) is for images; in two dimensions it would make the loss the plain norm.
@@ -207,7 +207,7 @@ class Guided(RingRecipe):
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.deaf = bool(self.option("deaf"))
-        self.new_network("student", elements=1, strength=True)
+        self.new_student(elements=1, strength=True)
         if self.deaf:
             self.modules["student"] = Deaf(self.modules["student"])
         self.averaged()

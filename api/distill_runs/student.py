@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fewstep.bindings.consistency import ConsistencyDenoiser
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.flow_map import FlowMapDenoiser
+from fewstep.distill_runs.training import write_weights
 from fewstep.factories import digest, is_factory, made_by
 from fewstep.solvers.distill.boundary import Boundary, ConsistencyBoundary, LatentBoundary
 from fewstep.solvers.distill.ema import frozen_copy
@@ -138,7 +139,7 @@ class Student:
             module = cast(nn.Module, denoiser.model)
             if id(module) not in files:
                 files[id(module)] = "student.safetensors" if not files else f"student_{calls}.safetensors"
-                _write(module, target / files[id(module)])
+                write_weights(target / files[id(module)], module)
             record[str(calls)] = {"weights": files[id(module)], "plan": plan_as_json(plan)}
         made = {
             "format": FORMAT,
@@ -156,13 +157,6 @@ class Student:
         }  # fmt: skip
         text = json.dumps(made, indent=1, allow_nan=False) + "\n"
         write_whole(target / RECORD, lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def _write(module: nn.Module, path: Path) -> None:
-    state = module.state_dict()
-    kept = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
-    data = safetensors.torch.save(kept)
-    write_whole(path, lambda to: to.write_bytes(data))
 
 
 def _denoiser_as_json(denoiser: Denoiser) -> dict[str, object]:

@@ -27,7 +27,7 @@ from fewstep.kernels import cpu
 from fewstep.problems import energy_distance
 from fewstep.solvers.distill import lora
 from fewstep.solvers.field_names import method_name
-from fewstep.solvers.files import make_folder
+from fewstep.solvers.files import made_folder
 from fewstep.solvers.options import counted, function, named
 from fewstep.solvers.run.sampler import Sampler
 
@@ -196,14 +196,13 @@ class Trainer:
         Raises ValueError, before the first step, for data, shapes or processes that do not fit, and later for a run
         that diverges; SystemExit after SIGINT or SIGTERM, once the checkpoint is written.
         """
-        with training.processes(self._settings["device"]):
+        room = contextlib.nullcontext() if self.out is None else made_folder(self.out, "out")
+        with training.processes(self._settings["device"]), room:
             main = training.rank() == 0
-            if self.out is not None:
-                make_folder(self.out, "out")
-                if not resume and (self.out / CHECKPOINT).exists():
-                    raise ValueError(
-                        f"out = {self.out} holds a checkpoint: continue it with resume=True (--resume), or use another"
-                    )
+            if self.out is not None and not resume and (self.out / CHECKPOINT).exists():
+                raise ValueError(
+                    f"out = {self.out} holds a checkpoint: continue it with resume=True (--resume), or use another"
+                )
             training.check_processes(self._facts())
             recipe = self.recipe()
             table = (

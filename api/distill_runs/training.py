@@ -345,6 +345,14 @@ def write_array(path: Path, x: NDArray[np.float32]) -> None:
     write_whole(path, lambda to: np.save(to, x, allow_pickle=False))
 
 
+def write_weights(path: Path, module: nn.Module) -> None:
+    """Write a module's state to a .safetensors file, whole."""
+    # Clones, since safetensors refuses tensors that share memory.
+    kept = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()}
+    data = safetensors.torch.save(kept)
+    write_whole(path, lambda to: to.write_bytes(data))
+
+
 def save(recipe: Recipe, step: int, path: Path) -> None:
     """Write all state after `step` steps as safetensors; the file before it is kept beside it, as `.previous`.
 
@@ -466,11 +474,11 @@ def step_numbers(recipe: Recipe) -> Iterator[Callable[[int], None]]:
     Each process has its own numbers, since it has its own part of the batch. The caller's generators are restored.
     """
     with torch.random.fork_rng(devices=[recipe.device] if recipe.device.type == "cuda" else []):
-        yield lambda k: void(torch.manual_seed(recipe.generator(k, 11).initial_seed() * 31 + rank()))
 
+        def begin(k: int) -> None:
+            torch.manual_seed(recipe.generator(k, 11).initial_seed() * 31 + rank())
 
-def void(_: object) -> None:
-    """Drop a result."""
+        yield begin
 
 
 def train(

@@ -1,6 +1,7 @@
 """A pipeline's network with its real conditions, as a denoiser.
 
-The pipeline runs once per prompt, for two calls of a plan. Hooks keep what its network was called with and what it
+The pipeline runs once per prompt, for two calls of a plan; where prompts are of several kinds, each kind first runs up
+to the network, so that what it lacks shows at once. Hooks keep what its network was called with and what it
 returned, and the scheduler keeps what became of that: the guided prediction. Everything else follows from comparing
 them: which argument is the sample and which the time (they change from call to call), which rows of a batched call
 belong to which branch of guidance, and the scale of guidance. Nothing is assumed of names. The denoiser made from it
@@ -9,6 +10,7 @@ must give the recorded predictions again, or the pipeline is refused.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
@@ -24,7 +26,7 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers import PlanScheduler
 from fewstep.bindings.diffusers.pipeline import DENOISERS, _components
 from fewstep.bindings.diffusers.plan_scheduler import described
-from fewstep.bindings.maps import Mapped, process_of
+from fewstep.bindings.maps import Mapped, output_of, process_of
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import TorchFrame
 from fewstep.solvers.schedule.grid import Grid
@@ -32,6 +34,7 @@ from fewstep.solvers.schedule.process import Flow
 
 if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
+    from torch.utils.hooks import RemovableHandle
 
 # The relative difference that rounding explains between the pipeline's own prediction and that of the denoiser.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}
@@ -106,23 +109,37 @@ def collect(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> Collected:
         raise ValueError(
             f"pipe.{training[0]} is in training mode, where it may be random: call pipe.{training[0]}.eval()"
         )
-    hooks = [
-        m.register_forward_hook(functools.partial(_note, calls, name), with_kwargs=True) for name, m in networks.items()
-    ]
     steps: list[list[Seen]] = []
+
+    def run(given: Mapping[str, Any]) -> None:
+        seen.clear()
+        calls.clear()
+        generator = torch.Generator().manual_seed(len(steps))
+        try:
+            with torch.no_grad():
+                pipe(**{**asked, "generator": generator, **given})
+        except (AttributeError, TypeError) as error:
+            if not calls and not seen:
+                _explain(pipe, components, error)
+            raise
+
+    kinds = {frozenset(given): given for given in prompts}  # texts, embeddings
+    hooks: list[RemovableHandle] = []
     pipe.scheduler = recorder
     try:
+        if networks and len(kinds) > 1:  # what another kind lacks shows before the network runs for the first
+            hooks = [m.register_forward_pre_hook(_stop, prepend=True) for m in networks.values()]
+            for given in kinds.values():
+                with contextlib.suppress(_ReachedError):
+                    run(given)
+            while hooks:
+                hooks.pop().remove()
+        hooks = [
+            m.register_forward_hook(functools.partial(_note, calls, name), with_kwargs=True)
+            for name, m in networks.items()
+        ]
         for given in prompts:
-            seen.clear()
-            calls.clear()
-            generator = torch.Generator().manual_seed(len(steps))
-            try:
-                with torch.no_grad():
-                    pipe(**{**asked, "generator": generator, **given})
-            except (AttributeError, TypeError) as error:
-                if not calls and not seen:
-                    _explain(pipe, components, error)
-                raise
+            run(given)
             if len(seen) != 2:
                 raise ValueError(f"pipe made {len(seen)} scheduler steps in a run of 2 calls: its loop cannot be tuned")
             steps.append(list(seen))
@@ -131,6 +148,14 @@ def collect(pipe: Any, prompts: Sequence[Mapping[str, Any]]) -> Collected:
         for hook in hooks:
             hook.remove()
     return _made(networks, steps, process, predicts)
+
+
+class _ReachedError(Exception):
+    """A run that only showed whether its arguments lead to the network."""
+
+
+def _stop(*args: object) -> None:
+    raise _ReachedError
 
 
 def _asked(pipe: Any) -> dict[str, Any]:
@@ -178,12 +203,7 @@ def _recording(seen: list[Seen], calls: list[Called]) -> Any:
 def _note(calls: list[Called], name: str, module: object, args: Any, kwargs: Any, output: Any) -> None:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    calls.append(Called(name, kept, spec, _tensor_of(output).clone()))
-
-
-def _tensor_of(output: Any) -> Tensor:
-    found: Tensor = output.sample if hasattr(output, "sample") else output[0] if isinstance(output, tuple) else output
-    return found
+    calls.append(Called(name, kept, spec, output_of(output).clone()))
 
 
 def _refused(why: str) -> ValueError:
@@ -356,7 +376,7 @@ def _network(
         for i, name in layout.varying:
             leaves[i] = cond[name]
         args, kwargs = pytree.tree_unflatten(leaves, layout.spec)
-        raw: Tensor = _tensor_of(module(*args, **kwargs))[:, :channels]
+        raw: Tensor = output_of(module(*args, **kwargs))[:, :channels]
         for watch in watchers:
             watch(len(x))
         return raw

@@ -8,8 +8,9 @@ network's output, fresh noise and the slots that it remembers. Its twin (`schedu
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -26,15 +27,16 @@ from fewstep.bindings.diffusers.interface import Timestep
 from fewstep.bindings.maps import PREDICTION_TYPES, process_of
 from fewstep.kernels import layout
 from fewstep.solvers.field_names import solver_hint
-from fewstep.solvers.options import counted, instance, one_of
+from fewstep.solvers.options import counted, instance, number, one_of
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, read_plan
+from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, plan_of
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.plans.tables import stage_tables
 from fewstep.solvers.plans.tail import begun, starts
+from fewstep.solvers.run.checks import check_tensor
 from fewstep.solvers.schedule.grid import list_spacings
-from fewstep.solvers.schedule.process import VP, Flow, Process
+from fewstep.solvers.schedule.process import VP, Flow, Process, numbers
 
 if TYPE_CHECKING:
     from fewstep.bindings.diffusers.interface import Scheduler
@@ -128,8 +130,6 @@ def _no_network(x: Tensor, t: Tensor) -> Tensor:
 
 def read(plan: PlanLike) -> Plan:
     """A plan from a plan, a path, or the fields of a plan file."""
-    if isinstance(plan, Plan):
-        return plan
     if isinstance(plan, Mapping):
         return plan_from_json(dict(plan), f"{NAME}'s plan")
     if isinstance(plan, (str, os.PathLike)):
@@ -140,8 +140,7 @@ def read(plan: PlanLike) -> Plan:
                 "fewstep.plan(solver, fewstep.grid(process, steps, spacing)), with the pipeline's own process, "
                 "fewstep.bindings.maps.from_diffusers(network, pipe.scheduler).process"
             )
-        return read_plan(Path(plan))
-    raise TypeError(f"plan must be a Plan or the path of a plan file, got {type(plan).__name__}")
+    return plan_of(plan)
 
 
 def check_process(plan: Plan, process: Process, owner: str) -> None:
@@ -305,23 +304,17 @@ class PlanScheduler(Base):
         Raises ValueError for anything else, which the plan could not follow.
         """
         calls = len(self.rows) + self.first
-        laid = lay_out(self.plan, self.config["prediction_type"]) if self.first else None
-        if laid is not None:
-            self._lay(laid, 0)
-        given = num_inference_steps
-        for values in (timesteps, sigmas):
-            given = len(values) if given is None and values is not None else given
-        if given != calls:
+        if num_inference_steps is None and timesteps is None and sigmas is None:
+            raise ValueError(f"give num_inference_steps, which is {calls} for the plan of this scheduler")
+        if num_inference_steps is not None and number(num_inference_steps) != calls:
             raise ValueError(
-                f"num_inference_steps = {given}, and the plan of this scheduler makes {counted(calls, 'call')}: pass "
-                f"num_inference_steps={calls}, or a plan of {counted(given, 'call')}"
+                f"num_inference_steps = {num_inference_steps!r:.80}, and the plan of this scheduler makes "
+                f"{counted(calls, 'call')}: pass num_inference_steps={calls}, or another plan"
             )
-        ramp = np.linspace(1.0, 1.0 / calls, calls)
-        own_sigmas = self.sigmas[:-1].numpy()
-        if timesteps is not None and not _close(timesteps, [self.times]):
-            raise ValueError(f"timesteps = {_shown(timesteps)} are not the plan's own, {_shown(self.times)}: omit them")
-        if sigmas is not None and not _close(sigmas, [own_sigmas, ramp]):
-            raise ValueError(f"sigmas = {_shown(sigmas)} are not the plan's own, {_shown(own_sigmas)}: omit them")
+        _check_own("timesteps", timesteps, self.times)
+        _check_own("sigmas", sigmas, self.sigmas[:-1].numpy(), np.linspace(1.0, 1.0 / calls, calls))
+        if self.first:
+            self._lay(lay_out(self.plan, self.config["prediction_type"]), 0)
         self.num_inference_steps = calls
         self.timesteps = torch.tensor(self.times, dtype=torch.float32).to(device)
         self._reset()
@@ -332,9 +325,13 @@ class PlanScheduler(Base):
 
     def index_for_timestep(self, timestep: Timestep) -> int:
         """The call at a timestep of the plan; the first that begins a step, if several are made there."""
-        away = np.abs(self.times - float(timestep))
-        if not away.min() <= 1e-3 * max(1.0, abs(float(timestep))):
-            raise IndexError(f"timestep = {float(timestep):g} is none of the plan's, {_shown(self.times)}")
+        alone = isinstance(timestep, (Tensor, np.ndarray)) and math.prod(timestep.shape) == 1
+        time = number(timestep.item() if alone else timestep)  # type: ignore[union-attr]
+        if math.isnan(time):
+            raise TypeError(f"timestep must be one of the plan's, {_shown(self.times)}, got {timestep!r:.80}")
+        away = np.abs(self.times - time)
+        if not away.min() <= 1e-3 * max(1.0, abs(time)):
+            raise IndexError(f"timestep = {time:g} is none of the plan's, {_shown(self.times)}")
         found = np.flatnonzero(away <= away.min() + 1e-9)
         return int(next((k for k in found if k in self.begins), found[0]))
 
@@ -351,12 +348,21 @@ class PlanScheduler(Base):
 
         variance_noise  standard normals like the sample, in place of those from the generator
         """
+        check_tensor("model_output", model_output)
+        check_tensor("sample", sample)
         if model_output.shape != sample.shape:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)} and sample {tuple(sample.shape)}: a plan takes "
                 "the prediction alone, without a learned variance"
             )
-        call = self._begin(timestep) if self._step_index is None else self._step_index
+        if variance_noise is not None:
+            check_tensor("variance_noise", variance_noise)
+            if variance_noise.shape != sample.shape:
+                raise ValueError(
+                    f"variance_noise has shape {tuple(variance_noise.shape)} and sample {tuple(sample.shape)}: pass "
+                    "torch.randn_like(sample), or a generator"
+                )
+        call = self._first_call(timestep) if self._step_index is None else self._step_index
         index = call - self.first
         if index >= len(self.rows):
             raise IndexError(f"the plan's {len(self.times)} calls are made: begin the next run with set_timesteps")
@@ -393,7 +399,19 @@ class PlanScheduler(Base):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """alpha x0 + sigma noise at the levels of the sample before the calls at these timesteps of the plan."""
-        index = [self.index_for_timestep(t) for t in timesteps]
+        check_tensor("original_samples", original_samples)
+        check_tensor("noise", noise)
+        if isinstance(timesteps, (Tensor, np.ndarray)):
+            timesteps = timesteps.reshape(-1)
+        index = [self.index_for_timestep(t) for t in (timesteps if isinstance(timesteps, Iterable) else [timesteps])]
+        shapes = tuple(original_samples.shape), tuple(noise.shape)
+        try:
+            np.broadcast_shapes(*shapes, (len(index), *[1] * (original_samples.ndim - 1)))
+        except ValueError:
+            raise ValueError(
+                f"original_samples has shape {shapes[0]}, noise {shapes[1]}, and timesteps length {len(index)}: pass "
+                "noise like the samples, and one timestep for all or one for each"
+            ) from None
         wide = torch.promote_types(original_samples.dtype, torch.float32)
         levels = torch.tensor(self.levels[index], dtype=wide, device=original_samples.device)
         shape = (-1, *[1] * (original_samples.ndim - 1))
@@ -404,12 +422,13 @@ class PlanScheduler(Base):
         """`add_noise` under the name and with the arguments that pipelines of flow models use."""
         if noise is None:
             raise TypeError("scale_noise needs noise=")
-        return self.add_noise(sample, noise, torch.as_tensor(timestep).reshape(-1))
+        check_tensor("sample", sample)
+        return self.add_noise(sample, noise, timestep.reshape(-1) if isinstance(timestep, Tensor) else timestep)
 
     def __len__(self) -> int:
         return int(self.config["num_train_timesteps"])
 
-    def _begin(self, timestep: Timestep) -> int:
+    def _first_call(self, timestep: Timestep) -> int:
         """The first call of a run, whose rows are laid out."""
         index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
         if index:
@@ -432,12 +451,17 @@ class PlanScheduler(Base):
         self.slots = [None] * self.rows.shape[1]
 
 
-def _close(given: Any, wanted: Sequence[np.ndarray]) -> bool:
-    found = np.asarray([float(v) for v in given])
-    return any(
-        found.shape == own.shape and bool(np.all(np.abs(found - own) <= 1e-3 * np.maximum(1.0, np.abs(own))))
-        for own in wanted
-    )
+def _check_own(name: str, given: Any, *own: np.ndarray) -> None:
+    """Raises ValueError unless the values, if there are any, are one of these arrays but for rounding."""
+    if given is None:
+        return
+    found = numbers(name, given)
+    if not any(
+        found.shape == values.shape and np.all(np.abs(found - values) <= 1e-3 * np.maximum(1.0, np.abs(values)))
+        for values in own
+    ):
+        shown = _shown(found) if found.ndim == 1 else f"{given!r:.80}"
+        raise ValueError(f"{name} = {shown} are not the plan's own, {_shown(own[0])}: omit them")
 
 
 def _shown(values: Any) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.diffusers.fitted import FIELD, weights_of
 from fewstep.solvers.files import check_target
-from fewstep.solvers.options import counted, flag, unknown
+from fewstep.solvers.options import counted, duration, flag, instance, unknown
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import read_plan, save_plan
+from fewstep.solvers.plans.plan_file import plan_of, save_plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.schedule.process import Process
 from fewstep.solvers.tune.fingerprint import digest
@@ -80,14 +80,11 @@ def tune_pipeline(
     given = _arguments(prompts, guidance, options)
     _check_names(pipe, given)
     count = seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS
-    base: Plan | str = "auto"
-    if resume is not None:
-        base = resume if isinstance(resume, Plan) else read_plan(resume)
+    base = "auto" if resume is None else plan_of(resume)
     check_arguments(base, nfe, count, "all", batch)
     if out is not None:
-        if not isinstance(out, (str, os.PathLike)):
-            raise TypeError(f"out must be a path, got {type(out).__name__}")
-        check_target(Path(out), (".json",))
+        instance("out", out, (str, os.PathLike), "a path such as 'plan.json'")
+        check_target(Path(out), (".json",), "out")
     say = speaker(progress, NAME)
     made = collect(pipe, given)
     denoiser = made.denoiser
@@ -101,7 +98,7 @@ def tune_pipeline(
     )
     say(
         f"about {predictions} predictions of one sample, {branches * predictions} evaluations of the network, "
-        f"{seconds:.2g} s each in batches of {batch}: {_duration(predictions * seconds)}"
+        f"{seconds:.2g} s each in batches of {batch}: {duration(predictions * seconds)}"
     )
     with _bar(made, branches * predictions, progress is True) as describe:
         plan = tune(
@@ -223,9 +220,3 @@ def _bar(made: Collected, total: int, shown: bool) -> Iterator[Callable[[str], N
             yield bar.set_description_str
         finally:
             made.watchers.remove(update)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90.0:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60.0:.0f} min" if seconds < 5400.0 else f"{seconds / 3600.0:.1f} h"

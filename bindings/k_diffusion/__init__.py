@@ -11,7 +11,7 @@ Every function follows the field's convention (Crowson 2022):
     sigmas      (steps + 1,) tensor or sequence, strictly decreasing (or increasing, from data to noise)
     callback    called once per step, after the first model call, with {x, i, sigma, sigma_hat, denoised}; may raise
                 to stop
-    disable     True hides the progress bar, None shows it on a terminal
+    disable     True hides the progress bar, None shows it on a terminal; other values count as Python takes them
     flow        True: x = (1 - sigma) x0 + sigma noise (ComfyUI's CONST models); False: x = x0 + sigma noise;
                 None: as the model declares
 

@@ -10,7 +10,7 @@ import numpy as np
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.bindings.k_diffusion.noise import KernelNoise, Noise, NoiseSampler
 from fewstep.bindings.k_diffusion.run import Callback, ExtraArgs, SamplerCall, SigmaModel, grid_of
-from fewstep.solvers.options import one_of, whole
+from fewstep.solvers.options import one_of, truth, whole
 from fewstep.solvers.run.adaptive import AttemptInfo, sample_adaptive
 from fewstep.solvers.schedule.process import Point
 
@@ -91,6 +91,7 @@ def sample_dpm_adaptive(
     import torch
 
     one_of("order", order, (2, 3))
+    return_info = truth("return_info", return_info)
     high, low = _ends(sigma_min, sigma_max)
     call = SamplerCall(model, x, [high, low], extra_args, callback, disable, flow)
     ratios = grid_of(call.process, call.levels).ratio

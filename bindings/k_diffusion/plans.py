@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,7 @@ from fewstep.bindings.k_diffusion.run import (
     SamplerCall,
     SigmaModel,
     Sigmas,
+    _reads_unguided,
     _sampler,
     _shows_progress,
     _Tracker,
@@ -28,9 +28,8 @@ from fewstep.bindings.k_diffusion.run import (
     model_sampling,
 )
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.plans.plan_file import read_plan
-from fewstep.solvers.plans.stages import UNGUIDED
-from fewstep.solvers.plans.tail import begun
+from fewstep.solvers.plans.plan_file import plan_of
+from fewstep.solvers.plans.tail import begun, starts
 from fewstep.solvers.schedule.process import Flow, Point
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def plan_sigmas(plan: PlanLike) -> torch.Tensor:
     """The sigmas of a plan's steps in k-diffusion's convention: (steps + 1,) float32, for `plan_sampler`."""
     import torch
 
-    made = _read(plan)
+    made = plan_of(plan)
     return torch.tensor([_level(made, point) for point in made.grid.points], dtype=torch.float32)
 
 
@@ -65,13 +64,13 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
     Raises ValueError for a plan that reads the unguided prediction, or a VP plan that starts at alpha = 0. The sampler
     raises it for a ComfyUI model of the other kind.
     """
-    made = _read(plan)
+    made = plan_of(plan)
     levels = plan_sigmas(made).double().numpy()
-    if any(row.get(UNGUIDED) for stage in made.stages for row in stage.rows.values()):
+    if _reads_unguided(made):
         raise ValueError(f"a plan of solver {made.solver!r} reads the unguided prediction: use its sample_* function")
     if not np.isfinite(levels).all():
         raise ValueError("plan starts at alpha = 0, an infinite sigma: make it on a grid that starts below (Grid.tail)")
-    firsts = np.flatnonzero([True, *(stage.done for stage in made.stages[:-1])])
+    firsts = starts(made)
 
     def sample(
         model: SigmaModel,
@@ -88,7 +87,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         call = SamplerCall(model, x, given, extra_args, callback, disable, _flow(made))
         _check_kind(model, made)
         step = _first_step(call.given, levels)
-        own = begun(made, int(firsts[step]))
+        own = begun(made, firsts[step])
         state = "float64" if x.dtype == torch.float64 else "float32"
         run = _sampler(own, tuple(x.shape), x.dtype, x.device, state)
         tracker = _PlanTracker(call, own, None, every_step=False)
@@ -101,14 +100,6 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         return found if _flow(own) or end.alpha == 1.0 else found / end.alpha
 
     return sample
-
-
-def _read(plan: PlanLike) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, (str, os.PathLike)):
-        return read_plan(Path(plan))
-    raise TypeError(f"plan must be a Plan or the path of a plan file, got {type(plan).__name__}")
 
 
 def _flow(plan: Plan) -> bool:

@@ -23,12 +23,14 @@ from fewstep.bindings.k_diffusion.noise import (
     gaussian_noise,
     torchsde_noise,
 )
-from fewstep.solvers.options import flag, function, instance, number
+from fewstep.solvers.options import flag, function, instance, number, truth
+from fewstep.solvers.plans import tail
 from fewstep.solvers.plans.guidance import Moment, Shares
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.stages import UNGUIDED
-from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name
+from fewstep.solvers.run.arrays import Frame
+from fewstep.solvers.run.checks import check_tensor
 from fewstep.solvers.run.one_call import SAMPLERS, kept, laid_out
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
@@ -84,18 +86,14 @@ class SamplerCall:
     below_one: bool = False
 
     def __post_init__(self) -> None:
-        import torch
-
         function("model", self.model, classes=False)
-        if not isinstance(self.x, torch.Tensor):
-            raise TypeError(f"x must be a torch tensor, got {type(self.x).__name__}; for NumPy use fewstep.sample")
-        if dtype_name(self.x.dtype, "x of dtype") not in FLOATS:
-            raise ValueError(f"x must have a floating dtype, got {self.x.dtype}")
+        check_tensor("x", self.x, "; for NumPy use fewstep.sample")
         function("callback", self.callback, optional=True)
         if self.extra_args is not None:
             instance("extra_args", self.extra_args, Mapping, "a mapping of the model's keyword arguments")
         if self.flow is not None:
             flag("flow", self.flow)
+        truth("disable", self.disable)
 
     @cached_property
     def process(self) -> Process:
@@ -293,8 +291,7 @@ class _Tracker:
     def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None, every_step: bool) -> None:
         self.call, self.plan = call, plan
         self.every_step, self.churned = every_step, 0
-        first = [True, *(stage.done for stage in plan.stages[:-1])]
-        self.step = {k: i for i, k in enumerate(np.flatnonzero(first).tolist() if starts is None else sorted(starts))}
+        self.step = {k: i for i, k in enumerate(tail.starts(plan) if starts is None else sorted(starts))}
         # A solver with its own steps starts them at its own levels; others start at the sigmas, then churn.
         self.levels: Sequence[float] | np.ndarray
         self.levels = call.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]

@@ -9,7 +9,7 @@ import numpy as np
 
 from fewstep.bindings.k_diffusion.noise import KernelNoise, Noise, NoiseSampler
 from fewstep.bindings.k_diffusion.run import SamplerCall, model_sampling, sampler
-from fewstep.solvers.options import flag, function, one_of
+from fewstep.solvers.options import flag, function, number, one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -269,7 +269,7 @@ def _one_idle(noise: NoiseSampler | KernelNoise, used: int, last: float) -> Nois
     used  the draws of a step that count
     last  the place of the last inner call in the step
     """
-    if last != 1.0 or isinstance(noise, KernelNoise):
+    if number(last) != 1.0 or isinstance(noise, KernelNoise):
         return noise
     made = 0
 

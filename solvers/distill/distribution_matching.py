@@ -142,8 +142,7 @@ class BackwardSimulation:
             return latent
 
         def make() -> Sampler:
-            g = self.grid
-            head = Grid(g.process, g.t[: stop + 1], g.alpha[: stop + 1], g.sigma[: stop + 1])
+            head, _ = self.grid.split(stop)
             return Sampler(
                 self.student, plan(self.solver, head), tuple(latent.shape), device=latent.device, dtype=latent.dtype
             )

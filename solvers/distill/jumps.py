@@ -24,7 +24,7 @@ from fewstep.solvers.plans.stages import PREDICTION, SOURCES, UNGUIDED, Row
 from fewstep.solvers.plans.tables import fold
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, NetworkInputs
 from fewstep.solvers.run.functional import stage as run_stage
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, cut
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point
 
@@ -36,9 +36,7 @@ def intervals(grid: Grid, stride: int = 1) -> list[Grid]:
     """
     if stride < 1 or grid.steps % stride:
         raise ValueError(f"stride = {stride} does not divide the grid's {grid.steps} steps")
-    starts = range(0, grid.steps, stride)
-    parts = [slice(n, n + stride + 1) for n in starts]
-    return [Grid(grid.process, grid.t[part], grid.alpha[part], grid.sigma[part]) for part in parts]
+    return [cut(grid, slice(n, n + stride + 1)) for n in range(0, grid.steps, stride)]
 
 
 class Jumps:

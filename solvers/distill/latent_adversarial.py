@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.solvers.distill import adversarial
+from fewstep.solvers.distill.distribution_matching import noise_levels
 from fewstep.solvers.distill.losses import per_sample
 from fewstep.solvers.distill.network import noised
 from fewstep.solvers.schedule.process import Point, Process
@@ -28,8 +29,7 @@ def draw_levels(
 
     mean, std  of the logit; the paper finds mean 1, std 1 best: mostly structure, some texture
     """
-    logit = mean + std * torch.randn((batch,), generator=generator, dtype=torch.float64, device=generator.device)
-    return process.point_at_sigma(logit.exp().clamp(process.sigma_min, process.sigma_max).cpu().numpy())
+    return noise_levels(process, batch, generator, mean, std)  # the logit of the time is ln(sigma / alpha)
 
 
 def generator_loss(

@@ -144,6 +144,11 @@ def lms(
 ) -> Iterator[Stage]:
     """Linear multistep (Crowson 2022, k-diffusion): exact integrals of the slopes' Lagrange polynomial in u.
 
+    After levels that almost meet, a longer step weighs differences of nearly equal slopes by its length over theirs.
+    The rounding of a float32 state grows by that factor, and so does the network's own error, in any loop of the
+    method: after 3, 2.97 and 2.94 a step to 1 leaves errors of 5e-4. A plan that would lose more than 1e-2 of x is
+    refused; a lower order or steps of more equal length keep it, and against rounding alone dtype="float64".
+
     order        1 to 4
     frame        "sigma" or "flow"; by default flow time for flow models, sigma for others
     final_order  limits the order of the last step

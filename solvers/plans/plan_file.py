@@ -157,6 +157,15 @@ def read_plan(path: str | Path) -> Plan:
     return plan_from_json(read_json(path), shown(path))
 
 
+def plan_of(plan: Plan | str | os.PathLike[str]) -> Plan:
+    """A plan, or that of a plan file. Raises TypeError for anything else, and what `read_plan` raises."""
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, (str, os.PathLike)):
+        return read_plan(Path(plan))
+    raise TypeError(f"plan must be a Plan or the path of a plan file, got {type(plan).__name__}")
+
+
 def read_json(path: str | Path) -> Any:
     """The data of a JSON file of at most `MAX_BYTES`, without duplicate keys, NaN, infinities or huge numbers."""
     try:

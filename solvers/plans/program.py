@@ -134,13 +134,13 @@ def x0_shares(plan: UncheckedPlan) -> list[dict[str, float]]:
     return found
 
 
-def live_rows(plan: UncheckedPlan, *, keep_x0: bool = False) -> list[dict[str, Row]]:
+def live_rows(plan: UncheckedPlan) -> list[dict[str, Row]]:
     """The rows of each stage that a later one reads, without zero coefficients and identity rows."""
-    return [rows for rows, _ in _live(plan, keep_x0)]
+    return [rows for rows, _ in _live(plan)]
 
 
 def _live(
-    plan: UncheckedPlan, keep_x0: bool, lasting: frozenset[str] = frozenset()
+    plan: UncheckedPlan, keep_x0: bool = False, lasting: frozenset[str] = frozenset()
 ) -> list[tuple[dict[str, Row], set[str]]]:
     """The live rows of each stage, and the slots that are still read after it, or that are `lasting`."""
     live = {"x"}

@@ -9,7 +9,7 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, PlanError, Row
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, cut
 
 # What a slot holds when the denoiser is perfect: its shares of x0 and of the noise in x.
 _Shares = tuple[float, float]
@@ -43,7 +43,7 @@ def begun(plan: Plan, stage: int) -> Plan:
             f"{', '.join(map(str, starts(plan)))}"
         )
     step = sum(s.done for s in plan.stages[:stage])
-    grid = Grid(plan.grid.process, plan.grid.t[step:], plan.grid.alpha[step:], plan.grid.sigma[step:])
+    grid = cut(plan.grid, slice(step, None))
     again = _again(plan, plan.grid)
     shorter = None if again is None else _again(plan, grid)
     if shorter is not None and shorter.nfe == plan.nfe - stage:

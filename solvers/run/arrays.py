@@ -122,6 +122,9 @@ class Frame(Protocol):
     def device_of(self, array: Array) -> str: ...
 
 
+_numpy_name = functools.lru_cache(64)(str)  # NumPy makes a dtype's name in Python: 4 us
+
+
 class NumpyFrame:
     name = "numpy"
     device = "cpu"
@@ -162,7 +165,7 @@ class NumpyFrame:
         return array
 
     def dtype_of(self, array: Array) -> str:
-        return str(array.dtype)
+        return _numpy_name(array.dtype)
 
     def concatenate(self, arrays: Sequence[Array]) -> Array:
         return np.concatenate(arrays)

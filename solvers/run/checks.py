@@ -14,7 +14,7 @@ import numpy as np
 from fewstep.kernels import cpu
 from fewstep.solvers.options import named
 from fewstep.solvers.plans.plan import Plan
-from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Array, Device, Frame, NumpyFrame, TorchFrame, dtype_name, frame_of
 from fewstep.solvers.run.conditions import leaves
 from fewstep.solvers.run.denoising import DenoiserLike, check_denoiser
 from fewstep.solvers.run.gpu import why_unavailable
@@ -103,6 +103,16 @@ def check_latent(x: Array, frame: Frame | None, shape: tuple[int, ...], model: F
         raise ValueError(f"x is on {frame.device}, the model on {model.device}: move one of them")
 
 
+def check_tensor(name: str, value: object, hint: str = "") -> None:
+    """Raises TypeError or ValueError unless this is a torch tensor of a floating dtype."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}{hint}")
+    if dtype_name(value.dtype, f"{name} of dtype") not in FLOATS:
+        raise ValueError(f"{name} must have a floating dtype, got {value.dtype}")
+
+
 def check_finite(name: str, x: Array, frame: Frame) -> None:
     """Raises ValueError for an array with NaN or inf; on a GPU reading it would wait for the device."""
     if frame.device == "cpu" and not bool((abs(frame.detached(x)) < math.inf).all()):
@@ -110,6 +120,17 @@ def check_finite(name: str, x: Array, frame: Frame) -> None:
 
 
 def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
+    """Raises TypeError or ValueError, with an `out` that works, for an array that cannot hold the result."""
+    try:
+        _check_out(out, frame, shape, model)
+    except (TypeError, ValueError) as error:
+        works = f"np.empty({shape}, np.float32)"
+        if isinstance(frame, TorchFrame):
+            works = f"torch.empty({shape}{'' if model.device == 'cpu' else f', device={model.device!r}'})"
+        raise type(error)(f"{error}; out={works} would do") from None
+
+
+def _check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Frame) -> None:
     array = frame is not None and frame.is_array(out)
     if array:
         _check_plain("out", out)
@@ -122,7 +143,7 @@ def check_out(out: Array, frame: Frame | None, shape: tuple[int, ...], model: Fr
     if frame.dtype_of(out) not in FLOATS:
         raise ValueError(f"out has dtype {frame.dtype_of(out)}; it must be one of {', '.join(FLOATS)}")
     if frame.device_of(out) != model.device:
-        raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}: move one of them")
+        raise ValueError(f"out is on {frame.device_of(out)}, the model on {model.device}")
 
 
 def _check_plain(name: str, array: Array) -> None:
@@ -140,15 +161,13 @@ def _check_writable(out: Array) -> None:
     """Raises ValueError for memory that cannot hold one result."""
     if isinstance(out, np.ndarray):
         if not out.flags.writeable:
-            raise ValueError("out is read-only: pass an array that may be written to, or use the returned one")
+            raise ValueError("out is read-only, and the result is written to it")
         plain, strides = out.flags.c_contiguous, out.strides
     else:
         if out.is_inference() and not sys.modules["torch"].is_inference_mode_enabled():
             raise ValueError("out is an inference tensor, which is read-only outside inference_mode: pass out.clone()")
         if type(out).__torch_dispatch__ is not sys.modules["torch"].Tensor.__torch_dispatch__:
-            raise ValueError(
-                f"out is a {type(out).__name__}, which may have no memory to write to: pass a plain tensor"
-            )
+            raise ValueError(f"out is a {type(out).__name__}, which may have no memory to write to")
         if out.requires_grad:  # a leaf, a view of one, or a view that a split made: torch writes to none of them
             raise ValueError("out requires grad, and torch may refuse to write to it: pass out.detach()")
         plain = out.is_contiguous()
@@ -159,9 +178,7 @@ def _check_writable(out: Array) -> None:
     span = out.itemsize
     for stride, size in sorted((abs(s), n) for s, n in zip(strides, out.shape, strict=True) if n > 1):
         if stride < span:
-            raise ValueError(
-                f"out of shape {tuple(out.shape)} has strides {strides}: its elements share memory, copy it"
-            )
+            raise ValueError(f"out of shape {tuple(out.shape)} has strides {strides}: its elements share memory")
         span += stride * (size - 1)
 
 

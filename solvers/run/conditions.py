@@ -115,22 +115,31 @@ def check_arrays(
                 )
 
 
+def widened(cond: Mapping[str, Any], frame: Frame, batch: int, *, nested: bool = True) -> Mapping[str, Any]:
+    """A condition, checked by `check_arrays`, with its arrays of (1, ...) as (batch, ...)."""
+
+    def wide(value: Leaf) -> Leaf:
+        return frame.repeat(value, batch) if frame.is_array(value) and value.shape[0] != batch else value
+
+    return mapped(wide, cond) if nested else {name: wide(value) for name, value in cond.items()}
+
+
 def stacked(branches: Sequence[Mapping[str, Any]], frame: Frame, batch: int) -> Mapping[str, Any]:
     """One condition for the branches as one batch: their arrays side by side, everything else as all of them have it.
 
     Raises ValueError that names the path of what does not fit.
     """
     check_arrays(branches, frame, batch, hint=UNBATCHED)
+    branches = [widened(one, frame, batch) for one in branches]
 
     def side_by_side(path: Keys, *values: Leaf) -> Leaf:
         if all(frame.is_array(v) for v in values):
-            wide = [v if v.shape[0] == batch else frame.repeat(v, batch) for v in values]
-            shapes = {tuple(v.shape[1:]) for v in wide}
+            shapes = {tuple(v.shape[1:]) for v in values}
             if len(shapes) > 1:
                 raise ValueError(
                     f"{name_of(path)} has different shapes in the branches, {sorted(shapes)}: pad them or {UNBATCHED}"
                 )
-            return frame.concatenate(wide)
+            return frame.concatenate(values)
         if not all(_same(v, values[0]) for v in values):
             raise ValueError(
                 f"{name_of(path)} differs between the branches and is not an array of {frame.name}, so it cannot be "

@@ -17,7 +17,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.solvers.families.embedded import FOURTH
 from fewstep.solvers.families.tableaux import DORMAND_PRINCE, Tableau
@@ -26,12 +25,10 @@ from fewstep.solvers.run.batch import BEFORE_END, SEEN, Batch
 from fewstep.solvers.run.denoising import network_inputs
 from fewstep.solvers.run.divergence import Trace
 from fewstep.solvers.schedule.grid import Grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import FloatArray, Point
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FloatArray = NDArray[np.float64]
 
 _FIRST_STEP = 0.02  # of an adaptive run, in the angle
 _SAFETY = 0.81  # a step whose next one would be shorter than this share of it is rejected

@@ -22,13 +22,13 @@ from fewstep.solvers.run.batch import Batch
 from fewstep.solvers.run.checks import check_latent, check_shape, check_source, device_of_inputs, model_frame
 from fewstep.solvers.run.convert import Converter
 from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_unnumbered
-from fewstep.solvers.run.density_ode import DensityOde, FloatArray, State, adaptive_steps, angle, fixed_steps
+from fewstep.solvers.run.density_ode import DensityOde, State, adaptive_steps, angle, fixed_steps
 from fewstep.solvers.run.divergence import trace_of
 from fewstep.solvers.run.dlpack import any_library
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
-from fewstep.solvers.schedule.process import Point
+from fewstep.solvers.schedule.process import FloatArray, Point, float64
 
 
 class Likelihood(NamedTuple):
@@ -128,7 +128,7 @@ def log_likelihood(
     sizes = check_shape(tuple(x.shape))
     moved = x.to(frame.device) if isinstance(outer, TorchFrame) else x
     check_latent(moved, frame if moved is not x else outer, sizes, frame, state)
-    if not np.isfinite(_host(moved)).all():
+    if not np.isfinite(float64(moved)).all():
         raise ValueError("x holds NaN or inf")
     warn_if_training(denoiser.networks)
     batch = Batch(denoiser, frame, "naive", state, sizes, cond)
@@ -162,20 +162,15 @@ def log_likelihood(
     return Likelihood(log_prob, bits, result, ode.nfe, error)
 
 
-def _host(values: Array) -> FloatArray:
-    found: FloatArray = np.asarray(values.detach().cpu().double() if hasattr(values, "detach") else values, np.float64)
-    return found
-
-
 def _normal(latent: Array, sigma: float) -> FloatArray:
     """The log-density of N(0, sigma^2), nats."""
-    z = _host(latent).reshape(len(latent), -1) / sigma
+    z = float64(latent).reshape(len(latent), -1) / sigma
     density: FloatArray = -0.5 * (z * z).sum(1) - z.shape[1] * (math.log(sigma) + 0.5 * math.log(2.0 * math.pi))
     return density
 
 
 def _given(prior: Callable[[Array], Array], latent: Array) -> FloatArray:
-    values = _host(prior(latent))
+    values = float64(prior(latent))
     if values.shape != (len(latent),):
         raise ValueError(
             f"prior returned shape {values.shape}: it must be ({len(latent)},), one log-density per sample"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -162,7 +162,7 @@ class Grid:
             skip = self.steps - int(self.steps * strength)
             if skip == self.steps:
                 raise ValueError(f"strength = {strength} runs none of the {self.steps} steps")
-        return self._cut(slice(skip, None))
+        return cut(self, slice(skip, None))
 
     def split(self, step: int) -> tuple[Grid, Grid]:
         """The grid of the first `step` steps, and that of the others; the point between belongs to both.
@@ -171,7 +171,7 @@ class Grid:
         """
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or not 1 <= step < self.steps:
             raise ValueError(f"step = {step!r}: split takes an int with 1 <= step < steps = {self.steps}")
-        return self._cut(slice(None, step + 1)), self._cut(slice(step, None))
+        return cut(self, slice(None, step + 1)), cut(self, slice(step, None))
 
     def concatenate(self, *others: Grid) -> Grid:
         """This grid followed by others of the same process; the inverse of `split`.
@@ -185,8 +185,7 @@ class Grid:
             if other.process != self.process:
                 raise ValueError(f"concatenate: a grid of {other.process!r} cannot follow {self.process!r}")
             points += other.points[1:] if other.points[0] == points[-1] else other.points
-        t, alpha, sigma = map(np.array, zip(*points, strict=True))
-        return Grid(self.process, t, alpha, sigma)
+        return through(self.process, points)
 
     def extend(
         self,
@@ -217,8 +216,7 @@ class Grid:
                 if not math.isfinite(a):
                     raise ValueError("extend cannot divide a step from alpha = 0: set a finite start_at_sigma")
                 points += [self.process.at_level(a + share * (b - a)) for share in shares]
-        t, alpha, sigma = map(np.array, zip(*points, self.points[-1], strict=True))
-        return Grid(self.process, t, alpha, sigma)
+        return through(self.process, [*points, self.points[-1]])
 
     def flip(self, sigma_min: float = 1e-4) -> Grid:
         """The same points in reverse, from data to its latent (ComfyUI's FlipSigmas).
@@ -238,9 +236,6 @@ class Grid:
                 )
             t[0], alpha[0], sigma[0] = self.process.point_at_sigma(sigma_min)
         return Grid(self.process, t, alpha, sigma)
-
-    def _cut(self, part: slice) -> Grid:
-        return Grid(self.process, self.t[part], self.alpha[part], self.sigma[part])
 
     def __len__(self) -> int:
         """The number of points, steps + 1."""
@@ -263,6 +258,17 @@ class Grid:
         # Of a few numbers, which caches ask for again and again; equality compares all. No string: copies in other
         # processes have the same.
         return hash((self.t.size, self.t.item(0), self.sigma.item(self.t.size // 2), self.sigma.item(-1)))
+
+
+def through(process: Process, points: Iterable[Point]) -> Grid:
+    """The grid of some points."""
+    t, alpha, sigma = map(np.array, zip(*points, strict=True))
+    return Grid(process, t, alpha, sigma)
+
+
+def cut(grid: Grid, part: slice) -> Grid:
+    """The grid of a part of the points."""
+    return Grid(grid.process, grid.t[part], grid.alpha[part], grid.sigma[part])
 
 
 def _fixed(array: FloatArray) -> FloatArray:

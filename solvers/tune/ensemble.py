@@ -111,12 +111,10 @@ def latents(count: int, shape: Sequence[int], seed: int, first_sample: int = 0) 
     return np.stack(rows).astype(np.float64).reshape(count, *shape)
 
 
-def step_noise(count: int, shape: Sequence[int], draws: int, seed: int, first_sample: int = 0) -> Array:
-    """The noise of a `Sampler`'s first stages for (seed, first_sample + i): float64 (count, draws, *shape)."""
+def step_noise(count: int, shape: Sequence[int], draws: int, seed: int) -> Array:
+    """The noise of a `Sampler`'s first stages for (seed, i): float64 (count, draws, *shape)."""
     size = int(np.prod(shape))
-    rows = [
-        philox.normals(size, seed, first_sample + i, k + 1, philox.STEP) for i in range(count) for k in range(draws)
-    ]
+    rows = [philox.normals(size, seed, i, k + 1, philox.STEP) for i in range(count) for k in range(draws)]
     return np.stack(rows).astype(np.float64).reshape(count, draws, *shape)
 
 

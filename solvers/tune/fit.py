@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -140,22 +140,26 @@ class Fit:
 
     def _jacobian(self, numbers: Array) -> Array:
         """Forward differences, with all plans in one ensemble to fill the network's batches."""
-        h = difference_step(self.study.ensemble.denoiser)
-        steps, forms = [], [self.form(numbers)]
-        for i in range(len(numbers)):
-            for step in (h, -h):
-                moved = numbers.copy()
-                moved[i] += step
-                try:
-                    form = self.form(moved)
-                except ValueError:  # at the edge of the range: try the other direction
-                    continue
-                steps.append(step)
-                forms.append(form)
-                break
+        forms, steps = beside(self.form, numbers, difference_step(self.study.ensemble.denoiser))
         ends = self._differences(forms)
-        columns = (ends[1:] - ends[0]).reshape(len(steps), -1) / (np.array(steps)[:, None] * np.sqrt(self.target.size))
+        columns = (ends[1:] - ends[0]).reshape(len(steps), -1) / (steps[:, None] * np.sqrt(self.target.size))
         return np.ascontiguousarray(columns.T)
+
+
+def beside(form: Callable[[Array], Unrolled], numbers: Array, h: float) -> tuple[list[Unrolled], Array]:
+    """The plan of some numbers, then one for each of them a step away, and the steps: h, or -h at the range's edge."""
+    forms, steps = [form(numbers)], []
+    for i in range(len(numbers)):
+        for step in (h, -h):
+            moved = numbers.copy()
+            moved[i] += step
+            try:
+                forms.append(form(moved))
+            except ValueError:
+                continue
+            steps.append(step)
+            break
+    return forms, np.array(steps)
 
 
 def scipy_optimize() -> ModuleType:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from numpy.typing import ArrayLike
 from fewstep.solvers.families.coordinates import COORDINATES
 from fewstep.solvers.families.exponential import shift_history
 from fewstep.solvers.families.renoise import renoised
-from fewstep.solvers.options import function, one_of
+from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.stages import Stage, first_order
 from fewstep.solvers.run.arrays import Device
@@ -39,8 +38,9 @@ from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.candidates import Candidate, candidates, grids, usable
 from fewstep.solvers.tune.ensemble import Ensemble, Unrolled, latents, step_noise, unroll, unroll_stages
-from fewstep.solvers.tune.fit import difference_step, scipy_optimize
+from fewstep.solvers.tune.fit import beside, difference_step, scipy_optimize
 from fewstep.solvers.tune.study import check_times, identity_of, reference_of, speaker
+from fewstep.solvers.tune.tuned import grid_of, split, thetas
 from fewstep.solvers.tune.tuning import check_arguments
 
 SOLVER = "tuned_sde"
@@ -71,24 +71,14 @@ class NoisyRule:
 
     def start(self, noise: float) -> Array:
         """The numbers of a first-order step on the grid. noise: 1 for the SDE solver, towards 0 for DDIM."""
-        u = np.array([_FLOW.time(p) for p in self.grid.points[:-1]])
-        theta = np.log(np.log(u[:-1] / u[1:]))
+        theta = thetas([_FLOW.time(p) for p in self.grid.points[:-1]])
         keep = np.clip((self.grid.ratio[1:-1] / self.grid.ratio[:-2]) ** noise, 1e-3, 1.0 - 1e-3)
         return np.concatenate([theta, np.log(keep / (1.0 - keep)), np.zeros(self.sizes["c"])])
 
     def stages(self, numbers: Array) -> tuple[Grid, list[Stage]]:
         """The plan's grid and stages. Raises ValueError for numbers out of range."""
-        ends = np.cumsum([0, *self.sizes.values()])
-        parts = [numbers[a:b] for a, b in pairwise(ends)]
-        for (name, (low, high)), values in zip(_LIMITS.items(), parts, strict=True):
-            if values.size and not (values.min() >= low and values.max() <= high):
-                raise ValueError(f"{name} must stay within {low:g} and {high:g}, got {values.tolist()}")
-        theta, e, c = parts
-        first, last, process = self.grid.points[0], self.grid.points[-1], self.grid.process
-        u = _FLOW.time(first) * np.exp(-np.cumsum(np.exp(theta)))
-        inner = [process.point_at_sigma(_FLOW.ratio(value)) for value in u.tolist()]
-        t, alpha, sigma = map(np.array, zip(first, *inner, last, strict=True))
-        made = Grid(process, t, alpha, sigma)
+        theta, e, c = split(numbers, self.sizes, _LIMITS).values()
+        made = grid_of(self.grid.process, self.grid.points[0], self.grid.points[-1], theta)
         keep = [*(1.0 / (1.0 + np.exp(-e))).tolist(), 1.0]
         stages, used = [], 0
         for k, (s, to) in enumerate(made.pairs):
@@ -167,24 +157,15 @@ class LawFit:
 
     def ends_and_slopes(self, numbers: Array) -> tuple[Array, Array]:
         """The end points (n, elements), and their forward differences by each number (numbers, n, elements)."""
-        h = difference_step(self.ensemble.denoiser)
-        forms, steps = [self.rule.form(numbers)], []
-        for i in range(len(numbers)):
-            for step in (h, -h):
-                moved = numbers.copy()
-                moved[i] += step
-                try:
-                    forms.append(self.rule.form(moved))
-                except ValueError:  # at the edge of the range: the other direction
-                    continue
-                steps.append(step)
-                break
+        forms, steps = beside(self.rule.form, numbers, difference_step(self.ensemble.denoiser))
         ends = self._ends(forms)
-        return ends[0], (ends[1:] - ends[0]) / np.array(steps)[:, None, None]
+        return ends[0], (ends[1:] - ends[0]) / steps[:, None, None]
+
+    def _bounds(self) -> Array:
+        """The least and the largest value of each number."""
+        return np.array([limit for name, n in self.rule.sizes.items() for limit in [_LIMITS[name]] * n]).T
 
     def by_energy(self, iterations: int) -> None:
-        low, high = np.array([limit for name, n in self.rule.sizes.items() for limit in [_LIMITS[name]] * n]).T
-
         def value(numbers: Array) -> tuple[float, Array]:
             x, slopes = self.ends_and_slopes(numbers)
             pull = energy_slope(x, self.target)
@@ -195,7 +176,7 @@ class LawFit:
             self.numbers,
             jac=True,
             method="L-BFGS-B",
-            bounds=list(zip(low, high, strict=True)),
+            bounds=self._bounds().T,
             options={"maxiter": iterations, "maxcor": 20},
         )
         self.numbers = np.asarray(found.x)
@@ -211,9 +192,8 @@ class LawFit:
             base, h = moments(x), 1e-4
             return np.stack([(moments(x + h * slope) - base) / h for slope in slopes], axis=1)
 
-        low, high = np.array([limit for name, n in self.rule.sizes.items() for limit in [_LIMITS[name]] * n]).T
         found = scipy_optimize().least_squares(
-            residual, self.numbers, jac=jacobian, bounds=(low, high), max_nfev=iterations, xtol=1e-12, ftol=1e-12
+            residual, self.numbers, jac=jacobian, bounds=self._bounds(), max_nfev=iterations, xtol=1e-12, ftol=1e-12
         )
         self.numbers = np.asarray(found.x)
 
@@ -258,8 +238,6 @@ def tune_sde(
     shape = check_sample_shape(shape)
     if seeds < 64:
         raise ValueError(f"seeds must be at least 64 to tell two laws apart, got {seeds}")
-    if not isinstance(progress, bool):
-        function("progress", progress)
     check_times(denoiser)
     given = None if target is None else _samples(target, shape)
     scipy_optimize()

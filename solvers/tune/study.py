@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fewstep.solvers.files import make_folder, write_whole
+from fewstep.solvers.options import function
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.arrays import FLOATS, Device
@@ -237,7 +238,8 @@ def reference_of(
 
 def speaker(progress: bool | Callable[[str], None], name: str = "tune") -> Callable[[str], None]:
     """What takes lines of progress: the caller's function, the standard error or nothing."""
-    if callable(progress):
+    if not isinstance(progress, bool):
+        function("progress", progress)
         return progress
     return (lambda text: print(f"{name}: {text}", file=sys.stderr, flush=True)) if progress else lambda text: None
 

@@ -16,7 +16,7 @@ Bespoke Non-Stationary solvers (Shaul et al. 2024); relative to a recomputed rul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -29,7 +29,7 @@ from fewstep.solvers.options import one_of
 from fewstep.solvers.plans.plan import Plan, make_plan
 from fewstep.solvers.plans.registry import Memory, get_solver, list_solvers
 from fewstep.solvers.plans.stages import Stage, first_order
-from fewstep.solvers.schedule.grid import Grid
+from fewstep.solvers.schedule.grid import Grid, through
 from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.schedule.process import Point, Process
 from fewstep.solvers.tune.ensemble import unroll_stages
@@ -47,6 +47,30 @@ _LIMITS = {
 }
 
 _FLOW = COORDINATES["flow"]
+
+
+def thetas(times: Sequence[float]) -> Array:
+    """theta of the flow times u of the calls."""
+    u = np.array(times)
+    return np.asarray(np.log(np.log(u[:-1] / u[1:])))
+
+
+def grid_of(process: Process, first: Point, last: Point, theta: Array) -> Grid:
+    """The grid between two points at the times of theta."""
+    u = _FLOW.time(first) * np.exp(-np.cumsum(np.exp(theta)))
+    inner = [process.point_at_sigma(_FLOW.ratio(value)) for value in u.tolist()]
+    return through(process, [first, *inner, last])
+
+
+def split(numbers: Array, sizes: Mapping[str, int], limits: Mapping[str, tuple[float, float]]) -> dict[str, Array]:
+    """The numbers by their kinds. Raises ValueError where one is out of its range."""
+    ends = np.cumsum([0, *sizes.values()])
+    parts = {name: numbers[a:b] for name, (a, b) in zip(sizes, pairwise(ends), strict=True)}
+    for name, values in parts.items():
+        low, high = limits[name]
+        if values.size and not (values.min() >= low and values.max() <= high):
+            raise ValueError(f"{name} must stay within {low:g} and {high:g}, got {values.tolist()}")
+    return parts
 
 
 def bases() -> dict[str, Memory]:
@@ -119,8 +143,7 @@ class Rule:
 
     def start(self, grid: Grid) -> Array:
         """The numbers of the base rule on `grid`: its times; increments, shifts and scales are zero."""
-        u = np.array([_FLOW.time(p) for p in grid.points[:-1]])
-        theta = np.log(np.log(u[:-1] / u[1:]))
+        theta = thetas([_FLOW.time(p) for p in grid.points[:-1]])
         return np.concatenate([theta, np.zeros(self.size - theta.size)])
 
     def widen(self, numbers: Array) -> tuple[Rule, Array]:
@@ -150,7 +173,7 @@ class Rule:
         after = u[step + 1] if step + 1 < len(u) else u[-1] * (u[-1] / u[-2] if len(u) > 1 else 0.1)
         u.insert(step + 1, math.sqrt(u[step] * after))
         wider = replace(self, steps=self.steps + 1)
-        theta = np.log(np.log(np.array(u[:-1]) / np.array(u[1:])))
+        theta = thetas(u)
         tail = [
             np.insert(parts[name], step, 0.0) if free else parts[name]
             for name, free in (("shift", self.decouple), ("scale", self.scaled))
@@ -183,21 +206,12 @@ class Rule:
     def _split(self, numbers: Array) -> dict[str, Array]:
         if numbers.shape != (self.size,):
             raise ValueError(f"a tuned plan of {self.steps} steps has {self.size} numbers, got {numbers.size}")
-        ends = np.cumsum([0, *self.sizes.values()])
-        parts = {name: numbers[a:b] for name, a, b in zip(self.sizes, ends[:-1], ends[1:], strict=True)}
-        for name, values in parts.items():
-            low, high = _LIMITS[name]
-            if values.size and not (values.min() >= low and values.max() <= high):
-                raise ValueError(f"{name} must stay within {low:g} and {high:g}, got {values.tolist()}")
-        return parts
+        return split(numbers, self.sizes, _LIMITS)
 
     # --- the plan ---
 
     def grid(self, numbers: Array) -> Grid:
-        u = _FLOW.time(self.first) * np.exp(-np.cumsum(np.exp(self._split(numbers)["theta"])))
-        inner = [self.process.point_at_sigma(_FLOW.ratio(value)) for value in u.tolist()]
-        t, alpha, sigma = map(np.array, zip(self.first, *inner, self.last, strict=True))
-        return Grid(self.process, t, alpha, sigma)
+        return grid_of(self.process, self.first, self.last, self._split(numbers)["theta"])
 
     def stages(self, numbers: Array) -> list[Stage]:
         """The plan's stages. Raises ValueError for numbers out of range."""

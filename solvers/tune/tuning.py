@@ -111,8 +111,6 @@ def tune(
             "same process, or from base='auto'"
         )
     shape = check_sample_shape(shape)
-    if not isinstance(progress, bool):
-        function("progress", progress)
     if not (isinstance(decouple, bool) or (isinstance(decouple, str) and decouple == "auto")):
         raise ValueError(f"decouple must be True, False or 'auto', got {decouple!r:.80}")
     if features is not None:

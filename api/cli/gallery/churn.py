@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, around, dots, path, paths
+from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, around, curve, dots, path, paths
 from fewstep.cli.gallery.figure import plane as square_of
 from fewstep.cli.gallery.samplers import DATA, PROCESS, RING, real_band, traced
 from fewstep.problems import energy_distance
@@ -39,12 +39,7 @@ def figure(n: int = 2000, seed: int = 3) -> Figure:
             flat.append(Layer("stars", dots(trace[-1]), 1, at, label="their samples"))
             modes = len({int(m) for m in ((trace[-1][:, None] - RING.means) ** 2).sum(-1).argmin(1)})
             rows.append(Row((f"{churn:g}", str(plan.nfe), str(modes), f"{energy:.4f}"), at))
-        curves.append(Layer("line", (path(CHURN, found),), k, label=f"{steps} steps"))
-        curves.append(Layer("dots", (path(CHURN, found),), k))
-        for i in range(len(CHURN)):
-            curves.append(
-                Layer("dots", (path(CHURN[i : i + 1], found[i : i + 1]),), k, {"churn": i, "steps": k}, strong=2)
-            )
+        curves += curve(CHURN, found, "churn", at={"steps": k}, colour=k, label=f"{steps} steps")
         values += found
     flat.append(Layer("dots", dots(one[:1]), strong=2, label="the latent"))
     square = square_of(one * 1.9)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from fewstep.cli.app import OUT, AsJson, bars, parse_list, path
+from fewstep.cli.app import OUT, AsJson, bars, folder, parse_list
 from fewstep.cli.output import check_out
-from fewstep.solvers.files import make_folder
+from fewstep.solvers.files import made_folder
 from fewstep.solvers.options import needs, unknown
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ TORCH = {name for name, students in FIGURES.items() if students} | {"guidance"}
 
 
 def gallery(
-    out: Annotated[Path, typer.Option(parser=path, help="Folder for the pictures and the page, index.html.")],
+    out: Annotated[Path, folder(help="Folder for the pictures and the page, index.html.")],
     figures: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(FIGURES)}.")] = ",".join(FIGURES),
     train: Annotated[bool, typer.Option("--train", help="Train the students anew, into --out.")] = False,
     as_json: AsJson = False,
@@ -53,16 +53,15 @@ def gallery(
     needs("the gallery", "scipy", extra="cli")
     if train or TORCH & {*chosen}:
         needs("the gallery", "torch", "safetensors", extra="torch")
-    make_folder(out, "--out")
-    for name in (PAGE, *(f"{name}.png" for name in chosen)):
-        check_out(out / name, (Path(name).suffix,))
     from fewstep.cli.gallery import students
     from fewstep.cli.gallery.page import write_page
     from fewstep.cli.gallery.picture import write_picture
 
     made: list[Figure] = []
     seconds: dict[str, float] = {}
-    with bars(quiet=as_json) as bar:
+    with made_folder(out, "--out"), bars(quiet=as_json) as bar:
+        for name in (PAGE, *(f"{name}.png" for name in chosen)):
+            check_out(out / name, (Path(name).suffix,))
         task = bar.add_task("", total=len(chosen))
         trained: Students | None = None
         if train:
@@ -81,10 +80,11 @@ def gallery(
                 trained = trained or students.load()
                 figure = partial(figure, trained)
             made.append(figure())
-            if made[-1].picture:
-                write_picture(made[-1], out / f"{name}.png")
             seconds[name] = time.perf_counter() - begin
             bar.update(task, advance=1)
+        for each in made:  # at the end, so that a run that was stopped leaves an earlier gallery whole
+            if each.picture:
+                write_picture(each, out / f"{each.name}.png")
         write_page(made, out / PAGE)
     if as_json:
         written = [f"{figure.name}.png" for figure in made if figure.picture] + [PAGE]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.cli.gallery.figure import (
     Axis,
@@ -25,8 +24,7 @@ from fewstep.cli.gallery.figure import (
 )
 from fewstep.cli.gallery.students import Students
 from fewstep.solvers.schedule.grid import Grid
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 LEVELS = 18
 SHOWN = 8  # trajectories

@@ -202,6 +202,22 @@ def dots(x: np.ndarray) -> tuple[tuple[tuple[float, ...], ...], ...]:
     return (path(x[:, 0], x[:, 1]),)
 
 
+def curve(
+    x: Sequence[float], y: Sequence[float], control: str, *, at: State | None = None, label: str = "",
+    colour: int = GREY, group: str = "", dashed: bool = False,
+) -> list[Layer]:  # fmt: skip
+    """A line through points with a dot on each, and a large one on point i where a control is at i, in the state `at`.
+
+    The label is the line's, as is `dashed`.
+    """
+    whole, style = (path(x, y),), Style(colour=colour, group=group)
+    marks = [
+        Layer("dots", (path(x[i : i + 1], y[i : i + 1]),), at={control: i, **(at or {})}, strong=2, **style)
+        for i in range(len(x))
+    ]
+    return [Layer("line", whole, label=label, dashed=dashed, **style), Layer("dots", whole, **style), *marks]
+
+
 def around(values: Sequence[float], *, log: bool = True, most: float = np.inf) -> tuple[float, float]:
     """Limits with a margin around the finite positive values up to `most`."""
     kept = [v for v in values if np.isfinite(v) and v <= most and (v > 0.0 or not log)]

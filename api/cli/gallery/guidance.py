@@ -6,18 +6,16 @@ import base64
 import io
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.bindings.guidance import APG, CFG, CFGZero, Guidance
-from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, around, path
+from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, around, curve
 from fewstep.cli.output import contact_sheet, plotting
 from fewstep.models import PROCESS, load_model
 from fewstep.problems import energy_distance
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 KINDS = ("CFG", "APG", "CFG-Zero*")
@@ -36,14 +34,11 @@ def guidance_of(kind: str, scale: float) -> Guidance:
 
 def drawn(kind: str, scale: float, n: int, seed: int) -> Array:
     """n digits of all classes in turn, from the same latents for every guidance, (n, 1, 8, 8)."""
-    from fewstep.bindings.denoiser import Denoiser
-
     model = load_model("digits")
-    plain = model.denoiser(None)
-    guided = model.denoiser(scale).with_guidance(guidance_of(kind, scale))
-    assert isinstance(plain, Denoiser)
-    plan = make_plan(SOLVER, make_grid(PROCESS, STEPS))
-    sampler = Sampler(plain if scale == 1.0 else guided, plan, (n, *model.shape))
+    denoiser = model.denoiser(None if scale == 1.0 else scale)
+    if scale != 1.0:
+        denoiser = denoiser.with_guidance(guidance_of(kind, scale))
+    sampler = Sampler(denoiser, make_plan(SOLVER, make_grid(PROCESS, STEPS)), (n, *model.shape))
     return np.asarray(sampler(seed=seed, cond=model.cond(model.labels(n))), dtype=np.float64)
 
 
@@ -90,11 +85,7 @@ def figure(n: int = 100, seed: int = 5) -> Figure:
                 Row((kind, f"{scale:g}", str(calls), f"{right:.2f}", f"{varied[-1]:.3f}", f"{far[-1]:.4f}"), at)
             )
         for layers, every, found in zip(measured, values, (varied, far), strict=True):
-            layers.append(Layer("line", (path(SCALES, found),), colour, label=kind))
-            layers.append(Layer("dots", (path(SCALES, found),), colour))
-            for i in range(len(SCALES)):
-                mark = (path(SCALES[i : i + 1], found[i : i + 1]),)
-                layers.append(Layer("dots", mark, colour, {"scale": i, "kind": colour}, strong=2))
+            layers += curve(SCALES, found, "scale", at={"kind": colour}, colour=colour, label=kind)
             every += found
     square = Axis("", (0.0, 1.0))
     scale_axis = Axis("guidance scale", (0.85, 9.5), log=True)

@@ -32,8 +32,8 @@ def lines(
     if process == "vp" and distilled is None and not own:
         command = command_of(r, scale)
     else:  # the command line has no such model
-        given = "".join(f", {k}={v:g}" for k, v in r.options.items())
-        command = f'fs.sample(denoiser, shape=..., solver="{r.solver}", steps={r.steps}, spacing="{r.spacing}"{given})'
+        spacing = f'spacing="{r.spacing}"{options}'
+        command = f'fs.sample(denoiser, shape=..., solver="{r.solver}", steps={r.steps}, {spacing})'
     return [first, f"$ {command}", r.why, expected(r, nfe if scale is None or own else nfe // 2, distilled, result)]
 
 

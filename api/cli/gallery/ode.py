@@ -6,12 +6,23 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fewstep.cli.gallery.figure import Axis, Cell, Control, Figure, Layer, Panel, Row, Style, Toggle, around, path
+from fewstep.cli.gallery.figure import (
+    Axis,
+    Cell,
+    Control,
+    Figure,
+    Layer,
+    Panel,
+    Row,
+    Style,
+    Toggle,
+    around,
+    curve,
+    path,
+)
 from fewstep.solvers.families.tableaux import EULER, HEUN, RK4, Tableau
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 START, END = 2.5, 5.0  # x at t = 0, and the last t
 STEPS = (4, 5, 6, 8, 10, 12, 16, 20, 32, 50, 64, 100, 128, 256)
@@ -61,21 +72,18 @@ def figure() -> Figure:
     fine = np.linspace(0.0, END, 201)
     sizes = END / np.array(STEPS)
     curves = [Layer("line", (path(fine, exact(fine)),), label="exact", strong=2, dashed=True)]
-    points, rows = [], []
+    points: list[Layer] = []
+    rows = []
     found = {name: errors(tableau) for name, tableau in METHODS.items()}
     for name, tableau in METHODS.items():
         style: Style = {"colour": COLOURS[name], "group": name}
         label = f"{name}, slope {order(found[name]):.2f}"
-        points.append(Layer("line", (path(sizes, found[name]),), label=label, **style))
-        points.append(Layer("dots", (path(sizes, found[name]),), **style))
+        points += curve(sizes.tolist(), found[name].tolist(), "h", label=label, **style)
         for i, n in enumerate(STEPS):
             times = np.linspace(0.0, END, n + 1)
             trace = path(times, integrate(slope, START, times, tableau))
             curves.append(Layer("line", (trace,), at={"h": i}, label=name, **style))
             curves.append(Layer("dots", (trace,), at={"h": i}, **style))
-            points.append(
-                Layer("dots", (path(sizes[i : i + 1], found[name][i : i + 1]),), at={"h": i}, strong=2, **style)
-            )
             calls = n * len(tableau.b)
             rows.append(Row((name, str(n), str(calls), f"{found[name][i]:.2e}"), {"h": i}, name))
     orders = ", ".join(f"{name} {order(e):.2f}" for name, e in found.items())

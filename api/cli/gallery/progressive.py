@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.gallery.figure import (
@@ -17,19 +16,18 @@ from fewstep.cli.gallery.figure import (
     Style,
     Toggle,
     around,
+    curve,
     dots,
     path,
     paths,
     plane,
 )
-from fewstep.cli.gallery.samplers import ends
 from fewstep.cli.gallery.students import Students
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import Grid
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 SHOWN = 10  # paths
 
@@ -61,7 +59,7 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
     eps = np.random.default_rng(seed).standard_normal((n, 2))
     data = RING.draw(n, seed)
     floor = sliced_wasserstein(RING.draw(n, seed + 1), data)
-    exact = RING.solve(PROCESS.sigma_max * eps, ends(recipe.grids[0]), rtol=1e-8)
+    exact = RING.solve(PROCESS.sigma_max * eps, recipe.grids[-1], rtol=1e-8)
     teacher = traced(recipe.teacher, recipe.grids[0], eps)
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
     rows, gaps, distances = [], [], []
@@ -90,15 +88,9 @@ def figure(students: Students, n: int = 2048, seed: int = 1) -> Figure:
     flat.append(Layer("dots", dots(eps[:SHOWN]), strong=2, label="noise"))
     measured = [
         Layer("band", (path([0.9 * floor, 1.1 * floor]),), strong=0, label="two draws of the data"),
-        Layer("line", (path(steps, distances),), colour=1, label="student to data, SWD"),
-        Layer("dots", (path(steps, distances),), colour=1),
-        Layer("line", (path(steps, gaps),), colour=2, label="student to its teacher, RMS", dashed=True),
-        Layer("dots", (path(steps, gaps),), colour=2),
+        *curve(steps, distances, "round", colour=1, label="student to data, SWD"),
+        *curve(steps, gaps, "round", colour=2, label="student to its teacher, RMS", dashed=True),
     ]
-    for i in range(len(steps)):
-        for values, colour in ((distances, 1), (gaps, 2)):
-            at = {"round": i}
-            measured.append(Layer("dots", (path(steps[i : i + 1], values[i : i + 1]),), colour, at, strong=2))
     square, made = plane(eps[:SHOWN]), students.made["progressive"]
     return Figure(
         "progressive",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.cli.gallery.figure import (
@@ -20,6 +20,7 @@ from fewstep.cli.gallery.figure import (
     Style,
     Toggle,
     around,
+    curve,
     dots,
     path,
     paths,
@@ -29,11 +30,9 @@ from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
-from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.process import VP
-
-Array = NDArray[np.float64]
+from fewstep.solvers.schedule.process import FloatArray as Array
 
 PROCESS = VP.linear()
 RING = Mixture.ring()
@@ -103,10 +102,10 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
     data = RING.draw(DATA, seed + 1)
     low, high = real_band(n, data, seed)
     top = make_grid(PROCESS, steps[-1])
-    exact = RING.solve(x * np.hypot(top.alpha[0], top.sigma[0]), ends(top), rtol=1e-8)
+    exact = RING.solve(x * np.hypot(top.alpha[0], top.sigma[0]), make_grid(PROCESS, 1), rtol=1e-8)
     middle = min(range(len(steps)), key=lambda i: abs(steps[i] - 8))
     flat = [Layer("dots", dots(data[:500]), strong=0, label="data")]
-    flat += [_at(field_arrows(level), {"field": i}) for i, level in enumerate(LEVELS)]
+    flat += [replace(field_arrows(level), at={"field": i}) for i, level in enumerate(LEVELS)]
     error_layers: list[Layer] = []
     distance_layers: list[Layer] = []
     rows = []
@@ -131,15 +130,9 @@ def figure(n: int = 1000, seed: int = 0, steps: tuple[int, ...] = STEPS) -> Figu
             flat.append(Layer("stars", dots(end[:SHOWN]), at={"steps": i}, label=label, **style))
             error = "—" if random else f"{rmse[-1]:.4f}"
             rows.append(Row((choice.name, str(plan.nfe), error, f"{energy[-1]:.4f}"), {"steps": i}, choice.name))
-        both = [(error_layers, rmse), (distance_layers, energy)]
-        for layers, values in both:
+        for layers, values in ((error_layers, rmse), (distance_layers, energy)):
             if values:
-                layers.append(Layer("line", (path(calls, values),), label=choice.name, **style))
-                layers.append(Layer("dots", (path(calls, values),), **style))
-                layers += [
-                    Layer("dots", (path(calls[i : i + 1], values[i : i + 1]),), at={"steps": i}, strong=2, **style)
-                    for i in range(len(steps))
-                ]
+                layers += curve(calls, values, "steps", label=choice.name, **style)
         rmse_of[choice.name] = rmse
         rmses += rmse
         distances += energy
@@ -195,13 +188,3 @@ def _passed(steps: tuple[int, ...], first: list[float], second: list[float]) -> 
     if worse[-1] + 1 == len(steps):
         return "here DDIM is not passed by DPM-Solver++ 2M"
     return f"from {steps[worse[-1] + 1]} steps on DPM-Solver++ 2M is more accurate than DDIM"
-
-
-def _at(layer: Layer, state: dict[str, int]) -> Layer:
-    return Layer(layer.kind, layer.paths, layer.colour, state, layer.group, layer.label, layer.strong)
-
-
-def ends(grid: Grid) -> Grid:
-    """The grid's first and last point."""
-    ends = [0, -1]
-    return Grid(grid.process, grid.t[ends], grid.alpha[ends], grid.sigma[ends])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fewstep.cli.gallery.figure import (
     Axis,
@@ -18,19 +17,19 @@ from fewstep.cli.gallery.figure import (
     Style,
     Toggle,
     around,
+    curve,
     dots,
     path,
     plane,
 )
-from fewstep.cli.gallery.samplers import PROCESS, RING, ends
+from fewstep.cli.gallery.samplers import PROCESS, RING
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.run.sampler import Sampler
 from fewstep.solvers.schedule.grid import grid as make_grid
 from fewstep.solvers.schedule.grid import list_spacings
+from fewstep.solvers.schedule.process import FloatArray as Array
 from fewstep.solvers.tune.fingerprint import load_plan
-
-Array = NDArray[np.float64]
 
 BUDGETS = (4, 5, 6, 8, 10)
 SOLVERS = ("ddim", "dpmpp_2m", "unipc", "deis", "ipndm")
@@ -61,7 +60,7 @@ def by_hand(calls: int) -> dict[str, Plan]:
 def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> Figure:
     denoiser = RING.denoiser(PROCESS)
     eps = np.random.default_rng(seed).standard_normal((n, 2))
-    exact = RING.solve(eps, ends(make_grid(PROCESS, 1)), rtol=1e-8)  # alpha^2 + sigma^2 is 1 at every plan's start
+    exact = RING.solve(eps, make_grid(PROCESS, 1), rtol=1e-8)  # alpha^2 + sigma^2 is 1 at every plan's start
 
     def errors(plan: Plan) -> tuple[float, Array]:
         """RMSE to the ODE, and the samples."""
@@ -87,14 +86,9 @@ def figure(n: int = 500, seed: int = 11, budgets: tuple[int, ...] = BUDGETS) -> 
             flat.append(Layer("dots", dots(x[:SHOWN]), at=at, label=f"{kind}: samples", **style))
             name = {"best by hand": f"best by hand: {best}"}.get(kind, kind)
             rows.append(Row((name, str(calls), f"{rmse:.4f}"), {"calls": i}, kind))
-    measured = []
+    measured: list[Layer] = []
     for colour, (kind, values) in enumerate(curves.items()):
-        curve = (path(budgets, values),)
-        measured.append(Layer("line", curve, colour, group=kind, label=kind))
-        measured.append(Layer("dots", curve, colour, group=kind))
-        for i in range(len(budgets)):
-            mark = (path(budgets[i : i + 1], values[i : i + 1]),)
-            measured.append(Layer("dots", mark, colour, {"calls": i}, kind, strong=2))
+        measured += curve(budgets, values, "calls", colour=colour, group=kind, label=kind)
     gains = [a / b for a, b in zip(curves["best by hand"], curves["tuned"], strict=True)]
     start = len(budgets) // 4
     square = plane(RING.draw(400, seed))
