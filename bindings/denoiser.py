@@ -15,7 +15,7 @@ import numpy as np
 from fewstep.bindings.guidance import LARGEST, Guidance, as_guidance, is_number
 from fewstep.solvers.options import between, flag, number, one_of, plain_fields, unknown, warn
 from fewstep.solvers.plans.guidance import ALONE, Moment, Shares
-from fewstep.solvers.run.arrays import FLOATS, Frame, dtype_name, first_parameter, frame_of
+from fewstep.solvers.run.arrays import FLOATS, Frame, TorchFrame, dtype_name, first_parameter, frame_of
 from fewstep.solvers.run.conditions import check_arrays, stacked, widened
 from fewstep.solvers.run.denoising import OneNetwork
 from fewstep.solvers.run.network import dtype_reached, without_own_graph
@@ -137,7 +137,8 @@ class Denoiser:
     time_dtype  of t; by default float32 (float64 for a float64 network)
     sigma_data  for "edm"; by default the process's
     variance    "learned" or "learned_range" for a network that returns (B, 2 C, ...), its prediction followed by its
-                variance; only the solver ddpm with that option uses the variance
+                variance; only the solver ddpm with that option uses the variance. Under guidance it is the last
+                branch's, which a step with noise calls whatever its weight is
 
     Conditions may nest mappings, lists and tuples of arrays; an array at any depth has the batch (or 1) as its first
     axis. Under guidance the network is given (1, ...) as (B, ...), in whichever calls; without it, conditions as they
@@ -380,12 +381,7 @@ class Denoiser:
         # By the shortest way where there is one network: beside it, each Python call takes microseconds.
         if self.guidance is not None:
             return self._bind_branches(frame, batch, cond)
-        network, torch = self.model, sys.modules.get("torch")
-        if torch is not None:
-            if frame.name == "numpy":
-                network = _on_numpy(network)
-            elif torch.is_grad_enabled():
-                network = without_own_graph(network)
+        network = _watched(self.model, frame)
         if cond is not None:
             (own,) = conds = self.conditions(cond)
             check_arrays(conds, frame, batch, nested=False)
@@ -398,11 +394,7 @@ class Denoiser:
         self, frame: Frame, batch: int, cond: Cond | Sequence[Cond] | None
     ) -> Callable[[tuple[int, ...], Any, Any], tuple[Any, ...]]:
         """`bind` under guidance."""
-        torch = sys.modules.get("torch")
-        watched = frame.name == "numpy" and torch is not None
-        models = tuple(_on_numpy(network) if watched else network for network in self.networks)
-        if frame.name == "torch" and torch is not None and torch.is_grad_enabled():
-            models = tuple(map(without_own_graph, models))
+        models = tuple(_watched(network, frame) for network in self.networks)
         conds = self.conditions(cond)
         check_arrays(conds, frame, batch, nested=False)
         networks = self.networks
@@ -456,6 +448,14 @@ class Around:
     def parameters(self) -> Iterator[Parameter]:
         own = getattr(self.network, "parameters", None)
         return iter(own() if callable(own) else ())
+
+
+def _watched(model: Callable[..., Any], frame: Frame) -> Callable[..., Any]:
+    """The network for arrays of this frame. torch.compile traces this, and must not meet `sys.modules`: it goes through
+    the whole of it, which another thread's import changes meanwhile."""
+    if isinstance(frame, TorchFrame):
+        return without_own_graph(model) if frame.torch.is_grad_enabled() else model
+    return _on_numpy(model) if "torch" in sys.modules else model
 
 
 def _on_numpy(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -510,3 +510,71 @@ def test_a_function_is_given_a_float64_state_in_the_dtype_of_its_network() -> No
     assert found[plain].model_dtype("float64") == "float64"
     network.bfloat16()  # in float32 states a function takes the state's: it may cast itself
     assert found[plain].model_dtype("float32") == "float32"
+
+
+# --- networks that predict their variance ---
+
+GUIDANCES = {
+    "none": None,
+    "CFG": fs.CFG(3.0),
+    "of the null branch alone": fs.CFG(0.0),
+    "by sample": fs.CFG(np.array([0.0, 3.0])),
+    "at some of the steps": fs.CFG(lambda progress, at: 0.0 if progress < 0.5 else 3.0),
+    "in an interval": fs.CFG(3.0, start=0.5),
+    "nothing": fs.Branches((0.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("variance", ["learned", "learned_range"])
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_a_learned_variance_is_the_last_branchs(name: str, variance: str, backend: str, edited: bool) -> None:
+    """DDPM's step on alpha-bars (Ho et al. 2020, eq. 7) with the variance of Nichol & Dhariwal 2021, eq. 15.
+
+    The variance is that of the conditional branch, as in the released samplers, whatever the scale is: so a sample's
+    does not depend on the scales of its batch or on the step.
+    """
+
+    def outputs(x: Any, c: Any) -> tuple[Any, Any]:
+        share = np.tanh(x + c)
+        return 0.4 * np.tanh(x) + 0.1 * c, 0.05 + 0.04 * share if variance == "learned" else share
+
+    def network(x: Any, t: Any, c: Any) -> Any:
+        return np.concatenate(outputs(x, np.reshape(c, (-1, 1, 1))), 1)
+
+    process = fs.VP.linear()
+    shape, grid, c = (2, 3, 4), fs.grid(process, 4, "linspace"), np.array([1.0, -2.0])
+    guidance = GUIDANCES[name]
+    denoiser = fs.Denoiser(network, process, guidance=guidance, null={"c": np.zeros(1)}, variance=variance)
+    plan = fs.plan("ddpm", grid, variance=variance)
+    rng = np.random.default_rng(4)
+    latent, draws = rng.standard_normal(shape), rng.standard_normal((5, *shape))
+    found = fs.Sampler(denoiser, plan, shape, dtype="float64", backend=backend)(
+        latent,
+        noise=lambda number, at, to, sizes: draws[number],
+        cond={"c": c},
+        edit_x0=(lambda info: info.x0.clip(-5.0, 5.0)) if edited else None,
+    )
+    bars = np.append(process.alphas_cumprod[np.rint(grid.t[:-1]).astype(int)], 1.0)
+    x = latent
+    for k, (bar, after) in enumerate(itertools.pairwise(bars)):
+        (null, _), (cond, v) = (outputs(x, own.reshape(-1, 1, 1)) for own in (np.zeros(1), c))
+        scale: Any = {
+            "CFG": 3.0,
+            "of the null branch alone": 0.0,
+            "by sample": np.array([0.0, 3.0]).reshape(-1, 1, 1),
+            "at some of the steps": 0.0 if k < 2 else 3.0,
+            "in an interval": 1.0 if k < 2 else 3.0,
+        }.get(name, 1.0)
+        eps = 0.0 * null if name == "nothing" else null + scale * (cond - null)
+        x0 = (x - np.sqrt(1.0 - bar) * eps) / np.sqrt(bar)
+        x0 = x0.clip(-5.0, 5.0) if edited else x0
+        beta = 1.0 - bar / after
+        x = (np.sqrt(after) * beta * x0 + np.sqrt(1.0 - beta) * (1.0 - after) * x) / (1.0 - bar)
+        if after < 1.0:
+            small = (1.0 - after) / (1.0 - bar) * beta
+            share = (v + 1.0) / 2.0
+            wide = v if variance == "learned" else np.exp(share * np.log(beta) + (1.0 - share) * np.log(small))
+            x = x + np.sqrt(wide) * draws[k + 1]
+    np.testing.assert_allclose(found, x, rtol=1e-9, atol=1e-9)

@@ -750,6 +750,26 @@ def test_a_learned_variance_is_the_parents() -> None:
     torch.testing.assert_close(ends[1], ends[0], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "SASolverScheduler"])
+def test_a_learned_variance_of_a_single_output_is_refused_as_by_the_parent(name: str) -> None:
+    """Their parents take an output's first three channels for the prediction: four are no output of such a network."""
+    for channels in (3, 4):
+        parent, twin = pair(name, variance_type="learned_range")
+        x = raw = torch.ones(1, channels, 4, 4)
+        ends = []
+        for scheduler in (parent, twin):
+            scheduler.set_timesteps(4)
+            try:
+                ends.append(scheduler.step(raw, scheduler.timesteps[0], x).prev_sample)
+            except RuntimeError as error:
+                ends.append(str(error))
+        if channels == 3:
+            torch.testing.assert_close(ends[1], ends[0], rtol=0.0, atol=0.0)
+        else:
+            assert ends[0] == ends[1]
+            assert "must match the size of tensor" in ends[0]
+
+
 def test_channels_last_and_slices() -> None:
     parent, twin = pair("UniPCMultistepScheduler")
     ends = []

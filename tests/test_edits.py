@@ -491,6 +491,35 @@ def test_one_sampler_with_and_without_edits() -> None:
     assert same(sampler(seed=3, edit=lambda info: info.x), sampler(seed=3))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "guidance",
+    [fs.CFG(3.0), fs.CFG(3.0, start=0.3), fs.CFG(3.0, stop=0.5), fs.CFG(0.0), fs.Branches((0.0, 2.0)), fs.APG(1.0)],
+    ids=str,
+)
+def test_cfg_pp_renoises_with_the_null_branch_also_under_edits(guidance: Any, backend: str) -> None:
+    """x' = alpha' m + sigma' (x - alpha u) / sigma (Chung et al. 2024, Algorithm 2): m is edited, u the null branch's,
+    also in the calls that guide by nothing of it."""
+    own = torch.from_numpy if "device" in BACKENDS[backend] else np.asarray
+    denoiser = fs.Denoiser(model, VP, guidance=guidance, null={"c": own(np.zeros(1))})
+    grid, shift = fs.grid(VP, 4, "karras", sigma_max=8.0), np.array([2.0, -3.0, 1.0])
+    sampler = fs.Sampler(denoiser, fs.plan("euler_cfg_pp", grid), SHAPE, dtype="float64", **BACKENDS[backend])
+    found = np.asarray(sampler(seed=11, cond={"c": own(shift)}, edit_x0=lambda info: info.x0.clip(-1.0, 1.0)))
+    x = drawn(SHAPE, 11, 0, philox.LATENT) * grid.points[0].sigma
+    for k, (s, t) in enumerate(pairwise(grid.points)):
+        u, c = ((x - s.sigma * model(x, None, of)) / s.alpha for of in (np.zeros(1), shift))
+        weights = {  # of the two predictions
+            fs.CFG(3.0): (-2.0, 3.0),
+            fs.CFG(3.0, start=0.3): (-2.0, 3.0) if k >= 2 else (0.0, 1.0),
+            fs.CFG(3.0, stop=0.5): (-2.0, 3.0) if k < 2 else (0.0, 1.0),
+            fs.CFG(0.0): (1.0, 0.0),
+            fs.APG(1.0): (0.0, 1.0),
+        }.get(guidance)
+        m = 2.0 * c - x / s.alpha if weights is None else weights[0] * u + weights[1] * c
+        x = t.alpha * m.clip(-1.0, 1.0) + t.sigma * (x - s.alpha * u) / s.sigma
+    np.testing.assert_allclose(found, x, rtol=1e-9, atol=1e-9)
+
+
 # --- adaptive sampling ---
 
 

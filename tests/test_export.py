@@ -391,3 +391,21 @@ def test_the_naive_backend_asks_nothing_of_the_device():
         fs.sample(denoiser, latent(), solver="unipc", steps=3, backend="naive")
     assert seen
     assert set(seen) <= {"aten", "prim", "prims"}
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_trace_of_the_loop_does_not_meet_the_imported_modules(guided, monkeypatch):
+    """torch.compile would go through all of `sys.modules`, which an import in another thread, of Numba say, changes:
+    "dictionary changed size during iteration"."""
+    given = {"guidance": 3.0, "null": {"shift": torch.zeros(1)}} if guided else {}
+    cond = {"shift": torch.ones(3)} if guided else None
+    loop = SamplerModule(fs.Denoiser(Net(), VP, "v", **given), fs.plan("ddim", fs.grid(VP, 2)))
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("fewstep.") and hasattr(module, "sys"):
+            monkeypatch.setattr(module, "sys", None)
+    for grad in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            found = torch.compile(loop, backend="eager", fullgraph=True)(latent(), cond=cond)
+            torch.testing.assert_close(found, loop(latent(), cond=cond), rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()

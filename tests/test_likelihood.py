@@ -401,11 +401,14 @@ def test_arguments_are_checked_before_the_model_is_called(change, error, text):
     assert model.calls == 0
 
 
-def test_an_epsilon_network_at_alpha_0_is_refused_before_it_is_called():
+@pytest.mark.parametrize("process", [VP.zero_terminal_snr(), fs.Flow()], ids=["VP", "Flow"])
+@pytest.mark.parametrize("predicts", ["epsilon", "edm"])
+def test_a_network_without_a_prediction_at_alpha_0_is_refused_before_it_is_called(predicts, process):
     model = Pointwise()
-    with pytest.raises(ValueError, match="alpha = 0"):
-        fs.log_likelihood(fs.Denoiser(model, VP.zero_terminal_snr(), "epsilon"), torch.zeros(2, 3), solver="heun",
-                          grid=fs.grid(VP.zero_terminal_snr(), 3, "trailing"))  # fmt: skip
+    for options in ({"solver": "heun"}, {"rtol": 1e-3}):
+        with pytest.raises(ValueError, match=f"predicts='{predicts}' .* alpha = 0"):
+            fs.log_likelihood(fs.Denoiser(model, process, predicts), torch.zeros(2, 3), **options,
+                              grid=fs.grid(process, 3, "trailing"))  # fmt: skip
     assert model.calls == 0
 
 

@@ -38,6 +38,7 @@ from fewstep.bindings.diffusers.threads import (
 from fewstep.bindings.diffusers.transition import Transition, is_over, move, remembered
 from fewstep.bindings.diffusers.update import Bound, empty_strided, guard
 from fewstep.bindings.k_diffusion.noise import brownian_noise
+from fewstep.solvers.plans.stages import LEARNED
 
 # Arguments of step in which the caller can pass the noise.
 _NOISE = ("variance_noise", "noise")
@@ -409,6 +410,8 @@ def _fused_step(
             return None
         given = (name, z.dtype)
     attributes = self.__dict__  # read once: each read looks up this thread's own
+    if attributes["_internal_dict"].get("variance_type") in LEARNED:  # some parents cut the output to three channels
+        return None
     if not attributes[CURSOR].live:
         self._shared.begin(attributes)
     tokens_at = None

@@ -96,17 +96,27 @@ CANCELLED = 1e-15
 
 
 def branch_calls(program: Program, denoiser: X0Prediction) -> list[tuple[Shares, tuple[int, ...]]]:
-    """The shares of every call of a plan, and the branches that it calls: a row may read the first one's prediction."""
+    """The shares of every op of a plan, and the branches that its call of the network needs.
+
+    Whatever their weights are, a row may read the first one's prediction, and the noise of a step the last one's
+    variance.
+    """
     steps, total = 0, program.plan.steps
     found: list[tuple[Shares, tuple[int, ...]]] = []
-    for k, (stage, op) in enumerate(zip(program.plan.stages, program.ops, strict=True)):
+    for k, stage in enumerate(program.plan.stages):
         shares = denoiser.shares(Moment(stage.at, steps / total, steps, total))
         if k in program.leads:
             found.append((shares._replace(called=()), ()))
             continue
-        called = (0, *shares.called) if op.unguided and 0 not in shares.called else shares.called
-        found.append((shares, called))
         steps += stage.done
+        if k - 1 in program.firsts:  # both ops of a call get its outputs
+            found.append((shares, found[-1][1]))
+            continue
+        last, needed = shares.weights.shape[1] - 1, set(shares.called)
+        for own in range(k, k + 1 + (k in program.firsts)):
+            needed |= {0} if program.ops[own].unguided else set()
+            needed |= {last} if program.ops[own].noisy and program.plan.stages[own].variance is not None else set()
+        found.append((shares, tuple(sorted(needed))))
     return found
 
 

@@ -233,7 +233,7 @@ def _part(raw: object, frame: Frame) -> str:
 def predictions(
     denoiser: DenoiserLike, raws: Sequence[Array], shape: Sequence[int], frame: Frame
 ) -> tuple[Sequence[Array], Array | None]:
-    """The checked predictions (B, C, ...), and the last branch's variance output if the network returns both.
+    """The checked predictions (B, C, ...), and the variance output of the last one if the network returns both.
 
     shape  of x, (B, C, ...); a network that predicts its variance returns (B, 2 C, ...)
     """
@@ -248,7 +248,7 @@ def predictions(
             check_output(raw, both, frame)
         except ValueError as error:
             raise ValueError(f"{error}: variance={denoiser.variance!r} needs shape {both}") from None
-    return [raw[:, :channels] for raw in raws], raws[-1][:, channels:]
+    return [raw[:, :channels] for raw in raws], raws[-1][:, channels:] if raws else None
 
 
 # --- a batch in which each sample has its own point ---
@@ -269,8 +269,10 @@ class NetworkInputs(NamedTuple):
 def network_inputs(denoiser: DenoiserLike, points: Sequence[Point]) -> NetworkInputs:
     """The network's inputs at each point. Raises ValueError where its prediction type does not determine x0."""
     # Samples often share points: each distinct point is computed once.
-    known = {p: (denoiser.time(p), denoiser.c_in(p), *denoiser.prologue(p)) for p in dict.fromkeys(points)}
-    return NetworkInputs(*np.array([known[p] for p in points], dtype=np.float64).reshape(-1, 4).T)
+    # The prologue comes first: it names the point of which a network has no time.
+    known = {p: (*denoiser.prologue(p), denoiser.time(p), denoiser.c_in(p)) for p in dict.fromkeys(points)}
+    a, b, t, c_in = np.array([known[p] for p in points], dtype=np.float64).reshape(-1, 4).T
+    return NetworkInputs(t, c_in, a, b)
 
 
 def inputs_of(denoiser: DenoiserLike, ends: Sequence[Point]) -> Callable[[Point, Sequence[np.ndarray]], None]:
