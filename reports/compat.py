@@ -55,6 +55,7 @@ ENVIRONMENTS = (
     Environment("torch-2.11", "3.11", ("torch==2.11.0", *_TORCH[1:]), large=True),
     Environment("torch-2.12", "3.11", ("torch==2.12.1", *_TORCH[1:]), large=True),
     Environment("torch-2.14", "3.12", ("torch==2.14.1", *_TORCH[1:]), large=True),
+    Environment("torch-2.15", "3.12", ("torch==2.15.0", *_TORCH[1:], "diffusers==0.42.1"), large=True),
 )
 
 
@@ -105,7 +106,7 @@ def page(record: dict[str, dict[str, object]]) -> str:
         "against recorded numbers in float64, and the kernels against the naive backend bit by bit; *digits* is the",
         "shipped network; *diffusers* are whole runs of three twins beside their parents. `pyproject.toml` asks for no",
         "version of NumPy, Numba, torch or diffusers below those here. The tests of the GPU kernels were run by hand",
-        "with torch 2.11 ([gpu.md](gpu.md)).",
+        "with torch 2.11 and 2.15 ([gpu.md](gpu.md)).",
         "",
         "| environment | Python | NumPy | Numba | torch | diffusers | checked | on |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
