@@ -15,7 +15,7 @@ from fewstep.solvers.distill import continuous
 from fewstep.solvers.distill.network import noised, points_of, predict
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 EDM, VP = fs.EDM(0.002, 80.0), fs.VP.scaled_linear()
 MEAN, STD = torch.tensor([0.4, -0.3], dtype=torch.float64), torch.tensor([0.5, 0.2], dtype=torch.float64)

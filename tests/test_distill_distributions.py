@@ -26,7 +26,7 @@ from fewstep.solvers.distill import (
 from fewstep.solvers.distill.network import noised, points_of, predict
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 FLOW, EDM = fs.Flow(), fs.EDM(0.002, 80.0)
 MU, S = 0.4, 0.3

@@ -19,7 +19,7 @@ from fewstep.solvers.plans.ends import step_ends
 from reports import mean_flow_weight
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 FLOW, EDM, VP = fs.Flow(), fs.EDM(0.002, 80.0), fs.VP.linear()
 MU, S = 0.4, 0.3

@@ -38,7 +38,7 @@ from fewstep.solvers.distill.jumps import Jumps
 from fewstep.solvers.distill.network import points_of, predict
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 EDM, VP, FLOW = fs.EDM(0.002, 80.0), fs.VP.linear(), fs.Flow()
 SHAPE = (4, 2, 3, 4, 4)  # batch, channels, frames, height, width

@@ -38,7 +38,7 @@ from fewstep.solvers.distill import distribution_matching, shortcut
 from fewstep.solvers.distill.network import points_of
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 ROOT = Path(__file__).resolve().parent.parent
 

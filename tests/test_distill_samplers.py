@@ -140,7 +140,7 @@ def continuous_time(module: torch.nn.Module) -> torch.Tensor:
 
 
 # torch's own set-up, at the first forward-mode derivative
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("loss_of", [discrete, continuous_time])
 def test_parallel_and_compiled_students_have_the_plain_ones_gradient(
     loss_of: Callable[[torch.nn.Module], torch.Tensor], tmp_path: Path

@@ -142,6 +142,8 @@ def name_of(value):
         ({"dtype": "flaot32"}, ValueError, "dtype 'flaot32' is not one of float32, float64$"),
         ({"dtype": "int8"}, ValueError, "dtype 'int8' is not one of float32, float64$"),
         ({"device": "gpu"}, ValueError, "device 'gpu' cannot be used"),
+        ({"device": "cuda:99"}, ValueError, "device 'cuda:99' cannot be used"),
+        ({"device": "xpu:0"}, ValueError, "device 'xpu:0' cannot be used"),
         (
             {"denoiser": never},
             TypeError,

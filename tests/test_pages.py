@@ -83,7 +83,7 @@ def test_other_tests_run_every_block(page: str) -> None:
 
 @pytest.mark.parametrize("page", HERE)
 @pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning", "ignore::FutureWarning")  # of libraries on the page
-@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # at its first forward-mode derivative
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # at its first forward-mode derivative
 def test_the_code_of_the_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

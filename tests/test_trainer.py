@@ -35,7 +35,7 @@ from fewstep.distill_runs.training import CHECKPOINT, generator
 from fewstep.solvers.distill.network import noised, points_of, predict, with_model
 
 # torch's own set-up, at the first forward-mode derivative.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 SMALL = {
     "progressive": {"teacher_steps": 4},

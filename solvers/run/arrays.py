@@ -189,6 +189,14 @@ class NumpyFrame:
         return np.dtype(dtype)
 
 
+# What torch raises for a device of no kind or number that it has, and without a driver.
+_UNUSABLE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError)
+
+
+def _unusable(device: object, error: Exception) -> ValueError:
+    return ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}")
+
+
 class TorchFrame:
     name = "torch"
     fresh = staticmethod(operator.attrgetter("data"))  # half the time of detach()
@@ -204,12 +212,22 @@ class TorchFrame:
             where = torch.device(device)
             if str(where) == "cuda":  # tensors name their index
                 where = torch.device("cuda", torch.cuda.current_device())
-        except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        except _UNUSABLE as error:
+            raise _unusable(device, error) from error
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
         self._names = {getattr(torch, name): name for name in FLOATS}
         self._forward: Any = torch.autograd.forward_ad
+
+    @classmethod
+    def named(cls, device: Device) -> TorchFrame:
+        """The frame of a device that a caller names, and no tensor has shown to be there."""
+        frame = cls(device)
+        try:
+            frame.empty((0,), "float32")
+        except _UNUSABLE as error:
+            raise _unusable(device, error) from error
+        return frame
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
         host = self.torch.tensor(values, dtype=getattr(self.torch, dtype), device="cpu")

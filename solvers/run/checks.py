@@ -186,8 +186,8 @@ def model_frame(denoiser: DenoiserLike, device: Device | None) -> Frame:
     """The library and device of the model's arrays: its own, torch on `device`, what the model reaches, else NumPy."""
     own = denoiser.frame
     if own is None:
-        return (frame_reached(denoiser.model) or NumpyFrame()) if device is None else TorchFrame(device)
-    if device is not None and str(device) != own.device and TorchFrame(device).device != own.device:
+        return (frame_reached(denoiser.model) or NumpyFrame()) if device is None else TorchFrame.named(device)
+    if device is not None and str(device) != own.device and TorchFrame.named(device).device != own.device:
         raise ValueError(f"device={str(device)!r}, but the model is on {own.device}: move the model first")
     return own
 

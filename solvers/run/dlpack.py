@@ -92,7 +92,7 @@ class InLibrary:
             raise TypeError(f"model must be callable as model(x, t, **cond), got {type(model).__name__}")
         self.model = model
         self.library = Library(namespace)
-        self.frame: Frame = NumpyFrame() if str(device) == "cpu" else TorchFrame(device)
+        self.frame: Frame = NumpyFrame() if str(device) == "cpu" else TorchFrame.named(device)
 
     def __call__(self, x: Array, t: Array, /, **cond: Array) -> Array:
         give = self.library.give
