@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import json
@@ -519,6 +520,31 @@ def test_an_estimate_leaves_the_run_as_it_was() -> None:
     assert 0.0 < trainer.estimate() < 60.0
     a, b = trainer.fit(), fs.Trainer("adversarial", **simple()).fit()
     assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
+
+
+def test_the_adapter_of_progressive_distillation_is_of_the_student_of_the_fewest_calls(tmp_path: Path) -> None:
+    given = simple(options={"teacher_steps": 4, "lora": 2}, out=tmp_path, lr=1e-2)
+    student = fs.Trainer("progressive", **given).fit()
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = (n.state_dict() for n in (given["teacher"].model, student.denoiser(1).model))
+    for layer in ("enter", "leave", "time"):
+        a, b = (found[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        want = before[f"{layer}.weight"] + (b.flatten(1) @ a.flatten(1)).reshape(before[f"{layer}.weight"].shape)
+        torch.testing.assert_close(after[f"{layer}.weight"], want, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(student.denoiser(2).model.state_dict()[f"{layer}.weight"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adversarial", "latent_adversarial"])
+def test_heads_judge_the_features_of_a_16_bit_teacher(method: str) -> None:
+    """Without autocast. The student moves as with the same numbers in float32."""
+    teacher = fs.Denoiser(made(Image).bfloat16(), fs.EDM(), "edm")
+    wide = with_model(teacher, copy.deepcopy(teacher.model).float())
+    own = fs.Denoiser(made(Image, seed=2), fs.EDM(), "edm")
+    given = {"student": own, "lr": 1e-2, "steps": 4}
+    found, want = (weights(fs.Trainer(method, **simple(teacher=t, **given)).fit()) for t in (teacher, wide))
+    moves = [torch.cat([(v - own.model.state_dict()[k]).flatten() for k, v in w.items()]) for w in (found, want)]
+    assert float(moves[1].norm()) > 1e-3
+    torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=0.2 * float(moves[1].abs().max()))
 
 
 # --- refusals ---

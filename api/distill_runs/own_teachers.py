@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.data import Batch, Cond, on_device
@@ -83,6 +83,10 @@ class Progressive(OwnRecipe):
         if self.problem.student.predicts != "edm":
             return losses.truncated_snr(at)
         return np.asarray(np.maximum((self.problem.student.sigma_data / np.asarray(at.ratio)) ** 2, 1.0))
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self.modules[f"student{self.grids[-1].steps}"]
 
     def samplers(self) -> Samplers:
         return {g.steps: (self.finished(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}

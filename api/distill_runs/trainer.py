@@ -225,7 +225,7 @@ class Trainer:
             if main and self.out is not None:
                 student.save(self.out, self.network)
                 if recipe.option("lora"):
-                    lora.save_adapter(recipe.modules["average"], ADAPTER, self.out / ADAPTERS, layout="peft")
+                    lora.save_adapter(recipe.adapted, ADAPTER, self.out / ADAPTERS, layout="peft")
             return student
 
     def _facts(self) -> dict[str, object]:
