@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ from fewstep.distill_runs.own_features import hidden
 from fewstep.distill_runs.own_generators import DistributionMatching
 from fewstep.distill_runs.own_methods import METHODS
 from fewstep.distill_runs.training import CHECKPOINT, generator
+from fewstep.solvers.distill import rectified
 from fewstep.solvers.distill.network import noised, points_of, predict, with_model
 
 # torch's own set-up, at the first forward-mode derivative.
@@ -545,6 +547,22 @@ def test_heads_judge_the_features_of_a_16_bit_teacher(method: str) -> None:
     moves = [torch.cat([(v - own.model.state_dict()[k]).flatten() for k, v in w.items()]) for w in (found, want)]
     assert float(moves[1].norm()) > 1e-3
     torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=0.2 * float(moves[1].abs().max()))
+
+
+def test_the_estimate_of_a_rectified_flow_counts_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a teacher they are made in the second phase, by a flow that the first one trains."""
+    seconds = []
+
+    def couple(flow: object, eps: Tensor, *args: object, **more: object) -> Tensor:
+        time.sleep(0.2)
+        seconds.append(0.2)
+        return eps
+
+    monkeypatch.setattr(rectified, "couple", couple)
+    given = simple(teacher=None, student=fs.Denoiser(made(Image), fs.Flow(), "flow"), options={"pairs": 16})
+    found = fs.Trainer("rectified", **given).estimate()
+    assert len(seconds) == 4  # 16 pairs in batches of 4
+    assert 0.8 < found < 10.0
 
 
 # --- refusals ---

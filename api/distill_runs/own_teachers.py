@@ -345,6 +345,10 @@ class Rectified(OwnRecipe):
         third = 0 if self.teacher is not None else steps // 3
         self.begins = [0, third, third + (steps - third) // 2, steps]
 
+    def phases(self) -> list[tuple[int, int]]:
+        first = self.begins[1]  # whose first step also makes the pairs
+        return [(0, first), (first, self.settings.steps - first)]
+
     def forget(self) -> None:
         self.__dict__.pop("pairs", None)
 
