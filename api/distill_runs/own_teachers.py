@@ -202,6 +202,8 @@ class LatentConsistency(Consistency):
 
     def start(self) -> None:
         self.span = (self.option("w_min"), self.option("w_max"))
+        if "w" in (self.settings.options or {}) and not self.span[1]:
+            raise ValueError(f"w = {self.option('w'):g} without w_max, and so with a student that takes no strength")
         if self.span[1] and self.taught.branches != 2:
             raise ValueError("w_max is given, but the teacher has no guidance: give it Denoiser(guidance=...)")
         if not 0.0 <= self.span[0] <= self.span[1]:
@@ -247,7 +249,8 @@ class ImprovedConsistency(OwnRecipe):
 
     def levels(self, k: int) -> tuple[Grid, Array]:
         """The grid of step k, and how often each of its intervals is drawn."""
-        n = curricula.ict_levels(k, self.settings.steps, last=int(self.option("levels", 160)))
+        last = int(self.option("levels", 160))
+        n = curricula.ict_levels(k, self.settings.steps, min(10, last), last)
         if n not in self._levels:
             grid = self.grid(n - 1, final_zero=False)
             self._levels[n] = grid, curricula.lognormal_weights(grid.ratio)
