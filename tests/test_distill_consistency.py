@@ -258,6 +258,10 @@ def test_curricula_are_the_papers() -> None:
     np.testing.assert_allclose(weights, mass / mass.sum(), rtol=1e-9)
     with pytest.raises(ValueError, match="step = 9 of 8"):
         curricula.ict_levels(9, 8)
+    assert [curricula.ict_levels(k, 100, 5, 5) for k in (0, 100)] == [6, 6]
+    for first, last in ((10, 5), (10, 0), (0, 5)):
+        with pytest.raises(ValueError, match=f"first = {first}, last = {last}"):
+            curricula.ict_levels(0, 8, first, last)
     with pytest.raises(ValueError, match="decrease"):
         curricula.lognormal_weights(np.array([1.0, 2.0]))
 

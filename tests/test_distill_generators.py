@@ -169,6 +169,19 @@ def test_conditional_heads_project_their_condition() -> None:
             heads_of(features(x), cond)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_heads_take_features_of_another_dtype(dtype: torch.dtype) -> None:
+    heads = adversarial.Heads([6, 2], 8)
+    maps = [normals(5, 6, 3).to(dtype), normals(5, 2).to(dtype)]
+    want = []
+    for own, f in zip(heads.heads, maps, strict=True):
+        (w, b), (v, c) = ((layer.weight.double(), layer.bias.double()) for layer in (own[0], own[2]))
+        columns = f.double().reshape(5, f.shape[1], -1)
+        h = torch.einsum("hc,bcp->bph", w, columns) + b
+        want.append(((h * h.sigmoid()) @ v.T + c).mean(1))
+    torch.testing.assert_close(heads(maps).double(), torch.cat(want, 1), rtol=1e-5, atol=1e-6)
+
+
 def test_the_discriminator_loss_is_hinge_and_r1_at_the_heads_inputs() -> None:
     torch.manual_seed(0)
     features, heads = Frozen(), adversarial.Heads([6, 2], 8).double()

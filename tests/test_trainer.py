@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import importlib
 import json
@@ -10,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,11 +29,14 @@ from fewstep.cli.commands import app
 from fewstep.distill_runs import training
 from fewstep.distill_runs.data import as_source
 from fewstep.distill_runs.loggers import TensorBoardLogger, WandbLogger
+from fewstep.distill_runs.method_options import RANGES
+from fewstep.distill_runs.methods import PROBLEMS
 from fewstep.distill_runs.metrics import sliced_wasserstein
 from fewstep.distill_runs.own_features import hidden
 from fewstep.distill_runs.own_generators import DistributionMatching
 from fewstep.distill_runs.own_methods import METHODS
 from fewstep.distill_runs.training import CHECKPOINT, generator
+from fewstep.solvers.distill import rectified
 from fewstep.solvers.distill.network import noised, points_of, predict, with_model
 
 # torch's own set-up, at the first forward-mode derivative.
@@ -514,6 +519,14 @@ def test_loggers_of_other_packages_get_scalars_and_pictures(monkeypatch: pytest.
     assert calls == [{"project": "p"}, ({"loss": 1.0}, 2), ({"samples_1": [(4, 5, 3)] * 2}, 2)]
 
 
+def test_improved_consistency_takes_fewer_levels_than_the_first_stage_of_the_paper() -> None:
+    student = fs.Denoiser(made(Image), fs.EDM(), "edm")
+    recipe = fs.Trainer("improved_consistency", **simple(teacher=None, student=student, options={"levels": 5})).recipe()
+    grid, weights = recipe.levels(0)  # type: ignore[attr-defined]
+    np.testing.assert_allclose(grid.sigma, fs.grid(fs.EDM(), 5, "karras", final_zero=False).sigma, rtol=1e-12)
+    assert len(weights) == 5
+
+
 def test_an_estimate_leaves_the_run_as_it_was() -> None:
     trainer = fs.Trainer("adversarial", **simple())
     assert 0.0 < trainer.estimate() < 60.0
@@ -521,7 +534,71 @@ def test_an_estimate_leaves_the_run_as_it_was() -> None:
     assert all(torch.equal(v, weights(b)[k]) for k, v in weights(a).items())
 
 
+def test_the_estimate_of_a_rectified_flow_counts_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a teacher they are made in the second phase, by a flow that the first one trains."""
+    seconds = []
+
+    def couple(flow: object, eps: Tensor, *args: object, **more: object) -> Tensor:
+        time.sleep(0.2)
+        seconds.append(0.2)
+        return eps
+
+    monkeypatch.setattr(rectified, "couple", couple)
+    given = simple(teacher=None, student=fs.Denoiser(made(Image), fs.Flow(), "flow"), options={"pairs": 16})
+    found = fs.Trainer("rectified", **given).estimate()
+    assert len(seconds) == 4  # 16 pairs in batches of 4
+    assert 0.8 < found < 10.0
+
+
+def test_the_adapter_of_progressive_distillation_is_of_the_student_of_the_fewest_calls(tmp_path: Path) -> None:
+    given = simple(options={"teacher_steps": 4, "lora": 2}, out=tmp_path, lr=1e-2)
+    student = fs.Trainer("progressive", **given).fit()
+    found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    before, after = (n.state_dict() for n in (given["teacher"].model, student.denoiser(1).model))
+    for layer in ("enter", "leave", "time"):
+        a, b = (found[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        want = before[f"{layer}.weight"] + (b.flatten(1) @ a.flatten(1)).reshape(before[f"{layer}.weight"].shape)
+        torch.testing.assert_close(after[f"{layer}.weight"], want, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(student.denoiser(2).model.state_dict()[f"{layer}.weight"], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adversarial", "latent_adversarial"])
+def test_heads_judge_the_features_of_a_16_bit_teacher(method: str) -> None:
+    """Without autocast. The student moves as with the same numbers in float32."""
+    teacher = fs.Denoiser(made(Image).bfloat16(), fs.EDM(), "edm")
+    wide = with_model(teacher, copy.deepcopy(teacher.model).float())
+    own = fs.Denoiser(made(Image, seed=2), fs.EDM(), "edm")
+    given = {"student": own, "lr": 1e-2, "steps": 4}
+    found, want = (weights(fs.Trainer(method, **simple(teacher=t, **given)).fit()) for t in (teacher, wide))
+    moves = [torch.cat([(v - own.model.state_dict()[k]).flatten() for k, v in w.items()]) for w in (found, want)]
+    assert float(moves[1].norm()) > 1e-3
+    torch.testing.assert_close(moves[0], moves[1], rtol=0, atol=0.2 * float(moves[1].abs().max()))
+
+
 # --- refusals ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_refuses_what_it_cannot_mean(method: str) -> None:
+    """NaN, infinity, numbers below the least one and, of a count or a switch, fractions."""
+    anything = ("alpha", "level_mean", "w")
+    whole = (
+        "calls", "critic_steps", "differences", "exponent", "finest", "forward_kl", "group", "improved", "lagrangian",
+        "levels", "lora", "pair_steps", "pairs", "shared_critic", "teacher_steps",
+    )  # fmt: skip
+    assert METHODS[method].OPTIONS
+    for name in METHODS[method].OPTIONS:
+        wrong = [math.nan, math.inf, *([] if name in anything else [-1]), *([2.5] if name in whole else [])]
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"option {name} = {value:g}: it must be a (whole|finite) number"):
+                fs.Trainer(method, **simple(options={name: value}))
+
+
+def test_every_option_of_the_packages_own_problems_has_a_range() -> None:
+    for own in PROBLEMS.values():
+        for method in own.methods.values():
+            assert set(method.recipe.OPTIONS) <= set(RANGES)
+
 
 WIDE = torch.zeros(4, 1, 4, 4)
 
@@ -591,10 +668,12 @@ def test_a_method_is_named_and_its_student_fits() -> None:
         ("moment_matching", {"group": 3}, "group = 3 does not divide the 4 samples of each of 1 parts"),
         ("shortcut", {"finest": 12}, "finest = 12: the number of steps must be a power of 2"),
         ("shortcut", {"same": 1}, r"same = 1: the share of the batch must be above 0 and below 1"),
-        ("shortcut", {"velocity_end": 2}, r"end = 2: begin must be .*and end from 0 to 1"),
+        ("shortcut", {"velocity_end": 2}, "option velocity_end = 2: it must be a finite number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=text):
             fs.Trainer(method, student=flow, data=numbers(8, 2), steps=1, batch=4, options=options, device="cpu").fit()
+    with pytest.raises(ValueError, match="w = 2 without w_max"):
+        fs.Trainer("latent_consistency", **simple(options={"w": 2})).fit()
     with pytest.raises(ValueError, match=r"gan = 0: f_distill needs its heads"):
         fs.Trainer("f_distill", **simple(options={"gan": 0})).fit()
     with pytest.raises(TypeError, match=r"teacher is Image; it must be a fewstep\.Denoiser"):

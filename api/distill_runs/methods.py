@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fewstep.distill_runs import digits, ring_generators, ring_maps, ring_scores, ring_teachers
+from fewstep.distill_runs.method_options import check_options
 from fewstep.distill_runs.training import Recipe, RunSettings
 from fewstep.solvers.field_names import method_name
 from fewstep.solvers.options import unknown
@@ -82,14 +83,7 @@ def make_recipe(
         hint = None if meant is None else f"{meant!r}" + f", on {' or '.join(where)}" * (meant not in methods)
         raise ValueError(unknown(f"distillation method on {problem}", method, tuple(methods), hint))
     recipe, own_steps = methods[method]
-    given: dict[str, float] = {}
-    for name, value in (options or {}).items():
-        if name not in recipe.OPTIONS:
-            takes = ", ".join(recipe.OPTIONS) or "none"
-            raise ValueError(f"method {method!r} on {problem} has no option {name!r}; it takes: {takes}")
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"option {name} = {value!r}: it must be a number")
-        given[name] = value
+    given = check_options(f"method {method!r} on {problem}", recipe.OPTIONS, options)
     settings = RunSettings(
         method,
         problem,

@@ -181,6 +181,11 @@ class OwnRecipe(Recipe):
         own.load_state_dict({key: whole(v) for key, v in lora.merged_state(self.modules[name]).items()})
         return with_model(self.denoiser(name), own)
 
+    @property
+    def adapted(self) -> nn.Module:
+        """The network whose adapter is written, under the option lora: the student of the fewest calls."""
+        return self.modules["average"]
+
     # --- batches ---
 
     def batch(self, g: torch.Generator) -> Batch:

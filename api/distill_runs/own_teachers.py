@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs.data import Batch, Cond, on_device
@@ -83,6 +83,10 @@ class Progressive(OwnRecipe):
         if self.problem.student.predicts != "edm":
             return losses.truncated_snr(at)
         return np.asarray(np.maximum((self.problem.student.sigma_data / np.asarray(at.ratio)) ** 2, 1.0))
+
+    @property
+    def adapted(self) -> nn.Module:
+        return self.modules[f"student{self.grids[-1].steps}"]
 
     def samplers(self) -> Samplers:
         return {g.steps: (self.finished(f"student{g.steps}"), make_plan("ddim", g)) for g in self.grids[:0:-1]}
@@ -198,6 +202,8 @@ class LatentConsistency(Consistency):
 
     def start(self) -> None:
         self.span = (self.option("w_min"), self.option("w_max"))
+        if "w" in (self.settings.options or {}) and not self.span[1]:
+            raise ValueError(f"w = {self.option('w'):g} without w_max, and so with a student that takes no strength")
         if self.span[1] and self.taught.branches != 2:
             raise ValueError("w_max is given, but the teacher has no guidance: give it Denoiser(guidance=...)")
         if not 0.0 <= self.span[0] <= self.span[1]:
@@ -243,7 +249,8 @@ class ImprovedConsistency(OwnRecipe):
 
     def levels(self, k: int) -> tuple[Grid, Array]:
         """The grid of step k, and how often each of its intervals is drawn."""
-        n = curricula.ict_levels(k, self.settings.steps, last=int(self.option("levels", 160)))
+        last = int(self.option("levels", 160))
+        n = curricula.ict_levels(k, self.settings.steps, min(10, last), last)
         if n not in self._levels:
             grid = self.grid(n - 1, final_zero=False)
             self._levels[n] = grid, curricula.lognormal_weights(grid.ratio)
@@ -340,6 +347,10 @@ class Rectified(OwnRecipe):
         steps = self.settings.steps
         third = 0 if self.teacher is not None else steps // 3
         self.begins = [0, third, third + (steps - third) // 2, steps]
+
+    def phases(self) -> list[tuple[int, int]]:
+        first = self.begins[1]  # whose first step also makes the pairs
+        return [(0, first), (first, self.settings.steps - first)]
 
     def forget(self) -> None:
         self.__dict__.pop("pairs", None)

@@ -124,8 +124,6 @@ class DistributionMatching(RingRecipe):
     def __init__(self, settings: RunSettings) -> None:
         super().__init__(settings)
         self.critic_steps, self.gan = int(self.option("critic_steps", 5)), self.option("gan")
-        if self.gan < 0.0:
-            raise ValueError(f"gan = {self.gan}: the head's weight is at least 0, and 0 for no head")
         calls = self.option("calls", 1)
         if calls not in (1, len(LEVELS)):
             raise ValueError(f"calls = {calls}: the student takes 1 or {len(LEVELS)}")

@@ -18,6 +18,7 @@ from fewstep.bindings.denoiser import Denoiser
 from fewstep.distill_runs import training
 from fewstep.distill_runs.data import Arrays, Cond, as_source, on_device
 from fewstep.distill_runs.loggers import CsvLogger, Logger
+from fewstep.distill_runs.method_options import check_options
 from fewstep.distill_runs.metrics import sliced_wasserstein
 from fewstep.distill_runs.own import ADAPTER, NARROW, Features, OwnRecipe, make_problem
 from fewstep.distill_runs.own_methods import METHODS
@@ -129,17 +130,12 @@ class Trainer:
             if not (given is None or isinstance(given, Mapping)):
                 raise TypeError(f"{name} is {type(given).__name__}; it must be a mapping by name")
         function("features", features, optional=True)
-        for name, own in (options or {}).items():
-            if name not in recipe.OPTIONS:
-                takes = ", ".join(recipe.OPTIONS) or "none"
-                raise ValueError(f"method {method!r} has no option {name!r}; it takes: {takes}")
-            if isinstance(own, bool) or not isinstance(own, (int, float)):
-                raise ValueError(f"option {name} = {own!r}: it must be a number")
+        chosen = check_options(f"method {method!r}", recipe.OPTIONS, options)
         self.method, self.out = method, None if out is None else Path(out)
         self.problem = make_problem(teacher, student, as_source(data), features)
         self._settings: dict[str, Any] = {
             "method": method, "problem": "own", "steps": steps, "batch": batch, "lr": lr, "seed": seed,
-            "parts": parts, "amp": self._amp(amp), "options": dict(options or {}), "device": self._device(device),
+            "parts": parts, "amp": self._amp(amp), "options": chosen, "device": self._device(device),
             "clip": clip, "schedule": schedule, "warmup": warmup, "ema": ema, "on_nan": on_nan,
             "shard": shard,
         }  # fmt: skip
@@ -225,7 +221,7 @@ class Trainer:
             if main and self.out is not None:
                 student.save(self.out, self.network)
                 if recipe.option("lora"):
-                    lora.save_adapter(recipe.modules["average"], ADAPTER, self.out / ADAPTERS, layout="peft")
+                    lora.save_adapter(recipe.adapted, ADAPTER, self.out / ADAPTERS, layout="peft")
             return student
 
     def _facts(self) -> dict[str, object]:

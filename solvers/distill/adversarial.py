@@ -52,7 +52,8 @@ class Heads(nn.Module):
                 f"with conditions={self.conditions}: give (B, {self.conditions}), or none for 0"
             )
         logits = []
-        for k, (head, maps) in enumerate(zip(self.heads, features, strict=True)):
+        own = next(self.heads.parameters()).dtype  # a frozen network may be of another, such as bfloat16
+        for k, (head, maps) in enumerate(zip(self.heads, (f.to(own) for f in features), strict=True)):
             out = head(maps.flatten(2).mT if maps.ndim > 2 else maps)  # (B, [positions,] 1 or hidden)
             out = out.reshape(len(out), -1, out.shape[-1])
             if cond is not None:

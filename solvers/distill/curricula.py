@@ -13,12 +13,14 @@ def ict_levels(step: int, steps: int, first: int = 10, last: int = 1280) -> int:
     """N(k) = min(s0 2^floor(k / K'), s1) + 1, K' = floor(K / (log2(s1 / s0) + 1)) (Song & Dhariwal 2023, eq. 7).
 
     step, steps  k and K, 0 <= k <= K
-    first, last  s0 and s1
+    first, last  s0 and s1, 1 <= s0 <= s1
 
     Returns the number of noise levels.
     """
     if not 0 <= step <= steps or steps < 1:
         raise ValueError(f"step = {step} of {steps}: step must be in 0 .. steps, and steps at least 1")
+    if not 1 <= first <= last:
+        raise ValueError(f"first = {first}, last = {last}: the levels must grow from at least 1")
     period = max(1, math.floor(steps / (math.log2(last / first) + 1.0)))
     return int(min(first * 2 ** (step // period), last)) + 1
 
