@@ -584,6 +584,28 @@ def test_an_engine_that_is_dropped_ends_its_thread() -> None:
     same(future, alone(EULER, seed=0))
 
 
+@pytest.mark.parametrize("metrics", [True, False])
+def test_the_network_of_a_closed_engine_is_freed_at_once(metrics: bool) -> None:
+    """Not at the next garbage collection: it may fill a device."""
+    if metrics:
+        pytest.importorskip("prometheus_client")
+
+    class Network:
+        def __call__(self, x: Any, t: Any) -> Any:
+            return net(x, t)
+
+    model = Network()
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        with fs.Engine(fs.Denoiser(model, VP), (2, *ONE[1:]), [EULER], metrics=metrics) as engine:
+            engine.submit(EULER, seed=0).result(SECONDS)
+        del model, engine
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
 # --- coroutines, previews ---
 
 

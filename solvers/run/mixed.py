@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from time import perf_counter
 from types import EllipsisType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -130,6 +130,12 @@ class MixedRun:
         if captures and graph != "off":
             self._graphed = GraphedCall(self._network, denoiser.networks, limit=max(GRAPHS, self.shape[0]))
         self._may_fall_back = graph == "auto"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a MixedRun holds requests in progress, and cannot be copied or pickled: make another one of the same "
+            "denoiser, plans and shape"
+        )
 
     @property
     def graphed(self) -> bool:

@@ -12,10 +12,11 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from time import monotonic, perf_counter
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import at_least, counted, flag, function, instance, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
@@ -92,6 +93,9 @@ class Engine:
         plans += f" and {len(run.plans) - 3} more" * (len(run.plans) > 3)
         state = "closed" if loop.closing else f"{len(loop.active)} active, {len(loop.waiting)} waiting"
         return f"Engine({plans}, shape={run.shape}, backend={run.backend!r}: {state})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Engine has a thread of its own, and cannot be copied or pickled: make one in each process")
 
     # --- requests ---
 
@@ -278,7 +282,7 @@ class _Loop:
         self.given_up: deque[Request] = deque()  # cancelled, and perhaps still in a place
         self.free = [*range(run.shape[0])]
         self.closing = self.draining = False
-        self.changed = threading.Condition()
+        self.changed = threading.Condition(lock())
         self.metrics = self._metrics(metrics)
         self.thread = threading.Thread(target=self._serve, name="fewstep-engine", daemon=True)
 
@@ -288,7 +292,7 @@ class _Loop:
         if wanted is False:
             return None
         try:
-            return Metrics(self.run.shape[0], lambda: len(self.active), lambda: len(self.waiting))
+            return Metrics(self.run.shape[0], self.active.__len__, self.waiting.__len__)
         except ImportError:
             if wanted:
                 raise
