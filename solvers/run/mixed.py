@@ -257,15 +257,18 @@ class MixedRun:
         An edit that raises leaves its request in its place, and all others one stage further: `drop` it, or go on.
         """
         moved = self.move(cond, places=places, size=size)
-        errors: list[Exception] = []
+        first: Exception | None = None
         for place in moved:
             try:
                 self.edit(place)
             except Exception as error:
                 error.add_note(f"of the request in place {place}")
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                first = first or error
+        try:
+            if first is not None:
+                raise first
+        finally:
+            del first  # no cycle of the error and this frame, which would hold the network
         return [place for place in moved if self.done(place)]
 
     def move(
