@@ -335,7 +335,7 @@ def _parts(twin: Scheduler) -> tuple[type[Scheduler], dict[str, Any], Mapping[st
     return type(twin), parent_attributes(attributes), cursor.new, cursor.live
 
 
-def _rebuild(cls: type[Scheduler], attributes: dict[str, Any], new: Mapping[str, Any], live: bool) -> Scheduler:
+def _rebuild(cls: Any, attributes: dict[str, Any], new: Mapping[str, Any], live: bool) -> Any:
     """A twin from its parts, without its constructor, which may need arguments."""
     twin = cls.__new__(cls)
     cursor = Cursor(new)
