@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeAlias, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -162,18 +163,26 @@ class Problem(ABC):
         """
         from fewstep.bindings.denoiser import Denoiser
 
-        def model(x: A, t: A, **cond: object) -> A:
-            at = process.point(_float64(t))
-            return self.denoise(x, at.alpha, at.sigma)
-
         # A float32 time would lose the exactness that these problems are for.
-        return Denoiser(model, process, predicts="sample", time_dtype="float64")
+        return Denoiser(PosteriorMean(self, process), process, predicts="sample", time_dtype="float64")
 
     def _checked(self, x: A) -> _Library[A]:
         lib = _library(x)
         if x.ndim < 1 or tuple(x.shape[1:]) != self.shape:
             raise ValueError(f"x has shape {tuple(x.shape)}: it must be (B, {', '.join(map(str, self.shape))})")
         return lib
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorMean:
+    """The model of `Problem.denoiser`: a class of its own, because a function made there could not be pickled."""
+
+    problem: Problem
+    process: Process
+
+    def __call__(self, x: A, t: A, **cond: object) -> A:
+        at = self.process.point(_float64(t))
+        return self.problem.denoise(x, at.alpha, at.sigma)
 
 
 def _scale(name: str, value: Numbers, batch: int) -> Array | Tensor:

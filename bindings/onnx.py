@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -105,6 +106,7 @@ class OnnxModel:
             raise ImportError("OnnxModel needs ONNX Runtime: pip install 'fewstep[onnx]'") from None
         if not isinstance(graph, bytes) and not Path(graph).is_file():
             raise FileNotFoundError(f"no ONNX file at {os.fspath(graph)}")
+        self._made = partial(OnnxModel, x=x, t=t, output=output, providers=providers, threads=threads)
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -130,6 +132,10 @@ class OnnxModel:
         name = "" if isinstance(self.graph, bytes) else f"{os.fspath(self.graph)!r}, "
         cond = f", cond={sorted(self.cond)}" if self.cond else ""
         return f"OnnxModel({name}x={self.x.name!r}, t={self.t.name!r}, output={self.output.name!r}{cond})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles load the graph anew: sessions cannot be copied."""
+        return self._made, (self.graph,)
 
     def __call__(self, x: np.ndarray, t: np.ndarray, /, **cond: Any) -> np.ndarray:
         """The raw prediction, of x's shape or the one declared in the graph, from x (B, ...), t (B,) and conditions."""
@@ -164,17 +170,22 @@ class OnnxModel:
         works: Cache[_Work] | None = getattr(self._local, "works", None)
         if works is None:
             works = self._local.works = Cache(_SHAPES)
-        return works.get(shape, lambda: _Work(self, shape))
+        return works.get(shape, lambda: _Work(self.session, self.output, self.t, shape))
 
 
 class _Work:
-    """One binding of a session, with buffers for its outputs and for inputs that need a cast."""
+    """One binding of a session, with buffers for its outputs and for inputs that need a cast.
 
-    def __init__(self, model: OnnxModel, shape: tuple[int, ...]) -> None:
-        self.model, self.binding = model, model.session.io_binding()
-        stated = model.output.shape if len(model.output.shape) == len(shape) else shape
+    It knows nothing of its model, which holds it and is freed, with the session, as soon as nobody uses it.
+
+    output, t  the ports of the result and the time; shape: of the samples
+    """
+
+    def __init__(self, session: Any, output: Port, t: Port, shape: tuple[int, ...]) -> None:
+        self.session, self.output, self.t, self.binding = session, output, t, session.io_binding()
+        stated = output.shape if len(output.shape) == len(shape) else shape
         sizes = [size if isinstance(size, int) else own for size, own in zip(stated, shape, strict=True)]
-        self.outputs = itertools.cycle([model.frame.empty(sizes, model.output.dtype.name) for _ in range(_KEPT)])
+        self.outputs = itertools.cycle([NumpyFrame().empty(sizes, output.dtype.name) for _ in range(_KEPT)])
         self.casts: dict[str, np.ndarray] = {}
         self.held: list[np.ndarray] = []  # until the run
 
@@ -182,8 +193,8 @@ class _Work:
         array = np.asarray(value)
         if array.dtype != port.dtype or not array.flags.c_contiguous:
             if port.dtype.kind == "i" and array.dtype.kind == "f" and not np.all(array == np.rint(array)):
-                what = "times" if port is self.model.t else "numbers"
-                hint = ": make the grid with round_times=True" if port is self.model.t else ""
+                what = "times" if port is self.t else "numbers"
+                hint = ": make the grid with round_times=True" if port is self.t else ""
                 bad = array[array != np.rint(array)].flat[0]
                 raise ValueError(f"input {port.name!r} of the graph takes whole {what}, got {bad:.9g}{hint}")
             own = self.casts.get(port.name)
@@ -196,9 +207,8 @@ class _Work:
 
     def run(self) -> np.ndarray:
         out: np.ndarray = next(self.outputs)
-        port = self.model.output
-        self.binding.bind_output(port.name, "cpu", 0, port.dtype, out.shape, out.ctypes.data)
-        self.model.session.run_with_iobinding(self.binding)
+        self.binding.bind_output(self.output.name, "cpu", 0, self.output.dtype, out.shape, out.ctypes.data)
+        self.session.run_with_iobinding(self.binding)
         self.held.clear()
         return out
 

@@ -50,8 +50,7 @@ class Kernel:
         if size > SERIAL_ELEMENTS and self._is_cached():
             self.compile()
         elif not self._asked:
-            self._asked = True
-            _BACKGROUND.submit(self)
+            self._asked = _BACKGROUND.submit(self)
 
     def _function(self) -> Any:
         function = getattr(import_module(f"fewstep.kernels.{self._module}"), self.name)
@@ -82,16 +81,22 @@ class _Background:
     """A thread that compiles what was asked for. When the program ends, it finishes at most the kernel in work."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser of the caller's may sample while it is held
         self._waiting: deque[Kernel] = deque()
         self._thread: threading.Thread | None = None
 
-    def submit(self, kernel: Kernel) -> None:
+    def submit(self, kernel: Kernel) -> bool:
+        """Have a kernel compiled. False where no thread can be started, for want of threads or as the program ends."""
         with self._lock:
-            self._waiting.append(kernel)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="compile-kernels")
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="compile-kernels")
+                try:
+                    thread.start()
+                except RuntimeError:
+                    return False
+                self._thread = thread
+            self._waiting.append(kernel)
+        return True
 
     def _work(self) -> None:
         while True:
@@ -103,7 +108,11 @@ class _Background:
             try:
                 kernel.compile()
             except Exception as error:  # the twin goes on
-                warnings.warn(f"{kernel} cannot be compiled, NumPy runs it: {error}", RuntimeWarning, stacklevel=1)
+                try:
+                    warnings.warn(f"{kernel} cannot be compiled, NumPy runs it: {error}", RuntimeWarning, stacklevel=1)
+                except RuntimeWarning as said:  # an error by the program's filters: the other kernels still wait
+                    given = type(said), said, said.__traceback__, threading.current_thread()
+                    threading.excepthook(threading.ExceptHookArgs(given))
 
 
 _LOCK = threading.RLock()  # held while a kernel is compiled

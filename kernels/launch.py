@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 
@@ -219,8 +220,9 @@ def launch(run: Stage, address: int, count: int, size: int, keep: object) -> Non
     # All shares exist before the first is submitted, so that an interruption at any place knows them.
     shares = [_Share(run, address, a, b, keep) for a, b in pairwise(cuts)]
     try:
-        for share in shares[1:]:
-            _pool().submit(share)
+        with suppress(RuntimeError):  # no thread can be started, for want of threads or as the program ends
+            for share in shares[1:]:
+                _pool().submit(share)
         for share in shares:  # the pool may be busy with other work: what it has not begun is done here
             share.run_here()
     finally:

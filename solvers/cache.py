@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields
@@ -10,6 +9,8 @@ from types import NoneType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+
+from fewstep.solvers.locks import lock
 
 V = TypeVar("V")
 
@@ -36,7 +37,7 @@ class Cache(Generic[V]):
     ) -> None:
         self.entries, self.size, self.cost, self.drop = entries, size, cost, drop
         self.bytes = 0
-        self.lock = threading.RLock()
+        self.lock = lock()
         self._kept: OrderedDict[Hashable, tuple[V, int]] = OrderedDict()
 
     def __len__(self) -> int:

@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -183,3 +186,57 @@ def test_bridges_and_normals_are_the_same_interpreted(monkeypatch: pytest.Monkey
     cpu.normals(out, streams, 4, philox.STEP)
     interpreted.normal_batch(twin, streams, 4, philox.STEP)
     assert out.tobytes() == twin.tobytes()
+
+
+# --- the thread that compiles ---
+
+
+def test_where_no_thread_can_be_started_kernels_wait_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    kernel, begun = cpu.Kernel("numba_noise", "normal_batch", interpreted.normal_batch), []
+    monkeypatch.setattr(cpu, "_BACKGROUND", cpu._Background())
+    monkeypatch.setattr(kernel, "compile", lambda: begun.append(threading.current_thread()))
+    with monkeypatch.context() as without:
+        without.setattr(threading.Thread, "start", refuse)
+        for _ in range(2):
+            kernel.request()
+    assert not begun
+    kernel.request()
+    assert [thread.name for thread in threads_over(begun)] == ["compile-kernels"]
+
+
+def threads_over(begun: list[threading.Thread]) -> list[threading.Thread]:
+    """The threads in which something began, when they have ended."""
+    deadline = time.monotonic() + 20.0
+    while not begun and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for thread in begun:
+        thread.join(20.0)
+        assert not thread.is_alive()
+    return begun
+
+
+def test_a_warning_that_is_an_error_leaves_the_other_kernels_their_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+    monkeypatch.setattr(cpu, "_BACKGROUND", cpu._Background())
+    gate, begun = threading.Event(), []
+
+    def fail() -> None:
+        gate.wait()
+        raise OSError("no compiler")
+
+    for compile in (fail, lambda: begun.append(threading.current_thread())):
+        kernel = cpu.Kernel("numba_noise", "normal_batch", interpreted.normal_batch)
+        monkeypatch.setattr(kernel, "compile", compile)
+        kernel.request()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gate.set()
+        threads_over(begun)
+    assert len(begun) == 1
+    assert [str(error) for error in shown] == [
+        "numba_noise.normal_batch cannot be compiled, NumPy runs it: no compiler"
+    ]

@@ -409,3 +409,19 @@ def test_a_trace_of_the_loop_does_not_meet_the_imported_modules(guided, monkeypa
             found = torch.compile(loop, backend="eager", fullgraph=True)(latent(), cond=cond)
             torch.testing.assert_close(found, loop(latent(), cond=cond), rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
+
+
+def test_a_module_made_in_inference_mode_records_gradients_later():
+    net, plan = Net(), fs.plan("ddim", fs.grid(fs.VP.linear(), 2))
+    x = torch.linspace(-1.0, 1.0, 12).reshape(3, 1, 2, 2)
+
+    def make():
+        return SamplerModule(fs.Denoiser(net, fs.VP.linear()), plan)
+
+    def slope(loop):
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad(loop(at).sum(), at)[0]
+
+    with torch.inference_mode():
+        made = make()
+    torch.testing.assert_close(slope(made), slope(make()), rtol=0.0, atol=0.0)

@@ -339,6 +339,19 @@ def test_an_error_in_the_pool_is_raised_here(two_workers: Any) -> None:
         launch.launch(run, 0, 4, launch.SERIAL_ELEMENTS + 1, None)
 
 
+def test_where_no_thread_can_be_started_all_shares_run_here(two_workers: Any) -> None:
+    """As when the program ends, or where a container allows no more threads."""
+    launch, pool = two_workers
+    pool.shutdown()
+    ran = []
+
+    def run(address: int, first: int, last: int, raw: int) -> None:
+        ran.append((first, last))
+
+    launch.launch(run, 0, 4, launch.SERIAL_ELEMENTS + 1, None)
+    assert ran == [(0, 2), (2, 4)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_classifier_guidance_is_the_sampler_of_the_posterior(backend: str) -> None:
     found, exact = guided_and_exact(backend)

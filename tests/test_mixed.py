@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -157,8 +159,8 @@ def test_requests_that_share_a_block_and_requests_that_run_alone() -> None:
         want = exact(seed=place, cond={"c": c[place : place + 1]}, edit=edited)[0]
         np.testing.assert_allclose(run.result(place), want, rtol=2e-5, atol=2e-6)
     for x, t in seen:  # one or two copies of the batch; the third place but one is empty
-        for copy in np.split(x, len(x) // 5):
-            assert not copy[3].any()
+        for one in np.split(x, len(x) // 5):
+            assert not one[3].any()
         assert not t[3::5].any()
     for x, t in seen[2:]:  # the plan of 2 calls is over
         assert not x[2::5].any()
@@ -186,3 +188,15 @@ def test_a_network_that_loses_a_sample_is_refused() -> None:
     run.admit(2, PLANS["ddpm"], seed=0)
     with pytest.raises(ValueError, match=r"the model returned shape \(2, 1, 3, 5\) for x of shape \(3, 1, 3, 5\)"):
         run.step()
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_holds_requests_is_not_copied(duplicate: Any) -> None:
+    denoiser = fs.Denoiser(net, VP)
+    with pytest.raises(TypeError, match=r"MixedRun holds requests .*: make another one of the same denoiser, plans"):
+        duplicate(mixed(denoiser, "numba"))
+    with (
+        fs.Engine(denoiser, SHAPE, [PLANS["ddpm"]]) as engine,
+        pytest.raises(TypeError, match=r"Engine has a thread .*: make one in each process"),
+    ):
+        duplicate(engine)

@@ -346,6 +346,36 @@ def test_a_sampler_made_in_inference_mode_is_not_used_outside() -> None:
     same(fs.sample(denoiser, shape=SHAPE, steps=2, seed=0, device="cpu"), want.clone())
 
 
+@pytest.mark.parametrize("backend", ["numba", "naive"])
+@pytest.mark.parametrize("kind", ["sampler", "mixed"])
+def test_what_is_made_in_inference_mode_serves_later_calls(kind: str, backend: str) -> None:
+    """Of networks that take gradients, whose inputs inference tensors cannot be."""
+
+    def slope(x: Any, t: Any) -> Any:
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.requires_grad_()
+            return torch.autograd.grad(0.05 * (x**2).sum(), x)[0]
+
+    denoiser, plan = fs.Denoiser(slope, VP), fs.plan("heun", fs.grid(VP, 2))
+
+    def make() -> Any:
+        if kind == "sampler":
+            return fs.Sampler(denoiser, plan, SHAPE, device="cpu", backend=backend)
+        return fs.MixedRun(denoiser, [plan], SHAPE, device="cpu", backend=backend)
+
+    def call(made: Any) -> Any:
+        if kind == "sampler":
+            return made(seed=0)
+        made.admit(0, plan, seed=0)
+        while not made.done(0):
+            made.step()
+        return made.result(0)
+
+    with torch.inference_mode():
+        made = make()
+    same(call(made), call(make()))
+
+
 def test_gradients_of_later_calls() -> None:
     denoiser = fs.Denoiser(lambda x, t: 0.1 * x, VP)
     for _ in range(2):

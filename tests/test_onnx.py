@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import subprocess
 import sys
 import threading
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +157,40 @@ def test_memory_is_bound_and_kept():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < x.nbytes // 2, peak
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+@pytest.mark.parametrize("kind", ["bytes", "file"])
+def test_copies_load_the_graph_anew(kind, duplicate, tmp_path):
+    """With the names that were asked for, and in a sampler too."""
+    nodes = [
+        helper.make_node("Mul", ["noisy", "noisy"], ["first"]),
+        helper.make_node("Add", ["noisy", "noisy"], ["second"]),
+    ]
+    ports = [("sigma", FLOAT, ["batch"]), ("noisy", FLOAT, ["batch", 3])]
+    source = graph(nodes, ports, [(name, FLOAT, ["batch", 3]) for name in ("first", "second")])
+    if kind == "file":
+        (tmp_path / "a.onnx").write_bytes(source)
+        source = tmp_path / "a.onnx"
+    model = OnnxModel(source, x="noisy", t="sigma", output="second")
+    again = duplicate(model)
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(again(x, np.zeros(2, np.float32)), 2.0 * x)
+    sampler = fs.Sampler(fs.Denoiser(model, VP), fs.plan("ddim", fs.grid(VP, 2)), (2, 3))
+    np.testing.assert_array_equal(duplicate(sampler)(seed=0), sampler(seed=0))
+
+
+def test_a_session_goes_with_its_model():
+    """At once, not at the next garbage collection: it holds the network's weights."""
+    model = OnnxModel(shifted())
+    fs.sample(fs.Denoiser(model, VP), shape=(4, 3), steps=2, seed=0, cond={"shift": SHIFT})
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_have_their_own_memory():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,6 +337,31 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert type(pipe.scheduler) is diffusers.DDIMScheduler
     assert pipe.scheduler.config.beta_end == 0.012
     assert pipe.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_goes_on_alone(duplicate: Any) -> None:
+    """One made before a run, and one in the middle of it, which another thread finishes."""
+    grid = fs.grid(fs.VP.scaled_linear(), 5)
+    made, raws = PlanScheduler(fs.plan("unipc", grid)), normals(5, 1, 4, 8, 8)
+
+    def steps(scheduler: Any, x: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        for k in range(first, last):
+            x = scheduler.step(raws[k], scheduler.timesteps[k], x).prev_sample
+        return x
+
+    before = duplicate(made)
+    ends, x = [], normals(1, 4, 8, 8, seed=2)
+    for scheduler in (made, before):
+        scheduler.set_timesteps(5)
+        half = steps(scheduler, x, 0, 3)
+        other = duplicate(scheduler)
+        with ThreadPoolExecutor(1) as pool:
+            ends.append(pool.submit(steps, other, half, 3, 5).result())
+        ends.append(steps(scheduler, half, 3, 5))
+        assert other.plan == made.plan
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0.0, atol=0.0)
 
 
 def test_the_whole_pipeline_is_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Posterior means against independent formulas (Tweedie, Monte Carlo), ODE ends against other integrators."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -219,6 +220,16 @@ def test_denoiser_is_told_the_process_time(process):
     np.testing.assert_array_equal(denoiser.model(x, t), expected)
     got = denoiser.model(torch.from_numpy(x), torch.from_numpy(t))
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-12)
+
+
+def test_a_pickled_denoiser_is_the_same():
+    """For the processes of a pool, say."""
+    made, t = PROBLEMS["ring"].denoiser(VP.linear()), np.array([300.0, 10.0])
+    x = PROBLEMS["ring"].draw(2, 0)
+    again = pickle.loads(pickle.dumps(made))
+    np.testing.assert_array_equal(again.model(x, t), made.model(x, t))
+    at = VP.linear().point(t)
+    np.testing.assert_array_equal(made.model(x, t), PROBLEMS["ring"].denoise(x, at.alpha, at.sigma))
 
 
 def test_digits():

@@ -584,6 +584,62 @@ def test_an_engine_that_is_dropped_ends_its_thread() -> None:
     same(future, alone(EULER, seed=0))
 
 
+@pytest.mark.parametrize("metrics", [True, False])
+def test_the_network_of_a_closed_engine_is_freed_at_once(metrics: bool) -> None:
+    """Not at the next garbage collection: it may fill a device."""
+    if metrics:
+        pytest.importorskip("prometheus_client")
+
+    class Network:
+        def __call__(self, x: Any, t: Any) -> Any:
+            return net(x, t)
+
+    model = Network()
+    freed = weakref.ref(model)
+    gc.disable()
+    try:
+        with fs.Engine(fs.Denoiser(model, VP), (2, *ONE[1:]), [EULER], metrics=metrics) as engine:
+            engine.submit(EULER, seed=0).result(SECONDS)
+        del model, engine
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["network", "preview", "edit", "step"])
+def test_what_an_error_held_is_freed_with_it(where: str) -> None:
+    """Not at the next garbage collection: of an error for want of memory, it is the memory."""
+    freed: list[weakref.ref[Any]] = []
+
+    def fails(*given: Any) -> Any:
+        large = np.ones(4).view(type("Large", (np.ndarray,), {}))
+        freed.append(weakref.ref(large))
+        raise MemoryError(large.shape)
+
+    denoiser = fs.Denoiser(fails if where == "network" else net, VP)
+    options: Any = {where: fails} if where in ("preview", "edit") else {"edit": fails} if where == "step" else {}
+    gc.collect()
+    gc.disable()
+    try:
+        if where == "step":
+            run = fs.MixedRun(denoiser, [EULER], (2, *ONE[1:]), previews=True)
+            for place in (0, 1):
+                run.admit(place, EULER, seed=place, **options)
+            with pytest.raises(MemoryError):
+                run.step()
+        else:
+            with fs.Engine(denoiser, (2, *ONE[1:]), [EULER], previews=True) as engine:
+                futures = [engine.submit(EULER, seed=i, **options) for i in range(3)]
+                wait(futures, SECONDS)
+                assert all(isinstance(future.exception(), MemoryError) for future in futures)
+                assert all(ref() is not None for ref in freed)  # the callers may yet look at it
+                futures.clear()
+        assert freed
+        assert not any(ref() is not None for ref in freed)
+    finally:
+        gc.enable()
+
+
 # --- coroutines, previews ---
 
 

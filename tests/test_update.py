@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 import weakref
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 import fewstep as fs
+from fewstep.solvers.run.compiled import Prepared
 
 VP = fs.VP.linear()
 SHAPE = (2, 5)
@@ -119,4 +122,42 @@ def test_what_cannot_be_changed_to_is_said_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match="make the grid with the denoiser's process"):
         made.prepare(fs.plan("ddim", fs.grid(fs.Flow(), 3)))
     assert made._now is before
-    assert (made._seed, made._cond) == (None, None)
+    assert made._settings[1:] == (None, None)
+
+
+def test_a_call_in_another_thread_has_all_of_an_update_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One made in the middle of it has the old plan, guidance, seed and condition."""
+    made, found = sampler(plan(solver="ddpm")), []
+    made.update(seed=3)
+    want = made()
+    fill = Prepared.fill
+
+    def meanwhile(self: Prepared, *given: int) -> None:
+        found.append(made())
+        fill(self, *given)
+
+    monkeypatch.setattr(Prepared, "fill", meanwhile)
+    made.update(plan(5, "ddpm"), guidance=2.0, seed=4, cond=COND)
+    monkeypatch.undo()
+    assert len(found) == 1
+    np.testing.assert_array_equal(found[0], want)
+    np.testing.assert_array_equal(made(), sampler(plan(5, "ddpm"), guidance=2.0)(seed=4, cond=COND))
+
+
+def test_updates_in_two_threads_both_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for the first, whose plan it keeps."""
+    made, inside = sampler(plan()), threading.Event()
+    fill = Prepared.fill
+
+    def slow(self: Prepared, *given: int) -> None:
+        inside.set()
+        time.sleep(0.05)
+        fill(self, *given)
+
+    monkeypatch.setattr(Prepared, "fill", slow)
+    first = threading.Thread(target=made.update, args=(plan(5),))
+    first.start()
+    inside.wait()
+    made.update(seed=7)
+    first.join()
+    np.testing.assert_array_equal(made(), sampler(plan(5))(seed=7))

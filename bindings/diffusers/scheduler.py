@@ -30,10 +30,10 @@ from fewstep.bindings.diffusers.threads import (
     VARIANTS,
     Cursor,
     PerThread,
-    adopt,
     leftovers,
     parent_attributes,
     plain,
+    share,
 )
 from fewstep.bindings.diffusers.transition import Transition, is_over, move, remembered
 from fewstep.bindings.diffusers.update import Bound, empty_strided, guard
@@ -191,8 +191,8 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(type(self), parent_attributes(self.__dict__)),
-        "__reduce__": lambda self: (_rebuild, (type(self), parent_attributes(self.__dict__))),
+        "__deepcopy__": lambda self, memo: _rebuild(*_parts(self)),
+        "__reduce__": lambda self: (_rebuild, _parts(self)),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
     }
@@ -329,9 +329,19 @@ def _by_parent(cursor: Cursor, method: Callable[..., Any], *args: Any, **kwargs:
         cursor.inside = before
 
 
-def _rebuild(cls: type[Scheduler], attributes: dict[str, Any]) -> Scheduler:
-    twin = cls()
-    adopt(twin, attributes)
+def _parts(twin: Scheduler) -> tuple[type[Scheduler], dict[str, Any], Mapping[str, Any], bool]:
+    attributes = twin.__dict__
+    cursor: Cursor = attributes[CURSOR]
+    return type(twin), parent_attributes(attributes), cursor.new, cursor.live
+
+
+def _rebuild(cls: Any, attributes: dict[str, Any], new: Mapping[str, Any], live: bool) -> Any:
+    """A twin from its parts, without its constructor, which may need arguments."""
+    twin = cls.__new__(cls)
+    cursor = Cursor(new)
+    cursor.live = live
+    twin.__dict__.update(attributes, **{CURSOR: cursor})
+    share(twin)
     return twin
 
 

@@ -19,6 +19,7 @@ from fewstep.bindings.diffusers.schedules import Schedule, watched
 from fewstep.bindings.diffusers.transition import STATES, Digests, State
 from fewstep.bindings.diffusers.update import Lone, Pool
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.locks import lock
 
 # Left over from one run and written by the next before it is read: not part of the state in which a schedule begins.
 _CALLED = ("is_scale_input_called",)  # only read for a warning
@@ -65,13 +66,18 @@ class PerThread(threading.local):
         shared: Shared | None = getattr(self, "_shared", None)
         if shared is None:
             self._begin(*args, **kwargs)
-            # By no setting's way: threads that came later would find it among their settings.
-            threading.local.__setattr__(self, "_shared", Shared(self.__dict__))
+            share(self)
         else:
             shared.join(self.__dict__)
 
     def _begin(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError
+
+
+def share(scheduler: PerThread) -> None:
+    """Let other threads have this one's attributes."""
+    # By no setting's way: threads that came later would find it among their settings.
+    threading.local.__setattr__(scheduler, "_shared", Shared(scheduler.__dict__))
 
 
 class _Thread:
@@ -98,7 +104,7 @@ class Shared:
     """
 
     def __init__(self, attributes: dict[str, Any]) -> None:
-        self.lock = threading.RLock()
+        self.lock = lock()
         self.here = threading.local()
         self.threads: weakref.WeakKeyDictionary[_Thread, dict[str, Any]] = weakref.WeakKeyDictionary()
         self.version = 0

@@ -77,7 +77,9 @@ class SamplerModule(nn.Module):
         if values is None:  # a plain attribute: torch.export miscounts buffers that are None
             setattr(self, name, None)
         else:
-            self.register_buffer(name, torch.as_tensor(values, dtype=self.state, device="cpu"), persistent=False)
+            with torch.inference_mode(False):  # calls outside inference mode may record gradients
+                numbers = torch.as_tensor(values, dtype=self.state, device="cpu")
+            self.register_buffer(name, numbers, persistent=False)
 
     def noise(self, streams: Tensor, shape: Sequence[int]) -> Tensor:
         """The draws of `streams`, (`len(self.draws)`, *shape), as forward takes them in `noise`."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import threading
 import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +24,13 @@ from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 
 from fewstep.bindings.export.sampler_module import SamplerModule
 from fewstep.solvers.files import check_target
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import instance
 from fewstep.solvers.run.conditions import mapped
 from fewstep.solvers.run.denoising import Condition
 from fewstep.solvers.run.functional import stage
 
-_WRITING = threading.Lock()
+_WRITING = lock()
 
 
 def plain_stage(

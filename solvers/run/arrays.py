@@ -260,7 +260,7 @@ class TorchFrame:
         return self.torch.from_numpy(array)
 
     def shared(self, array: np.ndarray) -> Array:
-        with self.torch.inference_mode(False):
+        with lasting(self):
             return self.torch.from_numpy(array)
 
     def over(self, memory: np.ndarray, dtype: str) -> Array:
@@ -330,6 +330,14 @@ def no_grad(frame: Frame, *, keep_graph: bool = False) -> contextlib.AbstractCon
 def inference(frame: Frame) -> bool:
     """Whether new arrays are torch's inference tensors, which later calls outside inference mode cannot use."""
     return isinstance(frame, TorchFrame) and bool(frame.torch.is_inference_mode_enabled())
+
+
+def lasting(frame: Frame) -> contextlib.AbstractContextManager[object]:
+    """What is made inside is for later calls in any mode of torch: no inference tensors."""
+    if not isinstance(frame, TorchFrame):
+        return _NOTHING
+    context: contextlib.AbstractContextManager[object] = frame.torch.inference_mode(False)
+    return context
 
 
 @contextlib.contextmanager

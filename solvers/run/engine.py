@@ -19,7 +19,7 @@ from fewstep.kernels import launch as words
 from fewstep.kernels.launch import RAW, Launch
 from fewstep.solvers.plans.program import Program
 from fewstep.solvers.plans.tables import StageTable, init_table
-from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned, frame_of
+from fewstep.solvers.run.arrays import Array, Frame, NumpyFrame, aligned, frame_of, lasting
 from fewstep.solvers.run.denoising import Call, DenoiserLike, OneNetwork, check_output, copies, explain, predictions
 from fewstep.solvers.run.functional import stage
 from fewstep.solvers.schedule.process import Point
@@ -212,10 +212,11 @@ class FusedRun:
     def _view_inputs(self) -> None:
         """The model's inputs, on memory that NumPy owns: torch frees a storage of its own when a model moves it."""
         job = self.job
-        x_in = [job.frame.over(memory, job.model_dtype) for memory in self.inputs]
-        self.views = [x_in[k % 2][: job.copies(k) * job.batch] for k in range(len(job.tables))]
-        block = job.frame.over(self.times, job.time_dtype)
-        self.t = [row[: len(t)] for row, t in zip(block, job.times, strict=True)]
+        with lasting(job.frame):
+            x_in = [job.frame.over(memory, job.model_dtype) for memory in self.inputs]
+            self.views = [x_in[k % 2][: job.copies(k) * job.batch] for k in range(len(job.tables))]
+            block = job.frame.over(self.times, job.time_dtype)
+            self.t = [row[: len(t)] for row, t in zip(block, job.times, strict=True)]
         # Of torch's storages; NumPy's arrays cannot be moved.
         self.places, self.time_place = None, 0
         if job.frame.name == "torch":

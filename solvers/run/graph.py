@@ -25,6 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.solvers.cache import Cache
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import warn
 from fewstep.solvers.run.arrays import Array, Frame, TorchFrame
 from fewstep.solvers.run.conditions import leaves, mapped, name_of
@@ -51,7 +52,7 @@ ADVICE = (
 
 # torch records one graph at a time in a process. A network may hold graphs of its own, which it records while it is
 # called here: the lock admits its own thread again.
-_RECORDING = threading.RLock()
+_RECORDING = lock()
 
 # Failed captures of torch before 2.12: the allocator of pinned memory holds on to them.
 _BROKEN: list[object] = []

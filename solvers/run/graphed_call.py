@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fewstep.solvers.cache import Cache, exact
+from fewstep.solvers.locks import lock
 from fewstep.solvers.run.graph import Recorder, Weights, settings
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class GraphedCall:
         self.graphs: Cache[_Captured] = Cache(limit, drop=lambda captured: captured.graph.reset())
         self._recorder: Recorder | None = None
         self._weights: Weights | None = None
-        self._lock = threading.RLock()  # the function may call another
+        self._lock = lock()  # the function may call another
         self._done: torch.cuda.Event | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from time import perf_counter
 from types import EllipsisType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -131,6 +131,12 @@ class MixedRun:
             self._graphed = GraphedCall(self._network, denoiser.networks, limit=max(GRAPHS, self.shape[0]))
         self._may_fall_back = graph == "auto"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a MixedRun holds requests in progress, and cannot be copied or pickled: make another one of the same "
+            "denoiser, plans and shape"
+        )
+
     @property
     def graphed(self) -> bool:
         """Whether calls of the network are replayed from CUDA graphs."""
@@ -251,15 +257,18 @@ class MixedRun:
         An edit that raises leaves its request in its place, and all others one stage further: `drop` it, or go on.
         """
         moved = self.move(cond, places=places, size=size)
-        errors: list[Exception] = []
+        first: Exception | None = None
         for place in moved:
             try:
                 self.edit(place)
             except Exception as error:
                 error.add_note(f"of the request in place {place}")
-                errors.append(error)
-        if errors:
-            raise errors[0]
+                first = first or error
+        try:
+            if first is not None:
+                raise first
+        finally:
+            del first  # no cycle of the error and this frame, which would hold the network
         return [place for place in moved if self.done(place)]
 
     def move(

@@ -6,9 +6,10 @@ import functools
 import secrets
 from collections.abc import Callable, Sequence
 from types import EllipsisType
-from typing import Any
+from typing import Any, NamedTuple
 
 from fewstep.kernels import philox
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import counted, flag, function, named, warn, whole
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.rounds import check_parallel
@@ -33,6 +34,14 @@ from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
 from fewstep.solvers.run.loop import StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
 from fewstep.solvers.run.sanity import report
+
+
+class _Settings(NamedTuple):
+    """What `Sampler.update` changes, replaced as a whole: a call in another thread has all of it before or after."""
+
+    now: Prepared
+    seed: int | Sequence[int] | None = None
+    cond: Condition = None
 
 
 class Sampler:
@@ -118,11 +127,14 @@ class Sampler:
         self._torch: Any = self.frame.torch if isinstance(self.frame, TorchFrame) else None
         self._is_plain = self.frame.plain_test(self.shape, self.dtype)
         self._convert = Converter(self.frame, self.backend, self.dtype)
-        self._seed: int | Sequence[int] | None = None
-        self._cond: Condition = None
+        self._changing = lock()
         self._tried: Prepared | None = None  # its network's outputs were looked at: their scale is the model's
-        self._now = self._prepared(denoiser, plan)
+        self._settings = _Settings(self._prepared(denoiser, plan))
         self._now.fill()
+
+    @property
+    def _now(self) -> Prepared:
+        return self._settings.now
 
     def _prepared(self, denoiser: DenoiserLike, plan: Plan, watched: bool = False) -> Prepared:
         check_plan(plan, denoiser)
@@ -132,12 +144,6 @@ class Sampler:
         for kind in {PLAIN, WATCHED if watched else PLAIN}:
             made.job(kind)
         return made
-
-    def _change_to(self, new: Prepared) -> None:
-        if self.backend == "triton":
-            new.take_over(self._now)
-        new.fill()
-        self._now = new  # one assignment: other threads see the old or the new one
 
     @property
     def denoiser(self) -> DenoiserLike:
@@ -192,8 +198,9 @@ class Sampler:
 
         Omitted arguments default to the sampler's current ones. Raises ValueError or TypeError as `Sampler` does.
         """
-        denoiser = self.denoiser if guidance is ... else self.denoiser.with_guidance(guidance)
-        return self._prepared(denoiser, self.plan if plan is None else plan, WATCHED in self._now.jobs)
+        now = self._now
+        denoiser = now.denoiser if guidance is ... else now.denoiser.with_guidance(guidance)
+        return self._prepared(denoiser, now.plan if plan is None else plan, WATCHED in now.jobs)
 
     def update(
         self,
@@ -203,30 +210,34 @@ class Sampler:
         seed: int | Sequence[int] | EllipsisType | None = ...,
         cond: Condition | EllipsisType = ...,
     ) -> None:
-        """Change the plan, the guidance or the defaults of later calls. Calls in progress keep the old ones.
+        """Change the plan, the guidance or the defaults of later calls. Calls in progress keep the old ones; those
+        that begin meanwhile, in other threads, have all of the old or all of the new ones.
 
         plan        a plan, which is compiled first, or the result of `prepare`
         seed, cond  defaults for later calls, as in a call; None removes the default
 
         Raises ValueError or TypeError that names the argument, and then changes nothing.
         """
-        new = self._now
-        if isinstance(plan, Prepared):
-            own = plan.compiler is self._compiler
-            if not own or guidance is not ...:
-                why = "includes its guidance" if own else "belongs to the sampler that made it"
-                raise ValueError(f"plan is prepared, and {why}: use prepare(plan, guidance=...) of this sampler")
-            new = plan
-        elif plan is not None or guidance is not ...:
-            new = self.prepare(plan, guidance=guidance)
-        if seed is not ... and seed is not None:
-            philox.check_streams(seed, self.shape[0])
-        if cond is not ... and cond is not None:
-            new.denoiser.bind(self.frame, self.shape[0], cond)
-        self._seed = self._seed if seed is ... else seed
-        self._cond = self._cond if cond is ... else cond
-        if new is not self._now:
-            self._change_to(new)
+        with self._changing:
+            old, old_seed, old_cond = self._settings
+            new = old
+            if isinstance(plan, Prepared):
+                own = plan.compiler is self._compiler
+                if not own or guidance is not ...:
+                    why = "includes its guidance" if own else "belongs to the sampler that made it"
+                    raise ValueError(f"plan is prepared, and {why}: use prepare(plan, guidance=...) of this sampler")
+                new = plan
+            elif plan is not None or guidance is not ...:
+                new = self.prepare(plan, guidance=guidance)
+            if seed is not ... and seed is not None:
+                philox.check_streams(seed, self.shape[0])
+            if cond is not ... and cond is not None:
+                new.denoiser.bind(self.frame, self.shape[0], cond)
+            if new is not old:
+                if self.backend == "triton":
+                    new.take_over(old)
+                new.fill()
+            self._settings = _Settings(new, old_seed if seed is ... else seed, old_cond if cond is ... else cond)
 
     @any_library
     def __call__(
@@ -267,10 +278,10 @@ class Sampler:
                   plans, as `rollout` takes them; not with `edit`, which changes x after the draw
         reduce, unnormalised  the form of the log-probabilities, as for `fewstep.log_prob`
         """
-        now = self._now
+        now, usual_seed, usual_cond = self._settings
         plan = now.plan
-        seed = self._seed if seed is None else seed
-        cond = self._cond if cond is None else cond
+        seed = usual_seed if seed is None else seed
+        cond = usual_cond if cond is None else cond
         outer, dtype = self.frame, None
         own = x is None or self._is_plain(x)
         if not own:
@@ -387,4 +398,8 @@ class Sampler:
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are made anew from the same arguments: memory and graphs stay with this sampler."""
         made = functools.partial(Sampler, **self._options)
-        return made, (self.denoiser, self.plan, self.shape), {"_seed": self._seed, "_cond": self._cond}
+        now, seed, cond = self._settings
+        return made, (now.denoiser, now.plan, self.shape), {"seed": seed, "cond": cond}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settings = self._settings._replace(**state)

@@ -12,10 +12,11 @@ from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from time import monotonic, perf_counter
 from types import EllipsisType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import at_least, counted, flag, function, instance, number
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.run.arrays import Array, Device, no_grad
@@ -92,6 +93,9 @@ class Engine:
         plans += f" and {len(run.plans) - 3} more" * (len(run.plans) > 3)
         state = "closed" if loop.closing else f"{len(loop.active)} active, {len(loop.waiting)} waiting"
         return f"Engine({plans}, shape={run.shape}, backend={run.backend!r}: {state})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Engine has a thread of its own, and cannot be copied or pickled: make one in each process")
 
     # --- requests ---
 
@@ -278,7 +282,7 @@ class _Loop:
         self.given_up: deque[Request] = deque()  # cancelled, and perhaps still in a place
         self.free = [*range(run.shape[0])]
         self.closing = self.draining = False
-        self.changed = threading.Condition()
+        self.changed = threading.Condition(lock())
         self.metrics = self._metrics(metrics)
         self.thread = threading.Thread(target=self._serve, name="fewstep-engine", daemon=True)
 
@@ -288,7 +292,7 @@ class _Loop:
         if wanted is False:
             return None
         try:
-            return Metrics(self.run.shape[0], lambda: len(self.active), lambda: len(self.waiting))
+            return Metrics(self.run.shape[0], self.active.__len__, self.waiting.__len__)
         except ImportError:
             if wanted:
                 raise
@@ -404,21 +408,31 @@ class _Loop:
             late = self.waiting.expired(now)
             taken = {self.free.pop(): request for request in self.waiting.pop(len(self.free))}
             self.active.update(taken)  # at once: what has no place in either would be lost to an error
-            for place, request in taken.items():
-                self.groups.setdefault(request.kind, {})[place] = request
+            for place in taken:
+                self.groups.setdefault(taken[place].kind, {})[place] = taken[place]
         for request in late:
             waited = f"{now - request.arrived:.3g} s for a place, past its deadline of {request.deadline:g} s"
             self._settle(request, None, TimeoutError(f"the request waited {waited}"), "expired")
-        for place, request in taken.items():
-            try:
-                self.run.start(place, request.admission)
-            except Exception as error:
-                self._vacate(place)
-                self._settle(request, None, error)
-                continue
-            if self.metrics is not None:
-                self.metrics.placed(now - request.arrived)
+        for place in [*taken]:
+            self._start(place, taken.pop(place), now)
         return True
+
+    # An error holds the frames that it went through, and those below. Where none of them is left with a request, it is
+    # in no cycle with the request's future: what the network had made is freed with the error.
+
+    def _start(self, place: int, request: Request, now: float) -> None:
+        try:
+            self.run.start(place, request.admission)
+        except Exception as error:
+            self._fail(place, request, error)
+            del request
+            return
+        if self.metrics is not None:
+            self.metrics.placed(now - request.arrived)
+
+    def _fail(self, place: int, request: Request, error: BaseException) -> None:
+        self._vacate(place)
+        self._settle(request, None, error)
 
     def _vacate(self, place: int) -> None:
         self.run.drop(place)
@@ -433,44 +447,47 @@ class _Loop:
         """One stage of every active request."""
         began, network, calls = perf_counter(), self.run.network_seconds, len(self.active)
         for group in [*self.groups.values()]:
-            self._call([*group], [*group.values()])
+            self._call([*group], deque(group.values()))
         if self.metrics is not None and calls:
             self.metrics.ticked(calls, perf_counter() - began, self.run.network_seconds - network)
 
-    def _call(self, places: Sequence[int], requests: Sequence[Request]) -> None:
+    def _call(self, places: Sequence[int], requests: deque[Request]) -> None:
         """One call of the network, for requests whose conditions have one structure."""
         size = self.sizes[len(places)]
         try:
             self.run.move(self._conditions(requests, size), places=places, size=size)
         except BaseException as error:  # a SystemExit is also passed to the waiting callers
-            for place, request in zip(places, requests, strict=True):
-                self._vacate(place)
-                self._settle(request, None, error)
+            for place in places:
+                self._fail(place, requests.popleft(), error)
             return
-        left = self.run.left
-        for place, request in zip(places, requests, strict=True):
-            if left[place] and not request.watched:
-                continue
-            try:
-                if request.watched:
-                    self.run.edit(place)
-                if request.preview is not None:
-                    request.preview(*self.run.calls(place), self.run.x0(place))
-                sample = None if left[place] else self.run.result(place)
-            except BaseException as error:
-                lo, hi, sample_number = map(int, request.admission.streams[0])
-                error.add_note(f"of the request with seed {lo | hi << 32}, sample {sample_number}")
-                self._vacate(place)
-                self._settle(request, None, error)
-                continue
-            if not left[place]:
-                self._vacate(place)
-                self._settle(request, sample)
+        for place in places:
+            self._after(place, requests.popleft())
 
-    def _conditions(self, requests: Sequence[Request], size: int) -> list[Cond]:
+    def _after(self, place: int, request: Request) -> None:
+        """The caller's code after a stage of a request, and its sample after the last one."""
+        finished = not self.run.left[place]
+        if not (finished or request.watched):
+            return
+        try:
+            if request.watched:
+                self.run.edit(place)
+            if request.preview is not None:
+                request.preview(*self.run.calls(place), self.run.x0(place))
+            sample = self.run.result(place) if finished else None
+        except BaseException as error:
+            lo, hi, sample_number = map(int, request.admission.streams[0])
+            error.add_note(f"of the request with seed {lo | hi << 32}, sample {sample_number}")
+            self._fail(place, request, error)
+            del request
+            return
+        if finished:
+            self._vacate(place)
+            self._settle(request, sample)
+
+    def _conditions(self, requests: deque[Request], size: int) -> list[Cond]:
         """The branches' conditions of a batch; rows beyond the requests have those of the first."""
-        frame, first = self.run.frame, requests[0]
-        rows = [request.leaves for request in (*requests, *[first] * (size - len(requests)))]
+        frame, conds = self.run.frame, requests[0].conds
+        rows = [request.leaves for request in (*requests, *[requests[0]] * (size - len(requests)))]
         columns = zip(*rows, strict=True)
         values = (frame.concatenate(column) if frame.is_array(column[0]) else column[0] for column in columns)
-        return [replaced(conds, values) for conds in first.conds]
+        return [replaced(cond, values) for cond in conds]

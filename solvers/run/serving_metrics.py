@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from fewstep.solvers.locks import lock
 from fewstep.solvers.options import needs
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Metrics:
             ("fewstep_waiting", "Requests in the queue", waiting),
         ]
         # All at 0 from the start: a dashboard of a fresh server has them, too.
-        self._settled, self._lock = dict.fromkeys(OUTCOMES, 0), threading.Lock()  # settled by any thread
+        self._settled, self._lock = dict.fromkeys(OUTCOMES, 0), lock()  # settled by any thread
         self._ticks = self._calls = 0
         self._occupancy = _Histogram(
             "occupancy", "Share of the places that were active in a tick", [(i + 1) / 8 for i in range(8)]
