@@ -27,9 +27,9 @@ from fewstep.bindings.k_diffusion.run import (
     is_flow,
     model_sampling,
 )
+from fewstep.solvers.plans import tail
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import plan_of
-from fewstep.solvers.plans.tail import begun, starts
 from fewstep.solvers.schedule.process import Flow, Point
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         raise ValueError(f"a plan of solver {made.solver!r} reads the unguided prediction: use its sample_* function")
     if not np.isfinite(levels).all():
         raise ValueError("plan starts at alpha = 0, an infinite sigma: make it on a grid that starts below (Grid.tail)")
-    firsts = starts(made)
+    first = {step: k for k, step in reversed(tail.grid_steps(made).items())}  # the first call of each step
 
     def sample(
         model: SigmaModel,
@@ -87,7 +87,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         call = SamplerCall(model, x, given, extra_args, callback, disable, _flow(made))
         _check_kind(model, made)
         step = _first_step(call.given, levels)
-        own = begun(made, firsts[step])
+        own = tail.begun(made, first[step])
         state = "float64" if x.dtype == torch.float64 else "float32"
         run = _sampler(own, tuple(x.shape), x.dtype, x.device, state)
         tracker = _PlanTracker(call, own, None, every_step=False)

@@ -291,7 +291,7 @@ class _Tracker:
     def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None, every_step: bool) -> None:
         self.call, self.plan = call, plan
         self.every_step, self.churned = every_step, 0
-        self.step = {k: i for i, k in enumerate(tail.starts(plan) if starts is None else sorted(starts))}
+        self.step = tail.grid_steps(plan) if starts is None else {k: i for i, k in enumerate(sorted(starts))}
         # A solver with its own steps starts them at its own levels; others start at the sigmas, then churn.
         self.levels: Sequence[float] | np.ndarray
         self.levels = call.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import live_rows
+from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, PlanError, Row
 from fewstep.solvers.schedule.grid import Grid, cut
@@ -23,15 +26,23 @@ def starts(plan: Plan) -> list[int]:
     return [k for k in range(plan.nfe) if k == 0 or plan.stages[k - 1].done]
 
 
+def grid_steps(plan: Plan) -> dict[int, int]:
+    """The step of the grid that each of the plan's `starts` begins: several the same one, if the plan repeats it."""
+    found, times = starts(plan), plan.grid.t[:-1]
+    if len(found) == plan.grid.steps:
+        return {k: step for step, k in enumerate(found)}
+    return {k: int(np.abs(times - plan.stages[k].at.t).argmin()) for k in found}
+
+
 def begun(plan: Plan, stage: int) -> Plan:
     """The plan that begins with a stage of this one, on a sample noised to that stage's level.
 
     stage  0 <= stage < nfe, one of `starts`
 
     A plan that its solver's name and options make again is laid out on the rest of the grid, so that it begins as the
-    solver begins. Any other plan, such as a tuned one, keeps its stages; what the first of them reads of earlier calls
-    is what these would have left there if they had predicted what this call predicts. Increments over earlier
-    predictions are then zero, and the marginals stay exact.
+    solver begins; options that count steps still mean the same ones. Any other plan, such as a tuned or a resampled
+    one, keeps its stages; what the first of them reads of earlier calls is what these would have left there if they had
+    predicted what this call predicts. Increments over earlier predictions are then zero, and the marginals stay exact.
 
     Raises ValueError for a stage inside a step, and where what is read depends on earlier noise.
     """
@@ -42,21 +53,26 @@ def begun(plan: Plan, stage: int) -> Plan:
             f"call {stage} of this plan is inside a step of {plan.solver!r}; it can begin at calls "
             f"{', '.join(map(str, starts(plan)))}"
         )
-    step = sum(s.done for s in plan.stages[:stage])
+    step = grid_steps(plan)[stage]
     grid = cut(plan.grid, slice(step, None))
-    again = _again(plan, plan.grid)
-    shorter = None if again is None else _again(plan, grid)
+    again = _again(plan, plan.grid, 0)
+    shorter = None if again is None else _again(plan, grid, step)
     if shorter is not None and shorter.nfe == plan.nfe - stage:
         return shorter
     return _filled(plan, stage, grid)
 
 
-def _again(plan: Plan, grid: Grid) -> Plan | None:
-    """The plan of the same solver and options on a grid; None if its own grid does not give this very plan."""
+def _again(plan: Plan, grid: Grid, step: int) -> Plan | None:
+    """The plan of the same solver and options on a grid, which leaves out the first `step` of its own.
+
+    None if its own grid does not give this very plan.
+    """
     options = dict(plan.options)
     try:
+        for name, later in get_solver(plan.solver).by_step.items():
+            options[name] = later(options[name], plan.grid, step)
         made = make_plan(plan.solver, grid, s_noise=plan.noise_scale, dtype=plan.dtype, **options)
-    except (ValueError, TypeError):  # tuned, or made by hand
+    except (ValueError, TypeError, KeyError):  # tuned, or made by hand
         return None
     return made if grid is not plan.grid or (made.stages, made.init) == (plan.stages, plan.init) else None
 
