@@ -617,6 +617,24 @@ def test_a_copy_goes_on_alone(name: str, duplicate: Any) -> None:
     torch.testing.assert_close(ends[2], ends[1], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("UniPCMultistepScheduler", {"solver_order": 3}),
+        ("UniPCMultistepScheduler", {"solver_order": 1}),
+        ("SASolverScheduler", {"predictor_order": 3, "corrector_order": 3}),
+        ("HeliosScheduler", {"solver_order": 3}),
+    ],
+)
+def test_the_next_run_of_a_copy(name: str, config: dict[str, Any]) -> None:
+    """Of another order than a scheduler's by default, whose memory has another length."""
+    parent, twin = pair(name, **config)
+    compare(name, parent, twin, 5)
+    compare(name, parent, copy.deepcopy(copy.copy(twin)), 4)
+    if name != "SASolverScheduler":  # it holds a lambda
+        compare(name, parent, pickle.loads(pickle.dumps(twin)), 4)
+
+
 def edited(name: str, edit: Any) -> None:
     """The same edit from outside in the middle of a run changes both in the same way."""
     parent, twin = pair(name)

@@ -191,8 +191,8 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(type(self), parent_attributes(self.__dict__)),
-        "__reduce__": lambda self: (_rebuild, (type(self), parent_attributes(self.__dict__))),
+        "__deepcopy__": lambda self, memo: _rebuild(*_parts(self)),
+        "__reduce__": lambda self: (_rebuild, _parts(self)),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
     }
@@ -329,9 +329,13 @@ def _by_parent(cursor: Cursor, method: Callable[..., Any], *args: Any, **kwargs:
         cursor.inside = before
 
 
-def _rebuild(cls: type[Scheduler], attributes: dict[str, Any]) -> Scheduler:
+def _parts(twin: Scheduler) -> tuple[type[Scheduler], dict[str, Any], Mapping[str, Any]]:
+    return type(twin), parent_attributes(twin.__dict__), unshared(twin._shared.new)
+
+
+def _rebuild(cls: type[Scheduler], attributes: dict[str, Any], new: Mapping[str, Any]) -> Scheduler:
     twin = cls()
-    adopt(twin, attributes)
+    adopt(twin, attributes, new)
     return twin
 
 

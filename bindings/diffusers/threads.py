@@ -469,11 +469,11 @@ def leftovers(parent: type[Scheduler]) -> Sequence[str]:
     return _LEFTOVERS.get(parent.__name__, ())
 
 
-def adopt(scheduler: Scheduler, attributes: Mapping[str, Any]) -> None:
-    """Replace a twin's attributes, in all its threads."""
-    own = scheduler.__dict__
-    cursor = own.pop(CURSOR)
+def adopt(scheduler: Scheduler, attributes: Mapping[str, Any], new: Mapping[str, Any] | None = None) -> None:
+    """Replace a twin's attributes, in all its threads. new: see `Cursor`, its own if they have its configuration."""
+    own, shared = scheduler.__dict__, scheduler._shared
+    if new is not None:
+        shared.new = new
     own.clear()
-    own.update(attributes, **{CURSOR: Cursor(cursor.new)})
-    shared: Shared = scheduler._shared
+    own.update(attributes, **{CURSOR: Cursor(shared.new)})
     shared.adopt(own)
