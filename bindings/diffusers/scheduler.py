@@ -8,6 +8,7 @@ over at any point of a run for whatever the fused pass does not cover.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import sys
@@ -191,7 +192,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(*_parts(self)),
+        "__deepcopy__": _deep_copy,
         "__reduce__": lambda self: (_rebuild, _parts(self)),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
@@ -331,6 +332,14 @@ def _by_parent(cursor: Cursor, method: Callable[..., Any], *args: Any, **kwargs:
 
 def _parts(twin: Scheduler) -> tuple[type[Scheduler], dict[str, Any], Mapping[str, Any]]:
     return type(twin), parent_attributes(twin.__dict__), unshared(twin._shared.new)
+
+
+def _deep_copy(twin: Scheduler, memo: dict[int, Any]) -> Scheduler:
+    cls, attributes, new = _parts(twin)
+    # Both draw from one Brownian path, which changes for neither, and which copy cannot take apart.
+    path = {name: value for name, value in attributes.items() if name == "noise_sampler"}
+    own = copy.deepcopy({name: value for name, value in attributes.items() if name not in path}, memo)
+    return _rebuild(cls, {**own, **path}, new)
 
 
 def _rebuild(cls: type[Scheduler], attributes: dict[str, Any], new: Mapping[str, Any]) -> Scheduler:
