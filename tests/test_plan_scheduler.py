@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -365,6 +367,33 @@ def test_image_to_image_of_a_flow_model() -> None:
 
 
 # --- saving ---
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_in_the_middle_of_a_run(duplicate: Any) -> None:
+    """Of a run that began in the middle: it goes on with the plan's rows, and its next run is a whole one."""
+    plan, rng = tuned_by_hand(fs.VP.scaled_linear()), np.random.default_rng(0)
+    matrix = rng.standard_normal((8, 8)) / 3.0
+
+    def noise(k: int, x: np.ndarray) -> np.ndarray:
+        return np.tanh(matrix @ x + 0.1 * k)
+
+    def predict(k: int, x: np.ndarray) -> np.ndarray:
+        at = plan.stages[k].at
+        return (x - at.sigma * noise(k, x)) / at.alpha
+
+    scheduler = PlanScheduler(plan)
+    for first in (2, 0):
+        scheduler.set_timesteps(5)
+        scheduler.set_begin_index(first)
+        x = start = rng.standard_normal(8)
+        for k in range(first, 5):
+            raw, sample = (torch.from_numpy(values).view(1, 2, 2, 2) for values in (noise(k, x), x))
+            x = scheduler.step(raw, scheduler.timesteps[k], sample).prev_sample.numpy().ravel()
+            scheduler = duplicate(scheduler)
+        expected = follow(begun(plan, first), start, lambda k, x, first=first: predict(k + first, x))  # type: ignore[misc]
+        np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)
+    assert scheduler.plan == plan
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

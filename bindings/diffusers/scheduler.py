@@ -31,10 +31,10 @@ from fewstep.bindings.diffusers.threads import (
     VARIANTS,
     Cursor,
     PerThread,
-    adopt,
     leftovers,
     parent_attributes,
     plain,
+    rebuilt,
 )
 from fewstep.bindings.diffusers.transition import Transition, is_over, move, remembered
 from fewstep.bindings.diffusers.update import Bound, empty_strided, guard
@@ -193,7 +193,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         "step": step,
         "__setattr__": _set,
         "__deepcopy__": _deep_copy,
-        "__reduce__": lambda self: (_rebuild, _parts(self)),
+        "__reduce__": lambda self: (rebuilt, _parts(self)),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
     }
@@ -339,13 +339,7 @@ def _deep_copy(twin: Scheduler, memo: dict[int, Any]) -> Scheduler:
     # Both draw from one Brownian path, which changes for neither, and which copy cannot take apart.
     path = {name: value for name, value in attributes.items() if name == "noise_sampler"}
     own = copy.deepcopy({name: value for name, value in attributes.items() if name not in path}, memo)
-    return _rebuild(cls, {**own, **path}, new)
-
-
-def _rebuild(cls: type[Scheduler], attributes: dict[str, Any], new: Mapping[str, Any]) -> Scheduler:
-    twin = cls()
-    adopt(twin, attributes, new)
-    return twin
+    return rebuilt(cls, {**own, **path}, new)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -65,8 +65,7 @@ class PerThread(threading.local):
         shared: Shared | None = getattr(self, "_shared", None)
         if shared is None:
             self._begin(*args, **kwargs)
-            # By no setting's way: threads that came later would find it among their settings.
-            threading.local.__setattr__(self, "_shared", Shared(self.__dict__))
+            _share(self)
         else:
             shared.join(self.__dict__)
 
@@ -469,11 +468,25 @@ def leftovers(parent: type[Scheduler]) -> Sequence[str]:
     return _LEFTOVERS.get(parent.__name__, ())
 
 
-def adopt(scheduler: Scheduler, attributes: Mapping[str, Any], new: Mapping[str, Any] | None = None) -> None:
-    """Replace a twin's attributes, in all its threads. new: see `Cursor`, its own if they have its configuration."""
-    own, shared = scheduler.__dict__, scheduler._shared
-    if new is not None:
-        shared.new = new
+def _share(scheduler: Any) -> None:
+    """Make the attributes of this thread, the scheduler's first, those of all."""
+    # By no setting's way: threads that came later would find it among their settings.
+    threading.local.__setattr__(scheduler, "_shared", Shared(scheduler.__dict__))
+
+
+def rebuilt(cls: type[Scheduler], attributes: dict[str, Any], new: Mapping[str, Any]) -> Scheduler:
+    """A twin with these attributes. new: see `Cursor`."""
+    twin = cls.__new__(cls)  # a constructor would need the parent's arguments
+    twin.__dict__.update(attributes, **{CURSOR: Cursor(new)})
+    _share(twin)
+    return twin
+
+
+def adopt(scheduler: Scheduler, attributes: Mapping[str, Any]) -> None:
+    """Replace a twin's attributes, in all its threads."""
+    own = scheduler.__dict__
+    cursor = own.pop(CURSOR)
     own.clear()
-    own.update(attributes, **{CURSOR: Cursor(shared.new)})
+    own.update(attributes, **{CURSOR: Cursor(cursor.new)})
+    shared: Shared = scheduler._shared
     shared.adopt(own)
