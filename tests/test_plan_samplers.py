@@ -143,6 +143,16 @@ def test_a_resampled_plan() -> None:
         np.testing.assert_allclose([sigma for _, sigma in seen], sigmas[steps], rtol=1e-6)
 
 
+def test_a_solver_with_levels_of_its_own() -> None:
+    """They are called back, and the sigmas of the grid between them begin no step."""
+    plan, seen = fs.plan("dpm_solver_fast", fs.grid(VP, 7, "logsnr")), []
+    sigmas = plan_sigmas(plan)
+    plan_sampler(plan)(as_k_diffusion, latent() * sigmas[0], callback=lambda info: seen.append(float(info["sigma"])))
+    np.testing.assert_allclose(seen, [stage.at.ratio for stage in plan.stages], rtol=1e-6)
+    with pytest.raises(ValueError, match="where this plan of solver 'dpm_solver_fast' begins no step"):
+        plan_sampler(plan)(as_k_diffusion, latent() * sigmas[2], sigmas[2:])
+
+
 def test_what_is_refused() -> None:
     sample, x = plan_sampler(fs.plan("ddim", fs.grid(VP, 4, "logsnr"))), latent()
     with pytest.raises(ValueError, match=r"sigmas = \[5.0, 1.0, 0.0\] are not the last of the plan's own"):

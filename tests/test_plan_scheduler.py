@@ -339,6 +339,29 @@ def test_a_resampled_plan_begins_with_any_of_its_repeats(solver: str) -> None:
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["dpm_solver_fast", "consistency", "dpmpp_2s", "ddpm"])
+def test_the_image_is_noised_to_the_level_of_the_first_call(solver: str) -> None:
+    """That is none of the grid's in a solver with levels of its own; then its rows are followed from there."""
+    plan = fs.plan(solver, fs.grid(fs.VP.scaled_linear(), 7, "logsnr"))
+    scheduler, image, noise = PlanScheduler(plan), normals(1, 4, 2, 2).double(), normals(1, 4, 2, 2, seed=2).double()
+    for first in starts(plan):
+        if solver == "dpm_solver_fast" and first % 3:  # within one of its steps of third order
+            continue
+        scheduler.set_timesteps(plan.nfe)
+        scheduler.set_begin_index(first)
+        at = plan.stages[first].at
+        x = scheduler.add_noise(image, noise, scheduler.timesteps[first : first + 1])
+        torch.testing.assert_close(x, at.alpha * image + at.sigma * noise, rtol=1e-9, atol=1e-9)
+        slots = {"x": x}
+        for k, stage in enumerate(plan.stages[first:], first):
+            raw, z = normals(1, 4, 2, 2, seed=10 + k).double(), normals(1, 4, 2, 2, seed=50 + k).double()
+            drawn = {"variance_noise": z} if stage.rows["x"].get("z") else {}
+            x = scheduler.step(raw, scheduler.timesteps[k], x, **drawn).prev_sample
+            known = {**slots, "m": (slots["x"] - stage.at.sigma * raw) / stage.at.alpha, "z": z}
+            slots |= {slot: sum(c * known[source] for source, c in row.items()) for slot, row in stage.rows.items()}
+            torch.testing.assert_close(x, slots["x"], rtol=1e-9, atol=1e-9)
+
+
 def test_image_to_image_of_a_flow_model() -> None:
     """scale_noise, and a start in the middle of a plan that is not rebuilt, against the rows in a plain loop."""
     pipe, _, shape, denoiser, _ = wrapped_sd3()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import live_rows
 from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, PlanError, Row
-from fewstep.solvers.schedule.grid import Grid, cut
+from fewstep.solvers.schedule.grid import Grid, cut, through
+from fewstep.solvers.schedule.process import Point
 
 # What a slot holds when the denoiser is perfect: its shares of x0 and of the noise in x.
 _Shares = tuple[float, float]
@@ -26,12 +25,26 @@ def starts(plan: Plan) -> list[int]:
     return [k for k in range(plan.nfe) if k == 0 or plan.stages[k - 1].done]
 
 
-def grid_steps(plan: Plan) -> dict[int, int]:
-    """The step of the grid that each of the plan's `starts` begins: several the same one, if the plan repeats it."""
-    found, times = starts(plan), plan.grid.t[:-1]
-    if len(found) == plan.grid.steps:
-        return {k: step for step, k in enumerate(found)}
-    return {k: int(np.abs(times - plan.stages[k].at.t).argmin()) for k in found}
+def levels(plan: Plan) -> dict[int, Point]:
+    """The point at which the step of each of the plan's `starts` begins: of the grid, if the solver follows it."""
+    return dict(zip(starts(plan), plan.grid.points if _follows(plan) else _own_levels(plan), strict=False))
+
+
+def _own_levels(plan: Plan) -> list[Point]:
+    return [plan.stages[k - 1].to if k else plan.start for k in starts(plan)]
+
+
+def _follows(plan: Plan) -> bool:
+    """Whether the plan's steps are those of its grid: none is repeated, and the solver has no levels of its own.
+
+    At the start of a step x may be above the point of the grid, by churn, and the call at another level, in a tuned
+    plan; or x may be short of the noise that the call takes it to have, in consistency sampling.
+    """
+    found, stages = starts(plan), plan.stages
+    return len(found) == plan.grid.steps and all(
+        point in (stages[k].at, stages[k - 1].to, stages[k - 1].end)
+        for k, point in zip(found[1:], plan.grid.points[1:], strict=False)
+    )
 
 
 def begun(plan: Plan, stage: int) -> Plan:
@@ -53,7 +66,11 @@ def begun(plan: Plan, stage: int) -> Plan:
             f"call {stage} of this plan is inside a step of {plan.solver!r}; it can begin at calls "
             f"{', '.join(map(str, starts(plan)))}"
         )
-    step = grid_steps(plan)[stage]
+    step = starts(plan).index(stage)
+    if not _follows(plan):
+        begin = _own_levels(plan)[step]
+        rest = [point for point in plan.grid.points if point.ratio < begin.ratio]
+        return _filled(plan, stage, through(plan.grid.process, [begin, *rest]))
     grid = cut(plan.grid, slice(step, None))
     again = _again(plan, plan.grid, 0)
     shorter = None if again is None else _again(plan, grid, step)
