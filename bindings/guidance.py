@@ -246,7 +246,7 @@ def _rescaled(weights: Floats, a: float, b: float, phi: float) -> Floats:
 
 def _guided(weights: Floats) -> NDArray[np.bool_]:
     """Whether the output is made of other branches than the last one, for each sample."""
-    others: NDArray[np.bool_] = weights[:, :-1].any(axis=1)
+    others: NDArray[np.bool_] = np.count_nonzero(weights[:, :-1], axis=1) > 0
     return others
 
 
