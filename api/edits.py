@@ -415,10 +415,12 @@ def resampled(plan: Plan, times: int = 10, jump: int = 1) -> Plan:
 
     plan   of a solver that keeps nothing from one step to the next: ddpm, ddim, euler_ancestral, heun, dpmpp_2s ...
 
-    Raises ValueError for a plan with history, churn, or a variance that the network predicts.
+    Raises ValueError for a plan with history, churn, a rising grid, or a variance that the network predicts.
     """
     instance("plan", plan, Plan, "a Plan")
     times, jump = whole("times", times, 1), whole("jump", jump, 1)
+    if plan.grid.rising:
+        raise ValueError(f"plan {plan.solver!r} encodes data, on a grid whose noise rises: resample one that samples")
     if plan.init is not None or any(stage.end or stage.variance or stage.noise != 1.0 for stage in plan.stages):
         raise ValueError(f"plan {plan.solver!r} adds noise of its own between steps: resample one without churn")
     steps: list[list[Stage]] = [[]]

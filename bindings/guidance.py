@@ -245,9 +245,9 @@ def _rescaled(weights: Floats, a: float, b: float, phi: float) -> Floats:
 
 
 def _guided(weights: Floats) -> NDArray[np.bool_]:
-    """Whether the outputs of several branches are combined, for each sample."""
-    several: NDArray[np.bool_] = np.count_nonzero(weights, axis=1) > 1
-    return several
+    """Whether the output is made of other branches than the last one, for each sample."""
+    others: NDArray[np.bool_] = np.count_nonzero(weights[:, :-1], axis=1) > 0
+    return others
 
 
 def _blend(rows: int) -> Floats:

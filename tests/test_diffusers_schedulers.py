@@ -617,6 +617,47 @@ def test_a_copy_goes_on_alone(name: str, duplicate: Any) -> None:
     torch.testing.assert_close(ends[2], ends[1], rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("UniPCMultistepScheduler", {"solver_order": 3}),
+        ("UniPCMultistepScheduler", {"solver_order": 1}),
+        ("SASolverScheduler", {"predictor_order": 3, "corrector_order": 3}),
+        ("HeliosScheduler", {"solver_order": 3}),
+    ],
+)
+def test_the_next_run_of_a_copy(name: str, config: dict[str, Any]) -> None:
+    """Of another order than a scheduler's by default, whose memory has another length."""
+    parent, twin = pair(name, **config)
+    compare(name, parent, twin, 5)
+    compare(name, parent, copy.deepcopy(copy.copy(twin)), 4)
+    if name != "SASolverScheduler":  # it holds a lambda
+        compare(name, parent, pickle.loads(pickle.dumps(twin)), 4)
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverSDEScheduler"])
+def test_a_deep_copy_shares_no_tensor(name: str) -> None:
+    """What is written into the copy's tensors, or into those of its memory, does not reach the original."""
+    _, twin = pair(name)
+    twin.set_timesteps(5)
+    raw = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    x = twin.step(raw, twin.timesteps[0], torch.ones(SHAPE)).prev_sample
+    held = {name: v for name, v in vars(twin).items() if isinstance(v, torch.Tensor)}
+    lists = [
+        v for value in vars(twin).values() if isinstance(value, list) for v in value if isinstance(v, torch.Tensor)
+    ]
+    before = [v.clone() for v in (*held.values(), *lists)]
+    end = copy.deepcopy(twin).step(raw, twin.timesteps[1], x).prev_sample
+    other = copy.deepcopy(twin)
+    for value in vars(other).values():
+        for tensor in value if isinstance(value, list) else [value]:
+            if isinstance(tensor, torch.Tensor):
+                tensor.mul_(2)
+    for value, want in zip((*held.values(), *lists), before, strict=True):
+        assert torch.equal(value, want)
+    torch.testing.assert_close(twin.step(raw, twin.timesteps[1], x).prev_sample, end, rtol=0.0, atol=0.0)
+
+
 def edited(name: str, edit: Any) -> None:
     """The same edit from outside in the middle of a run changes both in the same way."""
     parent, twin = pair(name)

@@ -131,6 +131,21 @@ def test_tcd_goes_below_the_next_point_and_lcm_to_data() -> None:
         torch.testing.assert_close(got, x, rtol=1e-5, atol=1e-6)
 
 
+def test_the_log_probability_of_a_rollout() -> None:
+    """The network is told the ends of the plan's steps again: against each jump written out."""
+    grid, gamma = fs.Grid.from_times(FLOW, [1.0, 0.6, 0.2, 0.0]), 0.5
+    plan, denoiser = fs.plan("tcd", grid, gamma=gamma, dtype="float64"), student(exact)
+    path = fs.rollout(denoiser, plan, (3, 2), seed=0, device="cpu", dtype="float64")
+    found = fs.log_prob(denoiser, plan, path.states).log_prob
+    for k, (t, to) in enumerate(((1.0, 0.6), (0.6, 0.2))):
+        s = (1.0 - gamma) * to
+        mean = (1 - to) / (1 - s) * flow_to(path.states[k], *torch.tensor([t, s], dtype=torch.float64))
+        std = np.sqrt(to**2 - ((1 - to) / (1 - s) * s) ** 2)
+        want = torch.distributions.Normal(mean, std).log_prob(path.states[k + 1]).sum(1)
+        torch.testing.assert_close(found[:, k], want, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(path.log_prob[:, k], want, rtol=1e-9, atol=1e-9)
+
+
 def test_solvers_with_a_history_and_calls_without_an_end_are_refused() -> None:
     grid = fs.grid(FLOW, 4)
     for solver in ("dpmpp_2m", "heun", "unipc"):

@@ -187,6 +187,9 @@ def test_jumps_repeat_windows_of_steps() -> None:
 
 
 def test_what_cannot_be_resampled() -> None:
+    for process in (fs.Flow(), fs.VP.linear()):
+        with pytest.raises(ValueError, match="encodes data, on a grid whose noise rises"):
+            fs.edits.resampled(fs.plan("euler", fs.grid(process, 4).flip()), times=2)
     with pytest.raises(ValueError, match=r"'dpmpp_2m' reads 'h1' of earlier steps.*ddpm"):
         fs.edits.resampled(fs.plan("dpmpp_2m", GRID))
     with pytest.raises(ValueError, match="'edm' adds noise of its own between steps"):

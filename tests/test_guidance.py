@@ -409,6 +409,21 @@ def test_a_rescale_goes_towards_the_conditional_output_whatever_its_weight(
     assert np.abs(found[1] - beside[1]).max() > 1e-3
 
 
+@everywhere
+def test_a_rescale_of_the_null_branch_alone(backend: str, library: str) -> None:
+    """At scale 0, alone and beside other scales, the guided output is the null one: it is rescaled as any."""
+    plan = fs.plan("dpmpp_2m", grid_of("v"))
+
+    def want(m: Any, x: torch.Tensor, at: fs.Point, call: int) -> torch.Tensor:
+        null, conditional = ((at.alpha * x - m(shift)) / at.sigma for shift in (NULL, C))  # v
+        return at.alpha * x - at.sigma * released.rescaled(null, conditional, 0.7)
+
+    for scale in (0.0, np.zeros(3), np.array([0.0, 0.0, 2.0])):
+        denoiser = fs.Denoiser(Network(library), VP, "v", guidance=fs.CFG(scale, rescale=0.7))
+        found = sample(denoiser, plan, backend, library)
+        np.testing.assert_allclose(found[:2], manual(plan, "v", want)[:2], rtol=0, atol=1e-9)
+
+
 # --- scales for each sample and step ---
 
 SCALES = np.array([0.0, 1.0, 4.5])

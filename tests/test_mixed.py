@@ -183,6 +183,21 @@ def test_places_of_any_dtype_and_size(dtype: str) -> None:
         assert torch.equal(run.result(place), want)
 
 
+def test_a_plan_that_encodes_needs_data() -> None:
+    """Its latent is data, which no seed draws, in a run and in an engine; with data it is the sampler's."""
+    denoiser, plan = fs.Denoiser(net, VP), fs.plan("ddim_inverse", fs.grid(VP, 3))
+    run = fs.MixedRun(denoiser, [plan], SHAPE)
+    with pytest.raises(ValueError, match=r"starts from the grid's clean end .*: give x, the data to encode"):
+        run.admit(0, plan, seed=1)
+    x = np.random.default_rng(0).standard_normal(SHAPE[1:]).astype(np.float32)
+    run.admit(0, plan, seed=1, x=x)
+    while not run.done(0):
+        run.step()
+    assert np.array_equal(run.result(0), alone(denoiser, plan, run.backend, x=x[None]))
+    with fs.Engine(denoiser, SHAPE, [plan]) as engine, pytest.raises(ValueError, match="give x, the data to encode"):
+        engine.submit(plan, seed=1).result()
+
+
 def test_a_network_that_loses_a_sample_is_refused() -> None:
     run = fs.MixedRun(fs.Denoiser(lambda x, t: x[1:], VP), [PLANS["ddpm"]], SHAPE)
     run.admit(2, PLANS["ddpm"], seed=0)

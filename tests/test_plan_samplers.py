@@ -105,6 +105,54 @@ def test_noise_and_the_last_sigmas() -> None:
     np.testing.assert_allclose(asked, list(pairwise(sigmas[:-1])), rtol=1e-6)
 
 
+@pytest.mark.parametrize("solver", ["flow_sde", "flow_cps"])
+def test_a_window_of_noise_stays_where_it_is(solver: str) -> None:
+    """With the last sigmas, noise is drawn in the same steps as with all."""
+    plan = fs.plan(solver, fs.grid(FLOW, 6), window=(2, 4))
+    sigmas = plan_sigmas(plan)
+    for first in range(5):
+        asked: list[float] = []
+
+        def noise(sigma: torch.Tensor, sigma_next: torch.Tensor, asked: list[float] = asked) -> torch.Tensor:
+            asked.append(float(sigma))
+            return torch.zeros_like(latent())
+
+        plan_sampler(plan)(as_flow, latent(), sigmas[first:], noise_sampler=noise)
+        np.testing.assert_allclose(asked, [float(sigmas[k]) for k in (2, 3) if k >= first], rtol=1e-6)
+
+
+def test_a_resampled_plan() -> None:
+    """Its repeated steps are called back with their own sigma, and it begins with the last sigmas as any plan."""
+    plan = fs.edits.resampled(fs.plan("ddim", fs.grid(VP, 4, "logsnr"), eta=1.0), 3)
+    sigmas = plan_sigmas(plan)
+    for first in (0, 2):
+        seen: list[tuple[int, float]] = []
+        levels: list[float] = []
+
+        def model(x: torch.Tensor, sigma: torch.Tensor, levels: list[float] = levels) -> torch.Tensor:
+            levels.append(float(sigma[0]))
+            return as_k_diffusion(x, sigma)
+
+        def keep(info: dict[str, Any], seen: list[tuple[int, float]] = seen) -> None:
+            seen.append((info["i"], float(info["sigma"])))
+
+        plan_sampler(plan)(model, latent() * sigmas[first], None if first == 0 else sigmas[first:], callback=keep)
+        steps = [k for k in range(first, 4) for _ in range(3 if k < 3 else 1)]  # the step to data is made once
+        np.testing.assert_allclose(levels, sigmas[steps], rtol=1e-6)
+        assert [i for i, _ in seen] == [k - first for k in steps]
+        np.testing.assert_allclose([sigma for _, sigma in seen], sigmas[steps], rtol=1e-6)
+
+
+def test_a_solver_with_levels_of_its_own() -> None:
+    """They are called back, and the sigmas of the grid between them begin no step."""
+    plan, seen = fs.plan("dpm_solver_fast", fs.grid(VP, 7, "logsnr")), []
+    sigmas = plan_sigmas(plan)
+    plan_sampler(plan)(as_k_diffusion, latent() * sigmas[0], callback=lambda info: seen.append(float(info["sigma"])))
+    np.testing.assert_allclose(seen, [stage.at.ratio for stage in plan.stages], rtol=1e-6)
+    with pytest.raises(ValueError, match="where this plan of solver 'dpm_solver_fast' begins no step"):
+        plan_sampler(plan)(as_k_diffusion, latent() * sigmas[2], sigmas[2:])
+
+
 def test_what_is_refused() -> None:
     sample, x = plan_sampler(fs.plan("ddim", fs.grid(VP, 4, "logsnr"))), latent()
     with pytest.raises(ValueError, match=r"sigmas = \[5.0, 1.0, 0.0\] are not the last of the plan's own"):

@@ -150,20 +150,23 @@ def own_grid(scheduler: Any, process: Any, calls: int) -> fs.Grid:
 
 
 @pytest.mark.parametrize("order", [2, 3])
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_the_same_sample_as_diffusers_own(order: int, strength: float) -> None:
-    """DPM-Solver++ from noise, and begun in the middle, where its order grows again."""
+@pytest.mark.parametrize(("calls", "strength"), [(8, 1.0), (8, 0.6), (16, 0.4)])
+def test_the_same_sample_as_diffusers_own(order: int, calls: int, strength: float) -> None:
+    """DPM-Solver++ from noise, and begun in the middle, where its order grows again.
+
+    It falls again at the end of fewer than 15 calls, however many of them are left.
+    """
     scheduler = _scheduler("DPMSolverMultistepScheduler", solver_order=order)
     pipe = _stable_diffusion("StableDiffusionImg2ImgPipeline", scheduler)
     given = {**_embeddings(), "image": _image(), "strength": strength, "guidance_scale": 3.0}
 
     def run() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        found: torch.Tensor = pipe(**given, num_inference_steps=8, output_type="latent", generator=generator).images
+        found: torch.Tensor = pipe(**given, num_inference_steps=calls, output_type="latent", generator=generator).images
         return found
 
     expected = run()
-    grid = own_grid(scheduler, from_diffusers(pipe.unet, scheduler).process, 8)
+    grid = own_grid(scheduler, from_diffusers(pipe.unet, scheduler).process, calls)
     options = {"final_order": "diffusers", **({"halve_d2": True, "variant": "midpoint"} if order == 3 else {})}
     fs.accelerate(pipe, plan=fs.plan(f"dpmpp_{order}m", grid, **options))
     with only_fused("PlanScheduler"):
@@ -281,6 +284,85 @@ def test_a_known_solver_begins_as_it_does_on_the_rest_of_the_grid() -> None:
         begun(fs.plan("heun", grid), 1)
 
 
+def test_a_begun_unipc_corrects_the_steps_of_the_whole() -> None:
+    """diffusers counts `disable_corrector` from the first step of the schedule, wherever a run begins."""
+    off, first = [0, 4, 6], 3
+    other = _scheduler("UniPCMultistepScheduler", disable_corrector=off)
+    grid = own_grid(other, fs.VP(other.alphas_cumprod.double().numpy()), 8)
+    plan = fs.plan("unipc", grid, order=2, corrector=[k for k in range(8) if k not in off], final_order="unipc")
+    x = start = np.random.default_rng(0).standard_normal(6)
+    matrix = np.random.default_rng(1).standard_normal((6, 6)) / 3.0
+
+    def noise(k: int, x: np.ndarray) -> np.ndarray:
+        return np.tanh(matrix @ x + 0.1 * k)
+
+    def predict(k: int, x: np.ndarray) -> np.ndarray:
+        at = plan.stages[k].at
+        return (x - at.sigma * noise(k, x)) / at.alpha
+
+    other.set_begin_index(first)
+    for k in range(first, 8):
+        raw, sample = (torch.from_numpy(values).float().view(1, 6, 1, 1) for values in (noise(k, x), x))
+        x = other.step(raw, other.timesteps[k], sample).prev_sample.double().numpy().ravel()
+    found = follow(begun(plan, first), start, lambda k, x: predict(k + first, x))
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2s"])
+def test_a_resampled_plan_begins_with_any_of_its_repeats(solver: str) -> None:
+    """It keeps nothing between steps, so that what is left of it are its own rows."""
+    plan = fs.edits.resampled(fs.plan(solver, fs.grid(fs.VP.scaled_linear(), 4, "logsnr")), 3, 2)
+    z = np.random.default_rng(0).standard_normal((plan.nfe, 6))
+    matrix = np.random.default_rng(1).standard_normal((6, 6)) / 3.0
+
+    def run(own: fs.Plan, first: int, x: np.ndarray) -> np.ndarray:
+        slots = {"x": x}
+        for k, stage in enumerate(own.stages, first):
+            known = {**slots, "m": np.tanh(matrix @ slots["x"] + 0.1 * k), "z": z[k]}
+            slots |= {slot: sum(c * known[source] for source, c in row.items()) for slot, row in stage.rows.items()}
+        return slots["x"]
+
+    for first in starts(plan):
+        start, short = np.random.default_rng(first).standard_normal(6), begun(plan, first)
+        assert short.start == plan.stages[first].at == short.grid.points[0]
+        rest = replace(plan, stages=plan.stages[first:], grid=short.grid)
+        np.testing.assert_allclose(run(short, first, start), run(rest, first, start), rtol=1e-12)
+    scheduler = PlanScheduler(plan)
+    scheduler.set_timesteps(plan.nfe)
+    first = starts(plan)[-2]
+    scheduler.set_begin_index(first)
+    x = normals(1, 4, 2, 2)
+    raw, noise = normals(1, 4, 2, 2, seed=2), normals(1, 4, 2, 2, seed=3)
+    found = scheduler.step(raw, scheduler.timesteps[first], x, variance_noise=noise).prev_sample
+    at = plan.stages[first].at
+    known = {"x": x, "m": (x - at.sigma * raw) / at.alpha, "z": noise}
+    want = sum(c * known[source] for source, c in plan.stages[first].rows["x"].items())
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["dpm_solver_fast", "consistency", "dpmpp_2s", "ddpm"])
+def test_the_image_is_noised_to_the_level_of_the_first_call(solver: str) -> None:
+    """That is none of the grid's in a solver with levels of its own; then its rows are followed from there."""
+    plan = fs.plan(solver, fs.grid(fs.VP.scaled_linear(), 7, "logsnr"))
+    scheduler, image, noise = PlanScheduler(plan), normals(1, 4, 2, 2).double(), normals(1, 4, 2, 2, seed=2).double()
+    for first in starts(plan):
+        if solver == "dpm_solver_fast" and first % 3:  # within one of its steps of third order
+            continue
+        scheduler.set_timesteps(plan.nfe)
+        scheduler.set_begin_index(first)
+        at = plan.stages[first].at
+        x = scheduler.add_noise(image, noise, scheduler.timesteps[first : first + 1])
+        torch.testing.assert_close(x, at.alpha * image + at.sigma * noise, rtol=1e-9, atol=1e-9)
+        slots = {"x": x}
+        for k, stage in enumerate(plan.stages[first:], first):
+            raw, z = normals(1, 4, 2, 2, seed=10 + k).double(), normals(1, 4, 2, 2, seed=50 + k).double()
+            drawn = {"variance_noise": z} if stage.rows["x"].get("z") else {}
+            x = scheduler.step(raw, scheduler.timesteps[k], x, **drawn).prev_sample
+            known = {**slots, "m": (slots["x"] - stage.at.sigma * raw) / stage.at.alpha, "z": z}
+            slots |= {slot: sum(c * known[source] for source, c in row.items()) for slot, row in stage.rows.items()}
+            torch.testing.assert_close(x, slots["x"], rtol=1e-9, atol=1e-9)
+
+
 def test_image_to_image_of_a_flow_model() -> None:
     """scale_noise, and a start in the middle of a plan that is not rebuilt, against the rows in a plain loop."""
     pipe, _, shape, denoiser, _ = wrapped_sd3()
@@ -309,6 +391,33 @@ def test_image_to_image_of_a_flow_model() -> None:
 
 
 # --- saving ---
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_copy_in_the_middle_of_a_run(duplicate: Any) -> None:
+    """Of a run that began in the middle: it goes on with the plan's rows, and its next run is a whole one."""
+    plan, rng = tuned_by_hand(fs.VP.scaled_linear()), np.random.default_rng(0)
+    matrix = rng.standard_normal((8, 8)) / 3.0
+
+    def noise(k: int, x: np.ndarray) -> np.ndarray:
+        return np.tanh(matrix @ x + 0.1 * k)
+
+    def predict(k: int, x: np.ndarray) -> np.ndarray:
+        at = plan.stages[k].at
+        return (x - at.sigma * noise(k, x)) / at.alpha
+
+    scheduler = PlanScheduler(plan)
+    for first in (2, 0):
+        scheduler.set_timesteps(5)
+        scheduler.set_begin_index(first)
+        x = start = rng.standard_normal(8)
+        for k in range(first, 5):
+            raw, sample = (torch.from_numpy(values).view(1, 2, 2, 2) for values in (noise(k, x), x))
+            x = scheduler.step(raw, scheduler.timesteps[k], sample).prev_sample.numpy().ravel()
+            scheduler = duplicate(scheduler)
+        expected = follow(begun(plan, first), start, lambda k, x, first=first: predict(k + first, x))  # type: ignore[misc]
+        np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)
+    assert scheduler.plan == plan
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

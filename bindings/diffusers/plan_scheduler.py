@@ -33,7 +33,7 @@ from fewstep.solvers.plans.plan_file import plan_as_json, plan_from_json, plan_o
 from fewstep.solvers.plans.program import compile_plan
 from fewstep.solvers.plans.registry import list_solvers
 from fewstep.solvers.plans.tables import stage_tables
-from fewstep.solvers.plans.tail import begun, starts
+from fewstep.solvers.plans.tail import begun, levels, starts
 from fewstep.solvers.run.checks import check_tensor
 from fewstep.solvers.schedule.grid import list_spacings
 from fewstep.solvers.schedule.process import VP, Flow, Process, numbers
@@ -116,6 +116,9 @@ def lay_out(plan: Plan, prediction_type: str) -> Laid:
         live = {program.ops[k].reads[0], *np.nonzero(rows[k, :, 2:].any(axis=0))[0].tolist()}
     scale = 1000.0 if isinstance(plan.grid.process, Flow) else 1.0
     before = [plan.start, *(stage.to for stage in plan.stages)]
+    for k, point in levels(plan).items():
+        if k and plan.stages[k - 1].end is None:
+            before[k] = point
     return Laid(
         rows,
         np.array([op.reads[0] for op in program.ops] + [program.result]),

@@ -8,6 +8,7 @@ over at any point of a run for whatever the fused pass does not cover.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import sys
@@ -191,7 +192,7 @@ def fused(parent: type[Scheduler]) -> type[Scheduler]:
         "_begin": begin,
         "step": step,
         "__setattr__": _set,
-        "__deepcopy__": lambda self, memo: _rebuild(*_parts(self)),
+        "__deepcopy__": _deep_copy,
         "__reduce__": lambda self: (_rebuild, _parts(self)),
         "__doc__": f"`diffusers.{parent.__name__}` with a fused `step`: the same numbers in one pass over memory.",
         "__module__": "fewstep.bindings.diffusers",
@@ -332,7 +333,16 @@ def _by_parent(cursor: Cursor, method: Callable[..., Any], *args: Any, **kwargs:
 def _parts(twin: Scheduler) -> tuple[type[Scheduler], dict[str, Any], Mapping[str, Any], bool]:
     attributes = twin.__dict__
     cursor: Cursor = attributes[CURSOR]
-    return type(twin), parent_attributes(attributes), cursor.new, cursor.live
+    return type(twin), parent_attributes(attributes), unshared(cursor.new), cursor.live
+
+
+def _deep_copy(twin: Scheduler, memo: dict[int, Any]) -> Scheduler:
+    cls, attributes, new, live = _parts(twin)
+    # Both draw from one Brownian path, which changes for neither, and which copy cannot take apart.
+    path = {name: value for name, value in attributes.items() if name == "noise_sampler"}
+    own = copy.deepcopy({name: value for name, value in attributes.items() if name not in path}, memo)
+    made: Scheduler = _rebuild(cls, {**own, **path}, new, live)
+    return made
 
 
 def _rebuild(cls: Any, attributes: dict[str, Any], new: Mapping[str, Any], live: bool) -> Any:

@@ -27,9 +27,9 @@ from fewstep.bindings.k_diffusion.run import (
     is_flow,
     model_sampling,
 )
+from fewstep.solvers.plans import tail
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.plan_file import plan_of
-from fewstep.solvers.plans.tail import begun, starts
 from fewstep.solvers.schedule.process import Flow, Point
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         raise ValueError(f"a plan of solver {made.solver!r} reads the unguided prediction: use its sample_* function")
     if not np.isfinite(levels).all():
         raise ValueError("plan starts at alpha = 0, an infinite sigma: make it on a grid that starts below (Grid.tail)")
-    firsts = starts(made)
+    begins = tail.levels(made)
 
     def sample(
         model: SigmaModel,
@@ -87,7 +87,14 @@ def plan_sampler(plan: PlanLike) -> Callable[..., Tensor]:
         call = SamplerCall(model, x, given, extra_args, callback, disable, _flow(made))
         _check_kind(model, made)
         step = _first_step(call.given, levels)
-        own = begun(made, firsts[step])
+        first = next((k for k, point in begins.items() if point == made.grid.points[step]), None)
+        if first is None:
+            shown = ", ".join(f"{_level(made, point):.6g}" for point in begins.values())
+            raise ValueError(
+                f"sigmas begin at {call.given[0]:.6g}, where this plan of solver {made.solver!r} begins no step: pass "
+                f"all of them, or its last from one of [{shown}]"
+            )
+        own = tail.begun(made, first)
         state = "float64" if x.dtype == torch.float64 else "float32"
         run = _sampler(own, tuple(x.shape), x.dtype, x.device, state)
         tracker = _PlanTracker(call, own, None, every_step=False)
@@ -133,6 +140,9 @@ def _first_step(given: np.ndarray, own: np.ndarray) -> int:
 class _PlanTracker(_Tracker):
     """Calls the caller's model in its own convention from the plan's."""
 
+    def level_of(self, point: Point) -> float:
+        return _level(self.plan, point)
+
     def model(self, x: Tensor) -> Tensor:
         call, k = self.call, self.stage
         at = self.plan.stages[k].at
@@ -142,7 +152,7 @@ class _PlanTracker(_Tracker):
         denoised = call.model(seen, x.new_full((len(x),), level), **self.extra_args)
         self.stage = k + 1
         if call.callback is not None and k in self.step:
-            levels = {"sigma": call.level(call.levels[self.step[k]]), "sigma_hat": call.level(level)}
+            levels = {"sigma": call.level(self.levels[self.step[k]]), "sigma_hat": call.level(level)}
             call.callback({"x": seen.clone(), "i": self.step[k], **levels, "denoised": denoised})
         return denoised
 

@@ -291,13 +291,19 @@ class _Tracker:
     def __init__(self, call: SamplerCall, plan: Plan, starts: Collection[int] | None, every_step: bool) -> None:
         self.call, self.plan = call, plan
         self.every_step, self.churned = every_step, 0
-        self.step = {k: i for i, k in enumerate(tail.starts(plan) if starts is None else sorted(starts))}
+        points = tail.levels(plan) if starts is None else {k: plan.stages[k].at for k in sorted(starts)}
+        distinct = [*dict.fromkeys(points.values())]  # a step that is repeated keeps its number
+        self.step = {k: distinct.index(point) for k, point in points.items()}
         # A solver with its own steps starts them at its own levels; others start at the sigmas, then churn.
+        follows = starts is None and all(map(plan.grid.points.__contains__, distinct))
         self.levels: Sequence[float] | np.ndarray
-        self.levels = call.levels if starts is None else [plan.stages[k].at.sigma for k in self.step]
+        self.levels = call.levels if follows else [self.level_of(point) for point in distinct]
         self.stage = 0
         self.null: list[Tensor] = []  # the null branch's prediction of the current call
         self.extra_args = self._with_hook() if _reads_unguided(plan) else dict(call.extra_args or {})
+
+    def level_of(self, point: Point) -> float:
+        return point.sigma
 
     def _with_hook(self) -> dict[str, Any]:
         """The model's arguments with a hook after ComfyUI's guidance that receives the null branch's prediction."""

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from fewstep.solvers.families.coordinates import pick_coordinates, pick_frame
-from fewstep.solvers.families.exponential import FinalOrder, dpmpp_2m
+from fewstep.solvers.families.exponential import LIMITED, FinalOrder, dpmpp_2m
 from fewstep.solvers.families.exponential_rk import node, step_size
 from fewstep.solvers.families.first_order import ddim
 from fewstep.solvers.families.gradient_estimation import gradient_estimation
@@ -114,7 +114,7 @@ def dpmpp_2s_ancestral_cfg_pp(
         yield Stage(p, {"x": last}, t)
 
 
-@solver("res_multistep_cfg_pp", spacing={VP: "logsnr"})
+@solver("res_multistep_cfg_pp", spacing={VP: "logsnr"}, by_step=LIMITED)
 def res_multistep_cfg_pp(
     grid: Grid, eta: float = 0.0, final_order: FinalOrder = None, released: bool = False
 ) -> Iterator[Stage]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from fewstep.solvers.families.exponential import (
+    LIMITED,
     NOISES,
     FinalOrder,
     add_differences,
@@ -32,7 +33,7 @@ VARIABLES: Mapping[str, Callable[[Process, FloatArray], FloatArray]] = {
 }
 
 
-@solver("deis", memory=NOISES, spacing={Flow: "beta"})
+@solver("deis", memory=NOISES, spacing={Flow: "beta"}, by_step=LIMITED)
 def deis(grid: Grid, order: int = 3, variable: str = "t", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DEIS (Zhang & Chen 2023, tAB and rhoAB): Adams-Bashforth with the semi-linear part exact.
 

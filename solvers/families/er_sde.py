@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fewstep.solvers.families.exponential import FinalOrder, check_final_order, shift_history, usable_order
+from fewstep.solvers.families.exponential import LIMITED, FinalOrder, check_final_order, shift_history, usable_order
 from fewstep.solvers.families.quadrature import Indices, integrate
 from fewstep.solvers.families.rows import plus
 from fewstep.solvers.options import flag, one_of, whole
@@ -33,7 +33,7 @@ NOISE_SCALES: Mapping[str, NoiseScale] = {
 _FAR = 1e100
 
 
-@solver("er_sde")
+@solver("er_sde", by_step=LIMITED)
 def er_sde(
     grid: Grid,
     order: int = 3,

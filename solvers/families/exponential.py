@@ -25,12 +25,47 @@ import numpy as np
 from fewstep.kernels.attempts import moment
 from fewstep.solvers.families.rows import substitute
 from fewstep.solvers.options import at_least, flag, one_of
-from fewstep.solvers.plans.registry import Memory, solver
+from fewstep.solvers.plans.registry import Later, Memory, solver
 from fewstep.solvers.plans.stages import Row, Stage, first_order
 from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import VP, Flow, Point
 
 History = dict[str, Row]
+
+# --- which order the last steps have ---
+
+# The field's rules for the last steps: order p becomes p, ..., 2, 1 over the last p steps
+#   unipc       always (UniPC's released code; diffusers' UniPC and SA-Solver)
+#   diffusers   if the grid has fewer than 15 steps (diffusers' DPM-Solver and DEIS)
+#   dpm_solver  if the grid has fewer than 10 steps (dpm-solver's released code)
+#   sa_solver   always, one step earlier if the last step goes to sigma 0 (SA-Solver's released code, ComfyUI)
+FINAL_RULES: Mapping[str, Callable[[Grid, int], int | None]] = {
+    "unipc": lambda grid, k: grid.steps - k,
+    "diffusers": lambda grid, k: grid.steps - k if grid.steps < 15 else None,
+    "dpm_solver": lambda grid, k: grid.steps - k if grid.steps < 10 else None,
+    "sa_solver": lambda grid, k: grid.steps - k - (grid.sigma[-1] == 0.0),
+}
+
+FinalOrder = int | str | None
+
+
+def check_final_order(final_order: FinalOrder, highest: int) -> None:
+    """Check the option `final_order` of the multistep solvers: the order at the end of the grid.
+
+    None gives every step its full order, except a step to sigma 0, which is always of first order. A number limits the
+    order of the last step (1 is diffusers' euler_at_final). A name is one of FINAL_RULES.
+    """
+    one_of("final_order", final_order, (None, *range(1, highest + 1), *FINAL_RULES))
+
+
+def _later(final_order: FinalOrder, grid: Grid, k: int) -> FinalOrder:
+    """The rule in the grid without its first k steps: a grid that is long enough for full orders stays so."""
+    off = isinstance(final_order, str) and FINAL_RULES[final_order](grid, grid.steps - 1) is None
+    return None if off else final_order
+
+
+LIMITED: Mapping[str, Later] = {"final_order": _later}
+
 
 # --- what fits may add increments over ---
 
@@ -51,7 +86,7 @@ NOISES = Memory(
 # --- x0 prediction ---
 
 
-@solver("dpmpp_2m", memory=PREDICTIONS, spacing={VP: "logsnr"})
+@solver("dpmpp_2m", memory=PREDICTIONS, spacing={VP: "logsnr"}, by_step=LIMITED)
 def dpmpp_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DPM-Solver++(2M) (Lu et al. 2022b, Algorithm 2).
 
@@ -113,7 +148,7 @@ def exponential_row(s: Point, t: Point, h: float, eta: float) -> dict[str, float
     }
 
 
-@solver("dpmpp_2m_sde", spacing={VP: "logsnr"})
+@solver("dpmpp_2m_sde", spacing={VP: "logsnr"}, by_step=LIMITED)
 def dpmpp_2m_sde(
     grid: Grid, eta: float = 1.0, variant: str = "midpoint", final_order: FinalOrder = None
 ) -> Iterator[Stage]:
@@ -121,7 +156,7 @@ def dpmpp_2m_sde(
     yield from _data_multistep(grid, 2, variant, final_order, eta=eta)
 
 
-@solver("dpmpp_3m", memory=PREDICTIONS, spacing={VP: "logsnr"})
+@solver("dpmpp_3m", memory=PREDICTIONS, spacing={VP: "logsnr"}, by_step=LIMITED)
 def dpmpp_3m(
     grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
 ) -> Iterator[Stage]:
@@ -134,7 +169,7 @@ def dpmpp_3m(
     yield from _data_multistep(grid, 3, variant, final_order, halve_d2=halve_d2)
 
 
-@solver("dpmpp_3m_sde", spacing={VP: "logsnr"})
+@solver("dpmpp_3m_sde", spacing={VP: "logsnr"}, by_step=LIMITED)
 def dpmpp_3m_sde(
     grid: Grid,
     eta: float = 1.0,
@@ -169,7 +204,7 @@ def noise_row(grid: Grid, k: int, order: int, rule: str, *, halve_d2: bool = Fal
     return row
 
 
-@solver("dpm_solver_2m", spacing={Flow: "beta"})
+@solver("dpm_solver_2m", spacing={Flow: "beta"}, by_step=LIMITED)
 def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder = None) -> Iterator[Stage]:
     """DPM-Solver-2 as a multistep method on the noise prediction (Lu et al. 2022a, the released code).
 
@@ -178,7 +213,7 @@ def dpm_solver_2m(grid: Grid, variant: str = "midpoint", final_order: FinalOrder
     yield from _noise_multistep(grid, 2, variant, False, final_order)
 
 
-@solver("dpm_solver_3m", spacing={Flow: "beta"})
+@solver("dpm_solver_3m", spacing={Flow: "beta"}, by_step=LIMITED)
 def dpm_solver_3m(
     grid: Grid, variant: str = "heun", halve_d2: bool = False, final_order: FinalOrder = None
 ) -> Iterator[Stage]:
@@ -291,29 +326,6 @@ def node_weights(r: Sequence[float], integrals: Sequence[float]) -> list[float]:
 
 
 # --- which order a step has ---
-
-# The field's rules for the last steps: order p becomes p, ..., 2, 1 over the last p steps
-#   unipc       always (UniPC's released code; diffusers' UniPC and SA-Solver)
-#   diffusers   if the grid has fewer than 15 steps (diffusers' DPM-Solver and DEIS)
-#   dpm_solver  if the grid has fewer than 10 steps (dpm-solver's released code)
-#   sa_solver   always, one step earlier if the last step goes to sigma 0 (SA-Solver's released code, ComfyUI)
-FINAL_RULES: Mapping[str, Callable[[Grid, int], int | None]] = {
-    "unipc": lambda grid, k: grid.steps - k,
-    "diffusers": lambda grid, k: grid.steps - k if grid.steps < 15 else None,
-    "dpm_solver": lambda grid, k: grid.steps - k if grid.steps < 10 else None,
-    "sa_solver": lambda grid, k: grid.steps - k - (grid.sigma[-1] == 0.0),
-}
-
-FinalOrder = int | str | None
-
-
-def check_final_order(final_order: FinalOrder, highest: int) -> None:
-    """Check the option `final_order` of the multistep solvers: the order at the end of the grid.
-
-    None gives every step its full order, except a step to sigma 0, which is always of first order. A number limits the
-    order of the last step (1 is diffusers' euler_at_final). A name is one of FINAL_RULES.
-    """
-    one_of("final_order", final_order, (None, *range(1, highest + 1), *FINAL_RULES))
 
 
 def usable_order(grid: Grid, k: int, order: int, final_order: FinalOrder) -> int:

@@ -28,7 +28,12 @@ def _window(window: Sequence[int] | None, steps: int) -> range:
     return range(*window)
 
 
-@solver("flow_sde")
+def _later(window: Sequence[int] | None, grid: Grid, k: int) -> tuple[int, ...] | None:
+    """The window in the grid without its first k steps."""
+    return None if window is None else tuple(max(0, step - k) for step in window)
+
+
+@solver("flow_sde", by_step={"window": _later})
 def flow_sde(grid: Grid, eta: float = 0.7, window: Sequence[int] | None = None) -> Iterator[Stage]:
     """Flow-GRPO's SDE (Liu et al. 2025, arXiv 2505.05470, eq. 9): Euler-Maruyama with s = eta sqrt(u / (1 - u)).
 
@@ -58,7 +63,7 @@ def flow_sde(grid: Grid, eta: float = 0.7, window: Sequence[int] | None = None) 
         yield Stage(s, {"x": row}, t, exact=False)
 
 
-@solver("flow_cps")
+@solver("flow_cps", by_step={"window": _later})
 def flow_cps(grid: Grid, eta: float = 0.8, window: Sequence[int] | None = None) -> Iterator[Stage]:
     """Coefficients-preserving sampling (Wang & Yu 2025, arXiv 2509.05952): a share of the noise is drawn anew.
 

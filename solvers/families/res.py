@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from fewstep.solvers.families.exponential import (
+    LIMITED,
     PREDICTIONS,
     FinalOrder,
     add_differences,
@@ -25,7 +26,7 @@ from fewstep.solvers.schedule.grid import Grid
 from fewstep.solvers.schedule.process import VP
 
 
-@solver("res_multistep")
+@solver("res_multistep", by_step=LIMITED)
 def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) -> Iterator[Stage]:
     """Refined exponential solver, second-order multistep (Zhang et al. 2023; ComfyUI's sample_res_multistep).
 
@@ -52,7 +53,7 @@ def res_multistep(grid: Grid, eta: float = 0.0, final_order: FinalOrder = None) 
         down_before = down
 
 
-@solver("res_2m", memory=PREDICTIONS, spacing={VP: "logsnr"})
+@solver("res_2m", memory=PREDICTIONS, spacing={VP: "logsnr"}, by_step=LIMITED)
 def res_2m(grid: Grid, final_order: FinalOrder = None) -> Iterator[Stage]:
     """Refined exponential solver, two-step (Zhang et al. 2023): b_2 = phi_2 / c_2, which is dpmpp_2m's "heun"."""
     check_final_order(final_order, 2)
@@ -61,7 +62,7 @@ def res_2m(grid: Grid, final_order: FinalOrder = None) -> Iterator[Stage]:
         yield Stage(s, {"x": row, **shift_history(k, 1)}, t)
 
 
-@solver("res_3m", memory=PREDICTIONS, spacing={VP: "logsnr"})
+@solver("res_3m", memory=PREDICTIONS, spacing={VP: "logsnr"}, by_step=LIMITED)
 def res_3m(grid: Grid, final_order: FinalOrder = None, released: bool = False) -> Iterator[Stage]:
     """Refined exponential solver, three-step: res_3s with its inner calls at the two points before (Zhang et al. 2023).
 

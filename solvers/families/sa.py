@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 
 from fewstep.solvers.families.exponential import (
+    LIMITED,
     FinalOrder,
     add_differences,
     check_final_order,
@@ -27,7 +28,7 @@ from fewstep.solvers.schedule.process import VP, Point
 Tau = float | tuple[float, float, float] | Callable[[Point], float]
 
 
-@solver("sa_solver", spacing={VP: "logsnr"})
+@solver("sa_solver", spacing={VP: "logsnr"}, by_step=LIMITED)
 def sa_solver(
     grid: Grid,
     tau: Tau = 1.0,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from fewstep.solvers.families.deis import deis_rows
 from fewstep.solvers.families.exponential import (
+    LIMITED,
     PREDICTIONS,
     FinalOrder,
     add_differences,
@@ -63,7 +64,12 @@ PREDICTORS: Mapping[str, Predictor] = {
 }
 
 
-@solver("unipc", memory=replace(PREDICTIONS, other=1), spacing={VP: "logsnr"})
+def _later(corrector: bool | Collection[int], grid: Grid, k: int) -> bool | Collection[int]:
+    """The corrected steps in the grid without its first k steps."""
+    return corrector if isinstance(corrector, bool) else [step - k for step in corrector if step >= k]
+
+
+@solver("unipc", memory=replace(PREDICTIONS, other=1), spacing={VP: "logsnr"}, by_step={**LIMITED, "corrector": _later})
 def unipc(
     grid: Grid,
     order: int = 2,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from fewstep.solvers.schedule.grid import Grid, list_spacings
 from fewstep.solvers.schedule.process import Process
 
 Builder = Callable[..., Iterator[Start | Stage]]
+Later = Callable[[Any, Grid, int], object]
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,18 @@ class Memory:
 
 @dataclass(frozen=True)
 class Solver:
-    """A registered builder. memory: what it keeps of its calls, where `fewstep.tune` can fit it."""
+    """A registered builder.
+
+    memory    what it keeps of its calls, where `fewstep.tune` can fit it
+    by_step   the options that count the grid's steps, and (value, grid, k) -> the value with which the grid without its
+              first k steps has the same steps as the whole one
+    """
 
     name: str
     build: Builder
     memory: Memory | None = None
     spacings: Mapping[type, str] = field(default_factory=dict)
+    by_step: Mapping[str, Later] = field(default_factory=dict)
 
     def spacing(self, process: Process) -> str:
         """The default spacing of its grids: the solver's own for that kind of process, else the process's."""
@@ -70,19 +78,23 @@ _SOLVERS: dict[str, Solver] = {}
 
 
 def solver(
-    name: str, *, memory: Memory | None = None, spacing: Mapping[type, str] | None = None
+    name: str,
+    *,
+    memory: Memory | None = None,
+    spacing: Mapping[type, str] | None = None,
+    by_step: Mapping[str, Later] | None = None,
 ) -> Callable[[Builder], Builder]:
     """Register a builder: a generator of stages that takes the grid and then its options.
 
-    memory   see `Solver`
-    spacing  kind of process -> default spacing, where the process's own does not suit the solver
+    memory, by_step  see `Solver`
+    spacing          kind of process -> default spacing, where the process's own does not suit the solver
 
     Raises ValueError for a name of one of fewstep's solvers.
     """
 
     def register(build: Builder) -> Builder:
         check_free("solver", name, _SOLVERS[name].build if name in _SOLVERS else None, build)
-        _SOLVERS[name] = Solver(name, build, memory, spacing or {})
+        _SOLVERS[name] = Solver(name, build, memory, spacing or {}, by_step or {})
         return build
 
     return register

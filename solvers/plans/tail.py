@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from fewstep.solvers.plans.plan import Plan
 from fewstep.solvers.plans.program import live_rows
+from fewstep.solvers.plans.registry import get_solver
 from fewstep.solvers.plans.registry import plan as make_plan
 from fewstep.solvers.plans.stages import NOISE, PREDICTION, UNGUIDED, PlanError, Row
-from fewstep.solvers.schedule.grid import Grid, cut
+from fewstep.solvers.schedule.grid import Grid, cut, through
+from fewstep.solvers.schedule.process import Point
 
 # What a slot holds when the denoiser is perfect: its shares of x0 and of the noise in x.
 _Shares = tuple[float, float]
@@ -23,15 +25,37 @@ def starts(plan: Plan) -> list[int]:
     return [k for k in range(plan.nfe) if k == 0 or plan.stages[k - 1].done]
 
 
+def levels(plan: Plan) -> dict[int, Point]:
+    """The point at which the step of each of the plan's `starts` begins: of the grid, if the solver follows it."""
+    return dict(zip(starts(plan), plan.grid.points if _follows(plan) else _own_levels(plan), strict=False))
+
+
+def _own_levels(plan: Plan) -> list[Point]:
+    return [plan.stages[k - 1].to if k else plan.start for k in starts(plan)]
+
+
+def _follows(plan: Plan) -> bool:
+    """Whether the plan's steps are those of its grid: none is repeated, and the solver has no levels of its own.
+
+    At the start of a step x may be above the point of the grid, by churn, and the call at another level, in a tuned
+    plan; or x may be short of the noise that the call takes it to have, in consistency sampling.
+    """
+    found, stages = starts(plan), plan.stages
+    return len(found) == plan.grid.steps and all(
+        point in (stages[k].at, stages[k - 1].to, stages[k - 1].end)
+        for k, point in zip(found[1:], plan.grid.points[1:], strict=False)
+    )
+
+
 def begun(plan: Plan, stage: int) -> Plan:
     """The plan that begins with a stage of this one, on a sample noised to that stage's level.
 
     stage  0 <= stage < nfe, one of `starts`
 
     A plan that its solver's name and options make again is laid out on the rest of the grid, so that it begins as the
-    solver begins. Any other plan, such as a tuned one, keeps its stages; what the first of them reads of earlier calls
-    is what these would have left there if they had predicted what this call predicts. Increments over earlier
-    predictions are then zero, and the marginals stay exact.
+    solver begins; options that count steps still mean the same ones. Any other plan, such as a tuned or a resampled
+    one, keeps its stages; what the first of them reads of earlier calls is what these would have left there if they had
+    predicted what this call predicts. Increments over earlier predictions are then zero, and the marginals stay exact.
 
     Raises ValueError for a stage inside a step, and where what is read depends on earlier noise.
     """
@@ -42,21 +66,30 @@ def begun(plan: Plan, stage: int) -> Plan:
             f"call {stage} of this plan is inside a step of {plan.solver!r}; it can begin at calls "
             f"{', '.join(map(str, starts(plan)))}"
         )
-    step = sum(s.done for s in plan.stages[:stage])
+    step = starts(plan).index(stage)
+    if not _follows(plan):
+        begin = _own_levels(plan)[step]
+        rest = [point for point in plan.grid.points if point.ratio < begin.ratio]
+        return _filled(plan, stage, through(plan.grid.process, [begin, *rest]))
     grid = cut(plan.grid, slice(step, None))
-    again = _again(plan, plan.grid)
-    shorter = None if again is None else _again(plan, grid)
+    again = _again(plan, plan.grid, 0)
+    shorter = None if again is None else _again(plan, grid, step)
     if shorter is not None and shorter.nfe == plan.nfe - stage:
         return shorter
     return _filled(plan, stage, grid)
 
 
-def _again(plan: Plan, grid: Grid) -> Plan | None:
-    """The plan of the same solver and options on a grid; None if its own grid does not give this very plan."""
+def _again(plan: Plan, grid: Grid, step: int) -> Plan | None:
+    """The plan of the same solver and options on a grid, which leaves out the first `step` of its own.
+
+    None if its own grid does not give this very plan.
+    """
     options = dict(plan.options)
     try:
+        for name, later in get_solver(plan.solver).by_step.items():
+            options[name] = later(options[name], plan.grid, step)
         made = make_plan(plan.solver, grid, s_noise=plan.noise_scale, dtype=plan.dtype, **options)
-    except (ValueError, TypeError):  # tuned, or made by hand
+    except (ValueError, TypeError, KeyError):  # tuned, or made by hand
         return None
     return made if grid is not plan.grid or (made.stages, made.init) == (plan.stages, plan.init) else None
 

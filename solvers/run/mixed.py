@@ -27,7 +27,7 @@ from fewstep.solvers.run.gpu import TritonColumns, TritonJob
 from fewstep.solvers.run.graph import CaptureError, capture_api
 from fewstep.solvers.run.graphed_call import GRAPHS, GraphedCall
 from fewstep.solvers.run.network import warn_if_training
-from fewstep.solvers.run.sanity import Limits, warn_of_middle
+from fewstep.solvers.run.sanity import Limits, check_drawn, warn_of_middle
 
 
 class Admission(NamedTuple):
@@ -216,8 +216,10 @@ class MixedRun:
             if outer.device == "cpu" if self._check_asked is None else self.check:
                 self._limits[id(plan)].check_latent(latent)
             x = self._convert.latent(latent, outer)
-        elif self._check_asked is not False:
-            warn_of_middle(plan.grid.process, plan.start, plan.steps)
+        else:
+            check_drawn(plan)
+            if self._check_asked is not False:
+                warn_of_middle(plan.grid.process, plan.start, plan.steps)
         return Admission(job, x, philox.streams(seed, 1, sample), edits, conds)
 
     def start(self, place: int, admission: Admission) -> None:

@@ -33,7 +33,7 @@ from fewstep.solvers.run.engine import FusedRun, NoiseSource
 from fewstep.solvers.run.graph import MODES, GraphMode, Recorded, capture_api
 from fewstep.solvers.run.loop import StepInfo, run_plan
 from fewstep.solvers.run.network import warn_if_training
-from fewstep.solvers.run.sanity import report
+from fewstep.solvers.run.sanity import check_drawn, report
 
 
 class _Settings(NamedTuple):
@@ -312,11 +312,8 @@ class Sampler:
         edits, affine = None if plain else Edits.of(edit, edit_x0, every, self.shape, check=self.check), None
         if edits is not None and edits.x0 and self.backend == "numba":
             affine, edits = edits.by_kernel(self.shape, self.dtype)
-        if x is None and plan.start != plan.grid.points[0]:
-            raise ValueError(
-                f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
-                "give x, the data to encode"
-            )
+        if x is None:
+            check_drawn(plan)
         if x is None and now.middle is not None and self._options["check"] is not False:
             warn(now.middle)
         streams = None

@@ -58,6 +58,15 @@ def warn_of_middle(process: Process, at: Point, steps: int = 2) -> None:
         warn(message)
 
 
+def check_drawn(plan: UncheckedPlan) -> None:
+    """Raises ValueError for a plan whose latent is data, which no seed can draw."""
+    if plan.start != plan.grid.points[0]:
+        raise ValueError(
+            f"solver {plan.solver!r} starts from the grid's clean end (t = {plan.start.t:g}): "
+            "give x, the data to encode"
+        )
+
+
 @dataclass(frozen=True)
 class Limits:
     """What is usual for a run.

@@ -27,7 +27,7 @@ from fewstep.solvers.reprs import short_repr
 from fewstep.solvers.run.arrays import Array, Device, DType, Frame, TorchFrame, frame_of, no_grad
 from fewstep.solvers.run.batch import SEEN, Batch
 from fewstep.solvers.run.checks import check_latent, check_plan, check_shape, device_of_inputs, model_frame
-from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser
+from fewstep.solvers.run.denoising import Condition, DenoiserLike, check_denoiser, for_plan
 from fewstep.solvers.run.draws import check_form, check_policy, log_density, std
 from fewstep.solvers.run.loop import StepInfo
 from fewstep.solvers.run.sampler import Sampler
@@ -170,7 +170,7 @@ def log_prob(
     check_form(reduce, unnormalised)
     wanted = _steps(steps, plan.steps)
     frame, outer, dtype = _libraries(denoiser, plan, states, cond, device)
-    batch = Batch(denoiser, frame, "naive", dtype, tuple(states[0].shape), cond)
+    batch = Batch(for_plan(denoiser, plan), frame, "naive", dtype, tuple(states[0].shape), cond)
     slots = [batch.latent(state, outer) for state in states]
     found = [each for step, each in _draws(batch, plan, slots, wanted) if step in wanted]
     n = math.prod(batch.sample)
