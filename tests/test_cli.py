@@ -737,6 +737,7 @@ def app(argv):
     ctypes.CFUNCTYPE(None)(lambda: signal.raise_signal(signal.SIGINT))()
     {then}
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background may have it ignored
 commands.app = app
 sys.argv = ["fewstep", "solvers"]
 main()
