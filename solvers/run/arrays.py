@@ -189,14 +189,6 @@ class NumpyFrame:
         return np.dtype(dtype)
 
 
-# What torch raises for a device of no kind or number that it has, and without a driver.
-_UNUSABLE = (RuntimeError, AssertionError, TypeError, ValueError, OverflowError)
-
-
-def _unusable(device: object, error: Exception) -> ValueError:
-    return ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}")
-
-
 class TorchFrame:
     name = "torch"
     fresh = staticmethod(operator.attrgetter("data"))  # half the time of detach()
@@ -208,12 +200,9 @@ class TorchFrame:
         except ImportError:
             raise ImportError("device= needs torch: pip install 'fewstep[torch]'") from None
         self.torch = torch
-        try:
-            where = torch.device(device)
-            if str(where) == "cuda":  # tensors name their index
-                where = torch.device("cuda", torch.cuda.current_device())
-        except _UNUSABLE as error:
-            raise _unusable(device, error) from error
+        where = torch.device(device)
+        if str(where) == "cuda":  # tensors name their index
+            where = torch.device("cuda", torch.cuda.current_device())
         self.device = str(where)
         self._bits = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
         self._names = {getattr(torch, name): name for name in FLOATS}
@@ -221,12 +210,12 @@ class TorchFrame:
 
     @classmethod
     def named(cls, device: Device) -> TorchFrame:
-        """The frame of a device that a caller names, and no tensor has shown to be there."""
-        frame = cls(device)
+        """The frame of a device that a caller names. Raises ValueError if torch has no such device here."""
         try:
+            frame = cls(device)
             frame.empty((0,), "float32")
-        except _UNUSABLE as error:
-            raise _unusable(device, error) from error
+        except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
         return frame
 
     def array(self, values: ArrayLike, dtype: str) -> Array:
